@@ -1,0 +1,29 @@
+"""Packaging of dist_vasp: versions are pinned in constraints.txt, which `make` uses."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="dist_vasp",
+    version="0.1.0",
+    description="VASP (FLVAE x Neural EASE) trained with the exact items x items layer partitioned over devices",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["dist_vasp", "dist_vasp.*", "data_tools", "launch"]),
+    install_requires=[
+        "torch==2.13.0",
+        "deepspeed==0.19.8",
+        "webdataset==1.0.2",
+        "numpy>=2.0",
+        "scipy>=1.14",
+        "pyarrow>=20",
+        "duckdb>=1.3",
+        "safetensors>=0.5",
+        "jsonargparse[signatures]>=4.40",
+        "pyyaml>=6.0",
+        "tensorboard>=2.18",
+        "tqdm>=4.66",
+        "psutil>=6.0",
+        "setuptools",
+    ],
+    extras_require={"dev": ["pytest>=8", "hypothesis>=6", "ruff>=0.11", "mypy>=1.15", "types-PyYAML", "types-psutil", "types-tqdm"]},
+)

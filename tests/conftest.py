@@ -1,0 +1,22 @@
+"""Options and fixtures shared by all tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_addoption(parser):
+    parser.addoption("--data", default=str(ROOT.parent / "shared" / "data"), help="folder with ml-1m/ and gowalla/")
+
+
+@pytest.fixture(scope="session")
+def data_dir(request) -> Path:
+    """The folder of real data sets; tests that ask for it skip where it is absent."""
+    folder = Path(request.config.getoption("--data"))
+    if not (folder / "ml-1m" / "ratings.csv.gz").is_file():
+        pytest.skip(f"no real data under {folder}; pass --data DIR")
+    return folder
