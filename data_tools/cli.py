@@ -1,0 +1,109 @@
+"""What the commands of data_tools share: exit status, one readable error, progress on stderr."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from tqdm import tqdm
+
+SECONDS_BETWEEN_LINES = 15.0
+
+
+def run(parser: argparse.ArgumentParser, command: Callable[[argparse.Namespace], int], argv: Sequence[str] | None = None) -> int:
+    """Parse `argv`, run `command`, and return the exit status: 0 done, 2 bad input, 1 anything else.
+
+    A ValueError is the user's to mend and becomes one line, as does an OSError (a full disk); any other exception is
+    a bug and keeps its traceback. SIGTERM ends the command through its `finally` clauses, so nothing is left behind.
+    """
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    args = parser.parse_args(argv)
+    try:
+        with _terminated_cleanly():
+            return command(args)
+    except ValueError as error:
+        return _report(error, 2, args.debug)
+    except OSError as error:
+        return _report(error, 1, args.debug)
+    except KeyboardInterrupt:
+        return 130
+
+
+def _report(error: Exception, status: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    print("error: " + " ".join(str(error).split()), file=sys.stderr)
+    return status
+
+
+@contextmanager
+def _terminated_cleanly() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(signum: int, frame: object) -> None:
+        raise SystemExit(128 + signum)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class Progress:
+    """A tqdm bar on a terminal; elsewhere a plain line now and then. Both on stderr."""
+
+    def __init__(self, what: str, unit: str, total: int | None = None):
+        self.what, self.unit, self.total, self.done = what, unit, total, 0
+        self._spoke = time.monotonic()
+        self._bar = tqdm(desc=what, unit=f" {unit}", total=total, unit_scale=True, leave=False) if sys.stderr.isatty() else None
+
+    def add(self, n: int) -> None:
+        self.done += n
+        if self._bar is not None:
+            self._bar.update(n)
+        elif time.monotonic() - self._spoke > SECONDS_BETWEEN_LINES:
+            self._spoke = time.monotonic()
+            of = f" of {self.total:,}" if self.total else ""
+            print(f"{self.what}: {self.done:,}{of} {self.unit}", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def at_least(low: int) -> Callable[[str], int]:
+    """An argparse type: an integer of at least `low`."""
+
+    def integer(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = low - 1
+        if value < low:
+            raise argparse.ArgumentTypeError(f"{text!r} is not an integer of at least {low}")
+        return value
+
+    return integer
+
+
+def seed(text: str) -> int:
+    """An argparse type: what numpy.random.seed takes."""
+    value = at_least(0)(text)
+    if value >= 2**32:
+        raise argparse.ArgumentTypeError(f"{text} is too large for a seed; pass 0 to {2**32 - 1}")
+    return value

@@ -1,0 +1,179 @@
+"""Implicit feedback with long tails and latent tastes, of any size: a stand-in for data that may not be passed on.
+
+    python -m data_tools.synthesize OUT.parquet --users N --items N --interactions N [--seed S]
+
+A user draws without replacement from  p(i) = sum_k m_k t_k(i):  a sparse mixture m over N_TASTES tastes and, with weight
+BROAD, the popularity of everything. Every item belongs to one taste and, weaker, to a second; within a taste its weight is
+long-tailed. Users are drawn in blocks, each from its own generator, so a seed fixes the file whatever the machine.
+
+Shapes: U users of a block, K tastes, I items, E draws.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data_tools import atomic, cli
+
+USERS_PER_BLOCK = 2048
+N_TASTES = 24
+TASTES_PER_USER = 3
+BROAD = 0.05  # share of a user's draws that follow popularity alone
+ACTIVITY_SIGMA = 0.8  # log-normal: a mean of 123 items has a median of 89 and a maximum of about 4,000 in 463,435 users
+POPULARITY_SIGMA = 1.6
+SECOND_TASTE = 0.1  # weight of an item in its second taste
+DRAW_ROUNDS = 6
+SCHEMA = pa.schema([("user", pa.int64()), ("item", pa.int64())])
+
+
+def activity(users: int, items: int, interactions: int, rng: np.random.Generator) -> np.ndarray:
+    """Items per user, (users,) int64: long-tailed, between min(5, the mean) and `items`, summing exactly to `interactions`."""
+    low = min(5, interactions // users)
+    shape = np.exp(ACTIVITY_SIGMA * rng.standard_normal(users))
+    small, large = 0.0, 1.0
+    while np.clip(shape * large, low, items).sum() < interactions and large < 1e18:
+        large *= 2
+    for _ in range(100):
+        middle = (small + large) / 2
+        small, large = (middle, large) if np.clip(shape * middle, low, items).sum() < interactions else (small, middle)
+    counts = np.clip(shape * large, low, items).astype(np.int64)
+    order = rng.permutation(users)
+    while (missing := interactions - int(counts.sum())) != 0:
+        room = order[counts[order] < items] if missing > 0 else order[counts[order] > low]
+        counts[room[: abs(missing)]] += np.sign(missing)
+    return counts
+
+
+@dataclass(frozen=True)
+class Tastes:
+    """`cumulative[k]` is the distribution function of taste k over `items` in [k, k+1); the last taste is popularity."""
+
+    cumulative: np.ndarray  # ((K+1)*I,) float64, ascending
+    probability: np.ndarray  # (K+1, I) float64
+
+    @staticmethod
+    def draw(items: int, rng: np.random.Generator) -> Tastes:
+        weight = np.exp(POPULARITY_SIGMA * rng.standard_normal(items))
+        size = rng.dirichlet(np.full(N_TASTES, 5.0))
+        first, second = rng.choice(N_TASTES, items, p=size), rng.integers(0, N_TASTES, items)
+        probability = np.full((N_TASTES + 1, items), 1e-9)
+        np.add.at(probability, (second, np.arange(items)), SECOND_TASTE * weight)
+        np.add.at(probability, (first, np.arange(items)), weight)
+        probability[N_TASTES] = weight
+        probability /= probability.sum(1, keepdims=True)
+        cumulative = np.cumsum(probability, 1)
+        cumulative /= cumulative[:, -1:]
+        return Tastes((cumulative + np.arange(N_TASTES + 1)[:, None]).ravel(), probability)
+
+    def sample(self, taste: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """One item for every entry of `taste`, (E,) int64."""
+        position = np.searchsorted(self.cumulative, taste + rng.random(len(taste)), side="right")
+        items = self.probability.shape[1]
+        return np.minimum(position - taste * items, items - 1)
+
+
+def mixtures(users: int, rng: np.random.Generator) -> np.ndarray:
+    """(U, K+1): how much of each taste a user has; TASTES_PER_USER of them, and BROAD of popularity."""
+    mixture = np.zeros((users, N_TASTES + 1))
+    chosen = rng.random((users, N_TASTES)).argpartition(TASTES_PER_USER, 1)[:, :TASTES_PER_USER]
+    share = rng.dirichlet(np.ones(TASTES_PER_USER), users) * (1 - BROAD)
+    np.put_along_axis(mixture, chosen, share, 1)
+    mixture[:, N_TASTES] = BROAD
+    return mixture
+
+
+def draw_block(counts: np.ndarray, tastes: Tastes, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Users (positions in `counts`, ascending) and items of `counts.sum()` distinct pairs, each (E,) int64.
+
+    Draw with replacement, drop what a user has already, again for what is missing: the same distribution as drawing
+    without replacement. Who wants so much of the catalogue that this does not end gets the rest by Gumbel top-k.
+    """
+    items = tastes.probability.shape[1]
+    mixture = mixtures(len(counts), rng)
+    cumulative = np.cumsum(mixture, 1)
+    pairs = np.empty(0, np.int64)  # user * items + item, ascending
+    for _ in range(DRAW_ROUNDS):
+        missing = counts - np.bincount(pairs // items, minlength=len(counts))
+        if not missing.any():
+            break
+        user = np.repeat(np.arange(len(counts)), missing + (missing > 0))
+        taste = (rng.random(len(user))[:, None] > cumulative[user]).sum(1)
+        fresh = user * items + tastes.sample(np.minimum(taste, N_TASTES), rng)
+        _, first = np.unique(fresh, return_index=True)
+        fresh = fresh[np.sort(first)]
+        fresh = fresh[~np.isin(fresh, pairs)]
+        user = fresh // items  # still ascending: draws were made user by user
+        rank = np.arange(len(user)) - np.searchsorted(user, user)
+        pairs = np.sort(np.concatenate([pairs, fresh[rank < missing[user]]]))
+    missing = counts - np.bincount(pairs // items, minlength=len(counts))
+    rest = [pairs]
+    for user in np.flatnonzero(missing):
+        taken = pairs[np.searchsorted(pairs, user * items) : np.searchsorted(pairs, (user + 1) * items)] - user * items
+        gumbel = np.log(mixture[user] @ tastes.probability) + rng.gumbel(size=items)
+        gumbel[taken] = -np.inf
+        rest.append(user * items + np.argpartition(-gumbel, missing[user] - 1)[: missing[user]])
+    pairs = np.sort(np.concatenate(rest))
+    return pairs // items, pairs % items
+
+
+def blocks(users: int, items: int, interactions: int, seed: int) -> Iterator[pa.RecordBatch]:
+    """The data set in blocks of users: columns `user` and `item`, ids from 1."""
+    rng = np.random.default_rng([seed, 0])
+    counts = activity(users, items, interactions, rng)
+    tastes = Tastes.draw(items, rng)
+    user_ids, item_ids = rng.permutation(users) + 1, rng.permutation(items) + 1
+    for block, start in enumerate(range(0, users, USERS_PER_BLOCK)):
+        user, item = draw_block(counts[start : start + USERS_PER_BLOCK], tastes, np.random.default_rng([seed, 1, block]))
+        yield pa.record_batch([pa.array(user_ids[start + user]), pa.array(item_ids[item])], schema=SCHEMA)
+
+
+def synthesize(path: Path, users: int, items: int, interactions: int, seed: int, overwrite: bool = False) -> None:
+    """Write the Parquet file; ValueError where so many interactions do not fit or do not suffice."""
+    if interactions > users * items:
+        raise ValueError(
+            f"--interactions {interactions} is more than the {users * items} pairs of {users} users and {items} items; "
+            f"pass at most {users * items}"
+        )
+    if interactions < users:
+        raise ValueError(f"--interactions {interactions} leaves some of the {users} users without any; pass at least {users}")
+    with atomic.new_file(path, overwrite) as file, cli.Progress("drawing", "interactions", interactions) as progress:
+        with pq.ParquetWriter(file, SCHEMA) as writer:
+            for batch in blocks(users, items, interactions, seed):
+                writer.write_batch(batch)
+                progress.add(len(batch))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m data_tools.synthesize", description="Write synthetic implicit feedback.")
+    parser.add_argument("output", type=Path, metavar="OUT.parquet", help="file to write: columns user, item")
+    parser.add_argument("--users", type=cli.at_least(1), required=True, help="every one of them has an interaction")
+    parser.add_argument("--items", type=cli.at_least(1), required=True, help="size of the catalogue; the rarest may stay unused")
+    parser.add_argument("--interactions", type=cli.at_least(1), required=True, help="exactly so many distinct pairs")
+    parser.add_argument("--seed", type=cli.seed, default=0, help="default 0")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT.parquet if it exists")
+    return parser
+
+
+def _command(args: argparse.Namespace) -> int:
+    start = time.monotonic()
+    synthesize(args.output, args.users, args.items, args.interactions, args.seed, args.overwrite)
+    seconds = time.monotonic() - start
+    print(f"{args.output}: {args.interactions:,} interactions of {args.users:,} users with {args.items:,} items, {seconds:.1f} s")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return cli.run(_parser(), _command, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

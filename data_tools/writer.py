@@ -1,0 +1,134 @@
+"""Write a plan as a data folder: tars, items.parquet, users-*.parquet and, last, manifest.json (DESIGN.md, section 4)."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from itertools import groupby
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from webdataset import TarWriter
+
+from data_tools.cli import Progress
+from data_tools.interactions import Interactions
+from data_tools.split import Plan
+from dist_vasp.data.format import (
+    ITEMS_FILE,
+    MANIFEST,
+    SPLITS,
+    Block,
+    Manifest,
+    ShardEntry,
+    SplitEntry,
+    encode_block,
+    keys_of_ids,
+    sha256_of,
+    shard_name,
+    users_file,
+    vocabulary_sha256,
+)
+
+MAX_USERS_PER_BLOCK = 4096
+
+
+class _HashedFile:
+    """A binary file that digests what is written, so that a tar is never read again for its checksum."""
+
+    def __init__(self, file: IO[bytes]):
+        self._file, self._digest, self.bytes = file, hashlib.sha256(), 0
+
+    def write(self, data: bytes) -> int:
+        self._digest.update(data)
+        self.bytes += len(data)
+        return self._file.write(data)
+
+    def sha256(self) -> str:
+        return self._digest.hexdigest()
+
+
+def _blocks_by_shard(plan: Plan, split: str, users_per_shard: int) -> Iterator[tuple[int, Block]]:
+    """(shard index, block): blocks of at most 4,096 users that do not straddle shards."""
+    per_block = min(MAX_USERS_PER_BLOCK, users_per_shard)
+    blocks_per_shard = -(-users_per_shard // per_block)
+    if blocks_per_shard * per_block != users_per_shard:  # make every shard whole blocks of equal size but the last
+        per_block = -(-users_per_shard // blocks_per_shard)
+    first_user = 0
+    for block in plan.blocks(split, per_block):
+        yield first_user // (per_block * blocks_per_shard), block
+        first_user += block.n_users
+
+
+def write_split(folder: Path, plan: Plan, split: str, users_per_shard: int) -> SplitEntry:
+    """Write the tars of one split; the same plan gives the same bytes."""
+    entries: list[ShardEntry] = []
+    with Progress(f"writing {split}", "users", len(plan.users[split])) as progress:
+        for index, blocks in groupby(_blocks_by_shard(plan, split, users_per_shard), key=lambda pair: pair[0]):
+            name = shard_name(split, index)
+            users = interactions = heldout = 0
+            with open(folder / name, "wb") as raw:
+                file = _HashedFile(raw)
+                with TarWriter(file, encoder=False, compress=False, mtime=0) as tar:
+                    for number, (_, block) in enumerate(blocks):
+                        tar.write(encode_block(f"{split}-{index:06d}-{number:03d}", block))
+                        users += block.n_users
+                        interactions += len(block.items)
+                        heldout += 0 if block.heldout_items is None else len(block.heldout_items)
+                        progress.add(block.n_users)
+            entries.append(ShardEntry(name, users, interactions, heldout, file.bytes, file.sha256()))
+    return split_entry(entries)
+
+
+def count_split(plan: Plan, split: str, users_per_shard: int) -> SplitEntry:
+    """What `write_split` would return, but for sizes and checksums of tars that are not written."""
+    entries = []
+    for index, pairs in groupby(_blocks_by_shard(plan, split, users_per_shard), key=lambda pair: pair[0]):
+        blocks = [(b.n_users, len(b.items), 0 if b.heldout_items is None else len(b.heldout_items)) for _, b in pairs]
+        users, interactions, heldout = (sum(column) for column in zip(*blocks, strict=True))
+        entries.append(ShardEntry(shard_name(split, index), users, interactions, heldout, 0, ""))
+    return split_entry(entries)
+
+
+def split_entry(shards: list[ShardEntry]) -> SplitEntry:
+    return SplitEntry(sum(s.users for s in shards), sum(s.interactions for s in shards), sum(s.heldout for s in shards), shards)
+
+
+def check_keys(kind: str, ids: pa.Array, keys: np.ndarray) -> None:
+    """ValueError naming both ids where two have the same key (64 bits of a hash, for ids that are strings)."""
+    order = np.argsort(keys, kind="stable")
+    same = np.flatnonzero(keys[order][1:] == keys[order][:-1])
+    if len(same):
+        one, other = (ids[int(order[same[0] + i])].as_py() for i in (0, 1))
+        raise ValueError(f"{kind} ids {one!r} and {other!r} have the same 64-bit key; rename one of them in the input")
+
+
+def write_folder(
+    folder: Path, data: Interactions, plan: Plan, titles: dict[Any, str] | None, users_per_shard: int, preparation: dict[str, Any]
+) -> Manifest:
+    """Fill `folder` and return the manifest, which is written last. ValueError where two ids have one key."""
+    item_ids = data.item_ids.take(pa.array(plan.vocabulary))
+    item_keys, user_keys = keys_of_ids(item_ids), keys_of_ids(data.user_ids)
+    check_keys("item", item_ids, item_keys)
+    kept = np.unique(np.concatenate(list(plan.users.values())))
+    check_keys("user", data.user_ids.take(pa.array(kept)), user_keys[kept])
+
+    splits = {split: write_split(folder, plan, split, users_per_shard) for split in SPLITS}
+    items: dict[str, Any] = {
+        "item": np.arange(len(plan.vocabulary), dtype=np.int32),
+        "id": item_ids,
+        "key": item_keys,
+        "popularity": plan.popularity,
+    }
+    if titles:
+        items["title"] = pa.array([titles.get(i) for i in item_ids.to_pylist()], pa.string())
+    pq.write_table(pa.table(items), folder / ITEMS_FILE)
+    for split in SPLITS:
+        users = plan.users[split]
+        pq.write_table(pa.table({"key": user_keys[users], "id": data.user_ids.take(pa.array(users))}), folder / users_file(split))
+    files = {name: sha256_of((folder / name).read_bytes()) for name in (ITEMS_FILE, *map(users_file, SPLITS))}
+    manifest = Manifest(len(plan.vocabulary), vocabulary_sha256(item_keys), splits, files, preparation)
+    (folder / MANIFEST).write_text(manifest.to_json())
+    return manifest

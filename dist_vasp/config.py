@@ -1,0 +1,292 @@
+"""The configuration of a run: frozen dataclasses, read from YAML and the command line by jsonargparse.
+
+`parse` is the one way in; it raises ValueError with a message that names the key, what came, what was expected and what
+to do. Combinations that cannot work are refused here, before anything is built. Imports nothing of ours.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from jsonargparse import ArgumentParser, set_parsing_settings
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stretch of the learning-rate schedule."""
+
+    epochs: int
+    """Epochs at this rate."""
+    lr: float
+    """Learning rate."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """data: what is read, and how."""
+
+    shards: str = ""
+    """Folder that `python -m data_tools.shard` wrote."""
+    batch_size: int = 1024
+    """Users per optimizer step over all ranks; with halves each user gives two rows."""
+    halves: bool | None = None
+    """Split each user's items anew every epoch into halves that predict each other; null: yes, except for model.kind nease."""
+    workers: int = 1
+    """Loader processes per rank that run ahead of training; 0 loads in the training process."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """model: which paths there are, and their sizes."""
+
+    kind: Literal["vasp", "flvae", "nease"] = "vasp"
+    """vasp multiplies flvae and nease; the others train alone."""
+    hidden: int = 4096
+    """Width H of the trunk."""
+    latent: int = 2048
+    """Width L of the latent code."""
+    encoder_layers: int = 7
+    """Layers of the encoder, the partitioned input layer counted."""
+    decoder_layers: int = 5
+    """Layers of the decoder, the output heads not counted."""
+    latent_head: bool = True
+    """A second output head Q on the latent code, as in the authors' code."""
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """loss: what is minimised."""
+
+    kind: Literal["focal", "cosine", "mse", "bce", "multinomial"] = "focal"
+    """focal for every model; cosine, mse, bce for nease; multinomial for flvae."""
+    alpha: float = 0.25
+    """Focal weight of the ones; the zeros weigh 1 - alpha."""
+    gamma: float = 2.0
+    """Focal exponent."""
+    kl_weight: float = 1.0
+    """Weight of the KL divergence (mean over rows and latent dimensions)."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """optimizer: one update rule for the trunk and the item matrices."""
+
+    name: Literal["nadam", "adam", "adamw"] = "nadam"
+    """Update rule."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.999
+    """Decay of the second moment."""
+    eps: float = 1e-7
+    """Added to the root of the second moment."""
+    momentum_decay: float = 4e-3
+    """Nadam's momentum decay."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay; adamw only."""
+    clip_norm: float = 0.0
+    """Largest joint gradient norm of trunk and item matrices; 0 does not clip."""
+    accumulation: int = 1
+    """Micro-batches per optimizer step; changes memory, not the result."""
+    reset_on_stage: bool = False
+    """Forget the moments where the learning rate changes, as the authors' code does."""
+    schedule: list[Stage] = field(default_factory=lambda: [Stage(50, 5e-5), Stage(20, 1e-5), Stage(20, 1e-6)])
+    """Stages of the learning rate; their epochs add up to the run."""
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """parallel: how ranks share the work; changes speed and memory, not the result."""
+
+    partitions: int = 0
+    """Ranks that share one copy of the item matrices; 0: all ranks of a replica."""
+    replicas: int = 1
+    """Copies of the item matrices."""
+    zero_stage: int = 1
+    """DeepSpeed ZeRO stage of the trunk; this version trains stage 1."""
+    lanes: int = 48
+    """Reading lanes: a multiple of the number of ranks, at most batch_size. Part of the order of users: keep it when resuming."""
+    trunk_dtype: Literal["fp32"] = "fp32"
+    """Precision of the trunk; this version trains fp32."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """run: where results go and how often."""
+
+    dir: str = ""
+    """Folder of the run: metrics, checkpoints, result.json. A run that stopped goes on from here."""
+    seed: int = 0
+    """Seed of initialisation, order, halves and noise."""
+    max_steps: int = 0
+    """Stop after this many optimizer steps in total; 0: the whole schedule."""
+    checkpoint_every_steps: int = 0
+    """Save every so many steps; 0: at the end of every epoch."""
+    keep: int = 2
+    """Newest checkpoints to keep, besides the best."""
+    evaluate_every_epochs: int = 1
+    """Evaluate on validation every so many epochs; 0: never."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything a run needs to know."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    device: str = "auto"
+    """auto (CUDA where there is one), cuda or cpu."""
+
+    @property
+    def halves(self) -> bool:
+        return self.model.kind != "nease" if self.data.halves is None else self.data.halves
+
+    @property
+    def epochs(self) -> int:
+        return sum(stage.epochs for stage in self.optimizer.schedule)
+
+    def lr(self, epoch: int) -> float:
+        """Learning rate of an epoch, counted from 0; beyond the schedule the last one."""
+        for stage in self.optimizer.schedule:
+            if epoch < stage.epochs:
+                return stage.lr
+            epoch -= stage.epochs
+        return self.optimizer.schedule[-1].lr
+
+    def stage(self, epoch: int) -> int:
+        """Index of the schedule's stage that `epoch` lies in."""
+        for index, stage in enumerate(self.optimizer.schedule):
+            if epoch < stage.epochs:
+                return index
+            epoch -= stage.epochs
+        return len(self.optimizer.schedule) - 1
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(asdict(self), sort_keys=False)
+
+
+def _require(ok: bool, key: str, value: Any, expected: str, action: str) -> None:
+    if not ok:
+        raise ValueError(f"{key} is {value!r}, expected {expected}; {action}")
+
+
+_LOSSES = {"vasp": ("focal",), "flvae": ("focal", "multinomial"), "nease": ("focal", "cosine", "mse", "bce")}
+
+
+def check(config: Config) -> Config:
+    """Refuse values and combinations that cannot work; returns the config."""
+    d, m, o, p, r = config.data, config.model, config.optimizer, config.parallel, config.run
+    positive = {
+        "data.batch_size": d.batch_size,
+        "model.hidden": m.hidden,
+        "model.latent": m.latent,
+        "model.encoder_layers": m.encoder_layers,
+        "model.decoder_layers": m.decoder_layers,
+        "optimizer.accumulation": o.accumulation,
+        "parallel.replicas": p.replicas,
+        "parallel.lanes": p.lanes,
+        "run.keep": r.keep,
+    }
+    for key, value in positive.items():
+        _require(value >= 1, key, value, "at least 1", "raise it")
+    not_negative = {
+        "data.workers": d.workers,
+        "loss.gamma": config.loss.gamma,
+        "loss.kl_weight": config.loss.kl_weight,
+        "optimizer.momentum_decay": o.momentum_decay,
+        "optimizer.weight_decay": o.weight_decay,
+        "optimizer.clip_norm": o.clip_norm,
+        "parallel.partitions": p.partitions,
+        "run.seed": r.seed,
+        "run.max_steps": r.max_steps,
+        "run.checkpoint_every_steps": r.checkpoint_every_steps,
+        "run.evaluate_every_epochs": r.evaluate_every_epochs,
+    }
+    for key, value in not_negative.items():
+        _require(value >= 0, key, value, "0 or more", "raise it")
+    for key, value in (("optimizer.beta1", o.beta1), ("optimizer.beta2", o.beta2)):
+        _require(0 <= value < 1, key, value, "0 <= beta < 1", "the usual values are 0.9 and 0.999")
+    _require(o.eps > 0, "optimizer.eps", o.eps, "a positive number", "the usual value is 1e-7")
+    _require(0 <= config.loss.alpha <= 1, "loss.alpha", config.loss.alpha, "0 to 1", "the paper uses 0.25")
+    _require(len(o.schedule) > 0, "optimizer.schedule", o.schedule, "at least one {epochs, lr}", "add a stage")
+    for i, stage in enumerate(o.schedule):
+        _require(stage.epochs >= 1, f"optimizer.schedule[{i}].epochs", stage.epochs, "at least 1", "raise it or drop the stage")
+        _require(0 <= stage.lr < 1e3, f"optimizer.schedule[{i}].lr", stage.lr, "a rate of 0 or more", "the paper starts at 5e-5")
+    _require(
+        config.loss.kind in _LOSSES[m.kind],
+        "loss.kind",
+        config.loss.kind,
+        f"one of {', '.join(_LOSSES[m.kind])} for model.kind {m.kind}",
+        "change one of the two",
+    )
+    _require(
+        o.weight_decay == 0 or o.name == "adamw", "optimizer.weight_decay", o.weight_decay, f"0 with {o.name}", "use optimizer.name adamw"
+    )
+    _require(p.zero_stage == 1, "parallel.zero_stage", p.zero_stage, "1, the stage this version trains", "set it to 1")
+    _require(p.lanes <= d.batch_size, "parallel.lanes", p.lanes, f"at most data.batch_size = {d.batch_size}", "lower it or raise the batch")
+    _require(config.device in ("auto", "cuda", "cpu"), "device", config.device, "auto, cuda or cpu", "choose one of them")
+    return config
+
+
+# --- command line ----------------------------------------------------------------------------------------------------
+
+
+def make_parser(prog: str, description: str) -> ArgumentParser:
+    """A parser with `--config FILE` and one `--section.key` for every field of Config; add further arguments to it."""
+    parser = ArgumentParser(prog=prog, description=description, exit_on_error=False)
+    parser.add_argument("--config", action="config", help="YAML file with the sections below; command-line values win over it")
+    parser.add_class_arguments(Config, None)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument("--local_rank", type=int, default=None, help="set by the deepspeed launcher; ignored")
+    return parser
+
+
+def parse(parser: ArgumentParser, argv: Sequence[str] | None = None) -> tuple[Config, Any]:
+    """(checked Config, all parsed arguments); ValueError in one readable sentence for anything that does not fit."""
+    try:
+        namespace = parser.parse_args(argv)
+        made = parser.instantiate(namespace)
+    except Exception as error:  # jsonargparse raises ArgumentError; yaml and others what they like
+        raise ValueError(_readable(str(error))) from None
+    config = Config(**{f.name: getattr(made, f.name) for f in fields(Config)})
+    return check(config), namespace
+
+
+def known_keys() -> list[str]:
+    """Every `section.key` of the configuration."""
+    keys = []
+    for section in fields(Config):
+        maker = section.default_factory
+        keys += [f"{section.name}.{f.name}" for f in fields(maker)] if isinstance(maker, type) else [section.name]  # type: ignore[arg-type]
+    return keys
+
+
+def _readable(message: str) -> str:
+    message = " ".join(message.split()).replace("Parser key ", "").replace("<class '", "").replace("'>", "").replace("typing.", "")
+    unknown = (
+        re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message)
+        or re.search(r"unrecognized arguments: --()([\w.]+)", message)
+        or re.search(r"Option '()([\w.]+)' is not accepted", message)
+    )
+    if unknown:
+        key = ".".join(part for part in unknown.groups() if part)
+        close = difflib.get_close_matches(key, known_keys(), 1, 0.6)
+        hint = f"did you mean {close[0]}? " if close else ""
+        return f"{key} is not a key of the configuration; {hint}`--help` lists every key with its type, default and meaning"
+    return f"{message}; `--help` lists every key with its type, default and meaning"
+
+
+def load(path: str | Path) -> Config:
+    """The Config in a YAML file."""
+    return parse(make_parser("config", "configuration file"), ["--config", str(path)])[0]

@@ -1,0 +1,81 @@
+"""The residual trunk of FLVAE: every layer of width H and L, no item axis (VASP paper, section 3.1, and the authors' code).
+
+    encoder   e1 = LN(swish(h + b1)),  h = W1 x     ek = LN(swish(Wk e(k-1) + bk + e1 + ... + e(k-1)))
+    heads     mu = Wm e + bm    logvar = Wv e + bv    z = mu + exp(logvar / 2) * noise   (z = mu without noise)
+    decoder   the same pattern, from z: d1 = LN(swish(V1 z + c1)), ...
+
+Shapes: B rows, H hidden width, L latent width. W1 x comes from the partitioned input side.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import silu
+
+LN_EPS = 1e-3
+
+
+class ResidualStack(nn.Module):
+    """Densely residual layers of width H: the sum of all earlier outputs enters the next layer inside swish."""
+
+    def __init__(self, n_layers: int, hidden: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(hidden, eps=LN_EPS, dtype=dtype) for _ in range(n_layers))
+        self.layers = nn.ModuleList(nn.Linear(hidden, hidden, dtype=dtype) for _ in range(n_layers - 1))
+
+    def forward(self, first_BH: Tensor) -> Tensor:
+        """First pre-activation (B, H) -> last output (B, H)."""
+        out_BH = self.norms[0](silu(first_BH))
+        sum_BH = out_BH
+        for layer, norm in zip(self.layers, self.norms[1:], strict=True):
+            out_BH = norm(silu(layer(out_BH) + sum_BH))
+            sum_BH = sum_BH + out_BH
+        return out_BH
+
+
+class Trunk(nn.Module):
+    """W1 x (B, H), noise (B, L) or None -> d (B, H), z (B, L), and each row's KL divergence averaged over L (B,)."""
+
+    def __init__(
+        self,
+        hidden: int,
+        latent: int,
+        encoder_layers: int = 7,
+        decoder_layers: int = 5,
+        dtype: torch.dtype = torch.float32,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.input_bias = nn.Parameter(torch.zeros(hidden, dtype=dtype))
+        self.encoder = ResidualStack(encoder_layers, hidden, dtype)
+        self.mu = nn.Linear(hidden, latent, dtype=dtype)
+        self.logvar = nn.Linear(hidden, latent, dtype=dtype)
+        self.from_latent = nn.Linear(latent, hidden, dtype=dtype)
+        self.decoder = ResidualStack(decoder_layers, hidden, dtype)
+        self._glorot(seed)
+
+    @torch.no_grad()
+    def _glorot(self, seed: int) -> None:
+        """Glorot uniform weights and zero biases; drawn in float32, so that every dtype starts from the same numbers."""
+        generator = torch.Generator().manual_seed(seed)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                bound = (6 / (module.in_features + module.out_features)) ** 0.5
+                draw = torch.rand(module.weight.shape, generator=generator) * (2 * bound) - bound
+                module.weight.copy_(draw)
+                module.bias.zero_()
+
+    def forward(self, pre_BH: Tensor, noise_BL: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        dtype = self.input_bias.dtype
+        e_BH = self.encoder(pre_BH.to(dtype) + self.input_bias)
+        mu_BL, logvar_BL = self.mu(e_BH), self.logvar(e_BH)
+        z_BL = mu_BL if noise_BL is None else mu_BL + torch.exp(logvar_BL / 2) * noise_BL.to(dtype)
+        d_BH = self.decoder(self.from_latent(z_BL))
+        kl_B = kl_divergence(mu_BL.to(pre_BH.dtype), logvar_BL.to(pre_BH.dtype))
+        return d_BH.to(pre_BH.dtype), z_BL.to(pre_BH.dtype), kl_B
+
+
+def kl_divergence(mu_BL: Tensor, logvar_BL: Tensor) -> Tensor:
+    """KL(N(mu, exp(logvar)) || N(0, 1)) of each row, averaged over the latent dimensions: (B,)."""
+    return -0.5 * (1 + logvar_BL - mu_BL**2 - torch.exp(logvar_BL)).mean(dim=1)

@@ -1,0 +1,124 @@
+"""VASP on one page (Vancura and Kordik, arXiv 2102.05774).
+
+    FLVAE(x) = sigmoid(R d + r) * sigmoid(Q z + q)     (d, z) = trunk(W1 x), a deep residual variational autoencoder
+    NEASE(x) = sigmoid(W x),  diag(W) = 0
+    VASP(x)  = FLVAE(x) * NEASE(x)                     both paths must agree
+    loss     = mean over rows of (sum over items of focal(VASP(x), y))  +  KL(z)
+
+One step of one rank (DESIGN.md, section 3): its B rows meet the others' of the partition group as ids; what crosses
+ranks is of width H + L and never of width I.
+
+Shapes: B rows of this rank, G = P * B rows of the partition group, N rows of the whole step, H hidden, L latent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dist_vasp.config import LossConfig, ModelConfig
+from dist_vasp.data.augment import hash64
+from dist_vasp.model.item_layers import InputSide, ItemSlice, OutputSide
+from dist_vasp.model.losses import CosineLoss, MultinomialLoss, make_loss
+from dist_vasp.model.sparse import ItemRows
+from dist_vasp.model.trunk import Trunk
+from dist_vasp.parallel.comm import Group, Ranks, all_gather, reduce_scatter
+
+TrunkCall = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor]]
+Backward = Callable[[Tensor], None]
+
+
+@dataclass
+class StepLoss:
+    """This rank's share of a step's loss, as scalars on the device: the whole is their sum over all ranks."""
+
+    reconstruction: Tensor
+    kl: Tensor
+
+
+class VASP:
+    """The partitioned model of `model.kind`: vasp, flvae or nease. The trunk is handed in, plain or wrapped by an engine."""
+
+    def __init__(
+        self, model: ModelConfig, loss: LossConfig, n_items: int, ranks: Ranks, seed: int, dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.config, self.kl_weight, self.n_items = model, loss.kl_weight, n_items
+        self.loss = make_loss(loss.kind, loss.alpha, loss.gamma)
+        self.part, self.group, self.device = ranks.partition_of_items(n_items), ranks.partition_group, ranks.device
+        deep, shallow = model.kind != "nease", model.kind != "flvae"
+        place = (seed, self.device, dtype)
+        self.input = InputSide(self.part, self.group, model.hidden, *place) if deep else None
+        self.output = OutputSide(self.part, self.group, model.hidden, model.latent, deep, model.latent_head, shallow, *place)
+
+    def slices(self) -> list[ItemSlice]:
+        """Every piece of an item matrix that this rank owns."""
+        return (self.input.slices() if self.input else []) + self.output.slices()
+
+    def encode(self, trunk: TrunkCall | None, x: ItemRows, noise_BL: Tensor | None) -> tuple[Tensor, ...]:
+        """This rank's W1 x (B, H), [d z] (B, H+L) and KL (B,)."""
+        assert self.input is not None and trunk is not None
+        pre_BH = self.input.forward(x).requires_grad_(torch.is_grad_enabled())
+        d_BH, z_BL, kl_B = trunk(pre_BH, noise_BL)
+        return pre_BH, torch.cat([d_BH, z_BL], dim=1), kl_B
+
+    def gradients(
+        self, trunk: TrunkCall | None, backward: Backward, trunk_scale: float, x: ItemRows, y: ItemRows, noise_BL: Tensor | None, n_rows: int
+    ) -> StepLoss:
+        """Forward and backward of one micro-batch; gradients are added to those already there.
+
+        x, y: the G rows of the partition group, padded rows empty and marked by a weight of 0 in `row_weights`.
+        backward: runs autograd from a scalar into the trunk; what enters it is multiplied by `trunk_scale`, because an engine
+        that averages over W ranks would otherwise divide by W what is already a sum over N rows.
+        """
+        weight_G = self.row_weights(x, y, n_rows)
+        if self.input is None:
+            reconstruction, _, _ = self.output.loss_and_gradients(self.loss, None, None, x, y, weight_G)
+            return StepLoss(reconstruction, torch.zeros_like(reconstruction))
+
+        with torch.enable_grad():
+            pre_BH, dz_BX, kl_B = self.encode(trunk, x, noise_BL)
+        d_GH, z_GL = self._split(all_gather(dz_BX.detach(), self.group))
+        reconstruction, grad_d, grad_z = self.output.loss_and_gradients(self.loss, d_GH, z_GL, x, y, weight_G)
+        grad_dz_BX = reduce_scatter(torch.cat([grad_d, grad_z], dim=1), self.group)  # type: ignore[list-item]
+
+        B = len(kl_B)
+        real_B = x.real_rows[self.group.rank * B : (self.group.rank + 1) * B].to(kl_B.dtype) / n_rows
+        with torch.enable_grad():
+            kl = kl_B @ real_B
+            backward((self.kl_weight * kl + (dz_BX * grad_dz_BX).sum()) * trunk_scale)
+        assert pre_BH.grad is not None
+        self.input.accumulate_gradient(x, pre_BH.grad / trunk_scale)
+        return StepLoss(reconstruction, kl.detach())
+
+    def row_weights(self, x: ItemRows, y: ItemRows, n_rows: int) -> Tensor:
+        """1/N for a row that counts, 0 for padding; cosine and multinomial loss of an empty input or target is 0."""
+        counts = x.real_rows
+        if isinstance(self.loss, CosineLoss | MultinomialLoss):
+            counts = counts & (x.lengths > 0) & (y.lengths > 0)
+        return counts.to(self.slices()[0].tensor.dtype) / n_rows
+
+    @torch.no_grad()
+    def scores(self, trunk: TrunkCall | None, x: ItemRows) -> Iterator[tuple[int, Tensor]]:
+        """(first item, log p (G, C)) of every block of this rank's items, for the G rows of the partition group."""
+        d_GH = z_GL = None
+        if self.input is not None:
+            _, dz_BX, _ = self.encode(trunk, x, None)
+            d_GH, z_GL = self._split(all_gather(dz_BX, self.group))
+        yield from self.output.scores(d_GH, z_GL, x, self.loss)
+
+    def _split(self, dz_GX: Tensor) -> tuple[Tensor, Tensor]:
+        """[d z] -> d, z."""
+        d_GH, z_GL = dz_GX.split([self.config.hidden, self.config.latent], dim=1)
+        return d_GH.contiguous(), z_GL.contiguous()
+
+
+def make_trunk(model: ModelConfig, seed: int, dtype: torch.dtype = torch.float32) -> Trunk | None:
+    """The trunk of `model`, None for NEASE alone. Every rank builds the same one."""
+    if model.kind == "nease":
+        return None
+    trunk_seed = int(hash64(np.uint64(seed), np.uint64(0)))
+    return Trunk(model.hidden, model.latent, model.encoder_layers, model.decoder_layers, dtype, trunk_seed)

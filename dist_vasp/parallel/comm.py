@@ -1,0 +1,240 @@
+"""Process groups and differentiable collectives: the only user of torch.distributed.
+
+Two kinds of group cross each other (DESIGN.md, section 3):
+
+    partition group   the P ranks of one replica, which share the catalogue out among them
+    replica group     the ranks of all replicas that own the same item range
+
+Collectives never write into their input and always return the reduced buffer; over one rank each is the identity.
+
+Shapes: B rows of this rank, G = P * B rows of the partition group.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dist_vasp.parallel.partition import ItemPartition, Layout
+
+_MESSAGE_BYTES = 1024
+
+
+class AgreedError(ValueError):
+    """A user's error that every rank raises together, so that rank 0 alone reports it."""
+
+
+@dataclass
+class Group:
+    """Some ranks that talk to each other, and the bytes this rank has put on the wire, by collective."""
+
+    size: int
+    rank: int  # this rank's place in the group
+    handle: dist.ProcessGroup | None = None
+    bytes_moved: dict[str, int] = field(default_factory=dict)
+
+    def count(self, collective: str, n_bytes: int) -> None:
+        self.bytes_moved[collective] = self.bytes_moved.get(collective, 0) + n_bytes
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Where this process stands: the world, its partition group and its replica group."""
+
+    rank: int
+    layout: Layout
+    device: torch.device
+    world: Group
+    partition_group: Group
+    replica_group: Group
+
+    @property
+    def world_size(self) -> int:
+        return self.layout.world_size
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def partition_of_items(self, n_items: int) -> ItemPartition:
+        return ItemPartition(n_items, self.layout.partitions, self.layout.partition_of(self.rank))
+
+
+def launched_world() -> tuple[int, int, int, int]:
+    """(rank, world size, local rank, local world size) as deepspeed or torchrun put them in the environment; else one rank."""
+    env = os.environ
+    world, rank = int(env.get("WORLD_SIZE", 1)), int(env.get("RANK", 0))
+    local_world = int(env.get("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", world)))
+    return rank, world, int(env.get("LOCAL_RANK", rank)), local_world
+
+
+def resolve_device(device: str, local_rank: int) -> torch.device:
+    """`auto` is this rank's CUDA device where there is one, else the CPU."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError("device is cuda but this machine offers no CUDA device; use --device cpu")
+        if local_rank >= torch.cuda.device_count():
+            raise ValueError(f"local rank {local_rank} has no CUDA device of its own: {torch.cuda.device_count()} found; start fewer ranks")
+        torch.cuda.set_device(local_rank)
+        return torch.device("cuda", local_rank)
+    return torch.device(device)
+
+
+def threads_per_rank(local_world: int) -> int:
+    return max(1, len(os.sched_getaffinity(0)) // local_world)
+
+
+def init_ranks(partitions: int = 0, replicas: int = 1, device: str = "auto", timeout_s: float = 1800) -> Ranks:
+    """Join the process group that the launcher describes (one rank without a launcher) and cut it into groups.
+
+    Raises ValueError when partitions x replicas is not the number of ranks, or the device does not exist.
+    """
+    rank, world_size, local_rank, local_world = launched_world()
+    layout = Layout.of(world_size, partitions, replicas)
+    torch_device = resolve_device(device, local_rank)
+    torch.set_num_threads(threads_per_rank(local_world))
+    if not dist.is_initialized():
+        backend = "nccl" if torch_device.type == "cuda" else "gloo"
+        timeout = datetime.timedelta(seconds=timeout_s)
+        if "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ:
+            dist.init_process_group(backend, timeout=timeout)
+        elif world_size == 1:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        else:
+            raise ValueError(f"WORLD_SIZE is {world_size} but MASTER_ADDR or MASTER_PORT is not set; start with deepspeed or torchrun")
+    return form_groups(rank, layout, torch_device)
+
+
+def form_groups(rank: int, layout: Layout, device: torch.device) -> Ranks:
+    """The groups of `layout` over an initialised process group. Every rank creates every group, in one order."""
+    P, R = layout.partitions, layout.replicas
+    world = Group(layout.world_size, rank, None)
+    if R == 1:
+        partition_group, replica_group = Group(P, rank, None), Group(1, 0)
+    else:
+        across = [dist.new_group([p + r * P for r in range(R)]) if P > 1 else None for p in range(P)]
+        within = [dist.new_group([r * P + p for p in range(P)]) for r in range(R)] if P > 1 else [None] * R
+        partition_group = Group(P, layout.partition_of(rank), within[layout.replica_of(rank)])
+        replica_group = Group(R, layout.replica_of(rank), across[layout.partition_of(rank)])
+    return Ranks(rank, layout, device, world, partition_group, replica_group)
+
+
+def shut_down() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+# --- collectives -----------------------------------------------------------------------------------------------------
+
+
+def all_gather(local: Tensor, group: Group) -> Tensor:
+    """(B, ...) on each rank -> (size * B, ...) on every rank, in the order of the ranks."""
+    if group.size == 1:
+        return local
+    local = local.contiguous()
+    gathered = local.new_empty((group.size * local.shape[0], *local.shape[1:]))
+    dist.all_gather_into_tensor(gathered, local, group=group.handle)
+    group.count("all_gather", (group.size - 1) * local.numel() * local.element_size())
+    return gathered
+
+
+def reduce_scatter(partial: Tensor, group: Group) -> Tensor:
+    """(size * B, ...) on each rank -> the sum over the ranks of this rank's B rows."""
+    if group.size == 1:
+        return partial
+    partial = partial.contiguous()
+    reduced = partial.new_empty((partial.shape[0] // group.size, *partial.shape[1:]))
+    dist.reduce_scatter_tensor(reduced, partial, group=group.handle)
+    group.count("reduce_scatter", (group.size - 1) * reduced.numel() * reduced.element_size())
+    return reduced
+
+
+def all_reduce(local: Tensor, group: Group, op: str = "sum") -> Tensor:
+    """The sum (or `max`) over the ranks; the input is left alone."""
+    if group.size == 1:
+        return local
+    reduced = local.clone()
+    dist.all_reduce(reduced, op={"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[op], group=group.handle)
+    group.count("all_reduce", 2 * (group.size - 1) * local.numel() * local.element_size() // group.size)
+    return reduced
+
+
+def barrier(group: Group) -> None:
+    if group.size > 1:
+        dist.barrier(group=group.handle)
+
+
+def all_gather_bytes(message: bytes, group: Group, device: torch.device, capacity: int = _MESSAGE_BYTES) -> list[bytes]:
+    """Every rank's message, cut off at `capacity` bytes; nothing is pickled."""
+    message = message[:capacity]
+    padded = torch.zeros(8 + capacity, dtype=torch.uint8)
+    padded[:8] = torch.tensor(list(len(message).to_bytes(8, "little")), dtype=torch.uint8)
+    padded[8 : 8 + len(message)] = torch.tensor(list(message), dtype=torch.uint8)
+    rows = all_gather(padded[None].to(device), group).cpu().numpy()
+    return [bytes(row[8 : 8 + int.from_bytes(bytes(row[:8]), "little")]) for row in rows]
+
+
+def agree(error: Exception | None, ranks: Ranks) -> None:
+    """Raise one AgreedError on every rank if any rank brings a user's error (ValueError); call it on all ranks."""
+    if error is not None and not isinstance(error, ValueError):
+        raise error
+    messages = all_gather_bytes(str(error).encode() if error else b"", ranks.world, ranks.device)
+    for rank, message in enumerate(messages):
+        if message:
+            text = message.decode(errors="replace")
+            raise AgreedError(text if ranks.world_size == 1 else f"{text} (rank {rank})") from error
+
+
+class _AllGather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, local, group):
+        ctx.group = group
+        return all_gather(local, group)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return reduce_scatter(grad, ctx.group), None
+
+
+class _ReduceScatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, partial, group):
+        ctx.group = group
+        return reduce_scatter(partial, group)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return all_gather(grad, ctx.group), None
+
+
+class _ScaleGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, factor):
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * ctx.factor, None
+
+
+def all_gather_rows(local: Tensor, group: Group) -> Tensor:
+    """Differentiable `all_gather`; its backward is the reduce_scatter."""
+    return local if group.size == 1 else _AllGather.apply(local, group)
+
+
+def reduce_scatter_rows(partial: Tensor, group: Group) -> Tensor:
+    """Differentiable `reduce_scatter`; its backward is the all_gather."""
+    return partial if group.size == 1 else _ReduceScatter.apply(partial, group)
+
+
+def scale_gradient(x: Tensor, factor: float) -> Tensor:
+    """The identity whose gradient is multiplied by `factor`."""
+    return x if factor == 1 else _ScaleGradient.apply(x, factor)

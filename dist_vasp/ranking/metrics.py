@@ -1,0 +1,100 @@
+"""Recall@k, NDCG@k and coverage from top-k ids (DESIGN.md, section 7; Liang et al. 2018, section 4.2).
+
+Shapes: U users, K length of a list, I items of the vocabulary. A list holds item rows, best first, and is padded with
+-1 where fewer unseen items exist. A user with an empty target is not scored: NaN.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+from dist_vasp.data.stream import Rows
+
+_COVERAGE_K = 100
+
+
+def hits(topk_ids: np.ndarray, held_out: Rows) -> np.ndarray:
+    """True where a listed item is in the user's target. topk_ids (U, K) integer; held_out of U rows. Returns (U, K) bool."""
+    n_users = len(topk_ids)
+    assert held_out.n_rows == n_users, (held_out.n_rows, n_users)
+    stride = max(int(topk_ids.max(initial=0)), int(held_out.items.max(initial=0))) + 1
+    targets = np.repeat(np.arange(n_users, dtype=np.int64) * stride, held_out.lengths) + held_out.items  # ascending
+    listed = np.arange(n_users, dtype=np.int64)[:, None] * stride + topk_ids
+    if len(targets) == 0:
+        return np.zeros(listed.shape, bool)
+    found = targets[np.minimum(np.searchsorted(targets, listed), len(targets) - 1)]
+    return (found == listed) & (topk_ids >= 0)
+
+
+def recall_at_k(topk_ids: np.ndarray, held_out: Rows, k: int) -> np.ndarray:
+    """Hits among the first k / min(k, held-out items). Returns (U,) float64, NaN where the target is empty."""
+    n_hits = hits(topk_ids[:, :k], held_out).sum(axis=1)
+    return _divide(n_hits, np.minimum(k, held_out.lengths))
+
+
+def ndcg_at_k(topk_ids: np.ndarray, held_out: Rows, k: int) -> np.ndarray:
+    """DCG / ideal DCG, where DCG = sum of 1 / log2(rank + 2) over the hits, rank from 0 and below k.
+
+    The ideal has its min(k, held-out items) hits at the top. Returns (U,) float64, NaN where the target is empty.
+    """
+    discounts = 1 / np.log2(np.arange(k) + 2)
+    hit = hits(topk_ids[:, :k], held_out)
+    dcg = (hit * discounts[: hit.shape[1]]).sum(axis=1)
+    ideal = np.concatenate([[0.0], np.cumsum(discounts)])[np.minimum(k, held_out.lengths)]
+    return _divide(dcg, ideal)
+
+
+def _divide(values: np.ndarray, by: np.ndarray) -> np.ndarray:
+    return np.divide(values, by, out=np.full(len(values), np.nan), where=by > 0)
+
+
+def coverage(listed: np.ndarray) -> float:
+    """Share of the vocabulary that is in anybody's list; listed (I,) bool."""
+    return float(listed.mean())
+
+
+_METRICS: dict[str, Callable[[np.ndarray, Rows], np.ndarray]] = {
+    "ndcg@100": lambda ids, held_out: ndcg_at_k(ids, held_out, 100),
+    "recall@20": lambda ids, held_out: recall_at_k(ids, held_out, 20),
+    "recall@50": lambda ids, held_out: recall_at_k(ids, held_out, 50),
+}
+
+
+class RankingMetrics:
+    """Collects the metrics block by block. Holds a few numbers per user and one flag per item."""
+
+    def __init__(self, n_items: int) -> None:
+        self._listed = np.zeros(n_items, bool)
+        self._values: dict[str, list[np.ndarray]] = {name: [] for name in _METRICS}
+
+    def update(self, topk_ids: np.ndarray, held_out: Rows) -> None:
+        """Add a block of users: topk_ids (U, K) with K >= 100 or as many as the vocabulary has; held_out of U rows."""
+        topk_ids = np.asarray(topk_ids)
+        first = topk_ids[:, :_COVERAGE_K]
+        self._listed[first[first >= 0]] = True
+        for name, metric in _METRICS.items():
+            self._values[name].append(metric(topk_ids, held_out))
+
+    def per_user(self) -> dict[str, np.ndarray]:
+        """Each metric of each user, (n,) float64, in the order they were added; NaN where the target was empty."""
+        return {name: np.concatenate([np.empty(0), *parts]) for name, parts in self._values.items()}
+
+    def result(self) -> dict[str, float | int | None]:
+        """Means over the scored users, standard errors (`_se`: sample standard deviation / sqrt(n)), coverage and counts.
+
+        A standard error of fewer than two users is None; without a scored user every metric is None.
+        """
+        out: dict[str, float | int | None] = {}
+        n_scored = n_users = 0
+        for name, values in self.per_user().items():
+            scored = values[~np.isnan(values)]
+            n_scored, n_users = len(scored), len(values)
+            out[name] = float(scored.mean()) if n_scored else None
+            out[f"{name}_se"] = float(scored.std(ddof=1)) / math.sqrt(n_scored) if n_scored > 1 else None
+        out[f"coverage@{_COVERAGE_K}"] = coverage(self._listed) if n_scored else None
+        out["n_users"] = n_scored
+        out["n_users_unscored"] = n_users - n_scored
+        return out

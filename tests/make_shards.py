@@ -1,0 +1,92 @@
+"""Writes small shard folders for tests, straight through dist_vasp.data.format (no data_tools)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import webdataset
+
+from dist_vasp.data import format as fmt
+
+Row = Sequence[int] | np.ndarray
+
+
+def _csr(rows: Sequence[Row]) -> tuple[np.ndarray, np.ndarray]:
+    indptr = np.concatenate([[0], np.cumsum([len(r) for r in rows])]).astype(np.int64)
+    items = np.concatenate([np.empty(0, np.int32), *(np.sort(np.asarray(r, np.int32)) for r in rows)])
+    return indptr, items
+
+
+def make_block(keys: np.ndarray, rows: Sequence[Row], heldout: Sequence[Row] | None = None) -> fmt.Block:
+    """A block of users from lists of item rows."""
+    indptr, items = _csr(rows)
+    if heldout is None:
+        return fmt.Block(keys, indptr, items)
+    return fmt.Block(keys, indptr, items, *_csr(heldout))
+
+
+def _write_split(folder: Path, split: str, block: fmt.Block, users_per_shard: int, users_per_block: int) -> fmt.SplitEntry:
+    shards = []
+    for index, first in enumerate(range(0, block.n_users, users_per_shard)):
+        path = folder / fmt.shard_name(split, index)
+        last = min(first + users_per_shard, block.n_users)
+        with webdataset.TarWriter(str(path)) as writer:
+            for start in range(first, last, users_per_block):
+                piece = _slice(block, start, min(start + users_per_block, last))
+                writer.write(fmt.encode_block(f"{start:08d}", piece))
+        whole = _slice(block, first, last)
+        data = path.read_bytes()
+        heldout = 0 if whole.heldout_items is None else len(whole.heldout_items)
+        shards.append(fmt.ShardEntry(path.name, whole.n_users, len(whole.items), heldout, len(data), fmt.sha256_of(data)))
+    return fmt.SplitEntry(block.n_users, len(block.items), 0 if block.heldout_items is None else len(block.heldout_items), shards)
+
+
+def _slice(block: fmt.Block, start: int, stop: int) -> fmt.Block:
+    def cut(indptr: np.ndarray, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return indptr[start : stop + 1] - indptr[start], items[indptr[start] : indptr[stop]]
+
+    heldout = () if block.heldout_indptr is None else cut(block.heldout_indptr, block.heldout_items)
+    return fmt.Block(block.user_keys[start:stop], *cut(block.indptr, block.items), *heldout)
+
+
+def write_folder(
+    path: str | Path,
+    train: Sequence[Row],
+    validation: Sequence[tuple[Row, Row]] = (),
+    test: Sequence[tuple[Row, Row]] = (),
+    n_items: int | None = None,
+    users_per_shard: int = 16,
+    users_per_block: int = 8,
+) -> fmt.Manifest:
+    """Write a complete data folder: train rows, (fold_in, held_out) rows, item ids 1000 + item row as integers.
+
+    User keys count from 1 over train, validation, test. n_items defaults to the largest item row + 1. Returns the
+    manifest, which is also on disk.
+    """
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    everything = [*train, *(r for pair in (*validation, *test) for r in pair)]
+    if n_items is None:
+        n_items = max((int(max(r)) + 1 for r in everything if len(r)), default=1)
+    item_ids = pa.array(np.arange(n_items, dtype=np.int64) + 1000)
+    item_keys = fmt.keys_of_ids(item_ids)
+    popularity = np.bincount(_csr(train)[1], minlength=n_items).astype(np.int64)
+    columns = {"item": np.arange(n_items, dtype=np.int64), "id": item_ids, "key": item_keys, "popularity": popularity}
+    pq.write_table(pa.table(columns), folder / fmt.ITEMS_FILE)
+
+    splits, next_key = {}, 1
+    for split, rows in (("train", train), ("validation", validation), ("test", test)):
+        keys = np.arange(next_key, next_key + len(rows), dtype=np.uint64)
+        next_key += len(rows)
+        heldout = None if split == "train" else [r[1] for r in rows]
+        block = make_block(keys, rows if split == "train" else [r[0] for r in rows], heldout)
+        splits[split] = _write_split(folder, split, block, users_per_shard, users_per_block)
+        pq.write_table(pa.table({"key": keys, "id": keys.astype(np.int64)}), folder / fmt.users_file(split))
+    files = {name: fmt.sha256_of((folder / name).read_bytes()) for name in (fmt.ITEMS_FILE, *map(fmt.users_file, fmt.SPLITS))}
+    manifest = fmt.Manifest(n_items, fmt.vocabulary_sha256(item_keys), splits, files, {"protocol": "made for a test"})
+    (folder / fmt.MANIFEST).write_text(manifest.to_json())
+    return manifest

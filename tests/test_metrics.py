@@ -1,0 +1,122 @@
+"""Metrics against a plain loop over users, and against values worked out by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dist_vasp.data.stream import Rows
+from dist_vasp.ranking.metrics import RankingMetrics, hits, ndcg_at_k, recall_at_k
+
+KEYS = ["ndcg@100", "ndcg@100_se", "recall@20", "recall@20_se", "recall@50", "recall@50_se", "coverage@100"]
+
+
+def csr(rows) -> Rows:
+    indptr = np.concatenate([[0], np.cumsum([len(r) for r in rows])]).astype(np.int64)
+    return Rows(indptr, np.array([i for r in rows for i in sorted(r)], np.int32))
+
+
+def naive_recall(listed, target, k) -> float:
+    if not target:
+        return math.nan
+    return sum(i in target for i in listed[:k]) / min(k, len(target))
+
+
+def naive_ndcg(listed, target, k) -> float:
+    if not target:
+        return math.nan
+    dcg = sum(1 / math.log2(rank + 2) for rank, i in enumerate(listed[:k]) if i in target)
+    return dcg / sum(1 / math.log2(rank + 2) for rank in range(min(k, len(target))))
+
+
+@st.composite
+def cases(draw) -> tuple[int, np.ndarray, list[set[int]]]:
+    """(n_items, topk_ids padded with -1, targets); some targets empty."""
+    n_items, n_users, width = draw(st.integers(1, 160)), draw(st.integers(0, 6)), draw(st.integers(0, 120))
+    random = np.random.default_rng(draw(st.integers(0, 2**31)))
+    ids = np.full((n_users, width), -1, np.int64)
+    targets = []
+    for row in ids:
+        n = random.integers(0, min(width, n_items) + 1)
+        row[:n] = random.permutation(n_items)[:n]
+        targets.append(set(random.permutation(n_items)[: random.integers(0, min(n_items, 70) + 1)].tolist()))
+        if random.random() < 0.3:
+            targets[-1] = set()
+    return n_items, ids, targets
+
+
+@settings(deadline=None)
+@given(cases(), st.sampled_from([1, 3, 20, 50, 100]))
+def test_metrics_equal_the_plain_loop(case, k):
+    _, ids, targets = case
+    held_out = csr(targets)
+    expected_hits = [[bool(i in t) for i in row] for row, t in zip(ids.tolist(), targets, strict=True)]
+    assert hits(ids, held_out).tolist() == expected_hits
+    for metric, naive in ((recall_at_k, naive_recall), (ndcg_at_k, naive_ndcg)):
+        expected = [naive(row, t, k) for row, t in zip(ids.tolist(), targets, strict=True)]
+        np.testing.assert_allclose(metric(ids, held_out, k), np.array(expected), rtol=1e-12)
+
+
+@settings(deadline=None)
+@given(cases(), st.integers(1, 4))
+def test_result_over_blocks(case, users_per_block):
+    n_items, ids, targets = case
+    metrics = RankingMetrics(n_items)
+    for start in range(0, len(ids), users_per_block):
+        metrics.update(ids[start : start + users_per_block], csr(targets[start : start + users_per_block]))
+    result = metrics.result()
+    assert list(result) == [*KEYS, "n_users", "n_users_unscored"]
+    scored = [(row, t) for row, t in zip(ids.tolist(), targets, strict=True) if t]
+    assert (result["n_users"], result["n_users_unscored"]) == (len(scored), len(ids) - len(scored))
+    values = metrics.per_user()
+    assert [len(v) for v in values.values()] == [len(ids)] * 3
+    if not scored:
+        assert all(result[key] is None for key in KEYS)
+        return
+    for name, naive, k in (("ndcg@100", naive_ndcg, 100), ("recall@20", naive_recall, 20), ("recall@50", naive_recall, 50)):
+        expected = np.array([naive(row, t, k) for row, t in scored])
+        assert result[name] == pytest.approx(expected.mean(), rel=1e-12)
+        if len(scored) < 2:
+            assert result[f"{name}_se"] is None
+        else:
+            assert result[f"{name}_se"] == pytest.approx(expected.std(ddof=1) / math.sqrt(len(scored)), rel=1e-9, abs=1e-15)
+        np.testing.assert_array_equal(np.isnan(values[name]), [not t for t in targets])
+    listed = {i for row in ids.tolist() for i in row[:100] if i >= 0}
+    assert result["coverage@100"] == pytest.approx(len(listed) / n_items)
+    json.dumps(result, allow_nan=False)
+
+
+def test_by_hand():
+    ids = np.array([[7, 2, 9, -1], [1, 2, 3, 4]])
+    held_out = csr([{2, 5}, {4}])
+    np.testing.assert_allclose(recall_at_k(ids, held_out, 4), [0.5, 1.0])
+    np.testing.assert_allclose(recall_at_k(ids, held_out, 1), [0.0, 0.0])
+    ideal = 1 + 1 / math.log2(3)
+    np.testing.assert_allclose(ndcg_at_k(ids, held_out, 4), [1 / math.log2(3) / ideal, 1 / math.log2(5)])
+
+
+def test_padding_hits_nothing_at_the_border_of_two_rows():
+    # -1 of the second user, as a flat position, is the last item of the first user's row
+    assert not hits(np.array([[0], [-1]]), csr([{9}, {0}])).any()
+    assert not hits(np.array([[8], [-1]]), csr([{9}, {9}])).any()
+
+
+def test_a_perfect_list_scores_one_for_long_and_short_targets():
+    ids = np.tile(np.arange(100), (2, 1))
+    metrics = RankingMetrics(200)
+    metrics.update(ids, csr([set(range(3)), set(range(150))]))
+    result = metrics.result()
+    assert [result[k] for k in ("ndcg@100", "recall@20", "recall@50")] == pytest.approx([1, 1, 1])
+    assert result["coverage@100"] == 0.5
+
+
+def test_only_the_first_hundred_count_for_coverage():
+    metrics = RankingMetrics(400)
+    metrics.update(np.arange(300)[None], csr([{250}]))
+    assert metrics.result()["coverage@100"] == 0.25
+    assert metrics.result()["ndcg@100"] == 0
