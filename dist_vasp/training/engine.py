@@ -1,0 +1,174 @@
+"""One optimizer step: the trunk as a DeepSpeed ZeRO engine, the item matrices beside it. The only importer of deepspeed.
+
+The item matrices stay outside the engine, because `deepspeed.initialize` overwrites every rank's parameters with rank 0's.
+DeepSpeed averages gradients over the world; the loss is already divided by the N rows of the whole step, so what enters
+the trunk's backward is multiplied by the world size, and what comes out at its input is divided by it (VASP.gradients).
+
+Shapes: B rows of this rank, N rows of the whole step, L latent width.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dist_vasp.config import Config
+from dist_vasp.data.augment import hash64
+from dist_vasp.data.stream import Batch
+from dist_vasp.model.sparse import gather_rows
+from dist_vasp.model.trunk import Trunk
+from dist_vasp.model.vasp import VASP, make_trunk
+from dist_vasp.parallel.comm import Ranks, all_reduce
+from dist_vasp.training.optimizer import InPlaceAdam
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What a step measured, summed over all ranks: `loss` = `focal` (the reconstruction, whatever its kind) + weighted KL."""
+
+    loss: float
+    focal: float
+    kl: float
+    grad_norm: float
+
+
+class DivergedError(RuntimeError):
+    """The loss or a gradient is no longer a finite number."""
+
+
+class Trainer:
+    """The model, its trunk engine (None for NEASE alone) and both optimizers."""
+
+    def __init__(self, config: Config, n_items: int, ranks: Ranks) -> None:
+        self.config, self.ranks, self.n_items = config, ranks, n_items
+        self.model = VASP(config.model, config.loss, n_items, ranks, config.run.seed)
+        self.item_optimizer = InPlaceAdam([piece.tensor for piece in self.model.slices()], config.optimizer)
+        trunk = make_trunk(config.model, config.run.seed)
+        self.engine, self.trunk_optimizer = _deepspeed_engine(trunk, config, ranks) if trunk else (None, None)
+        self._stage: int | None = None
+
+    @property
+    def trunk(self) -> Trunk | None:
+        """The bare module: current weights at ZeRO stages 0 to 2."""
+        return self.engine.module if self.engine else None
+
+    def optimizers(self) -> list[InPlaceAdam]:
+        return [self.item_optimizer] + ([self.trunk_optimizer] if self.trunk_optimizer else [])
+
+    def step(self, batch: Batch) -> StepReport:
+        """Gradients of every micro-batch, then one update of everything. Raises DivergedError before anything is updated."""
+        self._set_rate(batch.epoch)
+        micro_batches = self.config.optimizer.accumulation
+        rows = -(-batch.padded_rows // micro_batches)
+        noise_BL = self._noise(batch, rows * micro_batches) if self.engine else None
+        world = self.ranks.world_size
+        totals = torch.zeros(3, dtype=torch.float64, device=self.ranks.device)  # reconstruction, KL, squared norm of item gradients
+
+        for start in range(0, rows * micro_batches, rows):
+            mine = slice(min(start, batch.inputs.n_rows), min(start + rows, batch.inputs.n_rows))
+            csr = [side.slice(mine.start, mine.stop) for side in (batch.inputs, batch.targets)]
+            x, y = gather_rows(csr, mine.stop - mine.start, rows, self.n_items, self.ranks.partition_group, self.ranks.device)
+            noise = noise_BL[start : start + rows] if noise_BL is not None else None
+            share = self.model.gradients(self.engine, self._backward, world, x, y, noise, batch.global_rows)
+            totals += torch.stack([share.reconstruction, share.kl, totals.new_zeros(())]).double()
+            if self.engine and start + rows < rows * micro_batches:
+                self.engine.step()  # counts the micro-batch; the update comes at the last one
+
+        if self.ranks.layout.replicas > 1:
+            for piece in self.model.slices():
+                piece.tensor.grad = all_reduce(piece.tensor.grad, self.ranks.replica_group)
+        totals[2] = self._item_squared_norm() / self.ranks.layout.replicas
+        reconstruction, kl, squared_norm = all_reduce(totals, self.ranks.world).tolist()
+        grad_norm = math.sqrt(squared_norm + self._trunk_squared_norm())
+        report = StepReport(reconstruction + self.config.loss.kl_weight * kl, reconstruction, kl, grad_norm)
+        if not (math.isfinite(report.loss) and math.isfinite(grad_norm)):
+            raise DivergedError(f"step {batch.step + 1}: loss {report.loss}, gradient norm {grad_norm}")
+
+        clip = self.config.optimizer.clip_norm
+        for optimizer in self.optimizers():
+            optimizer.grad_scale = min(1.0, clip / grad_norm) if clip and grad_norm else 1.0
+        if self.engine:
+            self.engine.step()
+        self.item_optimizer.step()
+        self.item_optimizer.zero_grad(set_to_none=True)
+        return report
+
+    def _backward(self, scalar: Tensor) -> None:
+        assert self.engine is not None
+        self.engine.backward(scalar, scale_wrt_gas=False)
+
+    def _set_rate(self, epoch: int) -> None:
+        """The schedule's rate for `epoch`; where a new stage begins the moments are kept, unless told otherwise."""
+        stage = self.config.stage(epoch)
+        for optimizer in self.optimizers():
+            for group in optimizer.param_groups:
+                group["lr"] = self.config.lr(epoch)
+            if self.config.optimizer.reset_on_stage and self._stage not in (None, stage):
+                optimizer.forget()
+        self._stage = stage
+
+    def _noise(self, batch: Batch, n_rows: int) -> Tensor:
+        """Standard normal noise of this rank's rows (n_rows, L), drawn per lane: the same for every number of ranks."""
+        latent, device = self.config.model.latent, self.ranks.device
+        noise = torch.zeros((n_rows, latent), device=device)
+        first = 0
+        for lane, count in batch.lane_rows:
+            key = int(hash64(np.uint64(self.config.run.seed), np.uint64(batch.step), np.uint64(lane)))
+            generator = torch.Generator(device=device).manual_seed(key)
+            noise[first : first + count] = torch.randn((count, latent), generator=generator, device=device)
+            first += count
+        return noise
+
+    def _item_squared_norm(self) -> Tensor:
+        return torch.stack([torch.linalg.vector_norm(piece.tensor.grad).double() ** 2 for piece in self.model.slices()]).sum()
+
+    def _trunk_squared_norm(self) -> float:
+        """Over the whole trunk, from the averaged gradients that ZeRO holds before its step."""
+        if self.engine is None:
+            return 0.0
+        return float(self.engine.optimizer.scaled_global_norm()) ** 2
+
+
+def _deepspeed_engine(trunk: Trunk, config: Config, ranks: Ranks) -> tuple[Any, InPlaceAdam]:
+    deepspeed = _import_deepspeed(ranks.device)
+    optimizer = InPlaceAdam(trunk.parameters(), config.optimizer)
+    accumulation = config.optimizer.accumulation
+    engine, *_ = deepspeed.initialize(
+        model=trunk.to(ranks.device),
+        optimizer=optimizer,
+        config={
+            # rows are counted by our own loss; DeepSpeed only needs a consistent triple
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": accumulation,
+            "train_batch_size": accumulation * ranks.world_size,
+            "gradient_clipping": 0.0,
+            "zero_allow_untested_optimizer": True,
+            "zero_optimization": {"stage": config.parallel.zero_stage},
+            "steps_per_print": 2**31 - 1,
+        },
+        dist_init_required=False,
+    )
+    return engine, optimizer
+
+
+def _import_deepspeed(device: torch.device) -> Any:
+    """deepspeed, quiet, and on the CPU without compiling an op that only serves inference."""
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.ERROR)
+    ops = getattr(getattr(deepspeed, "ops", None), "__compatible_ops__", None)
+    if isinstance(ops, dict) and "deepspeed_shm_comm" in ops:
+        ops["deepspeed_shm_comm"] = False
+    if not deepspeed.comm.is_initialized():
+        deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False)
+    return deepspeed
