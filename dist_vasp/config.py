@@ -231,10 +231,20 @@ def check(config: Config) -> Config:
         "change one of the two",
     )
     _require(
-        o.weight_decay == 0 or o.name == "adamw", "optimizer.weight_decay", o.weight_decay, f"0 with {o.name}", "use optimizer.name adamw"
+        o.weight_decay == 0 or o.name == "adamw",
+        "optimizer.weight_decay",
+        o.weight_decay,
+        f"0 with {o.name}",
+        "use optimizer.name adamw",
     )
     _require(p.zero_stage == 1, "parallel.zero_stage", p.zero_stage, "1, the stage this version trains", "set it to 1")
-    _require(p.lanes <= d.batch_size, "parallel.lanes", p.lanes, f"at most data.batch_size = {d.batch_size}", "lower it or raise the batch")
+    _require(
+        p.lanes <= d.batch_size,
+        "parallel.lanes",
+        p.lanes,
+        f"at most data.batch_size = {d.batch_size}",
+        "lower it or raise the batch",
+    )
     _require(config.device in ("auto", "cuda", "cpu"), "device", config.device, "auto, cuda or cpu", "choose one of them")
     return config
 
@@ -261,6 +271,16 @@ def parse(parser: ArgumentParser, argv: Sequence[str] | None = None) -> tuple[Co
         raise ValueError(_readable(str(error))) from None
     config = Config(**{f.name: getattr(made, f.name) for f in fields(Config)})
     return check(config), namespace
+
+
+def from_dict(raw: dict[str, Any]) -> Config:
+    """The Config that `dataclasses.asdict` took apart; ValueError where it does not fit this version."""
+    parser = make_parser("config", "configuration")
+    try:
+        made = parser.instantiate(parser.parse_object(raw))
+    except Exception as error:
+        raise ValueError(_readable(str(error))) from None
+    return check(Config(**{f.name: getattr(made, f.name) for f in fields(Config)}))
 
 
 def known_keys() -> list[str]:

@@ -72,7 +72,9 @@ class DenseVASP:
             paths.append(x @ p["output.nease.weight"])
         return paths, kl
 
-    def loss(self, x: Tensor, y: Tensor, noise: Tensor | None, kind: str, alpha: float = 0.25, gamma: float = 2.0) -> tuple[Tensor, Tensor]:
+    def loss(
+        self, x: Tensor, y: Tensor, noise: Tensor | None, kind: str, alpha: float = 0.25, gamma: float = 2.0
+    ) -> tuple[Tensor, Tensor]:
         """(reconstruction, KL), both averaged over rows."""
         paths, kl = self.forward(x, noise)
         p = torch.ones_like(y)

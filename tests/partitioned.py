@@ -70,7 +70,9 @@ def assemble(pieces: list[tuple[str, int, int, int, np.ndarray]]) -> dict[str, t
     return whole
 
 
-def make_model(kind: str, n_items: int, ranks: Ranks, loss: str = "focal", latent_head: bool = True, dtype=torch.float64, seed: int = 5) -> VASP:
+def make_model(
+    kind: str, n_items: int, ranks: Ranks, loss: str = "focal", latent_head: bool = True, dtype=torch.float64, seed: int = 5
+) -> VASP:
     config = ModelConfig(kind=kind, latent_head=latent_head, **SMALL)
     model = VASP(config, LossConfig(kind=loss), n_items, ranks, seed, dtype)
     randomise(model.slices(), seed)

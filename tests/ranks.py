@@ -26,7 +26,9 @@ from dist_vasp.parallel.partition import Layout
 
 def _worker(fn: Callable, rank: int, layout: Layout, rendezvous: str, results: Any, args: tuple) -> None:
     try:
-        os.environ.update(RANK=str(rank), WORLD_SIZE=str(layout.world_size), LOCAL_RANK=str(rank), LOCAL_SIZE=str(layout.world_size))
+        os.environ.update(
+            RANK=str(rank), WORLD_SIZE=str(layout.world_size), LOCAL_RANK=str(rank), LOCAL_SIZE=str(layout.world_size)
+        )
         os.environ["DS_ACCELERATOR"] = "cpu"
         torch.set_num_threads(1)
         dist.init_process_group(
@@ -48,7 +50,8 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, replicas: int
     with tempfile.TemporaryDirectory() as folder:
         rendezvous = os.path.join(folder, "rendezvous")
         processes = [
-            context.Process(target=_worker, args=(fn, rank, layout, rendezvous, results, args), daemon=True) for rank in range(world_size)
+            context.Process(target=_worker, args=(fn, rank, layout, rendezvous, results, args), daemon=True)
+            for rank in range(world_size)
         ]
         for process in processes:
             process.start()

@@ -54,7 +54,9 @@ def _train(ranks, configs: list[Config]):
         trunk_before = {f"trunk.{n}": p.detach().numpy().copy() for n, p in trainer.trunk.named_parameters()}
         reports = [dataclasses.astuple(trainer.step(_batch(step, ranks))) for step in range(STEPS)]
         trunk_after = {f"trunk.{n}": p.detach().numpy().copy() for n, p in trainer.trunk.named_parameters()}
-        found.append(dict(before=before, trunk_before=trunk_before, reports=reports, after=export(trainer.model.slices()), trunk=trunk_after))
+        found.append(
+            dict(before=before, trunk_before=trunk_before, reports=reports, after=export(trainer.model.slices()), trunk=trunk_after)
+        )
     return found
 
 
@@ -94,7 +96,9 @@ def test_steps_equal_dense_oracle(world_size, replicas):
         parameters = assemble([p for r in results for p in r["before"]])
         parameters |= {n: torch.from_numpy(p) for n, p in results[0]["trunk_before"].items()}
         reports, expected = _dense(parameters, name, clip)
-        found = assemble([p for r in results for p in r["after"]]) | {n: torch.from_numpy(p) for n, p in results[0]["trunk"].items()}
+        found = assemble([p for r in results for p in r["after"]]) | {
+            n: torch.from_numpy(p) for n, p in results[0]["trunk"].items()
+        }
         for r in results:
             np.testing.assert_allclose(r["reports"], reports, rtol=2e-6, err_msg=f"{name} {clip}")
         # Adam divides by the root of a squared gradient: where a gradient is nearly zero its rounding is what moves the entry

@@ -209,7 +209,9 @@ class Manifest:
         try:
             raw = json.loads(path.read_text())
             if raw["format_version"] != FORMAT_VERSION:
-                raise ValueError(f"format_version is {raw['format_version']}, this version reads {FORMAT_VERSION}; shard the data again")
+                raise ValueError(
+                    f"format_version is {raw['format_version']}, this version reads {FORMAT_VERSION}; shard the data again"
+                )
             splits = {name: _split_from_json(name, raw["splits"][name]) for name in SPLITS}
             manifest = Manifest(
                 n_items=_count(raw["n_items"]),
@@ -264,7 +266,9 @@ def iterate_shard(data: bytes, split: str, n_items: int, where: str) -> Iterator
         text = str(error)
         raise ValueError(text if text.startswith(where) else f"{where}: {text}") from None
     except Exception as error:  # tarfile and webdataset raise many kinds on damaged archives
-        raise ValueError(f"{where}: damaged tar archive ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})") from None
+        raise ValueError(
+            f"{where}: damaged tar archive ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
+        ) from None
 
 
 def read_shard(folder: str | Path, split: str, entry: ShardEntry, n_items: int) -> Block:
@@ -324,19 +328,22 @@ class ItemTable:
 
 
 def load_items(folder: str | Path, manifest: Manifest) -> ItemTable:
-    """Read items.parquet and hold it against the manifest's vocabulary; ValueError where they differ."""
-    path = Path(folder) / ITEMS_FILE
+    """Read items.parquet of a data folder and hold it against the manifest's vocabulary; ValueError where they differ."""
+    return read_items_file(Path(folder) / ITEMS_FILE, manifest.n_items, manifest.vocabulary_sha256)
+
+
+def read_items_file(path: Path, n_items: int, expected_sha256: str) -> ItemTable:
+    """Read an items.parquet that must hold the vocabulary with this hash; ValueError where it does not."""
     try:
         table = pq.read_table(path)
         columns = {name: table.column(name).combine_chunks() for name in ("item", "id", "key", "popularity")}
     except (OSError, KeyError, pa.ArrowException) as error:
         raise ValueError(f"{path} cannot be read as the item table ({error}); shard the data again") from None
     rows, keys = np.asarray(columns["item"]), np.asarray(columns["key"]).astype(np.uint64)
-    if not np.array_equal(rows, np.arange(manifest.n_items)) or vocabulary_sha256(keys) != manifest.vocabulary_sha256:
+    if not np.array_equal(rows, np.arange(n_items)) or vocabulary_sha256(keys) != expected_sha256:
         raise ValueError(
-            f"{path} lists {len(rows)} items whose vocabulary hash is {vocabulary_sha256(keys)[:12]}..., manifest.json says "
-            f"{manifest.n_items} items and {manifest.vocabulary_sha256[:12]}...: the two come from different preparations; "
-            "shard the data again"
+            f"{path} lists {len(rows)} items whose vocabulary hash is {vocabulary_sha256(keys)[:12]}..., expected {n_items} items "
+            f"and {expected_sha256[:12]}...: it comes from another preparation; shard the data again or restore the file"
         )
     titles = table.column("title").combine_chunks() if "title" in table.column_names else None
     return ItemTable(columns["id"], keys, np.asarray(columns["popularity"]), titles)

@@ -61,11 +61,9 @@ def _accumulate(parameter: Tensor, grad: Tensor) -> None:
 class InputSide:
     """x -> W1 x for this rank's own rows: local sums over J, then a reduce_scatter over the partition group."""
 
-    def __init__(self, part: ItemPartition, group: Group, hidden: int, seed: int, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, part: ItemPartition, group: Group, hidden: int, device: torch.device, dtype: torch.dtype) -> None:
         self.part, self.group = part, group
         self.weight_JH = torch.zeros((part.size, hidden), device=device, dtype=dtype)
-        for piece in self.slices():
-            piece.glorot(seed, 1, part.n_items + hidden)
 
     def slices(self) -> list[ItemSlice]:
         return [ItemSlice("input.weight", self.part.start, self.part.stop, 0, self.weight_JH)]
@@ -96,7 +94,6 @@ class OutputSide:
         deep: bool,
         latent_head: bool,
         shallow: bool,
-        seed: int,
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
@@ -111,10 +108,9 @@ class OutputSide:
         self.Q_JL, self.q_J = (zeros(J, latent), zeros(J)) if deep and latent_head else (None, None)
         # W is stored block by block: a bag over a contiguous (I, C) table stays in cache.
         self.W_IC = [zeros(I, hi - lo) for lo, hi in self.blocks] if shallow else None
-        fans = {"output.decoder.weight": I + hidden, "output.latent.weight": I + latent, "output.nease.weight": 2 * I}
-        for piece in self.slices():
-            if piece.name in fans:
-                piece.glorot(seed, 2 + list(fans).index(piece.name), fans[piece.name])
+
+    def zero_diagonal(self) -> None:
+        """No item may predict itself."""
         for (lo, _), W_IC in zip(self.blocks, self.W_IC or [], strict=False):
             self._diagonal(W_IC, lo).zero_()
 

@@ -65,11 +65,15 @@ class ElementwiseLoss:
 
     needs_row_stats = False
 
-    def slopes(self, log_p: Tensor, log_q: Tensor, positive: bool, stats: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def slopes(
+        self, log_p: Tensor, log_q: Tensor, positive: bool, stats: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """(L, S_p, S_q) where y is 1 (`positive`) or 0; None stands for a slope that is zero everywhere."""
         raise TypeError(f"{type(self).__name__} does not define its slopes")  # pragma: no cover
 
-    def block(self, logits: list[Tensor], ones: Positions, weight_G: Tensor, stats: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
+    def block(
+        self, logits: list[Tensor], ones: Positions, weight_G: Tensor, stats: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
         """The block's weighted loss (scalar) and its gradient with respect to each path's logits, (G, C) each.
 
         All entries are taken as y = 0 first; the few ones are then corrected at their positions.
@@ -180,7 +184,9 @@ class MultinomialLoss:
         """(G,) zeros: the loss is summed over the ones of each block."""
         return torch.zeros_like(stats[:, 0])
 
-    def block(self, logits: list[Tensor], ones: Positions, weight_G: Tensor, stats: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
+    def block(
+        self, logits: list[Tensor], ones: Positions, weight_G: Tensor, stats: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
         assert stats is not None
         total = sum(logits[1:], logits[0])
         rows, columns = ones

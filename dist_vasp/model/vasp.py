@@ -26,7 +26,7 @@ from dist_vasp.model.item_layers import InputSide, ItemSlice, OutputSide
 from dist_vasp.model.losses import CosineLoss, MultinomialLoss, make_loss
 from dist_vasp.model.sparse import ItemRows
 from dist_vasp.model.trunk import Trunk
-from dist_vasp.parallel.comm import Group, Ranks, all_gather, reduce_scatter
+from dist_vasp.parallel.comm import Ranks, all_gather, reduce_scatter
 
 TrunkCall = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor]]
 Backward = Callable[[Tensor], None]
@@ -44,19 +44,37 @@ class VASP:
     """The partitioned model of `model.kind`: vasp, flvae or nease. The trunk is handed in, plain or wrapped by an engine."""
 
     def __init__(
-        self, model: ModelConfig, loss: LossConfig, n_items: int, ranks: Ranks, seed: int, dtype: torch.dtype = torch.float32
+        self,
+        model: ModelConfig,
+        loss: LossConfig,
+        n_items: int,
+        ranks: Ranks,
+        seed: int,
+        dtype: torch.dtype = torch.float32,
+        initialise: bool = True,
     ) -> None:
         self.config, self.kl_weight, self.n_items = model, loss.kl_weight, n_items
         self.loss = make_loss(loss.kind, loss.alpha, loss.gamma)
         self.part, self.group, self.device = ranks.partition_of_items(n_items), ranks.partition_group, ranks.device
         deep, shallow = model.kind != "nease", model.kind != "flvae"
-        place = (seed, self.device, dtype)
+        place = (self.device, dtype)
         self.input = InputSide(self.part, self.group, model.hidden, *place) if deep else None
         self.output = OutputSide(self.part, self.group, model.hidden, model.latent, deep, model.latent_head, shallow, *place)
+        if initialise:
+            self._glorot(seed)
 
     def slices(self) -> list[ItemSlice]:
         """Every piece of an item matrix that this rank owns."""
         return (self.input.slices() if self.input else []) + self.output.slices()
+
+    def _glorot(self, seed: int) -> None:
+        """Glorot uniform by the fan of the whole matrix, zero biases, zero diagonal of W."""
+        H, L, I = self.config.hidden, self.config.latent, self.n_items
+        fans = {"input.weight": I + H, "output.decoder.weight": I + H, "output.latent.weight": I + L, "output.nease.weight": 2 * I}
+        for piece in self.slices():
+            if piece.name in fans:
+                piece.glorot(seed, 1 + list(fans).index(piece.name), fans[piece.name])
+        self.output.zero_diagonal()
 
     def encode(self, trunk: TrunkCall | None, x: ItemRows, noise_BL: Tensor | None) -> tuple[Tensor, ...]:
         """This rank's W1 x (B, H), [d z] (B, H+L) and KL (B,)."""
@@ -66,7 +84,14 @@ class VASP:
         return pre_BH, torch.cat([d_BH, z_BL], dim=1), kl_B
 
     def gradients(
-        self, trunk: TrunkCall | None, backward: Backward, trunk_scale: float, x: ItemRows, y: ItemRows, noise_BL: Tensor | None, n_rows: int
+        self,
+        trunk: TrunkCall | None,
+        backward: Backward,
+        trunk_scale: float,
+        x: ItemRows,
+        y: ItemRows,
+        noise_BL: Tensor | None,
+        n_rows: int,
     ) -> StepLoss:
         """Forward and backward of one micro-batch; gradients are added to those already there.
 

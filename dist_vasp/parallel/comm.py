@@ -1,4 +1,4 @@
-"""Process groups and differentiable collectives: the only user of torch.distributed.
+"""Process groups and collectives: the only user of torch.distributed.
 
 Two kinds of group cross each other (DESIGN.md, section 3):
 
@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import datetime
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -81,7 +83,9 @@ def resolve_device(device: str, local_rank: int) -> torch.device:
         if not torch.cuda.is_available():
             raise ValueError("device is cuda but this machine offers no CUDA device; use --device cpu")
         if local_rank >= torch.cuda.device_count():
-            raise ValueError(f"local rank {local_rank} has no CUDA device of its own: {torch.cuda.device_count()} found; start fewer ranks")
+            raise ValueError(
+                f"local rank {local_rank} has no CUDA device of its own: {torch.cuda.device_count()} found; start fewer ranks"
+            )
         torch.cuda.set_device(local_rank)
         return torch.device("cuda", local_rank)
     return torch.device(device)
@@ -108,7 +112,9 @@ def init_ranks(partitions: int = 0, replicas: int = 1, device: str = "auto", tim
         elif world_size == 1:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         else:
-            raise ValueError(f"WORLD_SIZE is {world_size} but MASTER_ADDR or MASTER_PORT is not set; start with deepspeed or torchrun")
+            raise ValueError(
+                f"WORLD_SIZE is {world_size} but MASTER_ADDR or MASTER_PORT is not set; start with deepspeed or torchrun"
+            )
     return form_groups(rank, layout, torch_device)
 
 
@@ -126,6 +132,10 @@ def form_groups(rank: int, layout: Layout, device: torch.device) -> Ranks:
     return Ranks(rank, layout, device, world, partition_group, replica_group)
 
 
+def is_initialized() -> bool:
+    return dist.is_initialized()
+
+
 def shut_down() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -140,7 +150,7 @@ def all_gather(local: Tensor, group: Group) -> Tensor:
         return local
     local = local.contiguous()
     gathered = local.new_empty((group.size * local.shape[0], *local.shape[1:]))
-    dist.all_gather_into_tensor(gathered, local, group=group.handle)
+    dist.all_gather_single(gathered, local, group=group.handle)
     group.count("all_gather", (group.size - 1) * local.numel() * local.element_size())
     return gathered
 
@@ -151,7 +161,7 @@ def reduce_scatter(partial: Tensor, group: Group) -> Tensor:
         return partial
     partial = partial.contiguous()
     reduced = partial.new_empty((partial.shape[0] // group.size, *partial.shape[1:]))
-    dist.reduce_scatter_tensor(reduced, partial, group=group.handle)
+    dist.reduce_scatter_single(reduced, partial, group=group.handle)
     group.count("reduce_scatter", (group.size - 1) * reduced.numel() * reduced.element_size())
     return reduced
 
@@ -185,56 +195,21 @@ def agree(error: Exception | None, ranks: Ranks) -> None:
     """Raise one AgreedError on every rank if any rank brings a user's error (ValueError); call it on all ranks."""
     if error is not None and not isinstance(error, ValueError):
         raise error
-    messages = all_gather_bytes(str(error).encode() if error else b"", ranks.world, ranks.device)
+    messages = [
+        m.decode(errors="replace") for m in all_gather_bytes(str(error).encode() if error else b"", ranks.world, ranks.device)
+    ]
     for rank, message in enumerate(messages):
         if message:
-            text = message.decode(errors="replace")
-            raise AgreedError(text if ranks.world_size == 1 else f"{text} (rank {rank})") from error
+            everywhere = all(m == message for m in messages)
+            raise AgreedError(message if everywhere else f"{message} (rank {rank})") from error
 
 
-class _AllGather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, local, group):
-        ctx.group = group
-        return all_gather(local, group)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return reduce_scatter(grad, ctx.group), None
-
-
-class _ReduceScatter(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, partial, group):
-        ctx.group = group
-        return reduce_scatter(partial, group)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return all_gather(grad, ctx.group), None
-
-
-class _ScaleGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, factor):
-        ctx.factor = factor
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad * ctx.factor, None
-
-
-def all_gather_rows(local: Tensor, group: Group) -> Tensor:
-    """Differentiable `all_gather`; its backward is the reduce_scatter."""
-    return local if group.size == 1 else _AllGather.apply(local, group)
-
-
-def reduce_scatter_rows(partial: Tensor, group: Group) -> Tensor:
-    """Differentiable `reduce_scatter`; its backward is the all_gather."""
-    return partial if group.size == 1 else _ReduceScatter.apply(partial, group)
-
-
-def scale_gradient(x: Tensor, factor: float) -> Tensor:
-    """The identity whose gradient is multiplied by `factor`."""
-    return x if factor == 1 else _ScaleGradient.apply(x, factor)
+@contextmanager
+def agreed(ranks: Ranks) -> Iterator[None]:
+    """A ValueError that any rank meets in the body becomes one AgreedError on all. The body must hold no collective."""
+    error: Exception | None = None
+    try:
+        yield
+    except ValueError as raised:
+        error = raised
+    agree(error, ranks)

@@ -12,7 +12,9 @@ from __future__ import annotations
 import logging
 import math
 import os
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,11 +24,12 @@ from torch import Tensor
 from dist_vasp.config import Config
 from dist_vasp.data.augment import hash64
 from dist_vasp.data.stream import Batch
+from dist_vasp.model.item_layers import ItemSlice
 from dist_vasp.model.sparse import gather_rows
 from dist_vasp.model.trunk import Trunk
-from dist_vasp.model.vasp import VASP, make_trunk
+from dist_vasp.model.vasp import VASP, TrunkCall, make_trunk
 from dist_vasp.parallel.comm import Ranks, all_reduce
-from dist_vasp.training.optimizer import InPlaceAdam
+from dist_vasp.training.optimizer import MOMENTS, SCALARS, InPlaceAdam
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,82 @@ class Trainer:
         self.item_optimizer.zero_grad(set_to_none=True)
         return report
 
+    @contextmanager
+    def evaluating(self) -> Iterator[TrunkCall | None]:
+        """The trunk as a function without gradient or dropout, for the time of the body."""
+        if self.engine is None:
+            yield None
+            return
+        self.engine.eval()
+        try:
+            yield self.engine
+        finally:
+            self.engine.train()
+
+    # --- state -------------------------------------------------------------------------------------------------------
+
+    def item_pieces(self, moments: bool) -> list[ItemSlice]:
+        """This rank's pieces of the item matrices and, if asked, of their moments (`NAME.exp_avg`, `NAME.exp_avg_sq`)."""
+        pieces = self.model.slices()
+        if not moments:
+            return pieces
+        states = [(piece, self.item_optimizer.ensure_state(piece.tensor)) for piece in pieces]
+        return pieces + [replace(p, name=f"{p.name}.{m}", tensor=state[m]) for p, state in states for m in MOMENTS]
+
+    def trunk_tensors(self, moments: bool) -> dict[str, Tensor]:
+        """The whole trunk and, if asked, its moments, gathered from ZeRO's partitions; all ranks call it together."""
+        if self.engine is None:
+            return {}
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        tensors = {}
+        self._link_trunk_state()
+        for name, p in self.engine.module.named_parameters():
+            tensors[name] = safe_get_full_fp32_param(p)
+            for moment in MOMENTS if moments else ():
+                tensors[f"{name}.{moment}"] = safe_get_full_optimizer_state(p, moment)
+        return tensors
+
+    def optimizer_scalars(self) -> dict[str, float]:
+        """The optimizers' `step` and `mu_product`: one pair for all parameters."""
+        state = self.item_optimizer.ensure_state(self.model.slices()[0].tensor)
+        return {name: float(state[name]) for name in SCALARS}
+
+    def load_trunk(self, tensors: dict[str, Tensor]) -> None:
+        """Write back what `trunk_tensors(moments=True)` gave; ValueError where a tensor is missing or of another shape."""
+        if self.engine is None:
+            return
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        self._link_trunk_state()
+        for name, p in self.engine.module.named_parameters():
+            for key in (name, *(f"{name}.{m}" for m in MOMENTS)):
+                if key not in tensors or tensors[key].shape != p.shape:
+                    raise ValueError(f"the checkpoint's trunk has no {key} of shape {tuple(p.shape)}")
+            p.data.copy_(tensors[name])  # the module's own copy is what the next forward uses
+            safe_set_full_fp32_param(p, tensors[name].to(p.device))
+            for moment in MOMENTS:
+                safe_set_full_optimizer_state(p, tensors[f"{name}.{moment}"].to(p.device), moment)
+
+    def load_scalars(self, scalars: dict[str, float], epoch: int) -> None:
+        """Restore `optimizer_scalars`, and remember the schedule's stage that `epoch`, the last one trained in, lies in."""
+        for optimizer in self.optimizers():
+            for group in optimizer.param_groups:
+                for p in group["params"]:
+                    for name in SCALARS:
+                        optimizer.ensure_state(p)[name].fill_(scalars[name])
+        self._stage = self.config.stage(epoch)
+
+    def _link_trunk_state(self) -> None:
+        """Moments exist only after a first step: build them, and let DeepSpeed's getters and setters see them."""
+        assert self.engine is not None and self.trunk_optimizer is not None
+        for group in self.trunk_optimizer.param_groups:
+            for p in group["params"]:
+                self.trunk_optimizer.ensure_state(p)
+        self.engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+    # --- parts of a step -----------------------------------------------------------------------------------------------
+
     def _backward(self, scalar: Tensor) -> None:
         assert self.engine is not None
         self.engine.backward(scalar, scale_wrt_gas=False)
@@ -162,6 +241,7 @@ def _import_deepspeed(device: torch.device) -> Any:
     """deepspeed, quiet, and on the CPU without compiling an op that only serves inference."""
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("LOCAL_RANK", "0")  # it asks for what a launcher would have set
     import deepspeed
     from deepspeed.utils import logger
 

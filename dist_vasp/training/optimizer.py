@@ -23,6 +23,9 @@ from dist_vasp.config import OptimizerConfig
 
 CPU_CHUNK = 1 << 16  # elements; parameter, gradient, two moments and two temporaries of it fit a core's cache
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
+SCALARS = ("step", "mu_product")
+
 
 class InPlaceAdam(torch.optim.Optimizer):
     """Adam, AdamW or Nadam by `config.name`. `grad_scale` multiplies every gradient before it is used (joint clipping).

@@ -1,0 +1,112 @@
+"""Top-k lists and their metrics over a partitioned catalogue: local top-k per item range, then a merge.
+
+No rank ever holds a full row of scores: blocks of columns pass by, each rank keeps its best k, and only the lists of
+length k travel. Replicas share the users out.
+
+Shapes: U users of a block, G padded users (a multiple of the partitions), I items, C columns of a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dist_vasp.data.format import ItemTable, Manifest
+from dist_vasp.data.stream import EvalBlock, Rows, evaluation_blocks
+from dist_vasp.model.sparse import ItemRows
+from dist_vasp.model.vasp import VASP, TrunkCall
+from dist_vasp.parallel.comm import Ranks, all_gather
+from dist_vasp.ranking.metrics import RankingMetrics
+from dist_vasp.ranking.topk import TopK, merge_topk
+
+# Users x -> (first item, scores (G, C)) of each block of this rank's items, in item order
+Scorer = Callable[[ItemRows], Iterator[tuple[int, Tensor]]]
+
+USERS_PER_BLOCK = 512
+LIST_LENGTH = 100  # the longest list any metric looks at
+_SELECT_COLUMNS = 2048  # blocks are joined up to this width before the best are selected
+
+
+def model_scorer(model: VASP, trunk: TrunkCall | None) -> Scorer:
+    """Scores are log p, as in the paper's ranking."""
+    return partial(model.scores, trunk)
+
+
+def popularity_scorer(items: ItemTable, ranks: Ranks) -> Scorer:
+    """Every user gets the items most popular among training users."""
+    part = ranks.partition_of_items(len(items.popularity))
+    counts_J = torch.from_numpy(items.popularity[part.start : part.stop].astype(np.float64)).to(ranks.device)
+
+    def score(x: ItemRows) -> Iterator[tuple[int, Tensor]]:
+        yield part.start, counts_J.expand(x.n_rows, -1)
+
+    return score
+
+
+def to_item_rows(rows: Rows, n_rows: int, n_items: int, device: torch.device) -> ItemRows:
+    """CSR of users that every rank knows, padded to `n_rows` with empty rows."""
+    indptr = np.concatenate([rows.indptr, np.full(n_rows - rows.n_rows, rows.indptr[-1])])
+    real = torch.arange(n_rows, device=device) < rows.n_rows
+    return ItemRows(torch.from_numpy(indptr).to(device), torch.from_numpy(rows.items).to(device).long(), n_items, real)
+
+
+@torch.no_grad()
+def top_items(scorer: Scorer, histories: Rows, k: int, n_items: int, ranks: Ranks) -> tuple[np.ndarray, np.ndarray]:
+    """(scores, item rows) of each user's k best unseen items, (U, k) each, on every rank; padded with -inf and -1.
+
+    Descending score, ties to the lower item row. Every rank of the partition group passes the same histories.
+    """
+    partitions = ranks.layout.partitions
+    x = to_item_rows(histories, -(-max(histories.n_rows, 1) // partitions) * partitions, n_items, ranks.device)
+    best = TopK(k)
+    waiting: list[Tensor] = []
+    width = first = 0
+    for lo, scores in scorer(x):
+        scores = scores.clone() if scores.stride(0) == 0 else scores
+        scores[x.positions(lo, lo + scores.shape[1])] = -torch.inf
+        first = first if waiting else lo
+        waiting.append(scores)
+        width += scores.shape[1]
+        if width >= _SELECT_COLUMNS:
+            best.update(torch.cat(waiting, dim=1), first)
+            waiting, width = [], 0
+    if waiting:
+        best.update(torch.cat(waiting, dim=1), first)
+    scores_UK, ids_UK = best.result()
+    lists = [all_gather(t[None], ranks.partition_group) for t in (scores_UK, ids_UK)]
+    scores_UK, ids_UK = merge_topk(list(lists[0]), list(lists[1]), k)
+    n = histories.n_rows
+    return scores_UK[:n].cpu().numpy(), ids_UK[:n].cpu().numpy()
+
+
+def evaluate(
+    scorer: Scorer, folder: str | Path, split: str, ranks: Ranks, progress: Callable[[int, int], None] | None = None
+) -> RankingMetrics:
+    """Recall, NDCG and coverage of `split`, the same on every rank. `progress(done, total)` is called after each block."""
+    manifest = Manifest.load(folder)
+    metrics, done = RankingMetrics(manifest.n_items), 0
+    replicas = ranks.layout.replicas
+    for block in evaluation_blocks(folder, split, USERS_PER_BLOCK * replicas):
+        metrics.update(_lists(scorer, block, manifest.n_items, ranks), block.held_out)
+        done += len(block.user_keys)
+        if progress:
+            progress(done, manifest.splits[split].users)
+    return metrics
+
+
+def _lists(scorer: Scorer, block: EvalBlock, n_items: int, ranks: Ranks) -> np.ndarray:
+    """Item rows (U, 100) of the block's users; each replica ranks its share of them."""
+    n_users, replicas = block.fold_in.n_rows, ranks.layout.replicas
+    share = -(-n_users // replicas)
+    start = min(ranks.layout.replica_of(ranks.rank) * share, n_users)
+    _, ids = top_items(scorer, block.fold_in.slice(start, min(start + share, n_users)), LIST_LENGTH, n_items, ranks)
+    if replicas == 1:
+        return ids
+    padded = torch.full((share, LIST_LENGTH), -1, dtype=torch.int64, device=ranks.device)
+    padded[: len(ids)] = torch.from_numpy(ids).to(ranks.device)
+    return all_gather(padded, ranks.replica_group)[:n_users].cpu().numpy()

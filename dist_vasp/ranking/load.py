@@ -1,0 +1,72 @@
+"""A trained model out of a run directory, on any number of ranks, without an engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dist_vasp import checkpoint as checkpoints
+from dist_vasp.checkpoint import Checkpoint
+from dist_vasp.config import Config, from_dict
+from dist_vasp.data.format import ITEMS_FILE, ItemTable, Manifest, read_items_file
+from dist_vasp.model.trunk import Trunk
+from dist_vasp.model.vasp import VASP, make_trunk
+from dist_vasp.parallel.comm import Ranks, agreed
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to score, its vocabulary, and the checkpoint it came from."""
+
+    config: Config
+    checkpoint: Checkpoint
+    items: ItemTable
+    model: VASP
+    trunk: Trunk | None
+
+
+def load_model(run_dir: str | Path, name: str | None, ranks: Ranks) -> LoadedModel:
+    """The checkpoint `name` of a run, else its best by validation NDCG@100, else its newest.
+
+    Raises AgreedError when there is no such checkpoint or a file of it is damaged.
+    """
+    run_dir = Path(run_dir)
+    with agreed(ranks):
+        if not run_dir.is_dir():
+            raise ValueError(f"{run_dir} is not a folder; pass the run.dir of a training run")
+        opened = checkpoints.open_checkpoint(checkpoints.find(run_dir / "checkpoints", name))
+        config = from_dict(opened.header["config"])
+        items = read_items_file(run_dir / ITEMS_FILE, opened.header["n_items"], opened.header["vocabulary_sha256"])
+    checkpoints.verify(opened, ranks)
+    with agreed(ranks):
+        model = VASP(config.model, config.loss, opened.header["n_items"], ranks, config.run.seed, initialise=False)
+        checkpoints.read_items(opened, model.slices())
+        trunk = make_trunk(config.model, config.run.seed)
+        if trunk is not None:
+            load_trunk(trunk, opened)
+            trunk.to(ranks.device).eval().requires_grad_(False)
+    return LoadedModel(config, opened, items, model, trunk)
+
+
+def load_trunk(trunk: Trunk, opened: Checkpoint) -> None:
+    """Weights of the trunk; ValueError where one is missing or has another shape."""
+    tensors = checkpoints.read_trunk(opened)
+    with torch.no_grad():
+        for name, p in trunk.named_parameters():
+            if name not in tensors or tensors[name].shape != p.shape:
+                raise ValueError(
+                    f"{opened.path / checkpoints.TRUNK} has no {name} of shape {tuple(p.shape)}; use another checkpoint"
+                )
+            p.copy_(tensors[name])
+
+
+def check_vocabulary(loaded: LoadedModel, folder: str | Path, manifest: Manifest) -> None:
+    """ValueError unless the shards in `folder` have the vocabulary the model was trained on."""
+    if manifest.vocabulary_sha256 != loaded.checkpoint.header["vocabulary_sha256"]:
+        raise ValueError(
+            f"{folder} has a vocabulary of {manifest.n_items} items (hash {manifest.vocabulary_sha256[:12]}...) but the checkpoint "
+            f"was trained on {loaded.checkpoint.header['n_items']} (hash {loaded.checkpoint.header['vocabulary_sha256'][:12]}...); "
+            "pass the shards it was trained on with --shards"
+        )

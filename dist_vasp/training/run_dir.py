@@ -1,0 +1,93 @@
+"""The folder of a run: one owner at a time, metrics line by line, TensorBoard events, the result.
+
+RUN_DIR/config.yaml  metrics.jsonl  items.parquet  checkpoints/  tensorboard/  result.json
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import socket
+from pathlib import Path
+from typing import Any, TextIO
+
+from dist_vasp.config import Config
+from dist_vasp.data.format import ITEMS_FILE
+
+
+class RunDir:
+    """What rank 0 writes. Raises ValueError if another run owns the folder, or it cannot be written."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.checkpoints = self.folder / "checkpoints"
+        self._metrics: TextIO | None = None
+        self._board: Any = None
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.folder / ".lock", "a+")  # noqa: SIM115 - held until the process ends
+        except OSError as error:
+            raise ValueError(f"run.dir {folder} cannot be written ({error.strerror}); choose another folder") from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.seek(0)
+            owner = self._lock.read().strip() or "another process"
+            raise ValueError(f"run.dir {folder} is in use by {owner}; wait for it to end or choose another run.dir") from None
+        self._lock.truncate(0)
+        self._lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+        self._lock.flush()
+
+    def open(self, config: Config, after_step: int) -> None:
+        """Write the resolved config and continue metrics after `after_step`: later lines belong to a future that is undone."""
+        write_atomically(self.folder / "config.yaml", config.to_yaml())
+        shutil.copyfile(Path(config.data.shards) / ITEMS_FILE, self.folder / ITEMS_FILE)
+        path = self.folder / "metrics.jsonl"
+        if path.exists():
+            write_atomically(path, "".join(_lines_until(path, after_step)))
+        self._metrics = open(path, "a")  # noqa: SIM115
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=after_step + 1)
+
+    def record(self, line: dict[str, Any], prefix: str) -> None:
+        """Append one line to metrics.jsonl, and its numbers to TensorBoard under `prefix/`."""
+        assert self._metrics is not None
+        self._metrics.write(json.dumps(line) + "\n")
+        self._metrics.flush()
+        for name, value in line.items():
+            if isinstance(value, int | float) and name not in ("step", "epoch"):
+                self._board.add_scalar(f"{prefix}/{name}", value, line["step"])
+
+    def write_result(self, result: dict[str, Any]) -> None:
+        write_atomically(self.folder / "result.json", json.dumps(result, indent=1) + "\n")
+
+    def close(self) -> None:
+        if self._metrics is not None:
+            self._metrics.close()
+            self._board.close()
+
+
+def write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "w") as handle:
+        handle.write(text)
+        handle.flush()
+        os.fsync(handle.fileno())
+    os.replace(temporary, path)
+
+
+def _lines_until(path: Path, step: int) -> list[str]:
+    """The whole lines of metrics.jsonl that belong to steps up to `step`; a line cut short by a kill is dropped."""
+    kept = []
+    for line in path.read_text().splitlines(keepends=True):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            break
+        if not line.endswith("\n") or record["step"] > step:
+            break
+        kept.append(line)
+    return kept

@@ -1,0 +1,42 @@
+"""What every launch script does around its work: exit statuses, one readable message per error, quiet ranks.
+
+Exit status 0: done; 2: bad input or configuration; 1: anything else. Rank 0 alone prints, except for an error that only
+another rank has met.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from dist_vasp.parallel.comm import AgreedError, is_initialized, shut_down
+from dist_vasp.training.engine import DivergedError
+
+_LINGER_S = 1.0  # the launcher ends all ranks when the first one exits: rank 0 must have spoken by then
+
+
+def run(main: Callable[[Sequence[str] | None], int | None]) -> NoReturn:
+    """Call `main(argv)` and exit with its status; a ValueError is a user's error, a DivergedError a failed run."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    rank = int(os.environ.get("RANK", 0))
+    try:
+        status = main(None) or 0
+    except (ValueError, DivergedError) as error:
+        if "--debug" in sys.argv:
+            traceback.print_exc()
+        everywhere = isinstance(error, AgreedError | DivergedError) or not is_initialized()
+        if rank == 0 or not everywhere:
+            where = "" if everywhere else f"rank {rank}: "
+            print(f"error: {where}{error}", file=sys.stderr, flush=True)
+        if rank != 0:
+            time.sleep(_LINGER_S)
+        status = 2 if isinstance(error, ValueError) else 1
+    if status == 0:
+        shut_down()
+    sys.stdout.flush()
+    sys.exit(status)

@@ -1,0 +1,32 @@
+"""Train a model: deepspeed [launcher flags] launch/train.py --config configs/X.yaml [--section.key value ...] [--dry_run]"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from dist_vasp.config import make_parser, parse
+from dist_vasp.parallel.comm import init_ranks
+from dist_vasp.training.train import dry_run, summary, train
+from launch.cli import run
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = make_parser("train.py", __doc__ or "")
+    parser.add_argument("--dry_run", action="store_true", help="check everything, say what would be trained, and stop")
+    config, arguments = parse(parser, argv)
+    ranks = init_ranks(config.parallel.partitions, config.parallel.replicas, config.device)
+    if arguments.dry_run:
+        text = dry_run(config, ranks)
+        if ranks.is_main:
+            print(text)
+        return
+    result = train(config, ranks)
+    if ranks.is_main:
+        for split in ("validation", "test"):
+            if result[split]:
+                print(f"{split}: {summary(result[split])}")
+        print(f"{config.run.dir}/result.json: {result['seconds_training']:.1f} s of training, checkpoint {result['checkpoint']}")
+
+
+if __name__ == "__main__":
+    run(main)
