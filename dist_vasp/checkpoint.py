@@ -90,6 +90,7 @@ def save(path: Path, header: dict[str, Any], pieces: list[ItemSlice], trunk: dic
     try:
         for name, tensors in files.items():
             save_file({k: t.detach().contiguous() for k, t in tensors.items()}, temporary / name)
+            os.chmod(temporary / name, 0o666 & ~_umask())  # safetensors writes for the owner alone
             digests[name] = _sync_and_digest(temporary / name)
     except (OSError, SafetensorError) as raised:
         error = _writable(path, raised)
@@ -124,6 +125,12 @@ def _writable(path: Path, raised: Exception) -> ValueError:
     return ValueError(
         f"checkpoint {path} could not be written ({raised}); free some space or move run.dir; earlier checkpoints are good"
     )
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _sync_and_digest(file: Path) -> str:

@@ -6,6 +6,7 @@ another rank has met.
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 import time
@@ -40,3 +41,12 @@ def run(main: Callable[[Sequence[str] | None], int | None]) -> NoReturn:
         shut_down()
     sys.stdout.flush()
     sys.exit(status)
+
+
+def make_argument_parser(prog: str, description: str) -> argparse.ArgumentParser:
+    """A parser with what every launch script without a config takes."""
+    parser = argparse.ArgumentParser(prog=prog, description=description, allow_abbrev=False)
+    parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
+    return parser

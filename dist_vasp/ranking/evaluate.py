@@ -85,9 +85,9 @@ def top_items(scorer: Scorer, histories: Rows, k: int, n_items: int, ranks: Rank
 
 
 def evaluate(
-    scorer: Scorer, folder: str | Path, split: str, ranks: Ranks, progress: Callable[[int, int], None] | None = None
+    scorer: Scorer, folder: str | Path, split: str, ranks: Ranks, progress: Callable[[int], None] | None = None
 ) -> RankingMetrics:
-    """Recall, NDCG and coverage of `split`, the same on every rank. `progress(done, total)` is called after each block."""
+    """Recall, NDCG and coverage of `split`, the same on every rank. `progress(users done)` is called after each block."""
     manifest = Manifest.load(folder)
     metrics, done = RankingMetrics(manifest.n_items), 0
     replicas = ranks.layout.replicas
@@ -95,7 +95,7 @@ def evaluate(
         metrics.update(_lists(scorer, block, manifest.n_items, ranks), block.held_out)
         done += len(block.user_keys)
         if progress:
-            progress(done, manifest.splits[split].users)
+            progress(done)
     return metrics
 
 

@@ -101,27 +101,24 @@ def train(config: Config, ranks: Ranks) -> dict[str, Any]:
         progress.update(step, f"epoch {batch.epoch}, loss {report.loss:.4f}, {rate:,.0f} users/s")
 
         # Evaluate at the end of an epoch, keep the best; save.
-        epoch_ends, every = step % stream.steps_per_epoch == 0, config.run.evaluate_every_epochs
-        header = _header(config, stream, trainer, ranks, step, seconds, best)
+        epoch_ends, every, cadence = (
+            step % stream.steps_per_epoch == 0,
+            config.run.evaluate_every_epochs,
+            config.run.checkpoint_every_steps,
+        )
         if every and ((epoch_ends and (batch.epoch + 1) % every == 0) or step == last):
-            metrics = _validate(trainer, config, stream, ranks)
-            if metrics and run_dir:
-                run_dir.record({"step": step, "epoch": batch.epoch, "split": "validation", **metrics}, "validation")
+            metrics = _validate(trainer, stream, ranks)
             if metrics:
-                progress.say(f"step {step}, epoch {batch.epoch}: validation " + summary(metrics))
-            if metrics and (best is None or metrics[BEST_BY] > best[BEST_BY]):
-                best = metrics
-                header["best"] = best
-                path = folder / f"best-{step:08d}"
-                checkpoints.save(
-                    path, {**header, "metrics": metrics}, trainer.item_pieces(False), trainer.trunk_tensors(False), ranks
-                )
+                progress.say(f"step {step}, epoch {batch.epoch}: validation {summary(metrics)}")
                 if run_dir:
-                    checkpoints.point_best_at(path)
-        cadence = config.run.checkpoint_every_steps
+                    run_dir.record({"step": step, "epoch": batch.epoch, "split": "validation", **metrics}, "validation")
+                if best is None or metrics[BEST_BY] > best[BEST_BY]:
+                    best = metrics
+                    _save(trainer, stream, folder / f"best-{step:08d}", step, seconds, best)
+                    if run_dir:
+                        checkpoints.point_best_at(folder / f"best-{step:08d}")
         if step == last or (step % cadence == 0 if cadence else epoch_ends):
-            path = folder / f"step-{step:08d}"
-            checkpoints.save(path, header, trainer.item_pieces(True), trainer.trunk_tensors(True), ranks)
+            _save(trainer, stream, folder / f"step-{step:08d}", step, seconds, best)
             if run_dir:
                 checkpoints.prune(folder, config.run.keep)
         clock = time.monotonic()
@@ -174,11 +171,11 @@ def _must_match(config: Config, stream_sha256: str) -> dict[str, Any]:
     }
 
 
-def _header(
-    config: Config, stream: TrainStream, trainer: Trainer, ranks: Ranks, step: int, seconds: float, best: Any
-) -> dict[str, Any]:
+def _save(trainer: Trainer, stream: TrainStream, path: Path, step: int, seconds: float, best: dict[str, Any] | None) -> None:
+    """Write a checkpoint from all ranks; a best one holds weights without moments."""
+    config, ranks = trainer.config, trainer.ranks
     epoch, within = divmod(step, stream.steps_per_epoch)
-    return {
+    header = {
         "position": {"epoch": epoch, "step_in_epoch": within, "step": step},
         "config": asdict(config),
         "must_match": _must_match(config, stream.manifest.shards_sha256),
@@ -190,6 +187,8 @@ def _header(
         "seconds_training": seconds,
         "best": best,
     }
+    moments = path.name.startswith("step-")
+    checkpoints.save(path, header, trainer.item_pieces(moments), trainer.trunk_tensors(moments), ranks)
 
 
 def _resume(trainer: Trainer, stream: TrainStream, folder: Path, ranks: Ranks) -> tuple[int, float, dict[str, Any] | None]:
@@ -227,12 +226,12 @@ def _check_same_run(config: Config, stream: TrainStream, opened: Checkpoint) -> 
 # --- evaluation and words ----------------------------------------------------------------------------------------------
 
 
-def _validate(trainer: Trainer, config: Config, stream: TrainStream, ranks: Ranks) -> dict[str, Any] | None:
+def _validate(trainer: Trainer, stream: TrainStream, ranks: Ranks) -> dict[str, Any] | None:
     """Metrics on validation; None where no user of it can be scored."""
     if stream.manifest.splits["validation"].users == 0:
         return None
     with trainer.evaluating() as trunk:
-        metrics = evaluate(model_scorer(trainer.model, trunk), config.data.shards, "validation", ranks).result()
+        metrics = evaluate(model_scorer(trainer.model, trunk), stream.folder, "validation", ranks).result()
     return metrics if metrics["n_users"] else None
 
 

@@ -1,0 +1,60 @@
+"""Evaluate a run, or a baseline: deepspeed [launcher flags] launch/evaluate.py --run RUN_DIR [--split test|validation] [--json FILE]"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from dist_vasp.data.format import Manifest, load_items
+from dist_vasp.parallel.comm import agreed, init_ranks
+from dist_vasp.ranking.evaluate import evaluate, model_scorer, popularity_scorer
+from dist_vasp.ranking.load import check_vocabulary, load_model
+from dist_vasp.training.progress import Progress
+from dist_vasp.training.run_dir import write_atomically
+from dist_vasp.training.train import summary
+from launch.cli import make_argument_parser, run
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = make_argument_parser("evaluate.py", __doc__ or "")
+    parser.add_argument("--run", metavar="RUN_DIR", help="folder of a training run")
+    parser.add_argument("--checkpoint", metavar="NAME", help="a folder under RUN_DIR/checkpoints; default: best, else the newest")
+    parser.add_argument("--baseline", choices=["popularity"], help="evaluate this in place of a run; needs --shards")
+    parser.add_argument("--shards", metavar="DIR", help="data folder; default: the one the run was trained on")
+    parser.add_argument("--split", choices=["test", "validation"], default="test")
+    parser.add_argument("--json", metavar="FILE", help="write {split: metrics} to this file")
+    arguments = parser.parse_args(argv)
+    if (arguments.run is None) == (arguments.baseline is None):
+        raise ValueError("expected either --run RUN_DIR or --baseline popularity; pass one of the two")
+    if arguments.baseline and not arguments.shards:
+        raise ValueError("--baseline needs data; pass --shards DIR, a folder written by `python -m data_tools.shard`")
+    if arguments.json and not Path(arguments.json).parent.is_dir():
+        raise ValueError(f"--json {arguments.json}: the folder {Path(arguments.json).parent} does not exist; create it first")
+
+    ranks = init_ranks(device=arguments.device)
+    loaded = load_model(arguments.run, arguments.checkpoint, ranks) if arguments.run else None
+    with agreed(ranks):
+        folder = arguments.shards or (loaded.config.data.shards if loaded else "")
+        manifest = Manifest.load(folder)
+        if loaded:
+            check_vocabulary(loaded, folder, manifest)
+            scorer = model_scorer(loaded.model, loaded.trunk)
+            name = f"{arguments.run}, {loaded.checkpoint.path.resolve().name}"
+        else:
+            scorer = popularity_scorer(load_items(folder, manifest), ranks)
+            name = arguments.baseline
+        if not manifest.splits[arguments.split].users:
+            raise ValueError(f"{folder} has no {arguments.split} users; choose another --split or prepare the data with some")
+
+    progress = Progress(f"evaluating {arguments.split}", manifest.splits[arguments.split].users, "user", show=ranks.is_main)
+    metrics = evaluate(scorer, folder, arguments.split, ranks, progress.update).result()
+    progress.close()
+    if ranks.is_main:
+        print(f"{name} on {arguments.split}: {summary(metrics)}")
+        if arguments.json:
+            write_atomically(Path(arguments.json), json.dumps({arguments.split: metrics}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    run(main)
