@@ -10,8 +10,9 @@ From here on a user or an item is its rank among the ascending ids. Shapes: U us
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -75,17 +76,22 @@ class Interactions:
     folder: Path
     counts: Counts = field(default_factory=Counts)
 
-    def blocks(self, users: np.ndarray, users_per_block: int = 4096) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
-        """Of `users`, in this order: (users (B,), indptr (B+1,) int64, items (E,) uint32, splits (E,) uint8), B at a time."""
+    def blocks(
+        self, users: np.ndarray, sizes: Sequence[int] | None = None
+    ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
+        """Of `users`, in this order: (users (B,), indptr (B+1,) int64, items (E,) uint32, splits (E,) uint8), B by `sizes`."""
+        bounds = np.cumsum([0, *sizes]) if sizes is not None else np.append(np.arange(0, len(users), 4096), len(users))
         items = os.open(self.folder / "items", os.O_RDONLY)
         splits = os.open(self.folder / "splits", os.O_RDONLY) if self.has_splits else -1
         try:
-            for first in range(0, len(users), users_per_block):
-                block = users[first : first + users_per_block]
-                starts, sizes = self.starts[block], self.sizes[block]
-                indptr = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
-                item = np.frombuffer(_read(items, starts, sizes, 4), np.uint32)
-                split = np.frombuffer(_read(splits, starts, sizes, 1), np.uint8) if self.has_splits else np.zeros(len(item), np.uint8)
+            for first, last in itertools.pairwise(bounds.tolist()):
+                block = users[first:last]
+                starts, lengths = self.starts[block], self.sizes[block]
+                indptr = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
+                item = np.frombuffer(_read(items, starts, lengths, 4), np.uint32)
+                split = np.zeros(len(item), np.uint8)
+                if self.has_splits:
+                    split = np.frombuffer(_read(splits, starts, lengths, 1), np.uint8)
                 yield block, indptr, item, split
         finally:
             os.close(items)
@@ -94,6 +100,7 @@ class Interactions:
 
 
 def _read(handle: int, starts: np.ndarray, sizes: np.ndarray, width: int) -> bytes:
+    """`width` bytes for each of the `sizes` (B,) entries from `starts` (B,), one user after another."""
     ends = starts + sizes
     if len(starts) and np.array_equal(starts[1:], ends[:-1]):  # neighbours in the file: one read
         starts, sizes = starts[:1], np.array([ends[-1] - starts[0]])
@@ -124,7 +131,8 @@ def collect(batches: Iterable[pa.RecordBatch], folder: Path, min_rating: float, 
                         positions = np.arange(position, position + len(kept), dtype=np.uint64)
                         position += len(kept)
                         yield pa.record_batch(
-                            [users.encode(kept["user"]), items.encode(kept["item"]), _splits(kept), pa.array(positions)], schema=_SORTED
+                            [users.encode(kept["user"]), items.encode(kept["item"]), _splits(kept), pa.array(positions)],
+                            schema=_SORTED,
                         )
                     batch = next(iterator, None)
         except BaseException as error:  # DuckDB would hand on its text alone
@@ -145,12 +153,16 @@ def collect(batches: Iterable[pa.RecordBatch], folder: Path, min_rating: float, 
             if failure:
                 raise failure[0] from None
             if isinstance(error, duckdb.Error):
-                raise ValueError(f"the out-of-core sort failed with --memory_limit {memory_limit}: {error}; pass a larger one") from None
+                raise ValueError(
+                    f"the out-of-core sort failed with --memory_limit {memory_limit}: {error}; pass a larger one"
+                ) from None
             raise
     finally:
         connection.close()
     if users.ids is None or items.ids is None:
-        left = f"all {counts.rows} rows have a rating below {min_rating:g}; lower --min_rating" if counts.rows else "it holds no rows"
+        left = (
+            f"all {counts.rows} rows have a rating below {min_rating:g}; lower --min_rating" if counts.rows else "it holds no rows"
+        )
         raise ValueError(f"the input has no interaction to keep: {left}")
     user_ids, user_rank = _ascending(users)
     order = np.argsort(user_rank)
@@ -177,7 +189,8 @@ def _write_scratch(
     """Write distinct interactions to `folder`; starts and sizes of every user, both (U,) int64, by user code."""
     sizes: list[np.ndarray] = []
     item_rank: np.ndarray | None = None
-    with open(folder / "items", "wb") as item_file, open(folder / "splits", "wb") as split_file, Progress("grouping", "rows") as progress:
+    item_path, split_path = folder / "items", folder / "splits"
+    with open(item_path, "wb") as item_file, open(split_path, "wb") as split_file, Progress("grouping", "rows") as progress:
         for user, item, split in _whole_users(stream, has_splits):
             if item_rank is None:  # the sort has consumed all input, so the index is complete
                 item_rank = _ascending(items)[1]

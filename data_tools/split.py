@@ -9,8 +9,7 @@ Shapes: U users, I items, V vocabulary items, B users of a block, E interactions
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -31,8 +30,8 @@ class Plan(Protocol):
     popularity: np.ndarray  # (V,) interactions in the train shards
     left_out: dict[str, int]
 
-    def blocks(self, split: str, users_per_block: int) -> Iterator[Block]:
-        """The users of a split in CSR form, `users_per_block` at a time."""
+    def blocks(self, split: str, sizes: Sequence[int]) -> Iterator[Block]:
+        """The users of a split in CSR form, in blocks of `sizes` users that add up to all of them."""
         ...
 
 
@@ -105,7 +104,9 @@ class LiangPlan:
         self._data, self._seed = data, seed
         self._keys = keys_of_ids(data.user_ids)
         tenth = min(10_000, len(kept) // 10)
-        chosen = liang_users(len(kept), tenth if val_users is None else val_users, tenth if test_users is None else test_users, seed)
+        chosen = liang_users(
+            len(kept), tenth if val_users is None else val_users, tenth if test_users is None else test_users, seed
+        )
         # held-out users ascend, as the draw needs it; train users stay permuted, so that a shard is a random sample
         self.users = {split: kept[order] if split == "train" else np.sort(kept[order]) for split, order in chosen.items()}
 
@@ -126,9 +127,9 @@ class LiangPlan:
         users = np.concatenate([self.users["validation"], self.users["test"]])
         return sum(int((self._rows[items] < 0).sum()) for _, _, items, _ in self._data.blocks(users))
 
-    def blocks(self, split: str, users_per_block: int) -> Iterator[Block]:
+    def blocks(self, split: str, sizes: Sequence[int]) -> Iterator[Block]:
         draw = HeldOutDraw(self._seed)  # reseeded for every split, as in the notebook
-        for users, indptr, items, _ in self._data.blocks(self.users[split], users_per_block):
+        for users, indptr, items, _ in self._data.blocks(self.users[split], sizes):
             user = np.repeat(np.arange(len(users)), np.diff(indptr))
             row = self._rows[items]
             known = row >= 0
@@ -186,21 +187,22 @@ class GivenPlan:
                 f"{validation_fraction:g} would add others; pass --validation_fraction 0 or leave it out"
             )
         default = 0.0 if of_split[VALIDATION].any() else DEFAULT_VALIDATION_FRACTION
-        self._fraction = default if validation_fraction is None else validation_fraction
+        self.fraction = default if validation_fraction is None else validation_fraction
 
         trained = of_split[TRAIN] > 0
         if not trained.any():
-            raise ValueError("the split column marks no interaction as train (0 or train); nothing could be learned from this input")
+            raise ValueError(
+                "the split column marks no interaction as train (0 or train); nothing could be learned from this input"
+            )
         in_vocabulary, popularity = np.zeros(n_items, bool), np.zeros(n_items, np.int64)
         validated = (of_split[VALIDATION] > 0) & trained
-        unknown_tests = []
-        for users, _, user, items, splits in self._columns(np.flatnonzero(trained), 4096):
-            column = splits.copy()
+        targets = np.zeros(n_items, np.int64)
+        for users, _, user, items, splits in self._columns(np.flatnonzero(trained)):
+            in_vocabulary[items[splits == TRAIN]] = True  # before the move, so that the fraction does not shape the vocabulary
+            targets += np.bincount(items[splits != TRAIN], minlength=n_items)
             moved = self._move(users, user, items, splits)
-            in_vocabulary[items[column == TRAIN]] = True
+            validated[users[user[moved]]] = True
             popularity += np.bincount(items[splits == TRAIN], minlength=n_items)
-            validated[users[np.unique(user[moved])]] = True
-            unknown_tests.append(np.bincount(items[column != TRAIN], minlength=n_items))
         self.vocabulary = by_popularity(popularity, in_vocabulary)
         self.popularity = popularity[self.vocabulary]
         self._rows = _rows_of_items(self.vocabulary, n_items)
@@ -212,7 +214,6 @@ class GivenPlan:
             "validation": np.flatnonzero(validated),
             "test": np.flatnonzero(trained & (of_split[TEST] > 0)),
         }
-        targets = np.sum(unknown_tests, 0)
         self.left_out = {
             "users_without_train_interaction": int((~trained).sum()),
             "interactions_of_users_without_train_interaction": int(data.sizes[~trained].sum()),
@@ -223,33 +224,32 @@ class GivenPlan:
     def _count(self, n_users: int) -> np.ndarray:
         """Interactions of every user by split code, (3, U)."""
         counts = np.zeros((3, n_users), np.int64)
-        for users, _, user, _, splits in self._columns(np.arange(n_users), 4096):
+        for users, _, user, _, splits in self._columns(np.arange(n_users)):
             for code in (TRAIN, TEST, VALIDATION):
                 counts[code, users] = np.bincount(user[splits == code], minlength=len(users))
         return counts
 
     def _columns(
-        self, users: np.ndarray, users_per_block: int
+        self, users: np.ndarray, sizes: Sequence[int] | None = None
     ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
-        for block, indptr, items, splits in self._data.blocks(users, users_per_block):
+        for block, indptr, items, splits in self._data.blocks(users, sizes):
             yield block, indptr, np.repeat(np.arange(len(block)), np.diff(indptr)), items, splits.copy()
 
     def _move(self, users: np.ndarray, user: np.ndarray, items: np.ndarray, splits: np.ndarray) -> np.ndarray:
         """Turn the train interactions chosen by hash into validation ones, in place; their positions."""
         train = np.flatnonzero(splits == TRAIN)
         hashes = pair_hash(self._user_keys[users[user[train]]], self._item_keys[items[train]], self._seed)
-        moved = train[moved_to_validation(user[train], hashes, len(users), self._fraction)]
+        moved = train[moved_to_validation(user[train], hashes, len(users), self.fraction)]
         splits[moved] = VALIDATION
         return moved
 
-    def blocks(self, split: str, users_per_block: int) -> Iterator[Block]:
+    def blocks(self, split: str, sizes: Sequence[int]) -> Iterator[Block]:
         target = {"train": None, "validation": VALIDATION, "test": TEST}[split]
-        for users, _, user, items, splits in self._columns(self.users[split], users_per_block):
+        for users, _, user, items, splits in self._columns(self.users[split], sizes):
             self._move(users, user, items, splits)
-            rows = self._rows[items]
-
-            def part(code: int, user=user, rows=rows, splits=splits, n=len(users)) -> tuple[np.ndarray, np.ndarray]:  # type: ignore[no-untyped-def]
+            rows, n_users = self._rows[items], len(users)
+            parts: list[np.ndarray] = []
+            for code in (TRAIN,) if target is None else (TRAIN, target):
                 chosen = (splits == code) & (rows >= 0)
-                return _csr(user[chosen], rows[chosen], n, len(self.vocabulary))
-
-            yield Block(self._user_keys[users], *part(TRAIN), *(part(target) if target is not None else ()))
+                parts += _csr(user[chosen], rows[chosen], n_users, len(self.vocabulary))
+            yield Block(self._user_keys[users], *parts)

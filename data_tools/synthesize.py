@@ -58,7 +58,7 @@ class Tastes:
     """`cumulative[k]` is the distribution function of taste k over `items` in [k, k+1); the last taste is popularity."""
 
     cumulative: np.ndarray  # ((K+1)*I,) float64, ascending
-    probability: np.ndarray  # (K+1, I) float64
+    probability: np.ndarray  # (K+1, I) float32
 
     @staticmethod
     def draw(items: int, rng: np.random.Generator) -> Tastes:
@@ -72,7 +72,7 @@ class Tastes:
         probability /= probability.sum(1, keepdims=True)
         cumulative = np.cumsum(probability, 1)
         cumulative /= cumulative[:, -1:]
-        return Tastes((cumulative + np.arange(N_TASTES + 1)[:, None]).ravel(), probability)
+        return Tastes((cumulative + np.arange(N_TASTES + 1)[:, None]).ravel(), probability.astype(np.float32))
 
     def sample(self, taste: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """One item for every entry of `taste`, (E,) int64."""
@@ -99,14 +99,14 @@ def draw_block(counts: np.ndarray, tastes: Tastes, rng: np.random.Generator) -> 
     """
     items = tastes.probability.shape[1]
     mixture = mixtures(len(counts), rng)
-    cumulative = np.cumsum(mixture, 1)
+    cumulative = (np.cumsum(mixture, 1) + np.arange(len(counts))[:, None]).ravel()
     pairs = np.empty(0, np.int64)  # user * items + item, ascending
     for _ in range(DRAW_ROUNDS):
         missing = counts - np.bincount(pairs // items, minlength=len(counts))
         if not missing.any():
             break
         user = np.repeat(np.arange(len(counts)), missing + (missing > 0))
-        taste = (rng.random(len(user))[:, None] > cumulative[user]).sum(1)
+        taste = np.searchsorted(cumulative, user + rng.random(len(user)), side="right") - user * (N_TASTES + 1)
         fresh = user * items + tastes.sample(np.minimum(taste, N_TASTES), rng)
         _, first = np.unique(fresh, return_index=True)
         fresh = fresh[np.sort(first)]
@@ -116,11 +116,11 @@ def draw_block(counts: np.ndarray, tastes: Tastes, rng: np.random.Generator) -> 
         pairs = np.sort(np.concatenate([pairs, fresh[rank < missing[user]]]))
     missing = counts - np.bincount(pairs // items, minlength=len(counts))
     rest = [pairs]
-    for user in np.flatnonzero(missing):
-        taken = pairs[np.searchsorted(pairs, user * items) : np.searchsorted(pairs, (user + 1) * items)] - user * items
-        gumbel = np.log(mixture[user] @ tastes.probability) + rng.gumbel(size=items)
+    for one in np.flatnonzero(missing):
+        taken = pairs[np.searchsorted(pairs, one * items) : np.searchsorted(pairs, (one + 1) * items)] - one * items
+        gumbel = np.log(mixture[one] @ tastes.probability) + rng.gumbel(size=items)
         gumbel[taken] = -np.inf
-        rest.append(user * items + np.argpartition(-gumbel, missing[user] - 1)[: missing[user]])
+        rest.append(one * items + np.argpartition(-gumbel, missing[one] - 1)[: missing[one]])
     pairs = np.sort(np.concatenate(rest))
     return pairs // items, pairs % items
 
@@ -145,11 +145,11 @@ def synthesize(path: Path, users: int, items: int, interactions: int, seed: int,
         )
     if interactions < users:
         raise ValueError(f"--interactions {interactions} leaves some of the {users} users without any; pass at least {users}")
-    with atomic.new_file(path, overwrite) as file, cli.Progress("drawing", "interactions", interactions) as progress:
-        with pq.ParquetWriter(file, SCHEMA) as writer:
-            for batch in blocks(users, items, interactions, seed):
-                writer.write_batch(batch)
-                progress.add(len(batch))
+    progress = cli.Progress("drawing", "interactions", interactions)
+    with atomic.new_file(path, overwrite) as file, progress, pq.ParquetWriter(file, SCHEMA) as writer:
+        for batch in blocks(users, items, interactions, seed):
+            writer.write_batch(batch)
+            progress.add(len(batch))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -52,14 +52,14 @@ class _HashedFile:
 
 def _blocks_by_shard(plan: Plan, split: str, users_per_shard: int) -> Iterator[tuple[int, Block]]:
     """(shard index, block): blocks of at most 4,096 users that do not straddle shards."""
-    per_block = min(MAX_USERS_PER_BLOCK, users_per_shard)
-    blocks_per_shard = -(-users_per_shard // per_block)
-    if blocks_per_shard * per_block != users_per_shard:  # make every shard whole blocks of equal size but the last
-        per_block = -(-users_per_shard // blocks_per_shard)
-    first_user = 0
-    for block in plan.blocks(split, per_block):
-        yield first_user // (per_block * blocks_per_shard), block
-        first_user += block.n_users
+    n_users = len(plan.users[split])
+    shards, sizes = [], []
+    for index, first in enumerate(range(0, n_users, users_per_shard)):
+        last = min(first + users_per_shard, n_users)
+        cuts = range(first, last, MAX_USERS_PER_BLOCK)
+        shards += [index] * len(cuts)
+        sizes += [min(MAX_USERS_PER_BLOCK, last - cut) for cut in cuts]
+    return zip(shards, plan.blocks(split, sizes), strict=True)
 
 
 def write_split(folder: Path, plan: Plan, split: str, users_per_shard: int) -> SplitEntry:
@@ -96,8 +96,15 @@ def split_entry(shards: list[ShardEntry]) -> SplitEntry:
     return SplitEntry(sum(s.users for s in shards), sum(s.interactions for s in shards), sum(s.heldout for s in shards), shards)
 
 
-def check_keys(kind: str, ids: pa.Array, keys: np.ndarray) -> None:
-    """ValueError naming both ids where two have the same key (64 bits of a hash, for ids that are strings)."""
+def check_unique_keys(data: Interactions, plan: Plan) -> None:
+    """ValueError where two users, or two items of the vocabulary, have one key."""
+    items = data.item_ids.take(pa.array(plan.vocabulary))
+    _check_keys("item", items, keys_of_ids(items))
+    users = data.user_ids.take(pa.array(np.unique(np.concatenate(list(plan.users.values())))))
+    _check_keys("user", users, keys_of_ids(users))
+
+
+def _check_keys(kind: str, ids: pa.Array, keys: np.ndarray) -> None:
     order = np.argsort(keys, kind="stable")
     same = np.flatnonzero(keys[order][1:] == keys[order][:-1])
     if len(same):
@@ -108,13 +115,9 @@ def check_keys(kind: str, ids: pa.Array, keys: np.ndarray) -> None:
 def write_folder(
     folder: Path, data: Interactions, plan: Plan, titles: dict[Any, str] | None, users_per_shard: int, preparation: dict[str, Any]
 ) -> Manifest:
-    """Fill `folder` and return the manifest, which is written last. ValueError where two ids have one key."""
+    """Fill `folder` and return the manifest, which is written last."""
     item_ids = data.item_ids.take(pa.array(plan.vocabulary))
     item_keys, user_keys = keys_of_ids(item_ids), keys_of_ids(data.user_ids)
-    check_keys("item", item_ids, item_keys)
-    kept = np.unique(np.concatenate(list(plan.users.values())))
-    check_keys("user", data.user_ids.take(pa.array(kept)), user_keys[kept])
-
     splits = {split: write_split(folder, plan, split, users_per_shard) for split in SPLITS}
     items: dict[str, Any] = {
         "item": np.arange(len(plan.vocabulary), dtype=np.int32),

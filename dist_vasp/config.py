@@ -7,6 +7,7 @@ to do. Combinations that cannot work are refused here, before anything is built.
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from jsonargparse import ArgumentParser, set_parsing_settings
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -110,11 +111,11 @@ class ParallelConfig:
     replicas: int = 1
     """Copies of the item matrices."""
     zero_stage: int = 1
-    """DeepSpeed ZeRO stage of the trunk; this version trains stage 1."""
+    """DeepSpeed ZeRO stage of the trunk, 0 to 3: what of it is partitioned over all ranks."""
     lanes: int = 48
     """Reading lanes: a multiple of the number of ranks, at most batch_size. Part of the order of users: keep it when resuming."""
-    trunk_dtype: Literal["fp32"] = "fp32"
-    """Precision of the trunk; this version trains fp32."""
+    trunk_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Precision of the trunk; bf16 at stages 1 to 3. Item matrices, logits and losses are always fp32."""
 
 
 @dataclass(frozen=True)
@@ -181,11 +182,16 @@ def _require(ok: bool, key: str, value: Any, expected: str, action: str) -> None
         raise ValueError(f"{key} is {value!r}, expected {expected}; {action}")
 
 
+_SECTIONS = ("data", "model", "loss", "optimizer", "parallel", "run")
 _LOSSES = {"vasp": ("focal",), "flvae": ("focal", "multinomial"), "nease": ("focal", "cosine", "mse", "bce")}
 
 
 def check(config: Config) -> Config:
     """Refuse values and combinations that cannot work; returns the config."""
+    for section in _SECTIONS:
+        for key, value in asdict(getattr(config, section)).items():
+            given = value is not None or (section, key) == ("data", "halves")
+            _require(given, f"{section}.{key}", value, "a value", "set it, or leave the key out for its default")
     d, m, o, p, r = config.data, config.model, config.optimizer, config.parallel, config.run
     positive = {
         "data.batch_size": d.batch_size,
@@ -214,10 +220,11 @@ def check(config: Config) -> Config:
         "run.evaluate_every_epochs": r.evaluate_every_epochs,
     }
     for key, value in not_negative.items():
-        _require(value >= 0, key, value, "0 or more", "raise it")
+        _require(0 <= value < math.inf, key, value, "0 or more, and finite", "raise it" if value < 0 else "lower it")
+    _require(r.seed < 1 << 63, "run.seed", r.seed, "less than 2^63", "lower it")
     for key, value in (("optimizer.beta1", o.beta1), ("optimizer.beta2", o.beta2)):
         _require(0 <= value < 1, key, value, "0 <= beta < 1", "the usual values are 0.9 and 0.999")
-    _require(o.eps > 0, "optimizer.eps", o.eps, "a positive number", "the usual value is 1e-7")
+    _require(0 < o.eps < math.inf, "optimizer.eps", o.eps, "a positive number", "the usual value is 1e-7")
     _require(0 <= config.loss.alpha <= 1, "loss.alpha", config.loss.alpha, "0 to 1", "the paper uses 0.25")
     _require(len(o.schedule) > 0, "optimizer.schedule", o.schedule, "at least one {epochs, lr}", "add a stage")
     for i, stage in enumerate(o.schedule):
@@ -237,7 +244,14 @@ def check(config: Config) -> Config:
         f"0 with {o.name}",
         "use optimizer.name adamw",
     )
-    _require(p.zero_stage == 1, "parallel.zero_stage", p.zero_stage, "1, the stage this version trains", "set it to 1")
+    _require(p.zero_stage in (0, 1, 2, 3), "parallel.zero_stage", p.zero_stage, "0, 1, 2 or 3", "1 suits most clusters")
+    _require(
+        p.trunk_dtype == "fp32" or p.zero_stage > 0,
+        "parallel.trunk_dtype",
+        p.trunk_dtype,
+        "fp32 with parallel.zero_stage 0, whose bias correction runs one step ahead in bf16",
+        "use stage 1, 2 or 3",
+    )
     _require(
         p.lanes <= d.batch_size,
         "parallel.lanes",
@@ -266,6 +280,7 @@ def parse(parser: ArgumentParser, argv: Sequence[str] | None = None) -> tuple[Co
     """(checked Config, all parsed arguments); ValueError in one readable sentence for anything that does not fit."""
     try:
         namespace = parser.parse_args(argv)
+        _require_sections(namespace)
         made = parser.instantiate(namespace)
     except Exception as error:  # jsonargparse raises ArgumentError; yaml and others what they like
         raise ValueError(_readable(str(error))) from None
@@ -277,10 +292,20 @@ def from_dict(raw: dict[str, Any]) -> Config:
     """The Config that `dataclasses.asdict` took apart; ValueError where it does not fit this version."""
     parser = make_parser("config", "configuration")
     try:
-        made = parser.instantiate(parser.parse_object(raw))
+        namespace = parser.parse_object(raw)
+        _require_sections(namespace)
+        made = parser.instantiate(namespace)
     except Exception as error:
         raise ValueError(_readable(str(error))) from None
     return check(Config(**{f.name: getattr(made, f.name) for f in fields(Config)}))
+
+
+def _require_sections(namespace: Any) -> None:
+    for section in _SECTIONS:
+        value = getattr(namespace, section)
+        _require(
+            isinstance(value, Namespace), section, value, "a section of keys", f"write `{section}:` with its keys indented below"
+        )
 
 
 def known_keys() -> list[str]:
@@ -296,7 +321,7 @@ def _readable(message: str) -> str:
     message = " ".join(message.split()).replace("Parser key ", "").replace("<class '", "").replace("'>", "").replace("typing.", "")
     unknown = (
         re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message)
-        or re.search(r"unrecognized arguments: --()([\w.]+)", message)
+        or re.search(r"unrecognized arguments: --()([^\s=]+)", message)
         or re.search(r"Option '()([\w.]+)' is not accepted", message)
     )
     if unknown:

@@ -26,7 +26,7 @@ FORMAT_VERSION = 1
 SPLITS = ("train", "validation", "test")
 MANIFEST = "manifest.json"
 ITEMS_FILE = "items.parquet"
-_DTYPES = {
+_DTYPES: dict[str, np.dtype[Any]] = {
     "user_keys": np.dtype("<u8"),
     "indptr": np.dtype("<i8"),
     "items": np.dtype("<i4"),
@@ -234,7 +234,14 @@ def _count(value: Any) -> int:
 
 def _split_from_json(split: str, raw: dict[str, Any]) -> SplitEntry:
     shards = [
-        ShardEntry(**{k: (str(s[k]) if k in ("name", "sha256") else _count(s[k])) for k in ShardEntry.__dataclass_fields__})
+        ShardEntry(
+            name=str(s["name"]),
+            users=_count(s["users"]),
+            interactions=_count(s["interactions"]),
+            heldout=_count(s["heldout"]),
+            bytes=_count(s["bytes"]),
+            sha256=str(s["sha256"]),
+        )
         for s in raw["shards"]
     ]
     for i, shard in enumerate(shards):

@@ -158,7 +158,8 @@ class CosineLoss(ElementwiseLoss):
 
     def slopes(self, log_p, log_q, positive, stats):
         p, norms = torch.exp(log_p), self._norms(stats)
-        pull = stats[..., 0] / (norms * stats[..., 1].clamp(min=torch.finfo(stats.dtype).tiny))
+        # one division after the other: |p|^3 would underflow where every p is below 1e-15
+        pull = stats[..., 0] / norms / stats[..., 1].clamp(min=torch.finfo(stats.dtype).tiny)
         if not positive:
             return torch.zeros_like(p), p * p * pull[:, None], None
         return torch.zeros_like(p), p * (p * pull - 1 / norms), None

@@ -86,7 +86,7 @@ class VASP:
     def gradients(
         self,
         trunk: TrunkCall | None,
-        backward: Backward,
+        backward: Backward | None,
         trunk_scale: float,
         x: ItemRows,
         y: ItemRows,
@@ -112,6 +112,7 @@ class VASP:
 
         B = len(kl_B)
         real_B = x.real_rows[self.group.rank * B : (self.group.rank + 1) * B].to(kl_B.dtype) / n_rows
+        assert backward is not None
         with torch.enable_grad():
             kl = kl_B @ real_B
             backward((self.kl_weight * kl + (dz_BX * grad_dz_BX).sum()) * trunk_scale)

@@ -195,9 +195,8 @@ def agree(error: Exception | None, ranks: Ranks) -> None:
     """Raise one AgreedError on every rank if any rank brings a user's error (ValueError); call it on all ranks."""
     if error is not None and not isinstance(error, ValueError):
         raise error
-    messages = [
-        m.decode(errors="replace") for m in all_gather_bytes(str(error).encode() if error else b"", ranks.world, ranks.device)
-    ]
+    text = "" if error is None else str(error) or type(error).__name__
+    messages = [m.decode(errors="replace") for m in all_gather_bytes(text.encode(errors="replace"), ranks.world, ranks.device)]
     for rank, message in enumerate(messages):
         if message:
             everywhere = all(m == message for m in messages)

@@ -1,4 +1,4 @@
-"""One optimizer step: the trunk as a DeepSpeed ZeRO engine, the item matrices beside it. The only importer of deepspeed.
+"""One optimizer step: the trunk as a DeepSpeed ZeRO engine, the item matrices beside it.
 
 The item matrices stay outside the engine, because `deepspeed.initialize` overwrites every rank's parameters with rank 0's.
 DeepSpeed averages gradients over the world; the loss is already divided by the N rows of the whole step, so what enters
@@ -9,13 +9,10 @@ Shapes: B rows of this rank, N rows of the whole step, L latent width.
 
 from __future__ import annotations
 
-import logging
 import math
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,10 +23,10 @@ from dist_vasp.data.augment import hash64
 from dist_vasp.data.stream import Batch
 from dist_vasp.model.item_layers import ItemSlice
 from dist_vasp.model.sparse import gather_rows
-from dist_vasp.model.trunk import Trunk
 from dist_vasp.model.vasp import VASP, TrunkCall, make_trunk
 from dist_vasp.parallel.comm import Ranks, all_reduce
 from dist_vasp.training.optimizer import MOMENTS, SCALARS, InPlaceAdam
+from dist_vasp.training.zero import ZeroTrunk
 
 
 @dataclass(frozen=True)
@@ -54,23 +51,18 @@ class Trainer:
         self.model = VASP(config.model, config.loss, n_items, ranks, config.run.seed)
         self.item_optimizer = InPlaceAdam([piece.tensor for piece in self.model.slices()], config.optimizer)
         trunk = make_trunk(config.model, config.run.seed)
-        self.engine, self.trunk_optimizer = _deepspeed_engine(trunk, config, ranks) if trunk else (None, None)
+        self.trunk = ZeroTrunk(trunk, config, ranks) if trunk else None
         self._stage: int | None = None
 
-    @property
-    def trunk(self) -> Trunk | None:
-        """The bare module: current weights at ZeRO stages 0 to 2."""
-        return self.engine.module if self.engine else None
-
     def optimizers(self) -> list[InPlaceAdam]:
-        return [self.item_optimizer] + ([self.trunk_optimizer] if self.trunk_optimizer else [])
+        return [self.item_optimizer] + ([self.trunk.optimizer] if self.trunk else [])
 
     def step(self, batch: Batch) -> StepReport:
         """Gradients of every micro-batch, then one update of everything. Raises DivergedError before anything is updated."""
         self._set_rate(batch.epoch)
         micro_batches = self.config.optimizer.accumulation
         rows = -(-batch.padded_rows // micro_batches)
-        noise_BL = self._noise(batch, rows * micro_batches) if self.engine else None
+        noise_BL = self._noise(batch, rows * micro_batches) if self.trunk else None
         world = self.ranks.world_size
         totals = torch.zeros(3, dtype=torch.float64, device=self.ranks.device)  # reconstruction, KL, squared norm of item gradients
 
@@ -79,17 +71,18 @@ class Trainer:
             csr = [side.slice(mine.start, mine.stop) for side in (batch.inputs, batch.targets)]
             x, y = gather_rows(csr, mine.stop - mine.start, rows, self.n_items, self.ranks.partition_group, self.ranks.device)
             noise = noise_BL[start : start + rows] if noise_BL is not None else None
-            share = self.model.gradients(self.engine, self._backward, world, x, y, noise, batch.global_rows)
+            backward = self.trunk.backward if self.trunk else None
+            share = self.model.gradients(self.trunk, backward, world, x, y, noise, batch.global_rows)
             totals += torch.stack([share.reconstruction, share.kl, totals.new_zeros(())]).double()
-            if self.engine and start + rows < rows * micro_batches:
-                self.engine.step()  # counts the micro-batch; the update comes at the last one
+            if self.trunk and start + rows < rows * micro_batches:
+                self.trunk.step()  # counts the micro-batch; the update comes at the last one
 
         if self.ranks.layout.replicas > 1:
             for piece in self.model.slices():
                 piece.tensor.grad = all_reduce(piece.tensor.grad, self.ranks.replica_group)
         totals[2] = self._item_squared_norm() / self.ranks.layout.replicas
         reconstruction, kl, squared_norm = all_reduce(totals, self.ranks.world).tolist()
-        grad_norm = math.sqrt(squared_norm + self._trunk_squared_norm())
+        grad_norm = math.sqrt(squared_norm + (self.trunk.squared_norm() if self.trunk else 0.0))
         report = StepReport(reconstruction + self.config.loss.kl_weight * kl, reconstruction, kl, grad_norm)
         if not (math.isfinite(report.loss) and math.isfinite(grad_norm)):
             raise DivergedError(f"step {batch.step + 1}: loss {report.loss}, gradient norm {grad_norm}")
@@ -97,23 +90,20 @@ class Trainer:
         clip = self.config.optimizer.clip_norm
         for optimizer in self.optimizers():
             optimizer.grad_scale = min(1.0, clip / grad_norm) if clip and grad_norm else 1.0
-        if self.engine:
-            self.engine.step()
+        if self.trunk:
+            self.trunk.step()
         self.item_optimizer.step()
         self.item_optimizer.zero_grad(set_to_none=True)
         return report
 
     @contextmanager
     def evaluating(self) -> Iterator[TrunkCall | None]:
-        """The trunk as a function without gradient or dropout, for the time of the body."""
-        if self.engine is None:
+        """The trunk as a function in evaluation mode, for the time of the body; None for NEASE alone."""
+        if self.trunk is None:
             yield None
-            return
-        self.engine.eval()
-        try:
-            yield self.engine
-        finally:
-            self.engine.train()
+        else:
+            with self.trunk.evaluating() as trunk:
+                yield trunk
 
     # --- state -------------------------------------------------------------------------------------------------------
 
@@ -126,62 +116,23 @@ class Trainer:
         return pieces + [replace(p, name=f"{p.name}.{m}", tensor=state[m]) for p, state in states for m in MOMENTS]
 
     def trunk_tensors(self, moments: bool) -> dict[str, Tensor]:
-        """The whole trunk and, if asked, its moments, gathered from ZeRO's partitions; all ranks call it together."""
-        if self.engine is None:
-            return {}
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
-        tensors = {}
-        self._link_trunk_state()
-        for name, p in self.engine.module.named_parameters():
-            tensors[name] = safe_get_full_fp32_param(p)
-            for moment in MOMENTS if moments else ():
-                tensors[f"{name}.{moment}"] = safe_get_full_optimizer_state(p, moment)
-        return tensors
+        """The whole trunk and, if asked, its moments; all ranks call it together."""
+        return self.trunk.tensors(moments) if self.trunk else {}
 
     def optimizer_scalars(self) -> dict[str, float]:
         """The optimizers' `step` and `mu_product`: one pair for all parameters."""
         state = self.item_optimizer.ensure_state(self.model.slices()[0].tensor)
         return {name: float(state[name]) for name in SCALARS}
 
-    def load_trunk(self, tensors: dict[str, Tensor]) -> None:
-        """Write back what `trunk_tensors(moments=True)` gave; ValueError where a tensor is missing or of another shape."""
-        if self.engine is None:
-            return
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-
-        self._link_trunk_state()
-        for name, p in self.engine.module.named_parameters():
-            for key in (name, *(f"{name}.{m}" for m in MOMENTS)):
-                if key not in tensors or tensors[key].shape != p.shape:
-                    raise ValueError(f"the checkpoint's trunk has no {key} of shape {tuple(p.shape)}")
-            p.data.copy_(tensors[name])  # the module's own copy is what the next forward uses
-            safe_set_full_fp32_param(p, tensors[name].to(p.device))
-            for moment in MOMENTS:
-                safe_set_full_optimizer_state(p, tensors[f"{name}.{moment}"].to(p.device), moment)
-
     def load_scalars(self, scalars: dict[str, float], epoch: int) -> None:
         """Restore `optimizer_scalars`, and remember the schedule's stage that `epoch`, the last one trained in, lies in."""
-        for optimizer in self.optimizers():
-            for group in optimizer.param_groups:
-                for p in group["params"]:
-                    for name in SCALARS:
-                        optimizer.ensure_state(p)[name].fill_(scalars[name])
+        states = [self.item_optimizer.ensure_state(piece.tensor) for piece in self.model.slices()]
+        for state in states + (self.trunk.ensure_state() if self.trunk else []):
+            for name in SCALARS:
+                state[name].fill_(scalars[name])
         self._stage = self.config.stage(epoch)
 
-    def _link_trunk_state(self) -> None:
-        """Moments exist only after a first step: build them, and let DeepSpeed's getters and setters see them."""
-        assert self.engine is not None and self.trunk_optimizer is not None
-        for group in self.trunk_optimizer.param_groups:
-            for p in group["params"]:
-                self.trunk_optimizer.ensure_state(p)
-        self.engine.optimizer._lazy_init_hp_params_optimizer_state()
-
     # --- parts of a step -----------------------------------------------------------------------------------------------
-
-    def _backward(self, scalar: Tensor) -> None:
-        assert self.engine is not None
-        self.engine.backward(scalar, scale_wrt_gas=False)
 
     def _set_rate(self, epoch: int) -> None:
         """The schedule's rate for `epoch`; where a new stage begins the moments are kept, unless told otherwise."""
@@ -207,48 +158,3 @@ class Trainer:
 
     def _item_squared_norm(self) -> Tensor:
         return torch.stack([torch.linalg.vector_norm(piece.tensor.grad).double() ** 2 for piece in self.model.slices()]).sum()
-
-    def _trunk_squared_norm(self) -> float:
-        """Over the whole trunk, from the averaged gradients that ZeRO holds before its step."""
-        if self.engine is None:
-            return 0.0
-        return float(self.engine.optimizer.scaled_global_norm()) ** 2
-
-
-def _deepspeed_engine(trunk: Trunk, config: Config, ranks: Ranks) -> tuple[Any, InPlaceAdam]:
-    deepspeed = _import_deepspeed(ranks.device)
-    optimizer = InPlaceAdam(trunk.parameters(), config.optimizer)
-    accumulation = config.optimizer.accumulation
-    engine, *_ = deepspeed.initialize(
-        model=trunk.to(ranks.device),
-        optimizer=optimizer,
-        config={
-            # rows are counted by our own loss; DeepSpeed only needs a consistent triple
-            "train_micro_batch_size_per_gpu": 1,
-            "gradient_accumulation_steps": accumulation,
-            "train_batch_size": accumulation * ranks.world_size,
-            "gradient_clipping": 0.0,
-            "zero_allow_untested_optimizer": True,
-            "zero_optimization": {"stage": config.parallel.zero_stage},
-            "steps_per_print": 2**31 - 1,
-        },
-        dist_init_required=False,
-    )
-    return engine, optimizer
-
-
-def _import_deepspeed(device: torch.device) -> Any:
-    """deepspeed, quiet, and on the CPU without compiling an op that only serves inference."""
-    if device.type == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    os.environ.setdefault("LOCAL_RANK", "0")  # it asks for what a launcher would have set
-    import deepspeed
-    from deepspeed.utils import logger
-
-    logger.setLevel(logging.ERROR)
-    ops = getattr(getattr(deepspeed, "ops", None), "__compatible_ops__", None)
-    if isinstance(ops, dict) and "deepspeed_shm_comm" in ops:
-        ops["deepspeed_shm_comm"] = False
-    if not deepspeed.comm.is_initialized():
-        deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False)
-    return deepspeed

@@ -204,8 +204,8 @@ def _resume(trainer: Trainer, stream: TrainStream, folder: Path, ranks: Ranks) -
     checkpoints.verify(opened, ranks)
     with agreed(ranks):
         checkpoints.read_items(opened, trainer.item_pieces(True))
-        tensors = checkpoints.read_trunk(opened) if trainer.engine else {}
-        trainer.load_trunk(tensors)
+        if trainer.trunk:
+            trainer.trunk.load(checkpoints.read_trunk(opened))
     trainer.load_scalars(opened.header["optimizer"], max(opened.step - 1, 0) // stream.steps_per_epoch)
     return opened.step, opened.header.get("seconds_training", 0.0), opened.header.get("best")
 
@@ -265,7 +265,7 @@ def summary(metrics: dict[str, Any]) -> str:
 
 def _opening(config: Config, stream: TrainStream, trainer: Trainer, step: int, last: int) -> str:
     n_items = sum(p.tensor.numel() for p in trainer.model.slices())
-    n_trunk = sum(p.numel() for p in trainer.trunk.parameters()) if trainer.trunk else 0
+    n_trunk = trainer.trunk.n_parameters if trainer.trunk else 0
     layout = trainer.ranks.layout
     return (
         f"{config.model.kind} on {stream.n_users:,} users and {stream.n_items:,} items: {n_items / 1e6:.1f}M item parameters on this rank, "

@@ -1,0 +1,139 @@
+"""The Netflix Prize: `combined_data_*.txt`, or `mv_*.txt` in a folder or tar, even inside the tar of the whole prize.
+
+Both are movies one after another: a line `MOVIE:`, then lines `USER,RATING,DATE`. Files are joined into blocks of some
+megabytes and parsed without a step of Python per row.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+
+from data_tools import archives
+from data_tools.movielens import decoded
+from data_tools.tables import BLOCK_BYTES, checked, readable
+
+_RATINGS = re.compile(r"(combined_data_\d+|mv_\d+)\.txt$")
+_TITLES = re.compile(r"movie_titles\.(csv|txt)$")
+_LINE = re.compile(rb"\d{1,9}:|\d{1,18},\d+(\.\d+)?(,[^,]*)?")
+_READ = pa.csv.ReadOptions(use_threads=False, block_size=2 * BLOCK_BYTES, column_names=["user", "rating", "date"])
+_CONVERT = pa.csv.ConvertOptions(
+    column_types={"user": pa.int64(), "rating": pa.float64()}, include_columns=["user", "rating"], null_values=[""]
+)
+
+
+def holds_ratings(names: list[str]) -> bool:
+    return any(_RATINGS.match(archives.base_name(n)) for n in names)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Whole lines of one file; the first of them has number `line`."""
+
+    name: str
+    line: int
+    data: bytes
+
+
+@dataclass
+class NetflixSource:
+    """`path` is a folder, a tar, a zip or one file. Movie titles are picked up on the way."""
+
+    path: Path
+    _titles: dict[int, str] = field(default_factory=dict)
+
+    def batches(self, text: frozenset[str] = frozenset()) -> Iterator[pa.RecordBatch]:
+        with readable(str(self.path)):
+            movie, block, size = -1, list[_Piece](), 0
+            for piece in self._pieces():
+                block.append(piece)
+                size += len(piece.data)
+                if size >= BLOCK_BYTES:
+                    batch, movie = _parse(block, movie)
+                    yield batch
+                    block, size = [], 0
+            if block:
+                yield _parse(block, movie)[0]
+            elif movie == -1:
+                raise ValueError(f"{self.path} holds no line of combined_data_*.txt or mv_*.txt; expected the Netflix Prize data")
+
+    def _pieces(self) -> Iterator[_Piece]:
+        for member, stream in archives.members(self.path):
+            name = archives.base_name(member)
+            if _TITLES.match(name):
+                self._titles.update(_parse_titles(stream.read()))
+            if not _RATINGS.match(name) and not (self.path.is_file() and name == self.path.name):
+                continue
+            line, held = 1, b""
+            while data := stream.read(BLOCK_BYTES):
+                data = held + data
+                cut = data.rfind(b"\n") + 1
+                held = data[cut:]
+                if cut:
+                    yield _Piece(member, line, data[:cut])
+                    line += data.count(b"\n", 0, cut)
+            if held:
+                yield _Piece(member, line, held + b"\n")
+
+    def titles(self) -> dict[int, str] | None:
+        """Movie titles by id, where movie_titles.csv or .txt was met or lies beside `path`."""
+        for name in ("movie_titles.csv", "movie_titles.txt"):
+            beside = self.path.parent / name
+            if not self._titles and beside.is_file():
+                self._titles.update(_parse_titles(beside.read_bytes()))
+        return self._titles or None
+
+
+def _parse_titles(data: bytes) -> dict[int, str]:
+    """Lines `ID,YEAR,TITLE`; a title may hold commas."""
+    rows = (line.split(",", 2) for line in decoded(data).splitlines())
+    return {int(row[0]): row[2] for row in rows if len(row) == 3 and row[0].isdecimal()}
+
+
+def _parse(block: list[_Piece], movie: int) -> tuple[pa.RecordBatch, int]:
+    """The ratings of a block and its last movie; `movie` (-1: none yet) is the one that goes on from the block before."""
+    data = b"".join(piece.data for piece in block)
+    if b"\r" in data:
+        data = data.replace(b"\r\n", b"\n")
+    text = np.frombuffer(data, np.uint8)
+    ends = np.flatnonzero(text == ord("\n"))
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    headers = np.flatnonzero((text[ends - 1] == ord(":")) & (ends > starts))
+    bounds = np.concatenate([starts[headers], [len(data)]])
+    cuts = np.concatenate([[0], ends[headers] + 1])
+    body = b"".join(data[a:b] for a, b in zip(cuts.tolist(), bounds.tolist(), strict=True))
+    sizes = np.diff(np.concatenate([[-1], headers, [len(ends)]])) - 1  # ratings before, between and after the headers
+    try:
+        movies = [movie, *(int(data[a:b]) for a, b in zip(starts[headers].tolist(), (ends[headers] - 1).tolist(), strict=True))]
+        rated = pa.csv.read_csv(pa.BufferReader(body), _READ, convert_options=_CONVERT) if body else _CONVERT_EMPTY
+        if rated.num_rows != sizes.sum() or min(movies[1:], default=0) < 0 or (movie < 0 and sizes[0]):
+            raise ValueError("lines are not all ratings")
+        if rated["user"].null_count or rated["rating"].null_count or (np.asarray(rated["user"]) < 0).any():
+            raise ValueError("a rating is incomplete")
+    except ValueError as error:  # find the line the slow way, once
+        raise _explain(block, movie, error) from None
+    item = pa.array(np.repeat(np.array(movies, np.int64), sizes))
+    columns = {name: rated[name].combine_chunks() for name in ("user", "rating")}
+    return checked({"user": columns["user"], "item": item, "rating": columns["rating"]}, 1, block[0].name), movies[-1]
+
+
+_CONVERT_EMPTY = pa.table({"user": pa.array([], pa.int64()), "rating": pa.array([], pa.float64())})
+
+
+def _explain(block: list[_Piece], movie: int, error: ValueError) -> ValueError:
+    for piece in block:
+        for number, line in enumerate(piece.data.splitlines(), piece.line):
+            seen = line.decode("latin-1")[:80]
+            if not _LINE.fullmatch(line):
+                return ValueError(f"{piece.name}, line {number}: {seen!r} is neither 'MOVIE:' nor 'USER,RATING,DATE'")
+            if line.endswith(b":"):
+                movie = int(line[:-1])
+            elif movie < 0:
+                return ValueError(f"{piece.name}, line {number}: the rating {seen!r} comes before any 'MOVIE:' line")
+    return ValueError(f"{block[0].name} from line {block[0].line}: {error}")

@@ -1,0 +1,157 @@
+"""Turn raw interactions into the shards that training reads.
+
+python -m data_tools.shard INPUT OUT_DIR [--format csv|parquet|movielens|netflix] [--protocol liang|given] ...
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from data_tools import atomic, cli
+from data_tools.interactions import Interactions, collect
+from data_tools.readers import FORMATS, Columns, Source, TextIdsError, open_source
+from data_tools.split import GivenPlan, LiangPlan, Plan
+from data_tools.writer import check_unique_keys, count_split, write_folder
+from dist_vasp.data.format import SPLITS, SplitEntry, default_users_per_shard
+
+_LIANG_ONLY = ("rating_column", "min_rating", "min_items", "val_users", "test_users")
+_GIVEN_ONLY = ("split_column", "validation_fraction")
+
+
+def _fraction(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not in [0, 1)")
+    return value
+
+
+def _memory(text: str) -> str:
+    if not re.fullmatch(r"\d+(\.\d+)?\s*([KMGT]i?B)", text, re.IGNORECASE):
+        raise argparse.ArgumentTypeError(f"{text!r} is not an amount of memory; write 1GB, 500MB, ...")
+    return text
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m data_tools.shard", description="Turn raw interactions into shards.")
+    add = parser.add_argument
+    add("input", type=Path, metavar="INPUT", help="file, folder or archive of interactions")
+    add("output", type=Path, metavar="OUT_DIR", help="folder to write; it appears whole or not at all")
+    add("--format", choices=FORMATS, help="default: by the name of INPUT")
+    add("--user_column", metavar="NAME", help="csv, parquet: default user")
+    add("--item_column", metavar="NAME", help="csv, parquet: default item")
+    add("--rating_column", metavar="NAME", help="liang: default rating; where there is none, every row counts (implicit feedback)")
+    add("--split_column", metavar="NAME", help="given: default split; 0 or train, 1 or test, 2 or validation")
+    add("--protocol", choices=("liang", "given"), default="liang", help="liang splits users, given follows a column; default liang")
+    add("--min_rating", type=float, help="liang: keep ratings of at least this; default 4")
+    add("--min_items", type=cli.at_least(1), help="liang: keep users with at least so many items; default 5")
+    add("--val_users", type=cli.at_least(0), help="liang: default a tenth of the users, at most 10,000")
+    add("--test_users", type=cli.at_least(0), help="liang: default a tenth of the users, at most 10,000")
+    add("--validation_fraction", type=_fraction, help="given: share of train items moved to validation; default 0.1, 0 moves none")
+    add("--seed", type=cli.seed, default=98765, help="default 98765")
+    add("--users_per_shard", type=cli.at_least(1), help="default min(4096, train users / 64)")
+    add("--memory_limit", type=_memory, default="1GB", help="of the out-of-core sort, which spills to disk; default 1GB")
+    add("--overwrite", action="store_true", help="replace OUT_DIR if it is a folder that this command wrote")
+    add("--dry_run", action="store_true", help="print what would be written, write nothing")
+    return parser
+
+
+def collect_source(source: Source, folder: Path, min_rating: float, memory_limit: str) -> Interactions:
+    """Read a source, again where an id column turns out to be strings."""
+    text: frozenset[str] = frozenset()
+    while True:
+        try:
+            return collect(source.batches(text), folder, min_rating, memory_limit)
+        except TextIdsError as found:
+            text |= {found.column}
+
+
+def _check_protocol(args: argparse.Namespace) -> None:
+    for name in _LIANG_ONLY if args.protocol == "given" else _GIVEN_ONLY:
+        if getattr(args, name) is not None:
+            other = "given" if args.protocol == "liang" else "liang"
+            raise ValueError(f"--{name} belongs to --protocol {other}, but the protocol is {args.protocol}; leave one of them out")
+
+
+@contextmanager
+def _scratch_in(folder: Path) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="scratch-", dir=folder) as scratch:
+        yield Path(scratch)
+
+
+def _plan(args: argparse.Namespace, source: Source, scratch: Path) -> tuple[Interactions, Plan, dict[str, Any]]:
+    """The interactions, who goes where, and what the manifest says of it."""
+    if args.protocol == "liang":
+        min_rating, min_items = 4.0 if args.min_rating is None else args.min_rating, args.min_items or 5
+        data = collect_source(source, scratch, min_rating, args.memory_limit)
+        plan: Plan = LiangPlan(data, min_items, args.val_users, args.test_users, args.seed)
+        arguments: dict[str, Any] = {"min_rating": min_rating, "min_items": min_items}
+        arguments |= {"val_users": len(plan.users["validation"]), "test_users": len(plan.users["test"])}
+    else:
+        data = collect_source(source, scratch, float("-inf"), args.memory_limit)
+        given = GivenPlan(data, args.validation_fraction, args.seed)
+        plan, arguments = given, {"validation_fraction": given.fraction}
+    check_unique_keys(data, plan)
+    left_out = {"rows_below_min_rating": data.counts.below_min_rating, "duplicate_rows": data.counts.duplicates, **plan.left_out}
+    preparation = {
+        "protocol": args.protocol,
+        "input": args.input.name,
+        "arguments": {**arguments, "seed": args.seed},
+        "rows_read": data.counts.rows,
+        "left_out": left_out,
+    }
+    return data, plan, preparation
+
+
+def _summary(
+    args: argparse.Namespace, plan: Plan, splits: dict[str, SplitEntry], preparation: dict[str, Any], seconds: float
+) -> None:
+    print(f"{args.output}{' would hold' if args.dry_run else ''}: {len(plan.vocabulary):,} items")
+    for name, split in splits.items():
+        heldout = f", {split.heldout:,} held out" if name != "train" else ""
+        print(f"  {name:<10} {split.users:,} users, {split.interactions:,} interactions{heldout}, {len(split.shards)} shards")
+    print(f"  read {preparation['rows_read']:,} rows in {seconds:.1f} s; left out:")
+    for reason, count in preparation["left_out"].items():
+        if count:
+            print(f"    {count:,} {reason.replace('_', ' ')}")
+    if not any(preparation["left_out"].values()):
+        print("    nothing")
+
+
+def _command(args: argparse.Namespace) -> int:
+    start = time.monotonic()
+    _check_protocol(args)
+    atomic.check_folder_target(args.output, args.overwrite)
+    split_column = (args.split_column or "split") if args.protocol == "given" else None
+    fixed = args.user_column is None and args.item_column is None and args.rating_column is None
+    columns = Columns(args.user_column or "user", args.item_column or "item", args.rating_column, split_column)
+    source = open_source(args.input, args.format, columns if split_column or not fixed else Columns())
+
+    if args.dry_run:
+        with tempfile.TemporaryDirectory() as scratch:
+            _, plan, preparation = _plan(args, source, Path(scratch))
+            per_shard = args.users_per_shard or default_users_per_shard(len(plan.users["train"]))
+            splits = {split: count_split(plan, split, per_shard) for split in SPLITS}
+    else:
+        with atomic.new_folder(args.output, args.overwrite) as folder, _scratch_in(folder) as scratch_folder:
+            data, plan, preparation = _plan(args, source, scratch_folder)
+            per_shard = args.users_per_shard or default_users_per_shard(len(plan.users["train"]))
+            preparation["arguments"]["users_per_shard"] = per_shard
+            splits = write_folder(folder, data, plan, source.titles(), per_shard, preparation).splits
+    _summary(args, plan, splits, preparation, time.monotonic() - start)
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return cli.run(_parser(), _command, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,226 @@
+"""Hold a data folder against what it says of itself, and name every fault.
+
+    python -m data_tools.verify OUT_DIR
+
+Exit status 0 and one line, or 2 and one line for each fault. Shapes: U users of a shard, V items of the vocabulary.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from data_tools import cli
+from dist_vasp.data.format import (
+    ITEMS_FILE,
+    MANIFEST,
+    SPLITS,
+    Block,
+    ItemTable,
+    Manifest,
+    keys_of_ids,
+    load_items,
+    read_shard,
+    users_file,
+)
+
+MAX_EXAMPLES = 3
+
+
+@dataclass
+class _Seen:
+    """What the shards of one split held: user keys in order, and how often each item row was read."""
+
+    keys: list[np.ndarray] = field(default_factory=list)
+    popularity: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    whole: bool = True  # every shard could be read
+
+
+def faults(folder: Path) -> Iterator[str]:
+    """Every fault of a data folder, one line each; none for a sound one."""
+    try:
+        manifest = Manifest.load(folder)
+    except ValueError as error:
+        yield str(error)
+        return
+    yield from _foreign_files(folder, manifest)
+    yield from _changed_files(folder, manifest)
+    items: ItemTable | None = None
+    try:
+        items = load_items(folder, manifest)
+    except ValueError as error:
+        yield str(error)
+    seen = {}
+    with cli.Progress("verifying", "users", sum(s.users for s in manifest.splits.values())) as progress:
+        for split in SPLITS:
+            seen[split] = _Seen(popularity=np.zeros(manifest.n_items, np.int64))
+            yield from _shards(folder, manifest, split, seen[split], progress)
+    if items is not None:
+        yield from _vocabulary(folder / ITEMS_FILE, items, seen["train"])
+    for split in SPLITS:
+        yield from _users(folder / users_file(split), split, seen[split])
+    yield from _across_splits(manifest, seen)
+
+
+def _foreign_files(folder: Path, manifest: Manifest) -> Iterator[str]:
+    listed = {MANIFEST, *manifest.files, *(shard.name for split in manifest.splits.values() for shard in split.shards)}
+    for path in sorted(folder.iterdir()):
+        if path.name not in listed:
+            yield f"{path}: {MANIFEST} does not list it; remove it"
+
+
+def _changed_files(folder: Path, manifest: Manifest) -> Iterator[str]:
+    expected = {ITEMS_FILE, *map(users_file, SPLITS)}
+    for name in sorted(expected - set(manifest.files)):
+        yield f"{folder / MANIFEST}: it lists no SHA-256 of {name}"
+    for name in sorted(set(manifest.files) - expected):
+        yield f"{folder / MANIFEST}: it lists {name!r}, which is no file of this format"
+    for name in sorted(expected & set(manifest.files)):
+        try:
+            with open(folder / name, "rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            yield f"{folder / name}: cannot be read ({error.strerror}); {MANIFEST} lists it"
+            continue
+        if found != manifest.files[name]:
+            yield f"{folder / name}: SHA-256 is {found[:12]}..., {MANIFEST} says {manifest.files[name][:12]}..."
+
+
+def _shards(folder: Path, manifest: Manifest, split: str, seen: _Seen, progress: cli.Progress) -> Iterator[str]:
+    for entry in manifest.splits[split].shards:
+        progress.add(entry.users)
+        try:
+            block = read_shard(folder, split, entry, manifest.n_items)
+        except ValueError as error:
+            seen.whole = False
+            yield str(error)
+            continue
+        if entry.users == 0:
+            yield f"{folder / entry.name}: it holds no users"
+        seen.keys.append(block.user_keys)
+        seen.popularity += np.bincount(block.items, minlength=manifest.n_items)
+        overlap = _users_with_overlap(block, manifest.n_items)
+        if len(overlap):
+            yield f"{folder / entry.name}: fold-in and held-out items of {_some('user', overlap)} overlap"
+
+
+def _users_with_overlap(block: Block, n_items: int) -> np.ndarray:
+    """Keys of the users who have an item both in fold-in and held-out."""
+    if block.heldout_indptr is None or block.heldout_items is None:
+        return np.empty(0, np.uint64)
+    user = np.arange(block.n_users)
+    fold_in = np.repeat(user, np.diff(block.indptr)) * n_items + block.items
+    held_out = np.repeat(user, np.diff(block.heldout_indptr)) * n_items + block.heldout_items
+    return block.user_keys[np.unique(np.intersect1d(fold_in, held_out) // n_items)]
+
+
+def _vocabulary(path: Path, items: ItemTable, train: _Seen) -> Iterator[str]:
+    yield from _ids_and_keys(path, "item", items.ids, items.keys)
+    rank = np.empty(len(items.ids), np.int64)
+    rank[np.asarray(pc.array_sort_indices(items.ids))] = np.arange(len(items.ids))
+    steps = np.diff(items.popularity)
+    wrong = np.flatnonzero((steps > 0) | ((steps == 0) & (np.diff(rank) <= 0)))
+    if len(wrong):
+        yield f"{path}: items are not by descending popularity with ties by ascending id, first at row {wrong[0] + 1}"
+    if train.whole:
+        differ = np.flatnonzero(items.popularity != train.popularity)
+        if len(differ):
+            row = differ[0]
+            yield (
+                f"{path}: popularity of {len(differ)} items differs from the train shards, first at row {row}: "
+                f"{items.popularity[row]} here, {train.popularity[row]} there"
+            )
+
+
+def _users(path: Path, split: str, seen: _Seen) -> Iterator[str]:
+    try:
+        table = pq.read_table(path, columns=["key", "id"])
+        keys, ids = np.asarray(table["key"]).astype(np.uint64), table["id"].combine_chunks()
+    except (OSError, KeyError, pa.ArrowException) as error:
+        yield f"{path}: cannot be read as the users of {split} (columns key, id): {error}"
+        return
+    yield from _ids_and_keys(path, "user", ids, keys)
+    found = np.concatenate([np.empty(0, np.uint64), *seen.keys])
+    if seen.whole and not np.array_equal(keys, found):
+        if len(keys) != len(found):
+            yield f"{path}: it lists {len(keys)} users, the {split} shards hold {len(found)}"
+        elif np.array_equal(np.sort(keys), np.sort(found)):
+            yield f"{path}: its users are those of the {split} shards, in another order"
+        else:
+            yield f"{path}: the {split} shards hold {_some('user', np.setdiff1d(found, keys))}, which it does not list"
+    repeated = _repeated(found)
+    if len(repeated):
+        yield f"{path.parent}: {_some('user', repeated)} is in the {split} shards more than once"
+
+
+def _ids_and_keys(path: Path, kind: str, ids: pa.Array, keys: np.ndarray) -> Iterator[str]:
+    if not (pa.types.is_int64(ids.type) or pa.types.is_string(ids.type) or pa.types.is_large_string(ids.type)) or ids.null_count:
+        yield f"{path}: {kind} ids are {ids.type} with {ids.null_count} missing; expected int64 or string, none missing"
+        return
+    if pc.count_distinct(ids).as_py() != len(ids):
+        yield f"{path}: some {kind} id is listed more than once"
+    wrong = np.flatnonzero(keys_of_ids(ids) != keys)
+    if len(wrong):
+        yield f"{path}: the key of {len(wrong)} {kind} ids does not belong to the id, first at row {wrong[0]}"
+
+
+def _across_splits(manifest: Manifest, seen: dict[str, _Seen]) -> Iterator[str]:
+    """Liang's splits share no user; the users of the given protocol's targets are train users."""
+    found = {split: np.concatenate([np.empty(0, np.uint64), *s.keys]) for split, s in seen.items()}
+    if manifest.preparation.get("protocol") == "given":
+        for split in ("validation", "test"):
+            strangers = np.setdiff1d(found[split], found["train"])
+            if seen["train"].whole and len(strangers):
+                yield f"{split} shards hold {_some('user', strangers)} without a row in the train shards"
+        return
+    for i, one in enumerate(SPLITS):
+        for other in SPLITS[i + 1 :]:
+            both = np.intersect1d(found[one], found[other])
+            if len(both):
+                yield f"{one} and {other} shards share {_some('user', both)}"
+
+
+def _repeated(keys: np.ndarray) -> np.ndarray:
+    values, counts = np.unique(keys, return_counts=True)
+    return values[counts > 1]
+
+
+def _some(kind: str, keys: np.ndarray) -> str:
+    """`2 users (keys 5, 9)`, with a few examples."""
+    examples = ", ".join(str(k) for k in keys[:MAX_EXAMPLES]) + (", ..." if len(keys) > MAX_EXAMPLES else "")
+    return f"{len(keys)} {kind}{'s' if len(keys) != 1 else ''} (key{'s' if len(keys) != 1 else ''} {examples})"
+
+
+def _command(args: argparse.Namespace) -> int:
+    if not args.folder.is_dir():
+        raise ValueError(f"{args.folder} is not a folder; pass one that `python -m data_tools.shard` wrote")
+    found = 0
+    for fault in faults(args.folder):
+        found += 1
+        print("error: " + " ".join(fault.split()), file=sys.stderr)
+    if found:
+        return 2
+    manifest = Manifest.load(args.folder)
+    users = ", ".join(f"{split.users:,} {name}" for name, split in manifest.splits.items())
+    shards = sum(len(split.shards) for split in manifest.splits.values())
+    print(f"{args.folder}: sound; {users} users, {manifest.n_items:,} items, {shards} shards")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m data_tools.verify", description="Check a data folder; name every fault.")
+    parser.add_argument("folder", type=Path, metavar="OUT_DIR", help="written by python -m data_tools.shard")
+    return cli.run(parser, _command, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,167 @@
+"""The trunk under DeepSpeed ZeRO: build it, step it, take its state out whole and put it back. The only importer of deepspeed.
+
+What each stage partitions over the world: 0 nothing, 1 moments, 2 moments and gradients, 3 parameters too. The state that
+leaves here is whole and plain, so a checkpoint knows nothing of the stage it was written at.
+
+Sources: Rajbhandari et al. 2020 (ZeRO, arXiv 1910.02054); DeepSpeed 0.19.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dist_vasp.config import Config
+from dist_vasp.model.trunk import Trunk
+from dist_vasp.parallel.comm import Ranks
+from dist_vasp.training.optimizer import MOMENTS, InPlaceAdam
+
+
+class ZeroTrunk:
+    """A Trunk and its optimizer at `parallel.zero_stage`; call it as the trunk itself."""
+
+    def __init__(self, trunk: Trunk, config: Config, ranks: Ranks) -> None:
+        deepspeed = _import_deepspeed(ranks.device)
+        self.stage, self.ranks = config.parallel.zero_stage, ranks
+        self.n_parameters = sum(p.numel() for p in trunk.parameters())
+        self.optimizer = InPlaceAdam(trunk.parameters(), config.optimizer)
+        accumulation = config.optimizer.accumulation
+        self._engine, *_ = deepspeed.initialize(
+            model=trunk.to(ranks.device),
+            optimizer=self.optimizer,
+            config={
+                # rows are counted by our own loss; DeepSpeed only needs a consistent triple
+                "train_micro_batch_size_per_gpu": 1,
+                "gradient_accumulation_steps": accumulation,
+                "train_batch_size": accumulation * ranks.world_size,
+                "gradient_clipping": 0.0,
+                "zero_allow_untested_optimizer": True,
+                "zero_optimization": {"stage": self.stage},
+                "bf16": {"enabled": config.parallel.trunk_dtype == "bf16"},
+                "steps_per_print": 2**31 - 1,
+            },
+            dist_init_required=False,
+        )
+
+    def __call__(self, pre_BH: Tensor, noise_BL: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        return self._engine(pre_BH, noise_BL)
+
+    @property
+    def module(self) -> Trunk:
+        """The bare module. Its parameters are whole at stages 0 to 2."""
+        return self._engine.module
+
+    def backward(self, scalar: Tensor) -> None:
+        """Autograd from `scalar`; DeepSpeed averages what arrives at the parameters over the world."""
+        self._engine.backward(scalar, scale_wrt_gas=False)
+
+    def step(self) -> None:
+        """End a micro-batch; the last one of a step updates the parameters."""
+        self._engine.step()
+
+    def squared_norm(self) -> float:
+        """Of the whole trunk's gradient, between the last backward of a step and the update."""
+        zero = self._engine.optimizer
+        if self.stage == 0:
+            norms = [torch.linalg.vector_norm(p.grad) for p in self.module.parameters() if p.grad is not None]
+            return float(torch.linalg.vector_norm(torch.stack(norms))) ** 2
+        norm = zero.scaled_global_norm() if self.stage < 3 else torch.linalg.vector_norm(torch.stack(zero._get_norm_groups()))
+        return float(norm) ** 2 if norm >= 0 else float("nan")  # DeepSpeed says -1 for a gradient that is not finite
+
+    @contextmanager
+    def evaluating(self) -> Iterator[ZeroTrunk]:
+        self._engine.eval()
+        try:
+            yield self
+        finally:
+            self._engine.train()
+
+    # --- state -------------------------------------------------------------------------------------------------------
+
+    def ensure_state(self) -> list[dict]:
+        """The optimizer's state of everything this rank updates, created empty before the first step."""
+        zero = self._engine.optimizer
+        if self.stage == 3:
+            return [self.optimizer.ensure_state(p) for p in zero.fp32_partitioned_groups_flat]
+        states = [self.optimizer.ensure_state(p) for group in self.optimizer.param_groups for p in group["params"]]
+        if self.stage:
+            zero._lazy_init_hp_params_optimizer_state()  # lets DeepSpeed's getters and setters see the moments
+        return states
+
+    def tensors(self, moments: bool) -> dict[str, Tensor]:
+        """Every parameter whole in fp32 and, if asked, its moments (`NAME.exp_avg`, ...); all ranks call it together."""
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        self.ensure_state()
+        found = {}
+        for name, p in self.module.named_parameters():
+            found[name] = p.detach() if self.stage == 0 else safe_get_full_fp32_param(p)
+            for moment in MOMENTS if moments else ():
+                state = self.optimizer.state[p][moment] if self.stage == 0 else safe_get_full_optimizer_state(p, moment)
+                found[f"{name}.{moment}"] = state
+        return found
+
+    @torch.no_grad()
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Put back what `tensors(moments=True)` gave at any stage; ValueError where one is missing or of another shape."""
+        self.ensure_state()
+        for name, p in self.module.named_parameters():
+            shape = tuple(p.ds_shape) if self.stage == 3 else tuple(p.shape)
+            for key in (name, *(f"{name}.{m}" for m in MOMENTS)):
+                if key not in tensors or tuple(tensors[key].shape) != shape:
+                    raise ValueError(f"the checkpoint's trunk has no {key} of shape {shape}")
+            self._set(p, tensors[name].to(self.ranks.device), None)
+            for moment in MOMENTS:
+                self._set(p, tensors[f"{name}.{moment}"].to(self.ranks.device), moment)
+
+    def _set(self, p: Any, value: Tensor, moment: str | None) -> None:
+        """Write one whole tensor into wherever the stage keeps it: the master copy or moment, and the module's own copy."""
+        from deepspeed.utils import (
+            safe_set_full_fp32_param,
+            safe_set_full_optimizer_state,
+            safe_set_local_fp32_param,
+            safe_set_local_optimizer_state,
+        )
+
+        if moment is None and (self.stage < 3 or p.data.numel() == p.ds_numel):
+            p.data.copy_(value)  # what the next forward uses
+        if self.stage == 0 and moment:
+            self.optimizer.state[p][moment].copy_(value)
+        elif self.stage in (1, 2):
+            if moment:
+                safe_set_full_optimizer_state(p, value, moment)
+            else:
+                safe_set_full_fp32_param(p, value)
+        elif self.stage == 3:
+            # the full setters fail where the length does not divide by the world: cut this rank's piece ourselves
+            length = p.ds_tensor.numel()
+            padded = torch.nn.functional.pad(value.flatten(), (0, length * self.ranks.world_size - value.numel()))
+            piece = padded.narrow(0, length * self.ranks.rank, length)
+            if moment:
+                safe_set_local_optimizer_state(p, piece, moment)
+            else:
+                p.ds_tensor.data.copy_(piece)
+                safe_set_local_fp32_param(p, piece)
+
+
+def _import_deepspeed(device: torch.device) -> Any:
+    """deepspeed, quiet, and on the CPU without compiling an op that only serves inference."""
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("LOCAL_RANK", "0")  # it asks for what a launcher would have set
+    import deepspeed
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.ERROR)
+    ops = getattr(getattr(deepspeed, "ops", None), "__compatible_ops__", None)
+    if isinstance(ops, dict) and "deepspeed_shm_comm" in ops:
+        ops["deepspeed_shm_comm"] = False
+    if not deepspeed.comm.is_initialized():
+        deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False)
+    return deepspeed

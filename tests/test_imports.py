@@ -1,0 +1,83 @@
+"""Imports go one way (DESIGN.md, section 8), and nothing is ever unpickled or evaluated."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+BASE = {"dist_vasp.config", "dist_vasp.data.format", "dist_vasp.parallel.partition"}  # import nothing of ours
+ROOMS = ["parallel.comm", "data", "model", "checkpoint", "ranking", "training"]  # each imports itself, those before it and BASE
+NARROW = {"dist_vasp.plan": {"dist_vasp.config", "dist_vasp.parallel.partition"}}  # imports these alone
+FILES = sorted(p for top in ("dist_vasp", "data_tools", "launch") for p in (ROOT / top).rglob("*.py"))
+MODULES = {".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p for p in FILES}
+ONE_IMPORTER = {"torch.distributed": "dist_vasp.parallel.comm", "deepspeed": "dist_vasp.training.engine"}
+PICKLES = ("pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve")
+
+
+def imported(tree: ast.AST) -> set[str]:
+    """Every module that is imported, inside functions too; `from package import module` names the module."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            both = {f"{node.module}.{alias.name}" for alias in node.names}
+            names |= {name if name in MODULES or name in ONE_IMPORTER else node.module for name in both}
+    return names
+
+
+def level(module: str) -> int:
+    """0 for BASE, then the room's place; launch on top."""
+    if module in BASE:
+        return 0
+    if module.split(".")[0] == "launch":
+        return len(ROOMS) + 1
+    return 1 + next(i for i, room in enumerate(ROOMS) if f"{module}.".startswith(f"dist_vasp.{room}."))
+
+
+def within(name: str, package: str) -> bool:
+    return f"{name}.".startswith(f"{package}.")
+
+
+def allowed(importer: str, name: str) -> bool:
+    if importer in NARROW or importer in BASE:
+        return name in NARROW.get(importer, ())
+    if within(importer, "data_tools"):
+        return name == "dist_vasp.data.format" or within(name, "data_tools")
+    if name in NARROW or within(name, "data_tools"):
+        return within(importer, "launch")
+    return level(name) == 0 or level(name) <= level(importer)
+
+
+@pytest.mark.parametrize("module", [m for m, path in MODULES.items() if path.stat().st_size])
+def test_imports_go_one_way(module):
+    names = imported(ast.parse(MODULES[module].read_text()))
+    ours = {name for name in names if name.split(".")[0] in ("dist_vasp", "data_tools", "launch", "tests")}
+    wrong = {name for name in ours if name not in MODULES or not allowed(module, name)}
+    assert not wrong, f"{module} must not import {sorted(wrong)}"
+    for package, only in ONE_IMPORTER.items():
+        assert module == only or not any(within(name, package) for name in names), f"only {only} imports {package}"
+    assert not any(within(name, p) for name in names for p in PICKLES), f"{module} imports a pickle"
+
+
+@pytest.mark.parametrize("module", [m for m, path in MODULES.items() if path.stat().st_size])
+def test_nothing_is_unpickled_or_evaluated(module):
+    for node in ast.walk(ast.parse(MODULES[module].read_text())):
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            assert called not in ("eval", "exec", "torch.load", "__import__", "builtins.eval", "builtins.exec"), called
+            for keyword in node.keywords:
+                if keyword.arg == "allow_pickle":
+                    assert isinstance(keyword.value, ast.Constant) and keyword.value.value is False, ast.unparse(node)
+        if isinstance(node, ast.Attribute) and module != ONE_IMPORTER["torch.distributed"]:
+            assert ast.unparse(node) != "torch.distributed"
+
+
+def test_every_package_init_is_empty():
+    for path in FILES:
+        if path.name == "__init__.py":
+            assert not path.read_text().strip(), path
