@@ -6,6 +6,7 @@ to do. Combinations that cannot work are refused here, before anything is built.
 
 from __future__ import annotations
 
+import copy
 import difflib
 import math
 import re
@@ -292,7 +293,7 @@ def from_dict(raw: dict[str, Any]) -> Config:
     """The Config that `dataclasses.asdict` took apart; ValueError where it does not fit this version."""
     parser = make_parser("config", "configuration")
     try:
-        namespace = parser.parse_object(raw)
+        namespace = parser.parse_object(copy.deepcopy(raw))  # it writes into what it is given
         _require_sections(namespace)
         made = parser.instantiate(namespace)
     except Exception as error:

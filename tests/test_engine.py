@@ -101,8 +101,8 @@ def _dense(parameters, name: str, clip: float):
 
 
 def _distance(a: torch.Tensor, b: torch.Tensor, everything: dict[str, torch.Tensor]) -> float:
-    """Relative L2 distance; float32 cannot do better than a share of the largest tensors, so they set a floor of a thousandth."""
-    floor = 1e-3 * max(float(torch.linalg.vector_norm(p)) for p in everything.values())
+    """Relative L2 distance; float32 cannot do better than a share of the largest tensors, so they set a floor of a hundredth."""
+    floor = 1e-2 * max(float(torch.linalg.vector_norm(p)) for p in everything.values())
     return float(torch.linalg.vector_norm(a - b)) / max(float(torch.linalg.vector_norm(b)), floor)
 
 
