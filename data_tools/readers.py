@@ -68,6 +68,8 @@ def open_source(path: Path, name: str | None, columns: Columns) -> Source:
     """The reader of `path` in format `name` (None: inferred); ValueError where there is none, or columns do not apply."""
     if not path.exists():
         raise ValueError(f"the input {path} does not exist; name a file or folder")
+    if not path.is_dir() and not path.is_file():
+        raise ValueError(f"the input {path} is a pipe or device, which cannot be read twice; write it to a file first")
     name = name or infer_format(path)
     if name in ("csv", "parquet"):
         suffixes = _CSV_SUFFIXES if name == "csv" else (".parquet",)

@@ -17,7 +17,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
@@ -208,7 +207,7 @@ def _parquet_column(role: str, name: str, values: pa.Array, row: int, where: str
         return values.cast(pa.string())
     if role == "split" or not pa.types.is_integer(kind):
         raise ValueError(f"{where}: column {name!r} is of type {kind}; expected integers or strings")
-    outside = pc.greater(values, np.iinfo(np.int64).max) if pa.types.is_uint64(kind) else pc.less(values, 0)
+    outside = pc.greater(values, pa.scalar(2**63 - 1, pa.uint64())) if pa.types.is_uint64(kind) else pc.less(values, 0)
     if pc.any(outside, min_count=0).as_py():
         position = pc.index(outside, True).as_py()
         raise ValueError(

@@ -17,17 +17,19 @@ import json
 import os
 import re
 import shutil
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from dist_vasp.model.item_layers import ItemSlice
-from dist_vasp.parallel.comm import Ranks, agree, all_gather_bytes, all_reduce, barrier
+from dist_vasp.parallel.comm import Ranks, agree, all_gather_bytes, all_reduce, launched_world
 
 FORMAT_VERSION = 1
 HEADER = "checkpoint.json"
@@ -55,88 +57,153 @@ def items_file(index: int, partitions: int) -> str:
 
 
 def save(path: Path, header: dict[str, Any], pieces: list[ItemSlice], trunk: dict[str, Tensor], ranks: Ranks) -> None:
-    """Write a checkpoint from all ranks together; `trunk` is only looked at on rank 0, `pieces` only on replica 0.
+    """Write a checkpoint from all ranks together, in the foreground; see `Save`."""
+    pending = Save(path, header, pieces, trunk, ranks)
+    pending.write()
+    pending.commit()
 
-    Raises AgreedError on every rank, and leaves nothing behind, when the disk is too small or a file cannot be written.
+
+class Save:
+    """One checkpoint on its way to disk: prepared and committed by all ranks together, written by each alone.
+
+    `trunk` is only looked at on rank 0, `pieces` only on replica 0. Raises AgreedError on every rank, and leaves nothing
+    behind, when the disk is too small or a file cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
-    layout = ranks.layout
-    files: dict[str, dict[str, Tensor]] = {}
-    if ranks.is_main and trunk:
-        files[TRUNK] = trunk
-    if layout.replica_of(ranks.rank) == 0:
-        name = items_file(layout.partition_of(ranks.rank), layout.partitions)
-        files[name] = {f"{p.name}[{p.lo}:{p.hi}]": p.tensor for p in pieces}
-    n_bytes = sum(t.numel() * t.element_size() for tensors in files.values() for t in tensors.values())
-    needed = int(all_reduce(torch.tensor(float(n_bytes), dtype=torch.float64, device=ranks.device), ranks.world))
 
-    error: Exception | None = None
-    if ranks.is_main:
+    def __init__(self, path: Path, header: dict[str, Any], pieces: list[ItemSlice], trunk: dict[str, Tensor], ranks: Ranks) -> None:
+        self.path, self.header, self.ranks = path, header, ranks
+        self.temporary = path.with_name(f".{path.name}.tmp")
+        self._digests: dict[str, str] = {}
+        self._error: Exception | None = None
+        self._thread: threading.Thread | None = None
+        self.files: dict[str, dict[str, Tensor]] = {}
+        if ranks.is_main and trunk:
+            self.files[TRUNK] = trunk
+        layout = ranks.layout
+        if layout.replica_of(ranks.rank) == 0:
+            name = items_file(layout.partition_of(ranks.rank), layout.partitions)
+            self.files[name] = {f"{p.name}[{p.lo}:{p.hi}]": p.tensor for p in pieces}
+        self.n_bytes = sum(t.numel() * t.element_size() for tensors in self.files.values() for t in tensors.values())
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """An empty temporary directory on a disk that is large enough."""
+        needed = int(all_reduce(torch.tensor(float(self.n_bytes), dtype=torch.float64, device=self.ranks.device), self.ranks.world))
+        error: Exception | None = None
+        if self.ranks.is_main:
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                shutil.rmtree(self.temporary, ignore_errors=True)
+                free = shutil.disk_usage(self.path.parent).free
+                if free < needed * 1.01 + (1 << 20):
+                    raise ValueError(
+                        f"{self.path.parent} has {free / 1e9:.2f} GB free but the checkpoint needs {needed / 1e9:.2f} GB; "
+                        "free some space or move run.dir; earlier checkpoints are good"
+                    )
+                self.temporary.mkdir()
+            except (OSError, ValueError) as raised:
+                error = self._unwritable(raised)
+        agree(error, self.ranks)
+
+    def write(self) -> None:
+        """Write this rank's files, one tensor after the other; an error waits for `commit`."""
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(temporary, ignore_errors=True)
-            free = shutil.disk_usage(path.parent).free
-            if free < needed * 1.01 + (1 << 20):
-                raise ValueError(
-                    f"{path.parent} has {free / 1e9:.2f} GB free but the checkpoint needs {needed / 1e9:.2f} GB; "
-                    "free some space or move run.dir; earlier checkpoints are good"
-                )
-            temporary.mkdir()
-        except (OSError, ValueError) as raised:
-            error = _writable(path, raised)
-    agree(error, ranks)
-
-    digests: dict[str, str] = {}
-    try:
-        for name, tensors in files.items():
-            save_file({k: t.detach().contiguous() for k, t in tensors.items()}, temporary / name)
-            os.chmod(temporary / name, 0o666 & ~_umask())  # safetensors writes for the owner alone
-            digests[name] = _sync_and_digest(temporary / name)
-    except (OSError, SafetensorError) as raised:
-        error = _writable(path, raised)
-    messages = all_gather_bytes(json.dumps(digests).encode(), ranks.world, ranks.device)
-    try:
-        agree(error, ranks)
-    except ValueError:
-        if ranks.is_main:
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-    if ranks.is_main:
-        try:
-            sha256 = {name: digest for message in messages for name, digest in json.loads(message).items()}
-            whole = {"format_version": FORMAT_VERSION, **header, "files": dict(sorted(sha256.items()))}
-            (temporary / HEADER).write_text(json.dumps(whole, indent=1) + "\n")
-            _sync_and_digest(temporary / HEADER)
-            _sync_directory(temporary)
-            shutil.rmtree(path, ignore_errors=True)
-            temporary.rename(path)
-            _sync_directory(path.parent)
+            for name, tensors in self.files.items():
+                self._digests[name] = write_safetensors(self.temporary / name, tensors)
         except OSError as raised:
-            error = _writable(path, raised)
-            shutil.rmtree(temporary, ignore_errors=True)
-    agree(error, ranks)
-    barrier(ranks.world)
+            self._error = self._unwritable(raised)
+        except Exception as raised:  # a bug in the thread must not let `commit` call half a checkpoint whole
+            self._error = raised
+        self.files = {}
+
+    def write_in_background(self) -> bool:
+        """Copy this rank's tensors and write them from a thread, if every rank has the memory for a copy; else say False."""
+        local_world = launched_world()[3]
+        fits = self.n_bytes * local_world < psutil.virtual_memory().available / 2
+        if all_reduce(torch.tensor(float(not fits), device=self.ranks.device), self.ranks.world, "max") > 0:
+            return False
+        self.files = {
+            name: {k: t.detach().to("cpu", copy=True) for k, t in tensors.items()} for name, tensors in self.files.items()
+        }
+        self._thread = threading.Thread(target=self.write, name=f"checkpoint {self.path.name}")
+        self._thread.start()
+        return True
+
+    @property
+    def in_foreground(self) -> bool:
+        return self._thread is None
+
+    @property
+    def written(self) -> bool:
+        """Whether this rank's part is on disk (or has failed)."""
+        return self._thread is None or not self._thread.is_alive()
+
+    def commit(self) -> None:
+        """Wait for every rank's part, write the header and rename: now the checkpoint exists."""
+        if self._thread is not None:
+            self._thread.join()
+        ranks, error = self.ranks, None
+        messages = all_gather_bytes(json.dumps(self._digests).encode(), ranks.world, ranks.device)
+        try:
+            agree(self._error, ranks)
+            if ranks.is_main:
+                try:
+                    sha256 = {name: digest for message in messages for name, digest in json.loads(message).items()}
+                    whole = {"format_version": FORMAT_VERSION, **self.header, "files": dict(sorted(sha256.items()))}
+                    whole["header_sha256"] = _header_sha256(whole)
+                    with open(self.temporary / HEADER, "w") as handle:
+                        handle.write(json.dumps(whole, indent=1) + "\n")
+                        handle.flush()
+                        os.fsync(handle.fileno())
+                    _sync_directory(self.temporary)
+                    shutil.rmtree(self.path, ignore_errors=True)
+                    self.temporary.rename(self.path)
+                    _sync_directory(self.path.parent)
+                except OSError as raised:
+                    error = self._unwritable(raised)
+            agree(error, ranks)
+        except ValueError:
+            if ranks.is_main:
+                shutil.rmtree(self.temporary, ignore_errors=True)
+            raise
+
+    def _unwritable(self, raised: Exception) -> ValueError:
+        if isinstance(raised, ValueError):
+            return raised
+        what = f"checkpoint {self.path} could not be written ({raised})"
+        return ValueError(f"{what}; free some space or move run.dir; earlier checkpoints are good")
 
 
-def _writable(path: Path, raised: Exception) -> ValueError:
-    if isinstance(raised, ValueError):
-        return raised
-    return ValueError(
-        f"checkpoint {path} could not be written ({raised}); free some space or move run.dir; earlier checkpoints are good"
-    )
+def _header_sha256(header: dict[str, Any]) -> str:
+    """SHA-256 of the header's content, itself excepted: a damaged position or hash must not pass for a real one."""
+    content = {key: value for key, value in header.items() if key != "header_sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> str:
+    """Write fp32 tensors as a safetensors file, one after the other and without a copy of the whole; returns its SHA-256.
 
-
-def _sync_and_digest(file: Path) -> str:
-    with open(file, "rb+") as handle:
+    The format is a length, a JSON header and the raw bytes; safetensors' own writer wants all of them in memory at once.
+    """
+    header, end = {}, 0
+    for name, tensor in tensors.items():
+        assert tensor.dtype == torch.float32, (name, tensor.dtype)
+        start, end = end, end + tensor.numel() * 4
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
+    with open(path, "wb") as handle:
+        for part in (len(text).to_bytes(8, "little"), text):
+            handle.write(part)
+            digest.update(part)
+        for tensor in tensors.values():
+            data = memoryview(tensor.detach().cpu().contiguous().numpy()).cast("B") if tensor.numel() else b""
+            handle.write(data)
+            digest.update(data)
+        handle.flush()
         os.fsync(handle.fileno())
-        return hashlib.file_digest(handle, "sha256").hexdigest()
+    return digest.hexdigest()
 
 
 def _sync_directory(folder: Path) -> None:
@@ -163,7 +230,8 @@ def prune(folder: Path, keep: int) -> None:
     for old in _steps(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     for leftover in folder.glob(".*.tmp"):
-        shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+        folder_of_ours = leftover.is_dir() and not leftover.is_symlink()
+        shutil.rmtree(leftover, ignore_errors=True) if folder_of_ours else leftover.unlink(missing_ok=True)
 
 
 def _steps(folder: Path) -> list[Path]:
@@ -186,7 +254,7 @@ def find(folder: Path, name: str | None = None) -> Path:
     else:
         path = folder / "best" if (folder / "best").exists() else newest(folder) or folder / "best"
     if not (path / HEADER).is_file():
-        found = sorted(p.parent.name for p in folder.glob(f"*/{HEADER}"))
+        found = sorted(p.parent.name for p in folder.glob(f"[!.]*/{HEADER}"))
         raise ValueError(f"{path} is not a checkpoint; {folder} holds {', '.join(found) or 'none'}")
     return path
 
@@ -196,14 +264,19 @@ def open_checkpoint(path: Path) -> Checkpoint:
     try:
         header = json.loads((path / HEADER).read_text())
         version = header["format_version"]
-        for key in ("position", "config", "vocabulary_sha256", "shards_sha256", "n_items", "optimizer", "files"):
-            header[key]
-        if not all(isinstance(header["position"][k], int) for k in ("epoch", "step_in_epoch", "step")):
-            raise TypeError("position does not hold three whole numbers")
+        if version == FORMAT_VERSION:
+            for key in ("position", "config", "vocabulary_sha256", "shards_sha256", "n_items", "optimizer", "files"):
+                header[key]
+            if not all(isinstance(header["position"][k], int) for k in ("epoch", "step_in_epoch", "step")):
+                raise TypeError("position does not hold three whole numbers")
+            if header["header_sha256"] != _header_sha256(header):
+                raise ValueError("header_sha256 is not that of its content")
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path / HEADER} is damaged ({error!r}); use another checkpoint of the run") from None
     if version != FORMAT_VERSION:
-        raise ValueError(f"{path / HEADER} has format_version {version}, this version reads {FORMAT_VERSION}")
+        raise ValueError(
+            f"{path / HEADER} has format_version {version}, this version reads {FORMAT_VERSION}; use the version that wrote it"
+        )
     return Checkpoint(path, header)
 
 
@@ -237,6 +310,23 @@ def read_trunk(checkpoint: Checkpoint) -> dict[str, Tensor]:
             return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{file} cannot be read as safetensors ({error}); use another checkpoint of the run") from None
+
+
+def stored_pieces(checkpoint: Checkpoint) -> Iterator[tuple[str, int, int, int, Tensor]]:
+    """(name, item_dim, lo, hi, tensor) of every weight in the items files, one at a time, moments left out."""
+    for name in sorted(checkpoint.header["files"]):
+        if name.startswith("items-"):
+            try:
+                with safe_open(checkpoint.path / name, framework="pt") as handle:
+                    for key in handle.keys():  # noqa: SIM118
+                        match = _PIECE.match(key)
+                        if match and not match[1].endswith((".exp_avg", ".exp_avg_sq")):
+                            item_dim = 1 if match[1] == "output.nease.weight" else 0
+                            yield match[1], item_dim, int(match[2]), int(match[3]), handle.get_tensor(key)
+            except (OSError, SafetensorError) as error:
+                raise ValueError(
+                    f"{checkpoint.path / name} cannot be read as safetensors ({error}); use another checkpoint"
+                ) from None
 
 
 def read_items(checkpoint: Checkpoint, pieces: list[ItemSlice]) -> None:

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from dist_vasp.parallel.comm import AgreedError, is_initialized, shut_down
+from dist_vasp.parallel.comm import AgreedError, is_initialized, is_lost_peer, shut_down
 from dist_vasp.training.engine import DivergedError
 
 _LINGER_S = 1.0  # the launcher ends all ranks when the first one exits: rank 0 must have spoken by then
@@ -37,10 +37,23 @@ def run(main: Callable[[Sequence[str] | None], int | None]) -> NoReturn:
         if rank != 0:
             time.sleep(_LINGER_S)
         status = 2 if isinstance(error, ValueError) else 1
+    except RuntimeError as error:
+        if "--debug" in sys.argv or not is_lost_peer(error):
+            raise
+        # The rank that failed has said why, unless it was killed; the others only see its connection close.
+        time.sleep(_LINGER_S)
+        print(
+            f"error: rank {rank} lost contact with another rank, which failed or was killed; start the same command again",
+            file=sys.stderr,
+            flush=True,
+        )
+        status = 1
+    sys.stdout.flush()
     if status == 0:
         shut_down()
-    sys.stdout.flush()
-    sys.exit(status)
+        sys.exit(0)
+    sys.stderr.flush()
+    os._exit(status)  # after a failure nothing may wait for a collective, a thread or a worker that will not come
 
 
 def make_argument_parser(prog: str, description: str) -> argparse.ArgumentParser:

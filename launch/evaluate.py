@@ -48,8 +48,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise ValueError(f"{folder} has no {arguments.split} users; choose another --split or prepare the data with some")
 
     progress = Progress(f"evaluating {arguments.split}", manifest.splits[arguments.split].users, "user", show=ranks.is_main)
-    metrics = evaluate(scorer, folder, arguments.split, ranks, progress.update).result()
+    found = evaluate(scorer, folder, arguments.split, ranks, progress.update)
     progress.close()
+    assert found is not None
+    metrics = found.result()
     if ranks.is_main:
         print(f"{name} on {arguments.split}: {summary(metrics)}")
         if arguments.json:

@@ -13,6 +13,9 @@ from launch.cli import run
 def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser("train.py", __doc__ or "")
     parser.add_argument("--dry_run", action="store_true", help="check everything, say what would be trained, and stop")
+    parser.add_argument(
+        "--init_from", metavar="RUN_DIR", help="start a new run from this run's weights, items matched by original id"
+    )
     config, arguments = parse(parser, argv)
     ranks = init_ranks(config.parallel.partitions, config.parallel.replicas, config.device)
     if arguments.dry_run:
@@ -20,8 +23,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if ranks.is_main:
             print(text)
         return
-    result = train(config, ranks)
-    if ranks.is_main:
+    result = train(config, ranks, arguments.init_from)
+    if ranks.is_main and result:
         for split in ("validation", "test"):
             if result[split]:
                 print(f"{split}: {summary(result[split])}")

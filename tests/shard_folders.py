@@ -19,8 +19,10 @@ def random_rows(n_users: int = 60, n_items: int = 30, seed: int = 0, ratings: bo
     """Interactions in random order, about half of the pairs, without duplicates."""
     random = np.random.default_rng(seed)
     pairs = random.permutation(n_users * n_items)[: n_users * n_items // 2]
-    values = random.integers(1, 6, len(pairs))
-    return [(int(p // n_items) + 10, int(p % n_items) * 7, *([int(v)] if ratings else [])) for p, v in zip(pairs, values, strict=True)]
+    values = random.choice([3, 4, 4, 5, 5], len(pairs))
+    return [
+        (int(p // n_items) + 10, int(p % n_items) * 7, *([int(v)] if ratings else [])) for p, v in zip(pairs, values, strict=True)
+    ]
 
 
 def read_folder(folder: Path) -> dict:

@@ -13,7 +13,7 @@ ROOMS = ["parallel.comm", "data", "model", "checkpoint", "ranking", "training"] 
 NARROW = {"dist_vasp.plan": {"dist_vasp.config", "dist_vasp.parallel.partition"}}  # imports these alone
 FILES = sorted(p for top in ("dist_vasp", "data_tools", "launch") for p in (ROOT / top).rglob("*.py"))
 MODULES = {".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p for p in FILES}
-ONE_IMPORTER = {"torch.distributed": "dist_vasp.parallel.comm", "deepspeed": "dist_vasp.training.engine"}
+ONE_IMPORTER = {"torch.distributed": "dist_vasp.parallel.comm", "deepspeed": "dist_vasp.training.zero"}
 PICKLES = ("pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve")
 
 

@@ -285,9 +285,9 @@ def _as_it_is(item: Any) -> Any:
 
 
 def _start_worker(worker: int) -> None:
-    # Ctrl-C reaches every process of the terminal; only the rank decides what to do. Handlers of the rank are inherited.
+    # Signals reach every process of the group; only the rank decides what to do. A worker ends with its rank.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 # --- evaluation ------------------------------------------------------------------------------------------------------

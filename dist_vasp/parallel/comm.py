@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -136,6 +137,14 @@ def is_initialized() -> bool:
     return dist.is_initialized()
 
 
+def is_lost_peer(error: RuntimeError) -> bool:
+    """Whether a collective failed because another rank is gone."""
+    text = str(error).lower()
+    return isinstance(error, dist.DistBackendError) or any(
+        sign in text for sign in ("connection closed by peer", "connection reset by peer", "broken pipe", "gloo", "nccl")
+    )
+
+
 def shut_down() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -189,6 +198,20 @@ def all_gather_bytes(message: bytes, group: Group, device: torch.device, capacit
     padded[8 : 8 + len(message)] = torch.tensor(list(message), dtype=torch.uint8)
     rows = all_gather(padded[None].to(device), group).cpu().numpy()
     return [bytes(row[8 : 8 + int.from_bytes(bytes(row[:8]), "little")]) for row in rows]
+
+
+def any_rank(flag: bool, ranks: Ranks) -> bool:
+    """Whether any rank says True; all ranks ask together."""
+    return bool(all_reduce(torch.tensor(float(flag), device=ranks.device), ranks.world, "max") > 0)
+
+
+def all_gather_keys(keys: np.ndarray, ranks: Ranks) -> list[int]:
+    """The uint64 keys of all ranks, in the order of the ranks."""
+    sizes = all_gather(torch.tensor([len(keys)], device=ranks.device), ranks.world).tolist()
+    padded = torch.zeros(max(sizes), dtype=torch.int64)
+    padded[: len(keys)] = torch.from_numpy(keys.view(np.int64))
+    rows = all_gather(padded[None].to(ranks.device), ranks.world).cpu().numpy().view(np.uint64)
+    return [int(key) for row, n in zip(rows, sizes, strict=True) for key in row[:n]]
 
 
 def agree(error: Exception | None, ranks: Ranks) -> None:

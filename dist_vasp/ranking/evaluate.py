@@ -24,7 +24,7 @@ from dist_vasp.parallel.comm import Ranks, all_gather
 from dist_vasp.ranking.metrics import RankingMetrics
 from dist_vasp.ranking.topk import TopK, merge_topk
 
-# Users x -> (first item, scores (G, C)) of each block of this rank's items, in item order
+# Users x -> (first item, scores (G, C)) of each block of this rank's items, in item order; the scores are the caller's to write
 Scorer = Callable[[ItemRows], Iterator[tuple[int, Tensor]]]
 
 USERS_PER_BLOCK = 512
@@ -43,7 +43,7 @@ def popularity_scorer(items: ItemTable, ranks: Ranks) -> Scorer:
     counts_J = torch.from_numpy(items.popularity[part.start : part.stop].astype(np.float64)).to(ranks.device)
 
     def score(x: ItemRows) -> Iterator[tuple[int, Tensor]]:
-        yield part.start, counts_J.expand(x.n_rows, -1)
+        yield part.start, counts_J.repeat(x.n_rows, 1)
 
     return score
 
@@ -67,7 +67,6 @@ def top_items(scorer: Scorer, histories: Rows, k: int, n_items: int, ranks: Rank
     waiting: list[Tensor] = []
     width = first = 0
     for lo, scores in scorer(x):
-        scores = scores.clone() if scores.stride(0) == 0 else scores
         scores[x.positions(lo, lo + scores.shape[1])] = -torch.inf
         first = first if waiting else lo
         waiting.append(scores)
@@ -85,13 +84,24 @@ def top_items(scorer: Scorer, histories: Rows, k: int, n_items: int, ranks: Rank
 
 
 def evaluate(
-    scorer: Scorer, folder: str | Path, split: str, ranks: Ranks, progress: Callable[[int], None] | None = None
-) -> RankingMetrics:
-    """Recall, NDCG and coverage of `split`, the same on every rank. `progress(users done)` is called after each block."""
+    scorer: Scorer,
+    folder: str | Path,
+    split: str,
+    ranks: Ranks,
+    progress: Callable[[int], None] | None = None,
+    interrupted: Callable[[], bool] = lambda: False,
+) -> RankingMetrics | None:
+    """Recall, NDCG and coverage of `split`, the same on every rank.
+
+    `progress(users done)` is called after each block. `interrupted()`, asked of all ranks together before each block, ends the
+    evaluation without a result (None).
+    """
     manifest = Manifest.load(folder)
     metrics, done = RankingMetrics(manifest.n_items), 0
     replicas = ranks.layout.replicas
     for block in evaluation_blocks(folder, split, USERS_PER_BLOCK * replicas):
+        if interrupted():
+            return None
         metrics.update(_lists(scorer, block, manifest.n_items, ranks), block.held_out)
         done += len(block.user_keys)
         if progress:

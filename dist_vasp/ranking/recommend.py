@@ -62,15 +62,11 @@ def skipped_file(output: str | Path) -> Path:
 def read_histories(path: str | Path, items: ItemTable) -> Histories:
     """Read a CSV(.gz) or Parquet file with columns user and item; ValueError if it cannot be used."""
     table = _read_table(Path(path))
-    for name in _COLUMNS:
-        if table.column(name).null_count:
-            row = int(np.flatnonzero(np.asarray(table.column(name).is_null()))[0])
-            raise ValueError(f"{path}: column {name} is empty in row {row + 1}; every row needs a user and an item")
+    columns = {name: _ids(table.column(name), f"{path}: column {name}") for name in _COLUMNS}
     # ids compare as text, so that 17 in a CSV is 17 in a Parquet column of integers
-    wanted = table.column("item").combine_chunks().cast(pa.string())
-    known = pc.index_in(wanted, value_set=items.ids.cast(pa.string()))
+    known = pc.index_in(columns["item"].cast(pa.string()), value_set=items.ids.cast(pa.string()))
     item_rows = np.asarray(pc.fill_null(known, -1)).astype(np.int32)
-    encoded = table.column("user").combine_chunks().dictionary_encode()
+    encoded = columns["user"].dictionary_encode()
     users, user_of = encoded.dictionary, np.asarray(encoded.indices).astype(np.int64)
 
     listed = item_rows >= 0
@@ -100,12 +96,42 @@ def _read_table(path: Path) -> pa.Table:
             raise ValueError(f"{path} has no column {', '.join(missing)}; it has {', '.join(names)}; expected user and item")
         if path.suffix == ".parquet":
             return pq.read_table(path, columns=list(_COLUMNS))
-        options = pa_csv.ConvertOptions(include_columns=list(_COLUMNS), column_types={"item": pa.string()})
-        return pa_csv.read_csv(path, convert_options=options)
+        # as text: a type guessed from the first rows would change ids such as 007, and only an empty cell is no id
+        options = pa_csv.ConvertOptions(
+            include_columns=list(_COLUMNS),
+            column_types=dict.fromkeys(_COLUMNS, pa.string()),
+            null_values=[""],
+            strings_can_be_null=True,
+        )
+        table = pa_csv.read_csv(path, convert_options=options)
+        return table.set_column(table.column_names.index("user"), "user", _as_numbers(table.column("user")))
     except FileNotFoundError:
         raise ValueError(f"--histories {path} does not exist") from None
     except (OSError, pa.ArrowException) as error:
         raise ValueError(f"{path} cannot be read ({error}); expected a CSV or Parquet file with columns user and item") from None
+
+
+def _as_numbers(ids: pa.ChunkedArray) -> pa.ChunkedArray:
+    """The ids as int64 if that loses nothing of any of them."""
+    try:
+        numbers = ids.cast(pa.int64())
+    except pa.ArrowInvalid:
+        return ids
+    return numbers if numbers.cast(pa.string()).equals(ids) else ids
+
+
+def _ids(column: pa.ChunkedArray, where: str) -> pa.Array:
+    """One array of numbers or text; ValueError names `where` if there is another type or an empty cell."""
+    ids = column.combine_chunks()
+    if pa.types.is_dictionary(ids.type):
+        ids = ids.dictionary_decode()
+    if ids.null_count:
+        row = int(np.flatnonzero(np.asarray(ids.is_null()))[0])
+        raise ValueError(f"{where} is empty in row {row + 1}; every row needs a user and an item")
+    kinds = (pa.types.is_integer, pa.types.is_floating, pa.types.is_string, pa.types.is_large_string)
+    if not any(is_kind(ids.type) for is_kind in kinds):
+        raise ValueError(f"{where} holds {ids.type}, expected whole numbers or text; convert it first")
+    return ids
 
 
 def recommend_to_file(

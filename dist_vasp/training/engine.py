@@ -37,6 +37,8 @@ class StepReport:
     focal: float
     kl: float
     grad_norm: float
+    stop: bool = False  # some rank was asked to stop
+    all_written: bool = True  # every rank's part of a checkpoint that goes on in the background is on disk
 
 
 class DivergedError(RuntimeError):
@@ -57,14 +59,17 @@ class Trainer:
     def optimizers(self) -> list[InPlaceAdam]:
         return [self.item_optimizer] + ([self.trunk.optimizer] if self.trunk else [])
 
-    def step(self, batch: Batch) -> StepReport:
-        """Gradients of every micro-batch, then one update of everything. Raises DivergedError before anything is updated."""
+    def step(self, batch: Batch, stop: bool = False, written: bool = True) -> StepReport:
+        """Gradients of every micro-batch, then one update of everything. Raises DivergedError before anything is updated.
+
+        `stop` and `written` are this rank's words to the others; they travel with the loss.
+        """
         self._set_rate(batch.epoch)
         micro_batches = self.config.optimizer.accumulation
         rows = -(-batch.padded_rows // micro_batches)
         noise_BL = self._noise(batch, rows * micro_batches) if self.trunk else None
         world = self.ranks.world_size
-        totals = torch.zeros(3, dtype=torch.float64, device=self.ranks.device)  # reconstruction, KL, squared norm of item gradients
+        totals = torch.zeros(5, dtype=torch.float64, device=self.ranks.device)
 
         for start in range(0, rows * micro_batches, rows):
             mine = slice(min(start, batch.inputs.n_rows), min(start + rows, batch.inputs.n_rows))
@@ -73,7 +78,7 @@ class Trainer:
             noise = noise_BL[start : start + rows] if noise_BL is not None else None
             backward = self.trunk.backward if self.trunk else None
             share = self.model.gradients(self.trunk, backward, world, x, y, noise, batch.global_rows)
-            totals += torch.stack([share.reconstruction, share.kl, totals.new_zeros(())]).double()
+            totals[:2] += torch.stack([share.reconstruction, share.kl])
             if self.trunk and start + rows < rows * micro_batches:
                 self.trunk.step()  # counts the micro-batch; the update comes at the last one
 
@@ -81,9 +86,11 @@ class Trainer:
             for piece in self.model.slices():
                 piece.tensor.grad = all_reduce(piece.tensor.grad, self.ranks.replica_group)
         totals[2] = self._item_squared_norm() / self.ranks.layout.replicas
-        reconstruction, kl, squared_norm = all_reduce(totals, self.ranks.world).tolist()
+        totals[3], totals[4] = float(stop), float(not written)
+        reconstruction, kl, squared_norm, stops, unwritten = all_reduce(totals, self.ranks.world).tolist()
         grad_norm = math.sqrt(squared_norm + (self.trunk.squared_norm() if self.trunk else 0.0))
-        report = StepReport(reconstruction + self.config.loss.kl_weight * kl, reconstruction, kl, grad_norm)
+        loss = reconstruction + self.config.loss.kl_weight * kl
+        report = StepReport(loss, reconstruction, kl, grad_norm, stops > 0, unwritten == 0)
         if not (math.isfinite(report.loss) and math.isfinite(grad_norm)):
             raise DivergedError(f"step {batch.step + 1}: loss {report.loss}, gradient norm {grad_norm}")
 

@@ -1,0 +1,152 @@
+"""The state of a run between steps: what is saved with a checkpoint, what must match when it is resumed."""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from dist_vasp import checkpoint as checkpoints
+from dist_vasp.checkpoint import Checkpoint, Save
+from dist_vasp.config import Config
+from dist_vasp.data.stream import TrainStream
+from dist_vasp.parallel.comm import Ranks, agreed
+from dist_vasp.training.engine import Trainer
+
+
+@dataclass
+class RunState:
+    """Where the run stands. The position within the data is a function of `step` alone."""
+
+    step: int = 0  # optimizer steps done
+    seconds: float = 0.0  # of training, evaluation and saving excluded
+    best: dict[str, Any] | None = None  # validation metrics of the best checkpoint
+    evaluation_due: bool = False  # a stop came before the evaluation that belongs to `step` was done
+
+
+def total_steps(config: Config, steps_per_epoch: int) -> int:
+    """Optimizer steps of the whole run: the schedule, or `run.max_steps` if that is less."""
+    steps = config.epochs * steps_per_epoch
+    return min(steps, config.run.max_steps) if config.run.max_steps else steps
+
+
+class Saver:
+    """Writes checkpoints in order, in the background where memory allows, and commits each when every rank has written."""
+
+    def __init__(self, trainer: Trainer, stream: TrainStream, folder: Path, say: Callable[[str], None]) -> None:
+        self.trainer, self.stream, self.folder, self.say = trainer, stream, folder, say
+        self._pending: deque[tuple[Save, Callable[[], None]]] = deque()
+        self._told = False
+
+    def save(self, state: RunState) -> None:
+        """Everything a resume needs, as step-XXXXXXXX; older ones beyond `run.keep` go when it is whole."""
+        config = self.trainer.config
+        self._start(self.folder / f"step-{state.step:08d}", state, True, lambda: checkpoints.prune(self.folder, config.run.keep))
+
+    def save_best(self, state: RunState) -> None:
+        """Weights without moments, as best-XXXXXXXX; `best` points at it when it is whole."""
+        path = self.folder / f"best-{state.step:08d}"
+        if (path / checkpoints.HEADER).is_file():
+            return  # a run that was killed here, and resumed from before, has saved the same
+        self._start(path, state, False, lambda: checkpoints.point_best_at(path))
+
+    def _start(self, path: Path, state: RunState, moments: bool, then: Callable[[], None]) -> None:
+        trainer = self.trainer
+        pending = Save(path, self._header(state), trainer.item_pieces(moments), trainer.trunk_tensors(moments), trainer.ranks)
+        if not pending.write_in_background():
+            if not self._told:
+                self._told = True
+                self.say("saving in the foreground, block by block: no memory for a copy of the state")
+            self.finish()
+            pending.write()
+        self._pending.append((pending, then))
+        if pending.in_foreground:
+            self.finish()
+
+    @property
+    def written(self) -> bool:
+        """Whether this rank has written its part of all that was started."""
+        return all(pending.written for pending, _ in self._pending)
+
+    def finish(self) -> None:
+        """Commit everything that was started; all ranks call it together."""
+        while self._pending:
+            pending, then = self._pending.popleft()
+            pending.commit()
+            if self.trainer.ranks.is_main:
+                then()
+
+    def _header(self, state: RunState) -> dict[str, Any]:
+        config, stream = self.trainer.config, self.stream
+        epoch, within = divmod(state.step, stream.steps_per_epoch)
+        return {
+            "position": {"epoch": epoch, "step_in_epoch": within, "step": state.step},
+            "config": asdict(config),
+            "must_match": must_match(config, stream.manifest.shards_sha256),
+            "vocabulary_sha256": stream.manifest.vocabulary_sha256,
+            "shards_sha256": stream.manifest.shards_sha256,
+            "n_items": stream.n_items,
+            "layout": {**asdict(self.trainer.ranks.layout), "zero_stage": config.parallel.zero_stage},
+            "optimizer": self.trainer.optimizer_scalars(),
+            "seconds_training": state.seconds,
+            "best": state.best,
+            "evaluation_due": state.evaluation_due,
+        }
+
+
+# --- resuming --------------------------------------------------------------------------------------------------------
+
+
+def must_match(config: Config, shards_sha256: str) -> dict[str, Any]:
+    """What a resumed run may not change."""
+    return {
+        **{f"model.{k}": v for k, v in asdict(config.model).items()},
+        **{f"loss.{k}": v for k, v in asdict(config.loss).items()},
+        **{f"optimizer.{k}": v for k, v in asdict(config.optimizer).items() if k not in ("schedule", "accumulation")},
+        "data.batch_size": config.data.batch_size,
+        "data.halves": config.halves,
+        "parallel.lanes": config.parallel.lanes,
+        "run.seed": config.run.seed,
+        "hash of data.shards": shards_sha256,
+    }
+
+
+def resume(trainer: Trainer, stream: TrainStream, folder: Path, ranks: Ranks) -> RunState | None:
+    """Load the newest checkpoint of `folder` into `trainer`; None where there is none.
+
+    AgreedError where it is damaged, or where the run has changed in what it may not: the difference is named.
+    """
+    opened: Checkpoint | None = None
+    with agreed(ranks):
+        path = checkpoints.newest(folder)
+        if path is not None:
+            opened = checkpoints.open_checkpoint(path)
+            _check_same_run(trainer.config, stream, opened)
+    if opened is None:
+        return None
+    checkpoints.verify(opened, ranks)
+    with agreed(ranks):
+        checkpoints.read_items(opened, trainer.item_pieces(True))
+        tensors = checkpoints.read_trunk(opened) if trainer.trunk else {}
+    if trainer.trunk:
+        trainer.trunk.load(tensors)
+    trainer.load_scalars(opened.header["optimizer"], max(opened.step - 1, 0) // stream.steps_per_epoch)
+    header = opened.header
+    return RunState(opened.step, header.get("seconds_training", 0.0), header.get("best"), header.get("evaluation_due", False))
+
+
+def _check_same_run(config: Config, stream: TrainStream, opened: Checkpoint) -> None:
+    before, now = opened.header["must_match"], json.loads(json.dumps(must_match(config, stream.manifest.shards_sha256)))
+    different = [key for key in now if before.get(key) != now[key]]
+    if different:
+        changes = "; ".join(f"{key} was {before.get(key)!r} and is now {now[key]!r}" for key in different)
+        raise ValueError(f"{opened.path} cannot be resumed: {changes}; set it back, or start a new run.dir")
+    last = total_steps(config, stream.steps_per_epoch)
+    if opened.step > last:
+        raise ValueError(
+            f"{opened.path} is at step {opened.step}, beyond the {last} steps asked for; "
+            "lengthen optimizer.schedule or run.max_steps, or start a new run.dir"
+        )

@@ -1,0 +1,314 @@
+"""Histories in, lists with original ids out; nothing dropped silently, nothing half-written."""
+
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv as pa_csv
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from dist_vasp.data.format import ItemTable, keys_of_ids
+from dist_vasp.model.vasp import make_trunk
+from dist_vasp.parallel.comm import Ranks, form_groups
+from dist_vasp.parallel.partition import Layout
+from dist_vasp.ranking import recommend as module
+from dist_vasp.ranking.evaluate import model_scorer, top_items
+from dist_vasp.ranking.recommend import Histories, check_output, read_histories, recommend_to_file, skipped_file
+from tests.partitioned import make_model
+from tests.ranks import run_ranks
+
+
+def item_table(ids: list, titles: list[str] | None = None) -> ItemTable:
+    array = pa.array(ids)
+    return ItemTable(array, keys_of_ids(array), np.arange(len(ids))[::-1].copy(), pa.array(titles) if titles else None)
+
+
+NUMBERED = item_table(list(range(1000, 1013)))
+NAMED = item_table(["apple", "NA", "ü, quoted", "007", "null"])
+
+
+def alone() -> Ranks:
+    return form_groups(0, Layout(1, 1, 1), torch.device("cpu"))
+
+
+def lists_of(histories: Histories) -> dict:
+    rows = histories.rows
+    return {
+        user: rows.items[a:b].tolist()
+        for user, a, b in zip(histories.users.to_pylist(), rows.indptr[:-1], rows.indptr[1:], strict=True)
+    }
+
+
+def write(path: Path, users: list, items: list, other: bool = False) -> Path:
+    columns = {"item": items, "stars": [3] * len(users), "user": users} if other else {"user": users, "item": items}
+    table = pa.table(columns)
+    if path.suffix == ".parquet":
+        pq.write_table(table, path)
+    else:
+        with pa.CompressedOutputStream(str(path), "gzip") if path.suffix == ".gz" else pa.OSFile(str(path), "wb") as out:
+            pa_csv.write_csv(table, out)
+    return path
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["h.csv", "h.csv.gz", "h.parquet"])
+@pytest.mark.parametrize("other", [False, True])
+def test_whole_numbers(tmp_path, name, other):
+    path = write(tmp_path / name, [7, 3, 7, 7, 9, 3], [1004, 1001, 1000, 1004, 5, 77], other)
+    histories = read_histories(path, NUMBERED)
+    assert lists_of(histories) == {7: [0, 4], 3: [1]}  # in order of appearance, ascending, without repeats
+    assert histories.skipped.to_pylist() == [9]
+    assert histories.n_unknown == 2
+    assert histories.n_users == 2
+    assert (histories.rows.indptr.dtype, histories.rows.items.dtype) == (np.int64, np.int32)
+
+
+@pytest.mark.parametrize("name", ["h.csv", "h.csv.gz", "h.parquet"])
+def test_text(tmp_path, name):
+    path = write(tmp_path / name, ["ann", "NA", "007", "ann", "7", "7"], ["NA", "ü, quoted", "007", "apple", "null", "nothing"])
+    histories = read_histories(path, NAMED)
+    assert lists_of(histories) == {"ann": [0, 1], "NA": [2], "007": [3], "7": [4]}
+    assert histories.n_unknown == 1
+
+
+def test_numbers_and_text_meet(tmp_path):
+    """A vocabulary of numbers is found by text and the other way round."""
+    as_text = write(tmp_path / "h.parquet", ["a", "a"], ["1002", "x"])
+    assert lists_of(read_histories(as_text, NUMBERED)) == {"a": [2]}
+    as_numbers = write(tmp_path / "g.parquet", [1, 1], [11, 12])
+    assert lists_of(read_histories(as_numbers, item_table(["12", "13"]))) == {1: [0]}
+
+
+@pytest.mark.parametrize("types", [(pa.large_string(), pa.large_string()), (pa.int32(), pa.uint16()), (pa.int64(), pa.float64())])
+def test_other_widths(tmp_path, types):
+    text = pa.types.is_large_string(types[0])
+    table = pa.table(
+        {
+            "user": pa.array(["1", "2"] if text else [1, 2], types[0]),
+            "item": pa.array(["1001", "1000"] if text else [1001, 1000], types[1]),
+        }
+    )
+    pq.write_table(table, tmp_path / "h.parquet")
+    assert [sorted(v) for v in lists_of(read_histories(tmp_path / "h.parquet", NUMBERED)).values()] == [[1], [0]]
+
+
+def test_categories_that_nobody_has_are_no_users(tmp_path):
+    users = pa.DictionaryArray.from_arrays(pa.array([1, 1]), pa.array(["x", "y", "z"]))
+    pq.write_table(pa.table({"user": users, "item": [1000, 1001]}), tmp_path / "h.parquet")
+    histories = read_histories(tmp_path / "h.parquet", NUMBERED)
+    assert lists_of(histories) == {"y": [0, 1]}
+    assert len(histories.skipped) == 0
+
+
+def test_a_late_change_of_type_is_text_throughout(tmp_path):
+    path = tmp_path / "h.csv"
+    path.write_text("user,item\n" + "".join(f"{u},1000\n" for u in range(150_000)) + "late,1001\n")
+    histories = read_histories(path, NUMBERED)
+    assert pa.types.is_string(histories.users.type)
+    assert histories.users[150_000].as_py() == "late"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("h.csv", b"user,item\n1,1000\n2,\n", r"column item is empty in row 2; every row needs a user and an item"),
+        ("h.csv", b"user,item\n,1000\n", r"column user is empty in row 1"),
+        ("h.csv", b"user,item\nann,1000\n,1001\n", r"column user is empty in row 2"),
+        ("h.csv", b"", r"h\.csv cannot be read \(Empty CSV file\); expected a CSV or Parquet file with columns user and item"),
+        ("h.csv", b"user,item\n1\n", r"cannot be read \(.*Expected 2 columns, got 1"),
+        ("h.csv", b"user;item\n1;2\n", r"has no column user, item; it has user;item"),
+        ("h.csv", b"user,movie\n1,2\n", r"has no column item; it has user, movie; expected user and item"),
+        ("h.csv", b"user,item\n1,\xff\n", r"cannot be read \(.*invalid UTF8"),
+        ("h.csv", b"user,item\n\xff,1000\n", r"cannot be read \(.*invalid UTF8"),
+        ("h.csv.gz", b"user,item\n1,1000\n", r"h\.csv\.gz cannot be read"),
+        ("h.csv.gz", gzip.compress(b"user,item\n1,1000\n" * 9)[:-9], r"h\.csv\.gz cannot be read"),
+        ("h.parquet", b"", r"h\.parquet cannot be read"),
+        ("h.parquet", b"PAR1 no it is not PAR1", r"h\.parquet cannot be read"),
+        ("h.tsv", b"user\titem\n", r"--histories .*h\.tsv ends in \.tsv, expected \.csv, \.csv\.gz or \.parquet"),
+        ("h", b"user,item\n", r"ends in nothing, expected"),
+        ("h.csv", None, r"--histories .*h\.csv does not exist"),
+        ("h.parquet", None, r"--histories .*h\.parquet does not exist"),
+    ],
+)
+def test_files_that_cannot_be_used(tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message) as error:
+        read_histories(tmp_path / name, NUMBERED)
+    assert "\n" not in str(error.value).strip()
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"user": [1, None], "item": [1000, 1001]}, "column user is empty in row 2"),
+        ({"user": [1, 2], "item": [None, 1001]}, "column item is empty in row 1"),
+        ({"user": [[1], [2]], "item": [1000, 1001]}, "column user holds list"),
+        ({"user": [1, 2], "item": [[1000], [1001]]}, "column item holds list"),
+        ({"user": [b"\xff"], "item": [1000]}, "column user holds binary, expected whole numbers or text"),
+        ({"item": [1000]}, "has no column user; it has item"),
+    ],
+)
+def test_parquet_columns_that_cannot_be_used(tmp_path, columns, message):
+    pq.write_table(pa.table(columns), tmp_path / "h.parquet")
+    with pytest.raises(ValueError, match=message):
+        read_histories(tmp_path / "h.parquet", NUMBERED)
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+PAIRS = [(u, 1000 + (3 * u + j) % 13) for u in range(1, 12) for j in range(u)] + [(50, 1), (51, 2), (50, 3), (1, 4)]
+K = 5
+
+
+@pytest.fixture
+def pairs(tmp_path) -> None:
+    write(tmp_path / "histories.parquet", *map(list, zip(*PAIRS, strict=True)))
+
+
+def _histories(tmp_path: Path) -> Histories:
+    return read_histories(tmp_path / "histories.parquet", NUMBERED)
+
+
+def _recommend(ranks, tmp_path, name):
+    module.USERS_PER_BLOCK = 4
+    model = make_model("vasp", 13, ranks, dtype=torch.float32)
+    return recommend_to_file(
+        model_scorer(model, make_trunk(model.config, 5)), _histories(tmp_path), NUMBERED, K, tmp_path / name, ranks
+    )
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(module, "USERS_PER_BLOCK", 4)
+
+
+def table_of(path: Path) -> pa.Table:
+    return pq.read_table(path) if path.suffix == ".parquet" else pa_csv.read_csv(path)
+
+
+@pytest.mark.parametrize("name", ["lists.csv", "lists.parquet"])
+def test_lists(tmp_path, pairs, small_blocks, name):
+    report = _recommend(alone(), tmp_path, name)
+    table, histories = table_of(tmp_path / name), _histories(tmp_path)
+    assert table.column_names == ["user", "rank", "item", "score"]
+    model = make_model("vasp", 13, alone(), dtype=torch.float32)
+    log_p, rows = top_items(model_scorer(model, make_trunk(model.config, 5)), histories.rows, K, 13, alone())
+    found = list(zip(*(table.column(c).to_pylist() for c in table.column_names), strict=True))
+    expected = [
+        (user, rank + 1, 1000 + int(rows[u, rank]), pytest.approx(float(np.exp(log_p[u, rank])), rel=1e-6))
+        for u, user in enumerate(histories.users.to_pylist())
+        for rank in range(K)
+        if rows[u, rank] >= 0
+    ]
+    assert found == expected
+    by_user: dict = {}
+    for user, rank, item, score in found:
+        by_user.setdefault(user, []).append((rank, item, score))
+        assert 0 < score < 1
+        assert (user, item) not in PAIRS, "a seen item was recommended"
+    for user, entries in by_user.items():
+        assert [rank for rank, _, _ in entries] == list(range(1, min(K, 13 - user) + 1))  # user u has seen u items
+        scores = [score for _, _, score in entries]
+        assert scores == sorted(scores, reverse=True)
+    assert list(by_user) == list(range(1, 12))
+    skipped = pa_csv.read_csv(skipped_file(tmp_path / name))
+    assert skipped.to_pydict() == {"user": [50, 51], "reason": ["no item of the history is in the vocabulary"] * 2}
+    assert f"{len(found)} recommendations for 11 users; 4 interactions with unknown items ignored; 2 users" in report
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["histories.parquet", name, "lists.skipped.csv"])
+
+
+def test_every_number_of_ranks_writes_the_same_lists(tmp_path, pairs, small_blocks):
+    _recommend(alone(), tmp_path, "one.parquet")
+    reports = run_ranks(_recommend, 3, tmp_path, "three.parquet")
+    one, three = (pq.read_table(tmp_path / name) for name in ("one.parquet", "three.parquet"))
+    assert one.drop(["score"]).equals(three.drop(["score"]))
+    np.testing.assert_allclose(one["score"], three["score"], rtol=1e-5)
+    assert reports[0].startswith(f"{tmp_path / 'three.parquet'}: {one.num_rows} recommendations")
+
+
+def constant_scorer(x):
+    """Items in row order."""
+    yield 0, -torch.arange(13.0).repeat(x.n_rows, 1)
+
+
+def test_text_ids_and_titles(tmp_path):
+    items = item_table([f"i{i}" for i in range(13)], [f"Title {i}" for i in range(13)])
+    path = write(tmp_path / "h.csv", ["a", "a", "b"], ["i0", "i2", "i1"])
+    histories = read_histories(path, items)
+    report = recommend_to_file(constant_scorer, histories, items, 2, tmp_path / "o.csv", alone(), show=1)
+    lines = (tmp_path / "o.csv").read_text().splitlines()
+    assert [line.rpartition(",")[0] for line in lines] == [
+        '"user","rank","item"',
+        '"a",1,"i1"',
+        '"a",2,"i3"',
+        '"b",1,"i0"',
+        '"b",2,"i2"',
+    ]
+    assert [float(line.rpartition(",")[2]) for line in lines[1:]] == pytest.approx(np.exp([-1.0, -3.0, 0.0, -2.0]))
+    assert report.splitlines()[:3] == ["user a", "  history  Title 0, Title 2", "  list     Title 1 (0.368), Title 3 (0.050)"]
+    assert "user b" not in report
+
+
+def test_progress_and_a_skipped_file_of_before(tmp_path, small_blocks):
+    skipped_file(tmp_path / "o.csv").write_text("user,reason\n")
+    histories = read_histories(write(tmp_path / "h.csv", list(range(9)), [1000] * 9), NUMBERED)
+    done: list[int] = []
+    recommend_to_file(constant_scorer, histories, NUMBERED, 1, tmp_path / "o.csv", alone(), done.append)
+    assert done == [4, 8, 9]
+    assert not skipped_file(tmp_path / "o.csv").exists()
+
+
+@pytest.mark.parametrize("name", ["o.csv", "o.parquet"])
+def test_no_users(tmp_path, name):
+    path = tmp_path / "h.csv"
+    for text, n_skipped in (("user,item\n", 0), ("user,item\n1,5\n", 1)):
+        path.write_text(text)
+        report = recommend_to_file(constant_scorer, read_histories(path, NUMBERED), NUMBERED, 3, tmp_path / name, alone())
+        assert "0 recommendations for 0 users" in report
+        assert table_of(tmp_path / name).num_rows == 0
+        assert skipped_file(tmp_path / name).exists() == bool(n_skipped)
+
+
+@pytest.mark.parametrize("name", ["o.csv", "o.parquet"])
+def test_nothing_is_half_written_when_the_scorer_raises(tmp_path, small_blocks, name):
+    def breaks_in_the_second_block(x, calls=[]):  # noqa: B006 - counts the calls
+        calls.append(1)
+        if len(calls) % 2 == 0:
+            raise ValueError("the model is broken")
+        yield from constant_scorer(x)
+
+    histories = read_histories(write(tmp_path / "h.csv", list(range(9)), [1000] * 9), NUMBERED)
+    for before in (None, b"an earlier output"):
+        if before:
+            (tmp_path / name).write_bytes(before)
+        with pytest.raises(ValueError, match="the model is broken"):
+            recommend_to_file(breaks_in_the_second_block, histories, NUMBERED, 2, tmp_path / name, alone())
+        assert {p.name for p in tmp_path.iterdir()} == {"h.csv"} | ({name} if before else set())
+    assert (tmp_path / name).read_bytes() == b"an earlier output"
+
+
+def test_output_is_checked(tmp_path):
+    existing = tmp_path / "there.csv"
+    existing.write_text("kept")
+    check_output(existing, True)
+    check_output(tmp_path / "new.parquet", False)
+    for output, message in (
+        (existing, r"there\.csv exists; pass --overwrite to replace it"),
+        (tmp_path / "o.txt", r"ends in \.txt, expected one of \.csv, \.parquet"),
+        (tmp_path / "o", r"ends in nothing, expected"),
+        (tmp_path / "no" / "o.csv", r"the folder .*no does not exist; create it first"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check_output(output, False)
+    assert existing.read_text() == "kept"
+    histories = read_histories(write(tmp_path / "h.csv", [1], [1000]), NUMBERED)
+    with pytest.raises(ValueError, match="cannot be written"):
+        recommend_to_file(constant_scorer, histories, NUMBERED, 1, tmp_path / "missing" / "o.csv", alone())
