@@ -47,14 +47,22 @@ def check_file_target(path: Path, overwrite: bool) -> None:
 
 
 @contextmanager
+def _writable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {error.strerror} ({error.filename}); name another place") from None
+
+
+@contextmanager
 def new_folder(path: Path, overwrite: bool) -> Iterator[Path]:
     """Yield a temporary sibling of `path` to fill; on success it becomes `path`, on any error it is removed."""
-    path = Path(os.path.abspath(path))
+    path = Path(os.path.realpath(path))
     check_folder_target(path, overwrite)
-    path.parent.mkdir(parents=True, exist_ok=True)
     folder = _temporary(path)
     shutil.rmtree(folder, ignore_errors=True)  # a process of the same number that was killed
-    folder.mkdir()
+    with _writable(path):
+        folder.mkdir(parents=True)
     try:
         yield folder
         for file in folder.iterdir():
@@ -64,7 +72,12 @@ def new_folder(path: Path, overwrite: bool) -> Iterator[Path]:
         old = path.with_name(f"{path.name}.old-{os.getpid()}")
         if path.exists():
             path.rename(old)
-        folder.rename(path)
+        try:
+            folder.rename(path)
+        except BaseException:
+            if old.exists():
+                old.rename(path)
+            raise
         _sync(path.parent)
         shutil.rmtree(old, ignore_errors=True)
     finally:
@@ -74,9 +87,10 @@ def new_folder(path: Path, overwrite: bool) -> Iterator[Path]:
 @contextmanager
 def new_file(path: Path, overwrite: bool) -> Iterator[Path]:
     """Yield a temporary sibling of `path` to write; on success it becomes `path`, on any error it is removed."""
-    path = Path(os.path.abspath(path))
+    path = Path(os.path.realpath(path))
     check_file_target(path, overwrite)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with _writable(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     file = _temporary(path)
     try:
         yield file

@@ -152,10 +152,10 @@ def collect(batches: Iterable[pa.RecordBatch], folder: Path, min_rating: float, 
         except Exception as error:
             if failure:
                 raise failure[0] from None
-            if isinstance(error, duckdb.Error):
-                raise ValueError(
-                    f"the out-of-core sort failed with --memory_limit {memory_limit}: {error}; pass a larger one"
-                ) from None
+            if isinstance(error, duckdb.OutOfMemoryException):
+                raise ValueError(f"the sort does not fit into --memory_limit {memory_limit}; pass a larger one ({error})") from None
+            if isinstance(error, duckdb.IOException):
+                raise OSError(f"the sort cannot spill beside the output folder: {error}") from None
             raise
     finally:
         connection.close()

@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--validation_fraction", type=_fraction, help="given: share of train items moved to validation; default 0.1, 0 moves none")
     add("--seed", type=cli.seed, default=98765, help="default 98765")
     add("--users_per_shard", type=cli.at_least(1), help="default min(4096, train users / 64)")
-    add("--memory_limit", type=_memory, default="1GB", help="of the out-of-core sort, which spills to disk; default 1GB")
+    add("--memory_limit", type=_memory, default="800MB", help="of the out-of-core sort, which spills to disk; default 800MB")
     add("--overwrite", action="store_true", help="replace OUT_DIR if it is a folder that this command wrote")
     add("--dry_run", action="store_true", help="print what would be written, write nothing")
     return parser

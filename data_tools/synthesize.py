@@ -110,7 +110,9 @@ def draw_block(counts: np.ndarray, tastes: Tastes, rng: np.random.Generator) -> 
         fresh = user * items + tastes.sample(np.minimum(taste, N_TASTES), rng)
         _, first = np.unique(fresh, return_index=True)
         fresh = fresh[np.sort(first)]
-        fresh = fresh[~np.isin(fresh, pairs)]
+        if len(pairs):
+            nearest = np.minimum(np.searchsorted(pairs, fresh), len(pairs) - 1)
+            fresh = fresh[pairs[nearest] != fresh]
         user = fresh // items  # still ascending: draws were made user by user
         rank = np.arange(len(user)) - np.searchsorted(user, user)
         pairs = np.sort(np.concatenate([pairs, fresh[rank < missing[user]]]))

@@ -186,6 +186,21 @@ def test_overwrite_spares_what_is_not_ours(tmp_path, source, capsys):
     assert shard.main([str(source), str(tmp_path / "empty"), "--overwrite"]) == 0
 
 
+def test_output_that_cannot_be_written(tmp_path, source, capsys):
+    fails(capsys, [source, source / "out"], "cannot write")
+    fails(capsys, [source, source / "deep" / "out"], "cannot write")
+
+
+def test_output_through_a_link(tmp_path, source):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    for _ in range(2):
+        assert shard.main([str(source), str(tmp_path / "link"), "--overwrite"]) == 0
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real" / "manifest.json").is_file()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "link", "real"]
+
+
 @pytest.mark.parametrize("step", ["write_split", "check_unique_keys", "sha256_of"])
 def test_failure_leaves_nothing(tmp_path, source, monkeypatch, step):
     def broken(*_):

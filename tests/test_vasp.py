@@ -8,6 +8,7 @@ import torch
 
 from dist_vasp.config import OptimizerConfig
 from dist_vasp.model import item_layers
+from dist_vasp.model.item_layers import accumulate
 from dist_vasp.model.vasp import make_trunk
 from dist_vasp.training.optimizer import InPlaceAdam
 from tests.dense import TORCH_OPTIMIZERS, DenseVASP, dense_rows
@@ -47,7 +48,7 @@ def _partitioned_step(ranks, cases):
         before = export(model.slices())
         trunk_before = {} if trunk is None else {f"trunk.{n}": p.detach().numpy().copy() for n, p in trunk.named_parameters()}
         scores = [(lo, s.numpy().copy()) for lo, s in model.scores(trunk, x_G)]
-        losses = model.gradients(trunk, torch.Tensor.backward, 1.0, x_G, y_G, pad_noise(noise, mine, padded, torch.float64), N_ROWS)
+        losses = model.gradients(trunk, torch.Tensor.backward, 1.0, x_G, y_G, pad_noise(noise, mine, padded, torch.float64), N_ROWS, accumulate)
         gradients = export(model.slices(), "grad")
         trunk_grads = {} if trunk is None else {f"trunk.{n}": p.grad.numpy().copy() for n, p in trunk.named_parameters()}
         InPlaceAdam([s.tensor for s in model.slices()], OptimizerConfig(), lr=0.01).step()

@@ -63,8 +63,6 @@ def sum_log_sigmoid(logits: list[Tensor]) -> Tensor:
 class ElementwiseLoss:
     """A loss that is a sum over items of a function of (log p, log q, y)."""
 
-    needs_row_stats = False
-
     def slopes(
         self, log_p: Tensor, log_q: Tensor, positive: bool, stats: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -132,8 +130,6 @@ class SquaredError(ElementwiseLoss):
 class CosineLoss(ElementwiseLoss):
     """1 - <p, y> / (|p| |y|) of each row. Row statistics: <p, y> and |p|^2, summed over the blocks and partitions, and |y|^2."""
 
-    needs_row_stats = True
-
     def row_stats(self, logits: list[Tensor], ones: Positions) -> Tensor:
         """This block's share of (<p, y>, |p|^2, |y|^2): (G, 3)."""
         p = torch.exp(sum_log_sigmoid(logits))
@@ -169,8 +165,6 @@ class CosineLoss(ElementwiseLoss):
 class MultinomialLoss:
     """-sum_j y_j log softmax(l)_j with l the sum of the paths' logits. Row statistics: log sum exp l and the number of ones."""
 
-    needs_row_stats = True
-
     def row_stats(self, logits: list[Tensor], ones: Positions) -> Tensor:
         """This block's (log sum exp, number of ones): (G, 2)."""
         total = sum(logits[1:], logits[0])
@@ -198,7 +192,8 @@ class MultinomialLoss:
         return loss, [grad] * len(logits)
 
 
-Loss = FocalLoss | BinaryCrossEntropy | SquaredError | CosineLoss | MultinomialLoss
+RowLoss = CosineLoss | MultinomialLoss  # the losses that need row statistics first
+Loss = FocalLoss | BinaryCrossEntropy | SquaredError | RowLoss
 
 
 def make_loss(kind: str, alpha: float = 0.25, gamma: float = 2.0) -> Loss:

@@ -16,13 +16,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from dist_vasp.config import LossConfig, ModelConfig
 from dist_vasp.data.augment import hash64
-from dist_vasp.model.item_layers import InputSide, ItemSlice, OutputSide
+from dist_vasp.model.item_layers import InputSide, ItemSlice, OutputSide, Sink
 from dist_vasp.model.losses import CosineLoss, MultinomialLoss, make_loss
 from dist_vasp.model.sparse import ItemRows
 from dist_vasp.model.trunk import Trunk
@@ -77,11 +76,11 @@ class VASP:
         self.output.zero_diagonal()
 
     def encode(self, trunk: TrunkCall | None, x: ItemRows, noise_BL: Tensor | None) -> tuple[Tensor, ...]:
-        """This rank's W1 x (B, H), [d z] (B, H+L) and KL (B,)."""
+        """This rank's W1 x (B, H), what feeds the output heads, [d z] (B, H+L) or d (B, H), and KL (B,)."""
         assert self.input is not None and trunk is not None
         pre_BH = self.input.forward(x).requires_grad_(torch.is_grad_enabled())
         d_BH, z_BL, kl_B = trunk(pre_BH, noise_BL)
-        return pre_BH, torch.cat([d_BH, z_BL], dim=1), kl_B
+        return pre_BH, torch.cat([d_BH, z_BL], dim=1) if self.config.latent_head else d_BH, kl_B
 
     def gradients(
         self,
@@ -92,23 +91,24 @@ class VASP:
         y: ItemRows,
         noise_BL: Tensor | None,
         n_rows: int,
+        sink: Sink,
     ) -> StepLoss:
-        """Forward and backward of one micro-batch; gradients are added to those already there.
+        """Forward and backward of one micro-batch; the gradients of this rank's item matrices go to `sink`.
 
-        x, y: the G rows of the partition group, padded rows empty and marked by a weight of 0 in `row_weights`.
-        backward: runs autograd from a scalar into the trunk; what enters it is multiplied by `trunk_scale`, because an engine
-        that averages over W ranks would otherwise divide by W what is already a sum over N rows.
+        x, y: the G rows of the partition group, padding marked in `real_rows`. `backward` runs autograd from a scalar into the
+        trunk; what enters it is multiplied by `trunk_scale`, because an engine that averages over W ranks would otherwise
+        divide by W what is already a sum over N rows.
         """
         weight_G = self.row_weights(x, y, n_rows)
         if self.input is None:
-            reconstruction, _, _ = self.output.loss_and_gradients(self.loss, None, None, x, y, weight_G)
+            reconstruction, _ = self.output.loss_and_gradients(self.loss, [], x, y, weight_G, sink)
             return StepLoss(reconstruction, torch.zeros_like(reconstruction))
 
         with torch.enable_grad():
             pre_BH, dz_BX, kl_B = self.encode(trunk, x, noise_BL)
-        d_GH, z_GL = self._split(all_gather(dz_BX.detach(), self.group))
-        reconstruction, grad_d, grad_z = self.output.loss_and_gradients(self.loss, d_GH, z_GL, x, y, weight_G)
-        grad_dz_BX = reduce_scatter(torch.cat([grad_d, grad_z], dim=1), self.group)  # type: ignore[list-item]
+        sources = self._sources(all_gather(dz_BX.detach(), self.group))
+        reconstruction, grads = self.output.loss_and_gradients(self.loss, sources, x, y, weight_G, sink)
+        grad_dz_BX = reduce_scatter(torch.cat(grads, dim=1), self.group)
 
         B = len(kl_B)
         real_B = x.real_rows[self.group.rank * B : (self.group.rank + 1) * B].to(kl_B.dtype) / n_rows
@@ -117,7 +117,7 @@ class VASP:
             kl = kl_B @ real_B
             backward((self.kl_weight * kl + (dz_BX * grad_dz_BX).sum()) * trunk_scale)
         assert pre_BH.grad is not None
-        self.input.accumulate_gradient(x, pre_BH.grad / trunk_scale)
+        self.input.backward(x, pre_BH.grad / trunk_scale, sink)
         return StepLoss(reconstruction, kl.detach())
 
     def row_weights(self, x: ItemRows, y: ItemRows, n_rows: int) -> Tensor:
@@ -130,21 +130,21 @@ class VASP:
     @torch.no_grad()
     def scores(self, trunk: TrunkCall | None, x: ItemRows) -> Iterator[tuple[int, Tensor]]:
         """(first item, log p (G, C)) of every block of this rank's items, for the G rows of the partition group."""
-        d_GH = z_GL = None
+        sources: list[Tensor] = []
         if self.input is not None:
             _, dz_BX, _ = self.encode(trunk, x, None)
-            d_GH, z_GL = self._split(all_gather(dz_BX, self.group))
-        yield from self.output.scores(d_GH, z_GL, x, self.loss)
+            sources = self._sources(all_gather(dz_BX, self.group))
+        yield from self.output.scores(sources, x, self.loss)
 
-    def _split(self, dz_GX: Tensor) -> tuple[Tensor, Tensor]:
-        """[d z] -> d, z."""
-        d_GH, z_GL = dz_GX.split([self.config.hidden, self.config.latent], dim=1)
-        return d_GH.contiguous(), z_GL.contiguous()
+    def _sources(self, dz_GX: Tensor) -> list[Tensor]:
+        """[d z] -> d, z, each contiguous."""
+        widths = [self.config.hidden] + ([self.config.latent] if self.config.latent_head else [])
+        return [source.contiguous() for source in dz_GX.split(widths, dim=1)]
 
 
 def make_trunk(model: ModelConfig, seed: int, dtype: torch.dtype = torch.float32) -> Trunk | None:
     """The trunk of `model`, None for NEASE alone. Every rank builds the same one."""
     if model.kind == "nease":
         return None
-    trunk_seed = int(hash64(np.uint64(seed), np.uint64(0)))
+    trunk_seed = int(hash64(seed, 0))
     return Trunk(model.hidden, model.latent, model.encoder_layers, model.decoder_layers, dtype, trunk_seed)

@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -157,7 +156,7 @@ class Trainer:
         noise = torch.zeros((n_rows, latent), device=device)
         first = 0
         for lane, count in batch.lane_rows:
-            key = int(hash64(np.uint64(self.config.run.seed), np.uint64(batch.step), np.uint64(lane)))
+            key = int(hash64(self.config.run.seed, batch.step, lane))
             generator = torch.Generator(device=device).manual_seed(key)
             noise[first : first + count] = torch.randn((count, latent), generator=generator, device=device)
             first += count
