@@ -25,5 +25,7 @@ setup(
         "psutil>=6.0",
         "setuptools",
     ],
-    extras_require={"dev": ["pytest>=8", "hypothesis>=6", "ruff>=0.11", "mypy>=1.15", "types-PyYAML", "types-psutil", "types-tqdm"]},
+    extras_require={
+        "dev": ["pytest>=8", "hypothesis>=6", "ruff>=0.11", "mypy>=1.15", "types-PyYAML", "types-psutil", "types-tqdm"]
+    },
 )

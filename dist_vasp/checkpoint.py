@@ -198,7 +198,7 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> str:
             handle.write(part)
             digest.update(part)
         for tensor in tensors.values():
-            data = memoryview(tensor.detach().cpu().contiguous().numpy()).cast("B") if tensor.numel() else b""
+            data = tensor.detach().cpu().contiguous().numpy().reshape(-1).view("u1").data
             handle.write(data)
             digest.update(data)
         handle.flush()
@@ -225,11 +225,11 @@ def point_best_at(path: Path) -> None:
             shutil.rmtree(old, ignore_errors=True)
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Drop all but the `keep` newest step checkpoints, and what an interrupted write left."""
+def prune(folder: Path, keep: int, leftovers: bool = True) -> None:
+    """Drop all but the `keep` newest step checkpoints and, before a run has writes of its own under way, what others left."""
     for old in _steps(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
-    for leftover in folder.glob(".*.tmp"):
+    for leftover in folder.glob(".*.tmp") if leftovers else ():
         folder_of_ours = leftover.is_dir() and not leftover.is_symlink()
         shutil.rmtree(leftover, ignore_errors=True) if folder_of_ours else leftover.unlink(missing_ok=True)
 

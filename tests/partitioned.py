@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import torch
 
@@ -12,7 +14,7 @@ from dist_vasp.model.sparse import ItemRows, gather_rows
 from dist_vasp.model.vasp import VASP
 from dist_vasp.parallel.comm import Ranks
 
-SMALL = dict(hidden=6, latent=3, encoder_layers=3, decoder_layers=2)
+SMALL = {"hidden": 6, "latent": 3, "encoder_layers": 3, "decoder_layers": 2}
 
 
 def random_rows(n_rows: int, n_items: int, seed: int, empty: tuple[int, ...] = ()) -> list[list[int]]:
@@ -65,7 +67,7 @@ def assemble(pieces: list[tuple[str, int, int, int, np.ndarray]]) -> dict[str, t
     whole = {}
     for name in dict.fromkeys(p[0] for p in pieces):
         parts = sorted((p for p in pieces if p[0] == name), key=lambda p: p[1])
-        assert all(a[2] == b[1] for a, b in zip(parts, parts[1:], strict=False)), f"{name} has gaps"
+        assert all(a[2] == b[1] for a, b in itertools.pairwise(parts)), f"{name} has gaps"
         whole[name] = torch.from_numpy(np.concatenate([p[4] for p in parts], axis=parts[0][3]))
     return whole
 

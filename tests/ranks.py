@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from dist_vasp.parallel.comm import Ranks, form_groups
+from dist_vasp.parallel.comm import form_groups
 from dist_vasp.parallel.partition import Layout
 
 

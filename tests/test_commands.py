@@ -24,7 +24,6 @@ import yaml
 
 from dist_vasp.config import load
 from dist_vasp.data.format import sha256_of
-from dist_vasp.parallel.comm import shut_down
 from tests.make_shards import write_folder
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -81,7 +80,8 @@ def command(script: str, *arguments: str | Path, ranks: int = 0) -> subprocess.C
 def succeeds(script: str, *arguments: str | Path, ranks: int = 0) -> str:
     done = command(script, *arguments, ranks=ranks)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr and "error:" not in done.stderr
+    if not ranks:
+        assert done.stderr == "", "a run that goes well has nothing to say on stderr"
     return done.stdout
 
 
@@ -102,8 +102,7 @@ def call(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     threads = torch.get_num_threads()
-    yield lambda main, *arguments: main([str(a) for a in arguments])
-    shut_down()
+    yield lambda main, *arguments: main([str(a) for a in arguments])  # the process group stays: DeepSpeed keeps hold of it
     torch.set_num_threads(threads)
     for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -138,7 +137,7 @@ def test_files_of_a_run(run, shards):
     for split, n_users, n_unscored in (("validation", 6, 2), ("test", 9, 3)):
         assert sorted(result[split]) == sorted(METRICS)
         assert (result[split]["n_users"], result[split]["n_users_unscored"]) == (n_users, n_unscored)
-        assert all(0 < result[split][name] <= 1 for name in METRICS[:7])
+        assert all(0 <= result[split][name] <= 1 for name in METRICS[:7])
     assert (result["world_size"], result["epochs"]) == (1, STEPS / STEPS_PER_EPOCH)
     assert result["seconds_training"] > 0
 
@@ -471,7 +470,8 @@ def test_a_damaged_checkpoint_is_not_resumed(run, shards, tmp_path, call):
     data[-1] ^= 1
     file.write_bytes(data)
     refused(call, r"step-00000009/trunk\.safetensors has SHA-256 .* remove this checkpoint and go on", *training(shards, folder))
-    shutil.rmtree(file.parent)
+    folder = shutil.copytree(run, tmp_path / "again", symlinks=True)  # the lock of the other ends with this process
+    shutil.rmtree(folder / "checkpoints" / "step-00000009")
     call(main, *training(shards, folder, "--run.evaluate_every_epochs", "0"))
     resumed, whole = (path / "checkpoints" / "step-00000009" / "trunk.safetensors" for path in (folder, run))
     assert resumed.read_bytes() == whole.read_bytes()

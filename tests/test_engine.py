@@ -53,7 +53,7 @@ def _train(ranks, configs: list[Config]):
         states = [_state(trainer)]
         reports = []
         for step in range(STEPS):
-            reports.append(dataclasses.astuple(trainer.step(_batch(step, ranks))))
+            reports.append(dataclasses.astuple(trainer.step(_batch(step, ranks)))[:4])
             states += [_state(trainer)] if step in (0, STEPS - 1) else []
         found.append({"states": states, "reports": reports})
     return found

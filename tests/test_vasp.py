@@ -48,21 +48,23 @@ def _partitioned_step(ranks, cases):
         before = export(model.slices())
         trunk_before = {} if trunk is None else {f"trunk.{n}": p.detach().numpy().copy() for n, p in trunk.named_parameters()}
         scores = [(lo, s.numpy().copy()) for lo, s in model.scores(trunk, x_G)]
-        losses = model.gradients(trunk, torch.Tensor.backward, 1.0, x_G, y_G, pad_noise(noise, mine, padded, torch.float64), N_ROWS, accumulate)
+        losses = model.gradients(
+            trunk, torch.Tensor.backward, 1.0, x_G, y_G, pad_noise(noise, mine, padded, torch.float64), N_ROWS, accumulate
+        )
         gradients = export(model.slices(), "grad")
         trunk_grads = {} if trunk is None else {f"trunk.{n}": p.grad.numpy().copy() for n, p in trunk.named_parameters()}
         InPlaceAdam([s.tensor for s in model.slices()], OptimizerConfig(), lr=0.01).step()
         real = x_G.real_rows.numpy()
         found.append(
-            dict(
-                before=before,
-                trunk_before=trunk_before,
-                scores=[(lo, s[real]) for lo, s in scores],
-                losses=(float(losses.reconstruction), float(losses.kl)),
-                gradients=gradients,
-                trunk_grads=trunk_grads,
-                after=export(model.slices()),
-            )
+            {
+                "before": before,
+                "trunk_before": trunk_before,
+                "scores": [(lo, s[real]) for lo, s in scores],
+                "losses": (float(losses.reconstruction), float(losses.kl)),
+                "gradients": gradients,
+                "trunk_grads": trunk_grads,
+                "after": export(model.slices()),
+            }
         )
     return found
 

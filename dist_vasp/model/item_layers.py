@@ -83,9 +83,8 @@ class InputSide:
         partial_GH = sum_rows(self.weight_JH, *x.restricted(self.part.start, self.part.stop))
         return reduce_scatter(partial_GH, self.group)
 
-    def backward(self, x: ItemRows, grad_BH: Tensor, sink: Sink) -> None:
-        """Hand dL/dW1_J to the sink, some rows at a time, given dL/d(W1 x) of this rank's rows."""
-        grad_GH = all_gather(grad_BH, self.group)
+    def backward(self, x: ItemRows, grad_GH: Tensor, sink: Sink) -> None:
+        """Hand dL/dW1_J to the sink, some rows at a time, given dL/d(W1 x) of the group's rows."""
         for lo, hi in self.part.blocks(INPUT_ROWS):
             sink(self.weight_JH, lo - self.part.start, sum_rows(grad_GH, *x.rows_by_item(lo, hi)))
 

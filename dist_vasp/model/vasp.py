@@ -37,6 +37,7 @@ class StepLoss:
 
     reconstruction: Tensor
     kl: Tensor
+    replay: Callable[[Sink], None]  # hands the same item gradients to another sink, without the trunk
 
 
 class VASP:
@@ -77,7 +78,8 @@ class VASP:
 
     def encode(self, trunk: TrunkCall | None, x: ItemRows, noise_BL: Tensor | None) -> tuple[Tensor, ...]:
         """This rank's W1 x (B, H), what feeds the output heads, [d z] (B, H+L) or d (B, H), and KL (B,)."""
-        assert self.input is not None and trunk is not None
+        assert self.input is not None
+        assert trunk is not None
         pre_BH = self.input.forward(x).requires_grad_(torch.is_grad_enabled())
         d_BH, z_BL, kl_B = trunk(pre_BH, noise_BL)
         return pre_BH, torch.cat([d_BH, z_BL], dim=1) if self.config.latent_head else d_BH, kl_B
@@ -102,7 +104,11 @@ class VASP:
         weight_G = self.row_weights(x, y, n_rows)
         if self.input is None:
             reconstruction, _ = self.output.loss_and_gradients(self.loss, [], x, y, weight_G, sink)
-            return StepLoss(reconstruction, torch.zeros_like(reconstruction))
+
+            def again(other: Sink) -> None:
+                self.output.loss_and_gradients(self.loss, [], x, y, weight_G, other)
+
+            return StepLoss(reconstruction, torch.zeros_like(reconstruction), again)
 
         with torch.enable_grad():
             pre_BH, dz_BX, kl_B = self.encode(trunk, x, noise_BL)
@@ -117,8 +123,14 @@ class VASP:
             kl = kl_B @ real_B
             backward((self.kl_weight * kl + (dz_BX * grad_dz_BX).sum()) * trunk_scale)
         assert pre_BH.grad is not None
-        self.input.backward(x, pre_BH.grad / trunk_scale, sink)
-        return StepLoss(reconstruction, kl.detach())
+        grad_pre_GH = all_gather(pre_BH.grad / trunk_scale, self.group)
+        self.input.backward(x, grad_pre_GH, sink)
+
+        def replay(other: Sink, input_side: InputSide = self.input) -> None:
+            self.output.loss_and_gradients(self.loss, sources, x, y, weight_G, other)
+            input_side.backward(x, grad_pre_GH, other)
+
+        return StepLoss(reconstruction, kl.detach(), replay)
 
     def row_weights(self, x: ItemRows, y: ItemRows, n_rows: int) -> Tensor:
         """1/N for a row that counts, 0 for padding; cosine and multinomial loss of an empty input or target is 0."""

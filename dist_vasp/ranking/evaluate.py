@@ -52,7 +52,7 @@ def to_item_rows(rows: Rows, n_rows: int, n_items: int, device: torch.device) ->
     """CSR of users that every rank knows, padded to `n_rows` with empty rows."""
     indptr = np.concatenate([rows.indptr, np.full(n_rows - rows.n_rows, rows.indptr[-1])])
     real = torch.arange(n_rows, device=device) < rows.n_rows
-    return ItemRows(torch.from_numpy(indptr).to(device), torch.from_numpy(rows.items).to(device).long(), n_items, real)
+    return ItemRows(torch.from_numpy(indptr).to(device), torch.from_numpy(rows.items.astype(np.int64)).to(device), n_items, real)
 
 
 @torch.no_grad()

@@ -20,9 +20,9 @@ from torch import Tensor
 from dist_vasp.config import Config
 from dist_vasp.data.augment import hash64
 from dist_vasp.data.stream import Batch
-from dist_vasp.model.item_layers import ItemSlice
-from dist_vasp.model.sparse import gather_rows
-from dist_vasp.model.vasp import VASP, TrunkCall, make_trunk
+from dist_vasp.model.item_layers import ItemSlice, Sink, accumulate
+from dist_vasp.model.sparse import ItemRows, gather_rows
+from dist_vasp.model.vasp import VASP, StepLoss, TrunkCall, make_trunk
 from dist_vasp.parallel.comm import Ranks, all_reduce
 from dist_vasp.training.optimizer import MOMENTS, SCALARS, InPlaceAdam
 from dist_vasp.training.zero import ZeroTrunk
@@ -44,6 +44,15 @@ class DivergedError(RuntimeError):
     """The loss or a gradient is no longer a finite number."""
 
 
+@dataclass(frozen=True)
+class MicroBatch:
+    """Input and target rows of the partition group, and the noise of this rank's own."""
+
+    x: ItemRows
+    y: ItemRows
+    noise_BL: Tensor | None
+
+
 class Trainer:
     """The model, its trunk engine (None for NEASE alone) and both optimizers."""
 
@@ -53,54 +62,53 @@ class Trainer:
         self.item_optimizer = InPlaceAdam([piece.tensor for piece in self.model.slices()], config.optimizer)
         trunk = make_trunk(config.model, config.run.seed)
         self.trunk = ZeroTrunk(trunk, config, ranks) if trunk else None
+        self._squared_norm = torch.zeros((), device=ranks.device)  # of this rank's item gradients in the step under way
         self._stage: int | None = None
 
     def optimizers(self) -> list[InPlaceAdam]:
         return [self.item_optimizer] + ([self.trunk.optimizer] if self.trunk else [])
 
     def step(self, batch: Batch, stop: bool = False, written: bool = True) -> StepReport:
-        """Gradients of every micro-batch, then one update of everything. Raises DivergedError before anything is updated.
+        """One update of everything from one batch.
 
-        `stop` and `written` are this rank's words to the others; they travel with the loss.
+        A block of an item matrix is updated as soon as its gradient exists, and the gradient dropped. With clipping the pass
+        over the blocks runs twice (norm, then update); with accumulation the gradients are kept until the last micro-batch.
+        `stop` and `written` are this rank's words to the others; they travel with the loss. Raises DivergedError when the loss
+        or a gradient is not finite: weights in memory are void then.
         """
         self._set_rate(batch.epoch)
-        micro_batches = self.config.optimizer.accumulation
-        rows = -(-batch.padded_rows // micro_batches)
-        noise_BL = self._noise(batch, rows * micro_batches) if self.trunk else None
-        world = self.ranks.world_size
-        totals = torch.zeros(5, dtype=torch.float64, device=self.ranks.device)
+        clip, micro_batches = self.config.optimizer.clip_norm, self._micro_batches(batch)
+        self.item_optimizer.begin_step()
+        self._squared_norm.zero_()
+        if len(micro_batches) > 1:
+            share = self._accumulate(micro_batches, batch.global_rows)
+        else:
+            share = self._gradients(micro_batches[0], batch.global_rows, self._measure if clip else self._update)
 
-        for start in range(0, rows * micro_batches, rows):
-            mine = slice(min(start, batch.inputs.n_rows), min(start + rows, batch.inputs.n_rows))
-            csr = [side.slice(mine.start, mine.stop) for side in (batch.inputs, batch.targets)]
-            x, y = gather_rows(csr, mine.stop - mine.start, rows, self.n_items, self.ranks.partition_group, self.ranks.device)
-            noise = noise_BL[start : start + rows] if noise_BL is not None else None
-            backward = self.trunk.backward if self.trunk else None
-            share = self.model.gradients(self.trunk, backward, world, x, y, noise, batch.global_rows)
-            totals[:2] += torch.stack([share.reconstruction, share.kl])
-            if self.trunk and start + rows < rows * micro_batches:
-                self.trunk.step()  # counts the micro-batch; the update comes at the last one
-
-        if self.ranks.layout.replicas > 1:
-            for piece in self.model.slices():
-                piece.tensor.grad = all_reduce(piece.tensor.grad, self.ranks.replica_group)
-        totals[2] = self._item_squared_norm() / self.ranks.layout.replicas
-        totals[3], totals[4] = float(stop), float(not written)
+        # One all-reduce for what every rank must know.
+        words = [share.reconstruction, share.kl, self._squared_norm / self.ranks.layout.replicas]
+        totals = torch.stack([*(w.double() for w in words), *torch.tensor([stop, not written]).to(words[0].device).double()])
         reconstruction, kl, squared_norm, stops, unwritten = all_reduce(totals, self.ranks.world).tolist()
-        grad_norm = math.sqrt(squared_norm + (self.trunk.squared_norm() if self.trunk else 0.0))
+        if self.trunk:
+            squared_norm += self.trunk.squared_norm()
+        grad_norm = math.sqrt(squared_norm) if squared_norm >= 0 else math.nan
         loss = reconstruction + self.config.loss.kl_weight * kl
-        report = StepReport(loss, reconstruction, kl, grad_norm, stops > 0, unwritten == 0)
-        if not (math.isfinite(report.loss) and math.isfinite(grad_norm)):
-            raise DivergedError(f"step {batch.step + 1}: loss {report.loss}, gradient norm {grad_norm}")
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            raise DivergedError(f"step {batch.step + 1}: loss {loss}, gradient norm {grad_norm}")
 
-        clip = self.config.optimizer.clip_norm
+        scale = min(1.0, clip / grad_norm) if clip and grad_norm else 1.0
         for optimizer in self.optimizers():
-            optimizer.grad_scale = min(1.0, clip / grad_norm) if clip and grad_norm else 1.0
+            optimizer.grad_scale = scale
+        if len(micro_batches) > 1:
+            for piece in self.model.slices():
+                assert piece.tensor.grad is not None
+                self.item_optimizer.update(piece.tensor, 0, piece.tensor.grad)
+                piece.tensor.grad = None
+        elif clip:
+            share.replay(self._update)
         if self.trunk:
             self.trunk.step()
-        self.item_optimizer.step()
-        self.item_optimizer.zero_grad(set_to_none=True)
-        return report
+        return StepReport(loss, reconstruction, kl, grad_norm, stops > 0, unwritten == 0)
 
     @contextmanager
     def evaluating(self) -> Iterator[TrunkCall | None]:
@@ -146,9 +154,23 @@ class Trainer:
         for optimizer in self.optimizers():
             for group in optimizer.param_groups:
                 group["lr"] = self.config.lr(epoch)
+            optimizer.grad_scale = 1.0
             if self.config.optimizer.reset_on_stage and self._stage not in (None, stage):
                 optimizer.forget()
         self._stage = stage
+
+    def _micro_batches(self, batch: Batch) -> list[MicroBatch]:
+        """The step's rows in `optimizer.accumulation` slices, gathered over the partition group."""
+        n = self.config.optimizer.accumulation
+        rows = -(-batch.padded_rows // n)
+        noise_BL = self._noise(batch, rows * n) if self.trunk else None
+        found = []
+        for start in range(0, rows * n, rows):
+            first, last = (min(b, batch.inputs.n_rows) for b in (start, start + rows))
+            csr = [side.slice(first, last) for side in (batch.inputs, batch.targets)]
+            x, y = gather_rows(csr, last - first, rows, self.n_items, self.ranks.partition_group, self.ranks.device)
+            found.append(MicroBatch(x, y, noise_BL[start : start + rows] if noise_BL is not None else None))
+        return found
 
     def _noise(self, batch: Batch, n_rows: int) -> Tensor:
         """Standard normal noise of this rank's rows (n_rows, L), drawn per lane: the same for every number of ranks."""
@@ -162,5 +184,32 @@ class Trainer:
             first += count
         return noise
 
-    def _item_squared_norm(self) -> Tensor:
-        return torch.stack([torch.linalg.vector_norm(piece.tensor.grad).double() ** 2 for piece in self.model.slices()]).sum()
+    def _gradients(self, rows: MicroBatch, n_rows: int, sink: Sink) -> StepLoss:
+        backward = self.trunk.backward if self.trunk else None
+        return self.model.gradients(self.trunk, backward, self.ranks.world_size, rows.x, rows.y, rows.noise_BL, n_rows, sink)
+
+    def _accumulate(self, micro_batches: list[MicroBatch], n_rows: int) -> StepLoss:
+        """Gradients of all micro-batches, kept in `.grad` and summed over the replicas; the sum of their losses."""
+        shares = []
+        for i, rows in enumerate(micro_batches):
+            shares.append(self._gradients(rows, n_rows, accumulate))
+            if self.trunk and i + 1 < len(micro_batches):
+                self.trunk.step()  # counts the micro-batch; the update comes at the last one
+        for piece in self.model.slices():
+            assert piece.tensor.grad is not None
+            piece.tensor.grad = self._over_replicas(piece.tensor.grad)
+        return StepLoss(sum(s.reconstruction for s in shares), sum(s.kl for s in shares), shares[-1].replay)  # type: ignore[arg-type]
+
+    def _over_replicas(self, grad: Tensor) -> Tensor:
+        """The gradient summed over the ranks that own the same items; its norm is noted."""
+        grad = all_reduce(grad, self.ranks.replica_group)
+        self._squared_norm += torch.linalg.vector_norm(grad) ** 2
+        return grad
+
+    def _measure(self, parameter: Tensor, first: int, grad: Tensor) -> None:
+        """The sink of clipping's first pass: only the norm is kept."""
+        self._over_replicas(grad)
+
+    def _update(self, parameter: Tensor, first: int, grad: Tensor) -> None:
+        """The sink that applies a gradient and drops it."""
+        self.item_optimizer.update(parameter, first, self._over_replicas(grad))

@@ -15,6 +15,7 @@ Adam, AdamW and NAdam.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -27,6 +28,16 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 SCALARS = ("step", "mu_product")
 
 
+@dataclass(frozen=True)
+class Factors:
+    """The scalars of one step's update."""
+
+    of_grad: float
+    of_momentum: float
+    root_correction: float
+    shrink: float
+
+
 class InPlaceAdam(torch.optim.Optimizer):
     """Adam, AdamW or Nadam by `config.name`. `grad_scale` multiplies every gradient before it is used (joint clipping).
 
@@ -37,16 +48,29 @@ class InPlaceAdam(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr})
         self.config = config
         self.grad_scale = 1.0
+        self._factors = Factors(0.0, 0.0, 1.0, 1.0)
 
     @torch.no_grad()
     def step(self, closure=None) -> None:  # type: ignore[override]
+        """Update every parameter from its `.grad`."""
         assert closure is None
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
-                    state = self.ensure_state(p)
-                    state["step"] += 1
-                    self._update(p, group["lr"], state)
+                    self._apply(p, p.grad, self.ensure_state(p), self._advance(self.ensure_state(p), group["lr"]))
+
+    def begin_step(self) -> None:
+        """Count a step for every parameter at once; `update` then takes their gradients piece by piece."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                self._factors = self._advance(self.ensure_state(p), group["lr"])
+
+    @torch.no_grad()
+    def update(self, parameter: Tensor, first: int, grad: Tensor) -> None:
+        """Update the rows of `parameter` from `first` on with their gradient, in the step that `begin_step` opened."""
+        rows = slice(first, first + len(grad))
+        state = self.state[parameter]
+        self._apply(parameter[rows], grad, {name: state[name][rows] for name in MOMENTS}, self._factors)
 
     def ensure_state(self, p: Tensor) -> dict:
         """The state of `p`, created empty if there is none."""
@@ -65,27 +89,31 @@ class InPlaceAdam(torch.optim.Optimizer):
                 value.zero_()
             state["mu_product"].fill_(1.0)
 
-    def _update(self, p: Tensor, lr: float, state: dict) -> None:
-        c, t = self.config, float(state["step"])
-        grad_factor, momentum_factor = 0.0, lr / (1 - c.beta1**t)
+    def _advance(self, state: dict, lr: float) -> Factors:
+        """Count a step in `state`; what the step multiplies gradient, momentum and weights by."""
+        c = self.config
+        state["step"] += 1
+        t = float(state["step"])
+        of_grad, of_momentum = 0.0, lr / (1 - c.beta1**t)
         if c.name == "nadam":
             mu, mu_next = (c.beta1 * (1 - 0.5 * 0.96 ** (s * c.momentum_decay)) for s in (t, t + 1))
             state["mu_product"] *= mu
             product = float(state["mu_product"])
-            grad_factor, momentum_factor = lr * (1 - mu) / (1 - product), lr * mu_next / (1 - product * mu_next)
-        root_correction = (1 - c.beta2**t) ** 0.5
-        shrink = 1 - lr * c.weight_decay
+            of_grad, of_momentum = lr * (1 - mu) / (1 - product), lr * mu_next / (1 - product * mu_next)
+        return Factors(of_grad, of_momentum, (1 - c.beta2**t) ** 0.5, 1 - lr * c.weight_decay)
 
-        flat = [x.view(-1) for x in (p, p.grad, state["exp_avg"], state["exp_avg_sq"])]
+    def _apply(self, p: Tensor, grad: Tensor, state: dict, by: Factors) -> None:
+        c = self.config
+        flat = [x.view(-1) for x in (p, grad, state["exp_avg"], state["exp_avg_sq"])]
         chunk = CPU_CHUNK if p.device.type == "cpu" else p.numel()
         for p_n, g_n, m_n, v_n in zip(*(x.split(max(1, chunk)) for x in flat), strict=True):
             if self.grad_scale != 1.0:
                 g_n = g_n * self.grad_scale
             m_n.lerp_(g_n, 1 - c.beta1)
             v_n.mul_(c.beta2).addcmul_(g_n, g_n, value=1 - c.beta2)
-            denom_n = v_n.sqrt().div_(root_correction).add_(c.eps)
-            if shrink != 1.0:
-                p_n.mul_(shrink)
-            if grad_factor:
-                p_n.addcdiv_(g_n, denom_n, value=-grad_factor)
-            p_n.addcdiv_(m_n, denom_n, value=-momentum_factor)
+            denom_n = v_n.sqrt().div_(by.root_correction).add_(c.eps)
+            if by.shrink != 1.0:
+                p_n.mul_(by.shrink)
+            if by.of_grad:
+                p_n.addcdiv_(g_n, denom_n, value=-by.of_grad)
+            p_n.addcdiv_(m_n, denom_n, value=-by.of_momentum)

@@ -44,13 +44,21 @@ class Saver:
     def save(self, state: RunState) -> None:
         """Everything a resume needs, as step-XXXXXXXX; older ones beyond `run.keep` go when it is whole."""
         config = self.trainer.config
-        self._start(self.folder / f"step-{state.step:08d}", state, True, lambda: checkpoints.prune(self.folder, config.run.keep))
+        self._start(
+            self.folder / f"step-{state.step:08d}",
+            state,
+            True,
+            lambda: checkpoints.prune(self.folder, config.run.keep, leftovers=False),
+        )
 
     def save_best(self, state: RunState) -> None:
         """Weights without moments, as best-XXXXXXXX; `best` points at it when it is whole."""
         path = self.folder / f"best-{state.step:08d}"
-        if (path / checkpoints.HEADER).is_file():
-            return  # a run that was killed here, and resumed from before, has saved the same
+        if (path / checkpoints.HEADER).is_file():  # a run that was killed here, and resumed from before, has saved the same
+            self.finish()
+            if self.trainer.ranks.is_main:
+                checkpoints.point_best_at(path)  # the kill may have come before
+            return
         self._start(path, state, False, lambda: checkpoints.point_best_at(path))
 
     def _start(self, path: Path, state: RunState, moments: bool, then: Callable[[], None]) -> None:

@@ -111,7 +111,8 @@ class ZeroTrunk:
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Put back what `tensors(moments=True)` gave at any stage; ValueError where one is missing or of another shape."""
         self.ensure_state()
-        for name, p in self.module.named_parameters():
+        parameters: list[tuple[str, Any]] = list(self.module.named_parameters())
+        for name, p in parameters:
             shape = tuple(p.ds_shape) if self.stage == 3 else tuple(p.shape)
             for key in (name, *(f"{name}.{m}" for m in MOMENTS)):
                 if key not in tensors or tuple(tensors[key].shape) != shape:
