@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,8 @@ from dist_vasp.parallel.comm import Ranks, agree, all_gather_bytes, all_reduce, 
 FORMAT_VERSION = 1
 HEADER = "checkpoint.json"
 TRUNK = "trunk.safetensors"
-_PIECE = re.compile(r"^(.+)\[(\d+):(\d+)\]$")
+_PIECE = re.compile(r"^(.+)\[(\d{1,15}):(\d{1,15})\]$")
+_FILE = re.compile(r"trunk\.safetensors|items-\d{5}-of-\d{5}\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -265,19 +267,50 @@ def open_checkpoint(path: Path) -> Checkpoint:
         header = json.loads((path / HEADER).read_text())
         version = header["format_version"]
         if version == FORMAT_VERSION:
-            for key in ("position", "config", "vocabulary_sha256", "shards_sha256", "n_items", "optimizer", "files"):
-                header[key]
-            if not all(isinstance(header["position"][k], int) for k in ("epoch", "step_in_epoch", "step")):
-                raise TypeError("position does not hold three whole numbers")
+            _check_header(header)
             if header["header_sha256"] != _header_sha256(header):
                 raise ValueError("header_sha256 is not that of its content")
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path / HEADER} is damaged ({error!r}); use another checkpoint of the run") from None
     if version != FORMAT_VERSION:
         raise ValueError(
             f"{path / HEADER} has format_version {version}, this version reads {FORMAT_VERSION}; use the version that wrote it"
         )
     return Checkpoint(path, header)
+
+
+def _check_header(header: dict[str, Any]) -> None:
+    """Raise unless everything a reader relies on is there and of its kind: a checksum only says that it is what was written."""
+    for key in ("position", "config", "must_match", "vocabulary_sha256", "shards_sha256", "n_items", "optimizer", "files"):
+        header[key]
+    if not all(_is_count(header["position"][k]) for k in ("epoch", "step_in_epoch", "step")):
+        raise TypeError("position does not hold three whole numbers")
+    if not _is_count(header["n_items"]):
+        raise TypeError("n_items is not a whole number")
+    if not all(isinstance(header[key], str) for key in ("vocabulary_sha256", "shards_sha256")):
+        raise TypeError("a hash is not a string")
+    if not isinstance(header["config"], dict) or not isinstance(header["must_match"], dict):
+        raise TypeError("config or must_match is not a table")
+    step, mu_product = (header["optimizer"][k] for k in ("step", "mu_product"))
+    if not _is_number(step) or step != int(step) or not _is_number(mu_product) or mu_product > 1:
+        raise ValueError(f"optimizer is at step {step!r} with mu_product {mu_product!r}")
+    for name, digest in header["files"].items():
+        if not _FILE.fullmatch(name) or not isinstance(digest, str):
+            raise ValueError(f"files lists {name!r}, which is no file of a checkpoint")
+    best = header.get("best")
+    if not _is_number(header.get("seconds_training", 0.0)) or not isinstance(header.get("evaluation_due", False), bool):
+        raise TypeError("seconds_training or evaluation_due is of another kind")
+    if best is not None and not all(v is None or _is_number(v) for v in best.values()):
+        raise TypeError("best does not hold metrics")
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 48
+
+
+def _is_number(value: Any) -> bool:
+    """A finite number of 0 or more."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
 
 
 def verify(checkpoint: Checkpoint, ranks: Ranks) -> None:
@@ -305,8 +338,12 @@ def verify(checkpoint: Checkpoint, ranks: Ranks) -> None:
 def read_trunk(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """Every tensor of trunk.safetensors, on the CPU."""
     file = checkpoint.path / TRUNK
+    if TRUNK not in checkpoint.header["files"]:
+        raise ValueError(f"{checkpoint.path / HEADER} lists no {TRUNK}; use another checkpoint of the run")
     try:
         with safe_open(file, framework="pt") as handle:
+            for name in handle.keys():  # noqa: SIM118
+                _check_dtype(handle.get_slice(name), file, name)
             return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{file} cannot be read as safetensors ({error}); use another checkpoint of the run") from None
@@ -322,7 +359,11 @@ def stored_pieces(checkpoint: Checkpoint) -> Iterator[tuple[str, int, int, int, 
                         match = _PIECE.match(key)
                         if match and not match[1].endswith((".exp_avg", ".exp_avg_sq")):
                             item_dim = 1 if match[1] == "output.nease.weight" else 0
-                            yield match[1], item_dim, int(match[2]), int(match[3]), handle.get_tensor(key)
+                            lo, hi = int(match[2]), int(match[3])
+                            shape = _check_dtype(handle.get_slice(key), checkpoint.path / name, key)
+                            if len(shape) <= item_dim or shape[item_dim] != hi - lo or hi > checkpoint.header["n_items"]:
+                                raise ValueError(f"{checkpoint.path / name}: {key} has shape {shape}; use another checkpoint")
+                            yield match[1], item_dim, lo, hi, handle.get_tensor(key)
             except (OSError, SafetensorError) as error:
                 raise ValueError(
                     f"{checkpoint.path / name} cannot be read as safetensors ({error}); use another checkpoint"
@@ -331,7 +372,7 @@ def stored_pieces(checkpoint: Checkpoint) -> Iterator[tuple[str, int, int, int, 
 
 def read_items(checkpoint: Checkpoint, pieces: list[ItemSlice]) -> None:
     """Fill this rank's pieces from whichever files hold their items; only the overlapping parts are read."""
-    missing = {(p.name, p.lo, p.hi): p.hi - p.lo for p in pieces}
+    filled: dict[tuple[str, int, int], list[tuple[int, int]]] = {(p.name, p.lo, p.hi): [] for p in pieces}
     for name in sorted(checkpoint.header["files"]):
         if not name.startswith("items-"):
             continue
@@ -347,22 +388,44 @@ def read_items(checkpoint: Checkpoint, pieces: list[ItemSlice]) -> None:
                         first, last = max(lo, piece.lo), min(hi, piece.hi)
                         if piece.name == stored_name and first < last:
                             _copy_range(handle.get_slice(key), file, key, piece, lo, hi, first, last)
-                            missing[(piece.name, piece.lo, piece.hi)] -= last - first
+                            filled[(piece.name, piece.lo, piece.hi)].append((first, last))
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{file} cannot be read as safetensors ({error}); use another checkpoint of the run") from None
-    gaps = [key for key, left in missing.items() if left]
-    if gaps:
-        name, lo, hi = gaps[0]
-        raise ValueError(
-            f"{checkpoint.path} does not hold {name} for all items {lo} to {hi - 1}; use another checkpoint of the run"
-        )
+    for (name, lo, hi), ranges in filled.items():
+        end = lo
+        for first, last in sorted(ranges):
+            end = last if first == end else -1  # a gap, or items that are stored twice
+        if end != hi:
+            raise ValueError(
+                f"{checkpoint.path} does not hold {name} for all items {lo} to {hi - 1} once; use another checkpoint of the run"
+            )
+
+
+def check_numbers(checkpoint: Checkpoint, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """ValueError where a loaded tensor holds what no training writes: NaN, infinity, or a negative second moment."""
+    for name, tensor in tensors:
+        if not tensor.numel():
+            continue
+        low, high = torch.aminmax(tensor)  # NaN if any is; no copy of the tensor
+        if not (torch.isfinite(low) and torch.isfinite(high)):
+            raise ValueError(f"{checkpoint.path}: {name} holds NaN or infinite numbers; use another checkpoint of the run")
+        if name.endswith(".exp_avg_sq") and low < 0:
+            raise ValueError(f"{checkpoint.path}: {name} holds negative numbers; use another checkpoint of the run")
+
+
+def _check_dtype(stored: Any, file: Path, key: str) -> list[int]:
+    """The shape of a stored tensor; ValueError unless it is of fp32."""
+    if stored.get_dtype() != "F32":
+        raise ValueError(f"{file}: {key} is of dtype {stored.get_dtype()}, expected F32; use another checkpoint of the run")
+    return list(stored.get_shape())
 
 
 def _copy_range(stored: Any, file: Path, key: str, piece: ItemSlice, lo: int, hi: int, first: int, last: int) -> None:
     expected = list(piece.tensor.shape)
     expected[piece.item_dim] = hi - lo
-    if stored.get_shape() != expected:
-        raise ValueError(f"{file}: {key} has shape {stored.get_shape()}, expected {expected}")
+    shape = _check_dtype(stored, file, key)
+    if shape != expected:
+        raise ValueError(f"{file}: {key} has shape {shape}, expected {expected}")
     source = [slice(None)] * len(expected)
     target = [slice(None)] * len(expected)
     source[piece.item_dim] = slice(first - lo, last - lo)

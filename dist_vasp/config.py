@@ -115,6 +115,8 @@ class ParallelConfig:
     """DeepSpeed ZeRO stage of the trunk, 0 to 3: what of it is partitioned over all ranks."""
     lanes: int = 48
     """Reading lanes: a multiple of the number of ranks, at most batch_size. Part of the order of users: keep it when resuming."""
+    block_columns: int = 0
+    """Items of a block of the output side, which is made, used and dropped before the next; 0: 256 on a CPU, 2048 on a GPU."""
     trunk_dtype: Literal["fp32", "bf16"] = "fp32"
     """Precision of the trunk; bf16 at stages 1 to 3. Item matrices, logits and losses are always fp32."""
 
@@ -215,6 +217,7 @@ def check(config: Config) -> Config:
         "optimizer.weight_decay": o.weight_decay,
         "optimizer.clip_norm": o.clip_norm,
         "parallel.partitions": p.partitions,
+        "parallel.block_columns": p.block_columns,
         "run.seed": r.seed,
         "run.max_steps": r.max_steps,
         "run.checkpoint_every_steps": r.checkpoint_every_steps,

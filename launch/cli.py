@@ -33,7 +33,7 @@ def run(main: Callable[[Sequence[str] | None], int | None]) -> NoReturn:
         everywhere = isinstance(error, AgreedError | DivergedError) or not is_initialized()
         if rank == 0 or not everywhere:
             where = "" if everywhere else f"rank {rank}: "
-            print(f"error: {where}{error}", file=sys.stderr, flush=True)
+            print("error: " + " ".join(f"{where}{error}".split()), file=sys.stderr, flush=True)
         if rank != 0:
             time.sleep(_LINGER_S)
         status = 2 if isinstance(error, ValueError) else 1

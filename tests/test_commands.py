@@ -278,8 +278,6 @@ def test_train_exits_with_2_and_one_line(shards, copied, tmp_path):
     run_dir = tmp_path / "run"
     line = fails("train", *training(shards, run_dir), "--model.hiden", "8")
     assert "model.hiden is not a key of the configuration; did you mean model.hidden?" in line
-    line = fails("train", *training(tmp_path / "nowhere", run_dir))
-    assert f"{tmp_path / 'nowhere'} holds no manifest.json" in line
     file = copied / "test-000000.tar"
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 4
@@ -328,6 +326,7 @@ def test_configuration_mistakes(shards, tmp_path, call):
         call, r"parallel\.lanes is 17, expected at most data\.batch_size = 16", *training(shards, run_dir, "--parallel.lanes=17")
     )
     refused(call, r"run\.dir is not set; pass --run\.dir", *training(shards, ""))
+    refused(call, r"nowhere holds no manifest\.json; expected a folder written by", *training(tmp_path / "nowhere", run_dir))
     refused(call, r"data\.shards is not set; pass --data\.shards", *training("", run_dir))
     refused(call, r"parallel\.partitions 2 x .*1 ranks", *training(shards, run_dir, "--parallel.partitions=2"))
     refused(call, "config.*does not exist", "--config", tmp_path / "no.yaml")

@@ -17,6 +17,7 @@ from dist_vasp.model.losses import (
     CosineLoss,
     FocalLoss,
     MultinomialLoss,
+    RowLoss,
     SquaredError,
     log_probability,
     make_loss,
@@ -75,7 +76,7 @@ def ours(loss, logits: list[Tensor], y: Tensor, weight: Tensor, cuts: tuple[int,
     bounds = [0, *cuts, y.shape[1]]
     blocks = [([l[:, a:b].clone() for l in logits], y[:, a:b].nonzero(as_tuple=True)) for a, b in itertools.pairwise(bounds)]
     stats, total = None, weight.new_zeros(())
-    if loss.needs_row_stats:
+    if isinstance(loss, RowLoss):
         stats = loss.combine(torch.stack([loss.row_stats(l, ones) for l, ones in blocks]))
         total = total + weight @ loss.row_loss(stats)
     grads = []

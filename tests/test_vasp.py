@@ -37,7 +37,7 @@ def _data():
 
 def _partitioned_step(ranks, cases):
     """For each case: parameters before, loss, gradients, scores and parameters after one step, of this rank."""
-    item_layers.BLOCK_COLUMNS = 5
+    item_layers.BLOCK_COLUMNS, item_layers.GRADIENT_ROWS = 5, 7
     torch.set_grad_enabled(False)
     found = []
     for kind, loss, latent_head in cases:

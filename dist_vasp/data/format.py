@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 import math
+import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from webdataset.tariterators import group_by_keys, tar_file_iterator
+from webdataset.tariterators import group_by_keys
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "validation", "test")
@@ -34,6 +35,7 @@ _DTYPES: dict[str, np.dtype[Any]] = {
     "heldout_items": np.dtype("<i4"),
 }
 _TRAIN_MEMBERS = ("user_keys", "indptr", "items")
+_LARGEST_COUNT = 1 << 48  # products with the lanes of an epoch still fit 64 bits
 
 
 def users_file(split: str) -> str:
@@ -220,15 +222,15 @@ class Manifest:
                 files={str(k): str(v) for k, v in raw["files"].items()},
                 preparation=dict(raw["preparation"]),
             )
-        except (ValueError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             detail = f"the key {error} is missing" if isinstance(error, KeyError) else str(error)
             raise ValueError(f"{path} is not a manifest of this project: {detail}") from None
         return manifest
 
 
 def _count(value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise ValueError(f"{value!r} is not a count")
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < _LARGEST_COUNT:
+        raise ValueError(f"{value!r:.100} is not a count")
     return value
 
 
@@ -264,10 +266,7 @@ def sha256_of(data: bytes) -> str:
 def iterate_shard(data: bytes, split: str, n_items: int, where: str) -> Iterator[Block]:
     """The blocks in the bytes of one tar, in order; ValueError where they cannot be read."""
     try:
-        if data[257:262] != b"ustar":
-            raise ValueError("not an uncompressed tar archive")
-        members = ({**m, "__url__": where} for m in tar_file_iterator(io.BytesIO(data)))
-        for sample in group_by_keys(members):
+        for sample in group_by_keys({**m, "__url__": where} for m in _tar_members(data)):
             yield decode_sample(sample, split, n_items, f"{where}, sample {sample['__key__']}")
     except ValueError as error:
         text = str(error)
@@ -276,6 +275,22 @@ def iterate_shard(data: bytes, split: str, n_items: int, where: str) -> Iterator
         raise ValueError(
             f"{where}: damaged tar archive ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
         ) from None
+
+
+def _tar_members(data: bytes) -> Iterator[dict[str, Any]]:
+    """Name and bytes of every member. webdataset's own reader would decompress, skip links and fill holes of any size."""
+    if data[257:262] != b"ustar":
+        raise ValueError("not an uncompressed tar archive")
+    with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as archive:
+        for member in archive:
+            if not member.isreg() or member.issparse():
+                raise ValueError(f"member {member.name!r} is not a plain file")
+            stream = archive.extractfile(member)
+            assert stream is not None
+            body = stream.read(len(data))
+            if len(body) != member.size:
+                raise ValueError(f"member {member.name!r} says {member.size} bytes, {len(body)} follow")
+            yield {"fname": member.name, "data": body}
 
 
 def read_shard(folder: str | Path, split: str, entry: ShardEntry, n_items: int) -> Block:
@@ -336,21 +351,51 @@ class ItemTable:
 
 def load_items(folder: str | Path, manifest: Manifest) -> ItemTable:
     """Read items.parquet of a data folder and hold it against the manifest's vocabulary; ValueError where they differ."""
-    return read_items_file(Path(folder) / ITEMS_FILE, manifest.n_items, manifest.vocabulary_sha256)
+    path = Path(folder) / ITEMS_FILE
+    try:
+        with open(path, "rb") as handle:
+            found = hashlib.file_digest(handle, "sha256").hexdigest()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}); shard the data again") from None
+    if found != manifest.files.get(ITEMS_FILE):
+        raise ValueError(
+            f"{path} has SHA-256 {found[:12]}..., {MANIFEST} says {manifest.files.get(ITEMS_FILE, 'nothing')[:12]}...: "
+            "it was damaged or replaced; restore it or shard the data again"
+        )
+    return read_items_file(path, manifest.n_items, manifest.vocabulary_sha256)
 
 
 def read_items_file(path: Path, n_items: int, expected_sha256: str) -> ItemTable:
     """Read an items.parquet that must hold the vocabulary with this hash; ValueError where it does not."""
+    wanted = f"expected {n_items} items and {expected_sha256[:12]}..."
+    replaced = "it comes from another preparation; shard the data again or restore the file"
     try:
+        n_rows = pq.read_metadata(path).num_rows
+        if n_rows != n_items:  # before anything of either length is made
+            raise ValueError(f"{path} lists {n_rows} items, {wanted}: {replaced}")
         table = pq.read_table(path)
+        _check_item_columns(table)
         columns = {name: table.column(name).combine_chunks() for name in ("item", "id", "key", "popularity")}
     except (OSError, KeyError, pa.ArrowException) as error:
         raise ValueError(f"{path} cannot be read as the item table ({error}); shard the data again") from None
+    except ValueError as error:
+        raise ValueError(str(error) if str(error).startswith(str(path)) else f"{path}: {error}; shard the data again") from None
     rows, keys = np.asarray(columns["item"]), np.asarray(columns["key"]).astype(np.uint64)
     if not np.array_equal(rows, np.arange(n_items)) or vocabulary_sha256(keys) != expected_sha256:
         raise ValueError(
-            f"{path} lists {len(rows)} items whose vocabulary hash is {vocabulary_sha256(keys)[:12]}..., expected {n_items} items "
-            f"and {expected_sha256[:12]}...: it comes from another preparation; shard the data again or restore the file"
+            f"{path} lists {len(rows)} items whose vocabulary hash is {vocabulary_sha256(keys)[:12]}..., {wanted}: {replaced}"
         )
     titles = table.column("title").combine_chunks() if "title" in table.column_names else None
     return ItemTable(columns["id"], keys, np.asarray(columns["popularity"]), titles)
+
+
+def _check_item_columns(table: pa.Table) -> None:
+    """Integers and ids, none missing; a title may be. KeyError where a column is."""
+    table.validate(full=True)
+    for name in ("item", "id", "key", "popularity"):
+        column = table.column(name)
+        text = name == "id" and (pa.types.is_string(column.type) or pa.types.is_large_string(column.type))
+        if column.null_count or not (pa.types.is_integer(column.type) or text):
+            raise ValueError(f"column {name} is {column.type} with {column.null_count} missing, expected integers, none missing")
+    if "title" in table.column_names and not pa.types.is_string(table.column("title").type):
+        raise ValueError(f"column title is {table.column('title').type}, expected string")

@@ -9,10 +9,14 @@ Shapes: U users of the split, S steps of an epoch, B rows of this rank's batch, 
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
+import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +29,7 @@ from dist_vasp.data.format import Block, Manifest, load_items, read_shard
 
 _PREFETCH = 4  # batches that a worker runs ahead
 _SPARE_SHARDS = 4  # decoded shards kept beyond one per lane
+_ORPHAN_CHECK_S = 0.2  # how often a worker looks whether its rank is still there
 
 
 @dataclass(frozen=True)
@@ -235,7 +240,7 @@ class TrainStream:
             num_workers=workers,
             prefetch_factor=_PREFETCH,
             collate_fn=_as_it_is,
-            worker_init_fn=_start_worker,
+            worker_init_fn=partial(_start_worker, os.getpid()),
             multiprocessing_context="fork",
             generator=torch.Generator(),  # or it would draw from the global one, which a resume could not repeat
         )
@@ -284,10 +289,22 @@ def _as_it_is(item: Any) -> Any:
     return item
 
 
-def _start_worker(worker: int) -> None:
+def _start_worker(rank_process: int, worker: int) -> None:
     # Signals reach every process of the group; only the rank decides what to do. A worker ends with its rank.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=(rank_process,), daemon=True).start()
+
+
+def _end_with(rank_process: int) -> None:
+    """End this worker when its rank is gone, however it went.
+
+    torch's own watch leaves a worker for ever in the flush of a queue that nobody reads, and with it what it inherited: the
+    lock on run.dir, and the connections by whose end the other ranks learn that this one is gone.
+    """
+    while os.getppid() == rank_process:
+        time.sleep(_ORPHAN_CHECK_S)
+    os._exit(1)
 
 
 # --- evaluation ------------------------------------------------------------------------------------------------------

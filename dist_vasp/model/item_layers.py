@@ -30,8 +30,9 @@ from dist_vasp.model.sparse import ItemRows, sum_rows
 from dist_vasp.parallel.comm import Group, all_gather, reduce_scatter
 from dist_vasp.parallel.partition import ItemPartition
 
-BLOCK_COLUMNS = 256  # a block of logits and its gather stay in cache (docs/experiments.md)
-INPUT_ROWS = 2048  # items of W1 whose gradient is held at once
+BLOCK_COLUMNS = 256  # a block of logits and its gather stay in a CPU core's cache (docs/experiments.md)
+GPU_BLOCK_COLUMNS = 2048  # fewer, larger kernels; not measured yet
+GRADIENT_ROWS = 1024  # input items whose gradient is held at once: made, used and dropped in cache
 
 # (parameter, first row of it, gradient of the rows from there on)
 Sink = Callable[[Tensor, int, Tensor], None]
@@ -85,7 +86,7 @@ class InputSide:
 
     def backward(self, x: ItemRows, grad_GH: Tensor, sink: Sink) -> None:
         """Hand dL/dW1_J to the sink, some rows at a time, given dL/d(W1 x) of the group's rows."""
-        for lo, hi in self.part.blocks(INPUT_ROWS):
+        for lo, hi in self.part.blocks(GRADIENT_ROWS):
             sink(self.weight_JH, lo - self.part.start, sum_rows(grad_GH, *x.rows_by_item(lo, hi)))
 
 
@@ -123,11 +124,12 @@ class OutputSide:
         deep: bool,
         latent_head: bool,
         shallow: bool,
+        block_columns: int,
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
         self.part, self.group = part, group
-        self.blocks = part.blocks(BLOCK_COLUMNS)
+        self.blocks = part.blocks(block_columns or (BLOCK_COLUMNS if device.type == "cpu" else GPU_BLOCK_COLUMNS))
 
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, device=device, dtype=dtype)
@@ -196,10 +198,19 @@ class OutputSide:
             for head, source, grad_source, grad_GC in zip(self.heads, sources, grad_sources, grads, strict=False):
                 head.backward(source, grad_source, grad_GC, lo, hi, sink)
             if self.W_IC:
-                grad_IC = sum_rows(grads[-1], *x.rows_by_item(0, self.part.n_items))
-                self._diagonal(grad_IC, item_lo).zero_()
-                sink(self.W_IC[i], 0, grad_IC)
+                self._shallow_backward(i, grads[-1], x, sink)
         return total, grad_sources
+
+    def _shallow_backward(self, block: int, grad_GC: Tensor, x: ItemRows, sink: Sink) -> None:
+        """Hand dL/dW of the block to the sink, some input items at a time; W's diagonal has no gradient."""
+        lo, hi = self.blocks[block]
+        for first in range(0, self.part.n_items, GRADIENT_ROWS):
+            last = min(first + GRADIENT_ROWS, self.part.n_items)
+            grad_RC = sum_rows(grad_GC, *x.rows_by_item(first, last))
+            on_diagonal = range(max(lo, first), min(hi, last))
+            if on_diagonal:
+                torch.diagonal(grad_RC[on_diagonal.start - first :, on_diagonal.start - lo : on_diagonal.stop - lo]).zero_()
+            sink(self.W_IC[block], first, grad_RC)
 
     def scores(self, sources: list[Tensor], x: ItemRows, loss: Loss) -> Iterator[tuple[int, Tensor]]:
         """(first item, log p (G, C)) of every block, in item order; a multinomial model's p is its softmax."""

@@ -52,6 +52,7 @@ class VASP:
         seed: int,
         dtype: torch.dtype = torch.float32,
         initialise: bool = True,
+        block_columns: int = 0,
     ) -> None:
         self.config, self.kl_weight, self.n_items = model, loss.kl_weight, n_items
         self.loss = make_loss(loss.kind, loss.alpha, loss.gamma)
@@ -59,7 +60,9 @@ class VASP:
         deep, shallow = model.kind != "nease", model.kind != "flvae"
         place = (self.device, dtype)
         self.input = InputSide(self.part, self.group, model.hidden, *place) if deep else None
-        self.output = OutputSide(self.part, self.group, model.hidden, model.latent, deep, model.latent_head, shallow, *place)
+        self.output = OutputSide(
+            self.part, self.group, model.hidden, model.latent, deep, model.latent_head, shallow, block_columns, *place
+        )
         if initialise:
             self._glorot(seed)
 
@@ -152,6 +155,17 @@ class VASP:
         """[d z] -> d, z, each contiguous."""
         widths = [self.config.hidden] + ([self.config.latent] if self.config.latent_head else [])
         return [source.contiguous() for source in dz_GX.split(widths, dim=1)]
+
+
+def n_parameters(model: ModelConfig, n_items: int) -> int:
+    """Numbers in the item matrices and the trunk of `model`, before anything is built."""
+    H, L, I = model.hidden, model.latent, n_items
+    shallow = I * I if model.kind != "flvae" else 0
+    if model.kind == "nease":
+        return shallow
+    heads = I * (H + 1) + (I * (L + 1) if model.latent_head else 0)
+    stacks = (model.encoder_layers + model.decoder_layers - 2) * (H + 1) * H + (model.encoder_layers + model.decoder_layers) * 2 * H
+    return shallow + I * H + heads + stacks + H + 2 * L * (H + 1) + H * (L + 1)
 
 
 def make_trunk(model: ModelConfig, seed: int, dtype: torch.dtype = torch.float32) -> Trunk | None:

@@ -12,7 +12,7 @@ from dist_vasp.checkpoint import Checkpoint
 from dist_vasp.config import Config, from_dict
 from dist_vasp.data.format import ITEMS_FILE, ItemTable, Manifest, read_items_file
 from dist_vasp.model.trunk import Trunk
-from dist_vasp.model.vasp import VASP, make_trunk
+from dist_vasp.model.vasp import VASP, make_trunk, n_parameters
 from dist_vasp.parallel.comm import Ranks, agreed
 
 
@@ -41,13 +41,35 @@ def load_model(run_dir: str | Path, name: str | None, ranks: Ranks) -> LoadedMod
         items = read_items_file(run_dir / ITEMS_FILE, opened.header["n_items"], opened.header["vocabulary_sha256"])
     checkpoints.verify(opened, ranks)
     with agreed(ranks):
-        model = VASP(config.model, config.loss, opened.header["n_items"], ranks, config.run.seed, initialise=False)
+        _check_size(opened, config)
+        model = VASP(
+            config.model,
+            config.loss,
+            opened.header["n_items"],
+            ranks,
+            config.run.seed,
+            initialise=False,
+            block_columns=config.parallel.block_columns,
+        )
         checkpoints.read_items(opened, model.slices())
+        checkpoints.check_numbers(opened, ((piece.name, piece.tensor) for piece in model.slices()))
         trunk = make_trunk(config.model, config.run.seed)
         if trunk is not None:
             load_trunk(trunk, opened)
+            checkpoints.check_numbers(opened, trunk.named_parameters())
             trunk.to(ranks.device).eval().requires_grad_(False)
     return LoadedModel(config, opened, items, model, trunk)
+
+
+def _check_size(opened: Checkpoint, config: Config) -> None:
+    """ValueError where the config describes a larger model than the files can hold: nothing of that size is made then."""
+    described = 4 * n_parameters(config.model, opened.header["n_items"])
+    stored = sum((opened.path / name).stat().st_size for name in opened.header["files"])
+    if described > stored:
+        raise ValueError(
+            f"{opened.path / checkpoints.HEADER} describes a model of {described:,} bytes, its files hold {stored:,}; "
+            "use another checkpoint of the run"
+        )
 
 
 def load_trunk(trunk: Trunk, opened: Checkpoint) -> None:

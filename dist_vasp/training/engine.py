@@ -58,7 +58,7 @@ class Trainer:
 
     def __init__(self, config: Config, n_items: int, ranks: Ranks) -> None:
         self.config, self.ranks, self.n_items = config, ranks, n_items
-        self.model = VASP(config.model, config.loss, n_items, ranks, config.run.seed)
+        self.model = VASP(config.model, config.loss, n_items, ranks, config.run.seed, block_columns=config.parallel.block_columns)
         self.item_optimizer = InPlaceAdam([piece.tensor for piece in self.model.slices()], config.optimizer)
         trunk = make_trunk(config.model, config.run.seed)
         self.trunk = ZeroTrunk(trunk, config, ranks) if trunk else None

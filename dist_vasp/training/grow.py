@@ -47,11 +47,19 @@ def initialise_from(trainer: Trainer, run: str, shards: str) -> None:
                 f"--init_from {run}: none of the {len(old_of_new)} items of {shards} is known there; are the ids of one kind?"
             )
         pieces = trainer.model.slices()
+        n_old = opened.header["n_items"]
         for name, item_dim, lo, hi, stored in checkpoints.stored_pieces(opened):
             for piece in pieces:
                 if piece.name == name:
+                    expected = list(piece.tensor.shape)
+                    expected[item_dim] = hi - lo
+                    if name == "output.nease.weight":
+                        expected[0] = n_old
+                    if list(stored.shape) != expected:
+                        raise ValueError(f"{opened.path}: {name}[{lo}:{hi}] has shape {list(stored.shape)}, expected {expected}")
                     _copy_known(piece, item_dim, lo, hi, stored, old_of_new)
         tensors = checkpoints.read_trunk(opened) if trainer.trunk else {}
+        checkpoints.check_numbers(opened, [*((piece.name, piece.tensor) for piece in pieces), *tensors.items()])
     if trainer.trunk:
         fresh = trainer.trunk.tensors(moments=True)
         trainer.trunk.load({name: tensors.get(name, fresh[name]) for name in fresh})

@@ -137,8 +137,12 @@ def resume(trainer: Trainer, stream: TrainStream, folder: Path, ranks: Ranks) ->
         return None
     checkpoints.verify(opened, ranks)
     with agreed(ranks):
-        checkpoints.read_items(opened, trainer.item_pieces(True))
+        pieces = trainer.item_pieces(True)
+        checkpoints.read_items(opened, pieces)
         tensors = checkpoints.read_trunk(opened) if trainer.trunk else {}
+        checkpoints.check_numbers(opened, [*((piece.name, piece.tensor) for piece in pieces), *tensors.items()])
+        if trainer.trunk:
+            trainer.trunk.check(tensors)
     if trainer.trunk:
         trainer.trunk.load(tensors)
     trainer.load_scalars(opened.header["optimizer"], max(opened.step - 1, 0) // stream.steps_per_epoch)

@@ -75,7 +75,7 @@ def train(config: Config, ranks: Ranks, init_from: str | None = None) -> dict[st
         if run_dir:
             line = {"step": state.step, "epoch": batch.epoch, "loss": report.loss, "focal": report.focal, "kl": report.kl}
             line |= {"lr": config.lr(batch.epoch), "grad_norm": report.grad_norm, "users_per_second": rate}
-            run_dir.record({**line, "step_seconds": elapsed, "data_wait": waited}, "train")
+            run_dir.record({**line, "step_seconds": elapsed, "data_wait": waited / elapsed}, "train")
         progress.update(state.step, f"epoch {batch.epoch}, loss {report.loss:.4f}, {rate:,.0f} users/s")
 
         # Evaluate at the end of an epoch, keep the best; save.
