@@ -91,6 +91,8 @@ class OptimizerConfig:
     """Added to the root of the second moment."""
     momentum_decay: float = 4e-3
     """Nadam's momentum decay."""
+    item_state: Literal["full", "lean"] = "full"
+    """Second moments of the item matrices: one per weight, or (lean) one per row, which costs next to no memory."""
     weight_decay: float = 0.0
     """Decoupled weight decay; adamw only."""
     clip_norm: float = 0.0

@@ -19,7 +19,7 @@ import pytest
 from tests.jobs import ROOT, Job, RunFolder, assert_same_run
 
 STEPS_PER_EPOCH = 17
-PER_ATTEMPT = 12  # steps that an attempt makes at most before it is killed
+PER_ATTEMPT = 9  # steps that an attempt makes at most before it is killed, unless it waits for an evaluation
 
 
 @pytest.fixture(scope="module")
@@ -61,18 +61,19 @@ class Attempt:
 
 def choose_moment(chance: random.Random, attempt: Attempt) -> tuple[str, Callable[[], bool], float]:
     """(name, condition to wait for, seconds to wait after it): anywhere, and more often where it hurts."""
-    aim, steps = chance.choice(["start", "step", "step", "save", "evaluation"]), chance.randint(0, PER_ATTEMPT - 3)
+    aim, steps = chance.choice(["start", "step", "step", "save", "evaluation"]), chance.randint(0, PER_ATTEMPT)
     if aim == "start":
         return aim, lambda: True, chance.uniform(0, 7)
     hit = {"step": lambda: attempt.steps() >= steps, "save": attempt.run.saving, "evaluation": attempt.evaluating}[aim]
     opened = lambda: attempt.steps() > 0 or (aim == "step" and steps == 0 and attempt.run.opened() != 0)  # noqa: E731
-    return aim, lambda: (opened() and hit()) or attempt.steps() >= PER_ATTEMPT, chance.choice([0.0, chance.uniform(0, 0.15)])
+    most = STEPS_PER_EPOCH if aim == "evaluation" else PER_ATTEMPT
+    return aim, lambda: (opened() and hit()) or attempt.steps() > most, chance.choice([0.0, chance.uniform(0, 0.15)])
 
 
 @pytest.mark.slow
 def test_kills_leave_no_trace(shards, tmp_path, pytestconfig):
     kills = pytestconfig.getoption("kills")
-    max_steps = (PER_ATTEMPT + 3) * kills  # more than the attempts can make together
+    max_steps = 12 * kills + 20  # more than the attempts make together
     started = time.monotonic()
     whole, killed = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "killed")
     with Job(*training(shards, whole.path, max_steps), log=tmp_path / "whole.log") as job:

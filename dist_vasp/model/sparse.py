@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from dist_vasp.data.stream import Rows
-from dist_vasp.parallel.comm import Group, all_gather
+from dist_vasp.parallel.comm import Gathering, Group
 
 
 def sum_rows(table: Tensor, ids: Tensor, indptr: Tensor) -> Tensor:
@@ -76,29 +76,47 @@ class ItemRows:
         return self.items[keep] - lo, kept_before[self.indptr]
 
 
-def gather_rows(rows: list[Rows], n_real: int, n_padded: int, n_items: int, group: Group, device: torch.device) -> list[ItemRows]:
-    """Each CSR of this rank's rows -> the same of all G = size * n_padded rows of the partition group.
+class RowExchange:
+    """The CSRs of this rank's rows on their way to every rank of the partition group, G = size * n_padded rows in all.
 
-    Two collectives: the lengths of the rows, then the ids, padded to the longest rank. Padding rows are empty.
+    Two collectives: the lengths of the rows, then the ids, padded to the longest rank; both go on while this rank does other
+    work. `advance` when there is time, `finish` when the rows are needed. Padding rows are empty.
     """
-    lengths = torch.full((1, len(rows), n_padded), -1, dtype=torch.int32)
-    for k, csr in enumerate(rows):
-        lengths[0, k, :n_real] = torch.from_numpy(np.diff(csr.indptr).astype(np.int32))
-    lengths_PKB = all_gather(lengths.to(device), group).long()
-    totals_PK = lengths_PKB.clamp(min=0).sum(dim=2)
-    items = torch.from_numpy(np.concatenate([csr.items for csr in rows]).astype(np.int32, copy=False)).to(device)
-    if group.size > 1:
-        padded = items.new_zeros((1, int(totals_PK.sum(dim=1).max())))
-        padded[0, : len(items)] = items
-        items_PE = all_gather(padded, group)
-    else:
-        items_PE = items[None]
-    gathered = []
-    ends_PK = totals_PK.cumsum(dim=1).tolist()
-    for k in range(len(rows)):
-        starts = [end[k - 1] if k else 0 for end in ends_PK]
-        ids = torch.cat([items_PE[p, starts[p] : ends_PK[p][k]] for p in range(group.size)]).long()
-        lengths_G = lengths_PKB[:, k].reshape(-1)
-        indptr = torch.cat([lengths_G.new_zeros(1), lengths_G.clamp(min=0).cumsum(0)])
-        gathered.append(ItemRows(indptr, ids, n_items, lengths_G >= 0))
-    return gathered
+
+    def __init__(self, rows: list[Rows], n_real: int, n_padded: int, n_items: int, group: Group, device: torch.device) -> None:
+        self.n_items, self.group = n_items, group
+        lengths = torch.full((1, len(rows), n_padded), -1, dtype=torch.int32)
+        for k, csr in enumerate(rows):
+            lengths[0, k, :n_real] = torch.from_numpy(np.diff(csr.indptr).astype(np.int32))
+        self._items = torch.from_numpy(np.concatenate([csr.items for csr in rows]).astype(np.int32, copy=False)).to(device)
+        self._lengths = Gathering(lengths.to(device), group)
+        self._ids: Gathering | None = None
+
+    def advance(self) -> None:
+        """Once the lengths have arrived, send the ids."""
+        if self._ids is None:
+            self._lengths_PKB = self._lengths.wait().long()
+            self._totals_PK = self._lengths_PKB.clamp(min=0).sum(dim=2)
+            padded = self._items.new_zeros((1, int(self._totals_PK.sum(dim=1).max())))
+            padded[0, : len(self._items)] = self._items
+            self._ids = Gathering(padded, self.group)
+
+    def finish(self) -> list[ItemRows]:
+        """The rows of the whole group, one ItemRows per CSR."""
+        self.advance()
+        assert self._ids is not None
+        items_PE = self._ids.wait()
+        gathered = []
+        ends_PK = self._totals_PK.cumsum(dim=1).tolist()
+        for k in range(self._totals_PK.shape[1]):
+            starts = [end[k - 1] if k else 0 for end in ends_PK]
+            ids = torch.cat([items_PE[p, starts[p] : ends_PK[p][k]] for p in range(self.group.size)]).long()
+            lengths_G = self._lengths_PKB[:, k].reshape(-1)
+            indptr = torch.cat([lengths_G.new_zeros(1), lengths_G.clamp(min=0).cumsum(0)])
+            gathered.append(ItemRows(indptr, ids, self.n_items, lengths_G >= 0))
+        return gathered
+
+
+def gather_rows(rows: list[Rows], n_real: int, n_padded: int, n_items: int, group: Group, device: torch.device) -> list[ItemRows]:
+    """`RowExchange` from start to end."""
+    return RowExchange(rows, n_real, n_padded, n_items, group, device).finish()

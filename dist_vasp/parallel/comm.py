@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -34,15 +35,17 @@ class AgreedError(ValueError):
 
 @dataclass
 class Group:
-    """Some ranks that talk to each other, and the bytes this rank has put on the wire, by collective."""
+    """Some ranks that talk to each other; by collective, the bytes this rank has put on the wire and the seconds it waited."""
 
     size: int
     rank: int  # this rank's place in the group
     handle: dist.ProcessGroup | None = None
     bytes_moved: dict[str, int] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)  # of the host: on a GPU a collective only enters a queue
 
-    def count(self, collective: str, n_bytes: int) -> None:
+    def count(self, collective: str, n_bytes: int, since: float) -> None:
         self.bytes_moved[collective] = self.bytes_moved.get(collective, 0) + n_bytes
+        self.seconds[collective] = self.seconds.get(collective, 0.0) + time.perf_counter() - since
 
 
 @dataclass(frozen=True)
@@ -155,23 +158,39 @@ def shut_down() -> None:
 
 def all_gather(local: Tensor, group: Group) -> Tensor:
     """(B, ...) on each rank -> (size * B, ...) on every rank, in the order of the ranks."""
-    if group.size == 1:
-        return local
-    local = local.contiguous()
-    gathered = local.new_empty((group.size * local.shape[0], *local.shape[1:]))
-    dist.all_gather_single(gathered, local, group=group.handle)
-    group.count("all_gather", (group.size - 1) * local.numel() * local.element_size())
-    return gathered
+    return local if group.size == 1 else Gathering(local, group).wait()
+
+
+class Gathering:
+    """An `all_gather` that goes on while this rank does other work, until `wait`."""
+
+    def __init__(self, local: Tensor, group: Group) -> None:
+        self._local, self._group, self._work = local.contiguous(), group, None
+        self._gathered = local
+        if group.size > 1:
+            self._gathered = local.new_empty((group.size * local.shape[0], *local.shape[1:]))
+            self._work = dist.all_gather_single(self._gathered, self._local, group=group.handle, async_op=True)
+
+    def wait(self) -> Tensor:
+        """(size * B, ...) of every rank, in the order of the ranks."""
+        if self._work is not None:
+            since = time.perf_counter()
+            self._work.wait()
+            self._work = None
+            n_bytes = self._local.numel() * self._local.element_size()
+            self._group.count("all_gather", (self._group.size - 1) * n_bytes, since)
+        return self._gathered
 
 
 def reduce_scatter(partial: Tensor, group: Group) -> Tensor:
     """(size * B, ...) on each rank -> the sum over the ranks of this rank's B rows."""
     if group.size == 1:
         return partial
+    since = time.perf_counter()
     partial = partial.contiguous()
     reduced = partial.new_empty((partial.shape[0] // group.size, *partial.shape[1:]))
     dist.reduce_scatter_single(reduced, partial, group=group.handle)
-    group.count("reduce_scatter", (group.size - 1) * reduced.numel() * reduced.element_size())
+    group.count("reduce_scatter", (group.size - 1) * reduced.numel() * reduced.element_size(), since)
     return reduced
 
 
@@ -179,9 +198,10 @@ def all_reduce(local: Tensor, group: Group, op: str = "sum") -> Tensor:
     """The sum (or `max`) over the ranks; the input is left alone."""
     if group.size == 1:
         return local
+    since = time.perf_counter()
     reduced = local.clone()
     dist.all_reduce(reduced, op={"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[op], group=group.handle)
-    group.count("all_reduce", 2 * (group.size - 1) * local.numel() * local.element_size() // group.size)
+    group.count("all_reduce", 2 * (group.size - 1) * local.numel() * local.element_size() // group.size, since)
     return reduced
 
 

@@ -21,7 +21,7 @@ from dist_vasp.config import Config
 from dist_vasp.data.augment import hash64
 from dist_vasp.data.stream import Batch
 from dist_vasp.model.item_layers import ItemSlice, Sink, accumulate
-from dist_vasp.model.sparse import ItemRows, gather_rows
+from dist_vasp.model.sparse import ItemRows, RowExchange
 from dist_vasp.model.vasp import VASP, StepLoss, TrunkCall, make_trunk
 from dist_vasp.parallel.comm import Ranks, all_reduce
 from dist_vasp.training.optimizer import MOMENTS, SCALARS, InPlaceAdam
@@ -63,13 +63,14 @@ class Trainer:
         trunk = make_trunk(config.model, config.run.seed)
         self.trunk = ZeroTrunk(trunk, config, ranks) if trunk else None
         self._squared_norm = torch.zeros((), device=ranks.device)  # of this rank's item gradients in the step under way
+        self._ahead: dict[int, list[RowExchange]] = {}  # by step: rows that are already on their way
         self._stage: int | None = None
 
     def optimizers(self) -> list[InPlaceAdam]:
         return [self.item_optimizer] + ([self.trunk.optimizer] if self.trunk else [])
 
-    def step(self, batch: Batch, stop: bool = False, written: bool = True) -> StepReport:
-        """One update of everything from one batch.
+    def step(self, batch: Batch, stop: bool = False, written: bool = True, following: Batch | None = None) -> StepReport:
+        """One update of everything from one batch; the ids of the `following` one travel meanwhile.
 
         A block of an item matrix is updated as soon as its gradient exists, and the gradient dropped. With clipping the pass
         over the blocks runs twice (norm, then update); with accumulation the gradients are kept until the last micro-batch.
@@ -78,6 +79,8 @@ class Trainer:
         """
         self._set_rate(batch.epoch)
         clip, micro_batches = self.config.optimizer.clip_norm, self._micro_batches(batch)
+        if following is not None:
+            self._ahead = {following.step: self._exchange(following)}
         self.item_optimizer.begin_step()
         self._squared_norm.zero_()
         if len(micro_batches) > 1:
@@ -159,17 +162,28 @@ class Trainer:
                 optimizer.forget()
         self._stage = stage
 
-    def _micro_batches(self, batch: Batch) -> list[MicroBatch]:
-        """The step's rows in `optimizer.accumulation` slices, gathered over the partition group."""
+    def _exchange(self, batch: Batch) -> list[RowExchange]:
+        """Start sending the batch's rows, in `optimizer.accumulation` slices, to the partition group."""
         n = self.config.optimizer.accumulation
         rows = -(-batch.padded_rows // n)
-        noise_BL = self._noise(batch, rows * n) if self.trunk else None
-        found = []
+        exchanges = []
         for start in range(0, rows * n, rows):
             first, last = (min(b, batch.inputs.n_rows) for b in (start, start + rows))
             csr = [side.slice(first, last) for side in (batch.inputs, batch.targets)]
-            x, y = gather_rows(csr, last - first, rows, self.n_items, self.ranks.partition_group, self.ranks.device)
-            found.append(MicroBatch(x, y, noise_BL[start : start + rows] if noise_BL is not None else None))
+            exchanges.append(RowExchange(csr, last - first, rows, self.n_items, self.ranks.partition_group, self.ranks.device))
+        return exchanges
+
+    def _micro_batches(self, batch: Batch) -> list[MicroBatch]:
+        """The step's rows, gathered over the partition group, and the noise of this rank's own."""
+        exchanges = self._ahead.pop(batch.step, None) or self._exchange(batch)
+        noise_NL: list[Tensor | None] = [None] * len(exchanges)
+        if self.trunk:
+            rows = -(-batch.padded_rows // len(exchanges))
+            noise_NL = list(self._noise(batch, rows * len(exchanges)).split(rows))
+        found = []
+        for exchange, noise_BL in zip(exchanges, noise_NL, strict=True):
+            x, y = exchange.finish()
+            found.append(MicroBatch(x, y, noise_BL))
         return found
 
     def _noise(self, batch: Batch, n_rows: int) -> Tensor:
@@ -185,7 +199,12 @@ class Trainer:
         return noise
 
     def _gradients(self, rows: MicroBatch, n_rows: int, sink: Sink) -> StepLoss:
-        backward = self.trunk.backward if self.trunk else None
+        def backward(scalar: Tensor) -> None:
+            for exchange in (e for exchanges in self._ahead.values() for e in exchanges):
+                exchange.advance()
+            assert self.trunk is not None
+            self.trunk.backward(scalar)
+
         return self.model.gradients(self.trunk, backward, self.ranks.world_size, rows.x, rows.y, rows.noise_BL, n_rows, sink)
 
     def _accumulate(self, micro_batches: list[MicroBatch], n_rows: int) -> StepLoss:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,10 +61,10 @@ def train(config: Config, ranks: Ranks, init_from: str | None = None) -> dict[st
     if state.evaluation_due:
         _evaluate_and_keep_best(trainer, stream, state, saver, run_dir, progress, interrupted)
     clock = time.monotonic()
-    for batch in stream.batches(state.step, last, config.data.workers):
+    for batch, following in with_next(stream.batches(state.step, last, config.data.workers)):
         waited = time.monotonic() - clock
         try:
-            report = trainer.step(batch, stop=stop.requested, written=saver.written)
+            report = trainer.step(batch, stop=stop.requested, written=saver.written, following=following)
         except DivergedError as error:
             raise _explained(error, batch, folder, run_dir, ranks) from None
         state.step += 1
@@ -113,6 +113,16 @@ def train(config: Config, ranks: Ranks, init_from: str | None = None) -> dict[st
         run_dir.close()
     stop.close()
     return result
+
+
+def with_next(batches: Iterable[Batch]) -> Iterator[tuple[Batch, Batch | None]]:
+    """Each batch together with the one after it, None after the last."""
+    iterator = iter(batches)
+    batch = next(iterator, None)
+    while batch is not None:
+        following = next(iterator, None)
+        yield batch, following
+        batch = following
 
 
 # --- before the first step -------------------------------------------------------------------------------------------

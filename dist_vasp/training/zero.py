@@ -23,6 +23,9 @@ from dist_vasp.parallel.comm import Ranks
 from dist_vasp.training.optimizer import MOMENTS, InPlaceAdam
 
 
+MAX_BUCKET = 500_000_000  # elements
+
+
 class ZeroTrunk:
     """A Trunk and its optimizer at `parallel.zero_stage`; call it as the trunk itself."""
 
@@ -42,7 +45,13 @@ class ZeroTrunk:
                 "train_batch_size": accumulation * ranks.world_size,
                 "gradient_clipping": 0.0,
                 "zero_allow_untested_optimizer": True,
-                "zero_optimization": {"stage": self.stage},
+                "zero_optimization": {
+                    "stage": self.stage,
+                    # its buckets default to 500M elements, whatever the size of the module
+                    "reduce_bucket_size": min(self.n_parameters, MAX_BUCKET),
+                    "allgather_bucket_size": min(self.n_parameters, MAX_BUCKET),
+                    "overlap_comm": ranks.device.type == "cuda",
+                },
                 "bf16": {"enabled": config.parallel.trunk_dtype == "bf16"},
                 "steps_per_print": 2**31 - 1,
             },

@@ -1,0 +1,169 @@
+"""Memory, traffic and time of one rank before a cluster is rented: arithmetic on the configuration, nothing is built.
+
+The terms follow the step of DESIGN.md, section 3. Memory is what a process holds at its peak; traffic is what one rank puts
+on the wire in a step (ring algorithms); time is a sum without overlap, so a little more than a step takes.
+
+Shapes: B rows of a rank, G = P * B rows of a partition group, N rows of a step, I items, J items of a rank, E items of a row.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from dist_vasp.config import Config
+
+FLOAT = 4
+PROCESS_BASE = {"cpu": 0.62e9, "cuda": 1.2e9}  # interpreter, torch and deepspeed before a model exists (measured on the CPU)
+LOADER_BASE = 0.30e9  # a loader process: what it does not share with its rank (measured)
+BLOCK_COLUMNS = {"cpu": 256, "cuda": 2048}  # parallel.block_columns 0
+GRADIENT_ROWS = 1024
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a device does in a second; `benchmark.py --floor` measures them."""
+
+    flops: float = 80e9  # fp32 matrix products
+    copy: float = 15e9  # bytes read and written
+    gather: float = 20e9  # bytes of weight rows summed
+    network: float = 1e9  # bytes on the wire
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the data contribute."""
+
+    n_items: int
+    items_per_user: float
+    n_users: int = 0  # 0: not known
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The estimate for one rank. Dictionaries map a kind to bytes, floating-point operations or seconds."""
+
+    partitions: int
+    replicas: int
+    memory: dict[str, float]
+    traffic: dict[str, float]
+    arithmetic: dict[str, float]
+    seconds: dict[str, float]
+
+    @property
+    def memory_total(self) -> float:
+        return sum(self.memory.values())
+
+    @property
+    def traffic_total(self) -> float:
+        return sum(self.traffic.values())
+
+    @property
+    def step_seconds(self) -> float:
+        return sum(self.seconds.values())
+
+
+def trunk_parameters(config: Config) -> int:
+    """Parameters of the trunk: b1, the residual layers and their norms, the three latent maps."""
+    m = config.model
+    if m.kind == "nease":
+        return 0
+    H, L = m.hidden, m.latent
+    layers = (m.encoder_layers - 1) + (m.decoder_layers - 1)
+    return H + layers * (H * H + H) + (m.encoder_layers + m.decoder_layers) * 2 * H + 2 * (H * L + L) + (L * H + H)
+
+
+def item_parameters(config: Config, n_items: int, items: int) -> int:
+    """Parameters of the item matrices that belong to `items` items of a catalogue of `n_items`."""
+    m = config.model
+    deep, shallow = m.kind != "nease", m.kind != "flvae"
+    per_item = (2 * m.hidden + 1 + (m.latent + 1) * m.latent_head) * deep + n_items * shallow
+    return items * per_item
+
+
+def make_plan(config: Config, sizes: Sizes, partitions: int, replicas: int, rates: Rates, device: str = "cpu") -> Plan:
+    """The estimate for one rank of a `replicas` x `partitions` world."""
+    m, o, p = config.model, config.optimizer, config.parallel
+    H, L = m.hidden, m.latent * m.latent_head
+    world = partitions * replicas
+    rows_per_user = 2 if config.halves else 1
+    N = config.data.batch_size * rows_per_user
+    B = math.ceil(N / world / o.accumulation)
+    G = B * partitions
+    E = sizes.items_per_user / rows_per_user  # of an input row
+    J = math.ceil(sizes.n_items / partitions)
+    deep, shallow = m.kind != "nease", m.kind != "flvae"
+    n_paths = deep * (1 + m.latent_head) + shallow
+    C = min(J, p.block_columns or BLOCK_COLUMNS[device])
+    n_item, n_trunk = item_parameters(config, sizes.n_items, J), trunk_parameters(config)
+    moments = 2 * FLOAT if o.item_state == "full" else FLOAT
+
+    # Memory: weights and state stay, the rest is the peak of a step.
+    trunk_share = 1 if p.zero_stage == 0 else world
+    master = FLOAT * n_trunk / world if p.zero_stage else 0
+    held = n_trunk / world if p.zero_stage == 3 else n_trunk
+    gradients_kept = n_trunk / world if p.zero_stage >= 2 else n_trunk
+    memory = {
+        "process": PROCESS_BASE[device],
+        "loaders": config.data.workers * LOADER_BASE,
+        "item weights": FLOAT * n_item,
+        "item moments": moments * n_item,
+        "item gradients": FLOAT * n_item * (o.accumulation > 1),
+        "trunk weights": FLOAT * held + master,
+        "trunk moments": 2 * FLOAT * n_trunk / trunk_share,
+        "trunk gradients": FLOAT * (gradients_kept + min(n_trunk, 500e6) * (p.zero_stage > 0)),
+        "trunk activations": FLOAT * deep * B * H * 6 * (m.encoder_layers + m.decoder_layers),
+        "rows of the group": FLOAT * deep * G * (6 * (H + L) + 2 * H),
+        "one block": FLOAT * (G * C * (5 * n_paths + 8) + 3 * GRADIENT_ROWS * C),
+        "ids": 8 * G * E * 2 * 8,
+    }
+
+    # Traffic of one rank in one step: ring algorithms, nothing grows with I but the replicas' sum.
+    others = partitions - 1
+    micro = o.accumulation
+    ids = FLOAT * others * micro * B * (2 * E + 2)
+    traffic = {
+        "ids": ids,
+        "input: pre-activations and their gradient": FLOAT * deep * others * micro * B * 2 * H,
+        "output: d, z and their gradient": FLOAT * deep * others * micro * B * 2 * (H + L),
+        "replicas: item gradients": FLOAT * 2 * (replicas - 1) / replicas * n_item,
+        "trunk under ZeRO": FLOAT * 2 * (world - 1) / world * n_trunk * (1.5 if p.zero_stage == 3 else 1),
+    }
+
+    # Arithmetic of one rank in one step: three products per weight and row (forward, two backward).
+    per_rank_rows = N / world
+    group_rows = N / replicas
+    arithmetic = {
+        "trunk": 6 * per_rank_rows * n_trunk,
+        "output heads": 6 * group_rows * J * (H + L) * deep,
+        "gathers (bytes)": 2 * group_rows * E * (J * shallow + H * deep / partitions) * FLOAT,
+    }
+    updated = (n_item + n_trunk / trunk_share) * 2 * (FLOAT + moments)
+    passes = 2 if o.clip_norm else 1
+    seconds = {
+        "trunk": arithmetic["trunk"] / rates.flops,
+        "output heads": passes * arithmetic["output heads"] / rates.flops,
+        "gathers": passes * arithmetic["gathers (bytes)"] / rates.gather,
+        "update": updated / rates.copy,
+        "communication": sum(traffic.values()) / rates.network,
+    }
+    return Plan(partitions, replicas, memory, traffic, arithmetic, seconds)
+
+
+def smallest_that_fits(config: Config, sizes: Sizes, device_memory: float, rates: Rates, device: str) -> Plan | None:
+    """The plan with the fewest partitions (one replica) whose memory fits; None where even one item a rank does not."""
+    partitions = 1
+    while partitions <= min(sizes.n_items, 1 << 16):
+        plan = make_plan(config, sizes, partitions, 1, rates, device)
+        if plan.memory_total <= device_memory:
+            return plan
+        partitions += max(1, partitions // 8)
+    return None
+
+
+def dense_reference_memory(config: Config, sizes: Sizes) -> float:
+    """What plain dense torch holds: every matrix whole with gradient and two moments, and the optimizer's temporaries (NAdam: 32 bytes
+    a parameter at its peak), dense x and y, and logits of every path with autograd's copies."""
+    n = item_parameters(config, sizes.n_items, sizes.n_items) + trunk_parameters(config)
+    rows = config.data.batch_size * (2 if config.halves else 1)
+    return 32 * n + FLOAT * rows * sizes.n_items * 14
