@@ -23,6 +23,7 @@ setup(
         "tensorboard>=2.18",
         "tqdm>=4.66",
         "psutil>=6.0",
+        "matplotlib>=3.9",
         "setuptools",
     ],
     extras_require={

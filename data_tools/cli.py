@@ -38,8 +38,13 @@ def run(parser: argparse.ArgumentParser, command: Callable[[argparse.Namespace],
 def _report(error: Exception, status: int, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    print("error: " + " ".join(str(error).split()), file=sys.stderr)
+    print("error: " + one_line(str(error)), file=sys.stderr)
     return status
+
+
+def one_line(text: str) -> str:
+    """`text` for a terminal: file names and damaged files may put line breaks and control characters into a message."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.split()))
 
 
 @contextmanager

@@ -62,7 +62,8 @@ def faults(folder: Path) -> Iterator[str]:
     seen = {}
     with cli.Progress("verifying", "users", sum(s.users for s in manifest.splits.values())) as progress:
         for split in SPLITS:
-            seen[split] = _Seen(popularity=np.zeros(manifest.n_items, np.int64))
+            known = len(items.ids) if items is not None else 0  # the manifest's number may be absurd
+            seen[split] = _Seen(popularity=np.zeros(known, np.int64))
             yield from _shards(folder, manifest, split, seen[split], progress)
     if items is not None:
         yield from _vocabulary(folder / ITEMS_FILE, items, seen["train"])
@@ -107,17 +108,19 @@ def _shards(folder: Path, manifest: Manifest, split: str, seen: _Seen, progress:
         if entry.users == 0:
             yield f"{folder / entry.name}: it holds no users"
         seen.keys.append(block.user_keys)
-        seen.popularity += np.bincount(block.items, minlength=manifest.n_items)
-        overlap = _users_with_overlap(block, manifest.n_items)
+        if len(seen.popularity):
+            seen.popularity += np.bincount(block.items, minlength=manifest.n_items)
+        overlap = _users_with_overlap(block)
         if len(overlap):
             yield f"{folder / entry.name}: fold-in and held-out items of {_some('user', overlap)} overlap"
 
 
-def _users_with_overlap(block: Block, n_items: int) -> np.ndarray:
+def _users_with_overlap(block: Block) -> np.ndarray:
     """Keys of the users who have an item both in fold-in and held-out."""
     if block.heldout_indptr is None or block.heldout_items is None:
         return np.empty(0, np.uint64)
     user = np.arange(block.n_users)
+    n_items = 1 + int(max(block.items.max(initial=0), block.heldout_items.max(initial=0)))
     fold_in = np.repeat(user, np.diff(block.indptr)) * n_items + block.items
     held_out = np.repeat(user, np.diff(block.heldout_indptr)) * n_items + block.heldout_items
     return block.user_keys[np.unique(np.intersect1d(fold_in, held_out) // n_items)]
@@ -144,8 +147,11 @@ def _vocabulary(path: Path, items: ItemTable, train: _Seen) -> Iterator[str]:
 def _users(path: Path, split: str, seen: _Seen) -> Iterator[str]:
     try:
         table = pq.read_table(path, columns=["key", "id"])
+        table.validate(full=True)
+        if not pa.types.is_integer(table["key"].type) or table["key"].null_count:
+            raise ValueError(f"keys are {table['key'].type} with {table['key'].null_count} missing")
         keys, ids = np.asarray(table["key"]).astype(np.uint64), table["id"].combine_chunks()
-    except (OSError, KeyError, pa.ArrowException) as error:
+    except (OSError, KeyError, ValueError, pa.ArrowException) as error:
         yield f"{path}: cannot be read as the users of {split} (columns key, id): {error}"
         return
     yield from _ids_and_keys(path, "user", ids, keys)
@@ -206,7 +212,7 @@ def _command(args: argparse.Namespace) -> int:
     found = 0
     for fault in faults(args.folder):
         found += 1
-        print("error: " + " ".join(fault.split()), file=sys.stderr)
+        print("error: " + cli.one_line(fault), file=sys.stderr)
     if found:
         return 2
     manifest = Manifest.load(args.folder)

@@ -349,25 +349,32 @@ def read_trunk(checkpoint: Checkpoint) -> dict[str, Tensor]:
         raise ValueError(f"{file} cannot be read as safetensors ({error}); use another checkpoint of the run") from None
 
 
-def stored_pieces(checkpoint: Checkpoint) -> Iterator[tuple[str, int, int, int, Tensor]]:
-    """(name, item_dim, lo, hi, tensor) of every weight in the items files, one at a time, moments left out."""
+def stored_pieces(checkpoint: Checkpoint, names: set[str]) -> Iterator[tuple[str, int, int, int, Tensor]]:
+    """(name, item_dim, lo, hi, tensor) of every stored piece of the weights `names`, one at a time.
+
+    Raises ValueError when all have passed, where a weight was not there for every item once.
+    """
+    n_items = checkpoint.header["n_items"]
+    filled: dict[tuple[str, int, int], list[tuple[int, int]]] = {(name, 0, n_items): [] for name in names}
     for name in sorted(checkpoint.header["files"]):
         if name.startswith("items-"):
             try:
                 with safe_open(checkpoint.path / name, framework="pt") as handle:
                     for key in handle.keys():  # noqa: SIM118
                         match = _PIECE.match(key)
-                        if match and not match[1].endswith((".exp_avg", ".exp_avg_sq")):
+                        if match and match[1] in names:
                             item_dim = 1 if match[1] == "output.nease.weight" else 0
                             lo, hi = int(match[2]), int(match[3])
                             shape = _check_dtype(handle.get_slice(key), checkpoint.path / name, key)
-                            if len(shape) <= item_dim or shape[item_dim] != hi - lo or hi > checkpoint.header["n_items"]:
+                            if len(shape) <= item_dim or shape[item_dim] != hi - lo or hi > n_items:
                                 raise ValueError(f"{checkpoint.path / name}: {key} has shape {shape}; use another checkpoint")
+                            filled[(match[1], 0, n_items)].append((lo, hi))
                             yield match[1], item_dim, lo, hi, handle.get_tensor(key)
             except (OSError, SafetensorError) as error:
                 raise ValueError(
                     f"{checkpoint.path / name} cannot be read as safetensors ({error}); use another checkpoint"
                 ) from None
+    _check_filled(checkpoint, filled)
 
 
 def read_items(checkpoint: Checkpoint, pieces: list[ItemSlice]) -> None:
@@ -391,6 +398,11 @@ def read_items(checkpoint: Checkpoint, pieces: list[ItemSlice]) -> None:
                             filled[(piece.name, piece.lo, piece.hi)].append((first, last))
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{file} cannot be read as safetensors ({error}); use another checkpoint of the run") from None
+    _check_filled(checkpoint, filled)
+
+
+def _check_filled(checkpoint: Checkpoint, filled: dict[tuple[str, int, int], list[tuple[int, int]]]) -> None:
+    """ValueError unless the ranges of every (name, lo, hi) make up its items, each once."""
     for (name, lo, hi), ranges in filled.items():
         end = lo
         for first, last in sorted(ranges):

@@ -121,6 +121,8 @@ class ParallelConfig:
     """Items of a block of the output side, which is made, used and dropped before the next; 0: 256 on a CPU, 2048 on a GPU."""
     trunk_dtype: Literal["fp32", "bf16"] = "fp32"
     """Precision of the trunk; bf16 at stages 1 to 3. Item matrices, logits and losses are always fp32."""
+    interface: str = ""
+    """Network interface of gloo and NCCL; empty: the loopback on one machine, else the libraries' choice."""
 
 
 @dataclass(frozen=True)

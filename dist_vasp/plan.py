@@ -114,7 +114,7 @@ def make_plan(config: Config, sizes: Sizes, partitions: int, replicas: int, rate
         "trunk gradients": FLOAT * (gradients_kept + min(n_trunk, 500e6) * (p.zero_stage > 0)),
         "trunk activations": FLOAT * deep * B * H * 6 * (m.encoder_layers + m.decoder_layers),
         "rows of the group": FLOAT * deep * G * (6 * (H + L) + 2 * H),
-        "one block": FLOAT * (G * C * (5 * n_paths + 8) + 3 * GRADIENT_ROWS * C),
+        "one block": FLOAT * (G * C * (5 * n_paths + 8) + 3 * (GRADIENT_ROWS if o.item_state == "full" else sizes.n_items) * C),
         "ids": 8 * G * E * 2 * 8,
     }
 

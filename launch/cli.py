@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
+from data_tools.cli import one_line
 from dist_vasp.parallel.comm import AgreedError, is_initialized, is_lost_peer, shut_down
 from dist_vasp.training.engine import DivergedError
 
@@ -33,7 +34,7 @@ def run(main: Callable[[Sequence[str] | None], int | None]) -> NoReturn:
         everywhere = isinstance(error, AgreedError | DivergedError) or not is_initialized()
         if rank == 0 or not everywhere:
             where = "" if everywhere else f"rank {rank}: "
-            print("error: " + " ".join(f"{where}{error}".split()), file=sys.stderr, flush=True)
+            print(f"error: {where}{one_line(str(error))}", file=sys.stderr, flush=True)
         if rank != 0:
             time.sleep(_LINGER_S)
         status = 2 if isinstance(error, ValueError) else 1
@@ -60,6 +61,7 @@ def make_argument_parser(prog: str, description: str) -> argparse.ArgumentParser
     """A parser with what every launch script without a config takes."""
     parser = argparse.ArgumentParser(prog=prog, description=description, allow_abbrev=False)
     parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto")
+    parser.add_argument("--interface", default="", metavar="NAME", help="network interface; default: loopback on one machine")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     return parser

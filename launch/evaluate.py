@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.json and not Path(arguments.json).parent.is_dir():
         raise ValueError(f"--json {arguments.json}: the folder {Path(arguments.json).parent} does not exist; create it first")
 
-    ranks = init_ranks(device=arguments.device)
+    ranks = init_ranks(device=arguments.device, interface=arguments.interface)
     loaded = load_model(arguments.run, arguments.checkpoint, ranks) if arguments.run else None
     with agreed(ranks):
         folder = arguments.shards or (loaded.config.data.shards if loaded else "")

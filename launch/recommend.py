@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError(f"--k is {arguments.k}, expected at least 1")
     check_output(arguments.output, arguments.overwrite)
 
-    ranks = init_ranks(device=arguments.device)
+    ranks = init_ranks(device=arguments.device, interface=arguments.interface)
     loaded = load_model(arguments.run, arguments.checkpoint, ranks)
     with agreed(ranks):
         histories = read_histories(arguments.histories, loaded.items)

@@ -17,7 +17,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--init_from", metavar="RUN_DIR", help="start a new run from this run's weights, items matched by original id"
     )
     config, arguments = parse(parser, argv)
-    ranks = init_ranks(config.parallel.partitions, config.parallel.replicas, config.device)
+    parallel = config.parallel
+    ranks = init_ranks(parallel.partitions, parallel.replicas, config.device, interface=parallel.interface)
     if arguments.dry_run:
         text = dry_run(config, ranks)
         if ranks.is_main:

@@ -61,8 +61,9 @@ def write_folder(
     n_items: int | None = None,
     users_per_shard: int = 16,
     users_per_block: int = 8,
+    item_ids: Sequence[int] | None = None,
 ) -> fmt.Manifest:
-    """Write a complete data folder: train rows, (fold_in, held_out) rows, item ids 1000 + item row as integers.
+    """Write a complete data folder: train rows, (fold_in, held_out) rows, item ids (default: 1000 + item row) as integers.
 
     User keys count from 1 over train, validation, test. n_items defaults to the largest item row + 1. Returns the
     manifest, which is also on disk.
@@ -72,10 +73,10 @@ def write_folder(
     everything = [*train, *(r for pair in (*validation, *test) for r in pair)]
     if n_items is None:
         n_items = max((int(max(r)) + 1 for r in everything if len(r)), default=1)
-    item_ids = pa.array(np.arange(n_items, dtype=np.int64) + 1000)
-    item_keys = fmt.keys_of_ids(item_ids)
+    ids = pa.array(np.arange(n_items, dtype=np.int64) + 1000 if item_ids is None else np.asarray(item_ids, np.int64))
+    item_keys = fmt.keys_of_ids(ids)
     popularity = np.bincount(_csr(train)[1], minlength=n_items).astype(np.int64)
-    columns = {"item": np.arange(n_items, dtype=np.int64), "id": item_ids, "key": item_keys, "popularity": popularity}
+    columns = {"item": np.arange(n_items, dtype=np.int64), "id": ids, "key": item_keys, "popularity": popularity}
     pq.write_table(pa.table(columns), folder / fmt.ITEMS_FILE)
 
     splits, next_key = {}, 1

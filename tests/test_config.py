@@ -81,7 +81,7 @@ CHANGED = {
         "reset_on_stage": True,
         "schedule": [{"epochs": 2, "lr": 1e-3}, {"epochs": 1, "lr": 0.0}],
     },
-    "parallel": {"partitions": 2, "replicas": 3, "zero_stage": 3, "lanes": 12, "trunk_dtype": "bf16"},
+    "parallel": {"partitions": 2, "replicas": 3, "zero_stage": 3, "lanes": 12, "trunk_dtype": "bf16", "interface": "eth0"},
     "run": {"dir": "runs/x", "seed": 9, "max_steps": 5, "checkpoint_every_steps": 7, "keep": 1, "evaluate_every_epochs": 0},
     "device": "cpu",
 }

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data_tools import shard
 from tests.fuzz_files import CANARY, mutate, target
 from tests.fuzz_server import ROOT, arguments, commands, judge
 from tests.jobs import environment, free_port
@@ -40,9 +41,9 @@ def make_base(folder: Path) -> Path:
     random = np.random.default_rng(0)
     popular = np.arange(N_ITEMS, 0, -1) / np.arange(N_ITEMS, 0, -1).sum()
     rows = [np.sort(random.choice(N_ITEMS, random.integers(5, 15), replace=False, p=popular)) for _ in range(76)]
-    heldout = [(row[1:], row[:1]) for row in rows[60:]]
-    write_folder(folder / "shards", rows[:60], heldout[:8], heldout[8:], n_items=N_ITEMS, users_per_shard=20, users_per_block=10)
-    (folder / "histories.csv").write_text("user,item\n" + "".join(f"{u},{1000 + i}\n" for u in range(4) for i in rows[u]))
+    (folder / "histories.csv").write_text("user,item\n" + "".join(f"{u},{1000 + i}\n" for u in range(76) for i in rows[u]))
+    sizes = ["--users_per_shard", "20", "--val_users", "8", "--test_users", "8"]
+    assert shard.main([str(folder / "histories.csv"), str(folder / "shards"), *sizes]) == 0
     for kind, ranks in (("vasp", 2), ("nease", 0)):
         done = launch("train", *arguments(folder, folder / kind, kind, 2), ranks=ranks)
         assert done.returncode == 0, done.stdout + done.stderr

@@ -128,7 +128,7 @@ class OutputSide:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        self.part, self.group = part, group
+        self.part, self.group, self.gradient_rows = part, group, GRADIENT_ROWS
         self.blocks = part.blocks(block_columns or (BLOCK_COLUMNS if device.type == "cpu" else GPU_BLOCK_COLUMNS))
 
         def zeros(*shape: int) -> Tensor:
@@ -204,8 +204,8 @@ class OutputSide:
     def _shallow_backward(self, block: int, grad_GC: Tensor, x: ItemRows, sink: Sink) -> None:
         """Hand dL/dW of the block to the sink, some input items at a time; W's diagonal has no gradient."""
         lo, hi = self.blocks[block]
-        for first in range(0, self.part.n_items, GRADIENT_ROWS):
-            last = min(first + GRADIENT_ROWS, self.part.n_items)
+        for first in range(0, self.part.n_items, self.gradient_rows):
+            last = min(first + self.gradient_rows, self.part.n_items)
             grad_RC = sum_rows(grad_GC, *x.rows_by_item(first, last))
             on_diagonal = range(max(lo, first), min(hi, last))
             if on_diagonal:

@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dist_vasp.parallel.network import choose_interface, listen
 from dist_vasp.parallel.partition import ItemPartition, Layout
 
 _MESSAGE_BYTES = 1024
@@ -99,20 +100,29 @@ def threads_per_rank(local_world: int) -> int:
     return max(1, len(os.sched_getaffinity(0)) // local_world)
 
 
-def init_ranks(partitions: int = 0, replicas: int = 1, device: str = "auto", timeout_s: float = 1800) -> Ranks:
+def init_ranks(
+    partitions: int = 0, replicas: int = 1, device: str = "auto", timeout_s: float = 1800, threads: int = 0, interface: str = ""
+) -> Ranks:
     """Join the process group that the launcher describes (one rank without a launcher) and cut it into groups.
 
-    Raises ValueError when partitions x replicas is not the number of ranks, or the device does not exist.
+    Raises ValueError when partitions x replicas is not the number of ranks, or the device or `interface` does not exist.
     """
     rank, world_size, local_rank, local_world = launched_world()
     layout = Layout.of(world_size, partitions, replicas)
     torch_device = resolve_device(device, local_rank)
-    torch.set_num_threads(threads_per_rank(local_world))
+    torch.set_num_threads(threads or threads_per_rank(local_world))
     if not dist.is_initialized():
         backend = "nccl" if torch_device.type == "cuda" else "gloo"
         timeout = datetime.timedelta(seconds=timeout_s)
-        if "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ:
-            dist.init_process_group(backend, timeout=timeout)
+        all_here = local_world == world_size
+        choose_interface(interface, all_here)
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            dist.init_process_group(backend, timeout=timeout)  # torchrun serves the store itself
+        elif "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ:
+            address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            listening = listen(address, port, interface, all_here) if rank == 0 else None
+            store = dist.TCPStore(address, port, world_size, rank == 0, timeout=timeout, master_listen_fd=listening)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
         elif world_size == 1:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         else:

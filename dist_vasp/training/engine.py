@@ -59,7 +59,14 @@ class Trainer:
     def __init__(self, config: Config, n_items: int, ranks: Ranks) -> None:
         self.config, self.ranks, self.n_items = config, ranks, n_items
         self.model = VASP(config.model, config.loss, n_items, ranks, config.run.seed, block_columns=config.parallel.block_columns)
-        self.item_optimizer = InPlaceAdam([piece.tensor for piece in self.model.slices()], config.optimizer)
+        lean = config.optimizer.item_state == "lean"
+        groups = [
+            {"params": [p.tensor for p in self.model.slices() if p.item_dim == dim], "lean_dim": dim if lean else None}
+            for dim in (0, 1)
+        ]
+        self.item_optimizer = InPlaceAdam([group for group in groups if group["params"]], config.optimizer)
+        if lean:
+            self.model.output.gradient_rows = n_items  # a column's second moment wants the whole column
         trunk = make_trunk(config.model, config.run.seed)
         self.trunk = ZeroTrunk(trunk, config, ranks) if trunk else None
         self._squared_norm = torch.zeros((), device=ranks.device)  # of this rank's item gradients in the step under way

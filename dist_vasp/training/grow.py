@@ -19,6 +19,7 @@ from dist_vasp.data.format import ITEMS_FILE, Manifest, load_items, read_items_f
 from dist_vasp.model.item_layers import ItemSlice
 from dist_vasp.parallel.comm import agreed
 from dist_vasp.training.engine import Trainer
+from dist_vasp.training.optimizer import MOMENTS
 
 _SIZES = ("kind", "hidden", "latent", "encoder_layers", "decoder_layers", "latent_head")
 
@@ -47,14 +48,13 @@ def initialise_from(trainer: Trainer, run: str, shards: str) -> None:
                 f"--init_from {run}: none of the {len(old_of_new)} items of {shards} is known there; are the ids of one kind?"
             )
         pieces = trainer.model.slices()
-        n_old = opened.header["n_items"]
-        for name, item_dim, lo, hi, stored in checkpoints.stored_pieces(opened):
+        for name, item_dim, lo, hi, stored in checkpoints.stored_pieces(opened, {piece.name for piece in pieces}):
             for piece in pieces:
                 if piece.name == name:
                     expected = list(piece.tensor.shape)
-                    expected[item_dim] = hi - lo
                     if name == "output.nease.weight":
-                        expected[0] = n_old
+                        expected[0] = opened.header["n_items"]
+                    expected[item_dim] = hi - lo
                     if list(stored.shape) != expected:
                         raise ValueError(f"{opened.path}: {name}[{lo}:{hi}] has shape {list(stored.shape)}, expected {expected}")
                     _copy_known(piece, item_dim, lo, hi, stored, old_of_new)
@@ -62,6 +62,9 @@ def initialise_from(trainer: Trainer, run: str, shards: str) -> None:
         checkpoints.check_numbers(opened, [*((piece.name, piece.tensor) for piece in pieces), *tensors.items()])
     if trainer.trunk:
         fresh = trainer.trunk.tensors(moments=True)
+        lacking = [name for name in fresh if name not in tensors and not name.endswith(MOMENTS)]
+        if lacking:
+            raise ValueError(f"{opened.path / checkpoints.TRUNK} has no {lacking[0]}; use another checkpoint")
         trainer.trunk.load({name: tensors.get(name, fresh[name]) for name in fresh})
 
 

@@ -41,11 +41,13 @@ class Factors:
 class InPlaceAdam(torch.optim.Optimizer):
     """Adam, AdamW or Nadam by `config.name`. `grad_scale` multiplies every gradient before it is used (joint clipping).
 
-    State per parameter: `exp_avg`, `exp_avg_sq` of its shape, and the scalars `step` and `mu_product`.
+    State per parameter: `exp_avg`, `exp_avg_sq` of its shape, and the scalars `step` and `mu_product`. A parameter group with
+    `lean_dim` set keeps one second moment per vector along that dimension of its matrices, the mean of the squared gradient over
+    the vector, as embedding libraries do: 8 bytes a weight and next to nothing more.
     """
 
     def __init__(self, params: Iterable[Tensor] | Iterable[dict], config: OptimizerConfig, lr: float = 0.0) -> None:
-        super().__init__(params, {"lr": lr})
+        super().__init__(params, {"lr": lr, "lean_dim": None})
         self.config = config
         self.grad_scale = 1.0
         self._factors = Factors(0.0, 0.0, 1.0, 1.0)
@@ -67,10 +69,13 @@ class InPlaceAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def update(self, parameter: Tensor, first: int, grad: Tensor) -> None:
-        """Update the rows of `parameter` from `first` on with their gradient, in the step that `begin_step` opened."""
-        rows = slice(first, first + len(grad))
-        state = self.state[parameter]
-        self._apply(parameter[rows], grad, {name: state[name][rows] for name in MOMENTS}, self._factors)
+        """Update the rows of `parameter` from `first` on with their gradient, in the step that `begin_step` opened.
+
+        A lean matrix whose vectors are its columns wants all of its rows at once.
+        """
+        rows, state = slice(first, first + len(grad)), self.state[parameter]
+        moments = {name: state[name][rows] if len(state[name]) == len(parameter) else state[name] for name in MOMENTS}
+        self._apply(parameter[rows], grad, moments, self._factors)
 
     def ensure_state(self, p: Tensor) -> dict:
         """The state of `p`, created empty if there is none."""
@@ -79,8 +84,17 @@ class InPlaceAdam(torch.optim.Optimizer):
             state["step"] = torch.zeros((), dtype=torch.float64)
             state["mu_product"] = torch.ones((), dtype=torch.float64)
             state["exp_avg"] = torch.zeros_like(p, memory_format=torch.contiguous_format)
-            state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.contiguous_format)
+            shape = list(p.shape)
+            lean_dim = self._lean_dim(p)
+            if lean_dim is not None:
+                shape[1 - lean_dim] = 1
+            state["exp_avg_sq"] = torch.zeros(shape, dtype=p.dtype, device=p.device)
         return state
+
+    def _lean_dim(self, p: Tensor) -> int | None:
+        """The dimension along which each vector of `p` shares a second moment; None where every weight has its own."""
+        groups = [group for group in self.param_groups if any(p is q for q in group["params"])]
+        return groups[0]["lean_dim"] if groups and p.dim() == 2 else None
 
     def forget(self) -> None:
         """Start the moments anew, as the authors' code does where the learning rate changes."""
@@ -104,6 +118,9 @@ class InPlaceAdam(torch.optim.Optimizer):
 
     def _apply(self, p: Tensor, grad: Tensor, state: dict, by: Factors) -> None:
         c = self.config
+        if state["exp_avg_sq"].shape != p.shape:
+            self._apply_lean(p, grad, state, by)
+            return
         flat = [x.view(-1) for x in (p, grad, state["exp_avg"], state["exp_avg_sq"])]
         chunk = CPU_CHUNK if p.device.type == "cpu" else p.numel()
         for p_n, g_n, m_n, v_n in zip(*(x.split(max(1, chunk)) for x in flat), strict=True):
@@ -112,6 +129,25 @@ class InPlaceAdam(torch.optim.Optimizer):
             m_n.lerp_(g_n, 1 - c.beta1)
             v_n.mul_(c.beta2).addcmul_(g_n, g_n, value=1 - c.beta2)
             denom_n = v_n.sqrt().div_(by.root_correction).add_(c.eps)
+            if by.shrink != 1.0:
+                p_n.mul_(by.shrink)
+            if by.of_grad:
+                p_n.addcdiv_(g_n, denom_n, value=-by.of_grad)
+            p_n.addcdiv_(m_n, denom_n, value=-by.of_momentum)
+
+    def _apply_lean(self, p: Tensor, grad: Tensor, state: dict, by: Factors) -> None:
+        """The same update with one second moment per row (n, 1) or per column (1, n)."""
+        c, v = self.config, state["exp_avg_sq"]
+        along = 1 if v.shape[1] == 1 else 0
+        squared = torch.linalg.vector_norm(grad, dim=along, keepdim=True).mul_(self.grad_scale).square_().div_(grad.shape[along])
+        assert squared.shape == v.shape, (squared.shape, v.shape)
+        v.lerp_(squared, 1 - c.beta2)
+        denom = v.sqrt().div_(by.root_correction).add_(c.eps)
+        rows = max(1, CPU_CHUNK // p.shape[1]) if p.device.type == "cpu" else len(p)
+        for p_n, g_n, m_n, denom_n in zip(*(x.split(rows) for x in (p, grad, state["exp_avg"], denom.expand_as(p))), strict=True):
+            if self.grad_scale != 1.0:
+                g_n = g_n * self.grad_scale
+            m_n.lerp_(g_n, 1 - c.beta1)
             if by.shrink != 1.0:
                 p_n.mul_(by.shrink)
             if by.of_grad:

@@ -8,13 +8,18 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import secrets
 import shutil
 import socket
+import time
 from pathlib import Path
 from typing import Any, TextIO
 
 from dist_vasp.config import Config
 from dist_vasp.data.format import ITEMS_FILE
+from dist_vasp.parallel.comm import Ranks, agreed, all_gather_bytes
+
+_SHARED_WITHIN_S = 5.0  # a network filesystem may show a new file late
 
 
 class RunDir:
@@ -68,6 +73,33 @@ class RunDir:
         if self._metrics is not None:
             self._metrics.close()
             self._board.close()
+
+
+def check_shared(folder: str | Path, ranks: Ranks) -> None:
+    """AgreedError unless every rank sees the folder that rank 0 writes into: hosts without a shared filesystem would each see
+    their own, and a resume would find nothing or something else."""
+    token: Path | None = None
+    with agreed(ranks):
+        if ranks.is_main:
+            token = Path(folder) / f".seen-by-all-{secrets.token_hex(8)}"
+            try:
+                token.touch()
+            except OSError as error:
+                raise ValueError(f"run.dir {folder} cannot be written ({error.strerror}); choose another folder") from None
+    name = all_gather_bytes(token.name.encode() if token else b"", ranks.world, ranks.device)[0].decode()
+    try:
+        with agreed(ranks):
+            deadline = time.monotonic() + _SHARED_WITHIN_S
+            while not (Path(folder) / name).exists():
+                if time.monotonic() > deadline:
+                    raise ValueError(
+                        f"run.dir {folder} on {socket.gethostname()} is not the folder that rank 0 sees; "
+                        "with several hosts it must lie on a filesystem that they share"
+                    )
+                time.sleep(0.1)
+    finally:
+        if token:
+            token.unlink(missing_ok=True)
 
 
 def write_atomically(path: Path, text: str) -> None:

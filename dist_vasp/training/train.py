@@ -18,7 +18,7 @@ from dist_vasp.ranking.load import load_model
 from dist_vasp.training.engine import DivergedError, Trainer
 from dist_vasp.training.grow import initialise_from
 from dist_vasp.training.progress import Progress
-from dist_vasp.training.run_dir import RunDir, write_atomically
+from dist_vasp.training.run_dir import RunDir, check_shared, write_atomically
 from dist_vasp.training.state import RunState, Saver, resume, total_steps
 from dist_vasp.training.stop import StopRequest
 
@@ -39,6 +39,7 @@ def train(config: Config, ranks: Ranks, init_from: str | None = None) -> dict[st
     run_dir: RunDir | None = None
     with agreed(ranks):
         run_dir = RunDir(config.run.dir) if ranks.is_main else None
+    check_shared(config.run.dir, ranks)
     folder = Path(config.run.dir) / "checkpoints"
     last = total_steps(config, stream.steps_per_epoch)
 

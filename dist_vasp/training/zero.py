@@ -22,7 +22,6 @@ from dist_vasp.model.trunk import Trunk
 from dist_vasp.parallel.comm import Ranks
 from dist_vasp.training.optimizer import MOMENTS, InPlaceAdam
 
-
 MAX_BUCKET = 500_000_000  # elements
 
 
@@ -35,6 +34,7 @@ class ZeroTrunk:
         self.n_parameters = sum(p.numel() for p in trunk.parameters())
         self.optimizer = InPlaceAdam(trunk.parameters(), config.optimizer)
         accumulation = config.optimizer.accumulation
+        bucket = min(self.n_parameters + self.n_parameters % 2, MAX_BUCKET)  # it wants an even size
         self._engine, *_ = deepspeed.initialize(
             model=trunk.to(ranks.device),
             optimizer=self.optimizer,
@@ -48,8 +48,8 @@ class ZeroTrunk:
                 "zero_optimization": {
                     "stage": self.stage,
                     # its buckets default to 500M elements, whatever the size of the module
-                    "reduce_bucket_size": min(self.n_parameters, MAX_BUCKET),
-                    "allgather_bucket_size": min(self.n_parameters, MAX_BUCKET),
+                    "reduce_bucket_size": bucket,
+                    "allgather_bucket_size": bucket,
                     "overlap_comm": ranks.device.type == "cuda",
                 },
                 "bf16": {"enabled": config.parallel.trunk_dtype == "bf16"},

@@ -1,0 +1,140 @@
+"""One job of a benchmark: some steps on real batches, and where the time of each went.
+
+Labels are exclusive: while a collective runs inside the input side, the time is communication's. On a GPU the device is waited
+for at every border, so the parts add up but the whole is a little slower than training.
+"""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import asdict
+from statistics import median
+from typing import Any
+
+import torch
+
+from dist_vasp.config import Config
+from dist_vasp.data.stream import TrainStream
+from dist_vasp.model import item_layers, sparse, vasp
+from dist_vasp.parallel.comm import Ranks
+from dist_vasp.training import engine
+from dist_vasp.training.engine import Trainer
+from dist_vasp.training.floor import measure_rates, step_floor
+from dist_vasp.training.train import with_next
+
+LABELS = ("input", "trunk", "output", "optimizer", "communication", "data wait", "other")
+
+
+class StopWatch:
+    """Adds up the seconds between entering and leaving wrapped functions, by label, less what wrapped functions inside took."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self._inner = [0.0]
+        self._device = device
+
+    def wrap(self, owner: Any, name: str, label: str) -> None:
+        """Replace `owner.name` by itself with the watch around it."""
+        original: Callable = getattr(owner, name)
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            start = self._now()
+            self._inner.append(0.0)
+            try:
+                return original(*args, **kwargs)
+            finally:
+                elapsed = self._now() - start
+                self.seconds[label] += elapsed - self._inner.pop()
+                self._inner[-1] += elapsed
+
+        setattr(owner, name, timed)
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+def watch(trainer: Trainer) -> StopWatch:
+    """A watch on the parts of a step."""
+    clock = StopWatch(trainer.ranks.device)
+    if trainer.model.input:
+        clock.wrap(trainer.model.input, "forward", "input")
+        clock.wrap(trainer.model.input, "backward", "input")
+    clock.wrap(trainer.model.output, "loss_and_gradients", "output")
+    clock.wrap(trainer.item_optimizer, "update", "optimizer")
+    if trainer.trunk:
+        clock.wrap(trainer.trunk._engine, "forward", "trunk")
+        clock.wrap(trainer.trunk._engine, "backward", "trunk")
+        clock.wrap(trainer.trunk._engine, "step", "optimizer")
+    for module, name in ((vasp, "all_gather"), (vasp, "reduce_scatter"), (item_layers, "reduce_scatter"), (engine, "all_reduce")):
+        clock.wrap(module, name, "communication")
+    clock.wrap(sparse.Gathering, "wait", "communication")
+    return clock
+
+
+def measure(config: Config, ranks: Ranks, steps: int, floor: bool, warm_up: int = 2) -> dict[str, Any]:
+    """Train `steps` steps after a warm-up; medians and totals of this rank. With `floor`, the machine's rates in the same run."""
+    stream = TrainStream(
+        config.data.shards,
+        config.data.batch_size,
+        config.parallel.lanes,
+        config.run.seed,
+        config.halves,
+        ranks.rank,
+        ranks.world_size,
+    )
+    trainer = Trainer(config, stream.n_items, ranks)
+    clock = watch(trainer)
+    step_seconds, users, rows, items = [], 0, 0, 0
+    before: dict[str, int] = {}
+    start = time.perf_counter()
+    for done, (batch, following) in enumerate(with_next(stream.batches(0, warm_up + steps, config.data.workers))):
+        if done == warm_up:
+            clock.seconds.clear()
+            before = _bytes(ranks)
+        arrived = time.perf_counter()
+        trainer.step(batch, following=following)
+        now = time.perf_counter()
+        if done >= warm_up:
+            clock.seconds["data wait"] += arrived - start
+            step_seconds.append(now - start)
+            users += batch.global_users
+            rows += batch.global_rows
+            items += len(batch.inputs.items) * ranks.world_size
+        start = time.perf_counter()
+    total = sum(step_seconds)
+    clock.seconds["other"] = total - sum(clock.seconds.values())
+    moved = {name: (value - before.get(name, 0)) / steps for name, value in _bytes(ranks).items()}
+    result: dict[str, Any] = {
+        "rank": ranks.rank,
+        "threads": torch.get_num_threads(),
+        "steps": steps,
+        "step_seconds": median(step_seconds),
+        "users_per_second": users / total,
+        "rows_per_step": rows / steps,
+        "items_per_row": items / max(rows, 1),
+        "n_items": stream.n_items,
+        "parts": {label: clock.seconds.get(label, 0.0) / steps for label in LABELS},
+        "bytes_moved": moved,
+        "peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_device_memory": torch.cuda.max_memory_allocated() if ranks.device.type == "cuda" else 0,
+    }
+    if floor:
+        rates = measure_rates(ranks.device, stream.n_items)
+        share = result["rows_per_step"] / ranks.world_size
+        result["rates"] = asdict(rates)
+        result["floor"] = step_floor(config, stream.n_items, share, result["items_per_row"], rates)
+    return result
+
+
+def _bytes(ranks: Ranks) -> dict[str, int]:
+    """Bytes this rank has put on the wire so far, by collective, of all its groups; DeepSpeed's own are not among them."""
+    moved: dict[str, int] = defaultdict(int)
+    for group in (ranks.world, ranks.partition_group, ranks.replica_group):
+        for name, value in group.bytes_moved.items():
+            moved[name] += value
+    return moved

@@ -1,0 +1,59 @@
+"""What this machine could do at best: rates measured now, and the time they set for a step.
+
+floor = 6 * rows * (trunk weights + I (H + L)) / matrix-product rate
+      + 2 * rows * items of a row * (I + H) * 4 bytes / row-gather rate
+      + weights and state read and written once / copy rate
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from statistics import median
+
+import torch
+
+from dist_vasp.config import Config
+from dist_vasp.model.sparse import sum_rows
+from dist_vasp.plan import FLOAT, Rates, item_parameters, trunk_parameters
+
+
+def _seconds(work: Callable[[], object], device: torch.device, repeats: int = 5) -> float:
+    """Median seconds of `work` after a warm-up."""
+    taken = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        taken.append(time.perf_counter() - start)
+    return median(taken[1:])
+
+
+def measure_rates(device: torch.device, n_items: int, rows: int = 1024, items_per_row: int = 64) -> Rates:
+    """Matrix products of 2,048 squared, a copy of 256 MB, and sums of rows 256 wide out of a table of `n_items` rows."""
+    a, b = torch.rand(2, 2048, 2048, device=device)
+    product = torch.empty_like(a)
+    flops = 2 * 2048**3 / _seconds(lambda: torch.mm(a, b, out=product), device)
+    source = torch.rand(1 << 26, device=device)
+    target = torch.empty_like(source)
+    copy = 2 * source.numel() * FLOAT / _seconds(lambda: target.copy_(source), device)
+    table = torch.rand(n_items, 256, device=device)
+    ids = torch.randint(n_items, (rows * items_per_row,), device=device)
+    indptr = torch.arange(0, rows * items_per_row + 1, items_per_row, device=device)
+    gather = ids.numel() * 256 * FLOAT / _seconds(lambda: sum_rows(table, ids, indptr), device)
+    return Rates(flops=flops, copy=copy, gather=gather)
+
+
+def step_floor(config: Config, n_items: int, rows: float, items_per_row: float, rates: Rates) -> dict[str, float]:
+    """Seconds that the rates set for one step of one rank that owns every item and takes `rows` rows."""
+    m = config.model
+    deep, shallow = m.kind != "nease", m.kind != "flvae"
+    heads = n_items * (m.hidden + m.latent * m.latent_head) * deep
+    parameters = item_parameters(config, n_items, n_items) + trunk_parameters(config)
+    moments = 2 * FLOAT if config.optimizer.item_state == "full" else FLOAT
+    return {
+        "matrix products": 6 * rows * (trunk_parameters(config) + heads) / rates.flops,
+        "row gathers": 2 * rows * items_per_row * (n_items * shallow + m.hidden * deep) * FLOAT / rates.gather,
+        "update": 2 * parameters * (FLOAT + moments) / rates.copy,
+    }

@@ -1,0 +1,225 @@
+"""Scaling of a config: python launch/benchmark.py --config configs/X.yaml --ranks 1,2 --output DIR [--floor]
+
+Starts one job per number of ranks, in turn and several times over, and writes benchmark.json, benchmark.md and scaling.png.
+Weak scaling keeps the users per rank, strong scaling the users per step.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from dist_vasp.config import Config, make_parser, parse
+from dist_vasp.parallel.comm import init_ranks
+from dist_vasp.training.benchmark import LABELS, measure
+from dist_vasp.training.run_dir import write_atomically
+from launch.cli import run
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = make_parser("benchmark.py", __doc__ or "")
+    parser.add_argument("--ranks", default="1", help="numbers of ranks, such as 1,2,4")
+    parser.add_argument("--output", default="", metavar="DIR", help="folder for benchmark.json, benchmark.md, scaling.png")
+    parser.add_argument("--steps", type=int, default=6, help="measured steps of a job")
+    parser.add_argument("--rounds", type=int, default=3, help="times every job is run, in turn")
+    parser.add_argument("--threads", type=int, default=0, help="threads of a rank; 0: cores / largest number of ranks")
+    parser.add_argument("--modes", default="weak,strong", help="weak, strong or both")
+    parser.add_argument(
+        "--users_per_rank", type=int, default=0, help="of weak scaling; 0: data.batch_size / largest number of ranks"
+    )
+    parser.add_argument("--floor", action="store_true", help="measure the machine's rates in the same run; print the step's floor")
+    parser.add_argument("--job", default="", help="internal: folder that one job's ranks write to")
+    config, arguments = parse(parser, argv)
+    if arguments.job:
+        _job(config, arguments)
+        return
+    world_sizes = _world_sizes(arguments.ranks)
+    folder = _output(arguments.output)
+    if not config.data.shards:
+        raise ValueError("data.shards is not set; pass --data.shards with a folder written by `python -m data_tools.shard`")
+    modes = [mode for mode in arguments.modes.split(",") if mode]
+    if not modes or not set(modes) <= {"weak", "strong"}:
+        raise ValueError(f"--modes is {arguments.modes!r}, expected weak, strong or weak,strong")
+    threads = arguments.threads or max(1, len(os.sched_getaffinity(0)) // max(world_sizes))
+    per_rank = arguments.users_per_rank or config.data.batch_size // max(world_sizes)
+
+    jobs = [(mode, n, n * per_rank if mode == "weak" else config.data.batch_size) for mode in modes for n in world_sizes]
+    jobs = [job for i, job in enumerate(jobs) if job[1:] not in [j[1:] for j in jobs[:i]]]  # at one rank both may be the same
+    measured: dict[tuple[int, int], list[list[dict[str, Any]]]] = {job[1:]: [] for job in jobs}
+    for round_ in range(arguments.rounds):
+        for _, n, batch in jobs:
+            print(f"round {round_ + 1} of {arguments.rounds}: {n} ranks, {batch} users a step", flush=True)
+            measured[n, batch].append(_start(config, arguments, n, batch, threads, folder))
+    rows = [
+        _summarise(mode, n, batch, measured[n, batch])
+        for mode in modes
+        for n in world_sizes
+        for batch in [n * per_rank if mode == "weak" else config.data.batch_size]
+    ]
+    for row in rows:
+        base = next(r for r in rows if r["mode"] == row["mode"])
+        row["efficiency"] = row["users_per_second"] / base["users_per_second"] * base["ranks"] / row["ranks"]
+    result = {
+        "config": arguments.config and str(arguments.config[0]),
+        "threads_per_rank": threads,
+        "cores": os.cpu_count(),
+        "rows": rows,
+    }
+    write_atomically(folder / "benchmark.json", json.dumps(result, indent=1) + "\n")
+    table = _markdown(result)
+    write_atomically(folder / "benchmark.md", table)
+    _plot(rows, folder / "scaling.png")
+    print(table)
+
+
+def _world_sizes(text: str) -> list[int]:
+    try:
+        sizes = [int(part) for part in text.split(",")]
+        if min(sizes) < 1:
+            raise ValueError
+    except ValueError:
+        raise ValueError(f"--ranks is {text!r}, expected numbers of ranks such as 1,2,4") from None
+    return sizes
+
+
+def _output(path: str) -> Path:
+    if not path:
+        raise ValueError("--output is not set; pass a folder for the results")
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--output {path} cannot be made ({error.strerror}); choose another folder") from None
+    return folder
+
+
+def _start(config: Config, arguments: Any, n: int, batch: int, threads: int, folder: Path) -> list[dict[str, Any]]:
+    """Run one job under torchrun and return what its ranks measured."""
+    job = folder / ".job"
+    job.mkdir(exist_ok=True)
+    for old in job.glob("*"):
+        old.unlink()
+    (job / "config.yaml").write_text(config.to_yaml())
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        f"--nproc_per_node={n}",
+        f"--master_port={_free_port()}",
+        "--",
+        __file__,
+    ]
+    command += ["--config", str(job / "config.yaml"), f"--data.batch_size={batch}", f"--job={job}", f"--steps={arguments.steps}"]
+    command += [f"--threads={threads}", *(["--floor"] if arguments.floor else [])]
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": str(threads)}, capture_output=True, text=True, check=False)
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if line.startswith("error:")] or done.stderr.splitlines()[-3:]
+        raise ValueError(f"the job of {n} ranks failed: {' '.join(lines)}")
+    found = [json.loads(path.read_text()) for path in sorted(job.glob("rank-*.json"))]
+    for path in job.glob("*"):
+        path.unlink()
+    job.rmdir()
+    return found
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _job(config: Config, arguments: Any) -> None:
+    ranks = init_ranks(config.parallel.partitions, config.parallel.replicas, config.device, threads=arguments.threads)
+    result = measure(config, ranks, arguments.steps, arguments.floor)
+    write_atomically(Path(arguments.job) / f"rank-{ranks.rank:04d}.json", json.dumps(result))
+
+
+def _summarise(mode: str, n: int, batch: int, rounds: list[list[dict[str, Any]]]) -> dict[str, Any]:
+    """Medians over the rounds; of the ranks the slowest counts, and the largest."""
+
+    def middle(value: Any) -> float:
+        return median(max(value(rank) for rank in ranks) for ranks in rounds)
+
+    row: dict[str, Any] = {"mode": mode, "ranks": n, "users_per_step": batch}
+    row["users_per_second"] = median(ranks[0]["users_per_second"] for ranks in rounds)
+    row["step_seconds"] = middle(lambda rank: rank["step_seconds"])
+    row["parts"] = {label: middle(lambda rank, label=label: rank["parts"][label]) for label in LABELS}
+    row["bytes_moved"] = middle(lambda rank: sum(rank["bytes_moved"].values()))
+    row["bytes_by_collective"] = rounds[0][0]["bytes_moved"]
+    row["peak_memory"] = middle(lambda rank: rank["peak_memory"])
+    if "floor" in rounds[0][0]:
+        row["rates"] = {name: median(ranks[0]["rates"][name] for ranks in rounds) for name in ("flops", "copy", "gather")}
+        row["floor"] = {name: middle(lambda rank, name=name: rank["floor"][name]) for name in rounds[0][0]["floor"]}
+        row["floor_seconds"] = median(sum(ranks[0]["floor"].values()) for ranks in rounds)
+        row["ratio_to_floor"] = median(max(r["step_seconds"] for r in ranks) / sum(ranks[0]["floor"].values()) for ranks in rounds)
+        useful = row["floor"]["matrix products"] * row["rates"]["flops"]
+        row["useful_gflops_per_second"] = useful / row["step_seconds"] / 1e9
+    return row
+
+
+def _markdown(result: dict[str, Any]) -> str:
+    lines = [f"{result['threads_per_rank']} threads a rank on {result['cores']} cores; medians.", ""]
+    lines += [
+        "| scaling | ranks | users a step | users/s | efficiency | step s | " + " | ".join(LABELS) + " | MB moved | peak GB |"
+    ]
+    lines += ["|---" * (len(LABELS) + 8) + "|"]
+    for row in result["rows"]:
+        parts = " | ".join(f"{row['parts'][label]:.3f}" for label in LABELS)
+        lines.append(
+            f"| {row['mode']} | {row['ranks']} | {row['users_per_step']} | {row['users_per_second']:.0f} | {row['efficiency']:.0%} | "
+            f"{row['step_seconds']:.3f} | {parts} | {row['bytes_moved'] / 1e6:.1f} | {row['peak_memory'] / 1e9:.2f} |"
+        )
+    if any("floor" in row for row in result["rows"]):
+        lines += [
+            "",
+            "| ranks | users a step | GFLOP/s measured | copy GB/s | gather GB/s | "
+            + "floor s | step s | step / floor | useful GFLOP/s |",
+        ]
+        lines += ["|---" * 9 + "|"]
+        for row in result["rows"]:
+            rates = row["rates"]
+            lines.append(
+                f"| {row['ranks']} | {row['users_per_step']} | {rates['flops'] / 1e9:.0f} | {rates['copy'] / 1e9:.1f} | {rates['gather'] / 1e9:.1f} | "
+                f"{row['floor_seconds']:.3f} | {row['step_seconds']:.3f} | {row['ratio_to_floor']:.2f} | {row['useful_gflops_per_second']:.0f} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def _plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Users per second against ranks with the ideal line, and the parts of a step."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), constrained_layout=True)
+    for mode in dict.fromkeys(row["mode"] for row in rows):
+        mine = [row for row in rows if row["mode"] == mode]
+        ranks = [row["ranks"] for row in mine]
+        left.plot(ranks, [row["users_per_second"] for row in mine], marker="o", label=f"{mode} scaling")
+    first = rows[0]
+    ideal = [first["users_per_second"] * n / first["ranks"] for n in sorted({row["ranks"] for row in rows})]
+    left.plot(sorted({row["ranks"] for row in rows}), ideal, linestyle="--", color="grey", label="ideal")
+    left.set(xlabel="ranks", ylabel="users per second", ylim=(0, None))
+    left.legend()
+    names = [f"{row['mode']} {row['ranks']}" for row in rows]
+    bottom = [0.0] * len(rows)
+    for label in LABELS:
+        heights = [row["parts"][label] for row in rows]
+        right.bar(names, heights, bottom=bottom, label=label)
+        bottom = [b + h for b, h in zip(bottom, heights, strict=True)]
+    right.set(ylabel="seconds of a step")
+    right.legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,102 @@
+"""Memory, traffic and time before you rent the cluster: python launch/plan.py --config configs/X.yaml --ranks N [--device_memory_gb M]"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from dist_vasp.config import make_parser, parse
+from dist_vasp.data.format import MANIFEST, Manifest
+from dist_vasp.parallel.partition import Layout
+from dist_vasp.plan import Plan, Rates, Sizes, dense_reference_memory, make_plan, smallest_that_fits
+from launch.cli import run
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = make_parser("plan.py", __doc__ or "")
+    parser.add_argument("--ranks", type=int, default=1, help="ranks of the world")
+    parser.add_argument(
+        "--device_memory_gb", type=float, default=0.0, help="memory of one rank; the smallest partitioning that fits is named"
+    )
+    parser.add_argument("--items", type=int, default=0, help="items of the catalogue; default: those of data.shards")
+    parser.add_argument(
+        "--items_per_user", type=float, default=0.0, help="mean interactions of a user; default: those of data.shards, else 100"
+    )
+    parser.add_argument(
+        "--rates", default="", metavar="FILE", help="JSON of `launch/benchmark.py --floor`; default: those of a small CPU machine"
+    )
+    parser.add_argument("--json", default="", metavar="FILE", help="write the plan to this file")
+    config, arguments = parse(parser, argv)
+    if arguments.ranks < 1:
+        raise ValueError(f"--ranks is {arguments.ranks}, expected at least 1")
+    sizes = _sizes(config.data.shards, arguments["items"], arguments["items_per_user"])
+    rates = _rates(arguments.rates)
+    layout = Layout.of(arguments.ranks, config.parallel.partitions, config.parallel.replicas)
+    device = "cuda" if config.device == "cuda" else "cpu"
+    plan = make_plan(config, sizes, layout.partitions, layout.replicas, rates, device)
+    print(f"{config.model.kind}, {sizes.n_items:,} items, {sizes.items_per_user:.0f} items a user, {arguments.ranks} ranks")
+    print(describe(plan, config.data.batch_size))
+    print(f"plain dense torch would hold about {dense_reference_memory(config, sizes) / 1e9:.1f} GB on one device")
+    if arguments.device_memory_gb:
+        fits = smallest_that_fits(config, sizes, arguments.device_memory_gb * 1e9, rates, device)
+        if fits is None:
+            print(f"no partitioning fits {arguments.device_memory_gb:g} GB a rank")
+        else:
+            print(
+                f"smallest partitioning that fits {arguments.device_memory_gb:g} GB a rank: {fits.partitions} partitions "
+                f"({fits.memory_total / 1e9:.2f} GB each, {fits.step_seconds:.2f} s a step)"
+            )
+    if arguments.json:
+        fields = (
+            "partitions",
+            "replicas",
+            "memory",
+            "traffic",
+            "arithmetic",
+            "seconds",
+            "memory_total",
+            "traffic_total",
+            "step_seconds",
+        )
+        Path(arguments.json).write_text(json.dumps({name: getattr(plan, name) for name in fields}, indent=1) + "\n")
+
+
+def describe(plan: Plan, users: int) -> str:
+    """The plan as a table for people."""
+    lines = [f"{plan.partitions} partitions x {plan.replicas} replicas; for one rank:", "  memory at the peak of a step, GB"]
+    lines += [f"    {kind:<44}{value / 1e9:10.3f}" for kind, value in plan.memory.items() if value]
+    lines += [f"    {'in all':<44}{plan.memory_total / 1e9:10.3f}", "  on the wire in a step, MB"]
+    lines += [f"    {kind:<44}{value / 1e6:10.3f}" for kind, value in plan.traffic.items() if value]
+    lines += [f"    {'in all':<44}{plan.traffic_total / 1e6:10.3f}", "  time of a step without overlap, s"]
+    lines += [f"    {kind:<44}{value:10.3f}" for kind, value in plan.seconds.items() if value]
+    lines += [f"    {'in all':<44}{plan.step_seconds:10.3f}   ({users / plan.step_seconds:,.0f} users/s)"]
+    return "\n".join(lines)
+
+
+def _sizes(shards: str, items: int, items_per_user: float) -> Sizes:
+    n_users = 0
+    if shards and (Path(shards) / MANIFEST).is_file():
+        manifest = Manifest.load(shards)
+        train = manifest.splits["train"]
+        items, n_users = items or manifest.n_items, train.users
+        items_per_user = items_per_user or train.interactions / max(train.users, 1)
+    if items < 1:
+        raise ValueError("the size of the catalogue is not known: pass --items N, or data.shards with a data folder")
+    return Sizes(items, items_per_user or 100.0, n_users)
+
+
+def _rates(path: str) -> Rates:
+    if not path:
+        return Rates()
+    try:
+        raw = json.loads(Path(path).read_text())
+        return Rates(**{name: float(raw[name]) for name in ("flops", "copy", "gather", "network") if name in raw})
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(
+            f"--rates {path} cannot be read ({error}); expected JSON with flops, copy, gather, network per second"
+        ) from None
+
+
+if __name__ == "__main__":
+    run(main)
