@@ -22,3 +22,10 @@ def data_dir(request) -> Path:
     if not (folder / "ml-1m" / "ratings.csv.gz").is_file():
         pytest.skip(f"no real data under {folder}; pass --data DIR")
     return folder
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """Say how many of the tests that need real data ran."""
+    reports = [r for kind in ("passed", "failed", "skipped") for r in terminalreporter.stats.get(kind, []) if "data" in r.keywords]
+    ran = sum(r.when == "call" for r in reports)
+    terminalreporter.write_line(f"real-data tests: {ran} ran, {len({r.nodeid for r in reports}) - ran} skipped")

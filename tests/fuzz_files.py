@@ -55,12 +55,12 @@ def pt_file() -> bytes:
 
 def gz_bomb(inner: bytes, random: Random) -> bytes:
     """A tar of 2 GB of zeros that gzip makes small; with an extra field that puts a tar's magic where a check may look."""
-    blob = gzip.compress(inner[:512] + bytes(1 << 22), 9)
+    blob = gzip.compress(inner[:512] + bytes(1 << 22), 9, mtime=0)
     if random.integers(2):  # FEXTRA: magic at offset 257 of the file
         extra = bytearray(300)
         extra[257 - 12 : 262 - 12] = b"ustar"
         blob = blob[:3] + bytes([blob[3] | 4]) + blob[4:10] + struct.pack("<H", len(extra)) + bytes(extra) + blob[10:]
-    return blob + b"".join(gzip.compress(bytes(1 << 24), 9) for _ in range(128))
+    return blob + gzip.compress(bytes(1 << 24), 9, mtime=0) * 128
 
 
 # --- any bytes -------------------------------------------------------------------------------------------------------
@@ -98,7 +98,7 @@ def repeat_range(data: bytes, random: Random) -> bytes:
 
 
 def replace_whole(data: bytes, random: Random) -> bytes:
-    choices = [b"", bytes(len(data)), random.bytes(2000), pickled(), pt_file(), b"{" * 100_000, gzip.compress(data)]
+    choices = [b"", bytes(len(data)), random.bytes(2000), pickled(), pt_file(), b"{" * 100_000, gzip.compress(data, mtime=0)]
     return choices[random.integers(len(choices))]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import pickle
@@ -9,6 +10,7 @@ import tarfile
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -108,6 +110,40 @@ def test_any_damage_is_a_value_error_or_a_legal_block(data):
     assert "x.tar" in message
 
 
+def test_refuses_links_holes_and_compression():
+    link, sparse = tarfile.TarInfo("a.items.npy"), tarfile.TarInfo("a.items.npy")
+    link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+    sparse.type = tarfile.GNUTYPE_SPARSE
+    header = bytearray(sparse.tobuf(tarfile.GNU_FORMAT))
+    header[483:495] = b"\x80" + (2**40).to_bytes(11, "big")  # a hole that reading would fill
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\x00 " % sum(header)
+    for member in (link.tobuf(tarfile.USTAR_FORMAT), bytes(header)):
+        with pytest.raises(ValueError, match=r"x\.tar: member 'a\.items\.npy' is not a plain file"):
+            list(fmt.iterate_shard(member + bytes(1024), "train", N_ITEMS, "x.tar"))
+    whole = gzip.compress(as_tar(as_members(BLOCK)), mtime=0)
+    extra = bytes(257 - 12) + b"ustar" + bytes(40)  # gzip's extra field puts the magic where a tar has it
+    posing = whole[:3] + bytes([whole[3] | 4]) + whole[4:10] + len(extra).to_bytes(2, "little") + extra + whole[10:]
+    assert gzip.decompress(posing) and posing[257:262] == b"ustar"
+    with pytest.raises(ValueError, match=r"x\.tar: "):
+        list(fmt.iterate_shard(posing, "train", N_ITEMS, "x.tar"))
+
+
+def test_refuses_items_that_the_manifest_does_not_vouch_for(tmp_path):
+    manifest = write_folder(tmp_path, [[0, 1], [2]], n_items=N_ITEMS)
+    path = tmp_path / fmt.ITEMS_FILE
+    table = pq.read_table(path)
+    pq.write_table(table.set_column(3, "popularity", pa.array([0] * N_ITEMS)), path)
+    with pytest.raises(ValueError, match=r"items\.parquet has SHA-256 .* damaged or replaced"):
+        fmt.load_items(tmp_path, manifest)
+    with pytest.raises(ValueError, match=rf"lists {N_ITEMS} items, expected {2**47} items"):
+        fmt.read_items_file(path, 2**47, manifest.vocabulary_sha256)
+    for column in (["x"] * N_ITEMS, [None] * N_ITEMS, [0.5] * N_ITEMS):
+        pq.write_table(table.set_column(3, "popularity", pa.array(column)), path)
+        with pytest.raises(ValueError, match=r"items\.parquet: column popularity is"):
+            fmt.read_items_file(path, N_ITEMS, manifest.vocabulary_sha256)
+
+
 def edited(folder, change):
     path = folder / fmt.MANIFEST
     raw = json.loads(path.read_text())
@@ -124,6 +160,7 @@ def edited(folder, change):
         (lambda m: m["splits"].pop("test"), "the key 'test' is missing"),
         (lambda m: m["splits"]["train"].update(users=5), "train.users is 5, its shards add up"),
         (lambda m: m["splits"]["train"]["shards"][0].update(name="../x.tar"), "is named '../x.tar'"),
+        (lambda m: m.update(n_items=2**48), "is not a count"),
         (lambda m: m["splits"].update(train=[]), "not a manifest of this project"),
     ],
 )
@@ -140,7 +177,7 @@ def test_manifest_round_trip(tmp_path):
     manifest = fmt.Manifest.load(tmp_path)
     (tmp_path / fmt.MANIFEST).write_text(manifest.to_json())
     assert fmt.Manifest.load(tmp_path) == manifest
-    for text in ("", "{", "[]", "\udcff"):
+    for text in ("", "{", "[]", "\udcff", '{"a":' * 100_000):
         (tmp_path / fmt.MANIFEST).write_bytes(text.encode("utf-8", "surrogateescape"))
         with pytest.raises(ValueError, match="not a manifest of this project"):
             fmt.Manifest.load(tmp_path)

@@ -108,6 +108,18 @@ def test_a_truncated_tar(folder, capsys):
     named(capsys, folder, "test-000000.tar has 1000 bytes")
 
 
+def test_a_message_is_one_printable_line(folder, capsys):
+    (folder / "new\nline\x1b[31m").touch()
+    named(capsys, folder, "new line\\x1b[31m: manifest.json does not list it")
+
+
+def test_absurd_numbers_of_items(folder, capsys):
+    raw = json.loads((folder / "manifest.json").read_text())
+    raw["n_items"] = 2**47
+    (folder / "manifest.json").write_text(json.dumps(raw))
+    named(capsys, folder, f"expected {2**47} items")
+
+
 def test_a_member_that_does_not_belong(folder, capsys):
     path = folder / "train-000000.tar"
     with tarfile.open(path, "a") as tar:
