@@ -169,6 +169,13 @@ class Save:
                 shutil.rmtree(self.temporary, ignore_errors=True)
             raise
 
+    def abandon(self) -> None:
+        """Give up what was started: nothing of it stays on the disk."""
+        if self._thread is not None:
+            self._thread.join()
+        if self.ranks.is_main:
+            shutil.rmtree(self.temporary, ignore_errors=True)
+
     def _unwritable(self, raised: Exception) -> ValueError:
         if isinstance(raised, ValueError):
             return raised
@@ -414,15 +421,22 @@ def _check_filled(checkpoint: Checkpoint, filled: dict[tuple[str, int, int], lis
 
 
 def check_numbers(checkpoint: Checkpoint, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """ValueError where a loaded tensor holds what no training writes: NaN, infinity, or a negative second moment."""
+    """ValueError where a loaded tensor holds what no training goes on from: NaN, infinity, numbers whose squares are infinite,
+    or a negative second moment."""
     for name, tensor in tensors:
         if not tensor.numel():
             continue
         low, high = torch.aminmax(tensor)  # NaN if any is; no copy of the tensor
         if not (torch.isfinite(low) and torch.isfinite(high)):
             raise ValueError(f"{checkpoint.path}: {name} holds NaN or infinite numbers; use another checkpoint of the run")
-        if name.endswith(".exp_avg_sq") and low < 0:
-            raise ValueError(f"{checkpoint.path}: {name} holds negative numbers; use another checkpoint of the run")
+        if name.endswith(".exp_avg_sq"):
+            if low < 0:
+                raise ValueError(f"{checkpoint.path}: {name} holds negative numbers; use another checkpoint of the run")
+        elif not torch.isfinite(torch.maximum(-low, high).square()):
+            raise ValueError(
+                f"{checkpoint.path}: {name} holds numbers from {low.item():.3g} to {high.item():.3g}, beyond what fp32 can compute "
+                "with; use another checkpoint of the run"
+            )
 
 
 def _check_dtype(stored: Any, file: Path, key: str) -> list[int]:

@@ -38,16 +38,17 @@ def run(main: Callable[[Sequence[str] | None], int | None]) -> NoReturn:
         if rank != 0:
             time.sleep(_LINGER_S)
         status = 2 if isinstance(error, ValueError) else 1
-    except RuntimeError as error:
-        if "--debug" in sys.argv or not is_lost_peer(error):
-            raise
-        # The rank that failed has said why, unless it was killed; the others only see its connection close.
-        time.sleep(_LINGER_S)
-        print(
-            f"error: rank {rank} lost contact with another rank, which failed or was killed; start the same command again",
-            file=sys.stderr,
-            flush=True,
-        )
+    except Exception as error:
+        lost_peer = isinstance(error, RuntimeError) and is_lost_peer(error)
+        if "--debug" in sys.argv or not lost_peer:
+            traceback.print_exc()
+        if lost_peer:
+            # The rank that failed has said why, unless it was killed; the others only see its connection close.
+            time.sleep(_LINGER_S)
+            text = f"rank {rank} lost contact with another rank, which failed or was killed; start the same command again"
+        else:
+            text = f"rank {rank}: {type(error).__name__}: {one_line(str(error))}"
+        print(f"error: {text}", file=sys.stderr, flush=True)
         status = 1
     sys.stdout.flush()
     if status == 0:

@@ -127,6 +127,11 @@ def duplicate(tensors: dict[str, torch.Tensor]) -> None:
             r"output\.decoder\.bias holds NaN or infinite",
         ),
         (ITEMS, lambda t: t[f"output.nease.weight[0:{N_ITEMS}]"][3].fill_(float("inf")), "holds NaN or infinite"),
+        (
+            checkpoints.TRUNK,
+            lambda t: t["mu.bias"][:1].fill_(-3e38),
+            r"mu\.bias holds numbers from -3e\+38 to .*, beyond what fp32",
+        ),
         (checkpoints.TRUNK, lambda t: t["mu.bias"][:1].fill_(float("-inf")), r"mu\.bias holds NaN or infinite"),
         (checkpoints.TRUNK, lambda t: t.update({k: v.to(torch.int32) for k, v in t.items()}), "is of dtype I32"),
         (checkpoints.TRUNK, lambda t: t.pop("mu.bias"), r"has no mu\.bias of shape|describes a model of"),

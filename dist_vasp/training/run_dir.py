@@ -12,6 +12,8 @@ import secrets
 import shutil
 import socket
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -41,38 +43,53 @@ class RunDir:
             self._lock.seek(0)
             owner = self._lock.read().strip() or "another process"
             raise ValueError(f"run.dir {folder} is in use by {owner}; wait for it to end or choose another run.dir") from None
-        self._lock.truncate(0)
-        self._lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-        self._lock.flush()
+        with _writing(self.folder / ".lock"):
+            self._lock.truncate(0)
+            self._lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+            self._lock.flush()
 
     def open(self, config: Config, after_step: int) -> None:
         """Write the resolved config and continue metrics after `after_step`: later lines belong to a future that is undone."""
         write_atomically(self.folder / "config.yaml", config.to_yaml())
-        shutil.copyfile(Path(config.data.shards) / ITEMS_FILE, self.folder / ITEMS_FILE)
         path = self.folder / "metrics.jsonl"
         if path.exists():
             write_atomically(path, "".join(_lines_until(path, after_step)))
-        self._metrics = open(path, "a")  # noqa: SIM115
         from torch.utils.tensorboard import SummaryWriter
 
-        self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=after_step + 1)
+        with _writing(self.folder):
+            shutil.copyfile(Path(config.data.shards) / ITEMS_FILE, self.folder / ITEMS_FILE)
+            self._metrics = open(path, "a")  # noqa: SIM115
+            self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=after_step + 1)
 
     def record(self, line: dict[str, Any], prefix: str) -> None:
         """Append one line to metrics.jsonl, and its numbers to TensorBoard under `prefix/`."""
         assert self._metrics is not None
-        self._metrics.write(json.dumps(line) + "\n")
-        self._metrics.flush()
-        for name, value in line.items():
-            if isinstance(value, int | float) and name not in ("step", "epoch"):
-                self._board.add_scalar(f"{prefix}/{name}", value, line["step"])
+        with _writing(self.folder / "metrics.jsonl"):
+            self._metrics.write(json.dumps(line) + "\n")
+            self._metrics.flush()
+            for name, value in line.items():
+                if isinstance(value, int | float) and name not in ("step", "epoch"):
+                    self._board.add_scalar(f"{prefix}/{name}", value, line["step"])
 
     def write_result(self, result: dict[str, Any]) -> None:
         write_atomically(self.folder / "result.json", json.dumps(result, indent=1) + "\n")
 
     def close(self) -> None:
         if self._metrics is not None:
-            self._metrics.close()
-            self._board.close()
+            with _writing(self.folder / "metrics.jsonl"):
+                self._metrics.close()
+                self._board.close()
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """A full or failing disk becomes an error that the user can mend."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"{path} could not be written ({error.strerror}); free some space or move run.dir; earlier checkpoints are good"
+        ) from None
 
 
 def check_shared(folder: str | Path, ranks: Ranks) -> None:
@@ -104,11 +121,12 @@ def check_shared(folder: str | Path, ranks: Ranks) -> None:
 
 def write_atomically(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w") as handle:
-        handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(temporary, path)
+    with _writing(path):
+        with open(temporary, "w") as handle:
+            handle.write(text)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
 
 
 def _lines_until(path: Path, step: int) -> list[str]:

@@ -63,7 +63,11 @@ class Saver:
 
     def _start(self, path: Path, state: RunState, moments: bool, then: Callable[[], None]) -> None:
         trainer = self.trainer
-        pending = Save(path, self._header(state), trainer.item_pieces(moments), trainer.trunk_tensors(moments), trainer.ranks)
+        try:
+            pending = Save(path, self._header(state), trainer.item_pieces(moments), trainer.trunk_tensors(moments), trainer.ranks)
+        except ValueError:
+            self.finish()  # what was started before may still become whole
+            raise
         if not pending.write_in_background():
             if not self._told:
                 self._told = True
@@ -83,7 +87,13 @@ class Saver:
         """Commit everything that was started; all ranks call it together."""
         while self._pending:
             pending, then = self._pending.popleft()
-            pending.commit()
+            try:
+                pending.commit()
+            except ValueError:
+                for later, _ in self._pending:
+                    later.abandon()
+                self._pending.clear()
+                raise
             if self.trainer.ranks.is_main:
                 then()
 
