@@ -426,7 +426,7 @@ def check_numbers(checkpoint: Checkpoint, tensors: Iterable[tuple[str, Tensor]])
     for name, tensor in tensors:
         if not tensor.numel():
             continue
-        low, high = torch.aminmax(tensor)  # NaN if any is; no copy of the tensor
+        low, high = torch.aminmax(tensor.detach())  # NaN if any is; no copy of the tensor
         if not (torch.isfinite(low) and torch.isfinite(high)):
             raise ValueError(f"{checkpoint.path}: {name} holds NaN or infinite numbers; use another checkpoint of the run")
         if name.endswith(".exp_avg_sq"):

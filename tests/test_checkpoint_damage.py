@@ -83,7 +83,7 @@ def test_the_number_of_parameters():
         (lambda h: h["position"].update(step=-1), "three whole numbers"),
         (lambda h: h["position"].update(step=True), "three whole numbers"),
         (lambda h: h.update(n_items=2.5), "n_items is not a whole number"),
-        (lambda h: h.update(n_items=2**47), f"lists {N_ITEMS} items, expected {2**47}"),
+        (lambda h: h.update(n_items=2**47), f"lists {N_ITEMS} items of another vocabulary, expected {2**47}"),
         (lambda h: h.update(files={"../../etc/passwd": "0"}), "no file of a checkpoint"),
         (lambda h: h.update(files={"items-00000-of-00001.safetensors": 3}), "no file of a checkpoint"),
         (lambda h: h.update(files={}), "describes a model of"),

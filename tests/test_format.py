@@ -136,8 +136,11 @@ def test_refuses_items_that_the_manifest_does_not_vouch_for(tmp_path):
     pq.write_table(table.set_column(3, "popularity", pa.array([0] * N_ITEMS)), path)
     with pytest.raises(ValueError, match=r"items\.parquet has SHA-256 .* damaged or replaced"):
         fmt.load_items(tmp_path, manifest)
-    with pytest.raises(ValueError, match=rf"lists {N_ITEMS} items, expected {2**47} items"):
+    with pytest.raises(ValueError, match=rf"lists {N_ITEMS} items of another vocabulary, expected {2**47} items"):
         fmt.read_items_file(path, 2**47, manifest.vocabulary_sha256)
+    pq.write_table(table.set_column(1, "id", pa.array(range(N_ITEMS))), path)
+    with pytest.raises(ValueError, match=r"items\.parquet: the keys do not belong to the ids"):
+        fmt.read_items_file(path, N_ITEMS, manifest.vocabulary_sha256)
     for column in (["x"] * N_ITEMS, [None] * N_ITEMS, [0.5] * N_ITEMS):
         pq.write_table(table.set_column(3, "popularity", pa.array(column)), path)
         with pytest.raises(ValueError, match=r"items\.parquet: column popularity is"):

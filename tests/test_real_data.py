@@ -59,7 +59,13 @@ def test_users_and_halves_do_not_depend_on_how_they_are_read(folders):
     for epoch in (0, 1):
         reference = _triples(folders[0], 1, 0, epoch)
         assert len(reference) == len(set(reference)) == 4534
-        for folder, ranks, workers in ((folders[0], 2, 0), (folders[0], 4, 2), (folders[0], 1, 2), (folders[1], 1, 0), (folders[1], 2, 2)):
+        for folder, ranks, workers in (
+            (folders[0], 2, 0),
+            (folders[0], 4, 2),
+            (folders[0], 1, 2),
+            (folders[1], 1, 0),
+            (folders[1], 2, 2),
+        ):
             assert _triples(folder, ranks, workers, epoch) == reference, (folder.name, ranks, workers, epoch)
         epochs.append(set(reference))
     assert len(epochs[0] & epochs[1]) < 100  # only users of very few items may be split alike
@@ -71,7 +77,16 @@ def test_vasp_reaches_the_authors_figure(folders, tmp_path):
     """configs/ml-1m.yaml on 2 ranks under deepspeed: test NDCG@100 of at least .405."""
     deepspeed = Path(sys.executable).parent / "deepspeed"
     command = [str(deepspeed), "--num_accelerators", "2", "--master_port", str(free_port()), "launch/train.py"]
-    command += ["--config", "configs/ml-1m.yaml", "--data.shards", str(folders[0]), "--run.dir", str(tmp_path / "run"), "--device", "cpu"]
+    command += [
+        "--config",
+        "configs/ml-1m.yaml",
+        "--data.shards",
+        str(folders[0]),
+        "--run.dir",
+        str(tmp_path / "run"),
+        "--device",
+        "cpu",
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1800, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     result = json.loads((tmp_path / "run" / "result.json").read_text())

@@ -358,6 +358,7 @@ def load_items(folder: str | Path, manifest: Manifest) -> ItemTable:
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror}); shard the data again") from None
     if found != manifest.files.get(ITEMS_FILE):
+        _check_length(path, manifest.n_items, manifest.vocabulary_sha256)  # another preparation's file is the likelier mistake
         raise ValueError(
             f"{path} has SHA-256 {found[:12]}..., {MANIFEST} says {manifest.files.get(ITEMS_FILE, 'nothing')[:12]}...: "
             "it was damaged or replaced; restore it or shard the data again"
@@ -367,26 +368,40 @@ def load_items(folder: str | Path, manifest: Manifest) -> ItemTable:
 
 def read_items_file(path: Path, n_items: int, expected_sha256: str) -> ItemTable:
     """Read an items.parquet that must hold the vocabulary with this hash; ValueError where it does not."""
-    wanted = f"expected {n_items} items and {expected_sha256[:12]}..."
-    replaced = "it comes from another preparation; shard the data again or restore the file"
+    _check_length(path, n_items, expected_sha256)
     try:
-        n_rows = pq.read_metadata(path).num_rows
-        if n_rows != n_items:  # before anything of either length is made
-            raise ValueError(f"{path} lists {n_rows} items, {wanted}: {replaced}")
         table = pq.read_table(path)
         _check_item_columns(table)
         columns = {name: table.column(name).combine_chunks() for name in ("item", "id", "key", "popularity")}
     except (OSError, KeyError, pa.ArrowException) as error:
         raise ValueError(f"{path} cannot be read as the item table ({error}); shard the data again") from None
     except ValueError as error:
-        raise ValueError(str(error) if str(error).startswith(str(path)) else f"{path}: {error}; shard the data again") from None
+        raise ValueError(f"{path}: {error}; shard the data again") from None
     rows, keys = np.asarray(columns["item"]), np.asarray(columns["key"]).astype(np.uint64)
     if not np.array_equal(rows, np.arange(n_items)) or vocabulary_sha256(keys) != expected_sha256:
         raise ValueError(
-            f"{path} lists {len(rows)} items whose vocabulary hash is {vocabulary_sha256(keys)[:12]}..., {wanted}: {replaced}"
+            f"{path} lists {len(rows)} items whose vocabulary hash is {vocabulary_sha256(keys)[:12]}..., "
+            + _another_preparation(n_items, expected_sha256)
         )
+    if not np.array_equal(keys_of_ids(columns["id"]), keys):  # the hash is of the keys: this carries it over to the ids
+        raise ValueError(f"{path}: the keys do not belong to the ids; restore the file or shard the data again")
     titles = table.column("title").combine_chunks() if "title" in table.column_names else None
     return ItemTable(columns["id"], keys, np.asarray(columns["popularity"]), titles)
+
+
+def _check_length(path: Path, n_items: int, expected_sha256: str) -> None:
+    """ValueError unless the file says that it holds `n_items` rows; only its footer is read, and nothing of that length made."""
+    try:
+        n_rows = pq.read_metadata(path).num_rows
+    except (OSError, pa.ArrowException) as error:
+        raise ValueError(f"{path} cannot be read as the item table ({error}); shard the data again") from None
+    if n_rows != n_items:
+        raise ValueError(f"{path} lists {n_rows} items of another vocabulary, " + _another_preparation(n_items, expected_sha256))
+
+
+def _another_preparation(n_items: int, expected_sha256: str) -> str:
+    wanted = f"expected {n_items} items and {expected_sha256[:12]}..."
+    return f"{wanted}: it comes from another preparation; shard the data again or restore the file"
 
 
 def _check_item_columns(table: pa.Table) -> None:

@@ -88,7 +88,7 @@ def _writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise ValueError(
-            f"{path} could not be written ({error.strerror}); free some space or move run.dir; earlier checkpoints are good"
+            f"{path} could not be written ({error.strerror or error}); free some space or move run.dir; earlier checkpoints are good"
         ) from None
 
 
