@@ -136,6 +136,8 @@ def open_stream(config: Config, ranks: Ranks) -> TrainStream:
             raise ValueError("data.shards is not set; pass --data.shards with a folder written by `python -m data_tools.shard`")
         if not config.run.dir:
             raise ValueError("run.dir is not set; pass --run.dir with the folder that should hold the run")
+        if Path(config.run.dir).resolve() == Path(config.data.shards).resolve():
+            raise ValueError(f"run.dir and data.shards are both {config.run.dir}; a run needs a folder of its own")
         d, p = config.data, config.parallel
         return TrainStream(d.shards, d.batch_size, p.lanes, config.run.seed, config.halves, ranks.rank, ranks.world_size)
 
