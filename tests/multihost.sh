@@ -99,15 +99,16 @@ DS_ENV_FILE=$WORK/environment PDSH_SSH_ARGS_APPEND="-F $WORK/ssh_config" DS_ACCE
     ip netns exec "${HOSTS[0]}" setsid "$BIN/deepspeed" --hostfile "$WORK/hostfile" --no_ssh_check --master_addr 10.77.0.1 \
     $(arguments two) --parallel.interface cable > "$WORK/two.log" 2>&1 &
 RUNNER=$!
-for _ in $(seq 600); do
-    [ ! -s "$WORK/two/metrics.jsonl" ] && kill -0 $RUNNER 2> /dev/null || break
-    sleep 0.5
-done
-for host in "${HOSTS[@]}"; do
-    ip netns exec "$host" ss -ltnHp | grep python | awk -v host="$host" '{print "  " host " listens on " $4}' | sort -u | tee -a "$WORK/listens"
-done
+listening() {
+    for host in "${HOSTS[@]}"; do
+        ip netns exec "$host" ss -ltnHp | awk -v host="$host" '/python/ { print "  " host " listens on " $4 }'
+    done
+}
+while kill -0 $RUNNER 2> /dev/null; do listening; sleep 0.2; done > "$WORK/seen"
 status=0; wait $RUNNER || status=$?
 [ $status = 0 ] || { tail -30 "$WORK/two.log"; echo "multihost: deepspeed ended with status $status"; exit 1; }
+sort -u "$WORK/seen" | tee "$WORK/listens"
+[ -s "$WORK/listens" ] || { echo "multihost: no rank was seen listening"; exit 1; }
 if grep -v -E ' listens on (10\.77\.0\.[12]|127\.0\.0\.1):' "$WORK/listens"; then
     echo "multihost: a rank listens on more than the interface it was given"; exit 1
 fi

@@ -140,7 +140,7 @@ def _train_on_four(ranks: Ranks, shards: Path, cases: list[tuple[int, int, int]]
     found = []
     for replicas, stage, accumulation in cases:
         of_case = form_groups(ranks.rank, Layout.of(4, 0, replicas), torch.device("cpu"))
-        stream, trainer, _, _ = _start(_config(shards, shards, replicas, stage, accumulation=accumulation), of_case)
+        stream, trainer, _, _ = _start(_config(shards, shards.parent / "run", replicas, stage, accumulation=accumulation), of_case)
         losses = [trainer.step(batch).loss for batch in stream.batches(0, steps, 0)]
         found.append((losses, _state(trainer)))
     return found

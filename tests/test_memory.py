@@ -132,7 +132,7 @@ def _config(folder: Path, stage: int, **optimizer) -> Config:
         model=ModelConfig(hidden=H, latent=L, encoder_layers=2, decoder_layers=1),
         optimizer=OptimizerConfig(schedule=[Stage(9, 1e-3)], **optimizer),
         parallel=ParallelConfig(zero_stage=stage, lanes=6, block_columns=COLUMNS),
-        run=RunConfig(dir=str(folder), seed=1),
+        run=RunConfig(dir=str(folder.parent / "run"), seed=1),
         device="cpu",
     )
 
