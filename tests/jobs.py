@@ -1,6 +1,6 @@
 """Training jobs of several ranks, as processes that a test may kill: start, watch, signal, and see the end of.
 
-A job runs in a session of its own, so that a signal to "the whole process group" reaches the launcher, the ranks and their
+A job runs in a process group of its own, so that a signal to "the whole process group" reaches the launcher, the ranks and their
 loader workers and nothing else, and so that whatever outlives the launcher can be found and, at the end, ended.
 """
 
