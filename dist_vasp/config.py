@@ -62,6 +62,19 @@ class ModelConfig:
     latent_head: bool = True
     """A second output head Q on the latent code, as in the authors' code."""
 
+    def trunk_parameters(self) -> int:
+        """Parameters of the trunk: b1, the residual layers and their norms, the three latent maps."""
+        if self.kind == "nease":
+            return 0
+        H, L = self.hidden, self.latent
+        layers = self.encoder_layers + self.decoder_layers
+        return H + (layers - 2) * (H * H + H) + layers * 2 * H + 2 * (H * L + L) + (L * H + H)
+
+    def item_parameters(self, n_items: int, owned: int) -> int:
+        """Parameters of the item matrices that belong to `owned` items of a catalogue of `n_items`."""
+        deep, shallow = self.kind != "nease", self.kind != "flvae"
+        return owned * ((2 * self.hidden + 1 + (self.latent + 1) * self.latent_head) * deep + n_items * shallow)
+
 
 @dataclass(frozen=True)
 class LossConfig:

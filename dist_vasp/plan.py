@@ -63,24 +63,6 @@ class Plan:
         return sum(self.seconds.values())
 
 
-def trunk_parameters(config: Config) -> int:
-    """Parameters of the trunk: b1, the residual layers and their norms, the three latent maps."""
-    m = config.model
-    if m.kind == "nease":
-        return 0
-    H, L = m.hidden, m.latent
-    layers = (m.encoder_layers - 1) + (m.decoder_layers - 1)
-    return H + layers * (H * H + H) + (m.encoder_layers + m.decoder_layers) * 2 * H + 2 * (H * L + L) + (L * H + H)
-
-
-def item_parameters(config: Config, n_items: int, items: int) -> int:
-    """Parameters of the item matrices that belong to `items` items of a catalogue of `n_items`."""
-    m = config.model
-    deep, shallow = m.kind != "nease", m.kind != "flvae"
-    per_item = (2 * m.hidden + 1 + (m.latent + 1) * m.latent_head) * deep + n_items * shallow
-    return items * per_item
-
-
 def make_plan(config: Config, sizes: Sizes, partitions: int, replicas: int, rates: Rates, device: str = "cpu") -> Plan:
     """The estimate for one rank of a `replicas` x `partitions` world."""
     m, o, p = config.model, config.optimizer, config.parallel
@@ -95,7 +77,7 @@ def make_plan(config: Config, sizes: Sizes, partitions: int, replicas: int, rate
     deep, shallow = m.kind != "nease", m.kind != "flvae"
     n_paths = deep * (1 + m.latent_head) + shallow
     C = min(J, p.block_columns or BLOCK_COLUMNS[device])
-    n_item, n_trunk = item_parameters(config, sizes.n_items, J), trunk_parameters(config)
+    n_item, n_trunk = m.item_parameters(sizes.n_items, J), m.trunk_parameters()
     moments = 2 * FLOAT if o.item_state == "full" else FLOAT
 
     # Memory: weights and state stay, the rest is the peak of a step.
@@ -164,6 +146,6 @@ def smallest_that_fits(config: Config, sizes: Sizes, device_memory: float, rates
 def dense_reference_memory(config: Config, sizes: Sizes) -> float:
     """What plain dense torch holds: every matrix whole with gradient and two moments, and the optimizer's temporaries (NAdam: 32 bytes
     a parameter at its peak), dense x and y, and logits of every path with autograd's copies."""
-    n = item_parameters(config, sizes.n_items, sizes.n_items) + trunk_parameters(config)
+    n = config.model.item_parameters(sizes.n_items, sizes.n_items) + config.model.trunk_parameters()
     rows = config.data.batch_size * (2 if config.halves else 1)
     return 32 * n + FLOAT * rows * sizes.n_items * 14

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from dist_vasp import checkpoint as checkpoints
 from dist_vasp.config import Config, LossConfig, ModelConfig
 from dist_vasp.data.format import keys_of_ids, sha256_of, vocabulary_sha256
-from dist_vasp.model.vasp import VASP, make_trunk, n_parameters
+from dist_vasp.model.vasp import VASP, make_trunk
 from dist_vasp.parallel.comm import AgreedError, form_groups
 from dist_vasp.parallel.partition import Layout
 from dist_vasp.ranking.load import load_model
@@ -74,7 +74,7 @@ def test_the_number_of_parameters():
         trunk = make_trunk(model, 0)
         made = sum(p.tensor.numel() for p in VASP(model, LossConfig(), N_ITEMS, ALONE, 0).slices())
         made += sum(p.numel() for p in trunk.parameters()) if trunk else 0
-        assert n_parameters(model, N_ITEMS) == made
+        assert model.item_parameters(N_ITEMS, N_ITEMS) + model.trunk_parameters() == made
 
 
 @pytest.mark.parametrize(

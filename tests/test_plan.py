@@ -7,7 +7,7 @@ import pytest
 
 from dist_vasp.config import Config, DataConfig, ModelConfig, OptimizerConfig, ParallelConfig, RunConfig, Stage
 from dist_vasp.data.stream import TrainStream
-from dist_vasp.plan import Rates, Sizes, item_parameters, make_plan, smallest_that_fits, trunk_parameters
+from dist_vasp.plan import Rates, Sizes, make_plan, smallest_that_fits
 from launch import plan as command
 from tests.make_shards import write_folder
 from tests.ranks import run_ranks
@@ -55,8 +55,8 @@ def test_traffic_and_parameters_are_those_of_a_real_step(tmp_path, world, replic
     users_a_step = 400 / np.ceil(400 / 96)  # users are spread evenly over the steps of an epoch
     for moved, n_item, n_trunk, _ in measured:
         assert moved == pytest.approx(of_rows * users_a_step / 96 + over_replicas, rel=0.1)  # small batches pad much
-        assert n_trunk == trunk_parameters(config)
-        assert n_item == pytest.approx(item_parameters(config, 211, 211 / (world // replicas)), rel=0.02)
+        assert n_trunk == config.model.trunk_parameters()
+        assert n_item == pytest.approx(config.model.item_parameters(211, 211 / (world // replicas)), rel=0.02)
 
 
 def test_traffic_does_not_grow_with_the_catalogue(tmp_path):
@@ -66,9 +66,9 @@ def test_traffic_does_not_grow_with_the_catalogue(tmp_path):
 
 
 def test_every_kind_has_its_parameters():
-    assert trunk_parameters(_config(kind="nease")) == 0
-    assert item_parameters(_config(kind="nease"), 100, 100) == 100 * 100
-    assert item_parameters(_config(kind="flvae"), 100, 100) == 100 * (2 * 24 + 1 + 8 + 1)
+    assert _config(kind="nease").model.trunk_parameters() == 0
+    assert _config(kind="nease").model.item_parameters(100, 100) == 100 * 100
+    assert _config(kind="flvae").model.item_parameters(100, 100) == 100 * (2 * 24 + 1 + 8 + 1)
 
 
 def test_smallest_that_fits_fits_and_is_the_smallest():

@@ -37,7 +37,7 @@ class StepLoss:
 
     reconstruction: Tensor
     kl: Tensor
-    replay: Callable[[Sink], None]  # hands the same item gradients to another sink, without the trunk
+    replay: Callable[[Sink], object]  # hands the same item gradients to another sink, without the trunk
 
 
 class VASP:
@@ -106,12 +106,12 @@ class VASP:
         """
         weight_G = self.row_weights(x, y, n_rows)
         if self.input is None:
-            reconstruction, _ = self.output.loss_and_gradients(self.loss, [], x, y, weight_G, sink)
 
-            def again(other: Sink) -> None:
-                self.output.loss_and_gradients(self.loss, [], x, y, weight_G, other)
+            def hand_out(to: Sink) -> Tensor:
+                return self.output.loss_and_gradients(self.loss, [], x, y, weight_G, to)[0]
 
-            return StepLoss(reconstruction, torch.zeros_like(reconstruction), again)
+            reconstruction = hand_out(sink)
+            return StepLoss(reconstruction, torch.zeros_like(reconstruction), hand_out)
 
         with torch.enable_grad():
             pre_BH, dz_BX, kl_B = self.encode(trunk, x, noise_BL)
@@ -155,17 +155,6 @@ class VASP:
         """[d z] -> d, z, each contiguous."""
         widths = [self.config.hidden] + ([self.config.latent] if self.config.latent_head else [])
         return [source.contiguous() for source in dz_GX.split(widths, dim=1)]
-
-
-def n_parameters(model: ModelConfig, n_items: int) -> int:
-    """Numbers in the item matrices and the trunk of `model`, before anything is built."""
-    H, L, I = model.hidden, model.latent, n_items
-    shallow = I * I if model.kind != "flvae" else 0
-    if model.kind == "nease":
-        return shallow
-    heads = I * (H + 1) + (I * (L + 1) if model.latent_head else 0)
-    stacks = (model.encoder_layers + model.decoder_layers - 2) * (H + 1) * H + (model.encoder_layers + model.decoder_layers) * 2 * H
-    return shallow + I * H + heads + stacks + H + 2 * L * (H + 1) + H * (L + 1)
 
 
 def make_trunk(model: ModelConfig, seed: int, dtype: torch.dtype = torch.float32) -> Trunk | None:

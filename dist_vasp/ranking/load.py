@@ -12,7 +12,7 @@ from dist_vasp.checkpoint import Checkpoint
 from dist_vasp.config import Config, from_dict
 from dist_vasp.data.format import ITEMS_FILE, ItemTable, Manifest, read_items_file
 from dist_vasp.model.trunk import Trunk
-from dist_vasp.model.vasp import VASP, make_trunk, n_parameters
+from dist_vasp.model.vasp import VASP, make_trunk
 from dist_vasp.parallel.comm import Ranks, agreed
 
 
@@ -63,7 +63,8 @@ def load_model(run_dir: str | Path, name: str | None, ranks: Ranks) -> LoadedMod
 
 def _check_size(opened: Checkpoint, config: Config) -> None:
     """ValueError where the config describes a larger model than the files can hold: nothing of that size is made then."""
-    described = 4 * n_parameters(config.model, opened.header["n_items"])
+    n_items = opened.header["n_items"]
+    described = 4 * (config.model.item_parameters(n_items, n_items) + config.model.trunk_parameters())
     stored = sum((opened.path / name).stat().st_size for name in opened.header["files"])
     if described > stored:
         raise ValueError(

@@ -15,7 +15,7 @@ import torch
 
 from dist_vasp.config import Config
 from dist_vasp.model.sparse import sum_rows
-from dist_vasp.plan import FLOAT, Rates, item_parameters, trunk_parameters
+from dist_vasp.plan import FLOAT, Rates
 
 
 def _seconds(work: Callable[[], object], device: torch.device, repeats: int = 5) -> float:
@@ -50,10 +50,10 @@ def step_floor(config: Config, n_items: int, rows: float, items_per_row: float, 
     m = config.model
     deep, shallow = m.kind != "nease", m.kind != "flvae"
     heads = n_items * (m.hidden + m.latent * m.latent_head) * deep
-    parameters = item_parameters(config, n_items, n_items) + trunk_parameters(config)
+    parameters = m.item_parameters(n_items, n_items) + m.trunk_parameters()
     moments = 2 * FLOAT if config.optimizer.item_state == "full" else FLOAT
     return {
-        "matrix products": 6 * rows * (trunk_parameters(config) + heads) / rates.flops,
+        "matrix products": 6 * rows * (m.trunk_parameters() + heads) / rates.flops,
         "row gathers": 2 * rows * items_per_row * (n_items * shallow + m.hidden * deep) * FLOAT / rates.gather,
         "update": 2 * parameters * (FLOAT + moments) / rates.copy,
     }

@@ -155,10 +155,7 @@ def dry_run(config: Config, ranks: Ranks) -> str:
     stream = open_stream(config, ranks)
     check_shards(config.data.shards, stream.manifest, ranks)
     m, n_items, layout = config.model, stream.n_items, ranks.layout
-    deep, shallow = m.kind != "nease", m.kind != "flvae"
-    per_item = (2 * m.hidden + 1 + (m.latent + 1) * m.latent_head) * deep + n_items * shallow
-    layers = (m.encoder_layers - 1 + m.decoder_layers - 1) * (m.hidden + 1) * m.hidden + 3 * m.hidden * m.latent
-    item_gb, trunk_gb = per_item * n_items * 12 / 1e9, layers * 12 / 1e9 if deep else 0.0
+    item_gb, trunk_gb = m.item_parameters(n_items, n_items) * 12 / 1e9, m.trunk_parameters() * 12 / 1e9
     last = total_steps(config, stream.steps_per_epoch)
     newest = checkpoints.newest(Path(config.run.dir) / "checkpoints")
     return (
