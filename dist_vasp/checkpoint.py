@@ -20,6 +20,7 @@ import re
 import shutil
 import threading
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -342,18 +343,38 @@ def verify(checkpoint: Checkpoint, ranks: Ranks) -> None:
     agree(error, ranks)
 
 
+@contextmanager
+def _readable(file: Path) -> Iterator[None]:
+    """What safetensors or the disk say against `file` becomes a ValueError that names it."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{file} cannot be read as safetensors ({error}); use another checkpoint of the run") from None
+
+
 def read_trunk(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """Every tensor of trunk.safetensors, on the CPU."""
     file = checkpoint.path / TRUNK
     if TRUNK not in checkpoint.header["files"]:
         raise ValueError(f"{checkpoint.path / HEADER} lists no {TRUNK}; use another checkpoint of the run")
-    try:
-        with safe_open(file, framework="pt") as handle:
-            for name in handle.keys():  # noqa: SIM118
-                _check_dtype(handle.get_slice(name), file, name)
-            return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{file} cannot be read as safetensors ({error}); use another checkpoint of the run") from None
+    with _readable(file), safe_open(file, framework="pt") as handle:
+        for name in handle.keys():  # noqa: SIM118
+            _check_dtype(handle.get_slice(name), file, name)
+        return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+
+
+def _stored_items(checkpoint: Checkpoint) -> Iterator[tuple[Path, Any, str, str, int, int]]:
+    """(file, open handle, key, name, lo, hi) of every tensor in the items files; ValueError where one cannot be read."""
+    for file_name in sorted(checkpoint.header["files"]):
+        if not file_name.startswith("items-"):
+            continue
+        file = checkpoint.path / file_name
+        with _readable(file), safe_open(file, framework="pt") as handle:
+            for key in handle.keys():  # noqa: SIM118
+                match = _PIECE.match(key)
+                if not match:
+                    raise ValueError(f"{file} holds a tensor {key!r}, expected names like output.nease.weight[0:256]")
+                yield file, handle, key, match[1], int(match[2]), int(match[3])
 
 
 def stored_pieces(checkpoint: Checkpoint, names: set[str]) -> Iterator[tuple[str, int, int, int, Tensor]]:
@@ -363,48 +384,29 @@ def stored_pieces(checkpoint: Checkpoint, names: set[str]) -> Iterator[tuple[str
     """
     n_items = checkpoint.header["n_items"]
     filled: dict[tuple[str, int, int], list[tuple[int, int]]] = {(name, 0, n_items): [] for name in names}
-    for name in sorted(checkpoint.header["files"]):
-        if name.startswith("items-"):
-            try:
-                with safe_open(checkpoint.path / name, framework="pt") as handle:
-                    for key in handle.keys():  # noqa: SIM118
-                        match = _PIECE.match(key)
-                        if match and match[1] in names:
-                            item_dim = 1 if match[1] == "output.nease.weight" else 0
-                            lo, hi = int(match[2]), int(match[3])
-                            shape = _check_dtype(handle.get_slice(key), checkpoint.path / name, key)
-                            if len(shape) <= item_dim or shape[item_dim] != hi - lo or hi > n_items:
-                                raise ValueError(f"{checkpoint.path / name}: {key} has shape {shape}; use another checkpoint")
-                            filled[(match[1], 0, n_items)].append((lo, hi))
-                            yield match[1], item_dim, lo, hi, handle.get_tensor(key)
-            except (OSError, SafetensorError) as error:
-                raise ValueError(
-                    f"{checkpoint.path / name} cannot be read as safetensors ({error}); use another checkpoint"
-                ) from None
+    for file, handle, key, name, lo, hi in _stored_items(checkpoint):
+        if name in names:
+            item_dim = 1 if name == "output.nease.weight" else 0
+            with _readable(file):
+                shape = _check_dtype(handle.get_slice(key), file, key)
+                if len(shape) <= item_dim or shape[item_dim] != hi - lo or hi > n_items:
+                    raise ValueError(f"{file}: {key} has shape {shape}; use another checkpoint")
+                tensor = handle.get_tensor(key)
+            filled[(name, 0, n_items)].append((lo, hi))
+            yield name, item_dim, lo, hi, tensor
     _check_filled(checkpoint, filled)
 
 
 def read_items(checkpoint: Checkpoint, pieces: list[ItemSlice]) -> None:
     """Fill this rank's pieces from whichever files hold their items; only the overlapping parts are read."""
     filled: dict[tuple[str, int, int], list[tuple[int, int]]] = {(p.name, p.lo, p.hi): [] for p in pieces}
-    for name in sorted(checkpoint.header["files"]):
-        if not name.startswith("items-"):
-            continue
-        file = checkpoint.path / name
-        try:
-            with safe_open(file, framework="pt") as handle:
-                for key in handle.keys():  # noqa: SIM118
-                    match = _PIECE.match(key)
-                    if not match:
-                        raise ValueError(f"{file} holds a tensor {key!r}, expected names like output.nease.weight[0:256]")
-                    stored_name, lo, hi = match[1], int(match[2]), int(match[3])
-                    for piece in pieces:
-                        first, last = max(lo, piece.lo), min(hi, piece.hi)
-                        if piece.name == stored_name and first < last:
-                            _copy_range(handle.get_slice(key), file, key, piece, lo, hi, first, last)
-                            filled[(piece.name, piece.lo, piece.hi)].append((first, last))
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"{file} cannot be read as safetensors ({error}); use another checkpoint of the run") from None
+    for file, handle, key, name, lo, hi in _stored_items(checkpoint):
+        for piece in pieces:
+            first, last = max(lo, piece.lo), min(hi, piece.hi)
+            if piece.name == name and first < last:
+                with _readable(file):
+                    _copy_range(handle.get_slice(key), file, key, piece, lo, hi, first, last)
+                filled[(piece.name, piece.lo, piece.hi)].append((first, last))
     _check_filled(checkpoint, filled)
 
 
