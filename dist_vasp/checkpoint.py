@@ -100,7 +100,7 @@ class Save:
                 free = shutil.disk_usage(self.path.parent).free
                 if free < needed * 1.01 + (1 << 20):
                     raise ValueError(
-                        f"{self.path.parent} has {free / 1e9:.2f} GB free but the checkpoint needs {needed / 1e9:.2f} GB; "
+                        f"{self.path.parent} has {free / 1e9:.3g} GB free but the checkpoint needs {needed / 1e9:.3g} GB; "
                         "free some space or move run.dir; earlier checkpoints are good"
                     )
                 self.temporary.mkdir()
@@ -238,10 +238,16 @@ def point_best_at(path: Path) -> None:
 def prune(folder: Path, keep: int, leftovers: bool = True) -> None:
     """Drop all but the `keep` newest step checkpoints and, before a run has writes of its own under way, what others left."""
     for old in _steps(folder)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+        remove(old)
     for leftover in folder.glob(".*.tmp") if leftovers else ():
         folder_of_ours = leftover.is_dir() and not leftover.is_symlink()
         shutil.rmtree(leftover, ignore_errors=True) if folder_of_ours else leftover.unlink(missing_ok=True)
+
+
+def remove(path: Path) -> None:
+    """Drop a checkpoint, its header first: from then on it is none."""
+    (path / HEADER).unlink(missing_ok=True)
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def _steps(folder: Path) -> list[Path]:

@@ -136,7 +136,8 @@ def _free_port() -> int:
 
 
 def _job(config: Config, arguments: Any) -> None:
-    ranks = init_ranks(config.parallel.partitions, config.parallel.replicas, config.device, threads=arguments.threads)
+    p = config.parallel
+    ranks = init_ranks(p.partitions, p.replicas, config.device, threads=arguments.threads, interface=p.interface)
     result = measure(config, ranks, arguments.steps, arguments.floor)
     write_atomically(Path(arguments.job) / f"rank-{ranks.rank:04d}.json", json.dumps(result))
 

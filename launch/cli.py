@@ -16,9 +16,10 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from data_tools.cli import one_line
-from dist_vasp.parallel.comm import AgreedError, is_initialized, is_lost_peer, shut_down
+from dist_vasp.parallel.comm import AgreedError, LostPeerError, is_initialized, is_lost_peer, leave, lost_rank, shut_down
 from dist_vasp.training.engine import DivergedError
 
+_VERDICT_S = 3.0  # a collective may fail a little before the lost rank is known
 _LINGER_S = 1.0  # the launcher ends all ranks when the first one exits: rank 0 must have spoken by then
 
 
@@ -26,6 +27,7 @@ def run(main: Callable[[Sequence[str] | None], int | None]) -> NoReturn:
     """Call `main(argv)` and exit with its status; a ValueError is a user's error, a DivergedError a failed run."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     rank = int(os.environ.get("RANK", 0))
+    failed = ""  # what this rank alone has met
     try:
         status = main(None) or 0
     except (ValueError, DivergedError) as error:
@@ -35,22 +37,27 @@ def run(main: Callable[[Sequence[str] | None], int | None]) -> NoReturn:
         if rank == 0 or not everywhere:
             where = "" if everywhere else f"rank {rank}: "
             print(f"error: {where}{one_line(str(error))}", file=sys.stderr, flush=True)
+        failed = "" if everywhere else one_line(str(error))
         if rank != 0:
             time.sleep(_LINGER_S)
         status = 2 if isinstance(error, ValueError) else 1
     except Exception as error:
+        status = 1
         lost_peer = isinstance(error, RuntimeError) and is_lost_peer(error)
         if "--debug" in sys.argv or not lost_peer:
             traceback.print_exc()
-        if lost_peer:
-            # The rank that failed has said why, unless it was killed; the others only see its connection close.
-            time.sleep(_LINGER_S)
-            text = f"rank {rank} lost contact with another rank, which failed or was killed; start the same command again"
+        if not lost_peer:
+            failed = f"{type(error).__name__}: {one_line(str(error))}"
+            print(f"error: rank {rank}: {failed}", file=sys.stderr, flush=True)
+        elif isinstance(error, LostPeerError):
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        elif loss := lost_rank(_VERDICT_S):
+            status = loss.status
         else:
-            text = f"rank {rank}: {type(error).__name__}: {one_line(str(error))}"
-        print(f"error: {text}", file=sys.stderr, flush=True)
-        status = 1
+            text = f"rank {rank} lost contact with another rank ({one_line(str(error))}); start the same command again"
+            print(f"error: {text}", file=sys.stderr, flush=True)
     sys.stdout.flush()
+    leave(failed, status)
     if status == 0:
         shut_down()
     sys.stderr.flush()

@@ -284,7 +284,7 @@ def test_a_strange_name_is_refused(saved):
 def test_a_disk_that_is_too_small(saved, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10, 9, 1 << 20))
-    with pytest.raises(AgreedError, match=r"0\.00 GB free but the checkpoint needs .*earlier checkpoints are good"):
+    with pytest.raises(AgreedError, match=r"GB free but the checkpoint needs .*earlier checkpoints are good"):
         save(saved.with_name("step-00000008"), alone(), 8)
     assert [p.name for p in saved.parent.iterdir()] == ["step-00000007"]
     read(saved, alone())

@@ -13,6 +13,7 @@ BASE = {
     "dist_vasp.data.format",
     "dist_vasp.parallel.partition",
     "dist_vasp.parallel.network",
+    "dist_vasp.parallel.liveness",
 }  # import nothing of ours
 ROOMS = ["parallel.comm", "data", "model", "checkpoint", "ranking", "training"]  # each imports itself, those before it and BASE
 NARROW = {"dist_vasp.plan": {"dist_vasp.config", "dist_vasp.parallel.partition"}}  # imports these alone

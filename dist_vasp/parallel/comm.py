@@ -13,7 +13,9 @@ Shapes: B rows of this rank, G = P * B rows of the partition group.
 from __future__ import annotations
 
 import datetime
+import json
 import os
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,14 +26,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dist_vasp.parallel.liveness import Liveness, Loss
 from dist_vasp.parallel.network import choose_interface, listen
 from dist_vasp.parallel.partition import ItemPartition, Layout
 
 _MESSAGE_BYTES = 1024
+_ALL_STARTED_S = 300.0  # hosts of one job do not start at the same moment
+_liveness: Liveness | None = None  # of this process's group, as torch keeps one default group
 
 
 class AgreedError(ValueError):
     """A user's error that every rank raises together, so that rank 0 alone reports it."""
+
+
+class LostPeerError(RuntimeError):
+    """Another rank never came, or is gone."""
 
 
 @dataclass
@@ -112,24 +121,50 @@ def init_ranks(
     torch_device = resolve_device(device, local_rank)
     torch.set_num_threads(threads or threads_per_rank(local_world))
     if not dist.is_initialized():
-        backend = "nccl" if torch_device.type == "cuda" else "gloo"
-        timeout = datetime.timedelta(seconds=timeout_s)
-        all_here = local_world == world_size
-        choose_interface(interface, all_here)
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            dist.init_process_group(backend, timeout=timeout)  # torchrun serves the store itself
-        elif "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ:
-            address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            listening = listen(address, port, interface, all_here) if rank == 0 else None
-            store = dist.TCPStore(address, port, world_size, rank == 0, timeout=timeout, master_listen_fd=listening)
-            dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
-        elif world_size == 1:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-        else:
-            raise ValueError(
-                f"WORLD_SIZE is {world_size} but MASTER_ADDR or MASTER_PORT is not set; start with deepspeed or torchrun"
-            )
+        _join(rank, world_size, local_rank, local_world, torch_device, timeout_s, interface)
     return form_groups(rank, layout, torch_device)
+
+
+def _join(
+    rank: int, world_size: int, local_rank: int, local_world: int, device: torch.device, timeout_s: float, interface: str
+) -> None:
+    """Meet the other ranks at a store, start the process group, and from then on know who is still there."""
+    global _liveness
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    timeout, start_up = (datetime.timedelta(seconds=s) for s in (timeout_s, min(timeout_s, _ALL_STARTED_S)))
+    all_here = local_world == world_size
+    choose_interface(interface, all_here)
+    if world_size == 1 and "MASTER_ADDR" not in os.environ:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        return
+    if "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
+        raise ValueError(f"WORLD_SIZE is {world_size} but MASTER_ADDR or MASTER_PORT is not set; start with deepspeed or torchrun")
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    try:
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=start_up))  # torchrun serves the store itself
+        else:
+            listening = listen(address, port, interface, all_here) if rank == 0 else None
+            store = dist.TCPStore(address, port, world_size, rank == 0, timeout=start_up, master_listen_fd=listening)
+        if world_size > 1:
+            _liveness = _watch_over(rank, local_rank, world_size, store, address, interface, all_here)
+    except dist.DistError as error:
+        text = f"rank {rank} waited {start_up.seconds} s for {world_size} ranks to start, but some never came ({error})"
+        raise LostPeerError(f"{text}; see what the others say, and start the same command again") from None
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+
+
+def _watch_over(
+    rank: int, local_rank: int, world_size: int, store: dist.Store, address: str, interface: str, all_here: bool
+) -> Liveness:
+    """Rank 0 listens where the store does, on a port of its own, and tells the others at the store."""
+    server = None
+    if rank == 0:
+        listening = listen(address, 0, interface, all_here)
+        server = socket.create_server(("", 0)) if listening is None else socket.socket(fileno=listening)
+        store.set("liveness", json.dumps([Liveness.new_token(), server.getsockname()[1]]))
+    token, port = json.loads(store.get("liveness"))
+    return Liveness(rank, local_rank, world_size, token, (address, port), server)
 
 
 def form_groups(rank: int, layout: Layout, device: torch.device) -> Ranks:
@@ -153,9 +188,20 @@ def is_initialized() -> bool:
 def is_lost_peer(error: RuntimeError) -> bool:
     """Whether a collective failed because another rank is gone."""
     text = str(error).lower()
-    return isinstance(error, dist.DistBackendError) or any(
+    return isinstance(error, dist.DistBackendError | LostPeerError) or any(
         sign in text for sign in ("connection closed by peer", "connection reset by peer", "broken pipe", "gloo", "nccl")
     )
+
+
+def leave(failed: str = "", status: int = 1) -> None:
+    """Before this process ends: tell the others that it does. `failed`: the error that this rank alone has met and printed."""
+    if _liveness:
+        _liveness.leave(failed, status)
+
+
+def lost_rank(wait_s: float) -> Loss | None:
+    """The rank whose end explains that a collective has just failed; it has been named already. None: no rank is known to be lost."""
+    return _liveness.wait_for_loss(wait_s) if _liveness else None
 
 
 def shut_down() -> None:

@@ -17,13 +17,12 @@ from typing import Any
 import torch
 
 from dist_vasp.config import Config
-from dist_vasp.data.stream import TrainStream
 from dist_vasp.model import item_layers, sparse, vasp
 from dist_vasp.parallel.comm import Ranks
 from dist_vasp.training import engine
 from dist_vasp.training.engine import Trainer
 from dist_vasp.training.floor import measure_rates, step_floor
-from dist_vasp.training.train import with_next
+from dist_vasp.training.train import make_stream, with_next
 
 LABELS = ("input", "trunk", "output", "optimizer", "communication", "data wait", "other")
 
@@ -78,15 +77,7 @@ def watch(trainer: Trainer) -> StopWatch:
 
 def measure(config: Config, ranks: Ranks, steps: int, floor: bool, warm_up: int = 2) -> dict[str, Any]:
     """Train `steps` steps after a warm-up; medians and totals of this rank. With `floor`, the machine's rates in the same run."""
-    stream = TrainStream(
-        config.data.shards,
-        config.data.batch_size,
-        config.parallel.lanes,
-        config.run.seed,
-        config.halves,
-        ranks.rank,
-        ranks.world_size,
-    )
+    stream = make_stream(config, ranks)
     trainer = Trainer(config, stream.n_items, ranks)
     clock = watch(trainer)
     step_seconds, users, rows, items = [], 0, 0, 0

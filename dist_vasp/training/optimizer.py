@@ -59,7 +59,8 @@ class InPlaceAdam(torch.optim.Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
-                    self._apply(p, p.grad, self.ensure_state(p), self._advance(self.ensure_state(p), group["lr"]))
+                    state = self.ensure_state(p)
+                    self._apply(p, p.grad, state, self._advance(state, group["lr"]))
 
     def begin_step(self) -> None:
         """Count a step for every parameter at once; `update` then takes their gradients piece by piece."""

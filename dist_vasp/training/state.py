@@ -78,6 +78,17 @@ class Saver:
         if pending.in_foreground:
             self.finish()
 
+    def keep_what_is_good(self, step: int) -> None:
+        """Commit what was started, after the weights of `step` gave no finite loss: a checkpoint of theirs is void, and goes."""
+        void = self.folder / f"step-{step:08d}"
+        for pending, _ in self._pending:
+            if pending.path == void:
+                pending.abandon()
+        self._pending = deque(started for started in self._pending if started[0].path != void)
+        self.finish()
+        if self.trainer.ranks.is_main:
+            checkpoints.remove(void)
+
     @property
     def written(self) -> bool:
         """Whether this rank has written its part of all that was started."""

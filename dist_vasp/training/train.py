@@ -67,6 +67,7 @@ def train(config: Config, ranks: Ranks, init_from: str | None = None) -> dict[st
         try:
             report = trainer.step(batch, stop=stop.requested, written=saver.written, following=following)
         except DivergedError as error:
+            saver.keep_what_is_good(state.step)
             raise _explained(error, batch, folder, run_dir, ranks) from None
         state.step += 1
         now = time.monotonic()
@@ -138,8 +139,13 @@ def open_stream(config: Config, ranks: Ranks) -> TrainStream:
             raise ValueError("run.dir is not set; pass --run.dir with the folder that should hold the run")
         if Path(config.run.dir).resolve() == Path(config.data.shards).resolve():
             raise ValueError(f"run.dir and data.shards are both {config.run.dir}; a run needs a folder of its own")
-        d, p = config.data, config.parallel
-        return TrainStream(d.shards, d.batch_size, p.lanes, config.run.seed, config.halves, ranks.rank, ranks.world_size)
+        return make_stream(config, ranks)
+
+
+def make_stream(config: Config, ranks: Ranks) -> TrainStream:
+    """The part of the stream of `config` that this rank reads; ValueError where the shards do not fit."""
+    d, p = config.data, config.parallel
+    return TrainStream(d.shards, d.batch_size, p.lanes, config.run.seed, config.halves, ranks.rank, ranks.world_size)
 
 
 def check_shards(folder: str | Path, manifest: Manifest, ranks: Ranks) -> None:
@@ -155,7 +161,8 @@ def dry_run(config: Config, ranks: Ranks) -> str:
     stream = open_stream(config, ranks)
     check_shards(config.data.shards, stream.manifest, ranks)
     m, n_items, layout = config.model, stream.n_items, ranks.layout
-    item_gb, trunk_gb = m.item_parameters(n_items, n_items) * 12 / 1e9, m.trunk_parameters() * 12 / 1e9
+    item_bytes = 12 if config.optimizer.item_state == "full" else 8
+    item_gb, trunk_gb = m.item_parameters(n_items, n_items) * item_bytes / 1e9, m.trunk_parameters() * 12 / 1e9
     last = total_steps(config, stream.steps_per_epoch)
     newest = checkpoints.newest(Path(config.run.dir) / "checkpoints")
     return (
@@ -171,10 +178,11 @@ def _opening(config: Config, stream: TrainStream, trainer: Trainer, step: int, l
     n_items = sum(p.tensor.numel() for p in trainer.model.slices())
     n_trunk = trainer.trunk.n_parameters if trainer.trunk else 0
     layout = trainer.ranks.layout
+    ahead = f"steps {step + 1} to {last}" if step < last else f"all {last} steps are done"
     return (
         f"{config.model.kind} on {stream.n_users:,} users and {stream.n_items:,} items: {n_items / 1e6:.1f}M item parameters on this rank, "
         f"{n_trunk / 1e6:.1f}M in the trunk; {layout.partitions} partitions x {layout.replicas} replicas on {trainer.ranks.device.type}; "
-        f"steps {step + 1} to {last}, {stream.steps_per_epoch} an epoch" + (f" (resumed from step {step})" if step else "")
+        f"{ahead}, {stream.steps_per_epoch} an epoch" + (f" (resumed from step {step})" if step else "")
     )
 
 
