@@ -74,7 +74,7 @@ def make_plan(config: Config, sizes: Sizes, partitions: int, replicas: int, rate
     G = B * partitions
     E = sizes.items_per_user / rows_per_user  # of an input row
     J = math.ceil(sizes.n_items / partitions)
-    deep, shallow = m.kind != "nease", m.kind != "flvae"
+    deep, shallow = m.deep, m.shallow
     n_paths = deep * (1 + m.latent_head) + shallow
     C = min(J, p.block_columns or BLOCK_COLUMNS[device])
     n_item, n_trunk = m.item_parameters(sizes.n_items, J), m.trunk_parameters()
