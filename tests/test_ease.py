@@ -82,23 +82,38 @@ def test_of_two_mirrored_blocks_one_is_kept_and_all_columns_keep_as_many(n_block
     assert np.ptp(by_block.sum(axis=0)) <= 1
 
 
-def _gram(ranks: Ranks, n_items: int, width: int, dtype: torch.dtype) -> np.ndarray:
+def _gram(ranks: Ranks) -> list[np.ndarray]:
+    return [_filled_gram(ranks, *case) for case in GRAMS]
+
+
+def _filled_gram(ranks: Ranks, n_items: int, width: int, dtype: torch.dtype) -> np.ndarray:
     A = columns_of(ranks, n_items, width, dtype)
     gram(A, random_rows(150, n_items, 1, empty=(0, 149)))
     A.fill()
     return torch.cat(A.columns, dim=1).numpy()
 
 
+GRAMS = [(37, 8, torch.float64), (37, 8, torch.float32), (300, 300, torch.float32)]
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_gram_matrix_is_that_of_scipy(world_size, dtype):
-    for n_items, width in ((37, 8), (300, 300)):
-        found = np.concatenate(run_ranks(_gram, world_size, n_items, width, dtype), axis=1)
+def test_gram_matrix_is_that_of_scipy(world_size):
+    by_rank = run_ranks(_gram, world_size)
+    for case, (n_items, _, _) in enumerate(GRAMS):
         x = scipy.sparse.csr_matrix(dense(random_rows(150, n_items, 1, empty=(0, 149)), n_items))
+        found = np.concatenate([grams[case] for grams in by_rank], axis=1)
         np.testing.assert_array_equal(found, (x.T @ x).toarray())
 
 
-def _weights(ranks: Ranks, n_items: int, width: int) -> np.ndarray:
+# blocks that do and do not divide the items, an even and an odd number of them, one block, one item a block
+WEIGHTS = [(37, 8), (40, 10), (45, 5), (7, 16), (9, 1)]
+
+
+def _weights(ranks: Ranks) -> list[np.ndarray]:
+    return [_weights_of(ranks, *case) for case in WEIGHTS]
+
+
+def _weights_of(ranks: Ranks, n_items: int, width: int) -> np.ndarray:
     A = columns_of(ranks, n_items, width, torch.float64)
     gram(A, random_rows(150, n_items, 1))
     add_to_diagonal(A, LAMBDA)
@@ -111,9 +126,9 @@ def _weights(ranks: Ranks, n_items: int, width: int) -> np.ndarray:
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_weights_are_those_of_numpys_inverse(world_size):
-    """Blocks that do and do not divide the items, an even and an odd number of them, one block, one item a block."""
-    for n_items, width in ((37, 8), (40, 10), (45, 5), (7, 16), (9, 1)):
-        B = np.concatenate(run_ranks(_weights, world_size, n_items, width), axis=1)
+    by_rank = run_ranks(_weights, world_size)
+    for case, (n_items, _) in enumerate(WEIGHTS):
+        B = np.concatenate([weights[case] for weights in by_rank], axis=1)
         np.testing.assert_allclose(B, oracle(dense(random_rows(150, n_items, 1), n_items), LAMBDA), rtol=0, atol=1e-10)
         assert (np.diag(B) == 0).all()
 
