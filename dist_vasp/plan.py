@@ -175,7 +175,10 @@ def smallest_that_fits(config: Config, sizes: Sizes, device_memory: float, rates
 
 def dense_reference_memory(config: Config, sizes: Sizes) -> float:
     """What plain dense torch holds: every matrix whole with gradient and two moments, and the optimizer's temporaries (NAdam: 32 bytes
-    a parameter at its peak), dense x and y, and logits of every path with autograd's copies."""
+    a parameter at its peak), dense x and y, and logits of every path with autograd's copies. The closed form: what numpy.linalg.inv
+    holds, the matrix and three copies, in float64 (tests/bench_ease.py measured it)."""
+    if config.model.kind == "ease":
+        return 4 * 8 * sizes.n_items**2
     n = config.model.item_parameters(sizes.n_items, sizes.n_items) + config.model.trunk_parameters()
     rows = config.data.batch_size * (2 if config.halves else 1)
     return 32 * n + FLOAT * rows * sizes.n_items * 14
