@@ -23,6 +23,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--baseline", choices=["popularity"], help="evaluate this in place of a run; needs --shards")
     parser.add_argument("--shards", metavar="DIR", help="data folder; default: the one the run was trained on")
     parser.add_argument("--split", choices=["test", "validation"], default="test")
+    parser.add_argument(
+        "--recall_denominator",
+        choices=["min", "held_out"],
+        help="recall@k divides by min(k, held-out items), or by all held-out items; default: what the run says, else min",
+    )
     parser.add_argument("--json", metavar="FILE", help="write {split: metrics} to this file")
     arguments = parser.parse_args(argv)
     if (arguments.run is None) == (arguments.baseline is None):
@@ -48,7 +53,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise ValueError(f"{folder} has no {arguments.split} users; choose another --split or prepare the data with some")
 
     progress = Progress(f"evaluating {arguments.split}", manifest.splits[arguments.split].users, "user", show=ranks.is_main)
-    found = evaluate(scorer, folder, arguments.split, ranks, progress.update)
+    denominator = arguments.recall_denominator or (loaded.config.run.recall_denominator if loaded else "min")
+    found = evaluate(scorer, folder, arguments.split, ranks, progress.update, recall_denominator=denominator)
     progress.close()
     assert found is not None
     metrics = found.result()

@@ -36,8 +36,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = "cuda" if config.device == "cuda" else "cpu"
     plan = make_plan(config, sizes, layout.partitions, layout.replicas, rates, device)
     print(f"{config.model.kind}, {sizes.n_items:,} items, {sizes.items_per_user:.0f} items a user, {arguments.ranks} ranks")
-    print(describe(plan, config.data.batch_size))
-    print(f"plain dense torch would hold about {dense_reference_memory(config, sizes) / 1e9:.1f} GB on one device")
+    closed = config.model.kind == "ease"
+    if closed:
+        print("a step is the closed form for one lambda: Gram matrix and inverse, evaluation excluded")
+    print(describe(plan, 0 if closed else config.data.batch_size))
+    other = "numpy.linalg.inv in float64" if closed else "plain dense torch"
+    print(f"{other} would hold about {dense_reference_memory(config, sizes) / 1e9:.1f} GB on one device")
     if arguments.device_memory_gb:
         fits = smallest_that_fits(config, sizes, arguments.device_memory_gb * 1e9, rates, device)
         if fits is None:
@@ -63,14 +67,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def describe(plan: Plan, users: int) -> str:
-    """The plan as a table for people."""
+    """The plan as a table for people; `users` of a step, 0 where its speed is not counted in them."""
+    speed = f"   ({users / plan.step_seconds:,.0f} users/s)" if users else ""
     lines = [f"{plan.partitions} partitions x {plan.replicas} replicas; for one rank:", "  memory at the peak of a step, GB"]
     lines += [f"    {kind:<44}{value / 1e9:10.3f}" for kind, value in plan.memory.items() if value]
     lines += [f"    {'in all':<44}{plan.memory_total / 1e9:10.3f}", "  on the wire in a step, MB"]
     lines += [f"    {kind:<44}{value / 1e6:10.3f}" for kind, value in plan.traffic.items() if value]
     lines += [f"    {'in all':<44}{plan.traffic_total / 1e6:10.3f}", "  time of a step without overlap, s"]
     lines += [f"    {kind:<44}{value:10.3f}" for kind, value in plan.seconds.items() if value]
-    lines += [f"    {'in all':<44}{plan.step_seconds:10.3f}   ({users / plan.step_seconds:,.0f} users/s)"]
+    lines += [f"    {'in all':<44}{plan.step_seconds:10.3f}{speed}"]
     return "\n".join(lines)
 
 
