@@ -63,6 +63,11 @@ _METRICS: dict[str, Callable[[np.ndarray, Rows], np.ndarray]] = {
 }
 
 
+def user_metrics(topk_ids: np.ndarray, held_out: Rows) -> dict[str, np.ndarray]:
+    """Each metric of each user, (U,) float64, NaN where the target is empty. topk_ids (U, K), held_out of U rows."""
+    return {name: metric(topk_ids, held_out) for name, metric in _METRICS.items()}
+
+
 class RankingMetrics:
     """Collects the metrics block by block. Holds a few numbers per user and one flag per item."""
 
@@ -75,8 +80,8 @@ class RankingMetrics:
         topk_ids = np.asarray(topk_ids)
         first = topk_ids[:, :_COVERAGE_K]
         self._listed[first[first >= 0]] = True
-        for name, metric in _METRICS.items():
-            self._values[name].append(metric(topk_ids, held_out))
+        for name, values in user_metrics(topk_ids, held_out).items():
+            self._values[name].append(values)
 
     def per_user(self) -> dict[str, np.ndarray]:
         """Each metric of each user, (n,) float64, in the order they were added; NaN where the target was empty."""

@@ -1,0 +1,183 @@
+"""The report as Markdown, for somebody who sees the project for the first time: verdict, metrics, long tail, cost, how it was made."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from dist_vasp.compare.statistics import METRICS, NAMES, PRIMARY, Estimate
+from dist_vasp.ranking.per_user import THIRDS
+
+
+def markdown(found: dict[str, Any]) -> str:
+    """report.md from what `gather` returns."""
+    parts = [
+        [f"# Comparison on {found['data']['shards']}", "", found["verdict"]],
+        _failures(found),
+        _metrics(found),
+        _long_tail(found),
+        _cost(found),
+        _made(found),
+    ]
+    return "\n\n".join("\n".join(part) for part in parts if part) + "\n"
+
+
+def _failures(found: dict[str, Any]) -> list[str]:
+    if not found["failures"]:
+        return []
+    lines = [f"{len(found['failures'])} runs failed and are not in what follows:", ""]
+    return lines + [f"- {f['run']}, status {f['status']}: {f['reason']} ({f['log']})" for f in found["failures"]]
+
+
+def _metrics(found: dict[str, Any]) -> list[str]:
+    n = found["models"][0]["metrics"][PRIMARY]["n_users"]
+    reference = found["reference"]
+    lines = [
+        "## Metrics",
+        "",
+        f"Means over {n:,} test users, averaged over seeds first, +- one standard error over users; best first. The last two columns are "
+        f"NDCG@100 less that of the reference **{reference}** for the same users, and what that amounts to at two standard errors.",
+        "",
+    ]
+    rows = []
+    for model in _best_first(found):
+        cells = [_of(model["metrics"][metric]) for metric in METRICS]
+        sd = model["metrics"][PRIMARY]["seed_sd"]
+        cells += [_seeds(model), "-" if sd is None else f"{sd:.4f}"]
+        rows.append([_name(model, reference), *cells, *_against(model)])
+    header = ["model", *(NAMES[metric] for metric in METRICS), "seeds", "sd of NDCG@100 over seeds", "paired difference", "verdict"]
+    return lines + _table(header, rows)
+
+
+def _against(model: dict[str, Any]) -> list[str]:
+    if "difference" not in model:
+        return ["reference", ""]
+    d = _estimate(model["difference"][PRIMARY])
+    word = "no difference" if not d.differs else "better" if d.mean > 0 else "worse"
+    return [_signed(d), f"{word} ({_ratio(d)})"]
+
+
+def _ratio(d: Estimate) -> str:
+    return "infinite" if math.isinf(d.ratio) else f"{d.ratio:+.1f} SE"
+
+
+def _long_tail(found: dict[str, Any]) -> list[str]:
+    thirds = found["data"]["thirds"]
+    sizes = ", ".join(f"{name} {thirds[name]['items']:,} items with {thirds[name]['interactions']:,}" for name in THIRDS)
+    tail = {m["name"]: m["metrics"][f"{PRIMARY}_tail"]["mean"] for m in found["models"]}
+    scored = {name: value for name, value in tail.items() if value is not None}
+    lines = ["## Long tail", ""]
+    if scored:
+        best = max(scored, key=lambda name: scored[name])
+        lines += [f"Niche items are found best by {best}: NDCG@100 {scored[best]:.4f} on tail items.", ""]
+    lines += [
+        f"Items by descending popularity, cut where they hold a third of the training interactions each ({sizes} of them). "
+        "A column counts only the held-out items of its third; the lists are the same. Coverage is the share of the catalogue that "
+        "is in anybody's first hundred.",
+        "",
+    ]
+    for metric in (PRIMARY, METRICS[1]):
+        header = ["model", *(f"{NAMES[metric]} {third}" for third in THIRDS)]
+        header += [f"paired difference, {THIRDS[-1]}", *(["coverage@100"] if metric == PRIMARY else [])]
+        rows = []
+        for model in _best_first(found):
+            row = [_name(model, found["reference"]), *(_of(model["metrics"][f"{metric}_{third}"]) for third in THIRDS)]
+            row += [_signed(_estimate(model["difference"][f"{metric}_tail"])) if "difference" in model else "reference"]
+            row += [f"{model['coverage@100']['mean']:.4f}"] if metric == PRIMARY else []
+            rows.append(row)
+        lines += [*_table(header, rows), ""]
+    return lines[:-1]
+
+
+def _cost(found: dict[str, Any]) -> list[str]:
+    lines = [
+        "## Cost",
+        "",
+        "Means over seeds. Training is the time of the optimizer steps; the job adds start-up, evaluation and saving. Memory is the sum "
+        "over ranks of the largest resident size (of the host, not of a GPU), the libraries' own included. Users/s: median over steps.",
+        "",
+    ]
+    rows = []
+    for model in _best_first(found):
+        c = model["cost"]
+        if c["seconds_training"] is None:
+            rows.append([_name(model, found["reference"]), *["-"] * 6, str(c["ranks"])])
+            continue
+        rate = "-" if c["users_per_second"] is None else f"{c['users_per_second']:,.0f}"
+        rows.append(
+            [
+                _name(model, found["reference"]),
+                f"{c['parameters']:,}",
+                f"{c['epochs']:g}",
+                f"{c['seconds_training']:.1f}",
+                f"{c['seconds_job']:.1f}",
+                f"{c['peak_memory'] / 1e9:.2f}",
+                rate,
+                str(c["ranks"]),
+            ]
+        )
+    header = ["model", "parameters", "epochs", "training, s", "job, s", "peak memory, GB", "users/s", "ranks"]
+    return lines + _table(header, rows)
+
+
+def _made(found: dict[str, Any]) -> list[str]:
+    data, made = found["data"], found["made"]
+    splits = "; ".join(
+        f"{name} {s['users']:,} users, {s['interactions']:,} interactions"
+        + (f" and {s['heldout']:,} held out" if name != "train" else "")
+        for name, s in data["splits"].items()
+    )
+    versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
+    lines = [
+        "## How this was made",
+        "",
+        f"    {made['command']}",
+        "",
+        f"- Data: {data['shards']}, protocol {data['protocol']}, {data['n_items']:,} items; {splits}.",
+        "- Every run is `launch/train.py` on its own folder; the best checkpoint by validation NDCG@100 is tested, once.",
+        "- Seen items are left out of the lists; Recall@k divides by min(k, held-out items), NDCG's ideal has min(100, held-out items) "
+        "hits; users without a held-out item are not scored.",
+        f"- Python {made['python']}, {versions}; {made['cores']} cores.",
+        f"- Configurations, logs and per-user files are in {made['output']}/runs; all numbers are in report.json, all users in "
+        "per_user.parquet.",
+        "",
+    ]
+    rows = []
+    for model in found["models"]:
+        what = f"{model['kind']}, {model['loss']}, halves {'yes' if model['halves'] else 'no'}" if "kind" in model else "counts"
+        changed = ", ".join(f"{key} {value}" for key, value in model["overrides"].items()) or "-"
+        rows.append([model["name"], what, model["source"], changed, _seeds(model)])
+    return lines + _table(["model", "what", "configuration", "with", "seeds"], rows)
+
+
+# --- pieces ----------------------------------------------------------------------------------------------------------
+
+
+def _best_first(found: dict[str, Any]) -> list[dict[str, Any]]:
+    return sorted(found["models"], key=lambda model: -model["metrics"][PRIMARY]["mean"])
+
+
+def _name(model: dict[str, Any], reference: str) -> str:
+    return f"**{model['name']}**" if model["name"] == reference else model["name"]
+
+
+def _seeds(model: dict[str, Any]) -> str:
+    return "-" if "kind" not in model else ", ".join(map(str, model["seeds"]))
+
+
+def _estimate(raw: dict[str, Any]) -> Estimate:
+    mean, se = (math.nan if raw[name] is None else raw[name] for name in ("mean", "se"))
+    return Estimate(mean, se, raw["n_users"])
+
+
+def _of(raw: dict[str, Any]) -> str:
+    return str(_estimate(raw))
+
+
+def _signed(d: Estimate) -> str:
+    return "-" if math.isnan(d.mean) else f"{d.mean:+.4f} +- {d.se:.4f}"
+
+
+def _table(header: list[str], rows: list[list[str]]) -> list[str]:
+    lines = [header, ["---"] * len(header), *rows]
+    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
