@@ -21,7 +21,7 @@ from dist_vasp.compare.config import read_comparison
 from dist_vasp.compare.gather import gather, write_per_user
 from dist_vasp.compare.jobs import Jobs, Stopped
 from dist_vasp.compare.report import markdown
-from dist_vasp.compare.runs import carry_out, data_sha256, plan
+from dist_vasp.compare.runs import carry_out, count_runs, data_sha256, plan
 from dist_vasp.data.format import Manifest
 from dist_vasp.parallel.partition import Layout
 from dist_vasp.training.run_dir import write_atomically
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     write_per_user(output / "per_user.parquet", comparison, output, {failure.run.stem for failure in failures})
     _say(f"\n{found['verdict']}\n\n{output / 'report.md'}: {len(runs) - len(failures)} runs in {time.monotonic() - start:.0f} s")
     if failures:
-        print(f"error: {len(failures)} runs failed: {', '.join(f.run.stem for f in failures)}", file=sys.stderr)
+        print(f"error: {count_runs(len(failures))} failed: {', '.join(f.run.stem for f in failures)}", file=sys.stderr)
     return 1 if failures else 0
 
 

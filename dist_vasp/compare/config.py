@@ -1,16 +1,16 @@
 """What is to be compared: a strict reader of the YAML file, and the runs that it asks for.
 
-    shards: DIR                   data folder that every model is trained and tested on
-    reference: NAME               the model that all others are paired with
-    seeds: [0, 1, 2]              run.seed of each run of a model
-    overrides: {device: cpu}      optional: section.key: value for every trained model
-    models:
-      - name: vasp                letters, digits, dot, dash, underscore
-        config: configs/X.yaml    a run's configuration, or its sections in place
-        overrides: {model.kind: vasp}
-        seeds: [0]                optional; closed-form models and baselines take the first seed alone
-      - name: popularity
-        baseline: popularity      in place of config: nothing is trained
+shards: DIR                   data folder that every model is trained and tested on
+reference: NAME               the model that all others are paired with
+seeds: [0, 1, 2]              run.seed of each run of a model
+overrides: {device: cpu}      optional: section.key: value for every trained model
+models:
+  - name: vasp                letters, digits, dot, dash, underscore
+    config: configs/X.yaml    a run's configuration, or its sections in place
+    overrides: {model.kind: vasp}
+    seeds: [0]                optional; closed-form models and baselines take the first seed alone
+  - name: popularity
+    baseline: popularity      in place of config: nothing is trained
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import yaml
 from dist_vasp.config import Config, from_dict
 
 BASELINES = ("popularity",)
-_DETERMINISTIC = ("ease",)  # model.kinds whose result does not depend on run.seed
+CLOSED_FORM = ("ease",)  # model.kinds whose result does not depend on run.seed
 _OWN_KEYS = {"data.shards": "shards", "run.dir": "--output", "run.seed": "seeds"}  # what a comparison sets itself
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -41,6 +41,17 @@ class Model:
     config: Config | None  # None for a baseline
     source: str  # the file, `inline`, or the baseline
     overrides: dict[str, Any]
+
+    @property
+    def what(self) -> str:
+        """The model in a few words."""
+        if self.config is None:
+            return f"baseline {self.source}"
+        kind, c = self.config.model.kind, self.config
+        if kind in CLOSED_FORM:
+            return f"{kind}, closed form"
+        limit = f", at most {c.run.max_steps} steps" if c.run.max_steps else ""
+        return f"{kind}, loss {c.loss.kind}, {'halves' if c.halves else 'whole rows'}, {c.epochs} epochs{limit}"
 
 
 @dataclass(frozen=True)
@@ -121,9 +132,7 @@ def read_comparison(path: str | Path, more: Mapping[str, Any] | None = None) -> 
     return Comparison(str(path), shards, str(reference), seeds, tuple(models))
 
 
-def _model(
-    raw: Any, where: str, shards: str, seeds: tuple[int, ...], common: Mapping[str, Any], more: Mapping[str, Any]
-) -> Model:
+def _model(raw: Any, where: str, shards: str, seeds: tuple[int, ...], common: Mapping[str, Any], more: Mapping[str, Any]) -> Model:
     entry = _mapping(raw, where)
     name = entry.get("name")
     if not isinstance(name, str) or not _NAME.fullmatch(name):
@@ -148,8 +157,10 @@ def _model(
         config = from_dict(_with_overrides(sections, {**overrides, "data.shards": shards}))
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
-    alone = config.model.kind in _DETERMINISTIC and own_seeds is None
-    return Model(name, seeds[:1] if alone else own_seeds or seeds, config, source if isinstance(source, str) else "inline", overrides)
+    alone = config.model.kind in CLOSED_FORM and own_seeds is None
+    return Model(
+        name, seeds[:1] if alone else own_seeds or seeds, config, source if isinstance(source, str) else "inline", overrides
+    )
 
 
 def _with_overrides(sections: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -199,5 +210,7 @@ def _overrides(raw: Any, where: str) -> dict[str, Any]:
         if key in _OWN_KEYS:
             raise ValueError(f"{where}: {key} belongs to the comparison; set {_OWN_KEYS[key]} in its place")
         if "." not in key and key != "device":
-            raise ValueError(f"{where}: {key} is not a key of the configuration; write section.key: value, such as model.kind: nease")
+            raise ValueError(
+                f"{where}: {key} is not a key of the configuration; write section.key: value, such as model.kind: nease"
+            )
     return found

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from dist_vasp.compare.config import Comparison, Model, Run
 from dist_vasp.compare.runs import Failure
-from dist_vasp.compare.statistics import METRICS, Cost, Estimate, Scores, paired, read_scores, verdict
+from dist_vasp.compare.statistics import METRICS, Cost, Estimate, Scores, against_reference, paired, read_scores, verdict
 from dist_vasp.data.format import Manifest, load_items
 from dist_vasp.ranking.per_user import THIRDS, popularity_thirds
 
@@ -41,9 +41,10 @@ def gather(comparison: Comparison, output: Path, failures: Sequence[Failure], co
         raise ValueError(f"{comparison.shards} has no test user with a held-out item; prepare the data with some")
     manifest = Manifest.load(comparison.shards)
     costs = {m.name: _cost(finished[m.name], m, manifest.n_items) for m in models}
-    briefly = {name: Cost(cost["seconds_training"], cost["peak_memory"]) for name, cost in costs.items()}
+    briefly = {name: Cost(c["seconds_training"], c["peak_memory"]) for name, c in costs.items()}
     return {
         "verdict": verdict(list(scores.values()), comparison.reference, briefly),
+        "against_reference": against_reference(list(scores.values()), comparison.reference),
         "reference": comparison.reference,
         "models": [_model(m, scores[m.name], reference, finished[m.name], costs[m.name]) for m in models],
         "failures": [{"run": f.run.stem, "status": f.status, "reason": f.reason, "log": str(f.run.file("log"))} for f in failures],
@@ -61,9 +62,13 @@ def gather(comparison: Comparison, output: Path, failures: Sequence[Failure], co
 
 def _model(model: Model, scores: Scores, reference: Scores, runs: Sequence[Run], cost: dict[str, Any]) -> dict[str, Any]:
     coverage = [json.loads(run.file("test.json").read_text())["test"]["coverage@100"] for run in runs]
-    found: dict[str, Any] = {"name": model.name, "seeds": list(scores.seeds), "source": model.source, "overrides": model.overrides}
-    if model.config:
-        found |= {"kind": model.config.model.kind, "loss": model.config.loss.kind, "halves": model.config.halves}
+    found: dict[str, Any] = {
+        "name": model.name,
+        "what": model.what,
+        "trained": model.config is not None,
+        "seeds": list(scores.seeds),
+    }
+    found |= {"source": model.source, "overrides": model.overrides}
     found["metrics"] = {
         column: {
             **_estimate(scores.estimate(column)),
@@ -90,19 +95,22 @@ def _number(value: float) -> float | None:
 
 
 def _cost(runs: Sequence[Run], model: Model, n_items: int) -> dict[str, Any]:
-    """Means over the runs; None where nothing is trained. Memory: the sum of the ranks' peaks."""
+    """Of the fastest run the seconds, of the largest the memory (the sum of its ranks' peaks); None where nothing is trained."""
     jobs = [json.loads(run.file("job.json").read_text()) for run in runs]
-    cost: dict[str, Any] = {"seconds_training": None, "seconds_job": None, "peak_memory": None, "users_per_second": None}
-    cost |= {"parameters": None, "epochs": None, "ranks": jobs[0].get("ranks")}
+    cost: dict[str, Any] = dict.fromkeys(
+        ("seconds_training", "seconds_training_slowest", "seconds_job", "peak_memory", "users_per_second", "parameters", "epochs")
+    )
+    cost["ranks"] = sorted({job["ranks"] for job in jobs})
     if model.config is None:
         return cost
     results = [json.loads((run.dir / "result.json").read_text()) for run in runs]
     rates = [rate for run in runs if (rate := _users_per_second(run.dir / "metrics.jsonl")) is not None]
     m = model.config.model
-    cost["seconds_training"] = fmean(result["seconds_training"] for result in results)
-    cost["seconds_job"] = fmean(job["seconds"] for job in jobs)
-    cost["peak_memory"] = fmean(sum(job["peak_memory"]) for job in jobs)
-    cost["users_per_second"] = median(rates) if rates else None
+    seconds = [result["seconds_training"] for result in results]
+    cost["seconds_training"], cost["seconds_training_slowest"] = min(seconds), max(seconds)
+    cost["seconds_job"] = min(job["seconds"] for job in jobs)
+    cost["peak_memory"] = max(sum(job["peak_memory"]) for job in jobs)
+    cost["users_per_second"] = max(rates) if rates else None
     cost["parameters"] = m.item_parameters(n_items, n_items) + m.trunk_parameters()
     cost["epochs"] = fmean(result["epochs"] for result in results)
     return cost

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from dist_vasp.compare.runs import count_runs
 from dist_vasp.compare.statistics import METRICS, NAMES, PRIMARY, Estimate
 from dist_vasp.ranking.per_user import THIRDS
 
@@ -12,7 +13,7 @@ from dist_vasp.ranking.per_user import THIRDS
 def markdown(found: dict[str, Any]) -> str:
     """report.md from what `gather` returns."""
     parts = [
-        [f"# Comparison on {found['data']['shards']}", "", found["verdict"]],
+        [f"# Comparison on {found['data']['shards']}", "", found["verdict"], "", found["against_reference"]],
         _failures(found),
         _metrics(found),
         _long_tail(found),
@@ -25,7 +26,7 @@ def markdown(found: dict[str, Any]) -> str:
 def _failures(found: dict[str, Any]) -> list[str]:
     if not found["failures"]:
         return []
-    lines = [f"{len(found['failures'])} runs failed and are not in what follows:", ""]
+    lines = [f"{count_runs(len(found['failures']))} failed, not counted in what follows:", ""]
     return lines + [f"- {f['run']}, status {f['status']}: {f['reason']} ({f['log']})" for f in found["failures"]]
 
 
@@ -68,8 +69,13 @@ def _long_tail(found: dict[str, Any]) -> list[str]:
     scored = {name: value for name, value in tail.items() if value is not None}
     lines = ["## Long tail", ""]
     if scored:
-        best = max(scored, key=lambda name: scored[name])
-        lines += [f"Niche items are found best by {best}: NDCG@100 {scored[best]:.4f} on tail items.", ""]
+        best = max(found["models"], key=lambda model: scored.get(model["name"], -math.inf))
+        told = f"Niche items are found best by {best['name']}: {NAMES[PRIMARY]} {scored[best['name']]:.4f} on tail items"
+        if "difference" in best:
+            d = _estimate(best["difference"][f"{PRIMARY}_tail"])
+            verb = "differs" if d.differs else "does not differ"
+            told += f", which {verb} from the reference {found['reference']} at two standard errors ({_signed(d)})"
+        lines += [f"{told}.", ""]
     lines += [
         f"Items by descending popularity, cut where they hold a third of the training interactions each ({sizes} of them). "
         "A column counts only the held-out items of its third; the lists are the same. Coverage is the share of the catalogue that "
@@ -93,15 +99,17 @@ def _cost(found: dict[str, Any]) -> list[str]:
     lines = [
         "## Cost",
         "",
-        "Means over seeds. Training is the time of the optimizer steps; the job adds start-up, evaluation and saving. Memory is the sum "
-        "over ranks of the largest resident size (of the host, not of a GPU), the libraries' own included. Users/s: median over steps.",
+        "Training is the time of the steps alone, fastest to slowest seed: all do the same work, other work on the machine adds to it, "
+        "and the verdict uses the fastest. The job adds start-up, evaluation and saving (fastest seed). Memory is the sum over ranks of "
+        "the largest resident size, that of the host and the libraries' own included. Users/s: median over steps, fastest seed.",
         "",
     ]
     rows = []
     for model in _best_first(found):
         c = model["cost"]
+        ranks = ", ".join(map(str, c["ranks"]))
         if c["seconds_training"] is None:
-            rows.append([_name(model, found["reference"]), *["-"] * 6, str(c["ranks"])])
+            rows.append([_name(model, found["reference"]), *["-"] * 6, ranks])
             continue
         rate = "-" if c["users_per_second"] is None else f"{c['users_per_second']:,.0f}"
         rows.append(
@@ -109,11 +117,11 @@ def _cost(found: dict[str, Any]) -> list[str]:
                 _name(model, found["reference"]),
                 f"{c['parameters']:,}",
                 f"{c['epochs']:g}",
-                f"{c['seconds_training']:.1f}",
+                f"{c['seconds_training']:.1f}" + (f" to {c['seconds_training_slowest']:.1f}" if len(model["seeds"]) > 1 else ""),
                 f"{c['seconds_job']:.1f}",
                 f"{c['peak_memory'] / 1e9:.2f}",
                 rate,
-                str(c["ranks"]),
+                ranks,
             ]
         )
     header = ["model", "parameters", "epochs", "training, s", "job, s", "peak memory, GB", "users/s", "ranks"]
@@ -144,7 +152,7 @@ def _made(found: dict[str, Any]) -> list[str]:
     ]
     rows = []
     for model in found["models"]:
-        what = f"{model['kind']}, {model['loss']}, halves {'yes' if model['halves'] else 'no'}" if "kind" in model else "counts"
+        what = model["what"]
         changed = ", ".join(f"{key} {value}" for key, value in model["overrides"].items()) or "-"
         rows.append([model["name"], what, model["source"], changed, _seeds(model)])
     return lines + _table(["model", "what", "configuration", "with", "seeds"], rows)
@@ -162,7 +170,7 @@ def _name(model: dict[str, Any], reference: str) -> str:
 
 
 def _seeds(model: dict[str, Any]) -> str:
-    return "-" if "kind" not in model else ", ".join(map(str, model["seeds"]))
+    return "-" if not model["trained"] else ", ".join(map(str, model["seeds"]))
 
 
 def _estimate(raw: dict[str, Any]) -> Estimate:

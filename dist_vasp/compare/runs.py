@@ -88,18 +88,14 @@ def plan(comparison: Comparison, output: Path, data: str) -> str:
     states = [state_of(run, data) for run in runs]
     lines = []
     for run, state in zip(runs, states, strict=True):
-        c = run.config
-        newest = checkpoints.newest(run.dir / "checkpoints") if c else None
-        what = f"{c.model.kind}, loss {c.loss.kind}, {c.epochs} epochs" if c else f"baseline {run.model.source}"
-        if c and c.run.max_steps:
-            what += f", at most {c.run.max_steps} steps"
+        newest = checkpoints.newest(run.dir / "checkpoints") if run.config else None
         there = {
             DONE: "done",
             TRAINED: "trained, to be evaluated",
             BEGUN: f"begun, goes on from {newest.name if newest else ''}",
-            NEW: "to be trained" if c else "to be evaluated",
+            NEW: "to be trained" if run.config else "to be evaluated",
         }[state]
-        lines.append(f"  {run.stem:<32}{what:<44}{there}")
+        lines.append(f"  {run.stem:<32}{run.model.what:<56}{there}")
     n_done = states.count(DONE)
     lines.append(
         f"{len(runs)} runs of {len(comparison.models)} models, {n_done} done, {len(runs) - n_done} to do; "
@@ -120,9 +116,11 @@ def carry_out(
     for place, run in enumerate(to_do):
         run.folder.mkdir(parents=True, exist_ok=True)
         state = state_of(run, data)
-        doing = {TRAINED: "evaluating", BEGUN: "training on", NEW: "training" if run.config else "evaluating"}[state]
+        doing = {TRAINED: "evaluating", BEGUN: "training goes on", NEW: "training" if run.config else "evaluating"}[state]
         left = _time_left(to_do[place:], seconds)
-        say(f"[{place + 1}/{len(to_do)}] {run.stem}: {doing}; {len(to_do) - place - 1} runs after it{left}; log {run.file('log')}")
+        say(
+            f"[{place + 1}/{len(to_do)}] {run.stem}: {doing}; {count_runs(len(to_do) - place - 1)} after it{left}; log {run.file('log')}"
+        )
         start = time.monotonic()
         failure = _carry_out_one(run, state, shards, data, ranks, jobs, device)
         took = time.monotonic() - start
@@ -198,6 +196,10 @@ def _time_left(runs: Sequence[Run], seconds: dict[str, list[float]]) -> str:
     mean = fmean(fmean(taken) for taken in seconds.values())
     total = int(sum(fmean(seconds.get(run.model.name, [mean])) for run in runs))
     return f", about {total // 3600}:{total // 60 % 60:02d}:{total % 60:02d} left in all"
+
+
+def count_runs(n: int) -> str:
+    return f"{n} run" if n == 1 else f"{n} runs"
 
 
 def _four(value: float | None) -> str:

@@ -123,10 +123,10 @@ def best_of(models: Sequence[Scores], column: str = PRIMARY) -> Scores:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a model's training took, means over its seeds; None where nothing was trained or measured."""
+    """What a model's training took; None where nothing was trained or measured."""
 
-    seconds: float | None = None
-    peak_memory: float | None = None
+    seconds: float | None = None  # of the fastest seed: all seeds do the same work, and a busy machine can only add to it
+    peak_memory: float | None = None  # bytes
 
 
 def verdict(models: Sequence[Scores], reference: str, costs: Mapping[str, Cost]) -> str:
@@ -139,31 +139,34 @@ def verdict(models: Sequence[Scores], reference: str, costs: Mapping[str, Cost])
     if not others:
         return f"There is nothing to compare: {first.name} alone has results."
     second = best_of(others) if first.name == reference else next(model for model in others if model.name == reference)
-    d, top = paired(first, second, PRIMARY), first.estimate(PRIMARY)
-    against = f"the reference {second.name}" if second.name == reference else f"{second.name}, the best of the others"
-    amount = f"its NDCG@100 of {top.mean:.4f} is {d} above that of {against} ({second.estimate(PRIMARY).mean:.4f})"
+    d = paired(first, second, PRIMARY)
+    against = f"the reference {second.name}" if second.name == reference else f"{second.name}, the best of the others,"
+    who = "it" if d.differs else first.name
+    amount = (
+        f"{who} is ahead of {against} by {d} in {NAMES[PRIMARY]} ({first.estimate(PRIMARY).mean:.4f} against "
+        f"{second.estimate(PRIMARY).mean:.4f}), {_standard_errors(d.ratio)} of the paired difference"
+    )
     if d.differs:
-        text = f"**{first.name} wins**: {amount}, {_times(d.ratio)} the standard error of the paired difference."
+        text = f"**{first.name} wins**: {amount}."
     else:
-        amount = amount.replace("its NDCG@100", f"{first.name} is ahead, but its NDCG@100", 1)
-        text = f"**No winner**: {amount}, which is within two standard errors of the paired difference ({_times(d.ratio)} of one)."
+        text = f"**No winner**: {amount}, which does not exceed two."
     noise = seed_noise(first, second, PRIMARY)
     if d.differs and not math.isnan(noise) and d.mean <= LIMIT * noise:
-        text += f" But the seeds alone move that difference by {noise:.4f} (one standard error): more seeds could turn it."
-    return " ".join([text, _others(first, second), _cost(first.name, second.name, costs)])
+        text += f" But the choice of seeds moves that difference by {noise:.4f} (one standard error): more seeds could turn it."
+    return " ".join([text, _other_metrics(first, second), _cost(first.name, second.name, costs)])
 
 
-def _times(ratio: float) -> str:
-    return "infinitely many times" if math.isinf(ratio) else f"{abs(ratio):.1f} times"
+def _standard_errors(ratio: float) -> str:
+    return "without any spread" if math.isinf(ratio) else f"{abs(ratio):.1f} standard errors"
 
 
-def _others(first: Scores, second: Scores) -> str:
+def _other_metrics(first: Scores, second: Scores) -> str:
     """What the other metrics say of the same two models."""
     found = []
     for column in METRICS[1:]:
         d = paired(first, second, column)
-        word = "no difference" if not d.differs else "the same" if d.mean > 0 else "the opposite"
-        found.append(f"{NAMES[column]} says {word} ({d.mean:+.4f} +- {d.se:.4f})")
+        says = f"favours {first.name if d.mean > 0 else second.name}" if d.differs else "shows no difference"
+        found.append(f"{NAMES[column]} {says} ({d.mean:+.4f} +- {d.se:.4f})")
     return f"{', '.join(found)}."
 
 
@@ -180,3 +183,15 @@ def _cost(first: str, second: str, costs: Mapping[str, Cost]) -> str:
         gb = f"{a.peak_memory / 1e9:.2f} GB against {b.peak_memory / 1e9:.2f} GB"
         told.append(f"{a.peak_memory / b.peak_memory:.2f} times the memory ({gb})")
     return f"{first} costs {' and '.join(told)}." if told else "What the two cost was not measured."
+
+
+def against_reference(models: Sequence[Scores], reference: str) -> str:
+    """Which of the other models are better, worse or no different by NDCG@100 at two standard errors of the paired difference."""
+    base = next(model for model in models if model.name == reference)
+    groups: dict[str, list[str]] = {"better": [], "no different": [], "worse": []}
+    for model in models:
+        if model.name != reference:
+            d = paired(model, base, PRIMARY)
+            groups["no different" if not d.differs else "better" if d.mean > 0 else "worse"].append(model.name)
+    told = [f"{group}: {', '.join(names)}" for group, names in groups.items() if names]
+    return f"Against the reference {reference}, by {NAMES[PRIMARY]} at two standard errors: {'; '.join(told)}." if told else ""
