@@ -62,13 +62,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Stopped:
         _say("stopped on request; the same command goes on from here")
         return 1
-    found = gather(comparison, output, failures, shlex.join(["python", "launch/compare.py", *argv]))
+    failed = f"{count_runs(len(failures))} failed: {', '.join(failure.run.stem for failure in failures)}"
+    try:
+        found = gather(comparison, output, failures, shlex.join(["python", "launch/compare.py", *argv]))
+    except ValueError as error:
+        if not failures:
+            raise
+        print(f"error: {failed}; {error}", file=sys.stderr)
+        return 1
     write_atomically(output / "report.json", json.dumps(found, indent=1, allow_nan=False) + "\n")
     write_atomically(output / "report.md", markdown(found))
     write_per_user(output / "per_user.parquet", comparison, output, {failure.run.stem for failure in failures})
     _say(f"\n{found['verdict']}\n\n{output / 'report.md'}: {len(runs) - len(failures)} runs in {time.monotonic() - start:.0f} s")
     if failures:
-        print(f"error: {count_runs(len(failures))} failed: {', '.join(f.run.stem for f in failures)}", file=sys.stderr)
+        print(f"error: {failed}", file=sys.stderr)
     return 1 if failures else 0
 
 

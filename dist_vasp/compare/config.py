@@ -125,10 +125,9 @@ def read_comparison(path: str | Path, more: Mapping[str, Any] | None = None) -> 
         if model.name in (other.name for other in models):
             raise ValueError(f"{path}: models[{place}].name {model.name!r} is there twice; give each model a name of its own")
         models.append(model)
-    reference = raw.get("reference")
-    if reference not in (model.name for model in models):
-        names = ", ".join(model.name for model in models)
-        raise ValueError(f"{path}: reference is {reference!r}, expected one of the models {names}; name one")
+    reference, names = raw.get("reference"), [model.name for model in models]
+    if reference not in names:
+        raise ValueError(f"{path}: reference is {reference!r:.80}, expected one of the models {', '.join(names)}; name one")
     return Comparison(str(path), shards, str(reference), seeds, tuple(models))
 
 

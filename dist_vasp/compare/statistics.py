@@ -146,10 +146,7 @@ def verdict(models: Sequence[Scores], reference: str, costs: Mapping[str, Cost])
         f"{who} is ahead of {against} by {d} in {NAMES[PRIMARY]} ({first.estimate(PRIMARY).mean:.4f} against "
         f"{second.estimate(PRIMARY).mean:.4f}), {_standard_errors(d.ratio)} of the paired difference"
     )
-    if d.differs:
-        text = f"**{first.name} wins**: {amount}."
-    else:
-        text = f"**No winner**: {amount}, which does not exceed two."
+    text = f"**{first.name} wins**: {amount}." if d.differs else f"**No winner**: {amount}, which does not exceed two."
     noise = seed_noise(first, second, PRIMARY)
     if d.differs and not math.isnan(noise) and d.mean <= LIMIT * noise:
         text += f" But the choice of seeds moves that difference by {noise:.4f} (one standard error): more seeds could turn it."
