@@ -370,10 +370,13 @@ def _stored_items(checkpoint: Checkpoint) -> Iterator[tuple[Path, Any, str, str,
             continue
         file = checkpoint.path / file_name
         with _readable(file), safe_open(file, framework="pt") as handle:
-            for key in handle.keys():  # noqa: SIM118
-                match = _PIECE.match(key)
-                if not match:
-                    raise ValueError(f"{file} holds a tensor {key!r}, expected names like output.nease.weight[0:256]")
+            keys = list(handle.keys())
+        for key in keys:
+            match = _PIECE.match(key)
+            if not match:
+                raise ValueError(f"{file} holds a tensor {key!r}, expected names like output.nease.weight[0:256]")
+            # The file is mapped: what has been read of it counts as this process's memory until it is closed.
+            with _readable(file), safe_open(file, framework="pt") as handle:
                 yield file, handle, key, match[1], int(match[2]), int(match[3])
 
 

@@ -49,8 +49,8 @@ class DataConfig:
 class ModelConfig:
     """model: which paths there are, and their sizes."""
 
-    kind: Literal["vasp", "flvae", "nease"] = "vasp"
-    """vasp multiplies flvae and nease; the others train alone."""
+    kind: Literal["vasp", "flvae", "nease", "ease"] = "vasp"
+    """vasp multiplies flvae and nease, which also train alone; ease is the closed form and uses neither loss nor optimizer."""
     hidden: int = 4096
     """Width H of the trunk."""
     latent: int = 2048
@@ -61,10 +61,24 @@ class ModelConfig:
     """Layers of the decoder, the output heads not counted."""
     latent_head: bool = True
     """A second output head Q on the latent code, as in the authors' code."""
+    ease_lambda: float = 0.0
+    """L2 regularisation of ease; 0: the one of a grid with the best validation NDCG@100."""
+    ease_dtype: Literal["fp32", "fp64"] = "fp32"
+    """Precision in which ease is computed; fp64 takes twice the memory. Its weights are stored in fp32."""
+
+    @property
+    def deep(self) -> bool:
+        """Whether there is FLVAE: a trunk, an input side, output heads."""
+        return self.kind in ("vasp", "flvae")
+
+    @property
+    def shallow(self) -> bool:
+        """Whether there is an items x items matrix."""
+        return self.kind != "flvae"
 
     def trunk_parameters(self) -> int:
         """Parameters of the trunk: b1, the residual layers and their norms, the three latent maps."""
-        if self.kind == "nease":
+        if not self.deep:
             return 0
         H, L = self.hidden, self.latent
         layers = self.encoder_layers + self.decoder_layers
@@ -72,8 +86,8 @@ class ModelConfig:
 
     def item_parameters(self, n_items: int, owned: int) -> int:
         """Parameters of the item matrices that belong to `owned` items of a catalogue of `n_items`."""
-        deep, shallow = self.kind != "nease", self.kind != "flvae"
-        return owned * ((2 * self.hidden + 1 + (self.latent + 1) * self.latent_head) * deep + n_items * shallow)
+        width = (2 * self.hidden + 1 + (self.latent + 1) * self.latent_head) * self.deep
+        return owned * (width + n_items * self.shallow)
 
 
 @dataclass(frozen=True)
@@ -154,6 +168,8 @@ class RunConfig:
     """Newest checkpoints to keep, besides the best."""
     evaluate_every_epochs: int = 1
     """Evaluate on validation every so many epochs; 0: never."""
+    recall_denominator: Literal["min", "held_out"] = "min"
+    """Recall@k divides by min(k, held-out items), or (held_out, as in LightGCN's literature) by all held-out items."""
 
 
 @dataclass(frozen=True)
@@ -204,6 +220,7 @@ def _require(ok: bool, key: str, value: Any, expected: str, action: str) -> None
 
 _SECTIONS = ("data", "model", "loss", "optimizer", "parallel", "run")
 _LOSSES = {"vasp": ("focal",), "flvae": ("focal", "multinomial"), "nease": ("focal", "cosine", "mse", "bce")}
+_LOSSES["ease"] = tuple(sorted({loss for losses in _LOSSES.values() for loss in losses}))  # none of them is used
 
 
 def check(config: Config) -> Config:
@@ -230,6 +247,7 @@ def check(config: Config) -> Config:
         "data.workers": d.workers,
         "loss.gamma": config.loss.gamma,
         "loss.kl_weight": config.loss.kl_weight,
+        "model.ease_lambda": m.ease_lambda,
         "optimizer.momentum_decay": o.momentum_decay,
         "optimizer.weight_decay": o.weight_decay,
         "optimizer.clip_norm": o.clip_norm,

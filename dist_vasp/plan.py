@@ -18,6 +18,8 @@ PROCESS_BASE = {"cpu": 0.62e9, "cuda": 1.2e9}  # interpreter, torch and deepspee
 LOADER_BASE = 0.30e9  # a loader process: what it does not share with its rank (measured)
 BLOCK_COLUMNS = {"cpu": 256, "cuda": 2048}  # parallel.block_columns 0
 GRADIENT_ROWS = 1024
+EASE_COLUMNS = 512
+EASE_INTERACTIONS_PER_ITEM = 8
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,8 @@ class Plan:
 
 def make_plan(config: Config, sizes: Sizes, partitions: int, replicas: int, rates: Rates, device: str = "cpu") -> Plan:
     """The estimate for one rank of a `replicas` x `partitions` world."""
+    if config.model.kind == "ease":
+        return _ease_plan(config, sizes, partitions, replicas, rates, device)
     m, o, p = config.model, config.optimizer, config.parallel
     H, L = m.hidden, m.latent * m.latent_head
     world = partitions * replicas
@@ -74,7 +78,7 @@ def make_plan(config: Config, sizes: Sizes, partitions: int, replicas: int, rate
     G = B * partitions
     E = sizes.items_per_user / rows_per_user  # of an input row
     J = math.ceil(sizes.n_items / partitions)
-    deep, shallow = m.kind != "nease", m.kind != "flvae"
+    deep, shallow = m.deep, m.shallow
     n_paths = deep * (1 + m.latent_head) + shallow
     C = min(J, p.block_columns or BLOCK_COLUMNS[device])
     n_item, n_trunk = m.item_parameters(sizes.n_items, J), m.trunk_parameters()
@@ -127,6 +131,32 @@ def make_plan(config: Config, sizes: Sizes, partitions: int, replicas: int, rate
         "output heads": passes * arithmetic["output heads"] / rates.flops,
         "gathers": passes * arithmetic["gathers (bytes)"] / rates.gather,
         "update": updated / rates.copy,
+        "communication": sum(traffic.values()) / rates.network,
+    }
+    return Plan(partitions, replicas, memory, traffic, arithmetic, seconds)
+
+
+def _ease_plan(config: Config, sizes: Sizes, partitions: int, replicas: int, rates: Rates, device: str) -> Plan:
+    """The closed form for one lambda (model/ease.py): its Gram matrix and its inverse are what a step is elsewhere."""
+    I, J, C = sizes.n_items, math.ceil(sizes.n_items / partitions), EASE_COLUMNS
+    word = {"fp32": 4, "fp64": 8}[config.model.ease_dtype]
+    interactions = sizes.n_users * sizes.items_per_user
+    together = min(interactions, EASE_INTERACTIONS_PER_ITEM * I)  # interactions of users whose sums are made at once
+    memory = {
+        "process": PROCESS_BASE[device],
+        "item weights": word * I * J,
+        "one block": word * I * C * (3 + (partitions > 1)) + FLOAT * I * 256,
+        "ids": 8 * 6 * together,
+    }
+    traffic = {"panels of the inverse": 2 * (partitions - 1) / partitions * 2 * word * I * I}
+    arithmetic = {
+        "inverse": I * I * (J + 4 * C),
+        "gathers (bytes)": interactions * J / 2 * FLOAT,
+    }
+    seconds = {
+        "Gram matrix": arithmetic["gathers (bytes)"] / rates.gather,
+        "inverse": arithmetic["inverse"] / rates.flops * (word / FLOAT),
+        "passes over the matrix": math.ceil(I / C) * word * I * J / rates.copy,
         "communication": sum(traffic.values()) / rates.network,
     }
     return Plan(partitions, replicas, memory, traffic, arithmetic, seconds)

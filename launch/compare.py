@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = next((model.config.device for model in comparison.models if model.config), "auto")
     try:
         with jobs.stoppable():
-            failures = carry_out(runs, comparison.shards, data, arguments.ranks, jobs, _say, device)
+            failures = carry_out(runs, comparison, data, arguments.ranks, jobs, _say, device)
     except Stopped:
         _say("stopped on request; the same command goes on from here")
         return 1

@@ -25,6 +25,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--baseline", choices=["popularity"], help="evaluate this in place of a run; needs --shards")
     parser.add_argument("--shards", metavar="DIR", help="data folder; default: the one the run was trained on")
     parser.add_argument("--split", choices=["test", "validation"], default="test")
+    parser.add_argument(
+        "--recall_denominator",
+        choices=["min", "held_out"],
+        help="recall@k divides by min(k, held-out items), or by all held-out items; default: what the run says, else min",
+    )
     parser.add_argument("--json", metavar="FILE", help="write {split: metrics} to this file")
     parser.add_argument("--per_user", metavar="FILE.parquet", help="write each user's metrics, also by popularity of the target")
     arguments = parser.parse_args(argv)
@@ -53,14 +58,18 @@ def main(argv: Sequence[str] | None = None) -> None:
             name = arguments.baseline
         if not manifest.splits[arguments.split].users:
             raise ValueError(f"{folder} has no {arguments.split} users; choose another --split or prepare the data with some")
+        denominator = arguments.recall_denominator or (loaded.config.run.recall_denominator if loaded else "min")
         per_user = None
         if arguments.per_user and ranks.is_main:
-            per_user = PerUserFile(arguments.per_user, folder, arguments.split, manifest, load_items(folder, manifest))
+            items = load_items(folder, manifest)
+            per_user = PerUserFile(arguments.per_user, folder, arguments.split, manifest, items, denominator)
 
     progress = Progress(f"evaluating {arguments.split}", manifest.splits[arguments.split].users, "user", show=ranks.is_main)
     with per_user or nullcontext():
         each_block = per_user.write if per_user else None
-        found = evaluate(scorer, folder, arguments.split, ranks, progress.update, each_block=each_block)
+        found = evaluate(
+            scorer, folder, arguments.split, ranks, progress.update, recall_denominator=denominator, each_block=each_block
+        )
     progress.close()
     assert found is not None
     metrics = found.result()

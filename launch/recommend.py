@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from dist_vasp.parallel.comm import agreed, init_ranks
 from dist_vasp.ranking.evaluate import model_scorer
 from dist_vasp.ranking.load import load_model
@@ -20,7 +22,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--histories", metavar="FILE", required=True, help="CSV(.gz) or Parquet with columns user, item (original ids)"
     )
     parser.add_argument("--k", type=int, default=20, help="items per user (default 20)")
-    parser.add_argument("--output", metavar="FILE", required=True, help="CSV or Parquet: user, rank, item, score")
+    parser.add_argument(
+        "--output", metavar="FILE", required=True, help="CSV or Parquet: user, rank, item, score (ease: x B, else p)"
+    )
     parser.add_argument("--show", type=int, default=0, metavar="N", help="print the first N users with their histories and lists")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output file")
     arguments = parser.parse_args(argv)
@@ -34,8 +38,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         histories = read_histories(arguments.histories, loaded.items)
     progress = Progress("recommending", histories.n_users, "user", show=ranks.is_main)
     scorer = model_scorer(loaded.model, loaded.trunk)
+    as_probability = np.asarray if loaded.config.model.kind == "ease" else np.exp  # EASE's x B is no logarithm of one
     report = recommend_to_file(
-        scorer, histories, loaded.items, arguments.k, arguments.output, ranks, progress.update, arguments.show
+        scorer, histories, loaded.items, arguments.k, arguments.output, ranks, progress.update, arguments.show, as_probability
     )
     progress.close()
     if ranks.is_main:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from dist_vasp.config import make_parser, parse
 from dist_vasp.parallel.comm import init_ranks
+from dist_vasp.training import closed_form
 from dist_vasp.training.train import dry_run, summary, train
 from launch.cli import run
 
@@ -18,13 +19,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     config, arguments = parse(parser, argv)
     parallel = config.parallel
+    closed = config.model.kind == "ease"
+    if closed and arguments.init_from:
+        raise ValueError(
+            f"--init_from is {arguments.init_from}, but model.kind ease is computed from the shards alone; leave it out"
+        )
     ranks = init_ranks(parallel.partitions, parallel.replicas, config.device, interface=parallel.interface)
     if arguments.dry_run:
-        text = dry_run(config, ranks)
+        text = closed_form.dry_run(config, ranks) if closed else dry_run(config, ranks)
         if ranks.is_main:
             print(text)
         return
-    result = train(config, ranks, arguments.init_from)
+    result = closed_form.solve(config, ranks) if closed else train(config, ranks, arguments.init_from)
     if ranks.is_main and result:
         for split in ("validation", "test"):
             if result[split]:

@@ -67,7 +67,16 @@ def test_defaults_are_the_papers():
 
 CHANGED = {
     "data": {"shards": "a folder/ü", "batch_size": 77, "halves": False, "workers": 0},
-    "model": {"kind": "flvae", "hidden": 5, "latent": 3, "encoder_layers": 1, "decoder_layers": 2, "latent_head": False},
+    "model": {
+        "kind": "flvae",
+        "hidden": 5,
+        "latent": 3,
+        "encoder_layers": 1,
+        "decoder_layers": 2,
+        "latent_head": False,
+        "ease_lambda": 7.0,
+        "ease_dtype": "fp64",
+    },
     "loss": {"kind": "multinomial", "alpha": 0.5, "gamma": 1.5, "kl_weight": 0.1},
     "optimizer": {
         "name": "adamw",
@@ -91,7 +100,15 @@ CHANGED = {
         "trunk_dtype": "bf16",
         "interface": "eth0",
     },
-    "run": {"dir": "runs/x", "seed": 9, "max_steps": 5, "checkpoint_every_steps": 7, "keep": 1, "evaluate_every_epochs": 0},
+    "run": {
+        "dir": "runs/x",
+        "seed": 9,
+        "max_steps": 5,
+        "checkpoint_every_steps": 7,
+        "keep": 1,
+        "evaluate_every_epochs": 0,
+        "recall_denominator": "held_out",
+    },
     "device": "cpu",
 }
 

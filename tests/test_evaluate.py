@@ -75,14 +75,15 @@ def full_ranking(scores: np.ndarray, seen: list[list[int]]) -> list[list[int]]:
 
 
 def metrics_of(ranking: list[list[int]], held_out: list[list[int]]) -> dict[str, float]:
-    found: dict[str, list[float]] = {"ndcg@100": [], "recall@20": [], "recall@50": []}
+    found: dict[str, list[float]] = {"ndcg@100": [], "ndcg@20": [], "recall@20": [], "recall@50": []}
     for listed, target in zip(ranking, held_out, strict=True):
         if not target:
             continue
         for k in (20, 50):
             found[f"recall@{k}"].append(len(set(listed[:k]) & set(target)) / min(k, len(target)))
-        gain = sum(1 / math.log2(rank + 2) for rank, item in enumerate(listed[:100]) if item in target)
-        found["ndcg@100"].append(gain / sum(1 / math.log2(rank + 2) for rank in range(min(100, len(target)))))
+        for k in (20, 100):
+            gain = sum(1 / math.log2(rank + 2) for rank, item in enumerate(listed[:k]) if item in target)
+            found[f"ndcg@{k}"].append(gain / sum(1 / math.log2(rank + 2) for rank in range(min(k, len(target)))))
     out: dict[str, float] = {}
     for name, values in found.items():
         out |= {name: float(np.mean(values)), f"{name}_se": float(np.std(values, ddof=1) / np.sqrt(len(values)))}

@@ -63,8 +63,9 @@ def allowed(importer: str, name: str) -> bool:
         return name == "dist_vasp.data.format" or within(name, "data_tools")
     if within(name, "data_tools"):
         return within(importer, "launch")
-    if name in NARROW:  # the floor of a measured step is the plan's arithmetic at measured rates
-        return within(importer, "launch") or importer in ("dist_vasp.training.floor", "dist_vasp.training.benchmark")
+    if name in NARROW:  # the floor of a step and the dry run of the closed form are the plan's arithmetic at measured rates
+        users = ("dist_vasp.training.floor", "dist_vasp.training.benchmark", "dist_vasp.training.closed_form")
+        return within(importer, "launch") or importer in users
     return level(name) == 0 or level(name) <= level(importer)
 
 

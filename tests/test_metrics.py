@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,7 +14,9 @@ from hypothesis import strategies as st
 from dist_vasp.data.stream import Rows
 from dist_vasp.ranking.metrics import RankingMetrics, hits, ndcg_at_k, recall_at_k
 
-KEYS = ["ndcg@100", "ndcg@100_se", "recall@20", "recall@20_se", "recall@50", "recall@50_se", "coverage@100"]
+KEYS = [f"{name}{suffix}" for name in ("ndcg@100", "ndcg@20", "recall@20", "recall@50") for suffix in ("", "_se")] + [
+    "coverage@100"
+]
 
 
 def csr(rows) -> Rows:
@@ -21,10 +24,10 @@ def csr(rows) -> Rows:
     return Rows(indptr, np.array([i for r in rows for i in sorted(r)], np.int32))
 
 
-def naive_recall(listed, target, k) -> float:
+def naive_recall(listed, target, k, denominator="min") -> float:
     if not target:
         return math.nan
-    return sum(i in target for i in listed[:k]) / min(k, len(target))
+    return sum(i in target for i in listed[:k]) / (len(target) if denominator == "held_out" else min(k, len(target)))
 
 
 def naive_ndcg(listed, target, k) -> float:
@@ -63,10 +66,10 @@ def test_metrics_equal_the_plain_loop(case, k):
 
 
 @settings(deadline=None)
-@given(cases(), st.integers(1, 4))
-def test_result_over_blocks(case, users_per_block):
+@given(cases(), st.integers(1, 4), st.sampled_from(["min", "held_out"]))
+def test_result_over_blocks(case, users_per_block, denominator):
     n_items, ids, targets = case
-    metrics = RankingMetrics(n_items)
+    metrics = RankingMetrics(n_items, denominator)
     for start in range(0, len(ids), users_per_block):
         metrics.update(ids[start : start + users_per_block], csr(targets[start : start + users_per_block]))
     result = metrics.result()
@@ -74,11 +77,17 @@ def test_result_over_blocks(case, users_per_block):
     scored = [(row, t) for row, t in zip(ids.tolist(), targets, strict=True) if t]
     assert (result["n_users"], result["n_users_unscored"]) == (len(scored), len(ids) - len(scored))
     values = metrics.per_user()
-    assert [len(v) for v in values.values()] == [len(ids)] * 3
+    assert [len(v) for v in values.values()] == [len(ids)] * 4
     if not scored:
         assert all(result[key] is None for key in KEYS)
         return
-    for name, naive, k in (("ndcg@100", naive_ndcg, 100), ("recall@20", naive_recall, 20), ("recall@50", naive_recall, 50)):
+    recall = partial(naive_recall, denominator=denominator)
+    for name, naive, k in (
+        ("ndcg@100", naive_ndcg, 100),
+        ("ndcg@20", naive_ndcg, 20),
+        ("recall@20", recall, 20),
+        ("recall@50", recall, 50),
+    ):
         expected = np.array([naive(row, t, k) for row, t in scored])
         assert result[name] == pytest.approx(expected.mean(), rel=1e-12)
         if len(scored) < 2:
@@ -96,6 +105,9 @@ def test_by_hand():
     held_out = csr([{2, 5}, {4}])
     np.testing.assert_allclose(recall_at_k(ids, held_out, 4), [0.5, 1.0])
     np.testing.assert_allclose(recall_at_k(ids, held_out, 1), [0.0, 0.0])
+    np.testing.assert_allclose(recall_at_k(ids, held_out, 1, "held_out"), [0.0, 0.0])
+    np.testing.assert_allclose(recall_at_k(ids, csr([{2, 7, 5, 6}, {1}]), 1, "held_out"), [0.25, 1.0])
+    np.testing.assert_allclose(recall_at_k(ids, csr([{2, 7, 5, 6}, {1}]), 1), [1.0, 1.0])
     ideal = 1 + 1 / math.log2(3)
     np.testing.assert_allclose(ndcg_at_k(ids, held_out, 4), [1 / math.log2(3) / ideal, 1 / math.log2(5)])
 

@@ -87,6 +87,11 @@ class Comparison:
     seeds: tuple[int, ...]
     models: tuple[Model, ...]
 
+    @property
+    def recall_denominator(self) -> str:
+        """That of every model, and of the baselines beside them."""
+        return next((model.config.run.recall_denominator for model in self.models if model.config), "min")
+
     def runs(self, output: str | Path) -> list[Run]:
         """All runs, the first seed of every model first: the report may be read early if the rest is called off."""
         folder = Path(output) / "runs"
@@ -125,6 +130,9 @@ def read_comparison(path: str | Path, more: Mapping[str, Any] | None = None) -> 
         if model.name in (other.name for other in models):
             raise ValueError(f"{path}: models[{place}].name {model.name!r} is there twice; give each model a name of its own")
         models.append(model)
+    denominators = {model.config.run.recall_denominator for model in models if model.config}
+    if len(denominators) > 1:
+        raise ValueError(f"{path}: run.recall_denominator is min for some models and held_out for others; set one under overrides")
     reference, names = raw.get("reference"), [model.name for model in models]
     if reference not in names:
         raise ValueError(f"{path}: reference is {reference!r:.80}, expected one of the models {', '.join(names)}; name one")

@@ -48,6 +48,7 @@ def gather(comparison: Comparison, output: Path, failures: Sequence[Failure], co
         "reference": comparison.reference,
         "models": [_model(m, scores[m.name], reference, finished[m.name], costs[m.name]) for m in models],
         "failures": [{"run": f.run.stem, "status": f.status, "reason": f.reason, "log": str(f.run.file("log"))} for f in failures],
+        "recall_denominator": comparison.recall_denominator,
         "data": _data(comparison.shards, manifest),
         "made": {
             "command": command,

@@ -135,6 +135,7 @@ def _made(found: dict[str, Any]) -> list[str]:
         + (f" and {s['heldout']:,} held out" if name != "train" else "")
         for name, s in data["splits"].items()
     )
+    divisor = "min(k, held-out items)" if found["recall_denominator"] == "min" else "all held-out items"
     versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
     lines = [
         "## How this was made",
@@ -143,7 +144,7 @@ def _made(found: dict[str, Any]) -> list[str]:
         "",
         f"- Data: {data['shards']}, protocol {data['protocol']}, {data['n_items']:,} items; {splits}.",
         "- Every run is `launch/train.py` on its own folder; the best checkpoint by validation NDCG@100 is tested, once.",
-        "- Seen items are left out of the lists; Recall@k divides by min(k, held-out items), NDCG's ideal has min(100, held-out items) "
+        f"- Seen items are left out of the lists; Recall@k divides by {divisor}, NDCG's ideal has min(100, held-out items) "
         "hits; users without a held-out item are not scored.",
         f"- Python {made['python']}, {versions}; {made['cores']} cores.",
         f"- Configurations, logs and per-user files are in {made['output']}/runs; all numbers are in report.json, all users in "

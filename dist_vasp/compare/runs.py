@@ -105,7 +105,7 @@ def plan(comparison: Comparison, output: Path, data: str) -> str:
 
 
 def carry_out(
-    runs: Sequence[Run], shards: str, data: str, ranks: int, jobs: Jobs, say: Callable[[str], None], device: str = "auto"
+    runs: Sequence[Run], comparison: Comparison, data: str, ranks: int, jobs: Jobs, say: Callable[[str], None], device: str = "auto"
 ) -> list[Failure]:
     """Bring every run to its end, one after another; a run that fails is said and the others go on. Raises Stopped."""
     failures: list[Failure] = []
@@ -122,7 +122,7 @@ def carry_out(
             f"[{place + 1}/{len(to_do)}] {run.stem}: {doing}; {count_runs(len(to_do) - place - 1)} after it{left}; log {run.file('log')}"
         )
         start = time.monotonic()
-        failure = _carry_out_one(run, state, shards, data, ranks, jobs, device)
+        failure = _carry_out_one(run, state, comparison, data, ranks, jobs, device)
         took = time.monotonic() - start
         if failure is None:
             seconds.setdefault(run.model.name, []).append(took)
@@ -134,7 +134,7 @@ def carry_out(
     return failures
 
 
-def _carry_out_one(run: Run, state: str, shards: str, data: str, ranks: int, jobs: Jobs, device: str) -> Failure | None:
+def _carry_out_one(run: Run, state: str, comparison: Comparison, data: str, ranks: int, jobs: Jobs, device: str) -> Failure | None:
     """Train and evaluate one run as far as it has not been done. None, or how it failed."""
     log_before = run.file("log").stat().st_size if run.file("log").exists() else 0
     if state != TRAINED:
@@ -157,8 +157,8 @@ def _carry_out_one(run: Run, state: str, shards: str, data: str, ranks: int, job
             return Failure(run, ended.status, _reason(run.file("log"), log_before))
     what = ["--baseline", run.model.source] if run.config is None else ["--run", str(run.dir)]
     device = device if run.config is None else run.config.device
-    arguments = [*what, "--shards", shards, "--device", device, "--json", str(run.file("test.json"))]
-    arguments += ["--per_user", str(run.file("per_user.parquet"))]
+    arguments = [*what, "--shards", comparison.shards, "--device", device, "--json", str(run.file("test.json"))]
+    arguments += ["--recall_denominator", comparison.recall_denominator, "--per_user", str(run.file("per_user.parquet"))]
     ended = jobs.run(LAUNCH / "evaluate.py", arguments, ranks, run.file("log"), device)
     if ended.status:
         return Failure(run, ended.status, _reason(run.file("log"), log_before))

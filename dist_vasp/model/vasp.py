@@ -41,7 +41,8 @@ class StepLoss:
 
 
 class VASP:
-    """The partitioned model of `model.kind`: vasp, flvae or nease. The trunk is handed in, plain or wrapped by an engine."""
+    """The partitioned model of `model.kind`. The trunk is handed in, plain or wrapped by an engine. What ease holds as W is its
+    B, and what it scores by is x B (model/ease.py)."""
 
     def __init__(
         self,
@@ -57,11 +58,10 @@ class VASP:
         self.config, self.kl_weight, self.n_items = model, loss.kl_weight, n_items
         self.loss = make_loss(loss.kind, loss.alpha, loss.gamma)
         self.part, self.group, self.device = ranks.partition_of_items(n_items), ranks.partition_group, ranks.device
-        deep, shallow = model.kind != "nease", model.kind != "flvae"
         place = (self.device, dtype)
-        self.input = InputSide(self.part, self.group, model.hidden, *place) if deep else None
+        self.input = InputSide(self.part, self.group, model.hidden, *place) if model.deep else None
         self.output = OutputSide(
-            self.part, self.group, model.hidden, model.latent, deep, model.latent_head, shallow, block_columns, *place
+            self.part, self.group, model.hidden, model.latent, model.deep, model.latent_head, model.shallow, block_columns, *place
         )
         if initialise:
             self._glorot(seed)
@@ -144,7 +144,10 @@ class VASP:
 
     @torch.no_grad()
     def scores(self, trunk: TrunkCall | None, x: ItemRows) -> Iterator[tuple[int, Tensor]]:
-        """(first item, log p (G, C)) of every block of this rank's items, for the G rows of the partition group."""
+        """(first item, log p (G, C)) of every block of this rank's items, for the G rows of the partition group; ease: x B."""
+        if self.config.kind == "ease":
+            yield from ((lo, self.output.logits(i, [], x)[0]) for i, (lo, _) in enumerate(self.output.blocks))
+            return
         sources: list[Tensor] = []
         if self.input is not None:
             _, dz_BX, _ = self.encode(trunk, x, None)
@@ -158,8 +161,8 @@ class VASP:
 
 
 def make_trunk(model: ModelConfig, seed: int, dtype: torch.dtype = torch.float32) -> Trunk | None:
-    """The trunk of `model`, None for NEASE alone. Every rank builds the same one."""
-    if model.kind == "nease":
+    """The trunk of `model`, None where there is no FLVAE. Every rank builds the same one."""
+    if not model.deep:
         return None
     trunk_seed = int(hash64(seed, 0))
     return Trunk(model.hidden, model.latent, model.encoder_layers, model.decoder_layers, dtype, trunk_seed)

@@ -33,7 +33,7 @@ _SELECT_COLUMNS = 2048  # blocks are joined up to this width before the best are
 
 
 def model_scorer(model: VASP, trunk: TrunkCall | None) -> Scorer:
-    """Scores are log p, as in the paper's ranking."""
+    """Scores are log p, as in the paper's ranking; those of ease are x B."""
     return partial(model.scores, trunk)
 
 
@@ -90,6 +90,7 @@ def evaluate(
     ranks: Ranks,
     progress: Callable[[int], None] | None = None,
     interrupted: Callable[[], bool] = lambda: False,
+    recall_denominator: str = "min",
     each_block: Callable[[EvalBlock, np.ndarray], None] | None = None,
 ) -> RankingMetrics | None:
     """Recall, NDCG and coverage of `split`, the same on every rank.
@@ -99,7 +100,7 @@ def evaluate(
     evaluation without a result (None).
     """
     manifest = Manifest.load(folder)
-    metrics, done = RankingMetrics(manifest.n_items), 0
+    metrics, done = RankingMetrics(manifest.n_items, recall_denominator), 0
     replicas = ranks.layout.replicas
     for block in evaluation_blocks(folder, split, USERS_PER_BLOCK * replicas):
         if interrupted():

@@ -29,10 +29,13 @@ def hits(topk_ids: np.ndarray, held_out: Rows) -> np.ndarray:
     return (found == listed) & (topk_ids >= 0)
 
 
-def recall_at_k(topk_ids: np.ndarray, held_out: Rows, k: int) -> np.ndarray:
-    """Hits among the first k / min(k, held-out items). Returns (U,) float64, NaN where the target is empty."""
+def recall_at_k(topk_ids: np.ndarray, held_out: Rows, k: int, denominator: str = "min") -> np.ndarray:
+    """Hits among the first k / min(k, held-out items); with the denominator `held_out`, / held-out items (He et al. 2020, LightGCN).
+
+    Returns (U,) float64, NaN where the target is empty.
+    """
     n_hits = hits(topk_ids[:, :k], held_out).sum(axis=1)
-    return _divide(n_hits, np.minimum(k, held_out.lengths))
+    return _divide(n_hits, held_out.lengths if denominator == "held_out" else np.minimum(k, held_out.lengths))
 
 
 def ndcg_at_k(topk_ids: np.ndarray, held_out: Rows, k: int) -> np.ndarray:
@@ -56,22 +59,28 @@ def coverage(listed: np.ndarray) -> float:
     return float(listed.mean())
 
 
-_METRICS: dict[str, Callable[[np.ndarray, Rows], np.ndarray]] = {
-    "ndcg@100": lambda ids, held_out: ndcg_at_k(ids, held_out, 100),
-    "recall@20": lambda ids, held_out: recall_at_k(ids, held_out, 20),
-    "recall@50": lambda ids, held_out: recall_at_k(ids, held_out, 50),
+# (top-k ids, targets, denominator of recall) -> (U,)
+_METRICS: dict[str, Callable[[np.ndarray, Rows, str], np.ndarray]] = {
+    "ndcg@100": lambda ids, held_out, _: ndcg_at_k(ids, held_out, 100),
+    "ndcg@20": lambda ids, held_out, _: ndcg_at_k(ids, held_out, 20),
+    "recall@20": lambda ids, held_out, denominator: recall_at_k(ids, held_out, 20, denominator),
+    "recall@50": lambda ids, held_out, denominator: recall_at_k(ids, held_out, 50, denominator),
 }
 
 
-def user_metrics(topk_ids: np.ndarray, held_out: Rows) -> dict[str, np.ndarray]:
+def user_metrics(topk_ids: np.ndarray, held_out: Rows, recall_denominator: str = "min") -> dict[str, np.ndarray]:
     """Each metric of each user, (U,) float64, NaN where the target is empty. topk_ids (U, K), held_out of U rows."""
-    return {name: metric(topk_ids, held_out) for name, metric in _METRICS.items()}
+    return {name: metric(topk_ids, held_out, recall_denominator) for name, metric in _METRICS.items()}
 
 
 class RankingMetrics:
-    """Collects the metrics block by block. Holds a few numbers per user and one flag per item."""
+    """Collects the metrics block by block. Holds a few numbers per user and one flag per item.
 
-    def __init__(self, n_items: int) -> None:
+    `recall_denominator`: min or held_out, see `recall_at_k`.
+    """
+
+    def __init__(self, n_items: int, recall_denominator: str = "min") -> None:
+        self._denominator = recall_denominator
         self._listed = np.zeros(n_items, bool)
         self._values: dict[str, list[np.ndarray]] = {name: [] for name in _METRICS}
 
@@ -80,7 +89,7 @@ class RankingMetrics:
         topk_ids = np.asarray(topk_ids)
         first = topk_ids[:, :_COVERAGE_K]
         self._listed[first[first >= 0]] = True
-        for name, values in user_metrics(topk_ids, held_out).items():
+        for name, values in user_metrics(topk_ids, held_out, self._denominator).items():
             self._values[name].append(values)
 
     def per_user(self) -> dict[str, np.ndarray]:

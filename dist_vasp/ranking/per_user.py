@@ -53,12 +53,21 @@ class PerUserFile:
     ValueError where it cannot be written, or the users of the data folder cannot be read.
     """
 
-    def __init__(self, path: str | Path, folder: str | Path, split: str, manifest: Manifest, items: ItemTable) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        folder: str | Path,
+        split: str,
+        manifest: Manifest,
+        items: ItemTable,
+        recall_denominator: str = "min",
+    ) -> None:
         self.path = Path(path)
         self._temporary = self.path.with_name(f".{self.path.name}.tmp")
         self._thirds = popularity_thirds(items.popularity)
         self._keys, self._ids = _read_users(folder, split, manifest)
         self._order = np.argsort(self._keys)
+        self._denominator = recall_denominator
         self._writer: pq.ParquetWriter | None = None
         try:
             self._temporary.touch()
@@ -80,24 +89,23 @@ class PerUserFile:
     def write(self, block: EvalBlock, topk_ids: np.ndarray) -> None:
         """Add the users of `block`; topk_ids (U, K) their lists."""
         columns: dict[str, np.ndarray | pa.Array] = {"key": block.user_keys, "id": self._ids_of(block.user_keys)}
-        columns |= _scores(topk_ids, block.held_out, "")
+        columns |= self._scores(topk_ids, block.held_out, "")
         for third, name in enumerate(THIRDS):
-            columns |= _scores(topk_ids, keep_items(block.held_out, self._thirds == third), f"_{name}")
+            columns |= self._scores(topk_ids, keep_items(block.held_out, self._thirds == third), f"_{name}")
         table = pa.table({name: pa.array(column, from_pandas=True) for name, column in columns.items()})  # NaN becomes null
         if self._writer is None:
             self._writer = pq.ParquetWriter(self._temporary, table.schema)
         self._writer.write_table(table)
+
+    def _scores(self, topk_ids: np.ndarray, held_out: Rows, suffix: str) -> dict[str, np.ndarray]:
+        scores = user_metrics(topk_ids, held_out, self._denominator)
+        return {f"n_held_out{suffix}": held_out.lengths.astype(np.int32)} | {f"{n}{suffix}": v for n, v in scores.items()}
 
     def _ids_of(self, keys: np.ndarray) -> pa.Array:
         places = self._order[np.minimum(np.searchsorted(self._keys, keys, sorter=self._order), len(self._order) - 1)]
         if not np.array_equal(self._keys[places], keys):
             raise ValueError(f"{self.path}: the shards hold users that the file of user ids does not; shard the data again")
         return self._ids.take(pa.array(places))
-
-
-def _scores(topk_ids: np.ndarray, held_out: Rows, suffix: str) -> dict[str, np.ndarray]:
-    scores = {f"{name}{suffix}": values for name, values in user_metrics(topk_ids, held_out).items()}
-    return {f"n_held_out{suffix}": held_out.lengths.astype(np.int32), **scores}
 
 
 def _read_users(folder: str | Path, split: str, manifest: Manifest) -> tuple[np.ndarray, pa.Array]:

@@ -143,12 +143,14 @@ def recommend_to_file(
     ranks: Ranks,
     progress: Callable[[int], None] | None = None,
     show: int = 0,
+    to_score: Callable[[np.ndarray], np.ndarray] = np.exp,
 ) -> str:
     """Write each user's k best unseen items block by block; returns one line that says what was written and left out.
 
     With `show` the histories and lists of that many first users stand before it.
 
-    `score` is p, the model's probability. Fewer than k rows where fewer unseen items exist. The file appears when complete.
+    `score` is `to_score` of what the scorer ranks by: p of the log p of VASP, FLVAE and NEASE; for EASE x B itself, which is no
+    probability (launch/recommend.py). Fewer than k rows where fewer unseen items exist. The file appears when complete.
     """
     output = Path(output)
     temporary = output.with_name(f".{output.name}.tmp")
@@ -167,9 +169,9 @@ def recommend_to_file(
             stop = min(start + USERS_PER_BLOCK, histories.n_users)
             scores, ids = top_items(scorer, histories.rows.slice(start, stop), k, len(items.keys), ranks)
             for u in range(start, min(stop, show)):
-                examples.append(_example(histories, u, scores[u - start], ids[u - start], items))
+                examples.append(_example(histories, u, to_score(scores[u - start]), ids[u - start], items))
             if writer is not None:
-                table = _lists(histories.users.slice(start, stop - start), scores, ids, items, schema)
+                table = _lists(histories.users.slice(start, stop - start), to_score(scores), ids, items, schema)
                 writer.write_table(table)
                 n_rows += table.num_rows
             if progress:
@@ -194,7 +196,7 @@ def _lists(users: pa.Array, scores: np.ndarray, ids: np.ndarray, items: ItemTabl
         users.take(pa.array(user)),
         pa.array(rank + 1, pa.int32()),
         items.ids.take(pa.array(ids[user, rank])),
-        pa.array(np.exp(scores[user, rank]).astype(np.float32)),
+        pa.array(scores[user, rank].astype(np.float32)),
     ]
     return pa.Table.from_arrays(columns, schema=schema)
 
@@ -205,7 +207,7 @@ def _example(histories: Histories, user: int, scores: np.ndarray, ids: np.ndarra
     first, last = histories.rows.indptr[user], histories.rows.indptr[user + 1]
     seen = [str(names[int(i)]) for i in histories.rows.items[first : min(last, first + most)]]
     more = f" and {last - first - most} more" if last - first > most else ""
-    listed = [f"{names[int(i)]} ({np.exp(s):.3f})" for s, i in zip(scores, ids, strict=True) if i >= 0]
+    listed = [f"{names[int(i)]} ({s:.3f})" for s, i in zip(scores, ids, strict=True) if i >= 0]
     return f"user {histories.users[user]}\n  history  {', '.join(seen)}{more}\n  list     {', '.join(listed)}"
 
 

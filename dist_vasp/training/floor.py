@@ -48,7 +48,7 @@ def measure_rates(device: torch.device, n_items: int, rows: int = 1024, items_pe
 def step_floor(config: Config, n_items: int, rows: float, items_per_row: float, rates: Rates) -> dict[str, float]:
     """Seconds that the rates set for one step of one rank that owns every item and takes `rows` rows."""
     m = config.model
-    deep, shallow = m.kind != "nease", m.kind != "flvae"
+    deep, shallow = m.deep, m.shallow
     heads = n_items * (m.hidden + m.latent * m.latent_head) * deep
     parameters = m.item_parameters(n_items, n_items) + m.trunk_parameters()
     moments = 2 * FLOAT if config.optimizer.item_state == "full" else FLOAT

@@ -121,7 +121,7 @@ class Saver:
 def must_match(config: Config, shards_sha256: str) -> dict[str, Any]:
     """What a resumed run may not change."""
     return {
-        **{f"model.{k}": v for k, v in asdict(config.model).items()},
+        **{f"model.{k}": v for k, v in asdict(config.model).items() if not k.startswith("ease_")},
         **{f"loss.{k}": v for k, v in asdict(config.loss).items()},
         **{f"optimizer.{k}": v for k, v in asdict(config.optimizer).items() if k not in ("schedule", "accumulation")},
         "data.batch_size": config.data.batch_size,
@@ -160,12 +160,17 @@ def resume(trainer: Trainer, stream: TrainStream, folder: Path, ranks: Ranks) ->
     return RunState(opened.step, header.get("seconds_training", 0.0), header.get("best"), header.get("evaluation_due", False))
 
 
-def _check_same_run(config: Config, stream: TrainStream, opened: Checkpoint) -> None:
-    before, now = opened.header["must_match"], json.loads(json.dumps(must_match(config, stream.manifest.shards_sha256)))
+def check_same(opened: Checkpoint, matching: dict[str, Any]) -> None:
+    """ValueError names what of `matching` is not what the checkpoint was written with."""
+    before, now = opened.header["must_match"], json.loads(json.dumps(matching))
     different = [key for key in now if before.get(key) != now[key]]
     if different:
         changes = "; ".join(f"{key} was {before.get(key)!r} and is now {now[key]!r}" for key in different)
         raise ValueError(f"{opened.path} cannot be resumed: {changes}; set it back, or start a new run.dir")
+
+
+def _check_same_run(config: Config, stream: TrainStream, opened: Checkpoint) -> None:
+    check_same(opened, must_match(config, stream.manifest.shards_sha256))
     last = total_steps(config, stream.steps_per_epoch)
     if opened.step > last:
         raise ValueError(

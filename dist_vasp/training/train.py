@@ -103,7 +103,7 @@ def train(config: Config, ranks: Ranks, init_from: str | None = None) -> dict[st
     result = None
     if state.step == last and not state.evaluation_due:
         del trainer, saver
-        result = _result(config, ranks, state.seconds, last / stream.steps_per_epoch, interrupted)
+        result = final_result(config, ranks, state.seconds, last / stream.steps_per_epoch, interrupted)
     if run_dir and result:
         run_dir.write_result(result)
     if run_dir:
@@ -132,14 +132,19 @@ def with_next(batches: Iterable[Batch]) -> Iterator[tuple[Batch, Batch | None]]:
 def open_stream(config: Config, ranks: Ranks) -> TrainStream:
     """This rank's stream; AgreedError where shards and config do not fit together."""
     with agreed(ranks):
-        if not config.data.shards:
-            raise ValueError("data.shards is not set; pass --data.shards with a folder written by `python -m data_tools.shard`")
-        if not config.run.dir:
-            raise ValueError("run.dir is not set; pass --run.dir with the folder that should hold the run")
-        if Path(config.run.dir).resolve() == Path(config.data.shards).resolve():
-            raise ValueError(f"run.dir and data.shards are both {config.run.dir}; a run needs a folder of its own")
+        check_folders(config)
         d, p = config.data, config.parallel
         return TrainStream(d.shards, d.batch_size, p.lanes, config.run.seed, config.halves, ranks.rank, ranks.world_size)
+
+
+def check_folders(config: Config) -> None:
+    """ValueError unless the data folder and the run's folder are given, and are two."""
+    if not config.data.shards:
+        raise ValueError("data.shards is not set; pass --data.shards with a folder written by `python -m data_tools.shard`")
+    if not config.run.dir:
+        raise ValueError("run.dir is not set; pass --run.dir with the folder that should hold the run")
+    if Path(config.run.dir).resolve() == Path(config.data.shards).resolve():
+        raise ValueError(f"run.dir and data.shards are both {config.run.dir}; a run needs a folder of its own")
 
 
 def check_shards(folder: str | Path, manifest: Manifest, ranks: Ranks) -> None:
@@ -195,7 +200,12 @@ def _evaluate_and_keep_best(
     if stream.manifest.splits["validation"].users:
         with trainer.evaluating() as trunk:
             found = evaluate(
-                model_scorer(trainer.model, trunk), stream.folder, "validation", trainer.ranks, interrupted=interrupted
+                model_scorer(trainer.model, trunk),
+                stream.folder,
+                "validation",
+                trainer.ranks,
+                interrupted=interrupted,
+                recall_denominator=trainer.config.run.recall_denominator,
             )
         if found is None:
             return
@@ -212,14 +222,23 @@ def _evaluate_and_keep_best(
         saver.save_best(state)
 
 
-def _result(config: Config, ranks: Ranks, seconds: float, epochs: float, interrupted: Callable[[], bool]) -> dict[str, Any] | None:
+def final_result(
+    config: Config, ranks: Ranks, seconds: float, epochs: float, interrupted: Callable[[], bool]
+) -> dict[str, Any] | None:
     """What result.json holds, for the best checkpoint; None where a stop came first."""
     loaded = load_model(config.run.dir, None, ranks)
     result: dict[str, Any] = {}
     for split in ("validation", "test"):
         result[split] = None
         if Manifest.load(config.data.shards).splits[split].users:
-            metrics = evaluate(model_scorer(loaded.model, loaded.trunk), config.data.shards, split, ranks, interrupted=interrupted)
+            metrics = evaluate(
+                model_scorer(loaded.model, loaded.trunk),
+                config.data.shards,
+                split,
+                ranks,
+                interrupted=interrupted,
+                recall_denominator=config.run.recall_denominator,
+            )
             if metrics is None:
                 return None
             result[split] = metrics.result()

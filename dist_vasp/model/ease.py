@@ -1,0 +1,157 @@
+"""Closed-form EASE, partitioned by item (Steck 2019, arXiv 1905.03375, equations 7 and 8).
+
+    G = X^T X,    P = (G + lambda I)^-1,    B = I - P diagMat(1 / diag P),    score = x B,    diag(B) = 0
+
+Each rank owns the columns J of the one I x I matrix, in blocks (I, C). G, then -P, then B take each other's place in it; beside it
+there are two panels (I, C) and a block of users.
+
+The inverse is a blocked symmetric sweep. For every block K of columns, with the panel A_IK on all ranks:
+
+    A_KK = L L^T  (Cholesky),    V = A_IK L^-T,    V_K = -L^-T,    A_IK = 0,  A_KI = 0,    A <- A - V V^T
+
+After the last block A is -P. Why this, and not Cholesky, inverse of the factor and product: A stays symmetric, so of every two
+mirrored blocks only one is kept up to date; that is I^3 operations like the three steps together, in one loop of matrix products
+whose work is even over the columns, and one panel on the wire. An inverse by Gauss and Jordan without the symmetry takes 2 I^3. Its
+error in float32 is that of LAPACK's Cholesky and LU, up to a factor of 1.4 either way, at conditions of 1e2 to 1e8
+(docs/experiments.md, EASE).
+
+Shapes: U users of a block, I items, J this rank's items, C columns of a block, K the pivot block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from dist_vasp.model.sparse import ItemRows, sum_rows
+from dist_vasp.parallel.comm import Ranks, agreed, all_reduce
+from dist_vasp.parallel.partition import ItemPartition
+
+SWEEP_COLUMNS = 512  # smaller: more passes over the matrix; larger: more work on the diagonal blocks, which are computed whole
+_GATHER_COLUMNS = 256  # a block of dense users stays in a CPU core's cache (docs/experiments.md)
+
+Range = tuple[int, int]
+
+
+class SymmetricColumns:
+    """This rank's column blocks of a symmetric I x I matrix; of two mirrored blocks of the matrix one is kept, the other stale.
+
+    Column block c keeps the row blocks c, c + 1, ..., half the way round: every column has the same share, on every rank.
+    `columns`: (I, C) each, the blocks `partition.blocks(width)` of this rank, written in place.
+    """
+
+    def __init__(self, columns: list[Tensor], n_items: int, ranks: Ranks, width: int) -> None:
+        P, mine = ranks.layout.partitions, ranks.partition_of_items(n_items).index
+        blocks = [ItemPartition(n_items, P, p).blocks(width) for p in range(P)]
+        self.columns, self.ranks, self.n_items = columns, ranks, n_items
+        self.blocks: list[Range] = [block for of_rank in blocks for block in of_rank]
+        self.first = sum(len(of_rank) for of_rank in blocks[:mine])  # of this rank's blocks
+        assert [c.shape[1] for c in columns] == [hi - lo for lo, hi in blocks[mine]], "columns do not match the partition"
+
+    def kept_rows(self, block: int) -> list[Range]:
+        """The rows of column block `block` that are kept up to date: one range, or two where it goes over the end."""
+        n = len(self.blocks)
+        last = block + (n - 1) // 2 + (n % 2 == 0 and block < n // 2)
+        if last < n:
+            return [(self.blocks[block][0], self.blocks[last][1])]
+        return [(self.blocks[block][0], self.n_items), (0, self.blocks[last - n][1])]
+
+    def own(self) -> list[tuple[int, Tensor]]:
+        """(index over all ranks, block (I, C)) of this rank's columns."""
+        return list(enumerate(self.columns, self.first))
+
+    def panel(self, block: int) -> Tensor:
+        """The columns of `block`, (I, C), on every rank: its kept rows, and the others from the columns that keep their mirror."""
+        lo, hi = self.blocks[block]
+        panel_IC = self.columns[0].new_zeros((self.n_items, hi - lo))
+        for c, column in self.own():
+            if c == block:
+                for first, last in self.kept_rows(c):
+                    panel_IC[first:last] = column[first:last]
+            elif any(first <= lo < last for first, last in self.kept_rows(c)):
+                panel_IC[slice(*self.blocks[c])] = column[lo:hi].T
+        return all_reduce(panel_IC, self.ranks.partition_group)  # a sum: every row comes from one rank
+
+    def subtract_outer(self, V_IC: Tensor) -> None:
+        """A <- A - V V^T on what is kept."""
+        for c, column in self.own():
+            right_T = V_IC[slice(*self.blocks[c])].T
+            for first, last in self.kept_rows(c):
+                column[first:last].addmm_(V_IC[first:last], right_T, alpha=-1)
+
+    def fill(self) -> None:
+        """Bring the stale half up to date: now every column is whole."""
+        for block in range(len(self.blocks)):
+            panel_IC = self.panel(block)
+            for c, column in self.own():
+                if c == block:
+                    column.copy_(panel_IC)
+
+
+def add_gram(G: SymmetricColumns, x: ItemRows) -> None:
+    """G += x^T x on what is kept, for the users x (U rows): their dense rows exist for one block of columns at a time.
+
+    Row i of the sum is the sum of the rows of those users that have item i; a float32 G is exact up to 2^24 users of a pair.
+    """
+    for c, column in G.own():
+        lo, hi = G.blocks[c]
+        for first in range(lo, hi, _GATHER_COLUMNS):
+            last = min(first + _GATHER_COLUMNS, hi)
+            x_UC = torch.zeros((x.n_rows, last - first), device=column.device)
+            x_UC[x.positions(first, last)] = 1
+            for top, bottom in G.kept_rows(c):
+                column[top:bottom, first - lo : last - lo] += sum_rows(x_UC, *x.rows_by_item(top, bottom))
+
+
+def invert(A: SymmetricColumns, tick: Callable[[int], None] = lambda done: None) -> None:
+    """A <- -A^-1, whole columns, in place; `tick(blocks done)` after each block of columns.
+
+    Raises AgreedError on every rank where a pivot is not positive: A is not positive definite in its precision.
+    """
+    for block, (lo, hi) in enumerate(A.blocks):
+        V_IC = A.panel(block)
+        with agreed(A.ranks):
+            L_CC = _cholesky(V_IC[lo:hi], lo)
+        inverse_CC = torch.linalg.solve_triangular(L_CC, torch.eye(hi - lo, dtype=L_CC.dtype, device=L_CC.device), upper=False)
+        V_IC = V_IC @ inverse_CC.T
+        V_IC[lo:hi] = -inverse_CC.T
+        for c, column in A.own():
+            if c == block:
+                column.zero_()
+            else:
+                column[lo:hi] = 0
+        A.subtract_outer(V_IC)
+        tick(block + 1)
+    A.fill()
+
+
+def _cholesky(pivot_CC: Tensor, first: int) -> Tensor:
+    L_CC, info = torch.linalg.cholesky_ex(pivot_CC)
+    if info.item():
+        raise ValueError(
+            f"the Gram matrix plus model.ease_lambda has a pivot that is not positive at item row {first + int(info.item()) - 1}: it "
+            f"is singular in {str(pivot_CC.dtype).removeprefix('torch.')}; raise model.ease_lambda or set model.ease_dtype to fp64"
+        )
+    return L_CC
+
+
+def to_weights(negative_P: SymmetricColumns) -> None:
+    """-P -> B, whole columns, in place: B_ij = -P_ij / P_jj, zero on the diagonal. AgreedError where P_jj is not positive."""
+    with agreed(negative_P.ranks):
+        for c, column in negative_P.own():
+            lo, hi = negative_P.blocks[c]
+            diagonal_C = torch.diagonal(column[lo:hi])
+            if not ((diagonal_C < 0) & torch.isfinite(diagonal_C)).all():
+                raise ValueError(
+                    f"the inverse has a diagonal that is not positive within the item rows {lo} to {hi - 1}: too ill-conditioned for "
+                    f"{str(column.dtype).removeprefix('torch.')}; raise model.ease_lambda or set model.ease_dtype to fp64"
+                )
+            column.div_(-diagonal_C.clone())
+            diagonal_C.zero_()
+
+
+def add_to_diagonal(A: SymmetricColumns, value: float) -> None:
+    for c, column in A.own():
+        torch.diagonal(column[slice(*A.blocks[c])]).add_(value)

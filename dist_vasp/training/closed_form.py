@@ -1,0 +1,334 @@
+"""Closed-form EASE as a run: Gram matrix of the shards, inverse, validation, checkpoint, result (`model.kind: ease`).
+
+A step is one lambda: the given one, or those of GRID from large to small until the validation NDCG@100 has fallen twice in a row.
+The matrix is kept once: the Gram matrix of the next lambda is computed again, into the same memory, because it costs a small part of
+what the inverse does. The best lambda so far is on disk; a run that stopped goes on behind it. Loss, optimizer and reading lanes of
+the configuration are not used.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dist_vasp import checkpoint as checkpoints
+from dist_vasp.config import Config
+from dist_vasp.data.format import Manifest, read_shard
+from dist_vasp.data.stream import Rows, concatenate_rows
+from dist_vasp.model.ease import SWEEP_COLUMNS, SymmetricColumns, add_gram, add_to_diagonal, invert, to_weights
+from dist_vasp.model.vasp import VASP
+from dist_vasp.parallel.comm import AgreedError, Ranks, agreed, any_rank, barrier
+from dist_vasp.plan import EASE_INTERACTIONS_PER_ITEM, Sizes, make_plan
+from dist_vasp.ranking.evaluate import evaluate, model_scorer, to_item_rows
+from dist_vasp.training.floor import measure_rates
+from dist_vasp.training.progress import Progress
+from dist_vasp.training.run_dir import RunDir, check_shared
+from dist_vasp.training.state import check_same
+from dist_vasp.training.stop import StopRequest
+from dist_vasp.training.train import BEST_BY, check_folders, check_shards, final_result, summary
+
+GRID = tuple(10.0 * 2**k for k in range(9, -1, -1))  # 5120 to 10
+PATIENCE = 2  # lambdas in a row that may be worse than the best before the search ends
+_MOST_USERS = 1 << 16  # whose rows are dense for a block of columns: 64 MB
+
+
+class _StoppedError(Exception):
+    """A rank was asked to stop; all ranks raise it together."""
+
+
+def solve(config: Config, ranks: Ranks) -> dict[str, Any] | None:
+    """Compute EASE, or go on with the search of its lambda. Returns what result.json holds, None when a signal stopped it.
+
+    Raises AgreedError for what a user can mend, a matrix that is singular in its precision included.
+    """
+    stop = StopRequest()
+    manifest = _open(config, ranks)
+    check_shards(config.data.shards, manifest, ranks)
+    run_dir: RunDir | None = None
+    with agreed(ranks):
+        run_dir = RunDir(config.run.dir) if ranks.is_main else None
+    check_shared(config.run.dir, ranks)
+    folder = Path(config.run.dir) / "checkpoints"
+    lambdas = _lambdas(config)
+    header, finished = _resume(config, manifest, folder, ranks)
+    done = header["position"]["step"] if header else 0
+    if run_dir:
+        checkpoints.prune(folder, 1)
+        run_dir.open(config, len(lambdas) if finished else done)
+    say: Callable[[str], None] = partial(print, flush=True) if ranks.is_main else lambda text: None
+    say(_opening(config, manifest, ranks, header, finished))
+    try:
+        if not finished:
+            header = _search(config, manifest, ranks, lambdas, header, folder, run_dir, say, stop)
+        assert header is not None
+        barrier(ranks.world)  # the link `best` is there for every rank
+        result = final_result(config, ranks, header["seconds_training"], 1, lambda: any_rank(stop.requested, ranks))
+    except _StoppedError:
+        result = None
+    if run_dir and result and header:
+        result["ease_lambda"] = header["ease_lambda"]
+        run_dir.write_result(result)
+    if run_dir:
+        if result is None:
+            say("stopped on request; the same command goes on behind the best lambda that is saved")
+        run_dir.close()
+    stop.close()
+    return result
+
+
+def _search(
+    config: Config,
+    manifest: Manifest,
+    ranks: Ranks,
+    lambdas: tuple[float, ...],
+    header: dict[str, Any] | None,
+    folder: Path,
+    run_dir: RunDir | None,
+    say: Callable[[str], None],
+    stop: StopRequest,
+) -> dict[str, Any]:
+    """Header of the best checkpoint after every lambda that is to be tried; `header` is that of an earlier attempt."""
+
+    def interrupted() -> bool:
+        return any_rank(stop.requested, ranks)
+
+    model = VASP(config.model, config.loss, manifest.n_items, ranks, 0, initialise=False, block_columns=SWEEP_COLUMNS)
+    scored = manifest.splits["validation"].users > 0
+    seconds, fallen = header["seconds_training"] if header else 0.0, 0
+    for step in range(header["position"]["step"] + 1 if header else 1, len(lambdas) + 1):
+        value = lambdas[step - 1]
+        start = time.monotonic()
+        try:
+            fit(model, config, manifest, value, ranks, ranks.is_main, interrupted)
+        except AgreedError as error:
+            if header is None:
+                raise
+            say(f"lambda {value:g}: {error}; the search ends here")
+            break
+        took = time.monotonic() - start
+        seconds += took
+        metrics = None
+        if scored:
+            found = evaluate(
+                model_scorer(model, None),
+                config.data.shards,
+                "validation",
+                ranks,
+                interrupted=interrupted,
+                recall_denominator=config.run.recall_denominator,
+            )
+            if found is None:
+                raise _StoppedError
+            metrics = found.result()
+            if not metrics["n_users"]:
+                metrics = None
+        if metrics is None and len(lambdas) > 1:
+            raise AgreedError(_no_validation(config))
+        say(f"lambda {value:g}: " + (f"validation {summary(metrics)}, " if metrics else "") + f"{took:.1f} s")
+        if run_dir and metrics:
+            line = {"step": step, "epoch": 0, "split": "validation", "ease_lambda": value, "seconds": took}
+            run_dir.record({**line, **metrics}, "validation")
+        if header is None or (metrics and metrics[BEST_BY] > header["best"][BEST_BY]):
+            fallen = 0
+            header = _save(config, manifest, model, ranks, folder, step, value, seconds, metrics)
+        else:
+            fallen += 1
+            if fallen == PATIENCE:
+                break
+    assert header is not None
+    header["seconds_training"] = seconds
+    return header
+
+
+# --- one lambda ------------------------------------------------------------------------------------------------------
+
+
+def fit(
+    model: VASP,
+    config: Config,
+    manifest: Manifest,
+    value: float,
+    ranks: Ranks,
+    show: bool = False,
+    interrupted: Callable[[], bool] = lambda: False,
+) -> None:
+    """Write B for lambda `value` into the model's item matrix; in float64 that matrix is made anew, block by block, in float32."""
+    columns = model.output.W_IC
+    dtype = {"fp32": torch.float32, "fp64": torch.float64}[config.model.ease_dtype]
+    _convert(columns, dtype)
+    for column in columns:
+        column.zero_()
+    matrix = SymmetricColumns(columns, manifest.n_items, ranks, SWEEP_COLUMNS)
+    reading = Progress("Gram matrix, training", manifest.splits["train"].users, "user", show=show)
+    done = 0
+    for rows in training_users(config.data.shards, manifest):
+        if interrupted():
+            raise _StoppedError
+        add_gram(matrix, to_item_rows(rows, rows.n_rows, manifest.n_items, ranks.device))
+        done += rows.n_rows
+        reading.update(done)
+    reading.close()
+    add_to_diagonal(matrix, value)
+
+    inverting = Progress(f"lambda {value:g}, inverse", len(matrix.blocks), "block", show=show)
+
+    def tick(blocks: int) -> None:
+        inverting.update(blocks)
+        if interrupted():
+            raise _StoppedError
+
+    invert(matrix, tick)
+    inverting.close()
+    to_weights(matrix)
+    _convert(columns, torch.float32)
+
+
+def _convert(columns: list[Tensor], dtype: torch.dtype) -> None:
+    """One block after the other, so that the two precisions share the memory."""
+    for i, column in enumerate(columns):
+        columns[i] = column.to(dtype)
+
+
+def training_users(folder: str | Path, manifest: Manifest) -> Iterator[Rows]:
+    """All training users, some shards at a time. ValueError where a shard is damaged."""
+    enough = EASE_INTERACTIONS_PER_ITEM * manifest.n_items  # the sums over them outweigh the pass over the matrix
+    waiting: list[Rows] = []
+    for entry in manifest.splits["train"].shards:
+        block = read_shard(folder, "train", entry, manifest.n_items)
+        waiting.append(Rows(block.indptr, block.items))
+        if sum(len(rows.items) for rows in waiting) >= enough or sum(rows.n_rows for rows in waiting) >= _MOST_USERS:
+            yield concatenate_rows(waiting)
+            waiting = []
+    if waiting:
+        yield concatenate_rows(waiting)
+
+
+# --- before and after ------------------------------------------------------------------------------------------------
+
+
+def _open(config: Config, ranks: Ranks) -> Manifest:
+    """The manifest; AgreedError where shards and configuration do not fit together."""
+    with agreed(ranks):
+        check_folders(config)
+        manifest = Manifest.load(config.data.shards)
+        if manifest.splits["train"].users < 1:
+            raise ValueError(f"{config.data.shards} has no training users; prepare the data with fewer val_users and test_users")
+        if not config.model.ease_lambda and not manifest.splits["validation"].users:
+            raise ValueError(_no_validation(config))
+        ranks.partition_of_items(manifest.n_items)
+    return manifest
+
+
+def _no_validation(config: Config) -> str:
+    return (
+        f"model.ease_lambda is 0, so it is to be chosen on validation, but {config.data.shards} has no validation user with a target; "
+        "set model.ease_lambda, or prepare the data with some"
+    )
+
+
+def _lambdas(config: Config) -> tuple[float, ...]:
+    return (config.model.ease_lambda,) if config.model.ease_lambda else GRID
+
+
+def _matching(config: Config, manifest: Manifest) -> dict[str, Any]:
+    """What a resumed run may not change; nothing else has a part in the result."""
+    m = config.model
+    return {
+        "model.kind": m.kind,
+        "model.ease_lambda": m.ease_lambda,
+        "model.ease_dtype": m.ease_dtype,
+        "hash of data.shards": manifest.shards_sha256,
+    }
+
+
+def _resume(config: Config, manifest: Manifest, folder: Path, ranks: Ranks) -> tuple[dict[str, Any] | None, bool]:
+    """Header of the best lambda so far, None where there is none, and whether the run has its result already."""
+    header = None
+    with agreed(ranks):
+        path = checkpoints.newest(folder)
+        if path is not None:
+            opened = checkpoints.open_checkpoint(path)
+            check_same(opened, _matching(config, manifest))
+            header = opened.header
+        result = folder.parent / "result.json"
+        finished = header is not None and result.is_file()
+        if header and finished:
+            header["seconds_training"] = _seconds(result)  # of the lambdas behind the best one, too
+    return header, finished
+
+
+def _seconds(result: Path) -> float:
+    try:
+        return float(json.loads(result.read_text())["seconds_training"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{result} cannot be read ({error!r}); remove it, and the same command goes on with the search") from None
+
+
+def _save(
+    config: Config,
+    manifest: Manifest,
+    model: VASP,
+    ranks: Ranks,
+    folder: Path,
+    step: int,
+    value: float,
+    seconds: float,
+    metrics: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """Write the model as step-XXXXXXXX, from the matrix itself; point `best` at it if it was validated. Returns its header."""
+    header = {
+        "position": {"epoch": 0, "step_in_epoch": 0, "step": step},
+        "config": asdict(config),
+        "must_match": _matching(config, manifest),
+        "vocabulary_sha256": manifest.vocabulary_sha256,
+        "shards_sha256": manifest.shards_sha256,
+        "n_items": manifest.n_items,
+        "layout": asdict(ranks.layout),
+        "optimizer": {"step": 0, "mu_product": 1.0},
+        "seconds_training": seconds,
+        "ease_lambda": value,
+        "best": metrics,
+    }
+    path = folder / f"step-{step:08d}"
+    checkpoints.save(path, header, model.slices(), {}, ranks)
+    if ranks.is_main:
+        if metrics:
+            checkpoints.point_best_at(path)
+        checkpoints.prune(folder, 1)
+    return header
+
+
+def _opening(config: Config, manifest: Manifest, ranks: Ranks, header: dict[str, Any] | None, finished: bool) -> str:
+    train, m = manifest.splits["train"], config.model
+    text = f"ease on {train.users:,} users and {manifest.n_items:,} items in {m.ease_dtype}, {ranks.layout.partitions} partitions: "
+    if finished and header:
+        return text + f"{config.run.dir} already holds lambda {header['ease_lambda']:g}; it is evaluated again"
+    text += f"lambda {m.ease_lambda:g}" if m.ease_lambda else f"lambda by validation, at most {len(GRID)} from {GRID[0]:g} down"
+    return text + (f" (resumed behind lambda {header['ease_lambda']:g})" if header else "")
+
+
+def dry_run(config: Config, ranks: Ranks) -> str:
+    """Check config and shards as `solve` does, and say what memory and time it takes; nothing is built or written."""
+    manifest = _open(config, ranks)
+    check_shards(config.data.shards, manifest, ranks)
+    train, layout = manifest.splits["train"], ranks.layout
+    rates = measure_rates(ranks.device, min(manifest.n_items, 1 << 14))
+    sizes = Sizes(manifest.n_items, train.interactions / max(train.users, 1), train.users)
+    plan = make_plan(config, sizes, layout.partitions, layout.replicas, rates, ranks.device.type)
+    newest = checkpoints.newest(Path(config.run.dir) / "checkpoints")
+    parts = ", ".join(f"{kind} {n_bytes / 1e9:.2f}" for kind, n_bytes in plan.memory.items())
+    lambdas = "one lambda" if config.model.ease_lambda else f"each of at most {len(GRID)} lambdas"
+    return (
+        f"dry run: ease, {train.users:,} training users, {manifest.n_items:,} items, {config.model.ease_dtype}\n"
+        f"memory of a rank, {layout.partitions} partitions: {plan.memory_total / 1e9:.2f} GB ({parts})\n"
+        f"time for {lambdas}, evaluation excluded: about {plan.step_seconds:,.0f} s at the {rates.flops / 1e9:.0f} GFLOP/s measured now\n"
+        f"run.dir {config.run.dir}: " + (f"would go on behind {newest.name}" if newest else "would start anew")
+    )
