@@ -143,7 +143,7 @@ def _made(found: dict[str, Any]) -> list[str]:
         f"    {made['command']}",
         "",
         f"- Data: {data['shards']}, protocol {data['protocol']}, {data['n_items']:,} items; {splits}.",
-        "- Every run is `launch/train.py` on its own folder; the best checkpoint by validation NDCG@100 is tested, once.",
+        "- Every run is `launch/train.py` on its own folder; the best checkpoint by validation NDCG@100 is tested.",
         f"- Seen items are left out of the lists; Recall@k divides by {divisor}, NDCG's ideal has min(100, held-out items) "
         "hits; users without a held-out item are not scored.",
         f"- Python {made['python']}, {versions}; {made['cores']} cores.",
