@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: all demo test test-slow lint types clean
+.PHONY: all demo compare test test-slow lint types clean
 all: $(STAMP)
 
 $(STAMP): setup.py constraints.txt
@@ -14,14 +14,21 @@ $(STAMP): setup.py constraints.txt
 # A synthetic catalogue, sharded, trained on two CPU ranks whatever the machine has, evaluated, and three users' lists.
 demo: $(STAMP)
 	rm -rf demo
-	mkdir -p demo
-	$(BIN)/python -m data_tools.synthesize demo/interactions.parquet --users 3000 --items 800 --interactions 120000 --seed 1
-	$(BIN)/python -m data_tools.shard demo/interactions.parquet demo/shards --val_users 300 --test_users 600
-	$(BIN)/python -m data_tools.verify demo/shards
+	$(MAKE) demo/shards/manifest.json
 	DS_ACCELERATOR=cpu $(BIN)/deepspeed --num_accelerators 2 launch/train.py --config configs/demo.yaml
 	$(BIN)/python launch/evaluate.py --device cpu --baseline popularity --shards demo/shards
 	$(BIN)/python launch/evaluate.py --device cpu --run demo/run
 	$(BIN)/python launch/recommend.py --device cpu --run demo/run --histories demo/interactions.parquet --k 10 --output demo/lists.csv --show 3
+
+demo/shards/manifest.json: | $(STAMP)
+	mkdir -p demo
+	$(BIN)/python -m data_tools.synthesize demo/interactions.parquet --users 3000 --items 800 --interactions 120000 --seed 1
+	$(BIN)/python -m data_tools.shard demo/interactions.parquet demo/shards --val_users 300 --test_users 600
+	$(BIN)/python -m data_tools.verify demo/shards
+
+# Which model wins on the demo's data, and at what cost: demo/compare/report.md.
+compare: $(STAMP) demo/shards/manifest.json
+	$(BIN)/python launch/compare.py --config configs/compare.yaml --output demo/compare
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from dist_vasp.data.format import Manifest, load_items
 from dist_vasp.parallel.comm import agreed, init_ranks
 from dist_vasp.ranking.evaluate import evaluate, model_scorer, popularity_scorer
 from dist_vasp.ranking.load import check_vocabulary, load_model
+from dist_vasp.ranking.per_user import PerUserFile
 from dist_vasp.training.progress import Progress
 from dist_vasp.training.run_dir import write_atomically
 from dist_vasp.training.train import summary
@@ -29,13 +31,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="recall@k divides by min(k, held-out items), or by all held-out items; default: what the run says, else min",
     )
     parser.add_argument("--json", metavar="FILE", help="write {split: metrics} to this file")
+    parser.add_argument("--per_user", metavar="FILE.parquet", help="write each user's metrics, also by popularity of the target")
     arguments = parser.parse_args(argv)
     if (arguments.run is None) == (arguments.baseline is None):
         raise ValueError("expected either --run RUN_DIR or --baseline popularity; pass one of the two")
     if arguments.baseline and not arguments.shards:
         raise ValueError("--baseline needs data; pass --shards DIR, a folder written by `python -m data_tools.shard`")
-    if arguments.json and not Path(arguments.json).parent.is_dir():
-        raise ValueError(f"--json {arguments.json}: the folder {Path(arguments.json).parent} does not exist; create it first")
+    for option in ("json", "per_user"):
+        path = getattr(arguments, option)
+        if path and not Path(path).parent.is_dir():
+            raise ValueError(f"--{option} {path}: the folder {Path(path).parent} does not exist; create it first")
+    if arguments.per_user and Path(arguments.per_user).suffix != ".parquet":
+        raise ValueError(f"--per_user {arguments.per_user} does not end in .parquet; name a Parquet file")
 
     ranks = init_ranks(device=arguments.device, interface=arguments.interface)
     loaded = load_model(arguments.run, arguments.checkpoint, ranks) if arguments.run else None
@@ -51,10 +58,18 @@ def main(argv: Sequence[str] | None = None) -> None:
             name = arguments.baseline
         if not manifest.splits[arguments.split].users:
             raise ValueError(f"{folder} has no {arguments.split} users; choose another --split or prepare the data with some")
+        denominator = arguments.recall_denominator or (loaded.config.run.recall_denominator if loaded else "min")
+        per_user = None
+        if arguments.per_user and ranks.is_main:
+            items = load_items(folder, manifest)
+            per_user = PerUserFile(arguments.per_user, folder, arguments.split, manifest, items, denominator)
 
     progress = Progress(f"evaluating {arguments.split}", manifest.splits[arguments.split].users, "user", show=ranks.is_main)
-    denominator = arguments.recall_denominator or (loaded.config.run.recall_denominator if loaded else "min")
-    found = evaluate(scorer, folder, arguments.split, ranks, progress.update, recall_denominator=denominator)
+    with per_user or nullcontext():
+        each_block = per_user.write if per_user else None
+        found = evaluate(
+            scorer, folder, arguments.split, ranks, progress.update, recall_denominator=denominator, each_block=each_block
+        )
     progress.close()
     assert found is not None
     metrics = found.result()

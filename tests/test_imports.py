@@ -15,7 +15,15 @@ BASE = {
     "dist_vasp.parallel.network",
     "dist_vasp.parallel.liveness",
 }  # import nothing of ours
-ROOMS = ["parallel.comm", "data", "model", "checkpoint", "ranking", "training"]  # each imports itself, those before it and BASE
+ROOMS = [
+    "parallel.comm",
+    "data",
+    "model",
+    "checkpoint",
+    "ranking",
+    "training",
+    "compare",
+]  # each imports itself, those before it and BASE
 NARROW = {"dist_vasp.plan": {"dist_vasp.config", "dist_vasp.parallel.partition"}}  # imports these alone
 FILES = sorted(p for top in ("dist_vasp", "data_tools", "launch") for p in (ROOT / top).rglob("*.py"))
 MODULES = {".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p for p in FILES}

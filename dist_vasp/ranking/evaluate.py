@@ -91,10 +91,12 @@ def evaluate(
     progress: Callable[[int], None] | None = None,
     interrupted: Callable[[], bool] = lambda: False,
     recall_denominator: str = "min",
+    each_block: Callable[[EvalBlock, np.ndarray], None] | None = None,
 ) -> RankingMetrics | None:
     """Recall, NDCG and coverage of `split`, the same on every rank.
 
-    `progress(users done)` is called after each block. `interrupted()`, asked of all ranks together before each block, ends the
+    `progress(users done)` is called after each block, `each_block(users, their lists (U, 100))` before it, on every rank that
+    passes one: all ranks know the lists of all users. `interrupted()`, asked of all ranks together before each block, ends the
     evaluation without a result (None).
     """
     manifest = Manifest.load(folder)
@@ -103,7 +105,10 @@ def evaluate(
     for block in evaluation_blocks(folder, split, USERS_PER_BLOCK * replicas):
         if interrupted():
             return None
-        metrics.update(_lists(scorer, block, manifest.n_items, ranks), block.held_out)
+        ids = _lists(scorer, block, manifest.n_items, ranks)
+        metrics.update(ids, block.held_out)
+        if each_block:
+            each_block(block, ids)
         done += len(block.user_keys)
         if progress:
             progress(done)

@@ -68,6 +68,11 @@ _METRICS: dict[str, Callable[[np.ndarray, Rows, str], np.ndarray]] = {
 }
 
 
+def user_metrics(topk_ids: np.ndarray, held_out: Rows, recall_denominator: str = "min") -> dict[str, np.ndarray]:
+    """Each metric of each user, (U,) float64, NaN where the target is empty. topk_ids (U, K), held_out of U rows."""
+    return {name: metric(topk_ids, held_out, recall_denominator) for name, metric in _METRICS.items()}
+
+
 class RankingMetrics:
     """Collects the metrics block by block. Holds a few numbers per user and one flag per item.
 
@@ -84,8 +89,8 @@ class RankingMetrics:
         topk_ids = np.asarray(topk_ids)
         first = topk_ids[:, :_COVERAGE_K]
         self._listed[first[first >= 0]] = True
-        for name, metric in _METRICS.items():
-            self._values[name].append(metric(topk_ids, held_out, self._denominator))
+        for name, values in user_metrics(topk_ids, held_out, self._denominator).items():
+            self._values[name].append(values)
 
     def per_user(self) -> dict[str, np.ndarray]:
         """Each metric of each user, (n,) float64, in the order they were added; NaN where the target was empty."""

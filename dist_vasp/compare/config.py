@@ -1,0 +1,223 @@
+"""What is to be compared: a strict reader of the YAML file, and the runs that it asks for.
+
+shards: DIR                   data folder that every model is trained and tested on
+reference: NAME               the model that all others are paired with
+seeds: [0, 1, 2]              run.seed of each run of a model
+overrides: {device: cpu}      optional: section.key: value for every trained model
+models:
+  - name: vasp                letters, digits, dot, dash, underscore
+    config: configs/X.yaml    a run's configuration, or its sections in place
+    overrides: {model.kind: vasp}
+    seeds: [0]                optional; closed-form models and baselines take the first seed alone
+  - name: popularity
+    baseline: popularity      in place of config: nothing is trained
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dist_vasp.config import Config, from_dict
+
+BASELINES = ("popularity",)
+CLOSED_FORM = ("ease",)  # model.kinds whose result does not depend on run.seed
+_OWN_KEYS = {"data.shards": "shards", "run.dir": "--output", "run.seed": "seeds"}  # what a comparison sets itself
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+@dataclass(frozen=True)
+class Model:
+    """One row of the report: a configuration without seed and folder, or a baseline."""
+
+    name: str
+    seeds: tuple[int, ...]
+    config: Config | None  # None for a baseline
+    source: str  # the file, `inline`, or the baseline
+    overrides: dict[str, Any]
+
+    @property
+    def what(self) -> str:
+        """The model in a few words."""
+        if self.config is None:
+            return f"baseline {self.source}"
+        kind, c = self.config.model.kind, self.config
+        if kind in CLOSED_FORM:
+            return f"{kind}, closed form"
+        limit = f", at most {c.run.max_steps} steps" if c.run.max_steps else ""
+        return f"{kind}, loss {c.loss.kind}, {'halves' if c.halves else 'whole rows'}, {c.epochs} epochs{limit}"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One model with one seed; its files lie in `folder` under the name `stem`."""
+
+    model: Model
+    seed: int
+    folder: Path
+    config: Config | None
+
+    @property
+    def stem(self) -> str:
+        return f"{self.model.name}-seed{self.seed}"
+
+    @property
+    def dir(self) -> Path:
+        """run.dir of the training."""
+        return self.folder / self.stem
+
+    def file(self, ending: str) -> Path:
+        """A file of this run beside its run.dir."""
+        return self.folder / f"{self.stem}.{ending}"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The whole of a compare file."""
+
+    path: str
+    shards: str
+    reference: str
+    seeds: tuple[int, ...]
+    models: tuple[Model, ...]
+
+    @property
+    def recall_denominator(self) -> str:
+        """That of every model, and of the baselines beside them."""
+        return next((model.config.run.recall_denominator for model in self.models if model.config), "min")
+
+    def runs(self, output: str | Path) -> list[Run]:
+        """All runs, the first seed of every model first: the report may be read early if the rest is called off."""
+        folder = Path(output) / "runs"
+        found = []
+        for place in range(max(len(model.seeds) for model in self.models)):
+            for model in self.models:
+                if place < len(model.seeds):
+                    found.append(Run(model, model.seeds[place], folder, _config_of(model, model.seeds[place], folder)))
+        return found
+
+
+def _config_of(model: Model, seed: int, folder: Path) -> Config | None:
+    if model.config is None:
+        return None
+    raw = asdict(model.config)
+    raw["run"] |= {"seed": seed, "dir": str(folder / f"{model.name}-seed{seed}")}
+    return from_dict(raw)
+
+
+def read_comparison(path: str | Path, more: Mapping[str, Any] | None = None) -> Comparison:
+    """The comparison in a YAML file; `more` overrides every trained model's keys, and `shards`. ValueError says what does not fit."""
+    raw = _mapping(_read_yaml(path, "the configuration of a comparison"), str(path))
+    more = dict(more or {})
+    _known(raw, ("shards", "reference", "seeds", "models", "overrides"), str(path))
+    shards = more.pop("shards", raw.get("shards"))
+    if not isinstance(shards, str) or not shards:
+        raise ValueError(f"{path}: shards is {shards!r}, expected a folder written by `python -m data_tools.shard`; set it")
+    seeds = _seeds(raw.get("seeds", [0]), f"{path}: seeds")
+    entries = raw.get("models")
+    if not isinstance(entries, list) or not entries:
+        raise ValueError(f"{path}: models is {entries!r:.80}, expected a list of models, each with a name and a config; add some")
+    common = _overrides(raw.get("overrides", {}), f"{path}: overrides")
+    models: list[Model] = []
+    for place, entry in enumerate(entries):
+        model = _model(entry, f"{path}: models[{place}]", shards, seeds, common, more)
+        if model.name in (other.name for other in models):
+            raise ValueError(f"{path}: models[{place}].name {model.name!r} is there twice; give each model a name of its own")
+        models.append(model)
+    denominators = {model.config.run.recall_denominator for model in models if model.config}
+    if len(denominators) > 1:
+        raise ValueError(f"{path}: run.recall_denominator is min for some models and held_out for others; set one under overrides")
+    reference, names = raw.get("reference"), [model.name for model in models]
+    if reference not in names:
+        raise ValueError(f"{path}: reference is {reference!r:.80}, expected one of the models {', '.join(names)}; name one")
+    return Comparison(str(path), shards, str(reference), seeds, tuple(models))
+
+
+def _model(raw: Any, where: str, shards: str, seeds: tuple[int, ...], common: Mapping[str, Any], more: Mapping[str, Any]) -> Model:
+    entry = _mapping(raw, where)
+    name = entry.get("name")
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise ValueError(f"{where}.name is {name!r:.80}, expected letters, digits, dots, dashes, underscores; it names files too")
+    where = f"{where} ({name})"
+    _known(entry, ("name", "config", "baseline", "overrides", "seeds"), where)
+    if ("config" in entry) == ("baseline" in entry):
+        raise ValueError(f"{where} has {'both' if 'config' in entry else 'neither'} config and baseline; give one of the two")
+    own_seeds = _seeds(entry["seeds"], f"{where}.seeds") if "seeds" in entry else None
+    if "baseline" in entry:
+        if entry["baseline"] not in BASELINES:
+            raise ValueError(f"{where}.baseline is {entry['baseline']!r}, expected {' or '.join(BASELINES)}; correct it")
+        if "overrides" in entry:
+            raise ValueError(f"{where}.overrides is set, but a baseline has no configuration; leave it out")
+        return Model(name, (own_seeds or seeds)[:1], None, entry["baseline"], {})
+
+    source = entry["config"]
+    sections = _read_yaml(source, "a run's configuration") if isinstance(source, str) else copy.deepcopy(source)
+    overrides = {**common, **_overrides(entry.get("overrides", {}), f"{where}.overrides"), **_overrides(more, "the command line")}
+    sections = _mapping(sections, f"{where}.config")
+    try:
+        config = from_dict(_with_overrides(sections, {**overrides, "data.shards": shards}))
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    alone = config.model.kind in CLOSED_FORM and own_seeds is None
+    return Model(
+        name, seeds[:1] if alone else own_seeds or seeds, config, source if isinstance(source, str) else "inline", overrides
+    )
+
+
+def _with_overrides(sections: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(sections)
+    for key, value in overrides.items():
+        section, _, name = key.partition(".")
+        if not name:
+            merged[section] = value
+            continue
+        inner = merged.get(section) or {}
+        if not isinstance(inner, dict):
+            raise ValueError(f"{section} is {inner!r:.80}, expected a section of keys; write `{section}:` with its keys below")
+        merged[section] = {**inner, name: value}
+    return merged
+
+
+def _read_yaml(path: str | Path, what: str) -> Any:
+    try:
+        return yaml.safe_load(Path(path).read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise ValueError(f"{path} cannot be read ({reason}); expected a YAML file with {what}") from None
+
+
+def _mapping(raw: Any, where: str) -> dict[str, Any]:
+    if not isinstance(raw, dict) or not all(isinstance(key, str) for key in raw):
+        raise ValueError(f"{where} is {raw!r:.80}, expected keys with values; see configs/compare.yaml")
+    return dict(raw)
+
+
+def _known(raw: Mapping[str, Any], keys: Sequence[str], where: str) -> None:
+    for key in raw:
+        if key not in keys:
+            raise ValueError(f"{where}: {key!r:.80} is not a key of a comparison; expected {', '.join(keys)}")
+
+
+def _seeds(raw: Any, where: str) -> tuple[int, ...]:
+    seeds = raw if isinstance(raw, list) else [None]
+    if not seeds or any(type(seed) is not int or seed < 0 for seed in seeds) or len(set(seeds)) < len(seeds):
+        raise ValueError(f"{where} is {raw!r:.80}, expected a list of different whole numbers from 0; for instance [0, 1, 2]")
+    return tuple(seeds)
+
+
+def _overrides(raw: Any, where: str) -> dict[str, Any]:
+    found = _mapping(raw, where)
+    for key in found:
+        if key in _OWN_KEYS:
+            raise ValueError(f"{where}: {key} belongs to the comparison; set {_OWN_KEYS[key]} in its place")
+        if "." not in key and key != "device":
+            raise ValueError(
+                f"{where}: {key} is not a key of the configuration; write section.key: value, such as model.kind: nease"
+            )
+    return found

@@ -1,0 +1,165 @@
+"""Everything a report tells, as one dictionary: report.json is this, report.md its text."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dist_vasp.compare.config import Comparison, Model, Run
+from dist_vasp.compare.runs import Failure
+from dist_vasp.compare.statistics import METRICS, Cost, Estimate, Scores, against_reference, paired, read_scores, verdict
+from dist_vasp.data.format import Manifest, load_items
+from dist_vasp.ranking.per_user import THIRDS, popularity_thirds
+
+COLUMNS = (*METRICS, *(f"{metric}_{third}" for third in THIRDS for metric in METRICS))
+
+
+def gather(comparison: Comparison, output: Path, failures: Sequence[Failure], command: str) -> dict[str, Any]:
+    """Read what the finished runs have left. ValueError when the reference has no result, or no user could be scored."""
+    failed = {failure.run.stem for failure in failures}
+    finished: dict[str, list[Run]] = {model.name: [] for model in comparison.models}
+    for run in comparison.runs(output):
+        if run.stem not in failed:
+            finished[run.model.name].append(run)
+    models = [model for model in comparison.models if finished[model.name]]
+    scores = {m.name: read_scores(m.name, {run.seed: run.file("per_user.parquet") for run in finished[m.name]}) for m in models}
+    if comparison.reference not in scores:
+        raise ValueError(f"no report: the reference {comparison.reference} has no finished run; mend it and start the same command")
+    reference = scores[comparison.reference]
+    if not reference.estimate(METRICS[0]).n:
+        raise ValueError(f"{comparison.shards} has no test user with a held-out item; prepare the data with some")
+    manifest = Manifest.load(comparison.shards)
+    costs = {m.name: _cost(finished[m.name], m, manifest.n_items) for m in models}
+    briefly = {name: Cost(c["seconds_training"], c["peak_memory"]) for name, c in costs.items()}
+    return {
+        "verdict": verdict(list(scores.values()), comparison.reference, briefly),
+        "against_reference": against_reference(list(scores.values()), comparison.reference),
+        "reference": comparison.reference,
+        "models": [_model(m, scores[m.name], reference, finished[m.name], costs[m.name]) for m in models],
+        "failures": [{"run": f.run.stem, "status": f.status, "reason": f.reason, "log": str(f.run.file("log"))} for f in failures],
+        "recall_denominator": comparison.recall_denominator,
+        "data": _data(comparison.shards, manifest),
+        "made": {
+            "command": command,
+            "config": comparison.path,
+            "output": str(output),
+            "versions": {name: importlib.metadata.version(name) for name in ("torch", "deepspeed", "numpy")},
+            "python": platform.python_version(),
+            "cores": len(os.sched_getaffinity(0)),
+        },
+    }
+
+
+def _model(model: Model, scores: Scores, reference: Scores, runs: Sequence[Run], cost: dict[str, Any]) -> dict[str, Any]:
+    coverage = [json.loads(run.file("test.json").read_text())["test"]["coverage@100"] for run in runs]
+    found: dict[str, Any] = {
+        "name": model.name,
+        "what": model.what,
+        "trained": model.config is not None,
+        "seeds": list(scores.seeds),
+    }
+    found |= {"source": model.source, "overrides": model.overrides}
+    found["metrics"] = {
+        column: {
+            **_estimate(scores.estimate(column)),
+            "by_seed": [_number(value) for value in scores.by_seed(column)],
+            "seed_sd": _number(scores.seed_sd(column)),
+        }
+        for column in COLUMNS
+    }
+    found["coverage@100"] = {"mean": fmean(coverage), "by_seed": coverage}
+    if model.name != reference.name:
+        found["difference"] = {column: _estimate(paired(scores, reference, column)) for column in COLUMNS}
+    return found | {"cost": cost}
+
+
+def _estimate(e: Estimate) -> dict[str, Any]:
+    return {"mean": _number(e.mean), "se": _number(e.se), "n_users": e.n}
+
+
+def _number(value: float) -> float | None:
+    return None if math.isnan(value) else value
+
+
+# --- cost ------------------------------------------------------------------------------------------------------------
+
+
+def _cost(runs: Sequence[Run], model: Model, n_items: int) -> dict[str, Any]:
+    """Of the fastest run the seconds, of the largest the memory (the sum of its ranks' peaks); None where nothing is trained."""
+    jobs = [json.loads(run.file("job.json").read_text()) for run in runs]
+    cost: dict[str, Any] = dict.fromkeys(
+        ("seconds_training", "seconds_training_slowest", "seconds_job", "peak_memory", "users_per_second", "parameters", "epochs")
+    )
+    cost["ranks"] = sorted({job["ranks"] for job in jobs})
+    if model.config is None:
+        return cost
+    results = [json.loads((run.dir / "result.json").read_text()) for run in runs]
+    rates = [rate for run in runs if (rate := _users_per_second(run.dir / "metrics.jsonl")) is not None]
+    m = model.config.model
+    seconds = [result["seconds_training"] for result in results]
+    cost["seconds_training"], cost["seconds_training_slowest"] = min(seconds), max(seconds)
+    cost["seconds_job"] = min(job["seconds"] for job in jobs)
+    cost["peak_memory"] = max(sum(job["peak_memory"]) for job in jobs)
+    cost["users_per_second"] = max(rates) if rates else None
+    cost["parameters"] = m.item_parameters(n_items, n_items) + m.trunk_parameters()
+    cost["epochs"] = fmean(result["epochs"] for result in results)
+    return cost
+
+
+def _users_per_second(metrics: Path) -> float | None:
+    """Median over the steps; None for a model that takes none."""
+    if not metrics.is_file():
+        return None
+    rates = [line["users_per_second"] for line in map(json.loads, metrics.read_text().splitlines()) if "users_per_second" in line]
+    return median(rates) if rates else None
+
+
+# --- data ------------------------------------------------------------------------------------------------------------
+
+
+def _data(shards: str, manifest: Manifest) -> dict[str, Any]:
+    popularity = load_items(shards, manifest).popularity
+    thirds = popularity_thirds(popularity)
+    return {
+        "shards": shards,
+        "n_items": manifest.n_items,
+        "protocol": manifest.preparation.get("protocol"),
+        "splits": {
+            name: {"users": s.users, "interactions": s.interactions, "heldout": s.heldout} for name, s in manifest.splits.items()
+        },
+        "thirds": {
+            name: {"items": int((thirds == i).sum()), "interactions": int(popularity[thirds == i].sum())}
+            for i, name in enumerate(THIRDS)
+        },
+    }
+
+
+def write_per_user(path: Path, comparison: Comparison, output: Path, failed: Mapping[str, Any] | set[str]) -> None:
+    """All per-user files in one Parquet file with columns `model` and `seed` before theirs, one run at a time."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    writer: pq.ParquetWriter | None = None
+    try:
+        for run in comparison.runs(output):
+            if run.stem in failed:
+                continue
+            table = pq.read_table(run.file("per_user.parquet"))
+            table = table.add_column(0, "seed", pa.array(np.full(len(table), run.seed)))
+            table = table.add_column(0, "model", pa.array([run.model.name] * len(table)))
+            writer = writer or pq.ParquetWriter(temporary, table.schema)
+            writer.write_table(table)
+        if writer is not None:
+            writer.close()
+            os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,206 @@
+"""The runs of a comparison, one after another: train what is not finished, evaluate it user by user, note what it cost.
+
+Beside each run.dir `runs/NAME-seedK` lie its files:
+
+    .yaml               the configuration it is trained with        .test.json         evaluate.py's metrics
+    .log                what training and evaluation printed        .per_user.parquet  the same of each user
+    .job.json           wall seconds and peak memory of the training, hash of the data
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import yaml
+
+from dist_vasp import checkpoint as checkpoints
+from dist_vasp.compare.config import Comparison, Run
+from dist_vasp.compare.jobs import Ended, Jobs, Stopped
+from dist_vasp.config import from_dict
+from dist_vasp.data.format import SPLITS, Manifest
+from dist_vasp.training.run_dir import write_atomically
+
+LAUNCH = Path(__file__).resolve().parent.parent.parent / "launch"
+DONE, TRAINED, BEGUN, NEW = "done", "trained", "begun", "new"  # what is there of a run
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A run that ended with an error."""
+
+    run: Run
+    status: int
+    reason: str
+
+
+def data_sha256(manifest: Manifest) -> str:
+    """Identifies the vocabulary and every shard of every split."""
+    digest = hashlib.sha256(manifest.vocabulary_sha256.encode())
+    for split in SPLITS:
+        for shard in manifest.splits[split].shards:
+            digest.update(shard.sha256.encode())
+    return digest.hexdigest()
+
+
+def state_of(run: Run, data: str) -> str:
+    """What is there of a run on the data with hash `data`. A result of another configuration or of other data is not taken:
+    train.py is started then, which goes on where it may and refuses where it must not."""
+    evaluated = run.file("test.json").is_file() and run.file("per_user.parquet").is_file()
+    same_data = _job(run).get("data_sha256") == data
+    if run.config is None:
+        return DONE if evaluated and same_data else NEW
+    if (run.dir / "result.json").is_file() and same_data and _same_config(run):
+        return DONE if evaluated else TRAINED
+    return BEGUN if checkpoints.newest(run.dir / "checkpoints") else NEW
+
+
+def _same_config(run: Run) -> bool:
+    assert run.config is not None
+    try:
+        found = asdict(from_dict(yaml.safe_load((run.dir / "config.yaml").read_text())))
+    except (OSError, ValueError, yaml.YAMLError):
+        return False
+    wanted = asdict(run.config)
+    for config in (found, wanted):
+        config["run"].pop("dir")  # the folder may have been moved
+        config["data"].pop("shards")  # its hash is compared
+    return found == wanted
+
+
+def _job(run: Run) -> dict[str, Any]:
+    try:
+        found = json.loads(run.file("job.json").read_text())
+        return found if isinstance(found, dict) else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def plan(comparison: Comparison, output: Path, data: str) -> str:
+    """What would be trained, and what is there already."""
+    runs = comparison.runs(output)
+    states = [state_of(run, data) for run in runs]
+    lines = []
+    for run, state in zip(runs, states, strict=True):
+        newest = checkpoints.newest(run.dir / "checkpoints") if run.config else None
+        there = {
+            DONE: "done",
+            TRAINED: "trained, to be evaluated",
+            BEGUN: f"begun, goes on from {newest.name if newest else ''}",
+            NEW: "to be trained" if run.config else "to be evaluated",
+        }[state]
+        lines.append(f"  {run.stem:<32}{run.model.what:<56}{there}")
+    n_done = states.count(DONE)
+    lines.append(
+        f"{len(runs)} runs of {len(comparison.models)} models, {n_done} done, {len(runs) - n_done} to do; "
+        f"reference {comparison.reference}; results go to {output}"
+    )
+    return "\n".join(lines)
+
+
+def carry_out(
+    runs: Sequence[Run], comparison: Comparison, data: str, ranks: int, jobs: Jobs, say: Callable[[str], None], device: str = "auto"
+) -> list[Failure]:
+    """Bring every run to its end, one after another; a run that fails is said and the others go on. Raises Stopped."""
+    failures: list[Failure] = []
+    seconds: dict[str, list[float]] = {}  # by model, of what was done here
+    to_do = [run for run in runs if state_of(run, data) != DONE]
+    if len(to_do) < len(runs):
+        say(f"{len(runs) - len(to_do)} of {len(runs)} runs are done already")
+    for place, run in enumerate(to_do):
+        run.folder.mkdir(parents=True, exist_ok=True)
+        state = state_of(run, data)
+        doing = {TRAINED: "evaluating", BEGUN: "training goes on", NEW: "training" if run.config else "evaluating"}[state]
+        left = _time_left(to_do[place:], seconds)
+        say(
+            f"[{place + 1}/{len(to_do)}] {run.stem}: {doing}; {count_runs(len(to_do) - place - 1)} after it{left}; log {run.file('log')}"
+        )
+        start = time.monotonic()
+        failure = _carry_out_one(run, state, comparison, data, ranks, jobs, device)
+        took = time.monotonic() - start
+        if failure is None:
+            seconds.setdefault(run.model.name, []).append(took)
+            metrics = json.loads(run.file("test.json").read_text())["test"]
+            say(f"[{place + 1}/{len(to_do)}] {run.stem}: done in {took:.0f} s, test NDCG@100 {_four(metrics['ndcg@100'])}")
+        else:
+            failures.append(failure)
+            say(f"[{place + 1}/{len(to_do)}] {run.stem}: FAILED with status {failure.status}: {failure.reason}")
+    return failures
+
+
+def _carry_out_one(run: Run, state: str, comparison: Comparison, data: str, ranks: int, jobs: Jobs, device: str) -> Failure | None:
+    """Train and evaluate one run as far as it has not been done. None, or how it failed."""
+    log_before = run.file("log").stat().st_size if run.file("log").exists() else 0
+    if state != TRAINED:
+        for ending in ("test.json", "per_user.parquet"):  # of an earlier result
+            run.file(ending).unlink(missing_ok=True)
+        before = _job(run) if state == BEGUN else {}
+        write_atomically(run.file("job.json"), json.dumps({**before, "data_sha256": None}) + "\n")  # not finished from here on
+    if run.config is not None and state != TRAINED:
+        write_atomically(run.file("yaml"), run.config.to_yaml())
+        result_before = _changed(run.dir / "result.json")
+        try:
+            ended = jobs.run(LAUNCH / "train.py", ["--config", str(run.file("yaml"))], ranks, run.file("log"), run.config.device)
+        except Stopped as stopped:
+            if stopped.args:
+                _note(run, stopped.args[0], None, ranks)
+            raise
+        finished = ended.status == 0 and _changed(run.dir / "result.json") != result_before
+        _note(run, ended, data if finished else None, ranks)
+        if not finished:
+            return Failure(run, ended.status, _reason(run.file("log"), log_before))
+    what = ["--baseline", run.model.source] if run.config is None else ["--run", str(run.dir)]
+    device = device if run.config is None else run.config.device
+    arguments = [*what, "--shards", comparison.shards, "--device", device, "--json", str(run.file("test.json"))]
+    arguments += ["--recall_denominator", comparison.recall_denominator, "--per_user", str(run.file("per_user.parquet"))]
+    ended = jobs.run(LAUNCH / "evaluate.py", arguments, ranks, run.file("log"), device)
+    if ended.status:
+        return Failure(run, ended.status, _reason(run.file("log"), log_before))
+    if run.config is None:
+        _note(run, ended, data, ranks)
+    return None
+
+
+def _note(run: Run, ended: Ended, data: str | None, ranks: int) -> None:
+    """Add one start of the training to what is noted: a run that was interrupted has several."""
+    before = _job(run)
+    peaks = ended.peak_memory
+    if len(before.get("peak_memory", [])) == len(peaks):
+        peaks = [max(pair) for pair in zip(peaks, before["peak_memory"], strict=True)]
+    noted = {"seconds": before.get("seconds", 0.0) + ended.seconds, "peak_memory": peaks, "ranks": ranks, "data_sha256": data}
+    write_atomically(run.file("job.json"), json.dumps(noted, indent=1) + "\n")
+
+
+def _changed(path: Path) -> int:
+    """When a file was last written, 0 where there is none."""
+    return path.stat().st_mtime_ns if path.exists() else 0
+
+
+def _reason(log: Path, start: int) -> str:
+    """The last line of a log after byte `start` that tells of an error, else its last line."""
+    lines = [line for line in log.read_bytes()[start:].decode(errors="replace").splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("error: ")]
+    return (errors or lines or ["it printed nothing"])[-1].removeprefix("error: ")
+
+
+def _time_left(runs: Sequence[Run], seconds: dict[str, list[float]]) -> str:
+    """`, about 0:02:10 left` for all of `runs`: each as long as its model took before, else as a mean model."""
+    if not seconds:
+        return ""
+    mean = fmean(fmean(taken) for taken in seconds.values())
+    total = int(sum(fmean(seconds.get(run.model.name, [mean])) for run in runs))
+    return f", about {total // 3600}:{total // 60 % 60:02d}:{total % 60:02d} left in all"
+
+
+def count_runs(n: int) -> str:
+    return f"{n} run" if n == 1 else f"{n} runs"
+
+
+def _four(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
