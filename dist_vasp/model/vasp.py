@@ -145,11 +145,15 @@ class VASP:
     @torch.no_grad()
     def scores(self, trunk: TrunkCall | None, x: ItemRows) -> Iterator[tuple[int, Tensor]]:
         """(first item, log p (G, C)) of every block of this rank's items, for the G rows of the partition group."""
-        sources: list[Tensor] = []
-        if self.input is not None:
-            _, dz_BX, _ = self.encode(trunk, x, None)
-            sources = self._sources(all_gather(dz_BX, self.group))
-        yield from self.output.scores(sources, x, self.loss)
+        yield from self.output.scores(self.sources(trunk, x), x, self.loss)
+
+    @torch.no_grad()
+    def sources(self, trunk: TrunkCall | None, x: ItemRows) -> list[Tensor]:
+        """What feeds the deep paths, for the G rows of the partition group: [d (G, H), z (G, L)], [d], or nothing for NEASE."""
+        if self.input is None:
+            return []
+        _, dz_BX, _ = self.encode(trunk, x, None)
+        return self._sources(all_gather(dz_BX, self.group))
 
     def _sources(self, dz_GX: Tensor) -> list[Tensor]:
         """[d z] -> d, z, each contiguous."""
