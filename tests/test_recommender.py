@@ -26,7 +26,7 @@ from dist_vasp.model.item_layers import OutputSide
 from dist_vasp.parallel.comm import Group
 from dist_vasp.parallel.partition import ItemPartition
 from dist_vasp.ranking import recommender as module
-from dist_vasp.ranking.mapped import MappedModel, Part
+from dist_vasp.ranking.mapped import MappedModel, Part, map_tensors
 from tests.dense import dense_rows
 from tests.runs import ROOT, sha256_of_files, write_run
 
@@ -331,7 +331,6 @@ def test_moments_stay_behind(runs, tmp_path):
     from safetensors import safe_open
 
     from dist_vasp import checkpoint as checkpoints
-    from dist_vasp.ranking.mapped import map_tensors
 
     path, _ = a_run(runs, "vasp", 2)
     best = path / "checkpoints" / "best-00000001"
@@ -561,3 +560,17 @@ print(private() - before)
     assert done.returncode == 0, done.stderr
     mapped, copied = map(float, done.stdout.split())
     assert mapped < 24 < 60 < copied, (mapped, copied)
+
+
+def test_a_file_larger_than_memory_is_mapped(tmp_path):
+    """A sparse file of twice the machine's memory; torch's own mapping of it is refused by the kernel."""
+    n = psutil.virtual_memory().total // 2  # fp32 numbers
+    header = json.dumps({"w": {"dtype": "F32", "shape": [n // 8, 8], "data_offsets": [0, n // 8 * 32]}}).encode()
+    header += b" " * (-len(header) % 8)
+    with open(tmp_path / "large.safetensors", "wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + n // 8 * 32)
+        file.seek(-4, 2)
+        file.write(np.float32(3).tobytes())
+    w = map_tensors(tmp_path / "large.safetensors")["w"]
+    assert w.shape == (n // 8, 8) and w[-1, -1] == 3 and w[0, 0] == 0

@@ -164,7 +164,7 @@ class HistoryFile:
         self.n_users, most = connection.execute("SELECT count(*), coalesce(max(n), 0) FROM firsts").fetchall()[0]
         self._scattered = most > 1
         if not self._scattered:
-            connection.execute("DROP TABLE firsts")
+            connection.close()  # with what it has cached
 
     def blocks(self, items: ItemTable, users_per_block: int) -> Iterator[Histories]:
         """Blocks of `users_per_block` users (the skipped ones counted), in order of their first appearance."""

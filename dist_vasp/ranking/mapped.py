@@ -6,8 +6,8 @@ one partition; the sides of the model (model/item_layers.py) are built over its 
 crosses ranks in training is here a sum over the files.
 
 What is touched: a history of n items reads n rows of every block of W, C numbers each. A few users need a few pages of every
-block; some hundreds need nearly all. So blocks of W are the outer loop and many users go through each together
-(`USERS_PER_PASS`): the matrix passes once for all of them, in the order in which it lies in the file.
+block, and the kernel is told not to read around them; some hundreds need nearly all. So blocks of W are the outer loop and many
+users go through each together (ranking/recommender.py): W passes once for all of them, in the order in which it lies in the file.
 
 Shapes: U users, I items, C columns of a block, H hidden, L latent.
 """
@@ -40,8 +40,33 @@ from dist_vasp.parallel.partition import ItemPartition
 _NOWHERE = torch.device("meta")  # sides are built without memory, then given the mapped tensors
 
 
+_SCATTERED = 16  # fewer rows of W than one in so many: single pages are read
+
+
+class MappedFile:
+    """A mapped safetensors file: its tensors, and where W lies in it."""
+
+    def __init__(self, tensors: dict[str, Tensor], pages: mmap.mmap, spans: dict[str, tuple[int, int]]) -> None:
+        self.tensors, self._pages = tensors, pages
+        of_W = [span for name, span in spans.items() if name.startswith("output.nease.weight")]
+        start = min((first for first, _ in of_W), default=0) // mmap.PAGESIZE * mmap.PAGESIZE
+        self._W = (start, max((last for _, last in of_W), default=0) - start)
+        self._scattered = False
+
+    def expect(self, scattered: bool) -> None:
+        """Tell the kernel whether single rows of W are wanted or most of it: whether to read ahead."""
+        if scattered != self._scattered and self._W[1] > 0:
+            self._pages.madvise(mmap.MADV_RANDOM if scattered else mmap.MADV_NORMAL, *self._W)
+            self._scattered = scattered
+
+
 def map_tensors(file: Path) -> dict[str, Tensor]:
     """Every tensor of a safetensors file as a read-only view of its pages; ValueError where it cannot be one."""
+    return map_file(file).tensors
+
+
+def map_file(file: Path) -> MappedFile:
+    """`map_tensors`, with the mapping they look into."""
     with checkpoints.readable(file):
         # The library holds the header against the file's length. Its torch views map privately, which counts as memory that is
         # promised: the kernel would refuse a file larger than the machine's.
@@ -51,7 +76,7 @@ def map_tensors(file: Path) -> dict[str, Tensor]:
             length = int.from_bytes(handle.read(8), "little")
             header = json.loads(handle.read(length))
             pages = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
-    tensors = {}
+    tensors, spans = {}, {}
     for name, stored in header.items():
         if name == "__metadata__":
             continue
@@ -63,7 +88,8 @@ def map_tensors(file: Path) -> dict[str, Tensor]:
             warnings.simplefilter("ignore", UserWarning)  # "the buffer is not writable": nothing here writes
             flat = torch.frombuffer(pages, dtype=torch.float32, count=n, offset=offset) if n else torch.zeros(0)
         tensors[name] = flat.view(shape)
-    return tensors
+        spans[name] = (offset, offset + 4 * n)
+    return MappedFile(tensors, pages, spans)
 
 
 @dataclass(frozen=True)
@@ -72,6 +98,7 @@ class Part:
 
     input: InputSide | None
     output: OutputSide
+    file: MappedFile | None = None
 
 
 class MappedModel:
@@ -108,6 +135,7 @@ class MappedModel:
     def scores(self, x: ItemRows, allowed_I: Tensor | None = None) -> Iterator[tuple[int, Tensor]]:
         """(first item, scores (U, C)) of every block, in item order; with `allowed_I` (bool) -inf elsewhere, and a block without
         an allowed item is left out and not computed."""
+        self.expect(len(torch.unique(x.items)))
         sources, stats = self.sources(x), None
         if isinstance(self.loss, MultinomialLoss):
             stats = self.loss.combine(torch.stack([o.row_stats(self.loss, sources, x, None) for o in self.outputs]))
@@ -124,6 +152,13 @@ class MappedModel:
                     scores_UC[:, ~allowed_I[lo:hi]] = -torch.inf
                 yield lo, scores_UC
 
+    def expect(self, n_rows: int) -> None:
+        """Before reading `n_rows` rows of W."""
+        scattered = n_rows * _SCATTERED < self.n_items
+        for part in self.parts:
+            if part.file is not None:
+                part.file.expect(scattered)
+
 
 def is_linear(model: ModelConfig) -> bool:
     """Whether scores are the logits themselves and no probabilities: the closed form."""
@@ -139,16 +174,18 @@ def map_model(opened: Checkpoint, config: Config) -> MappedModel:
     parts = []
     for index, name in enumerate(files):
         part = ItemPartition(n_items, len(files), index)
-        tensors = map_tensors(opened.path / name)
+        mapped = map_file(opened.path / name)
         if name != checkpoints.items_file(index, len(files)):
             raise ValueError(f"{opened.path} holds {', '.join(files)}, expected one file for each partition")
-        parts.append(_make_part(opened.path / name, part, config.model, tensors, deep, shallow))
+        parts.append(_make_part(opened.path / name, part, config.model, mapped, deep, shallow))
     if not parts:
         raise ValueError(f"{opened.path} lists no items file; use another checkpoint")
     return MappedModel(config.model, config.loss, n_items, parts, trunk)
 
 
-def _make_part(file: Path, part: ItemPartition, model: ModelConfig, tensors: dict[str, Tensor], deep: bool, shallow: bool) -> Part:
+def _make_part(file: Path, part: ItemPartition, model: ModelConfig, mapped: MappedFile, deep: bool, shallow: bool) -> Part:
+    tensors = mapped.tensors
+
     def take(name: str, lo: int, hi: int, *shape: int) -> Tensor:
         tensor = tensors.get(f"{name}[{lo}:{hi}]")
         if tensor is None or tuple(tensor.shape) != shape:
@@ -169,7 +206,7 @@ def _make_part(file: Path, part: ItemPartition, model: ModelConfig, tensors: dic
     ]
     output.blocks = _stored_blocks(file, part, tensors) if shallow else part.blocks(BLOCK_COLUMNS)
     output.W_IC = [take("output.nease.weight", lo, hi, part.n_items, hi - lo) for lo, hi in output.blocks] if shallow else []
-    return Part(input_side, output)
+    return Part(input_side, output, mapped)
 
 
 def _stored_blocks(file: Path, part: ItemPartition, tensors: dict[str, Tensor]) -> list[tuple[int, int]]:

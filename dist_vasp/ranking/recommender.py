@@ -326,6 +326,7 @@ class Recommender:
     # --- similarity ------------------------------------------------------------------------------------------------------
 
     def _nease_row(self, row: int) -> Iterator[tuple[int, torch.Tensor]]:
+        self.model.expect(1)
         for output in self.model.outputs:
             for (lo, _), W_IC in zip(output.blocks, output.W_IC, strict=True):
                 yield lo, W_IC[row].clone()

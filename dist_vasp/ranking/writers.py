@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
-_ROWS_PER_GROUP = 1 << 20  # of a Parquet file: its list of row groups stays in memory until the end
+_ROWS_PER_GROUP = 1 << 18  # of a Parquet file: its list of row groups stays in memory until the end
 
 
 class _Writer(Protocol):
@@ -41,7 +41,7 @@ class _ParquetWriter:
 
     def _flush(self) -> None:
         if self._n_held:
-            self._writer.write_table(pa.concat_tables(self._held), _ROWS_PER_GROUP)
+            self._writer.write_table(pa.concat_tables(self._held), self._n_held)
         self._held, self._n_held = [], 0
 
     def close(self) -> None:

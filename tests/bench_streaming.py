@@ -1,0 +1,61 @@
+"""Does launch/recommend.py hold a block or the users? python -m tests.bench_streaming FOLDER --users 1000000
+
+Synthetic histories and a model of random weights are written into FOLDER; the command then runs in a process of its own, whose
+resident memory is read at every line of progress. Everything is deleted at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+
+from data_tools.synthesize import synthesize
+from tests.bench_recommender import random_run
+from tests.jobs import ROOT, environment
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--users", type=int, default=1_000_000)
+    parser.add_argument("--items", type=int, default=2_000)
+    parser.add_argument("--interactions", type=int, default=20_000_000)
+    parser.add_argument("--output", default="lists.parquet", help="its ending is the format")
+    parser.add_argument("--explain", type=int, default=0)
+    arguments = parser.parse_args()
+    folder: Path = arguments.folder
+    folder.mkdir(parents=True)
+    try:
+        synthesize(folder / "histories.parquet", arguments.users, arguments.items, arguments.interactions, 0)
+        random_run(folder / "run", arguments.items, 128, 64)
+        line = ["--run", folder / "run", "--histories", folder / "histories.parquet", "--output", folder / arguments.output]
+        line += ["--k", 20, "--explain", arguments.explain, "--device", "cpu"]
+        command = [sys.executable, "-u", str(ROOT / "launch" / "recommend.py"), *map(str, line)]
+        start = time.monotonic()
+        job = subprocess.Popen(command, env=environment(PYTHONPATH=str(ROOT)), stdout=subprocess.PIPE, text=True)
+        process, seen = psutil.Process(job.pid), []
+        assert job.stdout is not None
+        for text in job.stdout:
+            print(f"{time.monotonic() - start:6.1f} s  {text}", end="", flush=True)
+            if found := re.match(r"recommending: (\d+)/(\d+)", text):
+                seen.append((int(found[1]) / int(found[2]), process.memory_info().rss / 1e6))
+        assert job.wait() == 0
+        tenth = min(seen, key=lambda pair: abs(pair[0] - 0.1))
+        print(
+            f"resident: {tenth[1]:.0f} MB at {tenth[0]:.0%}, {seen[-1][1]:.0f} MB at {seen[-1][0]:.0%}, most {max(m for _, m in seen):.0f} MB"
+        )
+        print(f"{os.path.getsize(folder / arguments.output) / 1e6:,.0f} MB written")
+    finally:
+        shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()
