@@ -1,20 +1,23 @@
 """Does launch/recommend.py hold a block or the users? python -m tests.bench_streaming FOLDER --users 1000000
 
 Synthetic histories and a model of random weights are written into FOLDER; the command then runs in a process of its own, whose
-resident memory is read at every line of progress. Everything is deleted at the end.
+resident memory is read ten times a second. Everything is deleted at the end.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 
 from data_tools.synthesize import synthesize
@@ -41,17 +44,29 @@ def main() -> None:
         command = [sys.executable, "-u", str(ROOT / "launch" / "recommend.py"), *map(str, line)]
         start = time.monotonic()
         job = subprocess.Popen(command, env=environment(PYTHONPATH=str(ROOT)), stdout=subprocess.PIPE, text=True)
-        process, seen = psutil.Process(job.pid), []
+        process, lines, memory = psutil.Process(job.pid), [], []
+
+        def watch() -> None:
+            while job.poll() is None:
+                with contextlib.suppress(psutil.Error):
+                    memory.append((time.monotonic() - start, process.memory_info().rss / 1e6))
+                time.sleep(0.1)
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
         assert job.stdout is not None
         for text in job.stdout:
             print(f"{time.monotonic() - start:6.1f} s  {text}", end="", flush=True)
             if found := re.match(r"recommending: (\d+)/(\d+)", text):
-                seen.append((int(found[1]) / int(found[2]), process.memory_info().rss / 1e6))
+                lines.append((time.monotonic() - start, int(found[1]) / int(found[2])))
         assert job.wait() == 0
-        tenth = min(seen, key=lambda pair: abs(pair[0] - 0.1))
-        print(
-            f"resident: {tenth[1]:.0f} MB at {tenth[0]:.0%}, {seen[-1][1]:.0f} MB at {seen[-1][0]:.0%}, most {max(m for _, m in seen):.0f} MB"
-        )
+        watcher.join()
+        (t0, f0), (t1, f1) = lines[0], lines[1]
+        lines.insert(0, (t0 - f0 * (t1 - t0) / (f1 - f0), 0.0))  # progress is told every ten seconds; between them it is even
+        memory = [pair for pair in memory if pair[0] <= lines[-1][0]]  # later it is on its way out
+        share = np.interp([t for t, _ in memory], *zip(*lines, strict=True))
+        for percent in (10, 25, 50, 75, 100):
+            print(f"resident at {percent}%: {memory[int(np.searchsorted(share, min(percent / 100, share[-1])))][1]:.0f} MB")
         print(f"{os.path.getsize(folder / arguments.output) / 1e6:,.0f} MB written")
     finally:
         shutil.rmtree(folder)

@@ -85,6 +85,7 @@ def test_blocks_of_whole_users_in_order_of_appearance(tmp_path, small_batches, h
     with open_histories(path, tmp_path) as file:
         assert file.n_users == 40 and (file.user_type == pa.string()) == text
         assert bool(list(tmp_path.glob(".h*grouping*"))) == (how != "ascending")
+        assert file._scattered == (how in ("last row elsewhere", "shuffled")), "what lies together is not sorted"
         for block in file.blocks(NUMBERED, per_block):
             lists = lists_of(block)
             assert not set(lists) & set(found), "no user is in two blocks"
@@ -253,8 +254,9 @@ from pathlib import Path
 import numpy as np, pyarrow as pa, pyarrow.parquet as pq, torch
 from dist_vasp.ranking.histories import open_histories
 from dist_vasp.ranking.recommend import recommend_to_file
+from dist_vasp.ranking import writers
 from tests.test_recommend import NUMBERED, alone
-folder, per_user = Path(sys.argv[1]), 5
+folder, writers._ROWS_PER_GROUP = Path(sys.argv[1]), 1 << 14  # the buffers of the output have their size early
 torch.set_num_threads(1)
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4 / 1024
@@ -268,14 +270,14 @@ print(max(s for a, s in zip(at, seen) if a <= file.n_users / 5), max(seen))
 
 
 def test_memory_is_that_of_a_block(tmp_path):
-    """400,000 users, grouped but not ascending: no more is resident at the end than after a fifth of them (16 bytes of ids and
-    row pointers a user, the least that holding them all would take, are 6 MB)."""
-    n_users, per_user = 400_000, 5
+    """300,000 users of 20 interactions, together but not ascending: no more is resident at the end than after a fifth of them.
+    To hold them all would take 72 MB at least, more than the twentieth that is allowed."""
+    n_users, per_user = 300_000, 20
     users = np.random.default_rng(0).permutation(n_users)
     with pq.ParquetWriter(tmp_path / "h.parquet", pa.schema([("user", pa.int64()), ("item", pa.int64())])) as writer:
         for start in range(0, n_users, 50_000):
             block = np.repeat(users[start : start + 50_000], per_user)
-            writer.write_table(pa.table({"user": block, "item": 1000 + np.arange(len(block)) % 11}))
+            writer.write_table(pa.table({"user": block, "item": 1000 + np.arange(len(block)) % 6}))
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(tmp_path)],
         env=os.environ | {"PYTHONPATH": str(ROOT)},
@@ -286,4 +288,4 @@ def test_memory_is_that_of_a_block(tmp_path):
     assert done.returncode == 0, done.stderr
     early, late = map(float, done.stdout.split())
     assert late < early * 1.05, (early, late)
-    assert pq.read_metadata(tmp_path / "o.parquet").num_rows == n_users * 8
+    assert pq.read_metadata(tmp_path / "o.parquet").num_rows == n_users * 7  # of 13 items 6 are seen

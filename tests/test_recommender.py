@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -574,3 +575,26 @@ def test_a_file_larger_than_memory_is_mapped(tmp_path):
         file.write(np.float32(3).tobytes())
     w = map_tensors(tmp_path / "large.safetensors")["w"]
     assert w.shape == (n // 8, 8) and w[-1, -1] == 3 and w[0, 0] == 0
+
+
+def test_the_script_in_the_readme(tmp_path):
+    """At most 12 lines, on a run with the demo's ids."""
+    script = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
+    assert len(script.splitlines()) <= 12 and script.startswith("# pip install")
+    write_run(tmp_path / "demo" / "run", list(range(1, 801)), columns=256)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", script],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    r = Recommender.load(tmp_path / "demo" / "model")
+    expected = r.recommend([[17, 256, 391]], 5).ids[0].tolist()
+    lines = done.stdout.splitlines()
+    assert [int(line.split(":")[0]) for line in lines] == expected
+    for line in lines:
+        p, deep, shallow = map(float, re.search(r"p (\S+) = deep (\S+) x shallow (\S+), because of", line).groups())
+        assert p == pytest.approx(deep * shallow, abs=2e-3)

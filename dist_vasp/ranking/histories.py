@@ -192,12 +192,13 @@ class HistoryFile:
             yield users.cast(self.user_type), find_items(item_ids, items)
 
     def _runs(self) -> Iterator[pa.RecordBatch]:
+        last: pa.Scalar | None = None
         for place, users, _ in _read(self.path):
             starts = run_starts(users)
-            if len(users):
-                yield pa.record_batch(
-                    [users.take(pa.array(starts)).cast(self.user_type), pa.array(place + starts)], ["user", "place"]
-                )
+            if len(users) and last is not None and users[0] == last:
+                starts = starts[1:]  # the batch before has begun this run
+            last = users[-1] if len(users) else last
+            yield pa.record_batch([users.take(pa.array(starts)).cast(self.user_type), pa.array(place + starts)], ["user", "place"])
 
     def _grouped(self, items: ItemTable) -> Iterator[tuple[pa.Array, np.ndarray]]:
         """The rows by first place of the user, in input order within."""
@@ -268,7 +269,7 @@ def _read(path: Path) -> Iterator[tuple[int, pa.Array, pa.Array]]:
 
 def _raw_batches(path: Path) -> Iterable[Any]:
     if path.suffix == ".parquet":
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(path, pre_buffer=False) as file:  # buffered, all that was read stays
             _check_names(file.schema_arrow.names, str(path))
             yield from file.iter_batches(ROWS_PER_BATCH, columns=list(COLUMNS), use_threads=False)
     elif path.name.endswith((".csv", ".csv.gz")):
