@@ -13,8 +13,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--run", metavar="RUN_DIR", required=True, help="folder of a training run")
     parser.add_argument("--checkpoint", metavar="NAME", help="a folder under RUN_DIR/checkpoints; default: best, else the newest")
     parser.add_argument("--output", metavar="DIR", required=True, help="folder to write; it must not exist")
+    parser.add_argument(
+        "--trunk", choices=["torch_export"], help="add trunk.pt2, the trunk as a torch.export program (nothing here loads it)"
+    )
     arguments = parser.parse_args(argv)
-    print(Recommender.load(arguments.run, arguments.checkpoint).export(arguments.output))
+    print(Recommender.load(arguments.run, arguments.checkpoint).export(arguments.output, arguments.trunk))
 
 
 if __name__ == "__main__":

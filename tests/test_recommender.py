@@ -356,6 +356,32 @@ def test_moments_stay_behind(runs, tmp_path):
             assert not any("exp_avg" in key for key in handle.keys())  # noqa: SIM118
 
 
+def test_the_trunk_as_a_program(runs, tmp_path):
+    path, _ = a_run(runs, "vasp")
+    r = Recommender.load(path)
+    r.export(tmp_path / "model", trunk="torch_export")
+    program = torch.export.load(tmp_path / "model" / "trunk.pt2").module()
+    for n_rows in (1, 5):
+        pre = torch.randn(n_rows, 6)
+        with torch.no_grad():
+            for found, expected in zip(program(pre), r.model.trunk(pre)[:2], strict=True):
+                torch.testing.assert_close(found, expected)
+    loaded = Recommender.load(tmp_path / "model")
+    assert np.array_equal(loaded.recommend(ids_of(HISTORY_ROWS), K).ids, r.recommend(ids_of(HISTORY_ROWS), K).ids)
+    loaded.export(tmp_path / "again")
+    assert not (tmp_path / "again" / "trunk.pt2").exists()
+    with open(tmp_path / "model" / "trunk.pt2", "ab") as file:
+        file.write(b"x")
+    with pytest.raises(ValueError, match=r"trunk\.pt2 has SHA-256"):
+        Recommender.load(tmp_path / "model")
+    nease = Recommender.load(a_run(runs, "nease")[0])
+    with pytest.raises(ValueError, match="a model of kind nease has no trunk to export"):
+        nease.export(tmp_path / "none", trunk="torch_export")
+    with pytest.raises(ValueError, match="trunk is 'onnx', expected torch_export or None"):
+        r.export(tmp_path / "none", trunk="onnx")
+    assert not (tmp_path / "none").exists()
+
+
 def test_export_refuses(runs, tmp_path, monkeypatch):
     path, _ = a_run(runs, "vasp")
     r = Recommender.load(path)

@@ -4,9 +4,10 @@
              items.parquet                       original ids, popularity, titles
              trunk.safetensors                   parameters of the trunk (none for NEASE)
              items-PPPPP-of-PPPPP.safetensors    as in a checkpoint, without moments
+             trunk.pt2                           asked for: the trunk as a torch.export program, for a consumer of its own
 
 The tensors are those of a checkpoint in the same files and blocks, so an export answers bitwise as its run does. Written to a
-temporary folder, synced and renamed: it exists whole or not at all. Nothing is pickled.
+temporary folder, synced and renamed: it exists whole or not at all. Nothing of it is unpickled by us: trunk.pt2 is only hashed.
 """
 
 from __future__ import annotations
@@ -20,16 +21,19 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from dist_vasp import checkpoint as checkpoints
 from dist_vasp.checkpoint import Checkpoint
 from dist_vasp.data.format import ITEMS_FILE
+from dist_vasp.model.trunk import Trunk
 from dist_vasp.ranking.mapped import map_tensors
 
 FORMAT_VERSION = 1
 HEADER = "export.json"
-_FILE = re.compile(r"items\.parquet|trunk\.safetensors|items-\d{5}-of-\d{5}\.safetensors")
+PROGRAM = "trunk.pt2"
+_FILE = re.compile(r"items\.parquet|trunk\.pt2|trunk\.safetensors|items-\d{5}-of-\d{5}\.safetensors")
 _MOMENTS = (".exp_avg", ".exp_avg_sq")
 _LOCAL = (("data", "shards"), ("run", "dir"))  # keys of the config that mean nothing on another machine
 
@@ -67,10 +71,10 @@ def _check_header(header: dict[str, Any]) -> None:
             raise ValueError(f"files lists {name!r}, which is no file of an export")
 
 
-def export(opened: Checkpoint, items_file: Path, output: str | Path) -> str:
+def export(opened: Checkpoint, items_file: Path, output: str | Path, trunk: Trunk | None = None) -> str:
     """Write the weights of a checkpoint (or of an export) and the vocabulary to a new folder; returns one line on what was written.
 
-    The caller has verified the checkpoint. ValueError where the folder exists, the disk is too small or fails.
+    With `trunk` that program is written besides. The caller has verified the checkpoint. ValueError where the folder exists, the disk is too small or fails.
     """
     output = Path(output)
     if output.exists() or output.is_symlink():
@@ -79,6 +83,8 @@ def export(opened: Checkpoint, items_file: Path, output: str | Path) -> str:
         raise ValueError(f"{output}: the folder {output.parent} does not exist; create it first")
     files = {name: _weights(opened.path / name) for name in sorted(opened.header["files"]) if name.endswith(".safetensors")}
     needed = sum(4 * t.numel() for tensors in files.values() for t in tensors.values()) + items_file.stat().st_size
+    if trunk is not None:
+        needed += sum(4 * p.numel() for p in trunk.parameters())
     free = shutil.disk_usage(output.parent).free
     if free < needed * 1.01 + (1 << 20):
         raise ValueError(
@@ -89,6 +95,8 @@ def export(opened: Checkpoint, items_file: Path, output: str | Path) -> str:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         digests = {name: checkpoints.write_safetensors(temporary / name, tensors) for name, tensors in files.items()}
+        if trunk is not None:
+            digests[PROGRAM] = write_program(trunk, temporary / PROGRAM)
         digests[ITEMS_FILE] = _copy(items_file, temporary / ITEMS_FILE)
         _write_header(temporary / HEADER, opened, digests)
         checkpoints.sync_directory(temporary)
@@ -104,6 +112,36 @@ def export(opened: Checkpoint, items_file: Path, output: str | Path) -> str:
 def _weights(file: Path) -> dict[str, Tensor]:
     """The tensors of a checkpoint's file that are no moments, mapped."""
     return {name: t for name, t in map_tensors(file).items() if not name.split("[")[0].endswith(_MOMENTS)}
+
+
+class _Scoring(nn.Module):
+    """W1 x (B, H) -> d (B, H), z (B, L): the trunk as ranking uses it, without noise or KL."""
+
+    def __init__(self, trunk: Trunk) -> None:
+        super().__init__()
+        self.trunk = trunk
+
+    def forward(self, pre_BH: Tensor) -> tuple[Tensor, Tensor]:
+        d_BH, z_BL, _ = self.trunk(pre_BH)
+        return d_BH, z_BL
+
+
+def write_program(trunk: Trunk, file: Path) -> str:
+    """The trunk as a torch.export program of any batch size, once it gives what the trunk gives; returns the file's SHA-256."""
+    scoring, hidden = _Scoring(trunk).eval(), len(trunk.input_bias)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        example = torch.randn((2, hidden), generator=generator)
+        program = torch.export.export(scoring, (example,), dynamic_shapes={"pre_BH": {0: torch.export.Dim("batch")}})
+        for n_rows in (1, 7):
+            pre_BH = torch.randn((n_rows, hidden), generator=generator)
+            for ours, theirs in zip(scoring(pre_BH), program.module()(pre_BH), strict=True):
+                if not torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6):
+                    raise RuntimeError(f"the exported trunk differs from the model by {(ours - theirs).abs().max().item():.3g}")
+    torch.export.save(program, file)
+    with open(file, "rb+") as handle:
+        os.fsync(handle.fileno())
+        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def _copy(source: Path, target: Path) -> str:
