@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+import numpy as np
+
 from dist_vasp.parallel.comm import agreed, init_ranks
 from dist_vasp.ranking.evaluate import model_scorer
 from dist_vasp.ranking.explain import model_explainer
@@ -57,9 +59,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             ranks,
             progress.update,
             arguments.show,
+            np.asarray if is_linear(model) else np.exp,
             arguments.explain,
             model_explainer(loaded.model, loaded.trunk, ranks),
-            is_linear(model),
         )
     progress.close()
     if ranks.is_main:

@@ -40,15 +40,15 @@ def recommend_to_file(
     ranks: Ranks,
     progress: Callable[[int], None] | None = None,
     show: int = 0,
+    to_score: Callable[[np.ndarray], np.ndarray] = np.exp,
     n_reasons: int = 0,
     explainer: Explainer | None = None,
-    linear: bool = False,
 ) -> str:
     """Write each user's k best unseen items block by block; returns one line that says what was written and left out.
 
     With `show` the histories and lists of that many first users stand before it. With `n_reasons` every row says which past
-    items speak for it most. `score` is p, the model's probability, or of a `linear` model the score as it is. Fewer than k rows
-    where fewer unseen items exist. The file appears when complete.
+    items speak for it most. `score` is `to_score` of what the scorer ranks by: p of a log p; a linear model's scores as they are.
+    Fewer than k rows where fewer unseen items exist. The file appears when complete.
     """
     output, file, error = Path(output), None, None
     n_users = n_unknown = done = n_skipped = 0
@@ -66,9 +66,9 @@ def recommend_to_file(
             if explainer is not None and n_reasons:
                 reasons = explain_lists(explainer, block, scores, rows, n_reasons, len(items.keys), ranks)
             if file is not None:
-                file.write(list_table(block.users, to_probability(scores, linear), rows, items, reasons), block.skipped)
+                file.write(list_table(block.users, to_score(scores), rows, items, reasons), block.skipped)
             for u in range(min(block.n_users, show - n_users)):
-                examples.append(_example(block, u, to_probability(scores[u], linear), rows[u], items))
+                examples.append(_example(block, u, to_score(scores[u]), rows[u], items))
             n_users, n_unknown, n_skipped = n_users + block.n_users, n_unknown + block.n_unknown, n_skipped + len(block.skipped)
             done += block.n_users + len(block.skipped)
             if progress:
@@ -84,11 +84,6 @@ def recommend_to_file(
     examples.append("")
     n_rows = file.n_rows if file is not None else 0
     return "\n".join(examples) + f"{output}: {n_rows:,} recommendations for {n_users:,} users{left_out}"
-
-
-def to_probability(scores: np.ndarray, linear: bool) -> np.ndarray:
-    """log p -> p; a linear model's scores are no logarithms and stay."""
-    return (scores if linear else np.exp(scores)).astype(np.float32)
 
 
 def explain_lists(
@@ -109,7 +104,7 @@ def list_table(users: pa.Array, scores: np.ndarray, rows: np.ndarray, items: Ite
         users.take(pa.array(user)),
         pa.array(rank + 1, pa.int32()),
         items.ids.take(pa.array(rows[user, rank])),
-        pa.array(scores[user, rank]),
+        pa.array(scores[user, rank].astype(np.float32)),
     ]
     if reasons is None:
         return pa.Table.from_arrays(columns, schema=list_schema(users.type, items.ids.type))

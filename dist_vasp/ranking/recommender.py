@@ -36,7 +36,7 @@ from dist_vasp.ranking.explain import mapped_explainer
 from dist_vasp.ranking.histories import find_items, histories_of, known_rows, table_columns
 from dist_vasp.ranking.load import check_size, open_model
 from dist_vasp.ranking.mapped import MappedModel, is_linear, map_model
-from dist_vasp.ranking.recommend import list_table, to_probability
+from dist_vasp.ranking.recommend import list_table
 from dist_vasp.ranking.topk import NO_ITEM, TopK
 
 USERS_PER_PASS = 4096  # users that go through the blocks of W together (docs/experiments.md)
@@ -170,7 +170,7 @@ class Recommender:
             found, ids[block] = top_items(
                 lambda x: self.model.scores(x, allowed), rows.take(block), k, self.n_items, self._alone, mask_input
             )
-            scores[block] = to_probability(found, self.is_linear)
+            scores[block] = found if self.is_linear else np.exp(found)
         scores[ids == NO_ITEM] = np.nan
         return Lists(self._ids(ids), scores, users, n_unknown, ids, self.items)
 
