@@ -19,6 +19,8 @@ from pathlib import Path
 
 import numpy as np
 import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from data_tools.synthesize import synthesize
 from tests.bench_recommender import random_run
@@ -33,11 +35,17 @@ def main() -> None:
     parser.add_argument("--interactions", type=int, default=20_000_000)
     parser.add_argument("--output", default="lists.parquet", help="its ending is the format")
     parser.add_argument("--explain", type=int, default=0)
+    parser.add_argument("--shuffle", action="store_true", help="scatter the rows of every user over the file")
     arguments = parser.parse_args()
     folder: Path = arguments.folder
     folder.mkdir(parents=True)
     try:
         synthesize(folder / "histories.parquet", arguments.users, arguments.items, arguments.interactions, 0)
+        if arguments.shuffle:
+            table = pq.read_table(folder / "histories.parquet")
+            order = np.random.default_rng(0).permutation(len(table))
+            pq.write_table(table.take(pa.array(order)), folder / "histories.parquet")
+            del table, order
         random_run(folder / "run", arguments.items, 128, 64)
         line = ["--run", folder / "run", "--histories", folder / "histories.parquet", "--output", folder / arguments.output]
         line += ["--k", 20, "--explain", arguments.explain, "--device", "cpu"]

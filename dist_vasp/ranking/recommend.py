@@ -16,10 +16,12 @@ import torch
 
 from dist_vasp.data.format import ItemTable
 from dist_vasp.parallel.comm import Ranks, agree
-from dist_vasp.ranking.evaluate import USERS_PER_BLOCK, Scorer, to_item_rows, top_items
+from dist_vasp.ranking.evaluate import Scorer, to_item_rows, top_items
 from dist_vasp.ranking.explain import Explainer, Reasons
 from dist_vasp.ranking.histories import Histories, HistoryFile
 from dist_vasp.ranking.writers import ListFile, skipped_file
+
+USERS_PER_BLOCK = 2048  # W passes once for a block: 512 took four times as long on a large one (docs/experiments.md)
 
 
 def list_schema(user_type: pa.DataType, item_type: pa.DataType, n_reasons: int = 0) -> pa.Schema:
