@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -49,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with ExitStack() as stack:
         with agreed(ranks):
             histories = stack.enter_context(open_histories(arguments.histories, Path(arguments.output).parent))
-        progress = Progress("recommending", histories.n_users, "user", show=ranks.is_main)
+        progress, start = Progress("recommending", histories.n_users, "user", show=ranks.is_main), time.monotonic()
         report = recommend_to_file(
             model_scorer(loaded.model, loaded.trunk),
             histories,
@@ -57,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             arguments.k,
             arguments.output,
             ranks,
-            progress.update,
+            lambda done: progress.update(done, f"{done / (time.monotonic() - start):,.0f} users/s"),
             arguments.show,
             np.asarray if is_linear(model) else np.exp,
             arguments.explain,

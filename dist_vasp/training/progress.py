@@ -29,8 +29,9 @@ class Progress:
                 self._last = now
                 rate = (done - self.first) / max(now - self._start, 1e-9)
                 left = (self.total - done) / rate if rate else 0.0
-                text = text or f"{rate:,.0f} {self.unit}s/s"
-                print(f"{self.what}: {done}/{self.total} {self.unit}s, {text}, {_duration(left)} left", flush=True)
+                print(
+                    f"{self.what}: {done}/{self.total} {self.unit}s, {text}{', ' if text else ''}{_duration(left)} left", flush=True
+                )
 
     def say(self, text: str) -> None:
         """A line that stays."""
