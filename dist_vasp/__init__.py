@@ -1,0 +1,16 @@
+"""`from dist_vasp import Recommender`: the one name here, found when it is asked for, so that importing the package loads nothing."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dist_vasp.ranking.recommender import Recommender
+
+__all__ = ["Recommender"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Recommender":
+        from dist_vasp.ranking.recommender import Recommender
+
+        return Recommender
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -46,10 +46,16 @@ class Checkpoint:
 
     path: Path
     header: dict[str, Any]
+    header_name: str = HEADER
 
     @property
     def step(self) -> int:
         return self.header["position"]["step"]
+
+    @property
+    def remedy(self) -> str:
+        """What to do about a damaged file."""
+        return "remove this checkpoint and go on from another" if self.header_name == HEADER else "export the run again"
 
 
 def items_file(index: int, partitions: int) -> str:
@@ -153,15 +159,15 @@ class Save:
                 try:
                     sha256 = {name: digest for message in messages for name, digest in json.loads(message).items()}
                     whole = {"format_version": FORMAT_VERSION, **self.header, "files": dict(sorted(sha256.items()))}
-                    whole["header_sha256"] = _header_sha256(whole)
+                    whole["header_sha256"] = header_sha256(whole)
                     with open(self.temporary / HEADER, "w") as handle:
                         handle.write(json.dumps(whole, indent=1) + "\n")
                         handle.flush()
                         os.fsync(handle.fileno())
-                    _sync_directory(self.temporary)
+                    sync_directory(self.temporary)
                     shutil.rmtree(self.path, ignore_errors=True)
                     self.temporary.rename(self.path)
-                    _sync_directory(self.path.parent)
+                    sync_directory(self.path.parent)
                 except OSError as raised:
                     error = self._unwritable(raised)
             agree(error, ranks)
@@ -184,7 +190,7 @@ class Save:
         return ValueError(f"{what}; free some space or move run.dir; earlier checkpoints are good")
 
 
-def _header_sha256(header: dict[str, Any]) -> str:
+def header_sha256(header: dict[str, Any]) -> str:
     """SHA-256 of the header's content, itself excepted: a damaged position or hash must not pass for a real one."""
     content = {key: value for key, value in header.items() if key != "header_sha256"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -216,7 +222,7 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _sync_directory(folder: Path) -> None:
+def sync_directory(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -282,7 +288,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         version = header["format_version"]
         if version == FORMAT_VERSION:
             _check_header(header)
-            if header["header_sha256"] != _header_sha256(header):
+            if header["header_sha256"] != header_sha256(header):
                 raise ValueError("header_sha256 is not that of its content")
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path / HEADER} is damaged ({error!r}); use another checkpoint of the run") from None
@@ -297,9 +303,9 @@ def _check_header(header: dict[str, Any]) -> None:
     """Raise unless everything a reader relies on is there and of its kind: a checksum only says that it is what was written."""
     for key in ("position", "config", "must_match", "vocabulary_sha256", "shards_sha256", "n_items", "optimizer", "files"):
         header[key]
-    if not all(_is_count(header["position"][k]) for k in ("epoch", "step_in_epoch", "step")):
+    if not all(is_count(header["position"][k]) for k in ("epoch", "step_in_epoch", "step")):
         raise TypeError("position does not hold three whole numbers")
-    if not _is_count(header["n_items"]):
+    if not is_count(header["n_items"]):
         raise TypeError("n_items is not a whole number")
     if not all(isinstance(header[key], str) for key in ("vocabulary_sha256", "shards_sha256")):
         raise TypeError("a hash is not a string")
@@ -318,7 +324,7 @@ def _check_header(header: dict[str, Any]) -> None:
         raise TypeError("best does not hold metrics")
 
 
-def _is_count(value: Any) -> bool:
+def is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 48
 
 
@@ -339,18 +345,18 @@ def verify(checkpoint: Checkpoint, ranks: Ranks) -> None:
                 found = hashlib.file_digest(handle, "sha256").hexdigest()
             if found != digest:
                 raise ValueError(
-                    f"{file} has SHA-256 {found[:12]}..., checkpoint.json says {str(digest)[:12]}...: "
-                    "it is damaged; remove this checkpoint and go on from another"
+                    f"{file} has SHA-256 {found[:12]}..., {checkpoint.header_name} says {str(digest)[:12]}...: "
+                    f"it is damaged; {checkpoint.remedy}"
                 )
         except OSError as raised:
-            error = ValueError(f"{file} cannot be read ({raised.strerror}); remove this checkpoint and go on from another")
+            error = ValueError(f"{file} cannot be read ({raised.strerror}); {checkpoint.remedy}")
         except ValueError as raised:
             error = raised
     agree(error, ranks)
 
 
 @contextmanager
-def _readable(file: Path) -> Iterator[None]:
+def readable(file: Path) -> Iterator[None]:
     """What safetensors or the disk say against `file` becomes a ValueError that names it."""
     try:
         yield
@@ -362,11 +368,19 @@ def read_trunk(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """Every tensor of trunk.safetensors, on the CPU."""
     file = checkpoint.path / TRUNK
     if TRUNK not in checkpoint.header["files"]:
-        raise ValueError(f"{checkpoint.path / HEADER} lists no {TRUNK}; use another checkpoint of the run")
-    with _readable(file), safe_open(file, framework="pt") as handle:
+        raise ValueError(f"{checkpoint.path / checkpoint.header_name} lists no {TRUNK}; use another checkpoint of the run")
+    with readable(file), safe_open(file, framework="pt") as handle:
         for name in handle.keys():  # noqa: SIM118
             _check_dtype(handle.get_slice(name), file, name)
         return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+
+
+def parse_piece(key: str, file: Path | str = "the file") -> tuple[str, int, int]:
+    """`NAME[lo:hi]` -> (NAME, lo, hi)."""
+    match = _PIECE.match(key)
+    if not match:
+        raise ValueError(f"{file} holds a tensor {key!r}, expected names like output.nease.weight[0:256]")
+    return match[1], int(match[2]), int(match[3])
 
 
 def _stored_items(checkpoint: Checkpoint) -> Iterator[tuple[Path, Any, str, str, int, int]]:
@@ -375,15 +389,12 @@ def _stored_items(checkpoint: Checkpoint) -> Iterator[tuple[Path, Any, str, str,
         if not file_name.startswith("items-"):
             continue
         file = checkpoint.path / file_name
-        with _readable(file), safe_open(file, framework="pt") as handle:
+        with readable(file), safe_open(file, framework="pt") as handle:
             keys = list(handle.keys())
         for key in keys:
-            match = _PIECE.match(key)
-            if not match:
-                raise ValueError(f"{file} holds a tensor {key!r}, expected names like output.nease.weight[0:256]")
             # The file is mapped: what has been read of it counts as this process's memory until it is closed.
-            with _readable(file), safe_open(file, framework="pt") as handle:
-                yield file, handle, key, match[1], int(match[2]), int(match[3])
+            with readable(file), safe_open(file, framework="pt") as handle:
+                yield file, handle, key, *parse_piece(key, file)
 
 
 def stored_pieces(checkpoint: Checkpoint, names: set[str]) -> Iterator[tuple[str, int, int, int, Tensor]]:
@@ -396,7 +407,7 @@ def stored_pieces(checkpoint: Checkpoint, names: set[str]) -> Iterator[tuple[str
     for file, handle, key, name, lo, hi in _stored_items(checkpoint):
         if name in names:
             item_dim = 1 if name == "output.nease.weight" else 0
-            with _readable(file):
+            with readable(file):
                 shape = _check_dtype(handle.get_slice(key), file, key)
                 if len(shape) <= item_dim or shape[item_dim] != hi - lo or hi > n_items:
                     raise ValueError(f"{file}: {key} has shape {shape}; use another checkpoint")
@@ -413,7 +424,7 @@ def read_items(checkpoint: Checkpoint, pieces: list[ItemSlice]) -> None:
         for piece in pieces:
             first, last = max(lo, piece.lo), min(hi, piece.hi)
             if piece.name == name and first < last:
-                with _readable(file):
+                with readable(file):
                     _copy_range(handle.get_slice(key), file, key, piece, lo, hi, first, last)
                 filled[(piece.name, piece.lo, piece.hi)].append((first, last))
     _check_filled(checkpoint, filled)

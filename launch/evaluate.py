@@ -48,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     loaded = load_model(arguments.run, arguments.checkpoint, ranks) if arguments.run else None
     with agreed(ranks):
         folder = arguments.shards or (loaded.config.data.shards if loaded else "")
+        if not folder:
+            raise ValueError(f"{arguments.run} does not say which data it was trained on; pass --shards DIR")
         manifest = Manifest.load(folder)
         if loaded:
             check_vocabulary(loaded, folder, manifest)

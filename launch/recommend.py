@@ -2,46 +2,68 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
 
 import numpy as np
 
 from dist_vasp.parallel.comm import agreed, init_ranks
 from dist_vasp.ranking.evaluate import model_scorer
+from dist_vasp.ranking.explain import model_explainer
+from dist_vasp.ranking.histories import open_histories
 from dist_vasp.ranking.load import load_model
-from dist_vasp.ranking.recommend import check_output, read_histories, recommend_to_file
+from dist_vasp.ranking.mapped import is_linear
+from dist_vasp.ranking.recommend import recommend_to_file
+from dist_vasp.ranking.writers import check_output
 from dist_vasp.training.progress import Progress
 from launch.cli import make_argument_parser, run
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = make_argument_parser("recommend.py", __doc__ or "")
-    parser.add_argument("--run", metavar="RUN_DIR", required=True, help="folder of a training run")
+    parser.add_argument("--run", metavar="DIR", required=True, help="folder of a training run, or one that launch/export.py wrote")
     parser.add_argument("--checkpoint", metavar="NAME", help="a folder under RUN_DIR/checkpoints; default: best, else the newest")
     parser.add_argument(
         "--histories", metavar="FILE", required=True, help="CSV(.gz) or Parquet with columns user, item (original ids)"
     )
     parser.add_argument("--k", type=int, default=20, help="items per user (default 20)")
+    parser.add_argument("--output", metavar="FILE", required=True, help=".csv, .parquet or .jsonl: user, rank, item, score")
     parser.add_argument(
-        "--output", metavar="FILE", required=True, help="CSV or Parquet: user, rank, item, score (ease: x B, else p)"
+        "--explain", type=int, default=0, metavar="N", help="add the paths' factors of the score and the N past items that add most"
     )
     parser.add_argument("--show", type=int, default=0, metavar="N", help="print the first N users with their histories and lists")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output file")
     arguments = parser.parse_args(argv)
     if arguments.k < 1:
         raise ValueError(f"--k is {arguments.k}, expected at least 1")
+    if arguments.explain < 0:
+        raise ValueError(f"--explain is {arguments.explain}, expected 0 or more past items")
     check_output(arguments.output, arguments.overwrite)
 
     ranks = init_ranks(device=arguments.device, interface=arguments.interface)
     loaded = load_model(arguments.run, arguments.checkpoint, ranks)
-    with agreed(ranks):
-        histories = read_histories(arguments.histories, loaded.items)
-    progress = Progress("recommending", histories.n_users, "user", show=ranks.is_main)
-    scorer = model_scorer(loaded.model, loaded.trunk)
-    as_probability = np.asarray if loaded.config.model.kind == "ease" else np.exp  # EASE's x B is no logarithm of one
-    report = recommend_to_file(
-        scorer, histories, loaded.items, arguments.k, arguments.output, ranks, progress.update, arguments.show, as_probability
-    )
+    model = loaded.config.model
+    if arguments.explain and model.kind == "flvae":
+        raise ValueError("--explain needs the shallow path, which model.kind flvae does not have; leave it out")
+    with ExitStack() as stack:
+        with agreed(ranks):
+            histories = stack.enter_context(open_histories(arguments.histories, Path(arguments.output).parent))
+        progress, start = Progress("recommending", histories.n_users, "user", show=ranks.is_main), time.monotonic()
+        report = recommend_to_file(
+            model_scorer(loaded.model, loaded.trunk),
+            histories,
+            loaded.items,
+            arguments.k,
+            arguments.output,
+            ranks,
+            lambda done: progress.update(done, f"{done / (time.monotonic() - start):,.0f} users/s"),
+            arguments.show,
+            np.asarray if is_linear(model) else np.exp,
+            arguments.explain,
+            model_explainer(loaded.model, loaded.trunk, ranks),
+        )
     progress.close()
     if ranks.is_main:
         print(report)

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dist_vasp.checkpoint import HEADER, _header_sha256
+from dist_vasp.checkpoint import HEADER, header_sha256
 from dist_vasp.data.format import MANIFEST, sha256_of
 
 CANARY = "canary"  # a file in the working directory: whoever unpickles or evaluates a payload creates it
@@ -441,7 +441,7 @@ def vouch(path: Path, folder: Path) -> bool:
     if path.name == HEADER:
         try:
             header = json.loads(data)
-            header["header_sha256"] = _header_sha256(header)
+            header["header_sha256"] = header_sha256(header)
         except (ValueError, TypeError, RecursionError):
             return False
         path.write_text(json.dumps(header))
@@ -452,7 +452,7 @@ def vouch(path: Path, folder: Path) -> bool:
     raw = json.loads(guard.read_text())
     if guard.name == HEADER:
         raw["files"][path.name] = sha256_of(data)
-        raw["header_sha256"] = _header_sha256(raw)
+        raw["header_sha256"] = header_sha256(raw)
     elif path.name in raw["files"]:
         raw["files"][path.name] = sha256_of(data)
     for split in raw["splits"].values() if guard.name == MANIFEST else ():

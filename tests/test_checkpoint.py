@@ -86,7 +86,7 @@ def read(path: Path, ranks: Ranks, block_columns: int = 5) -> list[ItemSlice]:
 def rewrite_header(path: Path, **changes) -> None:
     """Change the header and make its own digest right again."""
     header = {**json.loads((path / checkpoints.HEADER).read_text()), **changes}
-    header["header_sha256"] = checkpoints._header_sha256(header)
+    header["header_sha256"] = checkpoints.header_sha256(header)
     (path / checkpoints.HEADER).write_text(json.dumps(header))
 
 
@@ -290,7 +290,7 @@ def test_a_disk_that_is_too_small(saved, monkeypatch):
     read(saved, alone())
 
 
-@pytest.mark.parametrize("failing", ["write_safetensors", "_sync_directory"])
+@pytest.mark.parametrize("failing", ["write_safetensors", "sync_directory"])
 def test_a_write_that_fails(saved, monkeypatch, failing):
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -302,7 +302,7 @@ def test_a_write_that_fails(saved, monkeypatch, failing):
     read(saved, alone())
 
 
-@pytest.mark.parametrize("failing", ["write_safetensors", "_sync_directory"])
+@pytest.mark.parametrize("failing", ["write_safetensors", "sync_directory"])
 def test_an_interrupted_write_is_ignored_and_swept(saved, monkeypatch, failing):
     folder, calls, original = saved.parent, itertools.count(), getattr(checkpoints, failing)
 

@@ -57,7 +57,7 @@ def change_header(run: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     path = run / "checkpoints" / "step-00000007" / checkpoints.HEADER
     header = json.loads(path.read_text())
     change(header)
-    header["header_sha256"] = checkpoints._header_sha256(header)
+    header["header_sha256"] = checkpoints.header_sha256(header)
     path.write_text(json.dumps(header))
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -45,9 +48,11 @@ def imported(tree: ast.AST) -> set[str]:
 
 
 def level(module: str) -> int:
-    """0 for BASE, then the room's place; launch on top."""
+    """0 for BASE, then the room's place; launch on top, and the package, which offers what is below it."""
     if module in BASE:
         return 0
+    if module == "dist_vasp":
+        return len(ROOMS)
     if module.split(".")[0] == "launch":
         return len(ROOMS) + 1
     return 1 + next(i for i, room in enumerate(ROOMS) if f"{module}.".startswith(f"dist_vasp.{room}."))
@@ -96,5 +101,16 @@ def test_nothing_is_unpickled_or_evaluated(module):
 
 def test_every_package_init_is_empty():
     for path in FILES:
-        if path.name == "__init__.py":
+        if path.name == "__init__.py" and path.parent.name != "dist_vasp":
             assert not path.read_text().strip(), path
+
+
+def test_the_package_loads_nothing_until_asked_and_never_deepspeed():
+    """`from dist_vasp import Recommender` is for a server: no trainer, no launcher."""
+    lazy = "import sys, dist_vasp; assert 'torch' not in sys.modules; "
+    asked = "from dist_vasp import Recommender; bad = {'deepspeed', 'dist_vasp.training', 'data_tools'} & set(sys.modules); assert not bad, bad"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", lazy + asked], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    with pytest.raises(ImportError, match="cannot import name 'Trainer'"):
+        from dist_vasp import Trainer  # noqa: F401

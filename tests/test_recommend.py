@@ -18,8 +18,10 @@ from dist_vasp.parallel.comm import Ranks, form_groups
 from dist_vasp.parallel.partition import Layout
 from dist_vasp.ranking import recommend as module
 from dist_vasp.ranking.evaluate import model_scorer, top_items
-from dist_vasp.ranking.recommend import Histories, check_output, read_histories, recommend_to_file, skipped_file
-from tests.partitioned import make_model
+from dist_vasp.ranking.histories import Histories, open_histories
+from dist_vasp.ranking.recommend import recommend_to_file
+from dist_vasp.ranking.writers import check_output, skipped_file
+from tests.partitioned import csr, make_model
 from tests.ranks import run_ranks
 
 
@@ -34,6 +36,15 @@ NAMED = item_table(["apple", "NA", "ü, quoted", "007", "null"])
 
 def alone() -> Ranks:
     return form_groups(0, Layout(1, 1, 1), torch.device("cpu"))
+
+
+def read_histories(path: Path, items: ItemTable) -> Histories:
+    """All of a file as one block."""
+    with open_histories(path, path.parent) as file:
+        blocks = list(file.blocks(items, 10**9))
+        assert len(blocks) <= 1 and file.n_users == sum(b.n_users + len(b.skipped) for b in blocks)
+        nothing = Histories(pa.array([], file.user_type), csr([]), pa.array([], file.user_type), 0)
+    return blocks[0] if blocks else nothing
 
 
 def lists_of(histories: Histories) -> dict:
@@ -180,9 +191,14 @@ def _histories(tmp_path: Path) -> Histories:
 def _recommend(ranks, tmp_path, name):
     module.USERS_PER_BLOCK = 4
     model = make_model("vasp", 13, ranks, dtype=torch.float32)
-    return recommend_to_file(
-        model_scorer(model, make_trunk(model.config, 5)), _histories(tmp_path), NUMBERED, K, tmp_path / name, ranks
-    )
+    scorer = model_scorer(model, make_trunk(model.config, 5))
+    with open_histories(tmp_path / "histories.parquet", tmp_path) as histories:
+        return recommend_to_file(scorer, histories, NUMBERED, K, tmp_path / name, ranks)
+
+
+def to_file(scorer, path: Path, items: ItemTable, k: int, output: Path, *more, **options) -> str:
+    with open_histories(path, path.parent) as histories:
+        return recommend_to_file(scorer, histories, items, k, output, alone(), *more, **options)
 
 
 @pytest.fixture
@@ -242,8 +258,7 @@ def constant_scorer(x):
 def test_text_ids_and_titles(tmp_path):
     items = item_table([f"i{i}" for i in range(13)], [f"Title {i}" for i in range(13)])
     path = write(tmp_path / "h.csv", ["a", "a", "b"], ["i0", "i2", "i1"])
-    histories = read_histories(path, items)
-    report = recommend_to_file(constant_scorer, histories, items, 2, tmp_path / "o.csv", alone(), show=1)
+    report = to_file(constant_scorer, path, items, 2, tmp_path / "o.csv", show=1)
     lines = (tmp_path / "o.csv").read_text().splitlines()
     assert [line.rpartition(",")[0] for line in lines] == [
         '"user","rank","item"',
@@ -259,9 +274,9 @@ def test_text_ids_and_titles(tmp_path):
 
 def test_progress_and_a_skipped_file_of_before(tmp_path, small_blocks):
     skipped_file(tmp_path / "o.csv").write_text("user,reason\n")
-    histories = read_histories(write(tmp_path / "h.csv", list(range(9)), [1000] * 9), NUMBERED)
+    path = write(tmp_path / "h.csv", list(range(9)), [1000] * 9)
     done: list[int] = []
-    recommend_to_file(constant_scorer, histories, NUMBERED, 1, tmp_path / "o.csv", alone(), done.append)
+    to_file(constant_scorer, path, NUMBERED, 1, tmp_path / "o.csv", done.append)
     assert done == [4, 8, 9]
     assert not skipped_file(tmp_path / "o.csv").exists()
 
@@ -271,7 +286,7 @@ def test_no_users(tmp_path, name):
     path = tmp_path / "h.csv"
     for text, n_skipped in (("user,item\n", 0), ("user,item\n1,5\n", 1)):
         path.write_text(text)
-        report = recommend_to_file(constant_scorer, read_histories(path, NUMBERED), NUMBERED, 3, tmp_path / name, alone())
+        report = to_file(constant_scorer, path, NUMBERED, 3, tmp_path / name)
         assert "0 recommendations for 0 users" in report
         assert table_of(tmp_path / name).num_rows == 0
         assert skipped_file(tmp_path / name).exists() == bool(n_skipped)
@@ -285,12 +300,12 @@ def test_nothing_is_half_written_when_the_scorer_raises(tmp_path, small_blocks, 
             raise ValueError("the model is broken")
         yield from constant_scorer(x)
 
-    histories = read_histories(write(tmp_path / "h.csv", list(range(9)), [1000] * 9), NUMBERED)
+    path = write(tmp_path / "h.csv", list(range(9)), [1000] * 9)
     for before in (None, b"an earlier output"):
         if before:
             (tmp_path / name).write_bytes(before)
         with pytest.raises(ValueError, match="the model is broken"):
-            recommend_to_file(breaks_in_the_second_block, histories, NUMBERED, 2, tmp_path / name, alone())
+            to_file(breaks_in_the_second_block, path, NUMBERED, 2, tmp_path / name)
         assert {p.name for p in tmp_path.iterdir()} == {"h.csv"} | ({name} if before else set())
     assert (tmp_path / name).read_bytes() == b"an earlier output"
 
@@ -302,13 +317,13 @@ def test_output_is_checked(tmp_path):
     check_output(tmp_path / "new.parquet", False)
     for output, message in (
         (existing, r"there\.csv exists; pass --overwrite to replace it"),
-        (tmp_path / "o.txt", r"ends in \.txt, expected one of \.csv, \.parquet"),
+        (tmp_path / "o.txt", r"ends in \.txt, expected one of \.csv, \.parquet, \.jsonl"),
         (tmp_path / "o", r"ends in nothing, expected"),
         (tmp_path / "no" / "o.csv", r"the folder .*no does not exist; create it first"),
     ):
         with pytest.raises(ValueError, match=message):
             check_output(output, False)
     assert existing.read_text() == "kept"
-    histories = read_histories(write(tmp_path / "h.csv", [1], [1000]), NUMBERED)
+    path = write(tmp_path / "h.csv", [1], [1000])
     with pytest.raises(ValueError, match="cannot be written"):
-        recommend_to_file(constant_scorer, histories, NUMBERED, 1, tmp_path / "missing" / "o.csv", alone())
+        to_file(constant_scorer, path, NUMBERED, 1, tmp_path / "missing" / "o.csv")

@@ -147,12 +147,16 @@ class VASP:
         """(first item, log p (G, C)) of every block of this rank's items, for the G rows of the partition group; ease: x B."""
         if self.config.kind == "ease":
             yield from ((lo, self.output.logits(i, [], x)[0]) for i, (lo, _) in enumerate(self.output.blocks))
-            return
-        sources: list[Tensor] = []
-        if self.input is not None:
-            _, dz_BX, _ = self.encode(trunk, x, None)
-            sources = self._sources(all_gather(dz_BX, self.group))
-        yield from self.output.scores(sources, x, self.loss)
+        else:
+            yield from self.output.scores(self.sources(trunk, x), x, self.loss)
+
+    @torch.no_grad()
+    def sources(self, trunk: TrunkCall | None, x: ItemRows) -> list[Tensor]:
+        """What feeds the deep paths, for the G rows of the partition group: [d (G, H), z (G, L)], [d], or nothing for NEASE."""
+        if self.input is None:
+            return []
+        _, dz_BX, _ = self.encode(trunk, x, None)
+        return self._sources(all_gather(dz_BX, self.group))
 
     def _sources(self, dz_GX: Tensor) -> list[Tensor]:
         """[d z] -> d, z, each contiguous."""

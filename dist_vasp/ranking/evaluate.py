@@ -56,10 +56,13 @@ def to_item_rows(rows: Rows, n_rows: int, n_items: int, device: torch.device) ->
 
 
 @torch.no_grad()
-def top_items(scorer: Scorer, histories: Rows, k: int, n_items: int, ranks: Ranks) -> tuple[np.ndarray, np.ndarray]:
+def top_items(
+    scorer: Scorer, histories: Rows, k: int, n_items: int, ranks: Ranks, mask_input: bool = True
+) -> tuple[np.ndarray, np.ndarray]:
     """(scores, item rows) of each user's k best unseen items, (U, k) each, on every rank; padded with -inf and -1.
 
-    Descending score, ties to the lower item row. Every rank of the partition group passes the same histories.
+    Descending score, ties to the lower item row. Every rank of the partition group passes the same histories. With `mask_input`
+    False seen items may be listed too. The scorer may leave blocks out: their items are not listed.
     """
     partitions = ranks.layout.partitions
     x = to_item_rows(histories, -(-max(histories.n_rows, 1) // partitions) * partitions, n_items, ranks.device)
@@ -67,7 +70,11 @@ def top_items(scorer: Scorer, histories: Rows, k: int, n_items: int, ranks: Rank
     waiting: list[Tensor] = []
     width = first = 0
     for lo, scores in scorer(x):
-        scores[x.positions(lo, lo + scores.shape[1])] = -torch.inf
+        if mask_input:
+            scores[x.positions(lo, lo + scores.shape[1])] = -torch.inf
+        if waiting and lo != first + width:
+            best.update(torch.cat(waiting, dim=1), first)
+            waiting, width = [], 0
         first = first if waiting else lo
         waiting.append(scores)
         width += scores.shape[1]

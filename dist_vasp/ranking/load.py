@@ -14,6 +14,7 @@ from dist_vasp.data.format import ITEMS_FILE, ItemTable, Manifest, read_items_fi
 from dist_vasp.model.trunk import Trunk
 from dist_vasp.model.vasp import VASP, make_trunk
 from dist_vasp.parallel.comm import Ranks, agreed
+from dist_vasp.ranking.export import is_export, open_export
 
 
 @dataclass(frozen=True)
@@ -28,20 +29,18 @@ class LoadedModel:
 
 
 def load_model(run_dir: str | Path, name: str | None, ranks: Ranks) -> LoadedModel:
-    """The checkpoint `name` of a run, else its best by validation NDCG@100, else its newest.
+    """The checkpoint `name` of a run, else its best by validation NDCG@100, else its newest; or the model of an exported folder.
 
     Raises AgreedError when there is no such checkpoint or a file of it is damaged.
     """
     run_dir = Path(run_dir)
     with agreed(ranks):
-        if not run_dir.is_dir():
-            raise ValueError(f"{run_dir} is not a folder; pass the run.dir of a training run")
-        opened = checkpoints.open_checkpoint(checkpoints.find(run_dir / "checkpoints", name))
+        opened = open_model(run_dir, name)
         config = from_dict(opened.header["config"])
         items = read_items_file(run_dir / ITEMS_FILE, opened.header["n_items"], opened.header["vocabulary_sha256"])
     checkpoints.verify(opened, ranks)
     with agreed(ranks):
-        _check_size(opened, config)
+        check_size(opened, config)
         model = VASP(
             config.model,
             config.loss,
@@ -61,14 +60,26 @@ def load_model(run_dir: str | Path, name: str | None, ranks: Ranks) -> LoadedMod
     return LoadedModel(config, opened, items, model, trunk)
 
 
-def _check_size(opened: Checkpoint, config: Config) -> None:
+def open_model(folder: str | Path, name: str | None = None) -> Checkpoint:
+    """The header of an exported folder, or of a run's checkpoint `name` (else its best, else its newest)."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder; pass the run.dir of a training run, or a folder of launch/export.py")
+    if is_export(folder):
+        if name is not None:
+            raise ValueError(f"{folder} is an exported model and has no checkpoint {name}; leave --checkpoint out")
+        return open_export(folder)
+    return checkpoints.open_checkpoint(checkpoints.find(folder / "checkpoints", name))
+
+
+def check_size(opened: Checkpoint, config: Config) -> None:
     """ValueError where the config describes a larger model than the files can hold: nothing of that size is made then."""
     n_items = opened.header["n_items"]
     described = 4 * (config.model.item_parameters(n_items, n_items) + config.model.trunk_parameters())
     stored = sum((opened.path / name).stat().st_size for name in opened.header["files"])
     if described > stored:
         raise ValueError(
-            f"{opened.path / checkpoints.HEADER} describes a model of {described:,} bytes, its files hold {stored:,}; "
+            f"{opened.path / opened.header_name} describes a model of {described:,} bytes, its files hold {stored:,}; "
             "use another checkpoint of the run"
         )
 

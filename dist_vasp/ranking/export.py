@@ -1,0 +1,175 @@
+"""A trained model as one folder to carry to where lists are made: weights, vocabulary and a header, nothing of the training.
+
+    EXPORT/  export.json                         format version, config, vocabulary, SHA-256 of each file
+             items.parquet                       original ids, popularity, titles
+             trunk.safetensors                   parameters of the trunk (none for NEASE)
+             items-PPPPP-of-PPPPP.safetensors    as in a checkpoint, without moments
+             trunk.pt2                           asked for: the trunk as a torch.export program, for a consumer of its own
+
+The tensors are those of a checkpoint in the same files and blocks, so an export answers bitwise as its run does. Written to a
+temporary folder, synced and renamed: it exists whole or not at all. Nothing of it is unpickled by us: trunk.pt2 is only hashed.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dist_vasp import checkpoint as checkpoints
+from dist_vasp.checkpoint import Checkpoint
+from dist_vasp.data.format import ITEMS_FILE
+from dist_vasp.model.trunk import Trunk
+from dist_vasp.ranking.mapped import map_tensors
+
+FORMAT_VERSION = 1
+HEADER = "export.json"
+PROGRAM = "trunk.pt2"
+_FILE = re.compile(r"items\.parquet|trunk\.pt2|trunk\.safetensors|items-\d{5}-of-\d{5}\.safetensors")
+_MOMENTS = (".exp_avg", ".exp_avg_sq")
+_LOCAL = (("data", "shards"), ("run", "dir"))  # keys of the config that mean nothing on another machine
+
+
+def is_export(folder: Path) -> bool:
+    return (folder / HEADER).is_file()
+
+
+def open_export(folder: Path) -> Checkpoint:
+    """The header of an exported folder; ValueError if it is damaged or of another version."""
+    try:
+        header = json.loads((folder / HEADER).read_text())
+        version = header["format_version"]
+        if version == FORMAT_VERSION:
+            _check_header(header)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{folder / HEADER} is damaged ({error!r}); export the run again") from None
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"{folder / HEADER} has format_version {version}, this version reads {FORMAT_VERSION}; use the version that wrote it"
+        )
+    return Checkpoint(folder, header, HEADER)
+
+
+def _check_header(header: dict[str, Any]) -> None:
+    """Raise unless everything a reader relies on is there and of its kind."""
+    if header["header_sha256"] != checkpoints.header_sha256(header):
+        raise ValueError("header_sha256 is not that of its content")
+    if not checkpoints.is_count(header["n_items"]) or not isinstance(header["vocabulary_sha256"], str):
+        raise TypeError("n_items or vocabulary_sha256 is of another kind")
+    if not isinstance(header["config"], dict) or not isinstance(header["source"], str):
+        raise TypeError("config or source is of another kind")
+    for name, digest in header["files"].items():
+        if not _FILE.fullmatch(name) or not isinstance(digest, str):
+            raise ValueError(f"files lists {name!r}, which is no file of an export")
+
+
+def export(opened: Checkpoint, items_file: Path, output: str | Path, trunk: Trunk | None = None) -> str:
+    """Write the weights of a checkpoint (or of an export) and the vocabulary to a new folder; returns one line on what was written.
+
+    With `trunk` that program is written besides. The caller has verified the checkpoint. ValueError where the folder exists, the disk is too small or fails.
+    """
+    output = Path(output)
+    if output.exists() or output.is_symlink():
+        raise ValueError(f"{output} exists; name another folder, or remove it yourself")
+    if not output.parent.is_dir():
+        raise ValueError(f"{output}: the folder {output.parent} does not exist; create it first")
+    files = {name: _weights(opened.path / name) for name in sorted(opened.header["files"]) if name.endswith(".safetensors")}
+    needed = sum(4 * t.numel() for tensors in files.values() for t in tensors.values()) + items_file.stat().st_size
+    if trunk is not None:
+        needed += sum(4 * p.numel() for p in trunk.parameters())
+    free = shutil.disk_usage(output.parent).free
+    if free < needed * 1.01 + (1 << 20):
+        raise ValueError(
+            f"{output.parent} has {free / 1e9:.2f} GB free but the export needs {needed / 1e9:.2f} GB; free some space"
+        )
+    temporary = output.with_name(f".{output.name}.tmp")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        digests = {name: checkpoints.write_safetensors(temporary / name, tensors) for name, tensors in files.items()}
+        if trunk is not None:
+            digests[PROGRAM] = write_program(trunk, temporary / PROGRAM)
+        digests[ITEMS_FILE] = _copy(items_file, temporary / ITEMS_FILE)
+        _write_header(temporary / HEADER, opened, digests)
+        checkpoints.sync_directory(temporary)
+        temporary.rename(output)
+        checkpoints.sync_directory(output.parent)
+    except OSError as error:
+        raise ValueError(f"{output} could not be written ({error}); free some space or name another folder") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return f"{output}: {opened.header['n_items']:,} items, {needed / 1e6:,.1f} MB, from {opened.path.resolve().name}"
+
+
+def _weights(file: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint's file that are no moments, mapped."""
+    return {name: t for name, t in map_tensors(file).items() if not name.split("[")[0].endswith(_MOMENTS)}
+
+
+class _Scoring(nn.Module):
+    """W1 x (B, H) -> d (B, H), z (B, L): the trunk as ranking uses it, without noise or KL."""
+
+    def __init__(self, trunk: Trunk) -> None:
+        super().__init__()
+        self.trunk = trunk
+
+    def forward(self, pre_BH: Tensor) -> tuple[Tensor, Tensor]:
+        d_BH, z_BL, _ = self.trunk(pre_BH)
+        return d_BH, z_BL
+
+
+def write_program(trunk: Trunk, file: Path) -> str:
+    """The trunk as a torch.export program of any batch size, once it gives what the trunk gives; returns the file's SHA-256."""
+    scoring, hidden = _Scoring(trunk).eval(), len(trunk.input_bias)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        example = torch.randn((2, hidden), generator=generator)
+        program = torch.export.export(scoring, (example,), dynamic_shapes={"pre_BH": {0: torch.export.Dim("batch")}})
+        for n_rows in (1, 7):
+            pre_BH = torch.randn((n_rows, hidden), generator=generator)
+            for ours, theirs in zip(scoring(pre_BH), program.module()(pre_BH), strict=True):
+                if not torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6):
+                    raise RuntimeError(f"the exported trunk differs from the model by {(ours - theirs).abs().max().item():.3g}")
+    torch.export.save(program, file)
+    with open(file, "rb+") as handle:
+        os.fsync(handle.fileno())
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _copy(source: Path, target: Path) -> str:
+    data = source.read_bytes()
+    with open(target, "wb") as handle:
+        handle.write(data)
+        handle.flush()
+        os.fsync(handle.fileno())
+    return hashlib.sha256(data).hexdigest()
+
+
+def _write_header(path: Path, opened: Checkpoint, digests: dict[str, str]) -> None:
+    config = copy.deepcopy(opened.header["config"])
+    for section, key in _LOCAL:
+        if key in config.get(section, {}):
+            config[section][key] = ""
+    source = opened.header.get("source", opened.path.resolve().name)
+    header = {
+        "format_version": FORMAT_VERSION,
+        "source": source,
+        "n_items": opened.header["n_items"],
+        "vocabulary_sha256": opened.header["vocabulary_sha256"],
+        "validation": opened.header.get("validation", opened.header.get("best") if source.startswith("best-") else None),
+        "config": config,
+        "files": dict(sorted(digests.items())),
+    }
+    header["header_sha256"] = checkpoints.header_sha256(header)
+    with open(path, "w") as handle:
+        handle.write(json.dumps(header, indent=1) + "\n")
+        handle.flush()
+        os.fsync(handle.fileno())

@@ -1,0 +1,351 @@
+"""Lists, similar items and explanations of a trained model in Python: no launcher, no GPU, no second copy of the weights.
+
+    from dist_vasp import Recommender
+    r = Recommender.load("runs/mine")
+    ids, scores = r.recommend([[17, 23], [5]], k=10)
+
+Original ids come in and go out: ints where the vocabulary is numeric, else strings. The item matrices are mapped
+(ranking/mapped.py), so that loading costs one reading of the files for their checksums and no memory of their size.
+
+Shapes: U users, I items, K list length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import pyarrow as pa
+import scipy.sparse
+import torch
+
+from dist_vasp import checkpoint as checkpoints
+from dist_vasp.checkpoint import Checkpoint
+from dist_vasp.config import from_dict
+from dist_vasp.data.format import ITEMS_FILE, ItemTable, read_items_file
+from dist_vasp.data.stream import Rows, indptr_of
+from dist_vasp.parallel.comm import form_groups
+from dist_vasp.parallel.partition import Layout
+from dist_vasp.ranking import export as exports
+from dist_vasp.ranking.evaluate import to_item_rows, top_items
+from dist_vasp.ranking.explain import mapped_explainer
+from dist_vasp.ranking.histories import find_items, histories_of, known_rows, table_columns
+from dist_vasp.ranking.load import check_size, open_model
+from dist_vasp.ranking.mapped import MappedModel, is_linear, map_model
+from dist_vasp.ranking.recommend import list_table
+from dist_vasp.ranking.topk import NO_ITEM, TopK
+
+USERS_PER_PASS = 4096  # users that go through the blocks of W together (docs/experiments.md)
+_ROWS_AT_ONCE = 4096  # rows of R that are compared at once
+
+Id = int | str
+HistoriesLike: TypeAlias = Any  # Sequence[Iterable[Id]] | scipy.sparse matrix | pa.Table, neither of which has types to check
+
+
+@dataclass(frozen=True)
+class Lists:
+    """Top-K lists, one row for each history; unpacks as `ids, scores`.
+
+    `ids` (U, K): int64, or str objects. `scores` (U, K): float32, p of the model, descending. A list that ends early (fewer than
+    k unseen items, or no known item in the history) is filled up with id -1 (None for str) and score NaN. `users`: the users of
+    an Arrow table in order of first appearance, the users without a known item at the end; None for other input.
+    `n_unknown`: interactions whose item the model does not know; they were ignored.
+    """
+
+    ids: np.ndarray
+    scores: np.ndarray
+    users: pa.Array | None
+    n_unknown: int
+    _rows: np.ndarray  # (U, K) item rows
+    _items: ItemTable
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        yield self.ids
+        yield self.scores
+
+    def to_table(self) -> pa.Table:
+        """One row per recommendation as launch/recommend.py writes them: user (the row where there are no ids), rank, item, score."""
+        users = pa.array(np.arange(len(self.ids))) if self.users is None else self.users
+        table = list_table(users, self.scores, self._rows, self._items)
+        if self._items.titles is not None:
+            rows = self._rows[self._rows >= 0]
+            table = table.append_column("title", self._items.titles.take(pa.array(rows)))
+        return table
+
+
+@dataclass(frozen=True)
+class Reason:
+    """What one past item adds to the shallow path's logit."""
+
+    item: Id
+    weight: float
+    title: str | None = None
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Why a history leads to `item`.
+
+    The shallow path's logit is the sum over the history of W[past item, item]: `reasons` are the largest of these, descending,
+    `rest` is the sum of the others, and `logit` is all of it. p = p_flvae * p_nease: both paths must agree. A path that the
+    model does not have is None (`reasons` empty); of the closed form p, p_flvae and p_nease are None and `logit` is the score.
+    """
+
+    item: Id
+    title: str | None
+    p: float | None
+    p_flvae: float | None
+    p_nease: float | None
+    logit: float | None
+    reasons: list[Reason]
+    rest: float
+
+
+class Recommender:
+    """A trained model, read only. Make one with `Recommender.load`."""
+
+    def __init__(self, opened: Checkpoint, items: ItemTable, items_file: Path, model: MappedModel) -> None:
+        self._opened, self._items_file, self.model, self.items = opened, items_file, model, items
+        self._alone = form_groups(0, Layout(1, 1, 1), torch.device("cpu"))
+
+    @staticmethod
+    def load(folder: str | Path, checkpoint: str | None = None, verify: bool = True) -> Recommender:
+        """The model of a run directory (its best checkpoint, else its newest, else the one named) or of an exported folder.
+
+        `verify` holds every file against its SHA-256 and looks for numbers that are none, which reads all of them; without it
+        only what is asked for is read. ValueError where the folder holds no model or a file is damaged.
+        """
+        opened = open_model(folder, checkpoint)
+        if verify:
+            checkpoints.verify(opened, form_groups(0, Layout(1, 1, 1), torch.device("cpu")))
+        items_file = Path(folder) / ITEMS_FILE
+        items = read_items_file(items_file, opened.header["n_items"], opened.header["vocabulary_sha256"])
+        config = from_dict(opened.header["config"])
+        check_size(opened, config)
+        model = map_model(opened, config)
+        if verify:
+            checkpoints.check_numbers(opened, model.tensors())
+        return Recommender(opened, items, items_file, model)
+
+    def export(self, folder: str | Path, trunk: Literal["torch_export"] | None = None) -> str:
+        """Write the model to a new folder that `load` and launch/recommend.py take; returns one line on what was written.
+
+        `trunk` "torch_export" adds trunk.pt2, a program W1 x (B, H) -> d (B, H), z (B, L) for another runtime.
+        """
+        if trunk not in (None, "torch_export"):
+            raise ValueError(f"trunk is {trunk!r}, expected torch_export or None")
+        if trunk and self.model.trunk is None:
+            raise ValueError(f"a model of kind {self.model.config.kind} has no trunk to export; leave trunk out")
+        return exports.export(self._opened, self._items_file, folder, self.model.trunk if trunk else None)
+
+    # --- lists ---------------------------------------------------------------------------------------------------------
+
+    def recommend(
+        self,
+        histories: HistoriesLike,
+        k: int,
+        mask_input: bool = True,
+        filter_items: Iterable[Id] | None = None,
+        restrict_to: Iterable[Id] | None = None,
+    ) -> Lists:
+        """The k best items of every history, as launch/recommend.py ranks them: `ids, scores = r.recommend(...)`.
+
+        histories: a list of lists of original ids; a sparse matrix (U, I) whose columns are item rows (non-zero: seen); or an
+        Arrow table with columns user and item. Seen items are not listed unless `mask_input` is False; `filter_items` never are;
+        with `restrict_to` only those are. Ids that the model does not know are ignored. ValueError for anything else, and where
+        `restrict_to` has no known item.
+        """
+        _check_count("k", k)
+        rows, users, n_unknown = self._read(histories)
+        allowed = self._allowed(filter_items, restrict_to)
+        ids = np.full((rows.n_rows, k), NO_ITEM, np.int64)
+        scores = np.full((rows.n_rows, k), np.nan, np.float32)
+        known = np.flatnonzero(rows.lengths)
+        for start in range(0, len(known), USERS_PER_PASS):
+            block = known[start : start + USERS_PER_PASS]
+            found, ids[block] = top_items(
+                lambda x: self.model.scores(x, allowed), rows.take(block), k, self.n_items, self._alone, mask_input
+            )
+            scores[block] = found if self.is_linear else np.exp(found)
+        scores[ids == NO_ITEM] = np.nan
+        return Lists(self._ids(ids), scores, users, n_unknown, ids, self.items)
+
+    def similar_items(self, item: Id, k: int, by: Literal["nease", "decoder"] | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """(ids, scores) of the k items nearest to `item`, itself excepted; fewer where the catalogue is smaller.
+
+        `nease`: W[item, j], what having `item` adds to the logit of j. It is directed: a rare sequel may point at its famous
+        first part and not the other way round; a list of "goes with" is wanted in just this direction. `decoder`: cosine of the
+        rows of R, which is symmetric. The default is nease where the model has it. ValueError for an unknown item or path.
+        """
+        _check_count("k", k)
+        row = self._known_item(item)
+        paths = {"nease": self._shallow, "decoder": self._deep}
+        by = by or ("nease" if self._shallow else "decoder")
+        if by not in paths or not paths[by]:
+            there = " or ".join(name for name, has in paths.items() if has)
+            raise ValueError(f"by is {by!r}, but a model of kind {self.model.config.kind} can compare items by {there}")
+        best = TopK(k)
+        for first, scores_C in self._nease_row(row) if by == "nease" else self._cosines(row):
+            if first <= row < first + len(scores_C):
+                scores_C[row - first] = -torch.inf
+            best.update(scores_C[None], first)
+        scores, ids = (t[0].numpy() for t in best.result())
+        found = ids != NO_ITEM
+        return self._ids(ids[found]), scores[found]
+
+    def explain(self, history: Iterable[Id], item: Id, n: int = 5) -> Explanation:
+        """Which of the past items speak for `item`, and what either path says. ValueError for an unknown item or no known history."""
+        _check_count("n", n)
+        row = self._known_item(item)
+        rows, _, _ = self._read([history])
+        if rows.n_rows == 0 or not len(rows.items):
+            raise ValueError("no item of the history is known to the model; there is nothing to explain")
+        x = to_item_rows(rows, 1, self.n_items, torch.device("cpu"))
+        wanted = torch.zeros(self.n_items, dtype=torch.bool)
+        wanted[row] = True
+        score = next(s[0, row - lo] for lo, s in self.model.scores(x, wanted))
+        pair = (torch.tensor([0]), torch.tensor([row]), score[None])
+        found = mapped_explainer(self.model)(x, *pair, max(n, len(rows.items)))
+        reasons, rest, logit = [], 0.0, None
+        if found.items_EN is not None and found.weights_EN is not None and found.shallow_E is not None:
+            pairs = [(i, w) for i, w in zip(found.items_EN[0].tolist(), found.weights_EN[0].tolist(), strict=True) if i != NO_ITEM]
+            reasons = [Reason(self._id(i), w, self._title(i)) for i, w in pairs[:n]]
+            rest, logit = sum(w for _, w in pairs[n:]), float(found.shallow_E[0])
+        p_flvae, p_nease = (None if p is None else float(p.exp()[0]) for p in (found.log_p_flvae_E, found.log_p_nease_E))
+        p = None if self.is_linear else float(score.exp())
+        return Explanation(self._id(row), self._title(row), p, p_flvae, p_nease, logit, reasons, rest)
+
+    # --- what there is ---------------------------------------------------------------------------------------------------
+
+    @property
+    def n_items(self) -> int:
+        return self.model.n_items
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether scores are no probabilities: the closed form."""
+        return is_linear(self.model.config)
+
+    @property
+    def _shallow(self) -> bool:
+        return bool(self.model.outputs[0].W_IC)
+
+    @property
+    def _deep(self) -> bool:
+        return bool(self.model.outputs[0].heads)
+
+    def title(self, item: Id) -> str | None:
+        """The title of an item, None where items.parquet has none. ValueError for an unknown item."""
+        return self._title(self._known_item(item))
+
+    def _title(self, row: int) -> str | None:
+        return None if self.items.titles is None else self.items.titles[row].as_py()
+
+    def _id(self, row: int) -> Id:
+        return self.items.ids[row].as_py()
+
+    def _ids(self, rows: np.ndarray) -> np.ndarray:
+        """Original ids of item rows of any shape; -1 or None where the row is -1."""
+        flat = rows.reshape(-1)
+        if pa.types.is_integer(self.items.ids.type):
+            ids = np.asarray(self.items.ids.cast(pa.int64()))[flat]
+            ids[flat < 0] = -1
+            return ids.reshape(rows.shape)
+        found = self.items.ids.take(pa.array(flat, mask=flat < 0))
+        return np.array([*found.to_pylist(), None], object)[:-1].reshape(rows.shape)
+
+    # --- input -----------------------------------------------------------------------------------------------------------
+
+    def _read(self, histories: HistoriesLike) -> tuple[Rows, pa.Array | None, int]:
+        """(rows, users or None, interactions with unknown items)."""
+        if isinstance(histories, pa.Table):
+            users, item_ids = table_columns(histories, "the table")
+            found = histories_of(users, find_items(item_ids, self.items), self.n_items)
+            lengths = np.append(found.rows.lengths, np.zeros(len(found.skipped), np.int64))
+            return (
+                Rows(indptr_of(lengths), found.rows.items),
+                pa.concat_arrays([found.users, found.skipped]),
+                found.n_unknown,
+            )
+        if scipy.sparse.issparse(histories):
+            return self._read_matrix(histories), None, 0
+        return self._read_lists(histories)
+
+    def _read_matrix(self, matrix: Any) -> Rows:
+        if matrix.ndim != 2 or matrix.shape[1] != self.n_items:
+            raise ValueError(f"the matrix has shape {matrix.shape}, expected (users, {self.n_items}): columns are item rows")
+        x = matrix.tocoo()
+        seen = x.data != 0
+        return known_rows(x.row[seen], x.col[seen], x.shape[0], self.n_items)
+
+    def _read_lists(self, histories: Any) -> tuple[Rows, None, int]:
+        if isinstance(histories, str | bytes | dict) or not isinstance(histories, Iterable):
+            raise ValueError(
+                f"histories are {type(histories).__name__}, expected a list of lists of ids, a sparse matrix or a pyarrow.Table"
+            )
+        lists = []
+        for u, history in enumerate(histories):
+            if isinstance(history, str | bytes | dict) or not isinstance(history, Iterable):
+                raise ValueError(f"history {u} is {history!r:.50}, expected a list of ids; pass [history] for one user")
+            lists.append(list(history))
+        item_rows = self._find([*chain.from_iterable(lists)], "the histories")
+        owner = np.repeat(np.arange(len(lists)), [len(one) for one in lists])
+        return known_rows(owner, item_rows, len(lists), self.n_items), None, int((item_rows < 0).sum())
+
+    def _find(self, ids: Sequence[Any], what: str) -> np.ndarray:
+        """Item rows of ids, -1 where unknown; ValueError unless they are all whole numbers or all strings."""
+        if len(ids) == 0:
+            return np.empty(0, np.int32)
+        try:
+            array = pa.array(ids, from_pandas=False)
+        except (pa.ArrowException, TypeError, OverflowError):
+            array = pa.nulls(1)
+        if array.null_count or not (pa.types.is_integer(array.type) or pa.types.is_string(array.type)):
+            raise ValueError(f"{what} must hold original ids, all whole numbers or all strings; some are of another kind")
+        return find_items(array, self.items)
+
+    def _known_item(self, item: Id) -> int:
+        row = int(self._find([item], "item")[0])
+        if row < 0:
+            raise ValueError(f"item {item!r} is not one of the {self.n_items} items that the model was trained on")
+        return row
+
+    def _allowed(self, filter_items: Iterable[Id] | None, restrict_to: Iterable[Id] | None) -> torch.Tensor | None:
+        """(I,) bool of the items that may be listed, None for all."""
+        if filter_items is None and restrict_to is None:
+            return None
+        allowed = np.ones(self.n_items, bool)
+        if restrict_to is not None:
+            rows = self._find(list(restrict_to), "restrict_to")
+            allowed[:] = False
+            allowed[rows[rows >= 0]] = True
+        if filter_items is not None:
+            rows = self._find(list(filter_items), "filter_items")
+            allowed[rows[rows >= 0]] = False
+        if not allowed.any():
+            raise ValueError("filter_items and restrict_to leave no item that the model knows; pass other ids")
+        return torch.from_numpy(allowed)
+
+    # --- similarity ------------------------------------------------------------------------------------------------------
+
+    def _nease_row(self, row: int) -> Iterator[tuple[int, torch.Tensor]]:
+        self.model.expect(1)
+        for output in self.model.outputs:
+            for (lo, _), W_IC in zip(output.blocks, output.W_IC, strict=True):
+                yield lo, W_IC[row].clone()
+
+    def _cosines(self, row: int) -> Iterator[tuple[int, torch.Tensor]]:
+        decoders = [(output.part, output.heads[0].weight_JK) for output in self.model.outputs]
+        wanted = next(R_JH[row - part.start] for part, R_JH in decoders if part.start <= row < part.stop)
+        for part, R_JH in decoders:
+            for lo, hi in part.blocks(_ROWS_AT_ONCE):
+                yield lo, torch.cosine_similarity(R_JH[lo - part.start : hi - part.start], wanted[None], dim=1)
+
+
+def _check_count(name: str, value: Any) -> None:
+    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} is {value!r}, expected a whole number of at least 1")
