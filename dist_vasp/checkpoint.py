@@ -164,10 +164,10 @@ class Save:
                         handle.write(json.dumps(whole, indent=1) + "\n")
                         handle.flush()
                         os.fsync(handle.fileno())
-                    sync_directory(self.temporary)
+                    sync(self.temporary)
                     shutil.rmtree(self.path, ignore_errors=True)
                     self.temporary.rename(self.path)
-                    sync_directory(self.path.parent)
+                    sync(self.path.parent)
                 except OSError as raised:
                     error = self._unwritable(raised)
             agree(error, ranks)
@@ -222,8 +222,9 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def sync_directory(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Bring a written file, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

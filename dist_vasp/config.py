@@ -76,6 +76,11 @@ class ModelConfig:
         """Whether there is an items x items matrix."""
         return self.kind != "flvae"
 
+    @property
+    def linear(self) -> bool:
+        """Whether what is ranked by is x B itself and no probability: the closed form."""
+        return self.kind == "ease"
+
     def trunk_parameters(self) -> int:
         """Parameters of the trunk: b1, the residual layers and their norms, the three latent maps."""
         if not self.deep:

@@ -67,7 +67,7 @@ class Plan:
 
 def make_plan(config: Config, sizes: Sizes, partitions: int, replicas: int, rates: Rates, device: str = "cpu") -> Plan:
     """The estimate for one rank of a `replicas` x `partitions` world."""
-    if config.model.kind == "ease":
+    if config.model.linear:
         return _ease_plan(config, sizes, partitions, replicas, rates, device)
     m, o, p = config.model, config.optimizer, config.parallel
     H, L = m.hidden, m.latent * m.latent_head
@@ -177,7 +177,7 @@ def dense_reference_memory(config: Config, sizes: Sizes) -> float:
     """What plain dense torch holds: every matrix whole with gradient and two moments, and the optimizer's temporaries (NAdam: 32 bytes
     a parameter at its peak), dense x and y, and logits of every path with autograd's copies. The closed form: what numpy.linalg.inv
     holds, the matrix and three copies, in float64 (tests/bench_ease.py measured it)."""
-    if config.model.kind == "ease":
+    if config.model.linear:
         return 4 * 8 * sizes.n_items**2
     n = config.model.item_parameters(sizes.n_items, sizes.n_items) + config.model.trunk_parameters()
     rows = config.data.batch_size * (2 if config.halves else 1)

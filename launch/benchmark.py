@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--floor", action="store_true", help="measure the machine's rates in the same run; print the step's floor")
     parser.add_argument("--job", default="", help="internal: folder that one job's ranks write to")
     config, arguments = parse(parser, argv)
-    if config.model.kind == "ease":
+    if config.model.linear:
         raise ValueError("model.kind is 'ease', expected a model that is trained in steps; python -m tests.bench_ease times ease")
     if arguments.job:
         _job(config, arguments)

@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = "cuda" if config.device == "cuda" else "cpu"
     plan = make_plan(config, sizes, layout.partitions, layout.replicas, rates, device)
     print(f"{config.model.kind}, {sizes.n_items:,} items, {sizes.items_per_user:.0f} items a user, {arguments.ranks} ranks")
-    closed = config.model.kind == "ease"
+    closed = config.model.linear
     if closed:
         print("a step is the closed form for one lambda: Gram matrix and inverse, evaluation excluded")
     print(describe(plan, 0 if closed else config.data.batch_size))

@@ -14,7 +14,6 @@ from dist_vasp.ranking.evaluate import model_scorer
 from dist_vasp.ranking.explain import model_explainer
 from dist_vasp.ranking.histories import open_histories
 from dist_vasp.ranking.load import load_model
-from dist_vasp.ranking.mapped import is_linear
 from dist_vasp.ranking.recommend import recommend_to_file
 from dist_vasp.ranking.writers import check_output
 from dist_vasp.training.progress import Progress
@@ -45,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     ranks = init_ranks(device=arguments.device, interface=arguments.interface)
     loaded = load_model(arguments.run, arguments.checkpoint, ranks)
     model = loaded.config.model
-    if arguments.explain and model.kind == "flvae":
+    if arguments.explain and not model.shallow:
         raise ValueError("--explain needs the shallow path, which model.kind flvae does not have; leave it out")
     with ExitStack() as stack:
         with agreed(ranks):
@@ -60,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             ranks,
             lambda done: progress.update(done, f"{done / (time.monotonic() - start):,.0f} users/s"),
             arguments.show,
-            np.asarray if is_linear(model) else np.exp,
+            np.asarray if model.linear else np.exp,
             arguments.explain,
             model_explainer(loaded.model, loaded.trunk, ranks),
         )

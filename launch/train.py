@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     config, arguments = parse(parser, argv)
     parallel = config.parallel
-    closed = config.model.kind == "ease"
+    closed = config.model.linear
     if closed and arguments.init_from:
         raise ValueError(
             f"--init_from is {arguments.init_from}, but model.kind ease is computed from the shards alone; leave it out"

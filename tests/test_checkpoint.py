@@ -290,7 +290,7 @@ def test_a_disk_that_is_too_small(saved, monkeypatch):
     read(saved, alone())
 
 
-@pytest.mark.parametrize("failing", ["write_safetensors", "sync_directory"])
+@pytest.mark.parametrize("failing", ["write_safetensors", "sync"])
 def test_a_write_that_fails(saved, monkeypatch, failing):
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -302,7 +302,7 @@ def test_a_write_that_fails(saved, monkeypatch, failing):
     read(saved, alone())
 
 
-@pytest.mark.parametrize("failing", ["write_safetensors", "sync_directory"])
+@pytest.mark.parametrize("failing", ["write_safetensors", "sync"])
 def test_an_interrupted_write_is_ignored_and_swept(saved, monkeypatch, failing):
     folder, calls, original = saved.parent, itertools.count(), getattr(checkpoints, failing)
 

@@ -145,7 +145,7 @@ class VASP:
     @torch.no_grad()
     def scores(self, trunk: TrunkCall | None, x: ItemRows) -> Iterator[tuple[int, Tensor]]:
         """(first item, log p (G, C)) of every block of this rank's items, for the G rows of the partition group; ease: x B."""
-        if self.config.kind == "ease":
+        if self.config.linear:
             yield from ((lo, self.output.logits(i, [], x)[0]) for i, (lo, _) in enumerate(self.output.blocks))
         else:
             yield from self.output.scores(self.sources(trunk, x), x, self.loss)

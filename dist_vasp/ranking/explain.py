@@ -21,7 +21,7 @@ from dist_vasp.model.item_layers import OutputSide
 from dist_vasp.model.sparse import ItemRows
 from dist_vasp.model.vasp import VASP, TrunkCall
 from dist_vasp.parallel.comm import Ranks, all_reduce
-from dist_vasp.ranking.mapped import MappedModel, is_linear
+from dist_vasp.ranking.mapped import MappedModel
 from dist_vasp.ranking.topk import NO_ITEM
 
 _PAIRS_AT_ONCE = 4096  # rows of R and Q that are gathered at once
@@ -45,7 +45,7 @@ Explainer = Callable[[ItemRows, Tensor, Tensor, Tensor, int], Reasons]
 def mapped_explainer(model: MappedModel) -> Explainer:
     def explain(x: ItemRows, row_E: Tensor, item_E: Tensor, score_E: Tensor, n: int) -> Reasons:
         weight_F, deep_E = pair_parts(model.outputs, model.sources(x), x, row_E, item_E)
-        return _reasons(x, row_E, score_E, n, weight_F, deep_E, model.outputs[0], is_linear(model.config))
+        return _reasons(x, row_E, score_E, n, weight_F, deep_E, model.outputs[0], model.config.linear)
 
     return explain
 
@@ -56,7 +56,7 @@ def model_explainer(model: VASP, trunk: TrunkCall | None, ranks: Ranks) -> Expla
     def explain(x: ItemRows, row_E: Tensor, item_E: Tensor, score_E: Tensor, n: int) -> Reasons:
         parts = pair_parts([model.output], model.sources(trunk, x), x, row_E, item_E)
         weight_F, deep_E = (all_reduce(part, ranks.partition_group) for part in parts)
-        return _reasons(x, row_E, score_E, n, weight_F, deep_E, model.output, is_linear(model.config))
+        return _reasons(x, row_E, score_E, n, weight_F, deep_E, model.output, model.config.linear)
 
     return explain
 

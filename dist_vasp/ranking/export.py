@@ -99,9 +99,9 @@ def export(opened: Checkpoint, items_file: Path, output: str | Path, trunk: Trun
             digests[PROGRAM] = write_program(trunk, temporary / PROGRAM)
         digests[ITEMS_FILE] = _copy(items_file, temporary / ITEMS_FILE)
         _write_header(temporary / HEADER, opened, digests)
-        checkpoints.sync_directory(temporary)
+        checkpoints.sync(temporary)
         temporary.rename(output)
-        checkpoints.sync_directory(output.parent)
+        checkpoints.sync(output.parent)
     except OSError as error:
         raise ValueError(f"{output} could not be written ({error}); free some space or name another folder") from None
     finally:

@@ -147,7 +147,7 @@ class MappedModel:
                 if stats is not None:
                     scores_UC = sum(paths[1:], paths[0]) - stats[:, :1]
                 else:
-                    scores_UC = paths[0] if is_linear(self.config) else sum_log_sigmoid(paths)
+                    scores_UC = paths[0] if self.config.linear else sum_log_sigmoid(paths)
                 if allowed_I is not None:
                     scores_UC[:, ~allowed_I[lo:hi]] = -torch.inf
                 yield lo, scores_UC
@@ -160,14 +160,9 @@ class MappedModel:
                 part.file.expect(scattered)
 
 
-def is_linear(model: ModelConfig) -> bool:
-    """Whether scores are the logits themselves and no probabilities: the closed form."""
-    return str(model.kind) == "ease"
-
-
 def map_model(opened: Checkpoint, config: Config) -> MappedModel:
     """The model of a checkpoint or export over its mapped files; ValueError where a tensor is missing or of another shape."""
-    shallow, deep = config.model.kind != "flvae", str(config.model.kind) in ("vasp", "flvae")
+    shallow, deep = config.model.shallow, config.model.deep
     n_items = opened.header["n_items"]
     trunk = _map_trunk(opened, config) if deep else None
     files = sorted(name for name in opened.header["files"] if name.startswith("items-"))

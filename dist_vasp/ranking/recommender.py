@@ -35,7 +35,7 @@ from dist_vasp.ranking.evaluate import to_item_rows, top_items
 from dist_vasp.ranking.explain import mapped_explainer
 from dist_vasp.ranking.histories import find_items, histories_of, known_rows, table_columns
 from dist_vasp.ranking.load import check_size, open_model
-from dist_vasp.ranking.mapped import MappedModel, is_linear, map_model
+from dist_vasp.ranking.mapped import MappedModel, map_model
 from dist_vasp.ranking.recommend import list_table
 from dist_vasp.ranking.topk import NO_ITEM, TopK
 
@@ -228,7 +228,7 @@ class Recommender:
     @property
     def is_linear(self) -> bool:
         """Whether scores are no probabilities: the closed form."""
-        return is_linear(self.model.config)
+        return self.model.config.linear
 
     @property
     def _shallow(self) -> bool:

@@ -16,6 +16,8 @@ import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
+from dist_vasp.checkpoint import sync
+
 _ROWS_PER_GROUP = 1 << 18  # of a Parquet file: its list of row groups stays in memory until the end
 
 
@@ -136,7 +138,7 @@ class ListFile:
             skipped_file(self.output).unlink(missing_ok=True)
         for path, temporary in self._paths.items():
             if path == self.output or self._skipped is not None:
-                _sync(temporary)
+                sync(temporary)
                 os.replace(temporary, path)
 
     def discard(self) -> None:
@@ -149,11 +151,3 @@ class ListFile:
             work(*arguments)
         except (OSError, pa.ArrowException) as error:
             raise ValueError(f"{self.output} cannot be written ({error}); free some space or choose another --output") from None
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
