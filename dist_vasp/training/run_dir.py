@@ -20,6 +20,7 @@ from typing import Any, TextIO
 from dist_vasp.config import Config
 from dist_vasp.data.format import ITEMS_FILE
 from dist_vasp.parallel.comm import Ranks, agreed, all_gather_bytes
+from dist_vasp.training.board import Board
 
 _SHARED_WITHIN_S = 5.0  # a network filesystem may show a new file late
 
@@ -31,7 +32,7 @@ class RunDir:
         self.folder = Path(folder)
         self.checkpoints = self.folder / "checkpoints"
         self._metrics: TextIO | None = None
-        self._board: Any = None
+        self._board: Board | None = None
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.folder / ".lock", "a+")  # noqa: SIM115 - held until the process ends
@@ -54,28 +55,24 @@ class RunDir:
         path = self.folder / "metrics.jsonl"
         if path.exists():
             write_atomically(path, "".join(_lines_until(path, after_step)))
-        from torch.utils.tensorboard import SummaryWriter
-
         with _writing(self.folder):
             shutil.copyfile(Path(config.data.shards) / ITEMS_FILE, self.folder / ITEMS_FILE)
             self._metrics = open(path, "a")  # noqa: SIM115
-            self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=after_step + 1)
+            self._board = Board(self.folder / "tensorboard", after_step)
 
     def record(self, line: dict[str, Any], prefix: str) -> None:
         """Append one line to metrics.jsonl, and its numbers to TensorBoard under `prefix/`."""
-        assert self._metrics is not None
+        assert self._metrics is not None and self._board is not None
         with _writing(self.folder / "metrics.jsonl"):
             self._metrics.write(json.dumps(line) + "\n")
             self._metrics.flush()
-            for name, value in line.items():
-                if isinstance(value, int | float) and name not in ("step", "epoch"):
-                    self._board.add_scalar(f"{prefix}/{name}", value, line["step"])
+            self._board.add(prefix, line)
 
     def write_result(self, result: dict[str, Any]) -> None:
         write_atomically(self.folder / "result.json", json.dumps(result, indent=1) + "\n")
 
     def close(self) -> None:
-        if self._metrics is not None:
+        if self._metrics is not None and self._board is not None:
             with _writing(self.folder / "metrics.jsonl"):
                 self._metrics.close()
                 self._board.close()
