@@ -62,10 +62,11 @@ class RunDir:
 
     def record(self, line: dict[str, Any], prefix: str) -> None:
         """Append one line to metrics.jsonl, and its numbers to TensorBoard under `prefix/`."""
-        assert self._metrics is not None and self._board is not None
+        assert self._metrics is not None
         with _writing(self.folder / "metrics.jsonl"):
             self._metrics.write(json.dumps(line) + "\n")
             self._metrics.flush()
+            assert self._board is not None
             self._board.add(prefix, line)
 
     def write_result(self, result: dict[str, Any]) -> None:
