@@ -151,6 +151,8 @@ class ParallelConfig:
     """Reading lanes: a multiple of the number of ranks, at most batch_size. Part of the order of users: keep it when resuming."""
     block_columns: int = 0
     """Items of a block of the output side, which is made, used and dropped before the next; 0: 256 on a CPU, 2048 on a GPU."""
+    compile: Literal["auto", "always", "never"] = "auto"
+    """Compile the loss and the update with torch.compile (needs g++ on a CPU); auto: where a rank holds 4M item weights or more."""
     trunk_dtype: Literal["fp32", "bf16"] = "fp32"
     """Precision of the trunk; bf16 at stages 1 to 3. Item matrices, logits and losses are always fp32."""
     interface: str = ""

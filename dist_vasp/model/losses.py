@@ -25,6 +25,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from dist_vasp.parallel.kernels import Fuse
+
 Positions = tuple[Tensor, Tensor]  # rows (E,), columns (E,) of the ones of a block
 
 
@@ -69,28 +71,46 @@ class ElementwiseLoss:
         """(L, S_p, S_q) where y is 1 (`positive`) or 0; None stands for a slope that is zero everywhere."""
         raise TypeError(f"{type(self).__name__} does not define its slopes")  # pragma: no cover
 
+    def fuse(self, fuse: Fuse) -> None:
+        """Have the pass over a whole block compiled."""
+        self.zeros = fuse(self.zeros)  # type: ignore[method-assign]
+
     def block(
         self, logits: list[Tensor], ones: Positions, weight_G: Tensor, stats: Tensor | None = None
     ) -> tuple[Tensor, list[Tensor]]:
         """The block's weighted loss (scalar) and its gradient with respect to each path's logits, (G, C) each.
 
-        All entries are taken as y = 0 first; the few ones are then corrected at their positions.
+        All entries are taken as y = 0 first; the few ones are then put in at their positions.
         """
-        lp = log_probability(logits)
-        loss, slope_p, slope_q = self.slopes(lp.log_p, lp.log_q, False, stats)
-        slope_p = torch.zeros_like(loss) if slope_p is None else slope_p
-        slope_q = torch.zeros_like(loss) if slope_q is None else slope_q
         rows, columns = ones
-        stats_ones = None if stats is None else stats[rows]
-        loss_1, slope_p1, slope_q1 = self.slopes(lp.log_p[ones], lp.log_q[ones], True, stats_ones)
-        loss[rows, columns] = loss_1
-        slope_p[rows, columns] = slope_p1 if slope_p1 is not None else slope_p.new_zeros(())
-        slope_q[rows, columns] = slope_q1 if slope_q1 is not None else slope_q.new_zeros(())
-        slope_p *= weight_G[:, None]
-        slope_q *= weight_G[:, None]
-        odds = lp.log_p - lp.log_q
-        grads = [torch.exp(c) * slope_p - torch.exp(odds + c) * slope_q for c in lp.log_complements]
-        return weight_G @ loss.sum(dim=1), grads
+        is_one = torch.zeros(logits[0].shape, dtype=torch.bool, device=weight_G.device)
+        is_one[rows, columns] = True
+        loss_G, grads = self.zeros(logits, is_one, weight_G[:, None], None if stats is None else stats[:, None])
+        at_ones, weight_E = log_probability([l[ones] for l in logits]), weight_G[rows]
+        loss_E, grads_E = self._entries(at_ones, weight_E, True, None if stats is None else stats[rows])
+        for grad, grad_E in zip(grads, grads_E, strict=True):
+            grad[rows, columns] = grad_E
+        return weight_G @ loss_G + weight_E @ loss_E, grads
+
+    def zeros(self, logits: list[Tensor], is_one: Tensor, weight: Tensor, stats: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+        """Each row's loss over the entries with y = 0, (G,); the weighted gradient (G, C) by each path as if every y were 0."""
+        loss, grads = self._entries(log_probability(logits), weight, False, stats)
+        return torch.where(is_one, 0.0, loss).sum(dim=1), grads
+
+    def _entries(
+        self, lp: LogProbability, weight: Tensor, positive: bool, stats: Tensor | None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The loss of each entry, and its weighted gradient by each path."""
+        loss, slope_p, slope_q = self.slopes(lp.log_p, lp.log_q, positive, stats)
+        grads = []
+        for log_complement in lp.log_complements:
+            grad = torch.zeros_like(loss)
+            if slope_p is not None:
+                grad = grad + torch.exp(log_complement) * slope_p
+            if slope_q is not None:
+                grad = grad - torch.exp(lp.log_p - lp.log_q + log_complement) * slope_q
+            grads.append(grad * weight)
+        return loss, grads
 
 
 @dataclass
@@ -157,7 +177,7 @@ class CosineLoss(ElementwiseLoss):
         # one division after the other: |p|^3 would underflow where every p is below 1e-15
         pull = stats[..., 0] / norms / stats[..., 1].clamp(min=torch.finfo(stats.dtype).tiny)
         if not positive:
-            return torch.zeros_like(p), p * p * pull[:, None], None
+            return torch.zeros_like(p), p * p * pull, None
         return torch.zeros_like(p), p * (p * pull - 1 / norms), None
 
 
@@ -178,6 +198,9 @@ class MultinomialLoss:
     def row_loss(self, stats: Tensor) -> Tensor:
         """(G,) zeros: the loss is summed over the ones of each block."""
         return torch.zeros_like(stats[:, 0])
+
+    def fuse(self, fuse: Fuse) -> None:
+        """Nothing to compile: a block is a handful of operations."""
 
     def block(
         self, logits: list[Tensor], ones: Positions, weight_G: Tensor, stats: Tensor | None = None

@@ -24,6 +24,7 @@ from dist_vasp.model.item_layers import ItemSlice, Sink, accumulate
 from dist_vasp.model.sparse import ItemRows, RowExchange
 from dist_vasp.model.vasp import VASP, StepLoss, TrunkCall, make_trunk
 from dist_vasp.parallel.comm import Ranks, all_reduce
+from dist_vasp.parallel.kernels import kernels
 from dist_vasp.training.optimizer import MOMENTS, SCALARS, InPlaceAdam
 from dist_vasp.training.zero import ZeroTrunk
 
@@ -59,16 +60,18 @@ class Trainer:
     def __init__(self, config: Config, n_items: int, ranks: Ranks) -> None:
         self.config, self.ranks, self.n_items = config, ranks, n_items
         self.model = VASP(config.model, config.loss, n_items, ranks, config.run.seed, block_columns=config.parallel.block_columns)
+        fuse, self.remark = kernels(config.parallel.compile, sum(piece.tensor.numel() for piece in self.model.slices()))
+        self.model.loss.fuse(fuse)
         lean = config.optimizer.item_state == "lean"
         groups = [
             {"params": [p.tensor for p in self.model.slices() if p.item_dim == dim], "lean_dim": dim if lean else None}
             for dim in (0, 1)
         ]
-        self.item_optimizer = InPlaceAdam([group for group in groups if group["params"]], config.optimizer)
+        self.item_optimizer = InPlaceAdam([group for group in groups if group["params"]], config.optimizer, fuse=fuse)
         if lean:
             self.model.output.gradient_rows = n_items  # a column's second moment wants the whole column
         trunk = make_trunk(config.model, config.run.seed)
-        self.trunk = ZeroTrunk(trunk, config, ranks) if trunk else None
+        self.trunk = ZeroTrunk(trunk, config, ranks, fuse) if trunk else None
         self._squared_norm = torch.zeros((), device=ranks.device)  # of this rank's item gradients in the step under way
         self._ahead: dict[int, list[RowExchange]] = {}  # by step: rows that are already on their way
         self._stage: int | None = None

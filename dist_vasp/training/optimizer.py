@@ -1,7 +1,8 @@
 """Nadam, Adam and AdamW, updated in place: one rule for the trunk (inside DeepSpeed) and the item matrices (outside it).
 
-Every parameter is walked in chunks that stay in cache, so an update reads and writes parameter, gradient and moments once
-and needs no temporary of the parameter's size (torch.optim.NAdam needs 32 to 37 bytes a parameter at its peak).
+An update is one compiled pass over parameter, gradient and moments; uncompiled, it walks them in chunks that stay in cache.
+Either way each is read and written once, and no temporary has the parameter's size (torch.optim.NAdam needs 32 to 37 bytes a
+parameter at its peak).
 
     m = b1 m + (1 - b1) g          v = b2 v + (1 - b2) g^2          denom = sqrt(v / (1 - b2^t)) + eps
     Adam   p -= lr / (1 - b1^t) * m / denom                          AdamW first shrinks p by 1 - lr * weight_decay
@@ -15,27 +16,28 @@ Adam, AdamW and NAdam.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dist_vasp.config import OptimizerConfig
+from dist_vasp.parallel.kernels import Fuse, plain
 
 CPU_CHUNK = 1 << 16  # elements; parameter, gradient, two moments and two temporaries of it fit a core's cache
+FUSED_CHUNK = 1 << 22  # what a compiled call costs, some 75 us, is little beside it
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 SCALARS = ("step", "mu_product")
 
 
-@dataclass(frozen=True)
-class Factors:
-    """The scalars of one step's update."""
+class Factors(NamedTuple):
+    """The scalars of one step's update, as tensors: a compiled update would be compiled anew for every other number."""
 
-    of_grad: float
-    of_momentum: float
-    root_correction: float
-    shrink: float
+    of_grad: Tensor
+    of_momentum: Tensor
+    of_root: Tensor
+    shrink: Tensor
 
 
 class InPlaceAdam(torch.optim.Optimizer):
@@ -46,11 +48,15 @@ class InPlaceAdam(torch.optim.Optimizer):
     the vector, as embedding libraries do: 8 bytes a weight and next to nothing more.
     """
 
-    def __init__(self, params: Iterable[Tensor] | Iterable[dict], config: OptimizerConfig, lr: float = 0.0) -> None:
+    def __init__(
+        self, params: Iterable[Tensor] | Iterable[dict], config: OptimizerConfig, lr: float = 0.0, fuse: Fuse = plain
+    ) -> None:
         super().__init__(params, {"lr": lr, "lean_dim": None})
         self.config = config
         self.grad_scale = 1.0
-        self._factors = Factors(0.0, 0.0, 1.0, 1.0)
+        self._factors: Factors | None = None
+        self._fused = fuse is not plain
+        self._all, self._weights = fuse(self._update_all), fuse(self._update_weights)
 
     @torch.no_grad()
     def step(self, closure=None) -> None:  # type: ignore[override]
@@ -76,6 +82,7 @@ class InPlaceAdam(torch.optim.Optimizer):
         """
         rows, state = slice(first, first + len(grad)), self.state[parameter]
         moments = {name: state[name][rows] if len(state[name]) == len(parameter) else state[name] for name in MOMENTS}
+        assert self._factors is not None, "begin_step comes first"
         self._apply(parameter[rows], grad, moments, self._factors)
 
     def ensure_state(self, p: Tensor) -> dict:
@@ -115,42 +122,52 @@ class InPlaceAdam(torch.optim.Optimizer):
             state["mu_product"] *= mu
             product = float(state["mu_product"])
             of_grad, of_momentum = lr * (1 - mu) / (1 - product), lr * mu_next / (1 - product * mu_next)
-        return Factors(of_grad, of_momentum, (1 - c.beta2**t) ** 0.5, 1 - lr * c.weight_decay)
+        numbers = (of_grad, of_momentum, (1 - c.beta2**t) ** -0.5, 1 - lr * c.weight_decay)
+        return Factors(*torch.tensor(numbers, dtype=torch.float64).unbind())
 
     def _apply(self, p: Tensor, grad: Tensor, state: dict, by: Factors) -> None:
-        c = self.config
-        if state["exp_avg_sq"].shape != p.shape:
-            self._apply_lean(p, grad, state, by)
-            return
-        flat = [x.view(-1) for x in (p, grad, state["exp_avg"], state["exp_avg_sq"])]
-        chunk = CPU_CHUNK if p.device.type == "cpu" else p.numel()
-        for p_n, g_n, m_n, v_n in zip(*(x.split(max(1, chunk)) for x in flat), strict=True):
-            if self.grad_scale != 1.0:
-                g_n = g_n * self.grad_scale
-            m_n.lerp_(g_n, 1 - c.beta1)
-            v_n.mul_(c.beta2).addcmul_(g_n, g_n, value=1 - c.beta2)
-            denom_n = v_n.sqrt().div_(by.root_correction).add_(c.eps)
-            if by.shrink != 1.0:
-                p_n.mul_(by.shrink)
-            if by.of_grad:
-                p_n.addcdiv_(g_n, denom_n, value=-by.of_grad)
-            p_n.addcdiv_(m_n, denom_n, value=-by.of_momentum)
+        m, v = (state[name] for name in MOMENTS)
+        if v.shape == p.shape:
+            for p_n, g_n, m_n, v_n in zip(*(x.view(-1).split(self._chunk(p)) for x in (p, grad, m, v)), strict=True):
+                self._all(p_n, self._scaled(g_n), m_n, v_n, by)
+        else:
+            denom = self._lean_denom(grad, v, by).expand_as(p)
+            rows = max(1, self._chunk(p) // p.shape[1])
+            for p_n, g_n, m_n, denom_n in zip(*(x.split(rows) for x in (p, grad, m, denom)), strict=True):
+                self._weights(p_n, self._scaled(g_n), m_n, denom_n, by)
 
-    def _apply_lean(self, p: Tensor, grad: Tensor, state: dict, by: Factors) -> None:
-        """The same update with one second moment per row (n, 1) or per column (1, n)."""
-        c, v = self.config, state["exp_avg_sq"]
+    def _lean_denom(self, grad: Tensor, v: Tensor, by: Factors) -> Tensor:
+        """Update the one second moment per row (n, 1) or per column (1, n); the denominator of its shape."""
         along = 1 if v.shape[1] == 1 else 0
         squared = torch.linalg.vector_norm(grad, dim=along, keepdim=True).mul_(self.grad_scale).square_().div_(grad.shape[along])
         assert squared.shape == v.shape, (squared.shape, v.shape)
-        v.lerp_(squared, 1 - c.beta2)
-        denom = v.sqrt().div_(by.root_correction).add_(c.eps)
-        rows = max(1, CPU_CHUNK // p.shape[1]) if p.device.type == "cpu" else len(p)
-        for p_n, g_n, m_n, denom_n in zip(*(x.split(rows) for x in (p, grad, state["exp_avg"], denom.expand_as(p))), strict=True):
-            if self.grad_scale != 1.0:
-                g_n = g_n * self.grad_scale
-            m_n.lerp_(g_n, 1 - c.beta1)
-            if by.shrink != 1.0:
-                p_n.mul_(by.shrink)
-            if by.of_grad:
-                p_n.addcdiv_(g_n, denom_n, value=-by.of_grad)
-            p_n.addcdiv_(m_n, denom_n, value=-by.of_momentum)
+        v.lerp_(squared, 1 - self.config.beta2)
+        return self._denom(v, by)
+
+    def _scaled(self, grad: Tensor) -> Tensor:
+        return grad if self.grad_scale == 1.0 else grad * self.grad_scale
+
+    def _chunk(self, p: Tensor) -> int:
+        """Elements to update at once."""
+        if p.device.type != "cpu":
+            return max(1, p.numel())
+        return FUSED_CHUNK if self._fused else CPU_CHUNK
+
+    def _denom(self, v: Tensor, by: Factors) -> Tensor:
+        return v.sqrt().mul_(by.of_root).add_(self.config.eps)
+
+    def _update_all(self, p: Tensor, g: Tensor, m: Tensor, v: Tensor, by: Factors) -> None:
+        """Both moments, then the weights, all of one shape."""
+        v.mul_(self.config.beta2).addcmul_(g, g, value=1 - self.config.beta2)
+        self._update_weights(p, g, m, self._denom(v, by), by)
+
+    def _update_weights(self, p: Tensor, g: Tensor, m: Tensor, denom: Tensor, by: Factors) -> None:
+        """The momentum, then the weights."""
+        c = self.config
+        m.lerp_(g, 1 - c.beta1)
+        step = m * by.of_momentum
+        if c.name == "nadam":
+            step += g * by.of_grad
+        if c.weight_decay:
+            p.mul_(by.shrink)
+        p.addcdiv_(step, denom, value=-1)

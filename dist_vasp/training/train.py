@@ -55,6 +55,8 @@ def train(config: Config, ranks: Ranks, init_from: str | None = None) -> dict[st
         run_dir.open(config, state.step)
     progress = Progress("training", last, "step", state.step, show=ranks.is_main)
     progress.say(_opening(config, stream, trainer, state.step, last))
+    if trainer.remark:
+        progress.say(trainer.remark)
     saver = Saver(trainer, stream, folder, progress.say)
     interrupted = lambda: any_rank(stop.requested, ranks)  # noqa: E731 - a question that all ranks answer together
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from dist_vasp.config import Config
 from dist_vasp.model.trunk import Trunk
 from dist_vasp.parallel.comm import Ranks
+from dist_vasp.parallel.kernels import Fuse
 from dist_vasp.training.optimizer import MOMENTS, InPlaceAdam
 
 MAX_BUCKET = 500_000_000  # elements
@@ -28,11 +29,11 @@ MAX_BUCKET = 500_000_000  # elements
 class ZeroTrunk:
     """A Trunk and its optimizer at `parallel.zero_stage`; call it as the trunk itself."""
 
-    def __init__(self, trunk: Trunk, config: Config, ranks: Ranks) -> None:
+    def __init__(self, trunk: Trunk, config: Config, ranks: Ranks, fuse: Fuse) -> None:
         deepspeed = _import_deepspeed(ranks.device)
         self.stage, self.ranks = config.parallel.zero_stage, ranks
         self.n_parameters = sum(p.numel() for p in trunk.parameters())
-        self.optimizer = InPlaceAdam(trunk.parameters(), config.optimizer)
+        self.optimizer = InPlaceAdam(trunk.parameters(), config.optimizer, fuse=fuse)
         accumulation = config.optimizer.accumulation
         bucket = min(self.n_parameters + self.n_parameters % 2, MAX_BUCKET)  # it wants an even size
         self._engine, *_ = deepspeed.initialize(

@@ -1,0 +1,75 @@
+"""Compiled and uncompiled, the loss and the update are the same to rounding; no compiler is a remark, or an error where it was demanded."""
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from dist_vasp.config import OptimizerConfig
+from dist_vasp.model.losses import make_loss
+from dist_vasp.parallel import kernels as module
+from dist_vasp.parallel.kernels import fused, kernels, plain
+from dist_vasp.training.optimizer import InPlaceAdam
+
+
+def case(rows: int, columns: int, n_paths: int):
+    generator = torch.Generator().manual_seed(rows + columns)
+    logits = [torch.randn(rows, columns, generator=generator) * 4 for _ in range(n_paths)]
+    ones = (torch.rand(rows, columns, generator=generator) < 0.1).nonzero(as_tuple=True)
+    return logits, ones, torch.rand(rows, generator=generator)
+
+
+@pytest.mark.parametrize("kind", ["focal", "cosine"])
+def test_a_compiled_block_equals_the_plain_one(kind):
+    compiled, reference = make_loss(kind), make_loss(kind)
+    compiled.fuse(fused)
+    graphs = []
+    for rows, columns in ((12, 40), (33, 17), (7, 256)):
+        logits, ones, weight = case(rows, columns, 3)
+        stats = reference.row_stats(logits, ones) if kind == "cosine" else None
+        (a, grads_a), (b, grads_b) = (loss.block(logits, ones, weight, stats) for loss in (compiled, reference))
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+        for x, y in zip(grads_a, grads_b, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-7)
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[0] == graphs[-1] > 0, "one compilation serves every size"
+
+
+@pytest.mark.parametrize("config", [OptimizerConfig(), OptimizerConfig(name="adamw", weight_decay=0.1)], ids=["nadam", "adamw"])
+@pytest.mark.parametrize("lean_dim", [None, 0, 1])
+def test_a_compiled_update_equals_the_plain_one(config, lean_dim):
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(30, 20, generator=generator)
+    weights = [start.clone() for _ in range(2)]
+    optimizers = [
+        InPlaceAdam([{"params": [w], "lean_dim": lean_dim}], config, lr=0.1, fuse=fuse)
+        for w, fuse in zip(weights, (fused, plain), strict=True)
+    ]
+    graphs = []
+    for step in range(4):
+        grad = torch.randn(30, 20, generator=generator)
+        for w, optimizer in zip(weights, optimizers, strict=True):
+            optimizer.param_groups[0]["lr"] = 0.1 / (1 + step)  # another number every step
+            optimizer.grad_scale = 1.0 if step % 2 else 0.5
+            optimizer.begin_step()
+            optimizer.update(w, 0, grad)
+        graphs.append(counters["stats"]["unique_graphs"])
+    torch.testing.assert_close(*weights, rtol=1e-5, atol=1e-6)
+    for name, value in optimizers[0].state[weights[0]].items():
+        torch.testing.assert_close(value, optimizers[1].state[weights[1]][name], rtol=1e-5, atol=1e-7)
+    assert (weights[0] - start).abs().max() > 0.05
+    assert graphs[0] == graphs[-1] > 0, "one compilation serves every step"
+
+
+def test_no_compiler(monkeypatch):
+    def no_compiler():
+        raise RuntimeError("No working C++ compiler found\nand much more")
+
+    monkeypatch.setattr(module, "_try", no_compiler)
+    many = module.WORTH_COMPILING
+    assert kernels("never", many) == (plain, "")
+    assert kernels("auto", many - 1) == (plain, "")
+    fuse, remark = kernels("auto", many)
+    assert fuse is plain
+    assert "No working C++ compiler found); install" in remark
+    with pytest.raises(ValueError, match=r"parallel\.compile is always.*No working C\+\+ compiler found\); install a C\+\+ compiler"):
+        kernels("always", 1)
