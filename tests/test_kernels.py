@@ -71,5 +71,7 @@ def test_no_compiler(monkeypatch):
     fuse, remark = kernels("auto", many)
     assert fuse is plain
     assert "No working C++ compiler found); install" in remark
-    with pytest.raises(ValueError, match=r"parallel\.compile is always.*No working C\+\+ compiler found\); install a C\+\+ compiler"):
+    with pytest.raises(
+        ValueError, match=r"parallel\.compile is always.*No working C\+\+ compiler found\); install a C\+\+ compiler"
+    ):
         kernels("always", 1)

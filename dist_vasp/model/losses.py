@@ -97,9 +97,7 @@ class ElementwiseLoss:
         loss, grads = self._entries(log_probability(logits), weight, False, stats)
         return torch.where(is_one, 0.0, loss).sum(dim=1), grads
 
-    def _entries(
-        self, lp: LogProbability, weight: Tensor, positive: bool, stats: Tensor | None
-    ) -> tuple[Tensor, list[Tensor]]:
+    def _entries(self, lp: LogProbability, weight: Tensor, positive: bool, stats: Tensor | None) -> tuple[Tensor, list[Tensor]]:
         """The loss of each entry, and its weighted gradient by each path."""
         loss, slope_p, slope_q = self.slopes(lp.log_p, lp.log_q, positive, stats)
         grads = []
