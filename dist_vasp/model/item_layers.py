@@ -33,6 +33,7 @@ from dist_vasp.parallel.partition import ItemPartition
 BLOCK_COLUMNS = 256  # a block of logits and its gather stay in a CPU core's cache (docs/experiments.md)
 GPU_BLOCK_COLUMNS = 2048  # fewer, larger kernels; not measured yet
 GRADIENT_ROWS = 1024  # input items whose gradient is held at once: made, used and dropped in cache
+FUSED_GRADIENT_ROWS = 8192  # the same where a compiled update takes them: fewer, larger calls
 
 # (parameter, first row of it, gradient of the rows from there on)
 Sink = Callable[[Tensor, int, Tensor], None]

@@ -20,11 +20,11 @@ from torch import Tensor
 from dist_vasp.config import Config
 from dist_vasp.data.augment import hash64
 from dist_vasp.data.stream import Batch
-from dist_vasp.model.item_layers import ItemSlice, Sink, accumulate
+from dist_vasp.model.item_layers import FUSED_GRADIENT_ROWS, ItemSlice, Sink, accumulate
 from dist_vasp.model.sparse import ItemRows, RowExchange
 from dist_vasp.model.vasp import VASP, StepLoss, TrunkCall, make_trunk
 from dist_vasp.parallel.comm import Ranks, all_reduce
-from dist_vasp.parallel.kernels import kernels
+from dist_vasp.parallel.kernels import kernels, plain
 from dist_vasp.training.optimizer import MOMENTS, SCALARS, InPlaceAdam
 from dist_vasp.training.zero import ZeroTrunk
 
@@ -70,6 +70,8 @@ class Trainer:
         self.item_optimizer = InPlaceAdam([group for group in groups if group["params"]], config.optimizer, fuse=fuse)
         if lean:
             self.model.output.gradient_rows = n_items  # a column's second moment wants the whole column
+        elif fuse is not plain:
+            self.model.output.gradient_rows = FUSED_GRADIENT_ROWS
         trunk = make_trunk(config.model, config.run.seed)
         self.trunk = ZeroTrunk(trunk, config, ranks, fuse) if trunk else None
         self._squared_norm = torch.zeros((), device=ranks.device)  # of this rank's item gradients in the step under way
