@@ -102,11 +102,19 @@ class Head:
     def logits(self, source_GK: Tensor, lo: int, hi: int) -> Tensor:
         return torch.addmm(self.bias_J[lo:hi], source_GK, self.weight_JK[lo:hi].T)
 
-    def backward(self, source_GK: Tensor, grad_source_GK: Tensor, grad_GC: Tensor, lo: int, hi: int, sink: Sink) -> None:
-        """Add dL/dsource, from the weights as they still are, then hand the block's weight gradients to the sink."""
-        grad_source_GK.addmm_(grad_GC, self.weight_JK[lo:hi])
+    def backward(self, source_GK: Tensor, grads: HeadGradients, grad_GC: Tensor, lo: int, hi: int, sink: Sink) -> None:
+        """Add dL/dsource, from the weights as they still are, then hand the block's weight gradient to the sink."""
+        grads.source_GK.addmm_(grad_GC, self.weight_JK[lo:hi])
+        grads.bias_J[lo:hi] = grad_GC.sum(dim=0)
         sink(self.weight_JK, lo, grad_GC.T @ source_GK)
-        sink(self.bias_J, lo, grad_GC.sum(dim=0))
+
+
+@dataclass(frozen=True)
+class HeadGradients:
+    """What a pass over the blocks adds up for a head: dL/dsource and dL/dbias."""
+
+    source_GK: Tensor
+    bias_J: Tensor
 
 
 class OutputSide:
@@ -191,16 +199,21 @@ class OutputSide:
         if isinstance(loss, RowLoss):
             stats = self.row_stats(loss, sources, x, y)
             total = weight_G @ loss.row_loss(stats) / self.group.size
-        grad_sources = [torch.zeros_like(source) for source in sources]
+        head_grads = [
+            HeadGradients(torch.zeros_like(source), torch.zeros_like(head.bias_J))
+            for head, source in zip(self.heads, sources, strict=True)
+        ]
         for i, (item_lo, item_hi) in enumerate(self.blocks):
             lo, hi = item_lo - self.part.start, item_hi - self.part.start
             block_loss, grads = loss.block(self.logits(i, sources, x), y.positions(item_lo, item_hi), weight_G, stats)
             total = total + block_loss
-            for head, source, grad_source, grad_GC in zip(self.heads, sources, grad_sources, grads, strict=False):
-                head.backward(source, grad_source, grad_GC, lo, hi, sink)
+            for head, source, head_grad, grad_GC in zip(self.heads, sources, head_grads, grads, strict=False):
+                head.backward(source, head_grad, grad_GC, lo, hi, sink)
             if self.W_IC:
                 self._shallow_backward(i, grads[-1], x, sink)
-        return total, grad_sources
+        for head, head_grad in zip(self.heads, head_grads, strict=True):
+            sink(head.bias_J, 0, head_grad.bias_J)
+        return total, [head_grad.source_GK for head_grad in head_grads]
 
     def _shallow_backward(self, block: int, grad_GC: Tensor, x: ItemRows, sink: Sink) -> None:
         """Hand dL/dW of the block to the sink, some input items at a time; W's diagonal has no gradient."""

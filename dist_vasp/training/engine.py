@@ -229,18 +229,21 @@ class Trainer:
         for piece in self.model.slices():
             assert piece.tensor.grad is not None
             piece.tensor.grad = self._over_replicas(piece.tensor.grad)
+            self._squared_norm += _squared(piece.tensor.grad)
         return StepLoss(sum(s.reconstruction for s in shares), sum(s.kl for s in shares), shares[-1].replay)  # type: ignore[arg-type]
 
     def _over_replicas(self, grad: Tensor) -> Tensor:
-        """The gradient summed over the ranks that own the same items; its norm is noted."""
-        grad = all_reduce(grad, self.ranks.replica_group)
-        self._squared_norm += torch.linalg.vector_norm(grad) ** 2
-        return grad
+        """The gradient summed over the ranks that own the same items."""
+        return all_reduce(grad, self.ranks.replica_group)
 
     def _measure(self, parameter: Tensor, first: int, grad: Tensor) -> None:
         """The sink of clipping's first pass: only the norm is kept."""
-        self._over_replicas(grad)
+        self._squared_norm += _squared(self._over_replicas(grad))
 
     def _update(self, parameter: Tensor, first: int, grad: Tensor) -> None:
         """The sink that applies a gradient and drops it."""
-        self.item_optimizer.update(parameter, first, self._over_replicas(grad))
+        self._squared_norm += self.item_optimizer.update(parameter, first, self._over_replicas(grad))
+
+
+def _squared(grad: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(grad) ** 2

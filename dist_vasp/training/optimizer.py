@@ -75,15 +75,15 @@ class InPlaceAdam(torch.optim.Optimizer):
                 self._factors = self._advance(self.ensure_state(p), group["lr"])
 
     @torch.no_grad()
-    def update(self, parameter: Tensor, first: int, grad: Tensor) -> None:
+    def update(self, parameter: Tensor, first: int, grad: Tensor) -> Tensor:
         """Update the rows of `parameter` from `first` on with their gradient, in the step that `begin_step` opened.
 
-        A lean matrix whose vectors are its columns wants all of its rows at once.
+        Returns the squared norm of the gradient as it was used, a scalar: it passes through the registers anyway. A lean matrix whose vectors are its columns wants all of its rows at once.
         """
         rows, state = slice(first, first + len(grad)), self.state[parameter]
         moments = {name: state[name][rows] if len(state[name]) == len(parameter) else state[name] for name in MOMENTS}
         assert self._factors is not None, "begin_step comes first"
-        self._apply(parameter[rows], grad, moments, self._factors)
+        return self._apply(parameter[rows], grad, moments, self._factors)
 
     def ensure_state(self, p: Tensor) -> dict:
         """The state of `p`, created empty if there is none."""
@@ -125,16 +125,18 @@ class InPlaceAdam(torch.optim.Optimizer):
         numbers = (of_grad, of_momentum, (1 - c.beta2**t) ** -0.5, 1 - lr * c.weight_decay)
         return Factors(*torch.tensor(numbers, dtype=torch.float64).unbind())
 
-    def _apply(self, p: Tensor, grad: Tensor, state: dict, by: Factors) -> None:
+    def _apply(self, p: Tensor, grad: Tensor, state: dict, by: Factors) -> Tensor:
         m, v = (state[name] for name in MOMENTS)
+        squared_norm = grad.new_zeros(())
         if v.shape == p.shape:
             for p_n, g_n, m_n, v_n in zip(*(x.view(-1).split(self._chunk(p)) for x in (p, grad, m, v)), strict=True):
-                self._all(p_n, self._scaled(g_n), m_n, v_n, by)
+                squared_norm += self._all(p_n, self._scaled(g_n), m_n, v_n, by)
         else:
             denom = self._lean_denom(grad, v, by).expand_as(p)
             rows = max(1, self._chunk(p) // p.shape[1])
             for p_n, g_n, m_n, denom_n in zip(*(x.split(rows) for x in (p, grad, m, denom)), strict=True):
-                self._weights(p_n, self._scaled(g_n), m_n, denom_n, by)
+                squared_norm += self._weights(p_n, self._scaled(g_n), m_n, denom_n, by)
+        return squared_norm
 
     def _lean_denom(self, grad: Tensor, v: Tensor, by: Factors) -> Tensor:
         """Update the one second moment per row (n, 1) or per column (1, n); the denominator of its shape."""
@@ -156,13 +158,13 @@ class InPlaceAdam(torch.optim.Optimizer):
     def _denom(self, v: Tensor, by: Factors) -> Tensor:
         return v.sqrt().mul_(by.of_root).add_(self.config.eps)
 
-    def _update_all(self, p: Tensor, g: Tensor, m: Tensor, v: Tensor, by: Factors) -> None:
-        """Both moments, then the weights, all of one shape."""
+    def _update_all(self, p: Tensor, g: Tensor, m: Tensor, v: Tensor, by: Factors) -> Tensor:
+        """Both moments, then the weights, all of one shape; |g|^2."""
         v.mul_(self.config.beta2).addcmul_(g, g, value=1 - self.config.beta2)
-        self._update_weights(p, g, m, self._denom(v, by), by)
+        return self._update_weights(p, g, m, self._denom(v, by), by)
 
-    def _update_weights(self, p: Tensor, g: Tensor, m: Tensor, denom: Tensor, by: Factors) -> None:
-        """The momentum, then the weights."""
+    def _update_weights(self, p: Tensor, g: Tensor, m: Tensor, denom: Tensor, by: Factors) -> Tensor:
+        """The momentum, then the weights; |g|^2."""
         c = self.config
         m.lerp_(g, 1 - c.beta1)
         step = m * by.of_momentum
@@ -171,3 +173,4 @@ class InPlaceAdam(torch.optim.Optimizer):
         if c.weight_decay:
             p.mul_(by.shrink)
         p.addcdiv_(step, denom, value=-1)
+        return (g * g).sum()
