@@ -270,6 +270,13 @@ def newest(folder: Path) -> Path | None:
     return steps[-1] if steps else None
 
 
+def newest_step(folder: Path) -> int:
+    """The step that the name of the newest step checkpoint says; 0 where there is none, or a name says nothing."""
+    path = newest(folder)
+    digits = path.name.removeprefix("step-") if path else ""
+    return int(digits) if digits.isascii() and digits.isdigit() else 0
+
+
 def find(folder: Path, name: str | None = None) -> Path:
     """The checkpoint `name`, else the best one, else the newest; ValueError lists what there is."""
     if name is not None:

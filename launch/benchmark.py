@@ -34,7 +34,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--users_per_rank", type=int, default=0, help="of weak scaling; 0: data.batch_size / largest number of ranks"
     )
-    parser.add_argument("--floor", action="store_true", help="measure the machine's rates in the same run; print the step's floor")
+    parser.add_argument(
+        "--floor",
+        action="store_true",
+        help="print what the machine's rates, measured in the same run, set as the least time of a step",
+    )
     parser.add_argument("--job", default="", help="internal: folder that one job's ranks write to")
     config, arguments = parse(parser, argv)
     if config.model.linear:
@@ -65,17 +69,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         for n in world_sizes
         for batch in [n * per_rank if mode == "weak" else config.data.batch_size]
     ]
+    cores = len(os.sched_getaffinity(0))
     for row in rows:
         base = next(r for r in rows if r["mode"] == row["mode"])
+        row["cores_per_rank"] = min(threads, cores / row["ranks"])
         row["efficiency"] = row["users_per_second"] / base["users_per_second"] * base["ranks"] / row["ranks"]
     result = {
         "config": arguments.config and str(arguments.config[0]),
         "threads_per_rank": threads,
-        "cores": os.cpu_count(),
+        "cores": cores,
         "rows": rows,
     }
     write_atomically(folder / "benchmark.json", json.dumps(result, indent=1) + "\n")
-    table = _markdown(result)
+    table = _markdown(result, arguments.floor)
     write_atomically(folder / "benchmark.md", table)
     _plot(rows, folder / "scaling.png")
     print(table)
@@ -119,7 +125,7 @@ def _start(config: Config, arguments: Any, n: int, batch: int, threads: int, fol
         __file__,
     ]
     command += ["--config", str(job / "config.yaml"), f"--data.batch_size={batch}", f"--job={job}", f"--steps={arguments.steps}"]
-    command += [f"--threads={threads}", *(["--floor"] if arguments.floor else [])]
+    command += [f"--threads={threads}"]
     done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": str(threads)}, capture_output=True, text=True, check=False)
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.startswith("error:")] or done.stderr.splitlines()[-3:]
@@ -140,7 +146,7 @@ def _free_port() -> int:
 def _job(config: Config, arguments: Any) -> None:
     p = config.parallel
     ranks = init_ranks(p.partitions, p.replicas, config.device, threads=arguments.threads, interface=p.interface)
-    result = measure(config, ranks, arguments.steps, arguments.floor)
+    result = measure(config, ranks, arguments.steps)
     write_atomically(Path(arguments.job) / f"rank-{ranks.rank:04d}.json", json.dumps(result))
 
 
@@ -157,40 +163,46 @@ def _summarise(mode: str, n: int, batch: int, rounds: list[list[dict[str, Any]]]
     row["bytes_moved"] = middle(lambda rank: sum(rank["bytes_moved"].values()))
     row["bytes_by_collective"] = rounds[0][0]["bytes_moved"]
     row["peak_memory"] = middle(lambda rank: rank["peak_memory"])
-    if "floor" in rounds[0][0]:
-        row["rates"] = {name: median(ranks[0]["rates"][name] for ranks in rounds) for name in ("flops", "copy", "gather")}
-        row["floor"] = {name: middle(lambda rank, name=name: rank["floor"][name]) for name in rounds[0][0]["floor"]}
-        row["floor_seconds"] = median(sum(ranks[0]["floor"].values()) for ranks in rounds)
-        row["ratio_to_floor"] = median(max(r["step_seconds"] for r in ranks) / sum(ranks[0]["floor"].values()) for ranks in rounds)
-        useful = row["floor"]["matrix products"] * row["rates"]["flops"]
-        row["useful_gflops_per_second"] = useful / row["step_seconds"] / 1e9
+    row["rates"] = {name: median(ranks[0]["rates"][name] for ranks in rounds) for name in ("flops", "copy", "gather")}
+    row["floor"] = {name: middle(lambda rank, name=name: rank["floor"][name]) for name in rounds[0][0]["floor"]}
+    row["floor_seconds"] = median(sum(ranks[0]["floor"].values()) for ranks in rounds)
+    row["ratio_to_floor"] = median(max(r["step_seconds"] for r in ranks) / sum(ranks[0]["floor"].values()) for ranks in rounds)
+    useful = row["floor"]["matrix products"] * row["rates"]["flops"]
+    row["useful_gflops_per_second"] = useful / row["step_seconds"] / 1e9
     return row
 
 
-def _markdown(result: dict[str, Any]) -> str:
-    lines = [f"{result['threads_per_rank']} threads a rank on {result['cores']} cores; medians.", ""]
-    lines += [
-        "| scaling | ranks | users a step | users/s | efficiency | step s | " + " | ".join(LABELS) + " | MB moved | peak GB |"
-    ]
-    lines += ["|---" * (len(LABELS) + 8) + "|"]
+def _markdown(result: dict[str, Any], floor: bool) -> str:
+    """The table for people: time, traffic and memory of a step; with `floor`, what the machine could do at best."""
+    more = ("MB moved", "peak GB", "GFLOP/s useful", "of measured")
+    head = ("scaling", "ranks", "cores a rank", "users a step", "users/s", "efficiency", "step s", *LABELS, *more)
+    lines = [f"{result['threads_per_rank']} threads a rank on {result['cores']} cores; medians. Parts of a step in seconds.", ""]
+    lines += ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for row in result["rows"]:
+        rates, useful = row["rates"], row["useful_gflops_per_second"]
         parts = " | ".join(f"{row['parts'][label]:.3f}" for label in LABELS)
         lines.append(
-            f"| {row['mode']} | {row['ranks']} | {row['users_per_step']} | {row['users_per_second']:.0f} | {row['efficiency']:.0%} | "
-            f"{row['step_seconds']:.3f} | {parts} | {row['bytes_moved'] / 1e6:.1f} | {row['peak_memory'] / 1e9:.2f} |"
+            f"| {row['mode']} | {row['ranks']} | {row['cores_per_rank']:g} | {row['users_per_step']} | {row['users_per_second']:.0f} | "
+            f"{row['efficiency']:.0%} | {row['step_seconds']:.3f} | {parts} | {row['bytes_moved'] / 1e6:.1f} | "
+            f"{row['peak_memory'] / 1e9:.2f} | {useful:.0f} | {rates['flops'] / 1e9:.0f} |"
         )
-    if any("floor" in row for row in result["rows"]):
-        lines += [
-            "",
-            "| ranks | users a step | GFLOP/s measured | copy GB/s | gather GB/s | "
-            + "floor s | step s | step / floor | useful GFLOP/s |",
-        ]
-        lines += ["|---" * 9 + "|"]
+    if floor:
+        head = (
+            "ranks",
+            "users a step",
+            "copy GB/s",
+            "gather GB/s",
+            *result["rows"][0]["floor"],
+            "floor s",
+            "step s",
+            "step / floor",
+        )
+        lines += ["", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
         for row in result["rows"]:
-            rates = row["rates"]
+            rates, parts = row["rates"], " | ".join(f"{seconds:.3f}" for seconds in row["floor"].values())
             lines.append(
-                f"| {row['ranks']} | {row['users_per_step']} | {rates['flops'] / 1e9:.0f} | {rates['copy'] / 1e9:.1f} | {rates['gather'] / 1e9:.1f} | "
-                f"{row['floor_seconds']:.3f} | {row['step_seconds']:.3f} | {row['ratio_to_floor']:.2f} | {row['useful_gflops_per_second']:.0f} |"
+                f"| {row['ranks']} | {row['users_per_step']} | {rates['copy'] / 1e9:.1f} | {rates['gather'] / 1e9:.1f} | {parts} | "
+                f"{row['floor_seconds']:.3f} | {row['step_seconds']:.3f} | {row['ratio_to_floor']:.2f} |"
             )
     return "\n".join(lines) + "\n"
 

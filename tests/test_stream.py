@@ -233,9 +233,9 @@ def test_closing_the_iterator_ends_its_workers(folders):
     stream = TrainStream(folders / "16", **OPTIONS)
     before = set(multiprocessing.active_children())
     batches = stream.batches(0, 1000, 2)
-    next(batches)
     workers = set(multiprocessing.active_children()) - before
-    assert len(workers) == 2
+    assert len(workers) == 2, "they start at once, before there is a model whose memory they would keep a copy of"
+    next(batches)
     batches.close()
     assert not any(w.is_alive() for w in workers)
 

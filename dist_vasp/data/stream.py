@@ -227,13 +227,13 @@ class TrainStream:
     def batches(self, start: int, stop: int, workers: int) -> Iterator[Batch]:
         """The batches of the global steps start to stop, in order, read ahead by `workers` processes (0: none).
 
-        Workers live as long as the iterator and start with nothing decoded: ask once for a whole run, not per epoch.
-        Closing the iterator ends them. A ValueError of a worker arrives as the same ValueError.
+        Workers start now, with nothing decoded, and live as long as the iterator: ask once for a whole run, not per epoch, and
+        before the model exists. A worker is a fork, and keeps the pages of what was there until somebody writes to them: of weights
+        that the parent goes on to update it would hold an old copy. Closing the iterator ends them. A ValueError of a worker
+        arrives as the same ValueError.
         """
         if workers == 0:
-            for step in range(start, stop):
-                yield self.batch(step)
-            return
+            return (self.batch(step) for step in range(start, stop))
         loader: DataLoader[Any] = DataLoader(
             _Steps(self, start, stop),
             batch_size=None,
@@ -244,10 +244,7 @@ class TrainStream:
             multiprocessing_context="fork",
             generator=torch.Generator(),  # or it would draw from the global one, which a resume could not repeat
         )
-        for item in loader:
-            if isinstance(item, ValueError):
-                raise item
-            yield item
+        return _raising(iter(loader))
 
 
 def _both_ways(rows: Rows, in_a: np.ndarray) -> tuple[Rows, Rows]:
@@ -287,6 +284,13 @@ class _Steps(Dataset[Any]):
 
 def _as_it_is(item: Any) -> Any:
     return item
+
+
+def _raising(items: Iterator[Batch | ValueError]) -> Iterator[Batch]:
+    for item in items:
+        if isinstance(item, ValueError):
+            raise item
+        yield item
 
 
 def _start_worker(rank_process: int, worker: int) -> None:

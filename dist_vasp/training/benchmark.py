@@ -23,6 +23,7 @@ from dist_vasp.training import engine
 from dist_vasp.training.engine import Trainer
 from dist_vasp.training.floor import measure_rates, step_floor
 from dist_vasp.training.train import make_stream, with_next
+from dist_vasp.training.zero import watch_traffic
 
 LABELS = ("input", "trunk", "output", "optimizer", "communication", "data wait", "other")
 
@@ -75,15 +76,18 @@ def watch(trainer: Trainer) -> StopWatch:
     return clock
 
 
-def measure(config: Config, ranks: Ranks, steps: int, floor: bool, warm_up: int = 2) -> dict[str, Any]:
-    """Train `steps` steps after a warm-up; medians and totals of this rank. With `floor`, the machine's rates in the same run."""
+def measure(config: Config, ranks: Ranks, steps: int, warm_up: int = 2) -> dict[str, Any]:
+    """Train `steps` steps after a warm-up, then measure the machine's rates; medians and totals of this rank."""
     stream = make_stream(config, ranks)
+    batches = with_next(stream.batches(0, warm_up + steps, config.data.workers))  # its workers start before the model exists
     trainer = Trainer(config, stream.n_items, ranks)
     clock = watch(trainer)
+    if trainer.trunk:
+        watch_traffic(lambda collective, n_bytes: ranks.world.count(f"trunk: {collective}", n_bytes, time.perf_counter()))
     step_seconds, users, rows, items = [], 0, 0, 0
     before: dict[str, int] = {}
     start = time.perf_counter()
-    for done, (batch, following) in enumerate(with_next(stream.batches(0, warm_up + steps, config.data.workers))):
+    for done, (batch, following) in enumerate(batches):
         if done == warm_up:
             clock.seconds.clear()
             before = _bytes(ranks)
@@ -114,16 +118,16 @@ def measure(config: Config, ranks: Ranks, steps: int, floor: bool, warm_up: int 
         "peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "peak_device_memory": torch.cuda.max_memory_allocated() if ranks.device.type == "cuda" else 0,
     }
-    if floor:
-        rates = measure_rates(ranks.device, stream.n_items)
-        share = result["rows_per_step"] / ranks.world_size
-        result["rates"] = asdict(rates)
-        result["floor"] = step_floor(config, stream.n_items, share, result["items_per_row"], rates)
+    del trainer
+    rates = measure_rates(ranks.device, stream.n_items)
+    share, own = result["rows_per_step"] / ranks.world_size, ranks.partition_of_items(stream.n_items).size
+    result["rates"] = asdict(rates)
+    result["floor"] = step_floor(config, stream.n_items, own, share, result["items_per_row"], rates)
     return result
 
 
 def _bytes(ranks: Ranks) -> dict[str, int]:
-    """Bytes this rank has put on the wire so far, by collective, of all its groups; DeepSpeed's own are not among them."""
+    """Bytes this rank has put on the wire so far, by collective, of all its groups; those of the trunk's engine by themselves."""
     moved: dict[str, int] = defaultdict(int)
     for group in (ranks.world, ranks.partition_group, ranks.replica_group):
         for name, value in group.bytes_moved.items():

@@ -45,12 +45,12 @@ def measure_rates(device: torch.device, n_items: int, rows: int = 1024, items_pe
     return Rates(flops=flops, copy=copy, gather=gather)
 
 
-def step_floor(config: Config, n_items: int, rows: float, items_per_row: float, rates: Rates) -> dict[str, float]:
-    """Seconds that the rates set for one step of one rank that owns every item and takes `rows` rows."""
+def step_floor(config: Config, n_items: int, own_items: int, rows: float, items_per_row: float, rates: Rates) -> dict[str, float]:
+    """Seconds that the rates set for one step of a rank that owns `own_items` of the items; `rows`: a step's, over the ranks."""
     m = config.model
     deep, shallow = m.deep, m.shallow
     heads = n_items * (m.hidden + m.latent * m.latent_head) * deep
-    parameters = m.item_parameters(n_items, n_items) + m.trunk_parameters()
+    parameters = m.item_parameters(n_items, own_items) + m.trunk_parameters()
     moments = 2 * FLOAT if config.optimizer.item_state == "full" else FLOAT
     return {
         "matrix products": 6 * rows * (m.trunk_parameters() + heads) / rates.flops,

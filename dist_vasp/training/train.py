@@ -42,6 +42,8 @@ def train(config: Config, ranks: Ranks, init_from: str | None = None) -> dict[st
     check_shared(config.run.dir, ranks)
     folder = Path(config.run.dir) / "checkpoints"
     last = total_steps(config, stream.steps_per_epoch)
+    first = checkpoints.newest_step(folder)
+    batches = stream.batches(first, last, config.data.workers)  # its workers start before there are weights to inherit
 
     # Build the model; go on from the newest checkpoint if there is one.
     trainer = Trainer(config, stream.n_items, ranks)
@@ -50,6 +52,8 @@ def train(config: Config, ranks: Ranks, init_from: str | None = None) -> dict[st
         state = RunState()
         if init_from:
             initialise_from(trainer, init_from, config.data.shards)
+    if state.step != first:
+        batches = stream.batches(state.step, last, config.data.workers)  # somebody has renamed the checkpoint
     if run_dir:
         checkpoints.prune(folder, config.run.keep)
         run_dir.open(config, state.step)
@@ -64,7 +68,7 @@ def train(config: Config, ranks: Ranks, init_from: str | None = None) -> dict[st
     if state.evaluation_due:
         _evaluate_and_keep_best(trainer, stream, state, saver, run_dir, progress, interrupted)
     clock = time.monotonic()
-    for batch, following in with_next(stream.batches(state.step, last, config.data.workers)):
+    for batch, following in with_next(batches):
         waited = time.monotonic() - clock
         try:
             report = trainer.step(batch, stop=stop.requested, written=saver.written, following=following)

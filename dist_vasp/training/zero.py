@@ -8,9 +8,10 @@ Sources: Rajbhandari et al. 2020 (ZeRO, arXiv 1910.02054); DeepSpeed 0.19.
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -164,6 +165,30 @@ class ZeroTrunk:
             else:
                 p.ds_tensor.data.copy_(piece)
                 safe_set_local_fp32_param(p, piece)
+
+
+def watch_traffic(count: Callable[[str, int], None]) -> None:
+    """From now on tell `count(collective, bytes)` what this rank puts on the wire for the trunk (over a ring, as comm counts)."""
+    from deepspeed.comm import comm
+
+    # the argument that is the whole message, and how often it passes each link of the ring
+    messages = {"all_reduce": ("tensor", 2), "reduce": ("tensor", 1), "broadcast": ("tensor", 1)}
+    messages |= {"all_gather_into_tensor": ("output_tensor", 1), "reduce_scatter_tensor": ("input_tensor", 1)}
+
+    def watch(name: str, argument: str, times: int) -> None:
+        original = getattr(comm.cdb, name)
+        signature = inspect.signature(original)
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            given = signature.bind(*args, **kwargs).arguments
+            whole, size = given[argument], comm.get_world_size(given.get("group"))
+            count(name, times * (size - 1) * whole.numel() * whole.element_size() // size)
+            return original(*args, **kwargs)
+
+        setattr(comm.cdb, name, counted)
+
+    for name, (argument, times) in messages.items():
+        watch(name, argument, times)
 
 
 def _import_deepspeed(device: torch.device) -> Any:
