@@ -11,13 +11,20 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
+
 from dist_vasp.config import Config
 
 FLOAT = 4
-PROCESS_BASE = {"cpu": 0.62e9, "cuda": 1.2e9}  # interpreter, torch and deepspeed before a model exists (measured on the CPU)
-LOADER_BASE = 0.30e9  # a loader process: what it does not share with its rank (measured)
+PROCESS_BASE = {"cpu": 0.50e9, "cuda": 1.2e9}  # interpreter, torch, deepspeed and gloo, no model (docs/experiments.md, "Plan")
+LOADER_BASE = 0.15e9  # a loader process: what it does not share with its rank (docs/experiments.md, "Plan")
 BLOCK_COLUMNS = {"cpu": 256, "cuda": 2048}  # parallel.block_columns 0
 GRADIENT_ROWS = 1024
+IDS_BYTES = 80  # an interaction of a row: int64 as it came, sorted by item and its row, of x and of y; int32 on its way
+ROW_STATS = {"cosine": 3, "multinomial": 2}  # floats of a row that a loss sums over the partitions first
+# by ZeRO stage, how often the trunk passes each link of a ring: DeepSpeed all-reduces gradients (2) and gathers parameters (1)
+ZERO_MESSAGES = {0: 2, 1: 3, 2: 3, 3: 3}
+SAMPLED_STEPS = 4096
 EASE_COLUMNS = 512
 EASE_INTERACTIONS_PER_ITEM = 8
 
@@ -74,7 +81,8 @@ def make_plan(config: Config, sizes: Sizes, partitions: int, replicas: int, rate
     world = partitions * replicas
     rows_per_user = 2 if config.halves else 1
     N = config.data.batch_size * rows_per_user
-    B = math.ceil(N / world / o.accumulation)
+    padded = padded_users(sizes.n_users, config.data.batch_size, p.lanes, world)
+    B = rows_per_user * padded / o.accumulation
     G = B * partitions
     E = sizes.items_per_user / rows_per_user  # of an input row
     J = math.ceil(sizes.n_items / partitions)
@@ -84,11 +92,16 @@ def make_plan(config: Config, sizes: Sizes, partitions: int, replicas: int, rate
     n_item, n_trunk = m.item_parameters(sizes.n_items, J), m.trunk_parameters()
     moments = 2 * FLOAT if o.item_state == "full" else FLOAT
 
-    # Memory: weights and state stay, the rest is the peak of a step.
+    # Memory: weights and state stay; the peak comes when the output side has a block at hand, or in the trunk's backward, when its
+    # gradients exist and not all activations are gone. Counts of activations follow the operations that autograd keeps inputs of.
     trunk_share = 1 if p.zero_stage == 0 else world
     master = FLOAT * n_trunk / world if p.zero_stage else 0
     held = n_trunk / world if p.zero_stage == 3 else n_trunk
-    gradients_kept = n_trunk / world if p.zero_stage >= 2 else n_trunk
+    # a block: three (G, C) temporaries a path and two for log p and log q, twice over where an operation makes a new one; and the
+    # gradient of some rows of W, made, measured and (lean) divided
+    one_block = FLOAT * (G * C * (5 * n_paths + 3) + 3 * (GRADIENT_ROWS if o.item_state == "full" else sizes.n_items) * C * shallow)
+    # stages 1 and up copy gradients into one flat bucket and keep their own share of its average
+    trunk_gradients = FLOAT * (n_trunk + n_trunk / world * (p.zero_stage > 0))
     memory = {
         "process": PROCESS_BASE[device],
         "loaders": config.data.workers * LOADER_BASE,
@@ -97,23 +110,24 @@ def make_plan(config: Config, sizes: Sizes, partitions: int, replicas: int, rate
         "item gradients": FLOAT * n_item * (o.accumulation > 1),
         "trunk weights": FLOAT * held + master,
         "trunk moments": 2 * FLOAT * n_trunk / trunk_share,
-        "trunk gradients": FLOAT * (gradients_kept + min(n_trunk, 500e6) * (p.zero_stage > 0)),
-        "trunk activations": FLOAT * deep * B * H * 6 * (m.encoder_layers + m.decoder_layers),
-        "rows of the group": FLOAT * deep * G * (6 * (H + L) + 2 * H),
-        "one block": FLOAT * (G * C * (5 * n_paths + 8) + 3 * (GRADIENT_ROWS if o.item_state == "full" else sizes.n_items) * C),
-        "ids": 8 * G * E * 2 * 8,
+        "trunk activations": FLOAT * deep * B * (H * (3 * (m.encoder_layers + m.decoder_layers) + 3) + 8 * L),
+        "rows of the group": FLOAT * deep * 3 * G * (H + L) + IDS_BYTES * G * E,
+        "one block, or trunk gradients": max(one_block, trunk_gradients),
     }
 
     # Traffic of one rank in one step: ring algorithms, nothing grows with I but the replicas' sum.
     others = partitions - 1
     micro = o.accumulation
-    ids = FLOAT * others * micro * B * (2 * E + 2)
+    passes = 2 if o.clip_norm else 1
+    stats = ROW_STATS.get(config.loss.kind, 0)
     traffic = {
-        "ids": ids,
+        "ids": FLOAT * others * micro * B * (2 * E + 2),
         "input: pre-activations and their gradient": FLOAT * deep * others * micro * B * 2 * H,
         "output: d, z and their gradient": FLOAT * deep * others * micro * B * 2 * (H + L),
-        "replicas: item gradients": FLOAT * 2 * (replicas - 1) / replicas * n_item,
-        "trunk under ZeRO": FLOAT * 2 * (world - 1) / world * n_trunk * (1.5 if p.zero_stage == 3 else 1),
+        "output: statistics of rows": FLOAT * others * micro * G * stats * passes,
+        "replicas: item gradients": FLOAT * 2 * (replicas - 1) / replicas * n_item * (passes if micro == 1 else 1),
+        "trunk under ZeRO": FLOAT * deep * (world - 1) / world * n_trunk * ZERO_MESSAGES[p.zero_stage],
+        "loss and norm": 40 * 2 * (world - 1) / world,
     }
 
     # Arithmetic of one rank in one step: three products per weight and row (forward, two backward).
@@ -125,7 +139,6 @@ def make_plan(config: Config, sizes: Sizes, partitions: int, replicas: int, rate
         "gathers (bytes)": 2 * group_rows * E * (J * shallow + H * deep / partitions) * FLOAT,
     }
     updated = (n_item + n_trunk / trunk_share) * 2 * (FLOAT + moments)
-    passes = 2 if o.clip_norm else 1
     seconds = {
         "trunk": arithmetic["trunk"] / rates.flops,
         "output heads": passes * arithmetic["output heads"] / rates.flops,
@@ -134,6 +147,18 @@ def make_plan(config: Config, sizes: Sizes, partitions: int, replicas: int, rate
         "communication": sum(traffic.values()) / rates.network,
     }
     return Plan(partitions, replicas, memory, traffic, arithmetic, seconds)
+
+
+def padded_users(n_users: int, batch_size: int, lanes: int, world: int) -> float:
+    """Users of the rank that has most in a step, meaned over an epoch: the others pad to it (DESIGN.md, section 4)."""
+    if not n_users or lanes % world:
+        return math.ceil(batch_size / world)
+    steps = -(-n_users // batch_size)
+    lane = np.arange(lanes)
+    phase, users = lane * steps // lanes, np.diff(np.arange(lanes + 1) * n_users // lanes)
+    step = np.arange(min(steps, SAMPLED_STEPS) + 1)[:, None]
+    given = (step * users + phase) // steps
+    return float(np.diff(given, axis=0).reshape(len(step) - 1, world, -1).sum(axis=2).max(axis=1).mean())
 
 
 def _ease_plan(config: Config, sizes: Sizes, partitions: int, replicas: int, rates: Rates, device: str) -> Plan:

@@ -53,6 +53,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     modes = [mode for mode in arguments.modes.split(",") if mode]
     if not modes or not set(modes) <= {"weak", "strong"}:
         raise ValueError(f"--modes is {arguments.modes!r}, expected weak, strong or weak,strong")
+    for name, least in (("steps", 1), ("rounds", 1), ("threads", 0), ("users_per_rank", 0)):
+        if arguments[name] < least:
+            raise ValueError(f"--{name} is {arguments[name]}, expected at least {least}")
     threads = arguments.threads or max(1, len(os.sched_getaffinity(0)) // max(world_sizes))
     per_rank = arguments.users_per_rank or config.data.batch_size // max(world_sizes)
 

@@ -1,13 +1,15 @@
 """Our ranking against straight numpy (dense scores, argpartition) in one run, alternating: python -m tests.bench_ranking --run RUN_DIR
 
-Both rank the first `--users` users of a split; the lists are compared, and the peak of what each allocates beside the weights.
+The lists of the users that both rank are compared, and by how much the process grows beside the weights. We rank all users of the
+split in blocks; numpy those whose dense scores it can hold.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
 from statistics import median
 
 import numpy as np
@@ -17,6 +19,8 @@ from dist_vasp.data.stream import EvalBlock, concatenate_rows, evaluation_blocks
 from dist_vasp.parallel.comm import init_ranks
 from dist_vasp.ranking.evaluate import USERS_PER_BLOCK, model_scorer, top_items
 from dist_vasp.ranking.load import LoadedModel, load_model
+
+K = 100
 
 
 def _log_sigmoid(a: np.ndarray) -> np.ndarray:
@@ -35,53 +39,76 @@ def numpy_lists(loaded: LoadedModel, weights: dict[str, np.ndarray], block: Eval
         for name, source in (("output.decoder", d.numpy()), ("output.latent", z.numpy())):
             if f"{name}.weight" in weights:
                 scores += _log_sigmoid(source @ weights[f"{name}.weight"].T + weights[f"{name}.bias"])
-    if "output.nease.weight" in weights:
-        scores += _log_sigmoid(x @ weights["output.nease.weight"])
+    for piece in loaded.model.slices():  # block by block as it is stored: a copy of W in one piece would not fit beside it
+        if piece.name == "output.nease.weight":
+            scores[:, piece.lo : piece.hi] += _log_sigmoid(x @ piece.tensor.numpy())
     scores[rows, block.fold_in.items] = -np.inf
     best = np.argpartition(-scores, k, axis=1)[:, :k]
     order = np.argsort(-np.take_along_axis(scores, best, axis=1), axis=1, kind="stable")
     return np.take_along_axis(best, order, axis=1)
 
 
+class Measured:
+    """Seconds of every round, and by how much the process grew at its peak meanwhile (resident memory; Linux resets its record)."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self.grew = 0
+
+    def run(self, work: Callable[[], np.ndarray]) -> np.ndarray:
+        Path("/proc/self/clear_refs").write_text("5")
+        before, start = _status("VmRSS"), time.perf_counter()
+        result = work()
+        self.seconds.append(time.perf_counter() - start)
+        self.grew = max(self.grew, _status("VmHWM") - before)
+        return result
+
+
+def _status(field: str) -> int:
+    """Bytes of a line of /proc/self/status."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
+def _joined(blocks: list[EvalBlock]) -> EvalBlock:
+    keys = np.concatenate([b.user_keys for b in blocks])
+    return EvalBlock(keys, *(concatenate_rows([getattr(b, n) for b in blocks]) for n in ("fold_in", "held_out")))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", required=True)
+    parser.add_argument("--shards", default="", help="default: those of the run")
     parser.add_argument("--split", default="test")
-    parser.add_argument("--users", type=int, default=1024)
+    parser.add_argument("--users", type=int, default=1 << 30, help="users that we rank; default: all of the split")
+    parser.add_argument("--numpy_users", type=int, default=2048, help="users that numpy ranks, all at once")
+    parser.add_argument("--users_per_block", type=int, default=USERS_PER_BLOCK)
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     ranks = init_ranks(device="cpu")
     loaded = load_model(arguments.run, None, ranks)
-    pieces: dict[str, list[np.ndarray]] = {}
-    for piece in loaded.model.slices():
-        pieces.setdefault(piece.name, []).append(piece.tensor.numpy())
-    weights = {name: np.concatenate(parts, axis=1 if name.endswith("nease.weight") else 0) for name, parts in pieces.items()}
-    blocks = list(evaluation_blocks(loaded.config.data.shards, arguments.split, USERS_PER_BLOCK, 0, arguments.users))
-    everyone = EvalBlock(
-        np.concatenate([b.user_keys for b in blocks]),
-        *(concatenate_rows([getattr(b, n) for b in blocks]) for n in ("fold_in", "held_out")),
-    )
-    scorer, seconds, n_items = model_scorer(loaded.model, loaded.trunk), {"ours": [], "numpy": []}, len(loaded.items.keys)
+    weights = {p.name: p.tensor.numpy() for p in loaded.model.slices() if p.item_dim == 0}
+    shards = arguments.shards or loaded.config.data.shards
+    blocks = list(evaluation_blocks(shards, arguments.split, arguments.users_per_block, 0, arguments.users))
+    few = _joined(list(evaluation_blocks(shards, arguments.split, USERS_PER_BLOCK, 0, min(arguments.users, arguments.numpy_users))))
+    scorer, n_items = model_scorer(loaded.model, loaded.trunk), len(loaded.items.keys)
+
+    def ours() -> np.ndarray:
+        return np.concatenate([top_items(scorer, block.fold_in, K, n_items, ranks)[1] for block in blocks])
+
+    sides = {"ours": Measured(), "numpy": Measured()}
     for _ in range(arguments.rounds):
-        start = time.perf_counter()
-        ours = np.concatenate([top_items(scorer, block.fold_in, 100, n_items, ranks)[1] for block in blocks])
-        seconds["ours"].append(time.perf_counter() - start)
-        tracemalloc.start()
-        start = time.perf_counter()
-        dense = numpy_lists(loaded, weights, everyone, 100)
-        seconds["numpy"].append(time.perf_counter() - start)
-        numpy_peak = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-        same = (ours == dense).mean()
-    n = len(everyone.user_keys)
-    print(f"{n} users, {n_items} items: {same:.2%} of the places hold the same item")
-    for side, taken in seconds.items():
-        print(f"{side}: {median(taken):.2f} s, {n / median(taken):.0f} users/s")
-    held = 4 * USERS_PER_BLOCK * (2048 + 256 * 12)
-    print(
-        f"ratio {median(d / o for o, d in zip(seconds['ours'], seconds['numpy'], strict=True)):.1f}; beside the weights numpy held "
-    )
-    print(f"{numpy_peak / 1e9:.2f} GB at its peak, our blocks about {held / 1e9:.3f} GB whatever the number of users")
+        lists = sides["ours"].run(ours)
+        dense = sides["numpy"].run(lambda: numpy_lists(loaded, weights, few, K))
+    n = {"ours": len(lists), "numpy": len(dense)}
+    same = (lists[: n["numpy"]] == dense).mean()
+    print(f"{n_items} items, lists of {K}: {same:.2%} of the places hold the same item")
+    rate = {side: n[side] / median(measured.seconds) for side, measured in sides.items()}
+    for side, measured in sides.items():
+        print(
+            f"{side}: {n[side]} users in {median(measured.seconds):.2f} s, {rate[side]:.0f} users/s, grew {measured.grew / 1e9:.3f} GB"
+        )
+    print(f"ratio of users/s {rate['ours'] / rate['numpy']:.1f}; of memory {sides['ours'].grew / sides['numpy'].grew:.3f}")
 
 
 if __name__ == "__main__":

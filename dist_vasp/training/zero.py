@@ -8,7 +8,6 @@ Sources: Rajbhandari et al. 2020 (ZeRO, arXiv 1910.02054); DeepSpeed 0.19.
 
 from __future__ import annotations
 
-import inspect
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -171,24 +170,22 @@ def watch_traffic(count: Callable[[str, int], None]) -> None:
     """From now on tell `count(collective, bytes)` what this rank puts on the wire for the trunk (over a ring, as comm counts)."""
     from deepspeed.comm import comm
 
-    # the argument that is the whole message, and how often it passes each link of the ring
-    messages = {"all_reduce": ("tensor", 2), "reduce": ("tensor", 1), "broadcast": ("tensor", 1)}
-    messages |= {"all_gather_into_tensor": ("output_tensor", 1), "reduce_scatter_tensor": ("input_tensor", 1)}
+    size = comm.get_world_size()  # the engine knows no smaller group
 
-    def watch(name: str, argument: str, times: int) -> None:
+    def watch(name: str, times: int) -> None:
         original = getattr(comm.cdb, name)
-        signature = inspect.signature(original)
 
         def counted(*args: Any, **kwargs: Any) -> Any:
-            given = signature.bind(*args, **kwargs).arguments
-            whole, size = given[argument], comm.get_world_size(given.get("group"))
+            whole = max((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), key=Tensor.numel)
             count(name, times * (size - 1) * whole.numel() * whole.element_size() // size)
             return original(*args, **kwargs)
 
         setattr(comm.cdb, name, counted)
 
-    for name, (argument, times) in messages.items():
-        watch(name, argument, times)
+    # how often a message passes each link of the ring
+    collectives = {"all_reduce": 2, "reduce": 1, "broadcast": 1, "all_gather_into_tensor": 1, "reduce_scatter_tensor": 1}
+    for name, times in collectives.items():
+        watch(name, times)
 
 
 def _import_deepspeed(device: torch.device) -> Any:
