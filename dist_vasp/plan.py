@@ -199,11 +199,13 @@ def smallest_that_fits(config: Config, sizes: Sizes, device_memory: float, rates
 
 
 def dense_reference_memory(config: Config, sizes: Sizes) -> float:
-    """What plain dense torch holds: every matrix whole with gradient and two moments, and the optimizer's temporaries (NAdam: 32 bytes
-    a parameter at its peak), dense x and y, and logits of every path with autograd's copies. The closed form: what numpy.linalg.inv
-    holds, the matrix and three copies, in float64 (tests/bench_ease.py measured it)."""
+    """What plain dense torch (tests/bench_dense.py) holds in the optimizer's step: every matrix whole with gradient and two moments,
+    the two temporaries that torch.optim.NAdam makes of the largest matrix (v / correction, its root), dense x and y. The closed form:
+    what numpy.linalg.inv holds, the matrix and three copies, in float64 (tests/bench_ease.py measured it)."""
+    I = sizes.n_items
     if config.model.linear:
-        return 4 * 8 * sizes.n_items**2
-    n = config.model.item_parameters(sizes.n_items, sizes.n_items) + config.model.trunk_parameters()
+        return 4 * 8 * I**2
+    n = config.model.item_parameters(I, I) + config.model.trunk_parameters()
+    largest = max(I * I * config.model.shallow, I * config.model.hidden * config.model.deep)
     rows = config.data.batch_size * (2 if config.halves else 1)
-    return 32 * n + FLOAT * rows * sizes.n_items * 14
+    return PROCESS_BASE["cpu"] + FLOAT * (4 * n + 2 * largest + 2 * rows * I)
