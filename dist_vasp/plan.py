@@ -16,7 +16,7 @@ import numpy as np
 from dist_vasp.config import Config
 
 FLOAT = 4
-PROCESS_BASE = {"cpu": 0.50e9, "cuda": 1.2e9}  # interpreter, torch, deepspeed and gloo, no model (docs/experiments.md, "Plan")
+PROCESS_BASE = {"cpu": 0.47e9, "cuda": 1.2e9}  # interpreter, torch, deepspeed and gloo, no model (docs/experiments.md, "Plan")
 LOADER_BASE = 0.15e9  # a loader process: what it does not share with its rank (docs/experiments.md, "Plan")
 BLOCK_COLUMNS = {"cpu": 256, "cuda": 2048}  # parallel.block_columns 0
 GRADIENT_ROWS = 1024
@@ -24,6 +24,7 @@ IDS_BYTES = 80  # an interaction of a row: int64 as it came, sorted by item and 
 ROW_STATS = {"cosine": 3, "multinomial": 2}  # floats of a row that a loss sums over the partitions first
 # by ZeRO stage, how often the trunk passes each link of a ring: DeepSpeed all-reduces gradients (2) and gathers parameters (1)
 ZERO_MESSAGES = {0: 2, 1: 3, 2: 3, 3: 3}
+ZERO_BUCKET = 500e6  # elements; the flat buckets of training/zero.py, which stay between steps
 SAMPLED_STEPS = 4096
 EASE_COLUMNS = 512
 EASE_INTERACTIONS_PER_ITEM = 8
@@ -109,6 +110,7 @@ def make_plan(config: Config, sizes: Sizes, partitions: int, replicas: int, rate
         "item moments": moments * n_item,
         "item gradients": FLOAT * n_item * (o.accumulation > 1),
         "trunk weights": FLOAT * held + master,
+        "trunk buckets": FLOAT * min(n_trunk, ZERO_BUCKET) * (p.zero_stage > 0),
         "trunk moments": 2 * FLOAT * n_trunk / trunk_share,
         "trunk activations": FLOAT * deep * B * (H * (3 * (m.encoder_layers + m.decoder_layers) + 3) + 8 * L),
         "rows of the group": FLOAT * deep * 3 * G * (H + L) + IDS_BYTES * G * E,

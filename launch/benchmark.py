@@ -167,7 +167,7 @@ def _summarise(mode: str, n: int, batch: int, rounds: list[list[dict[str, Any]]]
     row["bytes_by_collective"] = rounds[0][0]["bytes_moved"]
     row["peak_memory"] = middle(lambda rank: rank["peak_memory"])
     row["rates"] = {name: median(ranks[0]["rates"][name] for ranks in rounds) for name in ("flops", "copy", "gather")}
-    row["floor"] = {name: middle(lambda rank, name=name: rank["floor"][name]) for name in rounds[0][0]["floor"]}
+    row["floor"] = {name: median(ranks[0]["floor"][name] for ranks in rounds) for name in rounds[0][0]["floor"]}
     row["floor_seconds"] = median(sum(ranks[0]["floor"].values()) for ranks in rounds)
     row["ratio_to_floor"] = median(max(r["step_seconds"] for r in ranks) / sum(ranks[0]["floor"].values()) for ranks in rounds)
     useful = row["floor"]["matrix products"] * row["rates"]["flops"]

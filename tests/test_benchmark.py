@@ -44,7 +44,6 @@ def test_every_row_says_where_the_step_went(written):
     assert [(r["mode"], r["ranks"], r["users_per_step"]) for r in result["rows"]] == [("weak", 1, 24), ("weak", 2, 48)]
     for row in result["rows"]:
         assert set(row["parts"]) == set(LABELS)
-        # parts are means and the step a median of three, but no part can exceed the longest step
         assert all(seconds >= -1e-6 for seconds in row["parts"].values()), row["parts"]
         assert {label for label, seconds in row["parts"].items() if seconds > 0} >= set(LABELS) - {"communication"}
         assert row["cores_per_rank"] == min(1, cores / row["ranks"])
@@ -61,7 +60,7 @@ def test_every_row_says_where_the_step_went(written):
 
 def test_bytes_moved_are_those_of_the_plan(written, shards):
     one, two = json.loads((written / "benchmark.json").read_text())["rows"]
-    assert (one["bytes_moved"], one["bytes_by_collective"]) == (0, {"trunk: all_reduce": 0} | one["bytes_by_collective"])
+    assert one["bytes_moved"] == 0 == sum(one["bytes_by_collective"].values())
     assert two["bytes_moved"] == sum(two["bytes_by_collective"].values())
     config, _ = command.parse(command.make_parser("benchmark.py", ""), [f"--data.shards={shards}", *SMALL[:-2]])
     plan = make_plan(config, _sizes(str(shards), 0, 0), 2, 1, Rates())
