@@ -22,7 +22,8 @@ BLOCK_COLUMNS = {"cpu": 256, "cuda": 2048}  # parallel.block_columns 0
 GRADIENT_ROWS = 1024
 IDS_BYTES = 80  # an interaction of a row: int64 as it came, sorted by item and its row, of x and of y; int32 on its way
 ROW_STATS = {"cosine": 3, "multinomial": 2}  # floats of a row that a loss sums over the partitions first
-# by ZeRO stage, how often the trunk passes each link of a ring: DeepSpeed all-reduces gradients (2) and gathers parameters (1)
+# by ZeRO stage, how often the trunk passes each link of a ring: DeepSpeed all-reduces gradients (2) and gathers parameters (1);
+# stage 3 scatters gradients (1) and gathers what is not small twice (2)
 ZERO_MESSAGES = {0: 2, 1: 3, 2: 3, 3: 3}
 ZERO_BUCKET = 500e6  # elements; the flat buckets of training/zero.py, which stay between steps
 SAMPLED_STEPS = 4096
@@ -98,9 +99,10 @@ def make_plan(config: Config, sizes: Sizes, partitions: int, replicas: int, rate
     trunk_share = 1 if p.zero_stage == 0 else world
     master = FLOAT * n_trunk / world if p.zero_stage else 0
     held = n_trunk / world if p.zero_stage == 3 else n_trunk
-    # a block: three (G, C) temporaries a path and two for log p and log q, twice over where an operation makes a new one; and the
-    # gradient of some rows of W, made, measured and (lean) divided
-    one_block = FLOAT * (G * C * (5 * n_paths + 3) + 3 * (GRADIENT_ROWS if o.item_state == "full" else sizes.n_items) * C * shallow)
+    # a block: five (G, C) temporaries a path while the loss is taken (the allocator's events, uncompiled); then the gradient of
+    # each path and that of some rows of W (lean: of all rows, and what their update makes)
+    of_weights = GRADIENT_ROWS if o.item_state == "full" else 2 * sizes.n_items
+    one_block = FLOAT * C * max(5 * G * n_paths, G * n_paths + of_weights * shallow)
     # stages 1 and up copy gradients into one flat bucket and keep their own share of its average
     trunk_gradients = FLOAT * (n_trunk + n_trunk / world * (p.zero_stage > 0))
     memory = {

@@ -71,7 +71,8 @@ def test_bytes_moved_are_those_of_a_real_epoch(tmp_path, world, replicas, stage,
         # J, and with it a replica's gradients, is one item more on some ranks; the counts of comm are whole numbers
         exact = plan.traffic_total - trunk - over_replicas
         assert moved - exact == pytest.approx(over_replicas, rel=0.02, abs=1 + 0.01 * exact * (options.get("accumulation", 1) > 1))
-        assert of_trunk == pytest.approx(trunk, rel=0.02)
+        # stage 3 keeps what is small gathered: the plan is its upper bound
+        assert of_trunk == pytest.approx(trunk, rel=0.02) if stage < 3 else trunk * 2 / 3 <= of_trunk <= trunk
         assert n_trunk == config.model.trunk_parameters()
         assert n_item == pytest.approx(config.model.item_parameters(211, 211 / (world // replicas)), rel=0.02)
 
