@@ -16,8 +16,9 @@ import numpy as np
 from dist_vasp.config import Config
 
 FLOAT = 4
-PROCESS_BASE = {"cpu": 0.47e9, "cuda": 1.2e9}  # interpreter, torch, deepspeed and gloo, no model (docs/experiments.md, "Plan")
-LOADER_BASE = 0.15e9  # a loader process: what it does not share with its rank (docs/experiments.md, "Plan")
+PROCESS_BASE = {"cpu": 0.47e9, "cuda": 1.2e9}  # interpreter, torch, deepspeed and gloo, with next to no model (docs/experiments.md)
+# a loader process beside what it shares with its rank: estimated, 50 decoded shards of 2 MB and what it writes to
+LOADER_BASE = 0.15e9
 BLOCK_COLUMNS = {"cpu": 256, "cuda": 2048}  # parallel.block_columns 0
 GRADIENT_ROWS = 1024
 IDS_BYTES = 80  # an interaction of a row: int64 as it came, sorted by item and its row, of x and of y; int32 on its way
