@@ -177,6 +177,10 @@ class RunConfig:
     """Evaluate on validation every so many epochs; 0: never."""
     recall_denominator: Literal["min", "held_out"] = "min"
     """Recall@k divides by min(k, held-out items), or (held_out, as in LightGCN's literature) by all held-out items."""
+    wandb: str = ""
+    """Project of Weights & Biases that also gets the metrics; empty: none. Needs the library wandb."""
+    mlflow: str = ""
+    """Tracking URI of MLflow (a server, or a folder) that also gets the metrics; empty: none. Needs the library mlflow."""
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from dist_vasp.data.augment import hash64
 from dist_vasp.model.losses import Loss, MultinomialLoss, RowLoss, sum_log_sigmoid
+from dist_vasp.model.path_statistics import PathStatistics
 from dist_vasp.model.sparse import ItemRows, sum_rows
 from dist_vasp.parallel.comm import Group, all_gather, reduce_scatter
 from dist_vasp.parallel.partition import ItemPartition
@@ -148,6 +149,8 @@ class OutputSide:
         self.heads = [Head(name, zeros(part.size, width), zeros(part.size)) for name, width in widths.items()]
         # W is stored block by block: a bag over a contiguous (I, C) table stays in cache.
         self.W_IC = [zeros(part.n_items, hi - lo) for lo, hi in self.blocks] if shallow else []
+        names = [name.removeprefix("output.") for name in widths] + (["nease"] if shallow else [])
+        self.statistics = PathStatistics(names, device)
 
     def zero_diagonal(self) -> None:
         """No item may predict itself."""
@@ -205,7 +208,9 @@ class OutputSide:
         ]
         for i, (item_lo, item_hi) in enumerate(self.blocks):
             lo, hi = item_lo - self.part.start, item_hi - self.part.start
-            block_loss, grads = loss.block(self.logits(i, sources, x), y.positions(item_lo, item_hi), weight_G, stats)
+            logits = self.logits(i, sources, x)
+            self.statistics.add(item_lo, logits, weight_G)
+            block_loss, grads = loss.block(logits, y.positions(item_lo, item_hi), weight_G, stats)
             total = total + block_loss
             for head, source, head_grad, grad_GC in zip(self.heads, sources, head_grads, grads, strict=False):
                 head.backward(source, head_grad, grad_GC, lo, hi, sink)

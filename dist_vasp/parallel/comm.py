@@ -77,6 +77,14 @@ class Ranks:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    def bytes_moved(self) -> dict[str, int]:
+        """Bytes this rank has put on the wire so far, by collective, in all its groups; the trunk engine's own only where somebody counts them."""
+        moved: dict[str, int] = {}
+        for group in (self.world, self.partition_group, self.replica_group):
+            for name, n_bytes in group.bytes_moved.items():
+                moved[name] = moved.get(name, 0) + n_bytes
+        return moved
+
     def partition_of_items(self, n_items: int) -> ItemPartition:
         return ItemPartition(n_items, self.layout.partitions, self.layout.partition_of(self.rank))
 

@@ -90,7 +90,7 @@ def measure(config: Config, ranks: Ranks, steps: int, warm_up: int = 2) -> dict[
     for done, (batch, following) in enumerate(batches):
         if done == warm_up:
             clock.seconds.clear()
-            before = _bytes(ranks)
+            before = ranks.bytes_moved()
         arrived = time.perf_counter()
         trainer.step(batch, following=following)
         now = time.perf_counter()
@@ -103,7 +103,7 @@ def measure(config: Config, ranks: Ranks, steps: int, warm_up: int = 2) -> dict[
         start = time.perf_counter()
     total = sum(step_seconds)
     clock.seconds["other"] = total - sum(clock.seconds.values())
-    moved = {name: (value - before.get(name, 0)) / steps for name, value in _bytes(ranks).items()}
+    moved = {name: (value - before.get(name, 0)) / steps for name, value in ranks.bytes_moved().items()}
     result: dict[str, Any] = {
         "rank": ranks.rank,
         "threads": torch.get_num_threads(),
@@ -124,12 +124,3 @@ def measure(config: Config, ranks: Ranks, steps: int, warm_up: int = 2) -> dict[
     result["rates"] = asdict(rates)
     result["floor"] = step_floor(config, stream.n_items, own, share, result["items_per_row"], rates)
     return result
-
-
-def _bytes(ranks: Ranks) -> dict[str, int]:
-    """Bytes this rank has put on the wire so far, by collective, of all its groups; those of the trunk's engine by themselves."""
-    moved: dict[str, int] = defaultdict(int)
-    for group in (ranks.world, ranks.partition_group, ranks.replica_group):
-        for name, value in group.bytes_moved.items():
-            moved[name] += value
-    return moved

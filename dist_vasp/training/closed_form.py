@@ -28,11 +28,13 @@ from dist_vasp.model.vasp import VASP
 from dist_vasp.parallel.comm import AgreedError, Ranks, agreed, any_rank, barrier
 from dist_vasp.plan import EASE_INTERACTIONS_PER_ITEM, Sizes, make_plan
 from dist_vasp.ranking.evaluate import evaluate, model_scorer, to_item_rows
+from dist_vasp.training.environment import describe
 from dist_vasp.training.floor import measure_rates
 from dist_vasp.training.progress import Progress
 from dist_vasp.training.run_dir import RunDir, check_shared
 from dist_vasp.training.state import check_same
 from dist_vasp.training.stop import StopRequest
+from dist_vasp.training.tracking import services
 from dist_vasp.training.train import BEST_BY, check_folders, check_shards, final_result, summary
 
 GRID = tuple(10.0 * 2**k for k in range(9, -1, -1))  # 5120 to 10
@@ -55,14 +57,17 @@ def solve(config: Config, ranks: Ranks) -> dict[str, Any] | None:
     run_dir: RunDir | None = None
     with agreed(ranks):
         run_dir = RunDir(config.run.dir) if ranks.is_main else None
+        if run_dir:
+            services(run_dir.folder, config)  # a missing library is said now
     check_shared(config.run.dir, ranks)
     folder = Path(config.run.dir) / "checkpoints"
     lambdas = _lambdas(config)
     header, finished = _resume(config, manifest, folder, ranks)
     done = header["position"]["step"] if header else 0
+    environment = describe(ranks)
     if run_dir:
         checkpoints.prune(folder, 1)
-        run_dir.open(config, len(lambdas) if finished else done)
+        run_dir.open(config, len(lambdas) if finished else done, environment)
     say: Callable[[str], None] = partial(print, flush=True) if ranks.is_main else lambda text: None
     say(_opening(config, manifest, ranks, header, finished))
     try:

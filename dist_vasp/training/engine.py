@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -39,6 +39,7 @@ class StepReport:
     grad_norm: float
     stop: bool = False  # some rank was asked to stop
     all_written: bool = True  # every rank's part of a checkpoint that goes on in the background is on disk
+    paths: dict[str, float] = field(default_factory=dict)  # mean and deviation of each path's logits (model/path_statistics.py)
 
 
 class DivergedError(RuntimeError):
@@ -95,6 +96,8 @@ class Trainer:
             self._ahead = {following.step: self._exchange(following)}
         self.item_optimizer.begin_step()
         self._squared_norm.zero_()
+        statistics = self.model.output.statistics
+        statistics.sums.zero_()
         if len(micro_batches) > 1:
             share = self._accumulate(micro_batches, batch.global_rows)
         else:
@@ -102,8 +105,9 @@ class Trainer:
 
         # One all-reduce for what every rank must know.
         words = [share.reconstruction, share.kl, self._squared_norm / self.ranks.layout.replicas]
-        totals = torch.stack([*(w.double() for w in words), *torch.tensor([stop, not written]).to(words[0].device).double()])
-        reconstruction, kl, squared_norm, stops, unwritten = all_reduce(totals, self.ranks.world).tolist()
+        own = torch.stack([*(w.double() for w in words), *torch.tensor([stop, not written]).to(words[0].device).double()])
+        totals = all_reduce(torch.cat([own, statistics.sums.flatten()]), self.ranks.world).tolist()
+        reconstruction, kl, squared_norm, stops, unwritten = totals[: len(own)]
         if self.trunk:
             squared_norm += self.trunk.squared_norm()
         grad_norm = math.sqrt(squared_norm) if squared_norm >= 0 else math.nan
@@ -123,7 +127,8 @@ class Trainer:
             share.replay(self._update)
         if self.trunk:
             self.trunk.step()
-        return StepReport(loss, reconstruction, kl, grad_norm, stops > 0, unwritten == 0)
+        paths = statistics.named(totals[len(own) :])
+        return StepReport(loss, reconstruction, kl, grad_norm, stops > 0, unwritten == 0, paths)
 
     @contextmanager
     def evaluating(self) -> Iterator[TrunkCall | None]:

@@ -1,6 +1,6 @@
 """The folder of a run: one owner at a time, metrics line by line, TensorBoard events, the result.
 
-RUN_DIR/config.yaml  metrics.jsonl  items.parquet  checkpoints/  tensorboard/  result.json
+RUN_DIR/config.yaml  environment.json  metrics.jsonl  items.parquet  checkpoints/  tensorboard/  result.json
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from dist_vasp.config import Config
 from dist_vasp.data.format import ITEMS_FILE
 from dist_vasp.parallel.comm import Ranks, agreed, all_gather_bytes
 from dist_vasp.training.board import Board
+from dist_vasp.training.tracking import Tracking
 
 _SHARED_WITHIN_S = 5.0  # a network filesystem may show a new file late
 
@@ -33,6 +34,8 @@ class RunDir:
         self.checkpoints = self.folder / "checkpoints"
         self._metrics: TextIO | None = None
         self._board: Board | None = None
+        self._tracking: Tracking | None = None
+        self._step, self._ended = 0, False
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.folder / ".lock", "a+")  # noqa: SIM115 - held until the process ends
@@ -49,9 +52,13 @@ class RunDir:
             self._lock.write(f"process {os.getpid()} on {socket.gethostname()}")
             self._lock.flush()
 
-    def open(self, config: Config, after_step: int) -> None:
-        """Write the resolved config and continue metrics after `after_step`: later lines belong to a future that is undone."""
+    def open(self, config: Config, after_step: int, environment: dict[str, Any]) -> None:
+        """Write the resolved config, add `environment` to those of earlier starts, and continue metrics after `after_step`: later
+        lines belong to a future that is undone. ValueError where a service of `run` has no library."""
         write_atomically(self.folder / "config.yaml", config.to_yaml())
+        path = self.folder / "environment.json"
+        starts = [*earlier_starts(path), {"after_step": after_step, **environment}]
+        write_atomically(path, json.dumps({"starts": starts}, indent=1) + "\n")
         path = self.folder / "metrics.jsonl"
         if path.exists():
             write_atomically(path, "".join(_lines_until(path, after_step)))
@@ -59,20 +66,29 @@ class RunDir:
             shutil.copyfile(Path(config.data.shards) / ITEMS_FILE, self.folder / ITEMS_FILE)
             self._metrics = open(path, "a")  # noqa: SIM115
             self._board = Board(self.folder / "tensorboard", after_step)
+        self._tracking, self._step = Tracking(self.folder, config), after_step
 
     def record(self, line: dict[str, Any], prefix: str) -> None:
-        """Append one line to metrics.jsonl, and its numbers to TensorBoard under `prefix/`."""
+        """Append one line to metrics.jsonl, and its numbers to TensorBoard and the tracking services under `prefix/`."""
         assert self._metrics is not None
         with _writing(self.folder / "metrics.jsonl"):
             self._metrics.write(json.dumps(line) + "\n")
             self._metrics.flush()
             assert self._board is not None
             self._board.add(prefix, line)
+        assert self._tracking is not None
+        self._tracking.add(prefix, line)
+        self._step = line["step"]
 
     def write_result(self, result: dict[str, Any]) -> None:
         write_atomically(self.folder / "result.json", json.dumps(result, indent=1) + "\n")
+        self._ended = True
+        if self._tracking and result.get("test"):
+            self._tracking.add("test", {"step": self._step, **result["test"]})
 
     def close(self) -> None:
+        if self._tracking is not None:
+            self._tracking.close(self._ended)
         if self._metrics is not None and self._board is not None:
             with _writing(self.folder / "metrics.jsonl"):
                 self._metrics.close()
@@ -125,6 +141,15 @@ def write_atomically(path: Path, text: str) -> None:
             handle.flush()
             os.fsync(handle.fileno())
         os.replace(temporary, path)
+
+
+def earlier_starts(path: Path) -> list[dict[str, Any]]:
+    """What environment.json says of earlier starts of the run; nothing where it is damaged."""
+    try:
+        starts = json.loads(path.read_text())["starts"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    return [start for start in starts if isinstance(start, dict)] if isinstance(starts, list) else []
 
 
 def _lines_until(path: Path, step: int) -> list[str]:

@@ -16,11 +16,13 @@ from dist_vasp.parallel.comm import Ranks, agreed, all_gather_keys, any_rank
 from dist_vasp.ranking.evaluate import evaluate, model_scorer
 from dist_vasp.ranking.load import load_model
 from dist_vasp.training.engine import DivergedError, Trainer
+from dist_vasp.training.environment import Memory, describe
 from dist_vasp.training.grow import initialise_from
 from dist_vasp.training.progress import Progress
 from dist_vasp.training.run_dir import RunDir, check_shared, write_atomically
 from dist_vasp.training.state import RunState, Saver, resume, total_steps
 from dist_vasp.training.stop import StopRequest
+from dist_vasp.training.tracking import services
 
 BEST_BY = "ndcg@100"
 
@@ -39,6 +41,8 @@ def train(config: Config, ranks: Ranks, init_from: str | None = None) -> dict[st
     run_dir: RunDir | None = None
     with agreed(ranks):
         run_dir = RunDir(config.run.dir) if ranks.is_main else None
+        if run_dir:
+            services(run_dir.folder, config)  # a missing library is said now
     check_shared(config.run.dir, ranks)
     folder = Path(config.run.dir) / "checkpoints"
     last = total_steps(config, stream.steps_per_epoch)
@@ -54,9 +58,10 @@ def train(config: Config, ranks: Ranks, init_from: str | None = None) -> dict[st
             initialise_from(trainer, init_from, config.data.shards)
     if state.step != first:
         batches = stream.batches(state.step, last, config.data.workers)  # somebody has renamed the checkpoint
+    environment, memory, moved = describe(ranks), Memory(ranks.device), sum(ranks.bytes_moved().values())
     if run_dir:
         checkpoints.prune(folder, config.run.keep)
-        run_dir.open(config, state.step)
+        run_dir.open(config, state.step, environment)
     progress = Progress("training", last, "step", state.step, show=ranks.is_main)
     progress.say(_opening(config, stream, trainer, state.step, last))
     if trainer.remark:
@@ -83,7 +88,9 @@ def train(config: Config, ranks: Ranks, init_from: str | None = None) -> dict[st
         if run_dir:
             line = {"step": state.step, "epoch": batch.epoch, "loss": report.loss, "focal": report.focal, "kl": report.kl}
             line |= {"lr": config.lr(batch.epoch), "grad_norm": report.grad_norm, "users_per_second": rate}
-            run_dir.record({**line, "step_seconds": elapsed, "data_wait": waited / elapsed}, "train")
+            line |= {"step_seconds": elapsed, "data_wait": waited / elapsed, **report.paths, **memory.now()}
+            before, moved = moved, sum(ranks.bytes_moved().values())
+            run_dir.record({**line, "bytes_moved": moved - before}, "train")
         progress.update(state.step, f"epoch {batch.epoch}, loss {report.loss:.4f}, {rate:,.0f} users/s")
 
         # Evaluate at the end of an epoch, keep the best; save.
@@ -171,6 +178,9 @@ def dry_run(config: Config, ranks: Ranks) -> str:
     """Check config and shards as `train` does, and say what would be trained; nothing is built or written."""
     stream = open_stream(config, ranks)
     check_shards(config.data.shards, stream.manifest, ranks)
+    with agreed(ranks):
+        if ranks.is_main:
+            services(Path(config.run.dir), config)
     m, n_items, layout = config.model, stream.n_items, ranks.layout
     item_bytes = 12 if config.optimizer.item_state == "full" else 8
     item_gb, trunk_gb = m.item_parameters(n_items, n_items) * item_bytes / 1e9, m.trunk_parameters() * 12 / 1e9

@@ -1,0 +1,216 @@
+"""Weights & Biases and MLflow: what metrics.jsonl gets, sent there too (`run.wandb`, `run.mlflow`).
+
+Sending goes on in a thread of its own, one per service, so that a slow or broken network costs no step: a service that fails is
+named once and left alone from then on, lines that it cannot take as fast as they come are left out and counted. The libraries are
+imported only when asked for, and are no requirement of ours.
+
+RUN_DIR/tracking.json keeps the services' own ids, so that a resumed run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import queue
+import secrets
+import threading
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+
+from dist_vasp.config import Config
+
+_WAITING = 10_000  # lines that may wait for a slow service
+_LAST_WORDS_S = 60.0  # what the end of a run waits for a service
+_IDS = "tracking.json"
+
+
+class Service(Protocol):
+    """What a service does; it may raise whatever it likes."""
+
+    def start(self, known: str | None) -> str:
+        """Go on with the run of id `known`, or begin one; returns its id."""
+
+    def log(self, lines: list[tuple[str, dict[str, Any]]]) -> None:
+        """Take lines, each with its prefix: train, validation, test."""
+
+    def finish(self, ok: bool) -> None: ...
+
+
+class Wandb:
+    """A run of the project `run.wandb`."""
+
+    def __init__(self, project: str, folder: Path, config: Config) -> None:
+        self._library = _import("wandb", "run.wandb", project)
+        self._project, self._folder, self._config = project, folder, config
+
+    def start(self, known: str | None) -> str:
+        name = known or secrets.token_hex(8)
+        self._run = self._library.init(
+            project=self._project,
+            id=name,
+            resume="allow",
+            name=self._folder.name,
+            dir=str(self._folder),
+            config=asdict(self._config),
+        )
+        self._run.define_metric("*", step_metric="step")  # a resumed run may repeat steps, which its own counter refuses
+        return name
+
+    def log(self, lines: list[tuple[str, dict[str, Any]]]) -> None:
+        for prefix, line in lines:
+            self._run.log({"step": line["step"], **numbers(prefix, line)})
+
+    def finish(self, ok: bool) -> None:
+        self._run.finish(exit_code=0 if ok else 1)
+
+
+class MLflow:
+    """A run of the experiment dist_vasp at the tracking server (or folder) `run.mlflow`."""
+
+    def __init__(self, uri: str, folder: Path, config: Config) -> None:
+        self._library = _import("mlflow", "run.mlflow", uri)
+        self._uri, self._folder, self._config = uri, folder, config
+
+    def start(self, known: str | None) -> str:
+        self._client = self._library.MlflowClient(tracking_uri=self._uri)
+        if known:
+            self._name = known
+            self._client.update_run(known, status="RUNNING")
+            return known
+        experiment = self._client.get_experiment_by_name("dist_vasp")
+        number = experiment.experiment_id if experiment else self._client.create_experiment("dist_vasp")
+        self._name = self._client.create_run(number, run_name=self._folder.name).info.run_id
+        for section, keys in asdict(self._config).items():
+            for key, value in keys.items() if isinstance(keys, dict) else [("", keys)]:
+                if f"{section}.{key}" != "run.mlflow":  # it may hold a password
+                    self._client.log_param(self._name, f"{section}.{key}".rstrip("."), str(value)[:500])
+        return self._name
+
+    def log(self, lines: list[tuple[str, dict[str, Any]]]) -> None:
+        now = int(time.time() * 1000)
+        metrics = [
+            self._library.entities.Metric(name.replace("@", "_at_"), float(value), now, line["step"])  # it takes no @ in a name
+            for prefix, line in lines
+            for name, value in numbers(prefix, line).items()
+        ]
+        for first in range(0, len(metrics), 1000):  # as many as a server takes at once
+            self._client.log_batch(self._name, metrics=metrics[first : first + 1000])
+
+    def finish(self, ok: bool) -> None:
+        self._client.set_terminated(self._name, status="FINISHED" if ok else "KILLED")
+
+
+def numbers(prefix: str, line: dict[str, Any]) -> dict[str, float]:
+    """The numbers of a metrics line under `prefix/`, its place in the run left out."""
+    return {f"{prefix}/{k}": v for k, v in line.items() if isinstance(v, int | float) and k not in ("step", "epoch")}
+
+
+def services(folder: Path, config: Config) -> dict[str, Service]:
+    """Those that the configuration asks for, not started yet. ValueError where a library is missing."""
+    found: dict[str, Service] = {}
+    if config.run.wandb:
+        found["wandb"] = Wandb(config.run.wandb, folder, config)
+    if config.run.mlflow:
+        found["mlflow"] = MLflow(config.run.mlflow, folder, config)
+    return found
+
+
+def _import(library: str, key: str, value: str) -> Any:
+    try:
+        return importlib.import_module(library)
+    except ImportError as error:
+        raise ValueError(
+            f"{key} is {value!r}, but the library {library} cannot be imported ({error}); pip install {library}, or leave the key empty"
+        ) from None
+
+
+class Tracking:
+    """All services of a run; made by rank 0."""
+
+    def __init__(self, folder: Path, config: Config) -> None:
+        self._folder = folder
+        self._threads = [_Sender(name, service, folder) for name, service in services(folder, config).items()]
+
+    def add(self, prefix: str, line: dict[str, Any]) -> None:
+        """Hand a metrics line to the services; neither waits nor raises."""
+        for sender in self._threads:
+            sender.add(prefix, line)
+
+    def close(self, ok: bool) -> None:
+        """Let the services take what is waiting, for a minute at most. `ok`: the run has come to its end."""
+        deadline = time.monotonic() + _LAST_WORDS_S
+        for sender in self._threads:
+            sender.close(ok, deadline)
+
+
+class _Sender(threading.Thread):
+    """One service's thread. It is a daemon: a network that hangs does not keep the process."""
+
+    def __init__(self, name: str, service: Service, folder: Path) -> None:
+        super().__init__(name=f"tracking-{name}", daemon=True)
+        self._service_name, self._service, self._ids = name, service, folder / _IDS
+        self._lines: queue.Queue[tuple[str, dict[str, Any]] | bool] = queue.Queue(_WAITING)
+        self._failed, self._left_out = False, 0
+        self.start()
+
+    def add(self, prefix: str, line: dict[str, Any]) -> None:
+        if self._failed:
+            return
+        try:
+            self._lines.put_nowait((prefix, line))
+        except queue.Full:
+            if not self._left_out:
+                _warn(f"{self._service_name} takes the metrics more slowly than they come; some are left out")
+            self._left_out += 1
+
+    def close(self, ok: bool, deadline: float) -> None:
+        with contextlib.suppress(queue.Full):
+            self._lines.put(ok, timeout=max(0.0, deadline - time.monotonic()))
+        self.join(max(0.0, deadline - time.monotonic()))
+        if self.is_alive():
+            _warn(f"{self._service_name} did not take the last metrics within {_LAST_WORDS_S:.0f} s; metrics.jsonl has them all")
+
+    def run(self) -> None:
+        try:
+            known = _read_ids(self._ids).get(self._service_name)
+            name = self._service.start(known)
+            with _ONE_WRITER:
+                self._ids.write_text(json.dumps(_read_ids(self._ids) | {self._service_name: name}) + "\n")
+            ended: bool | None = None
+            while ended is None:
+                lines: list[tuple[str, dict[str, Any]]] = []
+                waiting: list[tuple[str, dict[str, Any]] | bool] = [self._lines.get()]
+                while not self._lines.empty():
+                    waiting.append(self._lines.get())
+                for one in waiting:
+                    if isinstance(one, bool):
+                        ended = one
+                    else:
+                        lines.append(one)
+                self._service.log(lines)
+            self._service.finish(ended)
+        except BaseException as error:  # whatever a service's library does, training goes on
+            self._failed = True
+            _warn(
+                f"{self._service_name} failed and gets no more metrics ({type(error).__name__}: {error}); metrics.jsonl has them all"
+            )
+            while not self._lines.empty():
+                self._lines.get()
+
+
+_ONE_WRITER = threading.Lock()
+
+
+def _read_ids(path: Path) -> dict[str, str]:
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return {k: v for k, v in found.items() if isinstance(v, str)} if isinstance(found, dict) else {}
+
+
+def _warn(text: str) -> None:
+    print(f"warning: {' '.join(text.split())}", flush=True)
