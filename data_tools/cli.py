@@ -68,7 +68,7 @@ class Progress:
 
     def __init__(self, what: str, unit: str, total: int | None = None):
         self.what, self.unit, self.total, self.done = what, unit, total, 0
-        self._spoke = time.monotonic()
+        self._began = self._spoke = time.monotonic()
         self._bar = tqdm(desc=what, unit=f" {unit}", total=total, unit_scale=True, leave=False) if sys.stderr.isatty() else None
 
     def add(self, n: int) -> None:
@@ -77,8 +77,12 @@ class Progress:
             self._bar.update(n)
         elif time.monotonic() - self._spoke > SECONDS_BETWEEN_LINES:
             self._spoke = time.monotonic()
-            of = f" of {self.total:,}" if self.total else ""
-            print(f"{self.what}: {self.done:,}{of} {self.unit}", file=sys.stderr, flush=True)
+            rate = self.done / (self._spoke - self._began)
+            of, left = "", ""
+            if self.total and rate:
+                seconds = int(max(0, self.total - self.done) / rate)
+                of, left = f" of {self.total:,}", f", {seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d} left"
+            print(f"{self.what}: {self.done:,}{of} {self.unit}, {rate:,.0f}/s{left}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         if self._bar is not None:

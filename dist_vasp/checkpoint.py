@@ -19,7 +19,7 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -196,10 +196,11 @@ def header_sha256(header: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> str:
+def write_safetensors(path: Path, tensors: dict[str, Tensor], progress: Callable[[int], None] | None = None) -> str:
     """Write fp32 tensors as a safetensors file, one after the other and without a copy of the whole; returns its SHA-256.
 
     The format is a length, a JSON header and the raw bytes; safetensors' own writer wants all of them in memory at once.
+    `progress` is told the bytes of each tensor that is written.
     """
     header, end = {}, 0
     for name, tensor in tensors.items():
@@ -217,6 +218,8 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> str:
             data = tensor.detach().cpu().contiguous().numpy().reshape(-1).view("u1").data
             handle.write(data)
             digest.update(data)
+            if progress:
+                progress(len(data))
         handle.flush()
         os.fsync(handle.fileno())
     return digest.hexdigest()

@@ -271,6 +271,14 @@ def check(config: Config) -> Config:
     }
     for key, value in not_negative.items():
         _require(0 <= value < math.inf, key, value, "0 or more, and finite", "raise it" if value < 0 else "lower it")
+    no_password = re.search(r"://[^/]*@", r.mlflow) is None
+    _require(
+        no_password,
+        "run.mlflow",
+        "a URI with a user or password",  # the value itself would end up in a log
+        "a URI without them, because config.yaml keeps it",
+        "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD",
+    )
     _require(r.seed < 1 << 63, "run.seed", r.seed, "less than 2^63", "lower it")
     for key, value in (("optimizer.beta1", o.beta1), ("optimizer.beta2", o.beta2)):
         _require(0 <= value < 1, key, value, "0 <= beta < 1", "the usual values are 0.9 and 0.999")

@@ -11,6 +11,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
@@ -19,6 +20,7 @@ from typing import Any
 from dist_vasp.config import Config, make_parser, parse
 from dist_vasp.parallel.comm import init_ranks
 from dist_vasp.training.benchmark import LABELS, measure
+from dist_vasp.training.progress import duration
 from dist_vasp.training.run_dir import write_atomically
 from launch.cli import run
 
@@ -62,10 +64,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     jobs = [(mode, n, n * per_rank if mode == "weak" else config.data.batch_size) for mode in modes for n in world_sizes]
     jobs = [job for i, job in enumerate(jobs) if job[1:] not in [j[1:] for j in jobs[:i]]]  # at one rank both may be the same
     measured: dict[tuple[int, int], list[list[dict[str, Any]]]] = {job[1:]: [] for job in jobs}
+    done, start = 0, time.monotonic()
     for round_ in range(arguments.rounds):
         for _, n, batch in jobs:
-            print(f"round {round_ + 1} of {arguments.rounds}: {n} ranks, {batch} users a step", flush=True)
+            left = duration((time.monotonic() - start) / done * (arguments.rounds * len(jobs) - done)) if done else ""
+            about = f", about {left} left" if done else ""
+            print(f"round {round_ + 1} of {arguments.rounds}: {n} ranks, {batch} users a step{about}", flush=True)
             measured[n, batch].append(_start(config, arguments, n, batch, threads, folder))
+            done += 1
     rows = [
         _summarise(mode, n, batch, measured[n, batch])
         for mode in modes

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dist_vasp.ranking.recommender import Recommender
+from dist_vasp.training.progress import Progress
 from launch.cli import make_argument_parser, run
 
 
@@ -17,7 +18,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--trunk", choices=["torch_export"], help="add trunk.pt2, the trunk as a torch.export program (nothing here loads it)"
     )
     arguments = parser.parse_args(argv)
-    print(Recommender.load(arguments.run, arguments.checkpoint).export(arguments.output, arguments.trunk))
+    recommender = Recommender.load(arguments.run, arguments.checkpoint)
+    progress: Progress | None = None
+
+    def show(done: int, total: int) -> None:
+        nonlocal progress
+        progress = progress or Progress("exporting", total // 1_000_000, "MB", brief=True)
+        progress.update(done // 1_000_000)
+
+    text = recommender.export(arguments.output, arguments.trunk, show)
+    if progress:
+        progress.close()
+    print(text)
 
 
 if __name__ == "__main__":

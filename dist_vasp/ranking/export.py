@@ -18,6 +18,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,12 @@ HEADER = "export.json"
 PROGRAM = "trunk.pt2"
 _FILE = re.compile(r"items\.parquet|trunk\.pt2|trunk\.safetensors|items-\d{5}-of-\d{5}\.safetensors")
 _MOMENTS = (".exp_avg", ".exp_avg_sq")
-_LOCAL = (("data", "shards"), ("run", "dir"))  # keys of the config that mean nothing on another machine
+_LOCAL = (
+    ("data", "shards"),
+    ("run", "dir"),
+    ("run", "wandb"),
+    ("run", "mlflow"),
+)  # keys of the config that mean nothing on another machine
 
 
 def is_export(folder: Path) -> bool:
@@ -71,10 +77,17 @@ def _check_header(header: dict[str, Any]) -> None:
             raise ValueError(f"files lists {name!r}, which is no file of an export")
 
 
-def export(opened: Checkpoint, items_file: Path, output: str | Path, trunk: Trunk | None = None) -> str:
+def export(
+    opened: Checkpoint,
+    items_file: Path,
+    output: str | Path,
+    trunk: Trunk | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> str:
     """Write the weights of a checkpoint (or of an export) and the vocabulary to a new folder; returns one line on what was written.
 
-    With `trunk` that program is written besides. The caller has verified the checkpoint. ValueError where the folder exists, the disk is too small or fails.
+    With `trunk` that program is written besides. The caller has verified the checkpoint. `progress(bytes done, bytes in all)` is
+    called after each tensor. ValueError where the folder exists, the disk is too small or fails.
     """
     output = Path(output)
     if output.exists() or output.is_symlink():
@@ -90,11 +103,18 @@ def export(opened: Checkpoint, items_file: Path, output: str | Path, trunk: Trun
         raise ValueError(
             f"{output.parent} has {free / 1e9:.2f} GB free but the export needs {needed / 1e9:.2f} GB; free some space"
         )
-    temporary = output.with_name(f".{output.name}.tmp")
+    temporary, written = output.with_name(f".{output.name}.tmp"), 0
+
+    def count(n_bytes: int) -> None:
+        nonlocal written
+        written += n_bytes
+        if progress:
+            progress(written, needed)
+
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
-        digests = {name: checkpoints.write_safetensors(temporary / name, tensors) for name, tensors in files.items()}
+        digests = {name: checkpoints.write_safetensors(temporary / name, tensors, count) for name, tensors in files.items()}
         if trunk is not None:
             digests[PROGRAM] = write_program(trunk, temporary / PROGRAM)
         digests[ITEMS_FILE] = _copy(items_file, temporary / ITEMS_FILE)

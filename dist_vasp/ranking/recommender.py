@@ -12,7 +12,7 @@ Shapes: U users, I items, K list length.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -131,16 +131,22 @@ class Recommender:
             checkpoints.check_numbers(opened, model.tensors())
         return Recommender(opened, items, items_file, model)
 
-    def export(self, folder: str | Path, trunk: Literal["torch_export"] | None = None) -> str:
+    def export(
+        self,
+        folder: str | Path,
+        trunk: Literal["torch_export"] | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> str:
         """Write the model to a new folder that `load` and launch/recommend.py take; returns one line on what was written.
 
         `trunk` "torch_export" adds trunk.pt2, a program W1 x (B, H) -> d (B, H), z (B, L) for another runtime.
+        `progress(bytes done, bytes in all)` is called on the way.
         """
         if trunk not in (None, "torch_export"):
             raise ValueError(f"trunk is {trunk!r}, expected torch_export or None")
         if trunk and self.model.trunk is None:
             raise ValueError(f"a model of kind {self.model.config.kind} has no trunk to export; leave trunk out")
-        return exports.export(self._opened, self._items_file, folder, self.model.trunk if trunk else None)
+        return exports.export(self._opened, self._items_file, folder, self.model.trunk if trunk else None, progress)
 
     # --- lists ---------------------------------------------------------------------------------------------------------
 

@@ -27,7 +27,7 @@ from dist_vasp.model.ease import SWEEP_COLUMNS, SymmetricColumns, add_gram, add_
 from dist_vasp.model.vasp import VASP
 from dist_vasp.parallel.comm import AgreedError, Ranks, agreed, any_rank, barrier
 from dist_vasp.plan import EASE_INTERACTIONS_PER_ITEM, Sizes, make_plan
-from dist_vasp.ranking.evaluate import evaluate, model_scorer, to_item_rows
+from dist_vasp.ranking.evaluate import model_scorer, to_item_rows
 from dist_vasp.training.environment import describe
 from dist_vasp.training.floor import measure_rates
 from dist_vasp.training.progress import Progress
@@ -35,7 +35,7 @@ from dist_vasp.training.run_dir import RunDir, check_shared
 from dist_vasp.training.state import check_same
 from dist_vasp.training.stop import StopRequest
 from dist_vasp.training.tracking import services
-from dist_vasp.training.train import BEST_BY, check_folders, check_shards, final_result, summary
+from dist_vasp.training.train import BEST_BY, check_folders, check_shards, evaluate_split, final_result, summary
 
 GRID = tuple(10.0 * 2**k for k in range(9, -1, -1))  # 5120 to 10
 PATIENCE = 2  # lambdas in a row that may be worse than the best before the search ends
@@ -122,14 +122,7 @@ def _search(
         seconds += took
         metrics = None
         if scored:
-            found = evaluate(
-                model_scorer(model, None),
-                config.data.shards,
-                "validation",
-                ranks,
-                interrupted=interrupted,
-                recall_denominator=config.run.recall_denominator,
-            )
+            found = evaluate_split(model_scorer(model, None), config, manifest, "validation", ranks, interrupted)
             if found is None:
                 raise _StoppedError
             metrics = found.result()

@@ -11,13 +11,19 @@ _PLAIN_EVERY_S = 10.0
 
 
 class Progress:
-    """`update(done, text)` as often as you like; shows rate and remaining time."""
+    """`update(done, text)` as often as you like; shows rate and remaining time. With `brief` it is a part of something longer: its
+    bar vanishes, and work that is done before the first plain line is due says nothing."""
 
-    def __init__(self, what: str, total: int, unit: str, done: int = 0, show: bool = True) -> None:
-        self.what, self.total, self.unit, self.first, self.show = what, total, unit, done, show
+    def __init__(self, what: str, total: int, unit: str, done: int = 0, show: bool = True, brief: bool = False) -> None:
+        self.what, self.total, self.unit, self.first, self.show, self.brief = what, total, unit, done, show, brief
+        self._spoken = False
         self._start = self._last = time.monotonic()
         terminal = show and sys.stderr.isatty()
-        self._bar = tqdm(desc=what, total=total, initial=done, unit=unit, dynamic_ncols=True) if terminal else None
+        self._bar = (
+            tqdm(desc=what, total=total, initial=done, unit=unit, dynamic_ncols=True, leave=not brief, unit_scale=total > 100_000)
+            if terminal
+            else None
+        )
 
     def update(self, done: int, text: str = "") -> None:
         if self._bar is not None:
@@ -25,13 +31,13 @@ class Progress:
             self._bar.update(done - self._bar.n)
         elif self.show:
             now = time.monotonic()
-            if now - self._last >= _PLAIN_EVERY_S or done == self.total:
-                self._last = now
+            last_word = done == self.total and (self._spoken or not self.brief)
+            if now - self._last >= _PLAIN_EVERY_S or last_word:
+                self._last, self._spoken = now, True
                 rate = (done - self.first) / max(now - self._start, 1e-9)
                 left = (self.total - done) / rate if rate else 0.0
-                print(
-                    f"{self.what}: {done}/{self.total} {self.unit}s, {text}{', ' if text else ''}{_duration(left)} left", flush=True
-                )
+                text = text or f"{rate:,.{0 if rate >= 10 else 2}f} {self.unit}s/s"
+                print(f"{self.what}: {done}/{self.total} {self.unit}s, {text}, {duration(left)} left", flush=True)
 
     def say(self, text: str) -> None:
         """A line that stays."""
@@ -45,7 +51,7 @@ class Progress:
             self._bar.close()
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     minutes, s = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{s:02d}"

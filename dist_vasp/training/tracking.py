@@ -85,8 +85,7 @@ class MLflow:
         self._name = self._client.create_run(number, run_name=self._folder.name).info.run_id
         for section, keys in asdict(self._config).items():
             for key, value in keys.items() if isinstance(keys, dict) else [("", keys)]:
-                if f"{section}.{key}" != "run.mlflow":  # it may hold a password
-                    self._client.log_param(self._name, f"{section}.{key}".rstrip("."), str(value)[:500])
+                self._client.log_param(self._name, f"{section}.{key}".rstrip("."), str(value)[:500])
         return self._name
 
     def log(self, lines: list[tuple[str, dict[str, Any]]]) -> None:

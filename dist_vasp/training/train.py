@@ -13,8 +13,9 @@ from dist_vasp.config import Config
 from dist_vasp.data.format import SPLITS, Manifest, read_shard
 from dist_vasp.data.stream import Batch, TrainStream
 from dist_vasp.parallel.comm import Ranks, agreed, all_gather_keys, any_rank
-from dist_vasp.ranking.evaluate import evaluate, model_scorer
+from dist_vasp.ranking.evaluate import Scorer, evaluate, model_scorer
 from dist_vasp.ranking.load import load_model
+from dist_vasp.ranking.metrics import RankingMetrics
 from dist_vasp.training.engine import DivergedError, Trainer
 from dist_vasp.training.environment import Memory, describe
 from dist_vasp.training.grow import initialise_from
@@ -170,8 +171,12 @@ def check_shards(folder: str | Path, manifest: Manifest, ranks: Ranks) -> None:
     """Read every shard once before hours are spent; the ranks share them out. AgreedError names the damaged one."""
     with agreed(ranks):
         shards = [(split, entry) for split in SPLITS for entry in manifest.splits[split].shards]
-        for split, entry in shards[ranks.rank :: ranks.world_size]:
+        mine = shards[ranks.rank :: ranks.world_size]
+        progress = Progress("checking shards", len(mine), "shard", show=ranks.is_main, brief=True)
+        for done, (split, entry) in enumerate(mine):
             read_shard(folder, split, entry, manifest.n_items)
+            progress.update(done + 1)
+        progress.close()
 
 
 def dry_run(config: Config, ranks: Ranks) -> str:
@@ -223,14 +228,8 @@ def _evaluate_and_keep_best(
     metrics = None
     if stream.manifest.splits["validation"].users:
         with trainer.evaluating() as trunk:
-            found = evaluate(
-                model_scorer(trainer.model, trunk),
-                stream.folder,
-                "validation",
-                trainer.ranks,
-                interrupted=interrupted,
-                recall_denominator=trainer.config.run.recall_denominator,
-            )
+            scorer = model_scorer(trainer.model, trunk)
+            found = evaluate_split(scorer, trainer.config, stream.manifest, "validation", trainer.ranks, interrupted)
         if found is None:
             return
         metrics = found.result()
@@ -246,23 +245,31 @@ def _evaluate_and_keep_best(
         saver.save_best(state)
 
 
+def evaluate_split(
+    scorer: Scorer, config: Config, manifest: Manifest, split: str, ranks: Ranks, interrupted: Callable[[], bool]
+) -> RankingMetrics | None:
+    """`evaluate` with its progress, as a part of a training."""
+    progress = Progress(f"evaluating {split}", manifest.splits[split].users, "user", show=ranks.is_main, brief=True)
+    denominator = config.run.recall_denominator
+    try:
+        return evaluate(
+            scorer, config.data.shards, split, ranks, progress.update, interrupted=interrupted, recall_denominator=denominator
+        )
+    finally:
+        progress.close()
+
+
 def final_result(
     config: Config, ranks: Ranks, seconds: float, epochs: float, interrupted: Callable[[], bool]
 ) -> dict[str, Any] | None:
     """What result.json holds, for the best checkpoint; None where a stop came first."""
     loaded = load_model(config.run.dir, None, ranks)
     result: dict[str, Any] = {}
+    manifest, scorer = Manifest.load(config.data.shards), model_scorer(loaded.model, loaded.trunk)
     for split in ("validation", "test"):
         result[split] = None
-        if Manifest.load(config.data.shards).splits[split].users:
-            metrics = evaluate(
-                model_scorer(loaded.model, loaded.trunk),
-                config.data.shards,
-                split,
-                ranks,
-                interrupted=interrupted,
-                recall_denominator=config.run.recall_denominator,
-            )
+        if manifest.splits[split].users:
+            metrics = evaluate_split(scorer, config, manifest, split, ranks, interrupted)
             if metrics is None:
                 return None
             result[split] = metrics.result()
