@@ -63,6 +63,11 @@ class Lists:
     _rows: np.ndarray  # (U, K) item rows
     _items: ItemTable
 
+    @property
+    def rows(self) -> np.ndarray:
+        """(U, K) int64 item rows of `ids`, -1 where a list has ended."""
+        return self._rows
+
     def __iter__(self) -> Iterator[np.ndarray]:
         yield self.ids
         yield self.scores
@@ -230,6 +235,11 @@ class Recommender:
     @property
     def n_items(self) -> int:
         return self.model.n_items
+
+    @property
+    def vocabulary_sha256(self) -> str:
+        """Identifies the catalogue: data of another one has another."""
+        return self._opened.header["vocabulary_sha256"]
 
     @property
     def is_linear(self) -> bool:

@@ -1,0 +1,159 @@
+"""What a run has left, read for the report: nothing of it is believed more than it has to be, and no line is ever evaluated."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dist_vasp.training.run_dir import earlier_starts
+
+MOST_RUNS = 6  # as many as there are colours that people tell apart
+
+
+@dataclass
+class Run:
+    """One run directory. `steps` and `evaluations` are the lines of metrics.jsonl."""
+
+    name: str
+    folder: Path
+    config: dict[str, Any]
+    starts: list[dict[str, Any]]
+    steps: list[dict[str, Any]]
+    evaluations: list[dict[str, Any]]
+    result: dict[str, Any] | None
+    benchmark: dict[str, Any] | None
+    damaged_lines: int = 0
+    notes: list[str] = field(default_factory=list)
+
+    def at(self, section: str, key: str, default: Any = None) -> Any:
+        """A key of the configuration."""
+        part = self.config.get(section)
+        return part.get(key, default) if isinstance(part, dict) else default
+
+    @property
+    def steps_per_epoch(self) -> int:
+        counts: dict[int, int] = {}
+        for line in self.steps:
+            counts[line.get("epoch", 0)] = counts.get(line.get("epoch", 0), 0) + 1
+        return max(counts.values(), default=1)
+
+    def series(self, name: str) -> list[tuple[float, float]]:
+        """(epochs done, value) of every step that has a finite number of this name."""
+        per = self.steps_per_epoch
+        return [(line["step"] / per, float(line[name])) for line in self.steps if _number(line.get(name))]
+
+    def evaluated(self, name: str) -> list[tuple[float, float, float]]:
+        """(epochs done, or lambda of the closed form; value; standard error or 0) of every evaluation on validation."""
+        per = self.steps_per_epoch
+        found = []
+        for line in self.evaluations:
+            if _number(line.get(name)):
+                x = line["ease_lambda"] if _number(line.get("ease_lambda")) else line["step"] / per
+                error = line.get(f"{name}_se")
+                found.append((float(x), float(line[name]), float(error) if _number(error) else 0.0))
+        return sorted(found)
+
+
+def read_run(folder: str | Path, benchmark: dict[str, Any] | None = None) -> Run:
+    """A run directory as it is, finished or not; ValueError where the folder is none."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder; pass the run.dir of a training")
+    lines, damaged = _lines(folder / "metrics.jsonl")
+    config = _config(folder / "config.yaml")
+    if not config and not lines:
+        raise ValueError(f"{folder} holds neither config.yaml nor metrics.jsonl; pass the run.dir of a training")
+    found = benchmark or read_benchmark(folder / "benchmark.json", missing_ok=True)
+    steps = [line for line in lines if "loss" in line]
+    evaluations = [line for line in lines if "loss" not in line and line.get("split") == "validation"]
+    run = Run(
+        folder.resolve().name, folder, config, earlier_starts(folder / "environment.json"), steps, evaluations, None, found, damaged
+    )
+    result = _json(folder / "result.json")
+    run.result = result if isinstance(result, dict) else None
+    if run.result is None:
+        run.notes.append("The run has not come to its end: there is no result.json.")
+    if damaged:
+        run.notes.append(f"{damaged} lines of metrics.jsonl could not be read and are left out.")
+    return run
+
+
+def read_runs(folders: list[str], benchmarks: list[str]) -> list[Run]:
+    """All runs of a report, under names that differ. A benchmark given by name belongs to the first run."""
+    if len(folders) > MOST_RUNS:
+        raise ValueError(f"{len(folders)} runs were given, expected at most {MOST_RUNS}; compare fewer at a time")
+    given = None
+    for path in benchmarks:
+        found = read_benchmark(Path(path))
+        given = found if given is None or found is None else {**given, "rows": given["rows"] + found["rows"]}
+    runs = [read_run(folder, given if i == 0 else None) for i, folder in enumerate(folders)]
+    names = [run.name for run in runs]
+    for run in runs:
+        if names.count(run.name) > 1:
+            run.name = "/".join(run.folder.resolve().parts[-2:])
+    return runs
+
+
+def read_benchmark(path: Path, missing_ok: bool = False) -> dict[str, Any] | None:
+    """benchmark.json of launch/benchmark.py, or None where there is none; ValueError where it is something else."""
+    if missing_ok and not path.exists():
+        return None
+    found = _json(path / "benchmark.json" if path.is_dir() else path)
+    rows = found.get("rows") if isinstance(found, dict) else None
+    needed = ("ranks", "users_per_second", "efficiency", "step_seconds", "users_per_step", "bytes_moved", "peak_memory")
+    good = isinstance(rows, list) and all(
+        isinstance(row, dict)
+        and all(_number(row.get(name)) for name in needed)
+        and isinstance(row.get("mode"), str)
+        and isinstance(row.get("parts"), dict)
+        and all(_number(part) for part in row["parts"].values())
+        for row in rows
+    )
+    if not good or not rows:
+        raise ValueError(f"{path} is no benchmark.json of launch/benchmark.py; name one, or remove it")
+    assert isinstance(found, dict)
+    return found
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _lines(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The lines of metrics.jsonl that are objects with a step, and how many are not."""
+    try:
+        text = path.read_text(errors="replace")
+    except OSError:
+        return [], 0
+    found, damaged = [], 0
+    for line in text.splitlines():
+        try:
+            record = json.loads(line)
+            good = isinstance(record, dict) and _number(record.get("step")) and _number(record.get("epoch", 0))
+        except ValueError:
+            good = False
+        if good:
+            found.append(record)
+        else:
+            damaged += 1
+    return found, damaged
+
+
+def _config(path: Path) -> dict[str, Any]:
+    try:
+        found = yaml.safe_load(path.read_text())
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,70 @@
+"""One self-contained HTML page on a run, or on several side by side: python launch/report.py RUN [RUN ...] [--out FILE.html]"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from dist_vasp.ranking.recommender import Recommender
+from dist_vasp.report.gather import Run, read_runs
+from dist_vasp.report.lists import look
+from dist_vasp.report.page import Looked, page
+from dist_vasp.training.progress import Progress
+from dist_vasp.training.run_dir import write_atomically
+from launch.cli import make_argument_parser, run
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = make_argument_parser("report.py", __doc__ or "")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run.dir of a training, at most 6")
+    parser.add_argument("--out", "--output", metavar="FILE.html", help="default: report.html in the first RUN")
+    parser.add_argument("--shards", metavar="DIR", help="data folder for lists of test users; default: the one of each run")
+    parser.add_argument(
+        "--users", type=int, default=2000, help="test users whose lists are counted; 0 makes no lists (default 2000)"
+    )
+    parser.add_argument("--samples", type=int, default=3, help="test users who are shown in full (default 3)")
+    parser.add_argument("--k", type=int, default=10, help="items of a shown list (default 10)")
+    parser.add_argument("--benchmark", action="append", default=[], metavar="FILE", help="benchmark.json; default: one in RUN")
+    arguments = parser.parse_args(argv)
+    for name, low in (("users", 0), ("samples", 0), ("k", 1)):
+        if getattr(arguments, name) < low:
+            raise ValueError(f"--{name} is {getattr(arguments, name)}, expected at least {low}")
+    out = Path(arguments.out or Path(arguments.runs[0]) / "report.html")
+    runs = read_runs(arguments.runs, arguments.benchmark)
+    if not out.parent.is_dir():
+        raise ValueError(f"--out {out}: the folder {out.parent} does not exist; create it first")
+    looked = [_look(one, arguments.shards, arguments.users, arguments.samples, arguments.k) for one in runs]
+    date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
+    write_atomically(out, page(runs, looked, date))
+    print(f"{out}: {os.path.getsize(out) / 1e3:,.0f} kB on {', '.join(one.name for one in runs)}; open it in a browser")
+
+
+def _look(one: Run, shards: str | None, n_users: int, n_samples: int, k: int) -> Looked:
+    """Lists of the run's model; a run without a model or data is reported without them, a wrong --shards is an error."""
+    folder = shards or one.at("data", "shards")
+    if not n_users:
+        return Looked()
+    if not folder or not Path(folder).is_dir():
+        return Looked(why_not=f"The data folder {folder or ''} is not at hand, so there are no lists here; --shards DIR names it.")
+    progress: Progress | None = None
+
+    def show(done: int, total: int) -> None:
+        nonlocal progress
+        progress = progress or Progress(f"lists of {one.name}", total, "user", brief=True)
+        progress.update(done)
+
+    try:
+        popularity, samples = look(Recommender.load(one.folder), folder, n_users, n_samples, k, show)
+    except ValueError as error:
+        if shards:
+            raise
+        return Looked(why_not=f"No lists: {error}.")
+    if progress:
+        progress.close()
+    return Looked(popularity, samples)
+
+
+if __name__ == "__main__":
+    run(main)
