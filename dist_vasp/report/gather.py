@@ -55,7 +55,7 @@ class Run:
             if _number(line.get(name)):
                 x = line["ease_lambda"] if _number(line.get("ease_lambda")) else line["step"] / per
                 error = line.get(f"{name}_se")
-                found.append((float(x), float(line[name]), float(error) if _number(error) else 0.0))
+                found.append((float(x), float(line[name]), float(error) if error is not None and _number(error) else 0.0))
         return sorted(found)
 
 

@@ -91,11 +91,7 @@ def _named(run: Run, runs: Sequence[Run]) -> str:
 
 def _tiles(run: Run) -> str:
     split, metrics = _best_split(run)
-    tiles = [
-        (f"{name}, {split}", f"{_four(metrics[key])}{_error(metrics, key)}")
-        for key, name in METRICS
-        if key != "ndcg@20" and key in metrics
-    ]
+    tiles = [(name, f"{_four(metrics[key])}{_error(metrics, key)}") for key, name in METRICS if key != "ndcg@20" and key in metrics]
     result = run.result or {}
     if isinstance(result.get("seconds_training"), int | float):
         tiles.append(("Training", f"{_duration(result['seconds_training'])} <small>{_count(result.get('epochs'))} epochs</small>"))
@@ -104,7 +100,8 @@ def _tiles(run: Run) -> str:
     rates = [rate for _, rate in run.series("users_per_second")]
     if rates:
         tiles.append(("Throughput, median", f"{median(rates):,.0f} <small>users/s</small>"))
-    return f'<dl class="tiles">{"".join(f"<div class=tile><dt>{escape(k)}</dt><dd>{v}</dd></div>" for k, v in tiles)}</dl>'
+    says = f'<p class="says of">Metrics of the {escape(split)} users</p>' if metrics else ""
+    return f'{says}<dl class="tiles">{"".join(f"<div class=tile><dt>{escape(k)}</dt><dd>{v}</dd></div>" for k, v in tiles)}</dl>'
 
 
 def _best_split(run: Run) -> tuple[str, dict[str, Any]]:
@@ -113,7 +110,7 @@ def _best_split(run: Run) -> tuple[str, dict[str, Any]]:
         metrics = (run.result or {}).get(split)
         if isinstance(metrics, dict) and metrics.get("n_users"):
             return split, metrics
-    return "validation so far", run.evaluations[-1] if run.evaluations else {}
+    return "validation", run.evaluations[-1] if run.evaluations else {}
 
 
 def _results(runs: Sequence[Run]) -> str:
@@ -192,10 +189,7 @@ def _popularity(runs: Sequence[Run], looked: Sequence[Looked]) -> str:
         if one.popularity
     )
     table = f"<table><thead>{head}</thead><tbody>{''.join(rows)}</tbody></table>"
-    return (
-        f'<div class="says">{coverage}</div>{reasons}<div class="cards wide">{charts.popularity(views)}</div>'
-        f"<details><summary>The same as a table</summary>{_scroll(table, 'Popularity')}</details>"
-    )
+    return f'<div class="says">{coverage}</div>{reasons}<div class="pair">{charts.popularity(views)}{_scroll(table, "Popularity")}</div>'
 
 
 def _users(runs: Sequence[Run], looked: Sequence[Looked]) -> str:
@@ -212,7 +206,7 @@ def _users(runs: Sequence[Run], looked: Sequence[Looked]) -> str:
                 name = f'<h4 class="run"><i class="swatch s{i + 1}"></i>{escape(run.name)}</h4>' if len(runs) > 1 else ""
                 lists.append(name + _picks(own.picks, f"List of user {sample.user}"))
         drawn.append(
-            f'<article class="user"><h3>User {escape(sample.user)}</h3><p class="history">Has {len(sample.history)} items: {history}{more}. '
+            f'<article class="user"><h3>User {escape(sample.user)}</h3><p class="history">Knows {len(sample.history)} items: {history}{more}. '
             f"{sample.n_held_out} more are held out.</p>{''.join(lists)}</article>"
         )
     if not drawn:
@@ -282,8 +276,8 @@ def _configuration(runs: Sequence[Run]) -> str:
     default, drawn = asdict(Config()), []
     sections = {k: v for k, v in runs[0].config.items() if isinstance(v, dict)}
     alone = {k: v for k, v in runs[0].config.items() if not isinstance(v, dict)}
-    for section, keys in {**sections, **({"other": alone} if alone else {})}.items():
-        usual = default.get(section, default if section == "other" else {})
+    for section, keys in {**sections, **({"general": alone} if alone else {})}.items():
+        usual = default.get(section, default if section == "general" else {})
         drawn.append(_section(section, ((key, _value(v), v != _plain(usual.get(key))) for key, v in keys.items())))
     if not drawn:
         return ""
@@ -312,7 +306,11 @@ def _environment(runs: Sequence[Run]) -> str:
         last = dict(run.starts[-1])
         versions = last.pop("versions", None)
         after = last.pop("after_step", 0)
-        facts = [(key.replace("_", " "), _fact(key, value), False) for key, value in last.items() if value is not None]
+        facts = [
+            (key.removesuffix("_bytes").replace("_", " "), _fact(key, value), False)
+            for key, value in last.items()
+            if value is not None
+        ]
         if len(run.starts) > 1:
             facts.append(("starts", f"{len(run.starts)}, the last after step {_count(after)}", True))
         if (run.result or {}).get("checkpoint"):
@@ -352,6 +350,8 @@ def _value(value: Any) -> str:
 def _fact(key: str, value: Any) -> str:
     if key.endswith("_bytes") and isinstance(value, int | float):
         return f"{value / 1e9:.1f} GB"
+    if key == "date" and isinstance(value, str):
+        return value[:16].replace("T", " ") + " UTC"
     return _value(value)
 
 

@@ -18,6 +18,7 @@ _LIGHT_SCHEME = _scheme(
     soft="#5b5f66",
     rule="#e3e3df",
     grid="#ececea",
+    edge="#d9d9d4",
     mark="#fff3cf",
     good="#0f7a4f",
     warn="#8a5a00",
@@ -30,6 +31,7 @@ _DARK_SCHEME = _scheme(
     soft="#a3a8b0",
     rule="#32353a",
     grid="#2a2d31",
+    edge="#0c0d0e",
     mark="#3d3517",
     good="#58cf9c",
     warn="#e6b13d",
@@ -56,7 +58,10 @@ nav{display:flex;flex-wrap:wrap;gap:.2rem 1.1rem;margin-top:1.1rem;padding:.7rem
 nav a{text-decoration:none}
 nav a:hover{text-decoration:underline}
 .notes{margin:1rem 0 0;padding:.6rem 1rem;background:var(--mark);border-radius:6px;font-size:.92rem}
-.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,150px),1fr));gap:12px;margin:1.4rem 0 0}
+.of{margin:1.2rem 0 0}
+.pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,430px),1fr));gap:16px;margin-top:1rem}
+.pair .scroll{margin-top:0}
+.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,150px),1fr));gap:12px;margin:.5rem 0 0}
 .tile{background:var(--paper);border:1px solid var(--rule);border-radius:8px;padding:12px 16px 13px}
 .tile dt{color:var(--soft);font-size:.82rem}
 .tile dd{margin:.1rem 0 0;font-size:1.45rem;line-height:1.25;font-weight:620;letter-spacing:-.01em}
@@ -79,7 +84,7 @@ svg text{fill:var(--soft);font-size:12.5px;font-family:inherit}
 """
     + "".join(f".s{i}{{color:var(--c{i})}}" for i in range(1, 7))
     + """
-.scroll{overflow-x:auto;background:var(--paper);border:1px solid var(--rule);border-radius:8px;margin-top:1rem;overflow-wrap:normal}
+.scroll{overflow-x:auto;background:linear-gradient(90deg,var(--paper) 30%,transparent) local,linear-gradient(270deg,var(--paper) 30%,transparent) 100% 0 local,linear-gradient(90deg,var(--edge),transparent) scroll,linear-gradient(270deg,var(--edge),transparent) 100% 0 scroll,var(--paper);background-size:48px 100%,48px 100%,16px 100%,16px 100%,auto;background-repeat:no-repeat;min-width:0;border:1px solid var(--rule);border-radius:8px;margin-top:1rem;overflow-wrap:normal}
 .scroll:focus-visible,summary:focus-visible,a:focus-visible{outline:2px solid var(--c1);outline-offset:2px}
 table{border-collapse:collapse;width:100%;font-size:.9rem}
 th,td{padding:.45rem .85rem;text-align:left;border-top:1px solid var(--rule);vertical-align:top}
@@ -92,14 +97,14 @@ tbody th{font-weight:550;white-space:nowrap}
 .run{white-space:nowrap}
 .run .swatch{display:inline-block;margin-right:.5em}
 .item{min-width:13rem}
-.because{color:var(--soft);font-size:.86rem;min-width:16rem}
+.because{color:var(--soft);font-size:.86rem;min-width:20rem}
 .hit{color:var(--good);font-weight:620;white-space:nowrap}
 .hit-row{background:color-mix(in srgb,var(--good) 9%,transparent)}
 .user{background:var(--paper);border:1px solid var(--rule);border-radius:8px;padding:16px 18px 18px;margin-top:1rem}
 .user .scroll{margin-top:.7rem}
 .user h4{margin:1rem 0 0;font-size:.92rem;font-weight:600}
 .history{color:var(--soft);font-size:.9rem}
-.history b{color:var(--ink);font-weight:550}
+.history b{color:var(--ink);font-weight:400}
 .sections{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,280px),1fr));gap:16px;margin-top:1rem}
 .section{background:var(--paper);border:1px solid var(--rule);border-radius:8px;padding:12px 16px;min-width:0}
 .section dl{display:grid;grid-template-columns:minmax(0,auto) minmax(0,1fr);gap:.18rem 1rem;margin:.5rem 0 0;font-size:.88rem}
@@ -108,7 +113,7 @@ tbody th{font-weight:550;white-space:nowrap}
 .section .changed{font-weight:620}
 summary{cursor:pointer;color:var(--c1);font-size:.92rem;margin-top:1rem}
 footer{padding-top:3rem;padding-bottom:3rem}
-@media (max-width:480px){main,header,footer{padding-left:14px;padding-right:14px}header{padding-top:24px}h1{font-size:1.45rem}.tiles{grid-template-columns:1fr 1fr}.tile{padding:10px 12px}.tile dd{font-size:1.2rem}}
+@media (max-width:480px){main,header,footer{padding-left:14px;padding-right:14px}header{padding-top:24px}h1{font-size:1.45rem}.tiles{grid-template-columns:1fr 1fr}.tile{padding:10px 12px}.tile dd{font-size:1.2rem}.item{min-width:9rem}}
 @media print{body{background:#fff}.card,.section,.user,.tile{break-inside:avoid}}
 """
 )

@@ -158,7 +158,9 @@ def percent(value: float) -> str:
 def _axis(low: float, high: float, start: float, end: float, log: bool, n: int, zero: bool, tight: bool = False) -> _Scale:
     """An axis whose ends are ticks, unless it is tight."""
     if log:
-        scale = _Scale(low, high * (1.001 if high > low else 2), start, end, True)
+        if high <= low:
+            low, high = low / 3, high * 3
+        scale = _Scale(low, high, start, end, True)
         decades = math.log10(scale.high / scale.low)
         steps = (1,) if decades > 2.5 else (1, 2, 5)
         powers = range(math.floor(math.log10(scale.low)), math.ceil(math.log10(scale.high)) + 1)
@@ -168,8 +170,6 @@ def _axis(low: float, high: float, start: float, end: float, log: bool, n: int, 
                 max([c for c in candidates if c <= low * 1.0001], default=low),
                 min([c for c in candidates if c >= high * 0.9999], default=high),
             )
-            if scale.high <= scale.low:
-                scale.high = scale.low * 10
         scale.ticks = [c for c in candidates if scale.low * 0.999 <= c <= scale.high * 1.001]
         return scale
     if high <= low:

@@ -90,8 +90,8 @@ def train(config: Config, ranks: Ranks, init_from: str | None = None) -> dict[st
             line = {"step": state.step, "epoch": batch.epoch, "loss": report.loss, "focal": report.focal, "kl": report.kl}
             line |= {"lr": config.lr(batch.epoch), "grad_norm": report.grad_norm, "users_per_second": rate}
             line |= {"step_seconds": elapsed, "data_wait": waited / elapsed, **report.paths, **memory.now()}
-            before, moved = moved, sum(ranks.bytes_moved().values())
-            run_dir.record({**line, "bytes_moved": moved - before}, "train")
+            line["bytes_moved"] = sum(ranks.bytes_moved().values()) - moved
+            run_dir.record(line, "train")
         progress.update(state.step, f"epoch {batch.epoch}, loss {report.loss:.4f}, {rate:,.0f} users/s")
 
         # Evaluate at the end of an epoch, keep the best; save.
@@ -110,7 +110,7 @@ def train(config: Config, ranks: Ranks, init_from: str | None = None) -> dict[st
             saver.save(state)
         if stopping:
             break
-        clock = time.monotonic()
+        clock, moved = time.monotonic(), sum(ranks.bytes_moved().values())  # those of evaluating and saving left out
     saver.finish()
     progress.close()
 
