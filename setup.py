@@ -24,6 +24,7 @@ setup(
         "tqdm>=4.66",
         "psutil>=6.0",
         "matplotlib>=3.9",
+        "packaging>=24",
         "setuptools",
     ],
     extras_require={

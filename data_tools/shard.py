@@ -19,6 +19,7 @@ from data_tools import atomic, cli
 from data_tools.interactions import Interactions, collect
 from data_tools.readers import FORMATS, Columns, Source, TextIdsError, open_source
 from data_tools.split import GivenPlan, LiangPlan, Plan
+from data_tools.titles import read_titles
 from data_tools.writer import check_unique_keys, count_split, write_folder
 from dist_vasp.data.format import SPLITS, SplitEntry, default_users_per_shard
 
@@ -55,6 +56,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--val_users", type=cli.at_least(0), help="liang: default a tenth of the users, at most 10,000")
     add("--test_users", type=cli.at_least(0), help="liang: default a tenth of the users, at most 10,000")
     add("--validation_fraction", type=_fraction, help="given: share of train items moved to validation; default 0.1, 0 moves none")
+    add(
+        "--titles", type=Path, metavar="FILE", help="CSV or Parquet with the item column and title; default: those of INPUT, if any"
+    )
     add("--seed", type=cli.seed, default=98765, help="default 98765")
     add("--users_per_shard", type=cli.at_least(1), help="default min(4096, train users / 64)")
     add("--memory_limit", type=_memory, default="800MB", help="of the out-of-core sort, which spills to disk; default 800MB")
@@ -132,6 +136,7 @@ def _command(args: argparse.Namespace) -> int:
     split_column = (args.split_column or "split") if args.protocol == "given" else None
     fixed = args.user_column is None and args.item_column is None and args.rating_column is None
     columns = Columns(args.user_column or "user", args.item_column or "item", args.rating_column, split_column)
+    titles = read_titles(args.titles, columns.item) if args.titles else None
     source = open_source(args.input, args.format, columns if split_column or not fixed else Columns())
 
     if args.dry_run:
@@ -144,7 +149,7 @@ def _command(args: argparse.Namespace) -> int:
             data, plan, preparation = _plan(args, source, scratch_folder)
             per_shard = args.users_per_shard or default_users_per_shard(len(plan.users["train"]))
             preparation["arguments"]["users_per_shard"] = per_shard
-            splits = write_folder(folder, data, plan, source.titles(), per_shard, preparation).splits
+            splits = write_folder(folder, data, plan, titles or source.titles(), per_shard, preparation).splits
     _summary(args, plan, splits, preparation, time.monotonic() - start)
     return 0
 

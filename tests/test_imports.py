@@ -26,6 +26,8 @@ ROOMS = [
     "ranking",
     "training",
     "compare",
+    "report",
+    "doctor",
 ]  # each imports itself, those before it and BASE
 NARROW = {"dist_vasp.plan": {"dist_vasp.config", "dist_vasp.parallel.partition"}}  # imports these alone
 FILES = sorted(p for top in ("dist_vasp", "data_tools", "launch") for p in (ROOT / top).rglob("*.py"))
@@ -69,9 +71,9 @@ def allowed(importer: str, name: str) -> bool:
         return name == "dist_vasp.data.format" or within(name, "data_tools")
     if within(name, "data_tools"):
         return within(importer, "launch")
-    if name in NARROW:  # the floor of a step and the dry run of the closed form are the plan's arithmetic at measured rates
-        users = ("dist_vasp.training.floor", "dist_vasp.training.benchmark", "dist_vasp.training.closed_form")
-        return within(importer, "launch") or importer in users
+    if name in NARROW:  # the floor of a step, the dry run of the closed form and the doctor are the plan's arithmetic
+        users = ("training.floor", "training.benchmark", "training.closed_form", "doctor.job")
+        return within(importer, "launch") or importer.removeprefix("dist_vasp.") in users
     return level(name) == 0 or level(name) <= level(importer)
 
 

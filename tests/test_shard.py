@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 import pytest
 
@@ -123,6 +124,26 @@ def test_titles(tmp_path):
     items = load_items(tmp_path / "out", Manifest.load(tmp_path / "out"))
     assert items.titles is not None
     assert items.titles.to_pylist() == [f"Movie {i}" if i < 150 else None for i in items.ids.to_pylist()]
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+@pytest.mark.parametrize("text", [False, True])
+def test_titles_of_a_file_of_their_own(tmp_path, suffix, text):
+    rows = [(u, f"no. {i}" if text else i, r) for u, i, r in random_rows()]
+    ids = sorted({i for _, i, _ in rows})[::2]
+    table = pa.table({"extra": [0] * (len(ids) + 1), "item": [*ids, ids[0]], "title": [f"Movie, {i}" for i in ids] + ["another"]})
+    (pq.write_table if suffix == "parquet" else pa_csv.write_csv)(table, tmp_path / f"titles.{suffix}")
+    arguments = [str(write_csv(tmp_path / "a.csv", rows)), str(tmp_path / "out"), *SPLIT, "--titles"]
+    assert shard.main([*arguments, str(tmp_path / f"titles.{suffix}")]) == 0
+    items = load_items(tmp_path / "out", Manifest.load(tmp_path / "out"))
+    assert items.titles is not None
+    assert items.titles.to_pylist() == [f"Movie, {i}" if i in ids else None for i in items.ids.to_pylist()]
+
+
+def test_a_file_without_titles_is_named(tmp_path, source, capsys):
+    assert shard.main([str(source), str(tmp_path / "out"), "--titles", str(source)]) == 2
+    assert "expected CSV or Parquet with the columns item and title" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_default_split_is_a_tenth_each(tmp_path, source):
