@@ -176,8 +176,8 @@ class RunFolder:
         return {f"{f.name}/{p.name}": p.read_bytes() for f in folders for p in sorted(f.glob("*.safetensors"))}
 
     def told(self) -> list[dict]:
-        """metrics.jsonl without what a clock has measured."""
-        clocked = ("users_per_second", "step_seconds", "data_wait")
+        """metrics.jsonl without what a clock has measured, or what a start changes: memory, and what has been sent ahead."""
+        clocked = ("users_per_second", "step_seconds", "data_wait", "memory", "bytes_moved")
         return [{k: v for k, v in line.items() if k not in clocked} for line in self.lines()]
 
 

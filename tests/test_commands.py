@@ -158,6 +158,7 @@ def test_files_of_a_run(run, shards):
     for line in steps:
         assert {"step", "epoch", "loss", "focal", "kl", "lr", "grad_norm", "users_per_second"} <= line.keys()
         assert line["epoch"] == (line["step"] - 1) // STEPS_PER_EPOCH
+        assert line["memory"] > 1e7 and line["bytes_moved"] == 0 and line["nease_logit_std"] > 0
         assert line["lr"] == (0.01 if line["epoch"] == 0 else 0.001)
         assert line["loss"] == pytest.approx(line["focal"] + line["kl"], rel=1e-12)
     assert [(line["epoch"], line["split"]) for line in evaluations] == [(0, "validation"), (1, "validation")]
@@ -172,6 +173,7 @@ def test_files_of_a_run(run, shards):
     assert names == {"best", result["checkpoint"], "step-00000006", "step-00000009"}
     assert {p.name for p in run.iterdir() if not p.name.startswith(".")} == {
         "config.yaml",
+        "environment.json",
         "metrics.jsonl",
         "checkpoints",
         "tensorboard",
@@ -179,6 +181,9 @@ def test_files_of_a_run(run, shards):
         "result.json",
     }
     assert not list(run.rglob("*.pkl")) and not list(run.rglob("*.pt"))
+    (start,) = json.loads((run / "environment.json").read_text())["starts"]
+    assert (start["after_step"], start["ranks"], start["hosts"], start["device"]) == (0, 1, 1, "cpu")
+    assert start["versions"]["torch"] and socket.gethostname() not in json.dumps(start)
 
 
 def test_evaluate_says_what_the_run_said(run, shards, tmp_path, call):
