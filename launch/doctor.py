@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     n = arguments.ranks or (world if world > 1 else gpus or 2)
     ranks = init_ranks(device=config.device, interface=config.parallel.interface) if world > 1 else None
     is_main = ranks is None or ranks.is_main
-    findings = list(check_machine(config.device)) if local_rank == 0 else []
+    findings = list(check_machine(config.device, config.parallel.compile == "always")) if local_rank == 0 else []
     if ranks:
         findings = [*_of_all_hosts(findings, ranks), judge(measure(ranks))]
     else:

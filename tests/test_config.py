@@ -98,6 +98,7 @@ CHANGED = {
         "lanes": 12,
         "block_columns": 64,
         "trunk_dtype": "bf16",
+        "compile": "never",
         "interface": "eth0",
     },
     "run": {
@@ -108,6 +109,8 @@ CHANGED = {
         "keep": 1,
         "evaluate_every_epochs": 0,
         "recall_denominator": "held_out",
+        "wandb": "films",
+        "mlflow": "mlruns",
     },
     "device": "cpu",
 }

@@ -119,8 +119,8 @@ def test_a_missing_library_another_version_and_no_compiler(monkeypatch, tmp_path
     wanted.remove("no_such_library>=1")
     assert next(machine._versions()).level == "warning"
     monkeypatch.setenv("CXX", str(tmp_path / "none"))
-    assert "does not compile" in machine._compiler().text
-    assert machine._compiler().level == "warning"
+    assert "does not compile" in machine._compiler(False).text
+    assert (machine._compiler(False).level, machine._compiler(True).level) == ("warning", "error")
 
 
 def test_limits_of_control_groups(tmp_path, monkeypatch):

@@ -17,6 +17,7 @@ BASE = {
     "dist_vasp.parallel.partition",
     "dist_vasp.parallel.network",
     "dist_vasp.parallel.liveness",
+    "dist_vasp.parallel.kernels",
 }  # import nothing of ours
 ROOMS = [
     "parallel.comm",

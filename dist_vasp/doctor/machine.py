@@ -23,11 +23,11 @@ _CGROUP = Path("/sys/fs/cgroup")
 _SMALL_SHARED_MEMORY = 128 << 20  # containers start with 64 MB
 
 
-def check_machine(device: str) -> Iterator[Finding]:
-    """Everything that does not depend on data or model; `device` is what the configuration asks for."""
+def check_machine(device: str, compile_always: bool = False) -> Iterator[Finding]:
+    """Everything that does not depend on data or model; `device` and `compile_always` are what the configuration asks for."""
     yield from _versions()
     yield _devices(device)
-    yield _compiler()
+    yield _compiler(compile_always)
     yield _cores()
     yield _memory()
     yield from _shared_memory()
@@ -79,11 +79,12 @@ def _devices(device: str) -> Finding:
     return ok("devices", f"no GPU; the CPU is used ({processor()})")
 
 
-def _compiler() -> Finding:
+def _compiler(needed: bool) -> Finding:
+    bad = error if needed else warning
     name = os.environ.get("CXX") or next((found for c in ("c++", "g++", "clang++") if (found := shutil.which(c))), "")
-    do = "install one (Debian: apt-get install g++), or name it in CXX; without it torch.compile and DeepSpeed's own operators cannot be built"
+    do = "install one (Debian: apt-get install g++), or name it in CXX; without it parallel.compile and DeepSpeed's own operators have nothing to build with"
     if not name:
-        return warning("compiler", "no C++ compiler", do)
+        return bad("compiler", "no C++ compiler", do)
     with tempfile.TemporaryDirectory() as folder:
         try:
             done = subprocess.run(
@@ -97,7 +98,7 @@ def _compiler() -> Finding:
             said = "" if done.returncode == 0 else (done.stderr.strip().splitlines() or ["it failed"])[-1]
         except (OSError, subprocess.TimeoutExpired) as raised:
             said = str(raised)
-    return warning("compiler", f"{name} does not compile a small program ({said})", do) if said else ok("compiler", f"{name} works")
+    return bad("compiler", f"{name} does not compile a small program ({said})", do) if said else ok("compiler", f"{name} works")
 
 
 def _cores() -> Finding:
