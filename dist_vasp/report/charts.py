@@ -29,18 +29,22 @@ def _swatch(colour: int | str) -> str:
 def learning(runs: Sequence[Run]) -> list[str]:
     """Learning curves of all runs, one colour each; of a single run also what only makes sense for one."""
     x_name = "lambda" if all(run.at("model", "kind") == "ease" for run in runs) else "epochs"
-    legend = [(i + 1, run.name) for i, run in enumerate(runs)] if len(runs) > 1 else []
+
+    def drawn_card(title: str, says: str, drawn: list[Line], show: Format = short, zero: bool = False, log: bool = False) -> str:
+        legend = [(line.colour, line.name) for line in drawn if line.points] if len(runs) > 1 else []
+        return card(title, says, lines(drawn, x_name, show, zero, x_name == "lambda", log, title), legend)
+
     cards = []
     for name, title in (("ndcg@100", "NDCG@100"), ("recall@20", "Recall@20"), ("recall@50", "Recall@50")):
         drawn = [Line(run.name, run.evaluated(name), i + 1, marks=True) for i, run in enumerate(runs)]
-        says = "validation users; the band is one standard error"
-        cards.append(card(title, says, lines(drawn, x_name, short, log_x=x_name == "lambda", title=title), legend))
+        if x_name == "epochs":
+            drawn = _closed_form_across(runs, drawn)
+        cards.append(drawn_card(title, "validation users; the band is one standard error", drawn))
     kind = {run.at("loss", "kind", "") for run in runs}
     named = f"{kind.pop()} loss of the training rows" if len(kind) == 1 else "loss of the training rows"
 
     def per_step(name: str, title: str, says: str, show: Format = short, zero: bool = False, log: bool = False) -> str:
-        drawn = [Line(run.name, run.series(name), i + 1) for i, run in enumerate(runs)]
-        return card(title, says, lines(drawn, x_name, show, zero=zero, log_y=log, title=title), legend)
+        return drawn_card(title, says, [Line(run.name, run.series(name), i + 1) for i, run in enumerate(runs)], show, zero, log)
 
     cards += [
         per_step("focal", "Reconstruction", f"{named}, summed over items"),
@@ -65,6 +69,19 @@ def learning(runs: Sequence[Run]) -> list[str]:
     return [c for c in cards if c]
 
 
+def _closed_form_across(runs: Sequence[Run], drawn: Sequence[Line]) -> list[Line]:
+    """Beside runs that take epochs the closed form is a level: the best of its lambdas, from the first epoch to the last."""
+    closed = [run.at("model", "kind") == "ease" for run in runs]
+    xs = [p[0] for line, is_closed in zip(drawn, closed, strict=True) for p in line.points if not is_closed]
+    across = []
+    for line, is_closed in zip(drawn, closed, strict=True):
+        if is_closed and line.points and xs:
+            best = max(line.points, key=lambda p: p[1])
+            line = Line(line.name, [(x, *best[1:]) for x in (min(xs), max(xs))], line.colour, dashed=True)
+        across.append(line)
+    return across
+
+
 def _varies(runs: Sequence[Run], name: str) -> bool:
     return any(value for run in runs for _, value in run.series(name))
 
@@ -83,11 +100,11 @@ def _paths(run: Run) -> str:
     )
 
 
-def popularity(views: Sequence[tuple[str, Popularity]]) -> str:
-    """Share of the recommended places by decile of popularity, against what users took and what training saw."""
-    labels = [str(i + 1) for i in range(len(views[0][1].recommended))]
-    groups = [Bars(name if len(views) > 1 else "recommended", view.recommended, i + 1) for i, (name, view) in enumerate(views)]
-    markers = [Bars("held-out items", views[0][1].held_out)]
+def popularity(views: Sequence[tuple[int, str, Popularity]]) -> str:
+    """Share of the recommended places by decile of popularity, against what users took; `views` are (colour, name, view)."""
+    labels = [str(i + 1) for i in range(len(views[0][2].recommended))]
+    groups = [Bars(name if len(views) > 1 else "recommended", view.recommended, colour) for colour, name, view in views]
+    markers = [Bars("held-out items", views[0][2].held_out)]
     legend: list[tuple[int | str, str]] = [*((group.colour, group.name) for group in groups), ("marker-key", "held-out items")]
     return card(
         "Where the lists go",

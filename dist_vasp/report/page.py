@@ -158,7 +158,7 @@ def _learning(runs: Sequence[Run]) -> str:
 
 
 def _popularity(runs: Sequence[Run], looked: Sequence[Looked]) -> str:
-    views = [(run.name, one.popularity) for run, one in zip(runs, looked, strict=True) if one.popularity]
+    views = [(i, run.name, one.popularity) for i, (run, one) in enumerate(zip(runs, looked, strict=True), 1) if one.popularity]
     reasons = "".join(
         f'<p class="says">{_named(run, runs)}{escape(one.why_not)}</p>'
         for run, one in zip(runs, looked, strict=True)
@@ -166,15 +166,15 @@ def _popularity(runs: Sequence[Run], looked: Sequence[Looked]) -> str:
     )
     if not views:
         return reasons
-    head = (
-        '<tr><th>Tenth of the catalogue</th><th class="n">Of the training interactions</th><th class="n">Of the held-out items</th>'
+    head = '<tr><th>Tenth</th><th class="n">Training interactions</th><th class="n">Held-out items</th>'
+    head += (
+        "".join(f'<th class="n">Recommended{": " + escape(name) if len(views) > 1 else ""}</th>' for _, name, _ in views) + "</tr>"
     )
-    head += "".join(f'<th class="n">Recommended{": " + escape(name) if len(views) > 1 else ""}</th>' for name, _ in views) + "</tr>"
-    first = views[0][1]
+    first = views[0][2]
     rows = [
         f'<tr><td>{i + 1}{" (most popular)" if i == 0 else ""}</td><td class="n">{_percent(first.trained[i])}</td>'
         f'<td class="n">{_percent(first.held_out[i])}</td>'
-        + "".join(f'<td class="n">{_percent(view.recommended[i])}</td>' for _, view in views)
+        + "".join(f'<td class="n">{_percent(view.recommended[i])}</td>' for _, _, view in views)
         + "</tr>"
         for i in range(len(first.trained))
     ]

@@ -61,6 +61,8 @@ nav a:hover{text-decoration:underline}
 .of{margin:1.2rem 0 0}
 .pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,430px),1fr));gap:16px;margin-top:1rem}
 .pair .scroll{margin-top:0}
+.pair thead th{white-space:normal}
+@media (min-width:1000px){.pair svg text{font-size:10px}}
 .tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,150px),1fr));gap:12px;margin:.5rem 0 0}
 .tile{background:var(--paper);border:1px solid var(--rule);border-radius:8px;padding:12px 16px 13px}
 .tile dt{color:var(--soft);font-size:.82rem}
@@ -97,7 +99,7 @@ tbody th{font-weight:550;white-space:nowrap}
 .run{white-space:nowrap}
 .run .swatch{display:inline-block;margin-right:.5em}
 .item{min-width:13rem}
-.because{color:var(--soft);font-size:.86rem;min-width:20rem}
+.because{color:var(--soft);font-size:.86rem;min-width:26rem}
 .hit{color:var(--good);font-weight:620;white-space:nowrap}
 .hit-row{background:color-mix(in srgb,var(--good) 9%,transparent)}
 .user{background:var(--paper);border:1px solid var(--rule);border-radius:8px;padding:16px 18px 18px;margin-top:1rem}

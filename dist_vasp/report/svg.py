@@ -68,13 +68,16 @@ def lines(
     if not series:
         return ""
     xs = [p[0] for s in series for p in s.points]
-    ys = [v for s in series for p in s.points for v in (p[1] - (p[2] if len(p) > 2 else 0), p[1] + (p[2] if len(p) > 2 else 0))]
+    floor = (
+        min(0.0, *(p[1] for s in series for p in s.points)) if zero else -math.inf
+    )  # a band goes no further down than what may be
+    ys = [v for s in series for p in s.points for v in (max(p[1] - _half(p), floor), p[1] + _half(p))]
     log_x, log_y = log_x and min(xs) > 0, log_y and min(ys) > 0
     x = _axis(min(xs), max(xs), _LEFT, WIDTH - _RIGHT, log_x, 6, False, tight=True)
     y = _axis(min([*ys, 0.0] if zero else ys), max(ys), HEIGHT - _BOTTOM, _TOP, log_y, 5, zero)
     drawn = [_grid(x, y, x_name, short, y_format)]
     for s in series:
-        drawn.append(_line(s, x, y, y_format, x_name))
+        drawn.append(_line(s, x, y, y_format, x_name, floor))
     return _svg(drawn, title or ", ".join(s.name for s in series))
 
 
@@ -124,14 +127,15 @@ def stacked(labels: Sequence[str], parts: Sequence[Bars], y_format: Format, x_na
 
 
 def thin(points: Sequence[tuple[float, ...]], most: int = _MOST_POINTS) -> list[tuple[float, ...]]:
-    """At most `most` points: means over equal stretches, with the spread of each as its band where there is none yet."""
+    """At most `most` points: means over equal stretches, with the standard deviation in each as its band where there is none yet."""
     if len(points) <= most:
         return list(points)
     found: list[tuple[float, ...]] = []
     for i in range(most):
         part = points[i * len(points) // most : (i + 1) * len(points) // most]
         x, y = (math.fsum(p[k] for p in part) / len(part) for k in (0, 1))
-        band = max(abs(p[1] - y) for p in part) if len(part[0]) < 3 else math.fsum(p[2] for p in part) / len(part)
+        spread = math.sqrt(math.fsum((p[1] - y) ** 2 for p in part) / len(part))
+        band = spread if len(part[0]) < 3 else math.fsum(p[2] for p in part) / len(part)
         found.append((x, y, band))
     return found
 
@@ -202,24 +206,28 @@ def _grid(x: _Scale | None, y: _Scale, x_name: str, x_format: Format, y_format: 
     return "".join(drawn)
 
 
-def _line(s: Line, x: _Scale, y: _Scale, y_format: Format, x_name: str) -> str:
+def _line(s: Line, x: _Scale, y: _Scale, y_format: Format, x_name: str, floor: float) -> str:
     at = [(x(p[0]), y(p[1])) for p in s.points]
     drawn = []
-    if any(len(p) > 2 and p[2] for p in s.points):
-        half = [p[2] if len(p) > 2 else 0.0 for p in s.points]
-        low = y.low if y.log else -math.inf
-        upper = [(x(p[0]), y(p[1] + h)) for p, h in zip(s.points, half, strict=True)]
-        lower = [(x(p[0]), y(max(p[1] - h, low))) for p, h in zip(s.points, half, strict=True)]
+    if any(_half(p) for p in s.points):
+        low = y.low if y.log else floor
+        upper = [(x(p[0]), y(p[1] + _half(p))) for p in s.points]
+        lower = [(x(p[0]), y(max(p[1] - _half(p), low))) for p in s.points]
         drawn.append(f'<path class="band s{s.colour}" d="{_path([*upper, *reversed(lower)])}Z"/>')
     if len(at) > 1:
         dashed = " dashed" if s.dashed else ""
         drawn.append(f'<path class="line s{s.colour}{dashed}" d="{_path(at)}"><title>{escape(s.name)}</title></path>')
     if s.marks or len(at) == 1:
         for (px, py), p in zip(at, s.points, strict=True):
-            band = f" \N{PLUS-MINUS SIGN} {y_format(p[2])}" if len(p) > 2 and p[2] else ""
+            band = f" \N{PLUS-MINUS SIGN} {y_format(_half(p))}" if _half(p) else ""
             tip = escape(f"{s.name}, {short(p[0])} {x_name}: {y_format(p[1])}{band}")
             drawn.append(f'<circle class="dot s{s.colour}" cx="{px:.1f}" cy="{py:.1f}" r="2.6"><title>{tip}</title></circle>')
     return "".join(drawn)
+
+
+def _half(point: tuple[float, ...]) -> float:
+    """Half the width of the band at a point."""
+    return point[2] if len(point) > 2 else 0.0
 
 
 def _path(points: Sequence[tuple[float, float]]) -> str:
