@@ -99,7 +99,7 @@ tbody th{font-weight:550;white-space:nowrap}
 .run{white-space:nowrap}
 .run .swatch{display:inline-block;margin-right:.5em}
 .item{min-width:13rem}
-.because{color:var(--soft);font-size:.86rem;min-width:26rem}
+.because{color:var(--soft);font-size:.86rem;min-width:30rem}
 .hit{color:var(--good);font-weight:620;white-space:nowrap}
 .hit-row{background:color-mix(in srgb,var(--good) 9%,transparent)}
 .user{background:var(--paper);border:1px solid var(--rule);border-radius:8px;padding:16px 18px 18px;margin-top:1rem}
