@@ -65,6 +65,16 @@ class ModelConfig:
     """L2 regularisation of ease; 0: the one of a grid with the best validation NDCG@100."""
     ease_dtype: Literal["fp32", "fp64"] = "fp32"
     """Precision in which ease is computed; fp64 takes twice the memory. Its weights are stored in fp32."""
+    ease_dropout: float = 0.0
+    """Share of a user's items that ease is fitted to do without (EDLAE): adds share / (1 - share) of its own diagonal to G."""
+    init_from_ease: str = ""
+    """Start NEASE's W from the closed form: closed_form computes it (ease_lambda), else the run.dir of an ease run; empty: Glorot."""
+    nease_scale: float = 1.0
+    """With init_from_ease: W starts as this many times B."""
+    nease_offset: float = 0.0
+    """Added to W x before the sigmoid: with B's small scores some -8 keeps sigmoid(W x + offset) from saturating."""
+    nease: Literal["trained", "frozen", "apart"] = "trained"
+    """W of vasp: trained; frozen at its start; or apart: frozen, the loss is FLVAE's alone, and the paths meet in the scores."""
 
     @property
     def deep(self) -> bool:
@@ -75,6 +85,10 @@ class ModelConfig:
     def shallow(self) -> bool:
         """Whether there is an items x items matrix."""
         return self.kind != "flvae"
+
+    @property
+    def trains_nease(self) -> bool:
+        return self.shallow and self.nease == "trained"
 
     @property
     def linear(self) -> bool:
@@ -127,6 +141,10 @@ class OptimizerConfig:
     """Second moments of the item matrices: one per weight, or (lean) one per row, which costs next to no memory."""
     weight_decay: float = 0.0
     """Decoupled weight decay; adamw only."""
+    nease_lr: float = 1.0
+    """Learning rate of NEASE's W, as a multiple of the schedule's."""
+    nease_decay: float = 0.0
+    """With init_from_ease: W is drawn to its start by this times its learning rate a step; takes one more copy of W."""
     clip_norm: float = 0.0
     """Largest joint gradient norm of trunk and item matrices; 0 does not clip."""
     accumulation: int = 1
@@ -255,6 +273,9 @@ def check(config: Config) -> Config:
         "loss.gamma": config.loss.gamma,
         "loss.kl_weight": config.loss.kl_weight,
         "model.ease_lambda": m.ease_lambda,
+        "model.nease_scale": m.nease_scale,
+        "optimizer.nease_lr": o.nease_lr,
+        "optimizer.nease_decay": o.nease_decay,
         "optimizer.momentum_decay": o.momentum_decay,
         "optimizer.weight_decay": o.weight_decay,
         "optimizer.clip_norm": o.clip_norm,
@@ -276,6 +297,7 @@ def check(config: Config) -> Config:
     for i, stage in enumerate(o.schedule):
         _require(stage.epochs >= 1, f"optimizer.schedule[{i}].epochs", stage.epochs, "at least 1", "raise it or drop the stage")
         _require(0 <= stage.lr < 1e3, f"optimizer.schedule[{i}].lr", stage.lr, "a rate of 0 or more", "the paper starts at 5e-5")
+    _check_ease(m, o)
     _require(
         config.loss.kind in _LOSSES[m.kind],
         "loss.kind",
@@ -307,6 +329,41 @@ def check(config: Config) -> Config:
     )
     _require(config.device in ("auto", "cuda", "cpu"), "device", config.device, "auto, cuda or cpu", "choose one of them")
     return config
+
+
+def _check_ease(m: ModelConfig, o: OptimizerConfig) -> None:
+    """The keys of the closed form and of what starts from it."""
+    _require(0 <= m.ease_dropout < 1, "model.ease_dropout", m.ease_dropout, "0 <= share < 1", "0.45 did well on MovieLens 1M")
+    _require(math.isfinite(m.nease_offset), "model.nease_offset", m.nease_offset, "a finite number", "the default is 0")
+    trained = m.kind in ("vasp", "nease")
+    started = bool(m.init_from_ease)
+    _require(trained or not started, "model.init_from_ease", m.init_from_ease, f"nothing with model.kind {m.kind}", "leave it out")
+    _require(
+        m.init_from_ease != "closed_form" or m.ease_lambda > 0,
+        "model.ease_lambda",
+        m.ease_lambda,
+        "more than 0 with model.init_from_ease closed_form",
+        "set it; a run of model.kind ease finds a good one on validation",
+    )
+    _require(
+        m.nease == "trained" or (started and m.kind == "vasp"),
+        "model.nease",
+        m.nease,
+        "trained, unless model.kind is vasp and model.init_from_ease is set",
+        "set both, or leave it out",
+    )
+    for key, value, plain in (
+        ("model.nease_scale", m.nease_scale, 1.0),
+        ("optimizer.nease_decay", o.nease_decay, 0.0),
+    ):
+        _require(started or value == plain, key, value, f"{plain:g} without model.init_from_ease", "set model.init_from_ease too")
+    _require(
+        m.trains_nease or not o.nease_decay,
+        "optimizer.nease_decay",
+        o.nease_decay,
+        f"0 with model.nease {m.nease}",
+        "leave it out",
+    )
 
 
 # --- command line ----------------------------------------------------------------------------------------------------

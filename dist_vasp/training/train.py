@@ -16,6 +16,7 @@ from dist_vasp.parallel.comm import Ranks, agreed, all_gather_keys, any_rank
 from dist_vasp.ranking.evaluate import evaluate, model_scorer
 from dist_vasp.ranking.load import load_model
 from dist_vasp.training.engine import DivergedError, Trainer
+from dist_vasp.training.fit_ease import start_from_ease
 from dist_vasp.training.grow import initialise_from
 from dist_vasp.training.progress import Progress
 from dist_vasp.training.run_dir import RunDir, check_shared, write_atomically
@@ -50,6 +51,8 @@ def train(config: Config, ranks: Ranks, init_from: str | None = None) -> dict[st
     state = resume(trainer, stream, folder, ranks)
     if state is None:
         state = RunState()
+        if config.model.init_from_ease:
+            start_from_ease(trainer, stream.manifest)
         if init_from:
             initialise_from(trainer, init_from, config.data.shards)
     if state.step != first:
