@@ -424,7 +424,7 @@ def test_users_are_taken_together_and_each_once(tmp_path, monkeypatch):
     write_folder(tmp_path, rows, n_items=30, users_per_shard=7)
     manifest = Manifest.load(tmp_path)
     one = list(fit_ease.training_users(tmp_path, manifest))
-    monkeypatch.setattr(closed_form, "_MOST_USERS", 21)
+    monkeypatch.setattr(fit_ease, "_MOST_USERS", 21)
     parts = list(fit_ease.training_users(tmp_path, manifest))
     assert len(one) < len(parts) and max(p.n_rows for p in parts) == 21
     for together in (one, parts):

@@ -24,8 +24,8 @@ from dist_vasp.model.vasp import VASP
 from dist_vasp.parallel.comm import AgreedError, Ranks, agreed, any_rank, barrier
 from dist_vasp.plan import Sizes, make_plan
 from dist_vasp.ranking.evaluate import evaluate, model_scorer
-from dist_vasp.training.floor import measure_rates
 from dist_vasp.training.fit_ease import StoppedError, fit
+from dist_vasp.training.floor import measure_rates
 from dist_vasp.training.run_dir import RunDir, check_shared
 from dist_vasp.training.state import check_same
 from dist_vasp.training.stop import StopRequest

@@ -112,14 +112,14 @@ def start_from_ease(trainer: Trainer, manifest: Manifest) -> None:
         for W_IC, column in zip(output.W_IC, columns, strict=True):
             W_IC.copy_(column)
     else:
-        _read_B(trainer, manifest)
+        _read_closed_form(trainer, manifest)
     for W_IC in output.W_IC:
         W_IC.mul_(config.model.nease_scale)
     for start, W_IC in zip(trainer.start_of_W, output.W_IC, strict=False):
         start.tensor.copy_(W_IC)
 
 
-def _read_B(trainer: Trainer, manifest: Manifest) -> None:
+def _read_closed_form(trainer: Trainer, manifest: Manifest) -> None:
     """Each rank reads its own columns from whichever files hold them."""
     run, ranks = trainer.config.model.init_from_ease, trainer.ranks
     with agreed(ranks):
