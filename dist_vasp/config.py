@@ -332,38 +332,25 @@ def check(config: Config) -> Config:
 
 
 def _check_ease(m: ModelConfig, o: OptimizerConfig) -> None:
-    """The keys of the closed form and of what starts from it."""
+    """The keys of the closed form, and of a NEASE that starts from it; a run of the closed form itself uses none of the latter."""
     _require(0 <= m.ease_dropout < 1, "model.ease_dropout", m.ease_dropout, "0 <= share < 1", "0.45 did well on MovieLens 1M")
     _require(math.isfinite(m.nease_offset), "model.nease_offset", m.nease_offset, "a finite number", "the default is 0")
-    trained = m.kind in ("vasp", "nease")
-    started = bool(m.init_from_ease)
-    _require(trained or not started, "model.init_from_ease", m.init_from_ease, f"nothing with model.kind {m.kind}", "leave it out")
+    if m.linear:
+        return
+    start, started = "model.init_from_ease", bool(m.init_from_ease)
+    _require(m.shallow or not started, start, m.init_from_ease, f"nothing with model.kind {m.kind}", "leave it out")
+    computed = m.init_from_ease == "closed_form"
+    action = "set it; a run of model.kind ease finds a good one on validation"
+    _require(not computed or m.ease_lambda > 0, "model.ease_lambda", m.ease_lambda, f"more than 0 with {start} closed_form", action)
+    unused = {"model.nease_scale": (m.nease_scale, 1.0), "optimizer.nease_decay": (o.nease_decay, 0.0)}
+    for key, (value, plain) in unused.items():
+        _require(started or value == plain, key, value, f"{plain:g} without {start}", f"set {start} too")
+    possible = m.nease == "trained" or (started and m.kind == "vasp")
     _require(
-        m.init_from_ease != "closed_form" or m.ease_lambda > 0,
-        "model.ease_lambda",
-        m.ease_lambda,
-        "more than 0 with model.init_from_ease closed_form",
-        "set it; a run of model.kind ease finds a good one on validation",
+        possible, "model.nease", m.nease, f"trained, unless model.kind is vasp and {start} is set", "set both, or leave it out"
     )
-    _require(
-        m.nease == "trained" or (started and m.kind == "vasp"),
-        "model.nease",
-        m.nease,
-        "trained, unless model.kind is vasp and model.init_from_ease is set",
-        "set both, or leave it out",
-    )
-    for key, value, plain in (
-        ("model.nease_scale", m.nease_scale, 1.0),
-        ("optimizer.nease_decay", o.nease_decay, 0.0),
-    ):
-        _require(started or value == plain, key, value, f"{plain:g} without model.init_from_ease", "set model.init_from_ease too")
-    _require(
-        m.trains_nease or not o.nease_decay,
-        "optimizer.nease_decay",
-        o.nease_decay,
-        f"0 with model.nease {m.nease}",
-        "leave it out",
-    )
+    decay = o.nease_decay
+    _require(m.nease == "trained" or not decay, "optimizer.nease_decay", decay, f"0 with model.nease {m.nease}", "leave it out")
 
 
 # --- command line ----------------------------------------------------------------------------------------------------
