@@ -108,6 +108,10 @@ class ModelConfig:
         width = (2 * self.hidden + 1 + (self.latent + 1) * self.latent_head) * self.deep
         return owned * (width + n_items * self.shallow)
 
+    def frozen_parameters(self, n_items: int, owned: int) -> int:
+        """Those of them that have neither gradient nor moments: a W that stays as it started."""
+        return owned * n_items * (self.shallow and not self.trains_nease)
+
 
 @dataclass(frozen=True)
 class LossConfig:

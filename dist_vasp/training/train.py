@@ -176,7 +176,9 @@ def dry_run(config: Config, ranks: Ranks) -> str:
     check_shards(config.data.shards, stream.manifest, ranks)
     m, n_items, layout = config.model, stream.n_items, ranks.layout
     item_bytes = 12 if config.optimizer.item_state == "full" else 8
-    item_gb, trunk_gb = m.item_parameters(n_items, n_items) * item_bytes / 1e9, m.trunk_parameters() * 12 / 1e9
+    frozen = m.frozen_parameters(n_items, n_items)
+    item_gb = ((m.item_parameters(n_items, n_items) - frozen) * item_bytes + frozen * 4) / 1e9
+    trunk_gb = m.trunk_parameters() * 12 / 1e9
     last = total_steps(config, stream.steps_per_epoch)
     newest = checkpoints.newest(Path(config.run.dir) / "checkpoints")
     return (
