@@ -109,7 +109,7 @@ def test_steps_equal_dense_oracle(world_size, replicas):
         assert (f"{W}.exp_avg" in before) == (case[0] == "trained"), "what is not trained needs no moments"
         reports, expected, log_p = _dense(parameters, case)
         for r in results:
-            np.testing.assert_allclose(r["reports"], reports, rtol=2e-6, err_msg=f"{case}")
+            np.testing.assert_allclose(r["reports"], reports, rtol=1e-5, err_msg=f"{case}")
             for lo, scores in r["scores"] if replicas == 1 else ():  # a replica scores its own rows only
                 np.testing.assert_allclose(scores, log_p[:, lo : lo + scores.shape[1]], rtol=1e-4, atol=1e-5, err_msg=f"{case}")
         for name, p in expected.items():
@@ -192,7 +192,7 @@ def test_a_run_that_stopped_goes_on_bitwise(shards, ease_run, tmp_path, call):  
     from launch.train import main
 
     copy = shutil.copytree(ease_run, tmp_path / "ease", symlinks=True)
-    more = ("--optimizer.nease_decay", "3", "--optimizer.nease_lr", "0.5", "--data.workers", "0")
+    more = ("--optimizer.nease_decay", "3", "--optimizer.nease_lr", "0.5", "--run.evaluate_every_epochs", "0")
     whole, cut = (RunFolder(tmp_path / name) for name in ("whole", "cut"))
     call(main, *arguments(shards, whole.path, copy, *more))
     call(main, *arguments(shards, cut.path, copy, *more, "--run.max_steps", "3"))
@@ -212,7 +212,7 @@ def test_what_cannot_work_is_refused(shards, ease_run, tmp_path, call):  # noqa:
     call(main, *arguments(shards, tmp_path / "vasp", ease_run))
     with pytest.raises(ValueError, match=r"is a run of model\.kind vasp, expected ease; --init_from starts from others"):
         call(main, *arguments(shards, tmp_path / "x", tmp_path / "vasp"))
-    with pytest.raises(ValueError, match=r"holds no checkpoint|no checkpoint"):
+    with pytest.raises(ValueError, match=r"nowhere/checkpoints holds none"):
         call(main, *arguments(shards, tmp_path / "y", tmp_path / "nowhere"))
     write_folder(tmp_path / "other", tastes(50, 0), held_out(20, 1), n_items=N_ITEMS + 1)
     with pytest.raises(ValueError, match=r"was computed on 60 items .* data\.shards lists 61 .* compute ease on these shards"):
