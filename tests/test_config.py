@@ -106,6 +106,7 @@ CHANGED = {
         "block_columns": 64,
         "trunk_dtype": "bf16",
         "interface": "eth0",
+        "compile": "never",
     },
     "run": {
         "dir": "runs/x",
