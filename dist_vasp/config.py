@@ -65,6 +65,16 @@ class ModelConfig:
     """L2 regularisation of ease; 0: the one of a grid with the best validation NDCG@100."""
     ease_dtype: Literal["fp32", "fp64"] = "fp32"
     """Precision in which ease is computed; fp64 takes twice the memory. Its weights are stored in fp32."""
+    ease_dropout: float = 0.0
+    """Share of a user's items that ease is fitted to do without (EDLAE): adds share / (1 - share) of its own diagonal to G."""
+    init_from_ease: str = ""
+    """Start NEASE's W from the closed form: closed_form computes it (ease_lambda), else the run.dir of an ease run; empty: Glorot."""
+    nease_scale: float = 1.0
+    """With init_from_ease: W starts as this many times B."""
+    nease_offset: float = 0.0
+    """Added to W x before the sigmoid: with B's small scores some -8 keeps sigmoid(W x + offset) from saturating."""
+    nease: Literal["trained", "frozen", "apart"] = "trained"
+    """W of vasp: trained; frozen at its start; or apart: frozen, the loss is FLVAE's alone, and the paths meet in the scores."""
 
     @property
     def deep(self) -> bool:
@@ -75,6 +85,10 @@ class ModelConfig:
     def shallow(self) -> bool:
         """Whether there is an items x items matrix."""
         return self.kind != "flvae"
+
+    @property
+    def trains_nease(self) -> bool:
+        return self.shallow and self.nease == "trained"
 
     @property
     def linear(self) -> bool:
@@ -93,6 +107,10 @@ class ModelConfig:
         """Parameters of the item matrices that belong to `owned` items of a catalogue of `n_items`."""
         width = (2 * self.hidden + 1 + (self.latent + 1) * self.latent_head) * self.deep
         return owned * (width + n_items * self.shallow)
+
+    def frozen_parameters(self, n_items: int, owned: int) -> int:
+        """Those of them that have neither gradient nor moments: a W that stays as it started."""
+        return owned * n_items * (self.shallow and not self.trains_nease)
 
 
 @dataclass(frozen=True)
@@ -127,6 +145,10 @@ class OptimizerConfig:
     """Second moments of the item matrices: one per weight, or (lean) one per row, which costs next to no memory."""
     weight_decay: float = 0.0
     """Decoupled weight decay; adamw only."""
+    nease_lr: float = 1.0
+    """Learning rate of NEASE's W, as a multiple of the schedule's."""
+    nease_decay: float = 0.0
+    """With init_from_ease: W is drawn to its start by this times its learning rate a step; takes one more copy of W."""
     clip_norm: float = 0.0
     """Largest joint gradient norm of trunk and item matrices; 0 does not clip."""
     accumulation: int = 1
@@ -259,6 +281,9 @@ def check(config: Config) -> Config:
         "loss.gamma": config.loss.gamma,
         "loss.kl_weight": config.loss.kl_weight,
         "model.ease_lambda": m.ease_lambda,
+        "model.nease_scale": m.nease_scale,
+        "optimizer.nease_lr": o.nease_lr,
+        "optimizer.nease_decay": o.nease_decay,
         "optimizer.momentum_decay": o.momentum_decay,
         "optimizer.weight_decay": o.weight_decay,
         "optimizer.clip_norm": o.clip_norm,
@@ -288,6 +313,7 @@ def check(config: Config) -> Config:
     for i, stage in enumerate(o.schedule):
         _require(stage.epochs >= 1, f"optimizer.schedule[{i}].epochs", stage.epochs, "at least 1", "raise it or drop the stage")
         _require(0 <= stage.lr < 1e3, f"optimizer.schedule[{i}].lr", stage.lr, "a rate of 0 or more", "the paper starts at 5e-5")
+    _check_ease(m, o)
     _require(
         config.loss.kind in _LOSSES[m.kind],
         "loss.kind",
@@ -319,6 +345,28 @@ def check(config: Config) -> Config:
     )
     _require(config.device in ("auto", "cuda", "cpu"), "device", config.device, "auto, cuda or cpu", "choose one of them")
     return config
+
+
+def _check_ease(m: ModelConfig, o: OptimizerConfig) -> None:
+    """The keys of the closed form, and of a NEASE that starts from it; a run of the closed form itself uses none of the latter."""
+    _require(0 <= m.ease_dropout < 1, "model.ease_dropout", m.ease_dropout, "0 <= share < 1", "0.45 did well on MovieLens 1M")
+    _require(math.isfinite(m.nease_offset), "model.nease_offset", m.nease_offset, "a finite number", "the default is 0")
+    if m.linear:
+        return
+    start, started = "model.init_from_ease", bool(m.init_from_ease)
+    _require(m.shallow or not started, start, m.init_from_ease, f"nothing with model.kind {m.kind}", "leave it out")
+    computed = m.init_from_ease == "closed_form"
+    action = "set it; a run of model.kind ease finds a good one on validation"
+    _require(not computed or m.ease_lambda > 0, "model.ease_lambda", m.ease_lambda, f"more than 0 with {start} closed_form", action)
+    unused = {"model.nease_scale": (m.nease_scale, 1.0), "optimizer.nease_decay": (o.nease_decay, 0.0)}
+    for key, (value, plain) in unused.items():
+        _require(started or value == plain, key, value, f"{plain:g} without {start}", f"set {start} too")
+    possible = m.nease == "trained" or (started and m.kind == "vasp")
+    _require(
+        possible, "model.nease", m.nease, f"trained, unless model.kind is vasp and {start} is set", "set both, or leave it out"
+    )
+    decay = o.nease_decay
+    _require(m.nease == "trained" or not decay, "optimizer.nease_decay", decay, f"0 with model.nease {m.nease}", "leave it out")
 
 
 # --- command line ----------------------------------------------------------------------------------------------------

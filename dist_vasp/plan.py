@@ -93,7 +93,9 @@ def make_plan(config: Config, sizes: Sizes, partitions: int, replicas: int, rate
     n_paths = deep * (1 + m.latent_head) + shallow
     C = min(J, p.block_columns or BLOCK_COLUMNS[device])
     n_item, n_trunk = m.item_parameters(sizes.n_items, J), m.trunk_parameters()
+    n_trained = n_item - m.frozen_parameters(sizes.n_items, J)
     moments = 2 * FLOAT if o.item_state == "full" else FLOAT
+    gathered = J * (shallow and m.nease != "apart")  # of W's columns, in a step
 
     # Memory: weights and state stay; the peak comes when the output side has a block at hand, or in the trunk's backward, when its
     # gradients exist and not all activations are gone. Counts of activations follow the operations that autograd keeps inputs of.
@@ -110,8 +112,8 @@ def make_plan(config: Config, sizes: Sizes, partitions: int, replicas: int, rate
         "process": PROCESS_BASE[device],
         "loaders": config.data.workers * LOADER_BASE,
         "item weights": FLOAT * n_item,
-        "item moments": moments * n_item,
-        "item gradients": FLOAT * n_item * (o.accumulation > 1),
+        "item moments": moments * n_trained + FLOAT * sizes.n_items * J * (o.nease_decay > 0),
+        "item gradients": FLOAT * n_trained * (o.accumulation > 1),
         "trunk weights": FLOAT * held + master,
         "trunk buckets": FLOAT * min(n_trunk, ZERO_BUCKET) * (p.zero_stage > 0),
         "trunk moments": 2 * FLOAT * n_trunk / trunk_share,
@@ -130,7 +132,7 @@ def make_plan(config: Config, sizes: Sizes, partitions: int, replicas: int, rate
         "input: pre-activations and their gradient": FLOAT * deep * others * micro * B * 2 * H,
         "output: d, z and their gradient": FLOAT * deep * others * micro * B * 2 * (H + L),
         "output: statistics of rows": FLOAT * others * micro * G * stats * passes,
-        "replicas: item gradients": FLOAT * 2 * (replicas - 1) / replicas * n_item * (passes if micro == 1 else 1),
+        "replicas: item gradients": FLOAT * 2 * (replicas - 1) / replicas * n_trained * (passes if micro == 1 else 1),
         "trunk under ZeRO": FLOAT * deep * (world - 1) / world * n_trunk * ZERO_MESSAGES[p.zero_stage],
         "loss and norm": 40 * 2 * (world - 1) / world,
     }
@@ -141,9 +143,9 @@ def make_plan(config: Config, sizes: Sizes, partitions: int, replicas: int, rate
     arithmetic = {
         "trunk": 6 * per_rank_rows * n_trunk,
         "output heads": 6 * group_rows * J * (H + L) * deep,
-        "gathers (bytes)": 2 * group_rows * E * (J * shallow + H * deep / partitions) * FLOAT,
+        "gathers (bytes)": 2 * group_rows * E * (gathered + H * deep / partitions) * FLOAT,
     }
-    updated = (n_item + n_trunk / trunk_share) * 2 * (FLOAT + moments)
+    updated = (n_trained + n_trunk / trunk_share) * 2 * (FLOAT + moments)
     seconds = {
         "trunk": arithmetic["trunk"] / rates.flops,
         "output heads": passes * arithmetic["output heads"] / rates.flops,

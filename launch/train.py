@@ -24,6 +24,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError(
             f"--init_from is {arguments.init_from}, but model.kind ease is computed from the shards alone; leave it out"
         )
+    if config.model.init_from_ease and arguments.init_from:
+        raise ValueError(
+            f"--init_from is {arguments.init_from} and model.init_from_ease is {config.model.init_from_ease}: W can start from one of "
+            "them; leave one out"
+        )
     ranks = init_ranks(parallel.partitions, parallel.replicas, config.device, interface=parallel.interface)
     if arguments.dry_run:
         text = closed_form.dry_run(config, ranks) if closed else dry_run(config, ranks)

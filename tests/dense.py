@@ -35,6 +35,8 @@ class DenseVASP:
     encoder_layers: int
     decoder_layers: int
     latent_head: bool = True
+    nease_offset: float = 0.0
+    apart: bool = False  # the loss is FLVAE's alone
     gradients: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -69,7 +71,7 @@ class DenseVASP:
                 paths.append(z @ p["output.latent.weight"].T + p["output.latent.bias"])
             kl = -0.5 * (1 + logvar - mu**2 - logvar.exp()).mean(dim=1)
         if self.kind != "flvae":
-            paths.append(x @ p["output.nease.weight"])
+            paths.append(x @ p["output.nease.weight"] + self.nease_offset)
         return paths, kl
 
     def loss(
@@ -77,6 +79,8 @@ class DenseVASP:
     ) -> tuple[Tensor, Tensor]:
         """(reconstruction, KL), both averaged over rows."""
         paths, kl = self.forward(x, noise)
+        if self.apart:
+            paths = paths[:-1]
         p = torch.ones_like(y)
         for path in paths:
             p = p * torch.sigmoid(path)
@@ -102,9 +106,9 @@ class DenseVASP:
         reconstruction, kl = self.loss(x, y, noise, kind)
         (reconstruction + kl_weight * kl).backward()
         W = self.parameters.get("output.nease.weight")
-        if W is not None:
+        if W is not None and W.grad is not None:
             W.grad.fill_diagonal_(0)
-        self.gradients = {name: p.grad.clone() for name, p in self.parameters.items()}
+        self.gradients = {name: p.grad.clone() for name, p in self.parameters.items() if p.grad is not None}
         if optimizer is not None:
             optimizer.step()
         return float(reconstruction), float(kl)

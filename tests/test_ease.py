@@ -27,7 +27,7 @@ from dist_vasp.parallel.comm import AgreedError, Ranks
 from dist_vasp.plan import EASE_COLUMNS, Rates, Sizes, make_plan
 from dist_vasp.ranking.evaluate import to_item_rows
 from dist_vasp.ranking.load import load_model
-from dist_vasp.training import closed_form
+from dist_vasp.training import closed_form, fit_ease
 from tests.jobs import environment, free_port
 from tests.make_shards import write_folder
 from tests.partitioned import csr, random_rows
@@ -400,7 +400,7 @@ def _fit(ranks: Ranks, folder: Path, dtype: str) -> tuple[np.ndarray, dict]:
     config = Config(model=ModelConfig(kind="ease", ease_dtype=dtype), data=DataConfig(shards=str(folder)), run=RunConfig())
     model = VASP(config.model, config.loss, I, ranks, 0, initialise=False, block_columns=WIDTH)
     with Allocations() as mode:
-        closed_form.fit(model, config, Manifest.load(folder), LAMBDA, ranks)
+        fit_ease.fit(model.output.W_IC, WIDTH, config, Manifest.load(folder), LAMBDA, ranks)
     return torch.cat(model.output.W_IC, dim=1).numpy(), mode.seen
 
 
@@ -424,9 +424,9 @@ def test_users_are_taken_together_and_each_once(tmp_path, monkeypatch):
     rows = random_rows(100, 30, 0, empty=(5,))
     write_folder(tmp_path, rows, n_items=30, users_per_shard=7)
     manifest = Manifest.load(tmp_path)
-    one = list(closed_form.training_users(tmp_path, manifest))
-    monkeypatch.setattr(closed_form, "_MOST_USERS", 21)
-    parts = list(closed_form.training_users(tmp_path, manifest))
+    one = list(fit_ease.training_users(tmp_path, manifest))
+    monkeypatch.setattr(fit_ease, "_MOST_USERS", 21)
+    parts = list(fit_ease.training_users(tmp_path, manifest))
     assert len(one) < len(parts) and max(p.n_rows for p in parts) == 21
     for together in (one, parts):
         joined, expected = concatenate_rows(together), csr(rows)

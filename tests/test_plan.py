@@ -151,3 +151,21 @@ def test_the_command_prints_and_refuses(tmp_path, capsys):
     ):
         with pytest.raises(ValueError, match=text):
             command.main(argv)
+
+
+def test_a_frozen_matrix_has_no_moments_and_apart_it_is_not_read():
+    sizes = Sizes(1000, 50.0)
+    trained, frozen, apart, drawn = (
+        make_plan(Config(model=model, optimizer=optimizer), sizes, 2, 1, Rates())
+        for model, optimizer in (
+            (ModelConfig(init_from_ease="x"), OptimizerConfig()),
+            (ModelConfig(init_from_ease="x", nease="frozen"), OptimizerConfig()),
+            (ModelConfig(init_from_ease="x", nease="apart"), OptimizerConfig()),
+            (ModelConfig(init_from_ease="x"), OptimizerConfig(nease_decay=1.0)),
+        )
+    )
+    columns = 1000 * 500
+    assert trained.memory["item moments"] - frozen.memory["item moments"] == 8 * columns
+    assert drawn.memory["item moments"] - trained.memory["item moments"] == 4 * columns
+    assert frozen.memory["item weights"] == trained.memory["item weights"]
+    assert apart.arithmetic["gathers (bytes)"] < frozen.arithmetic["gathers (bytes)"] == trained.arithmetic["gathers (bytes)"]

@@ -51,7 +51,8 @@ class Model:
         if kind in CLOSED_FORM:
             return f"{kind}, closed form"
         limit = f", at most {c.run.max_steps} steps" if c.run.max_steps else ""
-        return f"{kind}, loss {c.loss.kind}, {'halves' if c.halves else 'whole rows'}, {c.epochs} epochs{limit}"
+        start = f" from ease ({c.model.nease})" if c.model.init_from_ease else ""
+        return f"{kind}{start}, loss {c.loss.kind}, {'halves' if c.halves else 'whole rows'}, {c.epochs} epochs{limit}"
 
 
 @dataclass(frozen=True)

@@ -155,3 +155,8 @@ def to_weights(negative_P: SymmetricColumns) -> None:
 def add_to_diagonal(A: SymmetricColumns, value: float) -> None:
     for c, column in A.own():
         torch.diagonal(column[slice(*A.blocks[c])]).add_(value)
+
+
+def scale_diagonal(A: SymmetricColumns, factor: float) -> None:
+    for c, column in A.own():
+        torch.diagonal(column[slice(*A.blocks[c])]).mul_(factor)

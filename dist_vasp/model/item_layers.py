@@ -36,6 +36,8 @@ GPU_BLOCK_COLUMNS = 2048  # fewer, larger kernels; not measured yet
 GRADIENT_ROWS = 1024  # input items whose gradient is held at once: made, used and dropped in cache
 FUSED_GRADIENT_ROWS = 8192  # the same where a compiled update takes them: fewer, larger calls
 
+NEASE_WEIGHT = "output.nease.weight"
+
 # (parameter, first row of it, gradient of the rows from there on)
 Sink = Callable[[Tensor, int, Tensor], None]
 
@@ -122,7 +124,8 @@ class OutputSide:
     """(d, z, x) -> one list of logits per path for this rank's items: R d + r, Q z + q, W x.
 
     `deep`, `latent_head` and `shallow` say which paths there are: FLVAE has the first two, NEASE the last, VASP all. What goes
-    into the deep paths is the list `sources`: [d (G, H)] or [d (G, H), z (G, L)], empty for NEASE.
+    into the deep paths is the list `sources`: [d (G, H)] or [d (G, H), z (G, L)], empty for NEASE. `nease_offset` is added to W x;
+    `nease` says whether W is trained with the product, frozen in it, or apart from the loss (config.ModelConfig).
     """
 
     def __init__(
@@ -137,9 +140,13 @@ class OutputSide:
         block_columns: int,
         device: torch.device,
         dtype: torch.dtype,
+        nease: str = "trained",
+        nease_offset: float = 0.0,
     ) -> None:
         self.part, self.group, self.gradient_rows = part, group, GRADIENT_ROWS
-        self.blocks = part.blocks(block_columns or (BLOCK_COLUMNS if device.type == "cpu" else GPU_BLOCK_COLUMNS))
+        self.nease, self.nease_offset = nease, nease_offset
+        self.block_columns = block_columns or (BLOCK_COLUMNS if device.type == "cpu" else GPU_BLOCK_COLUMNS)
+        self.blocks = part.blocks(self.block_columns)
 
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, device=device, dtype=dtype)
@@ -170,15 +177,16 @@ class OutputSide:
                 ItemSlice(f"{head.name}.weight", *whole, 0, head.weight_JK),
                 ItemSlice(f"{head.name}.bias", *whole, 0, head.bias_J),
             ]
-        return pieces + [
-            ItemSlice("output.nease.weight", lo, hi, 1, W) for (lo, hi), W in zip(self.blocks, self.W_IC, strict=False)
-        ]
+        return pieces + [ItemSlice(NEASE_WEIGHT, lo, hi, 1, W) for (lo, hi), W in zip(self.blocks, self.W_IC, strict=False)]
 
-    def logits(self, block: int, sources: list[Tensor], x: ItemRows) -> list[Tensor]:
-        """The block's logits, (G, C) per path, in the order R, Q, W."""
+    def logits(self, block: int, sources: list[Tensor], x: ItemRows, in_loss: bool = False) -> list[Tensor]:
+        """The block's logits, (G, C) per path, in the order R, Q, W; without W where it is no part of the loss (`in_loss`)."""
         lo, hi = (b - self.part.start for b in self.blocks[block])
         paths = [head.logits(source, lo, hi) for head, source in zip(self.heads, sources, strict=True)]
-        return paths + ([sum_rows(self.W_IC[block], x.items, x.indptr)] if self.W_IC else [])
+        if self.W_IC and not (in_loss and self.nease == "apart"):
+            shallow_GC = sum_rows(self.W_IC[block], x.items, x.indptr)
+            paths.append(shallow_GC.add_(self.nease_offset) if self.nease_offset else shallow_GC)
+        return paths
 
     def row_stats(self, loss: RowLoss, sources: list[Tensor], x: ItemRows, y: ItemRows | None) -> Tensor:
         """The row statistics of `loss` over all items of all partitions: a first pass over the blocks. (G, n)"""
@@ -208,13 +216,13 @@ class OutputSide:
         ]
         for i, (item_lo, item_hi) in enumerate(self.blocks):
             lo, hi = item_lo - self.part.start, item_hi - self.part.start
-            logits = self.logits(i, sources, x)
+            logits = self.logits(i, sources, x, True)
             self.statistics.add(item_lo, logits, weight_G)
             block_loss, grads = loss.block(logits, y.positions(item_lo, item_hi), weight_G, stats)
             total = total + block_loss
             for head, source, head_grad, grad_GC in zip(self.heads, sources, head_grads, grads, strict=False):
                 head.backward(source, head_grad, grad_GC, lo, hi, sink)
-            if self.W_IC:
+            if self.W_IC and self.nease == "trained":
                 self._shallow_backward(i, grads[-1], x, sink)
         for head, head_grad in zip(self.heads, head_grads, strict=True):
             sink(head.bias_J, 0, head_grad.bias_J)

@@ -1,7 +1,7 @@
 """VASP on one page (Vancura and Kordik, arXiv 2102.05774).
 
     FLVAE(x) = sigmoid(R d + r) * sigmoid(Q z + q)     (d, z) = trunk(W1 x), a deep residual variational autoencoder
-    NEASE(x) = sigmoid(W x),  diag(W) = 0
+    NEASE(x) = sigmoid(W x),  diag(W) = 0              (+ model.nease_offset where W started from the closed form)
     VASP(x)  = FLVAE(x) * NEASE(x)                     both paths must agree
     loss     = mean over rows of (sum over items of focal(VASP(x), y))  +  KL(z)
 
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from dist_vasp.config import LossConfig, ModelConfig
 from dist_vasp.data.augment import hash64
-from dist_vasp.model.item_layers import InputSide, ItemSlice, OutputSide, Sink
+from dist_vasp.model.item_layers import NEASE_WEIGHT, InputSide, ItemSlice, OutputSide, Sink
 from dist_vasp.model.losses import CosineLoss, MultinomialLoss, make_loss
 from dist_vasp.model.sparse import ItemRows
 from dist_vasp.model.trunk import Trunk
@@ -60,8 +60,9 @@ class VASP:
         self.part, self.group, self.device = ranks.partition_of_items(n_items), ranks.partition_group, ranks.device
         place = (self.device, dtype)
         self.input = InputSide(self.part, self.group, model.hidden, *place) if model.deep else None
+        paths = (model.deep, model.latent_head, model.shallow)
         self.output = OutputSide(
-            self.part, self.group, model.hidden, model.latent, model.deep, model.latent_head, model.shallow, block_columns, *place
+            self.part, self.group, model.hidden, model.latent, *paths, block_columns, *place, model.nease, model.nease_offset
         )
         if initialise:
             self._glorot(seed)
@@ -70,10 +71,15 @@ class VASP:
         """Every piece of an item matrix that this rank owns."""
         return (self.input.slices() if self.input else []) + self.output.slices()
 
+    def trained_slices(self) -> list[ItemSlice]:
+        """Those that have a gradient: not a W that stays as it started."""
+        frozen = set() if self.config.trains_nease else {NEASE_WEIGHT}
+        return [piece for piece in self.slices() if piece.name not in frozen]
+
     def _glorot(self, seed: int) -> None:
         """Glorot uniform by the fan of the whole matrix, zero biases, zero diagonal of W."""
         H, L, I = self.config.hidden, self.config.latent, self.n_items
-        fans = {"input.weight": I + H, "output.decoder.weight": I + H, "output.latent.weight": I + L, "output.nease.weight": 2 * I}
+        fans = {"input.weight": I + H, "output.decoder.weight": I + H, "output.latent.weight": I + L, NEASE_WEIGHT: 2 * I}
         for piece in self.slices():
             if piece.name in fans:
                 piece.glorot(seed, 1 + list(fans).index(piece.name), fans[piece.name])

@@ -1,7 +1,7 @@
 """Why an item is recommended: what each past item adds to the shallow path, and how far the two paths agree.
 
     shallow logit of item j = sum over the history's items i of W[i, j]      (VASP paper, section 3.2: one linear layer)
-    p = p_flvae * p_nease,   p_nease = sigmoid(shallow logit)
+    p = p_flvae * p_nease,   p_nease = sigmoid(shallow logit + model.nease_offset)
 
 The deep path has no such sum; of it only its probability is told.
 
@@ -117,4 +117,4 @@ def _reasons(
     shallow_E = weight_F.new_zeros(len(row_E)).index_add_(0, pair_F, weight_F)
     if linear:
         return Reasons(items_EN, weights_EN, shallow_E, None, None)
-    return Reasons(items_EN, weights_EN, shallow_E, deep_E if output.heads else None, logsigmoid(shallow_E))
+    return Reasons(items_EN, weights_EN, shallow_E, deep_E if output.heads else None, logsigmoid(shallow_E + output.nease_offset))

@@ -35,7 +35,7 @@ FORMAT_VERSION = 1
 HEADER = "export.json"
 PROGRAM = "trunk.pt2"
 _FILE = re.compile(r"items\.parquet|trunk\.pt2|trunk\.safetensors|items-\d{5}-of-\d{5}\.safetensors")
-_MOMENTS = (".exp_avg", ".exp_avg_sq")
+_TRAINING = (".exp_avg", ".exp_avg_sq", ".start")  # moments, and what optimizer.nease_decay draws to
 _LOCAL = (
     ("data", "shards"),
     ("run", "dir"),
@@ -130,8 +130,8 @@ def export(
 
 
 def _weights(file: Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint's file that are no moments, mapped."""
-    return {name: t for name, t in map_tensors(file).items() if not name.split("[")[0].endswith(_MOMENTS)}
+    """The tensors of a checkpoint's file that are weights, mapped."""
+    return {name: t for name, t in map_tensors(file).items() if not name.split("[")[0].endswith(_TRAINING)}
 
 
 class _Scoring(nn.Module):

@@ -195,7 +195,8 @@ def _make_part(file: Path, part: ItemPartition, model: ModelConfig, mapped: Mapp
     if deep:
         input_side = InputSide(part, alone, model.hidden, *place)
         input_side.weight_JH = take("input.weight", *whole, J, model.hidden)
-    output = OutputSide(part, alone, model.hidden, model.latent, deep, model.latent_head, shallow, 0, *place)
+    paths = (deep, model.latent_head, shallow)
+    output = OutputSide(part, alone, model.hidden, model.latent, *paths, 0, *place, model.nease, model.nease_offset)
     output.heads = [
         Head(h.name, take(f"{h.name}.weight", *whole, *h.weight_JK.shape), take(f"{h.name}.bias", *whole, J)) for h in output.heads
     ]

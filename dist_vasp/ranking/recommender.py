@@ -96,7 +96,8 @@ class Explanation:
     """Why a history leads to `item`.
 
     The shallow path's logit is the sum over the history of W[past item, item]: `reasons` are the largest of these, descending,
-    `rest` is the sum of the others, and `logit` is all of it. p = p_flvae * p_nease: both paths must agree. A path that the
+    `rest` is the sum of the others, and `logit` is all of it (model.nease_offset, 0 in most models, comes on top). p = p_flvae *
+    p_nease: both paths must agree. A path that the
     model does not have is None (`reasons` empty); of the closed form p, p_flvae and p_nease are None and `logit` is the score.
     """
 

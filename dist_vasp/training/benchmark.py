@@ -65,7 +65,8 @@ def watch(trainer: Trainer) -> StopWatch:
         clock.wrap(trainer.model.input, "forward", "input")
         clock.wrap(trainer.model.input, "backward", "input")
     clock.wrap(trainer.model.output, "loss_and_gradients", "output")
-    clock.wrap(trainer.item_optimizer, "update", "optimizer")
+    for optimizer in trainer.item_optimizers.values():
+        clock.wrap(optimizer, "update", "optimizer")
     if trainer.trunk:
         clock.wrap(trainer.trunk._engine, "forward", "trunk")
         clock.wrap(trainer.trunk._engine, "backward", "trunk")

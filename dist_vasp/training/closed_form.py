@@ -10,27 +10,23 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from dist_vasp import checkpoint as checkpoints
 from dist_vasp.config import Config
-from dist_vasp.data.format import Manifest, read_shard
-from dist_vasp.data.stream import Rows, concatenate_rows
-from dist_vasp.model.ease import SWEEP_COLUMNS, SymmetricColumns, add_gram, add_to_diagonal, invert, to_weights
+from dist_vasp.data.format import Manifest
+from dist_vasp.model.ease import SWEEP_COLUMNS
 from dist_vasp.model.vasp import VASP
 from dist_vasp.parallel.comm import AgreedError, Ranks, agreed, any_rank, barrier
-from dist_vasp.plan import EASE_INTERACTIONS_PER_ITEM, Sizes, make_plan
-from dist_vasp.ranking.evaluate import model_scorer, to_item_rows
+from dist_vasp.plan import Sizes, make_plan
+from dist_vasp.ranking.evaluate import model_scorer
 from dist_vasp.training.environment import describe
+from dist_vasp.training.fit_ease import StoppedError, fit
 from dist_vasp.training.floor import measure_rates
-from dist_vasp.training.progress import Progress
 from dist_vasp.training.run_dir import RunDir, check_shared
 from dist_vasp.training.state import check_same
 from dist_vasp.training.stop import StopRequest
@@ -39,11 +35,6 @@ from dist_vasp.training.train import BEST_BY, check_folders, check_shards, evalu
 
 GRID = tuple(10.0 * 2**k for k in range(9, -1, -1))  # 5120 to 10
 PATIENCE = 2  # lambdas in a row that may be worse than the best before the search ends
-_MOST_USERS = 1 << 16  # whose rows are dense for a block of columns: 64 MB
-
-
-class _StoppedError(Exception):
-    """A rank was asked to stop; all ranks raise it together."""
 
 
 def solve(config: Config, ranks: Ranks) -> dict[str, Any] | None:
@@ -76,7 +67,7 @@ def solve(config: Config, ranks: Ranks) -> dict[str, Any] | None:
         assert header is not None
         barrier(ranks.world)  # the link `best` is there for every rank
         result = final_result(config, ranks, header["seconds_training"], 1, lambda: any_rank(stop.requested, ranks))
-    except _StoppedError:
+    except StoppedError:
         result = None
     if run_dir and result and header:
         result["ease_lambda"] = header["ease_lambda"]
@@ -112,7 +103,7 @@ def _search(
         value = lambdas[step - 1]
         start = time.monotonic()
         try:
-            fit(model, config, manifest, value, ranks, ranks.is_main, interrupted)
+            fit(model.output.W_IC, SWEEP_COLUMNS, config, manifest, value, ranks, ranks.is_main, interrupted)
         except AgreedError as error:
             if header is None:
                 raise
@@ -124,7 +115,7 @@ def _search(
         if scored:
             found = evaluate_split(model_scorer(model, None), config, manifest, "validation", ranks, interrupted)
             if found is None:
-                raise _StoppedError
+                raise StoppedError
             metrics = found.result()
             if not metrics["n_users"]:
                 metrics = None
@@ -144,69 +135,6 @@ def _search(
     assert header is not None
     header["seconds_training"] = seconds
     return header
-
-
-# --- one lambda ------------------------------------------------------------------------------------------------------
-
-
-def fit(
-    model: VASP,
-    config: Config,
-    manifest: Manifest,
-    value: float,
-    ranks: Ranks,
-    show: bool = False,
-    interrupted: Callable[[], bool] = lambda: False,
-) -> None:
-    """Write B for lambda `value` into the model's item matrix; in float64 that matrix is made anew, block by block, in float32."""
-    columns = model.output.W_IC
-    dtype = {"fp32": torch.float32, "fp64": torch.float64}[config.model.ease_dtype]
-    _convert(columns, dtype)
-    for column in columns:
-        column.zero_()
-    matrix = SymmetricColumns(columns, manifest.n_items, ranks, SWEEP_COLUMNS)
-    reading = Progress("Gram matrix, training", manifest.splits["train"].users, "user", show=show)
-    done = 0
-    for rows in training_users(config.data.shards, manifest):
-        if interrupted():
-            raise _StoppedError
-        add_gram(matrix, to_item_rows(rows, rows.n_rows, manifest.n_items, ranks.device))
-        done += rows.n_rows
-        reading.update(done)
-    reading.close()
-    add_to_diagonal(matrix, value)
-
-    inverting = Progress(f"lambda {value:g}, inverse", len(matrix.blocks), "block", show=show)
-
-    def tick(blocks: int) -> None:
-        inverting.update(blocks)
-        if interrupted():
-            raise _StoppedError
-
-    invert(matrix, tick)
-    inverting.close()
-    to_weights(matrix)
-    _convert(columns, torch.float32)
-
-
-def _convert(columns: list[Tensor], dtype: torch.dtype) -> None:
-    """One block after the other, so that the two precisions share the memory."""
-    for i, column in enumerate(columns):
-        columns[i] = column.to(dtype)
-
-
-def training_users(folder: str | Path, manifest: Manifest) -> Iterator[Rows]:
-    """All training users, some shards at a time. ValueError where a shard is damaged."""
-    enough = EASE_INTERACTIONS_PER_ITEM * manifest.n_items  # the sums over them outweigh the pass over the matrix
-    waiting: list[Rows] = []
-    for entry in manifest.splits["train"].shards:
-        block = read_shard(folder, "train", entry, manifest.n_items)
-        waiting.append(Rows(block.indptr, block.items))
-        if sum(len(rows.items) for rows in waiting) >= enough or sum(rows.n_rows for rows in waiting) >= _MOST_USERS:
-            yield concatenate_rows(waiting)
-            waiting = []
-    if waiting:
-        yield concatenate_rows(waiting)
 
 
 # --- before and after ------------------------------------------------------------------------------------------------
@@ -243,6 +171,7 @@ def _matching(config: Config, manifest: Manifest) -> dict[str, Any]:
         "model.kind": m.kind,
         "model.ease_lambda": m.ease_lambda,
         "model.ease_dtype": m.ease_dtype,
+        "model.ease_dropout": m.ease_dropout,
         "hash of data.shards": manifest.shards_sha256,
     }
 

@@ -20,11 +20,11 @@ from torch import Tensor
 from dist_vasp.config import Config
 from dist_vasp.data.augment import hash64
 from dist_vasp.data.stream import Batch
-from dist_vasp.model.item_layers import FUSED_GRADIENT_ROWS, ItemSlice, Sink, accumulate
+from dist_vasp.model.item_layers import FUSED_GRADIENT_ROWS, NEASE_WEIGHT, ItemSlice, Sink, accumulate
 from dist_vasp.model.sparse import ItemRows, RowExchange
 from dist_vasp.model.vasp import VASP, StepLoss, TrunkCall, make_trunk
 from dist_vasp.parallel.comm import Ranks, all_reduce
-from dist_vasp.parallel.kernels import kernels, plain
+from dist_vasp.parallel.kernels import Fuse, kernels, plain
 from dist_vasp.training.optimizer import MOMENTS, SCALARS, InPlaceAdam
 from dist_vasp.training.zero import ZeroTrunk
 
@@ -63,13 +63,15 @@ class Trainer:
         self.model = VASP(config.model, config.loss, n_items, ranks, config.run.seed, block_columns=config.parallel.block_columns)
         fuse, self.remark = kernels(config.parallel.compile, sum(piece.tensor.numel() for piece in self.model.slices()))
         self.model.loss.fuse(fuse)
-        lean = config.optimizer.item_state == "lean"
-        groups = [
-            {"params": [p.tensor for p in self.model.slices() if p.item_dim == dim], "lean_dim": dim if lean else None}
-            for dim in (0, 1)
-        ]
-        self.item_optimizer = InPlaceAdam([group for group in groups if group["params"]], config.optimizer, fuse=fuse)
-        if lean:
+        # By item_dim: 1 is NEASE's W, which has a learning rate of its own.
+        self.item_optimizers = {dim: self._item_optimizer(dim, fuse) for dim in {p.item_dim for p in self.model.trained_slices()}}
+        self.start_of_W: list[ItemSlice] = []  # what optimizer.nease_decay draws W to
+        if config.optimizer.nease_decay:
+            pieces = [p for p in self.model.slices() if p.name == NEASE_WEIGHT]
+            self.start_of_W = [replace(p, name=f"{p.name}.start", tensor=torch.zeros_like(p.tensor)) for p in pieces]
+        self._start_of = dict(zip(self.model.output.W_IC, (piece.tensor for piece in self.start_of_W), strict=False))
+        self._item_dim = {piece.tensor: piece.item_dim for piece in self.model.slices()}
+        if config.optimizer.item_state == "lean":
             self.model.output.gradient_rows = n_items  # a column's second moment wants the whole column
         elif fuse is not plain:
             self.model.output.gradient_rows = FUSED_GRADIENT_ROWS
@@ -79,8 +81,13 @@ class Trainer:
         self._ahead: dict[int, list[RowExchange]] = {}  # by step: rows that are already on their way
         self._stage: int | None = None
 
+    def _item_optimizer(self, dim: int, fuse: Fuse) -> InPlaceAdam:
+        params = [p.tensor for p in self.model.trained_slices() if p.item_dim == dim]
+        lean = self.config.optimizer.item_state == "lean"
+        return InPlaceAdam([{"params": params, "lean_dim": dim if lean else None}], self.config.optimizer, fuse=fuse)
+
     def optimizers(self) -> list[InPlaceAdam]:
-        return [self.item_optimizer] + ([self.trunk.optimizer] if self.trunk else [])
+        return [*self.item_optimizers.values()] + ([self.trunk.optimizer] if self.trunk else [])
 
     def step(self, batch: Batch, stop: bool = False, written: bool = True, following: Batch | None = None) -> StepReport:
         """One update of everything from one batch; the ids of the `following` one travel meanwhile.
@@ -94,7 +101,8 @@ class Trainer:
         clip, micro_batches = self.config.optimizer.clip_norm, self._micro_batches(batch)
         if following is not None:
             self._ahead = {following.step: self._exchange(following)}
-        self.item_optimizer.begin_step()
+        for optimizer in self.item_optimizers.values():
+            optimizer.begin_step()
         self._squared_norm.zero_()
         statistics = self.model.output.statistics
         statistics.sums.zero_()
@@ -119,9 +127,9 @@ class Trainer:
         for optimizer in self.optimizers():
             optimizer.grad_scale = scale
         if len(micro_batches) > 1:
-            for piece in self.model.slices():
+            for piece in self.model.trained_slices():
                 assert piece.tensor.grad is not None
-                self.item_optimizer.update(piece.tensor, 0, piece.tensor.grad)
+                self._apply(piece.tensor, 0, piece.tensor.grad)
                 piece.tensor.grad = None
         elif clip:
             share.replay(self._update)
@@ -146,8 +154,12 @@ class Trainer:
         pieces = self.model.slices()
         if not moments:
             return pieces
-        states = [(piece, self.item_optimizer.ensure_state(piece.tensor)) for piece in pieces]
-        return pieces + [replace(p, name=f"{p.name}.{m}", tensor=state[m]) for p, state in states for m in MOMENTS]
+        states = [(piece, self._state_of(piece)) for piece in self.model.trained_slices()]
+        moments_of = [replace(p, name=f"{p.name}.{m}", tensor=state[m]) for p, state in states for m in MOMENTS]
+        return pieces + moments_of + self.start_of_W
+
+    def _state_of(self, piece: ItemSlice) -> dict[str, Tensor]:
+        return self.item_optimizers[piece.item_dim].ensure_state(piece.tensor)
 
     def trunk_tensors(self, moments: bool) -> dict[str, Tensor]:
         """The whole trunk and, if asked, its moments; all ranks call it together."""
@@ -155,12 +167,12 @@ class Trainer:
 
     def optimizer_scalars(self) -> dict[str, float]:
         """The optimizers' `step` and `mu_product`: one pair for all parameters."""
-        state = self.item_optimizer.ensure_state(self.model.slices()[0].tensor)
+        state = self._state_of(self.model.trained_slices()[0])
         return {name: float(state[name]) for name in SCALARS}
 
     def load_scalars(self, scalars: dict[str, float], epoch: int) -> None:
         """Restore `optimizer_scalars`, and remember the schedule's stage that `epoch`, the last one trained in, lies in."""
-        states = [self.item_optimizer.ensure_state(piece.tensor) for piece in self.model.slices()]
+        states = [self._state_of(piece) for piece in self.model.trained_slices()]
         for state in states + (self.trunk.ensure_state() if self.trunk else []):
             for name in SCALARS:
                 state[name].fill_(scalars[name])
@@ -173,7 +185,9 @@ class Trainer:
         stage = self.config.stage(epoch)
         for optimizer in self.optimizers():
             for group in optimizer.param_groups:
-                group["lr"] = self.config.lr(epoch)
+                group["lr"] = self.config.lr(epoch) * (
+                    self.config.optimizer.nease_lr if optimizer is self.item_optimizers.get(1) else 1
+                )
             optimizer.grad_scale = 1.0
             if self.config.optimizer.reset_on_stage and self._stage not in (None, stage):
                 optimizer.forget()
@@ -231,7 +245,7 @@ class Trainer:
             shares.append(self._gradients(rows, n_rows, accumulate))
             if self.trunk and i + 1 < len(micro_batches):
                 self.trunk.step()  # counts the micro-batch; the update comes at the last one
-        for piece in self.model.slices():
+        for piece in self.model.trained_slices():
             assert piece.tensor.grad is not None
             piece.tensor.grad = self._over_replicas(piece.tensor.grad)
             self._squared_norm += _squared(piece.tensor.grad)
@@ -247,7 +261,16 @@ class Trainer:
 
     def _update(self, parameter: Tensor, first: int, grad: Tensor) -> None:
         """The sink that applies a gradient and drops it."""
-        self._squared_norm += self.item_optimizer.update(parameter, first, self._over_replicas(grad))
+        self._squared_norm += self._apply(parameter, first, self._over_replicas(grad))
+
+    def _apply(self, parameter: Tensor, first: int, grad: Tensor) -> Tensor:
+        """Update the rows of an item matrix from `first` on; W is first drawn to where it started. Returns the gradient's squared norm."""
+        optimizer = self.item_optimizers[self._item_dim[parameter]]
+        start = self._start_of.get(parameter)
+        if start is not None:
+            rows = slice(first, first + len(grad))
+            parameter[rows].lerp_(start[rows], optimizer.param_groups[0]["lr"] * self.config.optimizer.nease_decay)
+        return optimizer.update(parameter, first, grad)
 
 
 def _squared(grad: Tensor) -> Tensor:

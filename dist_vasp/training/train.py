@@ -18,6 +18,7 @@ from dist_vasp.ranking.load import load_model
 from dist_vasp.ranking.metrics import RankingMetrics
 from dist_vasp.training.engine import DivergedError, Trainer
 from dist_vasp.training.environment import Memory, describe
+from dist_vasp.training.fit_ease import start_from_ease
 from dist_vasp.training.grow import initialise_from
 from dist_vasp.training.progress import Progress
 from dist_vasp.training.run_dir import RunDir, check_shared, write_atomically
@@ -55,6 +56,8 @@ def train(config: Config, ranks: Ranks, init_from: str | None = None) -> dict[st
     state = resume(trainer, stream, folder, ranks)
     if state is None:
         state = RunState()
+        if config.model.init_from_ease:
+            start_from_ease(trainer, stream.manifest)
         if init_from:
             initialise_from(trainer, init_from, config.data.shards)
     if state.step != first:
@@ -188,7 +191,9 @@ def dry_run(config: Config, ranks: Ranks) -> str:
             services(Path(config.run.dir), config)
     m, n_items, layout = config.model, stream.n_items, ranks.layout
     item_bytes = 12 if config.optimizer.item_state == "full" else 8
-    item_gb, trunk_gb = m.item_parameters(n_items, n_items) * item_bytes / 1e9, m.trunk_parameters() * 12 / 1e9
+    frozen = m.frozen_parameters(n_items, n_items)
+    item_gb = ((m.item_parameters(n_items, n_items) - frozen) * item_bytes + frozen * 4) / 1e9
+    trunk_gb = m.trunk_parameters() * 12 / 1e9
     last = total_steps(config, stream.steps_per_epoch)
     newest = checkpoints.newest(Path(config.run.dir) / "checkpoints")
     return (

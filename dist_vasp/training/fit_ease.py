@@ -1,0 +1,142 @@
+"""The closed form from the shards, into columns that exist: as a run of its own (training/closed_form.py), or as NEASE's start.
+
+With `model.ease_dropout` s the diagonal of G grows by s / (1 - s) of itself: the ridge regression whose inputs lose the share s of
+their items at random, in expectation (Steck 2020, arXiv 1911.02459, "Autoencoders that don't overfit towards the identity").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dist_vasp import checkpoint as checkpoints
+from dist_vasp.config import Config, from_dict
+from dist_vasp.data.format import Manifest, read_shard
+from dist_vasp.data.stream import Rows, concatenate_rows
+from dist_vasp.model.ease import SymmetricColumns, add_gram, add_to_diagonal, invert, scale_diagonal, to_weights
+from dist_vasp.model.item_layers import NEASE_WEIGHT
+from dist_vasp.parallel.comm import Ranks, agreed
+from dist_vasp.plan import EASE_INTERACTIONS_PER_ITEM
+from dist_vasp.ranking.evaluate import to_item_rows
+from dist_vasp.training.engine import Trainer
+from dist_vasp.training.progress import Progress
+
+CLOSED_FORM = "closed_form"  # the value of model.init_from_ease that names no run
+_MOST_USERS = 1 << 16  # whose rows are dense for a block of columns: 64 MB
+
+
+class StoppedError(Exception):
+    """A rank was asked to stop; all ranks raise it together."""
+
+
+def fit(
+    columns: list[Tensor],
+    width: int,
+    config: Config,
+    manifest: Manifest,
+    value: float,
+    ranks: Ranks,
+    show: bool = False,
+    interrupted: Callable[[], bool] = lambda: False,
+) -> None:
+    """Write B for lambda `value` into `columns`, this rank's blocks (I, C) of `width` items.
+
+    In float64 the list's tensors are made anew, block by block, and again in float32.
+    """
+    dtype = {"fp32": torch.float32, "fp64": torch.float64}[config.model.ease_dtype]
+    _convert(columns, dtype)
+    for column in columns:
+        column.zero_()
+    matrix = SymmetricColumns(columns, manifest.n_items, ranks, width)
+    reading = Progress("Gram matrix, training", manifest.splits["train"].users, "user", show=show)
+    done = 0
+    for rows in training_users(config.data.shards, manifest):
+        if interrupted():
+            raise StoppedError
+        add_gram(matrix, to_item_rows(rows, rows.n_rows, manifest.n_items, ranks.device))
+        done += rows.n_rows
+        reading.update(done)
+    reading.close()
+    if config.model.ease_dropout:
+        scale_diagonal(matrix, 1 / (1 - config.model.ease_dropout))
+    add_to_diagonal(matrix, value)
+
+    inverting = Progress(f"lambda {value:g}, inverse", len(matrix.blocks), "block", show=show)
+
+    def tick(blocks: int) -> None:
+        inverting.update(blocks)
+        if interrupted():
+            raise StoppedError
+
+    invert(matrix, tick)
+    inverting.close()
+    to_weights(matrix)
+    _convert(columns, torch.float32)
+
+
+def _convert(columns: list[Tensor], dtype: torch.dtype) -> None:
+    """One block after the other, so that the two precisions share the memory."""
+    for i, column in enumerate(columns):
+        columns[i] = column.to(dtype)
+
+
+def training_users(folder: str | Path, manifest: Manifest) -> Iterator[Rows]:
+    """All training users, some shards at a time. ValueError where a shard is damaged."""
+    enough = EASE_INTERACTIONS_PER_ITEM * manifest.n_items  # the sums over them outweigh the pass over the matrix
+    waiting: list[Rows] = []
+    for entry in manifest.splits["train"].shards:
+        block = read_shard(folder, "train", entry, manifest.n_items)
+        waiting.append(Rows(block.indptr, block.items))
+        if sum(len(rows.items) for rows in waiting) >= enough or sum(rows.n_rows for rows in waiting) >= _MOST_USERS:
+            yield concatenate_rows(waiting)
+            waiting = []
+    if waiting:
+        yield concatenate_rows(waiting)
+
+
+# --- NEASE's start ---------------------------------------------------------------------------------------------------
+
+
+def start_from_ease(trainer: Trainer, manifest: Manifest) -> None:
+    """W = model.nease_scale * B, from what model.init_from_ease names; the copy that optimizer.nease_decay draws to is the same.
+
+    AgreedError where the named run is of another kind or of other items, or a file of it is damaged.
+    """
+    config, ranks, output = trainer.config, trainer.ranks, trainer.model.output
+    if config.model.init_from_ease == CLOSED_FORM:
+        columns = list(output.W_IC)  # in float32 the blocks themselves
+        fit(columns, output.block_columns, config, manifest, config.model.ease_lambda, ranks, ranks.is_main)
+        for W_IC, column in zip(output.W_IC, columns, strict=True):
+            W_IC.copy_(column)
+    else:
+        _read_closed_form(trainer, manifest)
+    for W_IC in output.W_IC:
+        W_IC.mul_(config.model.nease_scale)
+    for start, W_IC in zip(trainer.start_of_W, output.W_IC, strict=False):
+        start.tensor.copy_(W_IC)
+
+
+def _read_closed_form(trainer: Trainer, manifest: Manifest) -> None:
+    """Each rank reads its own columns from whichever files hold them."""
+    run, ranks = trainer.config.model.init_from_ease, trainer.ranks
+    with agreed(ranks):
+        opened = checkpoints.open_checkpoint(checkpoints.find(Path(run) / "checkpoints"))
+        kind = from_dict(opened.header["config"]).model.kind
+        if kind != "ease":
+            raise ValueError(
+                f"model.init_from_ease: {run} is a run of model.kind {kind}, expected ease; --init_from starts from others"
+            )
+        if opened.header["vocabulary_sha256"] != manifest.vocabulary_sha256:
+            raise ValueError(
+                f"model.init_from_ease: {run} was computed on {opened.header['n_items']} items (hash "
+                f"{opened.header['vocabulary_sha256'][:12]}...), data.shards lists {manifest.n_items} (hash "
+                f"{manifest.vocabulary_sha256[:12]}...); compute ease on these shards, or set {CLOSED_FORM}"
+            )
+    checkpoints.verify(opened, ranks)
+    with agreed(ranks):
+        pieces = [piece for piece in trainer.model.slices() if piece.name == NEASE_WEIGHT]
+        checkpoints.read_items(opened, pieces)
+        checkpoints.check_numbers(opened, [(piece.name, piece.tensor) for piece in pieces])
