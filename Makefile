@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: all demo compare test test-slow lint types clean
+.PHONY: all demo compare docs test test-slow lint types clean
 all: $(STAMP)
 
 $(STAMP): setup.py constraints.txt
@@ -30,6 +30,14 @@ demo/shards/manifest.json: | $(STAMP)
 compare: $(STAMP) demo/shards/manifest.json
 	$(BIN)/python launch/compare.py --config configs/compare.yaml --output demo/compare
 
+# The pages of docs/ as a site in site/, every warning an error.
+docs: $(STAMP) .venv/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+.venv/.docs: $(STAMP)
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[docs]"
+	touch $@
+
 test: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
 
@@ -44,4 +52,4 @@ types: $(STAMP)
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv demo build *.egg-info
+	rm -rf .venv demo build site *.egg-info

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import difflib
+import math
+import re
 import signal
 import sys
 import threading
@@ -10,27 +13,45 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, NoReturn
 
 from tqdm import tqdm
 
 SECONDS_BETWEEN_LINES = 15.0
 
 
-def run(parser: argparse.ArgumentParser, command: Callable[[argparse.Namespace], int], argv: Sequence[str] | None = None) -> int:
+class Parser(argparse.ArgumentParser):
+    """A parser whose mistakes are ValueErrors, so that they end like all others, with `--debug` for the traceback of an error."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"allow_abbrev": False} | options)
+        self.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+    def error(self, message: str) -> NoReturn:
+        unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
+        if unknown:
+            close = difflib.get_close_matches(unknown[1], self._option_string_actions, 1, 0.6)
+            message = f"{unknown[1]} is not an option{f', did you mean {close[0]}?' if close else ''}"
+        raise ValueError(f"{message.removeprefix('argument ')}; `--help` lists all options")
+
+
+def run(parser: Parser, command: Callable[[argparse.Namespace], int], argv: Sequence[str] | None = None) -> int:
     """Parse `argv`, run `command`, and return the exit status: 0 done, 2 bad input, 1 anything else.
 
     A ValueError is the user's to mend and becomes one line, as does an OSError (a full disk); any other exception is
     a bug and keeps its traceback. SIGTERM ends the command through its `finally` clauses, so nothing is left behind.
     """
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    args = parser.parse_args(argv)
+    debug = "--debug" in (sys.argv if argv is None else argv)
     try:
+        args = parser.parse_args(argv)
         with _terminated_cleanly():
             return command(args)
     except ValueError as error:
-        return _report(error, 2, args.debug)
+        return _report(error, 2, debug)
+    except MemoryError as error:
+        return _report(MemoryError(f"not enough memory ({error}); ask for less, or use a larger machine"), 2, debug)
     except OSError as error:
-        return _report(error, 1, args.debug)
+        return _report(error, 1, debug)
     except KeyboardInterrupt:
         return 130
 
@@ -108,6 +129,17 @@ def at_least(low: int) -> Callable[[str], int]:
         return value
 
     return integer
+
+
+def number(text: str) -> float:
+    """An argparse type: a finite number."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number")
+    return value
 
 
 def seed(text: str) -> int:

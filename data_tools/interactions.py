@@ -153,7 +153,10 @@ def collect(batches: Iterable[pa.RecordBatch], folder: Path, min_rating: float, 
             if failure:
                 raise failure[0] from None
             if isinstance(error, duckdb.OutOfMemoryException):
-                raise ValueError(f"the sort does not fit into --memory_limit {memory_limit}; pass a larger one ({error})") from None
+                reason = str(error).split("Possible solutions")[0].strip()
+                raise ValueError(
+                    f"the sort does not fit into --memory_limit {memory_limit}; pass a larger one ({reason})"
+                ) from None
             if isinstance(error, duckdb.IOException):
                 raise OSError(f"the sort cannot spill beside the output folder: {error}") from None
             raise
@@ -161,7 +164,9 @@ def collect(batches: Iterable[pa.RecordBatch], folder: Path, min_rating: float, 
         connection.close()
     if users.ids is None or items.ids is None:
         left = (
-            f"all {counts.rows} rows have a rating below {min_rating:g}; lower --min_rating" if counts.rows else "it holds no rows"
+            f"all {counts.rows} rows have a rating below {min_rating:g}; lower --min_rating"
+            if counts.rows
+            else "it holds no rows; name another"
         )
         raise ValueError(f"the input has no interaction to keep: {left}")
     user_ids, user_rank = _ascending(users)

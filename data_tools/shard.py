@@ -17,7 +17,7 @@ from typing import Any
 
 from data_tools import atomic, cli
 from data_tools.interactions import Interactions, collect
-from data_tools.readers import FORMATS, Columns, Source, TextIdsError, open_source
+from data_tools.readers import FORMATS, Columns, Source, TextIdsError, infer_format, open_source
 from data_tools.split import GivenPlan, LiangPlan, Plan
 from data_tools.titles import read_titles
 from data_tools.writer import check_unique_keys, count_split, write_folder
@@ -28,9 +28,9 @@ _GIVEN_ONLY = ("split_column", "validation_fraction")
 
 
 def _fraction(text: str) -> float:
-    value = float(text)
+    value = cli.number(text)
     if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not in [0, 1)")
+        raise argparse.ArgumentTypeError(f"{text} is not at least 0 and below 1")
     return value
 
 
@@ -40,8 +40,8 @@ def _memory(text: str) -> str:
     return text
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m data_tools.shard", description="Turn raw interactions into shards.")
+def _parser() -> cli.Parser:
+    parser = cli.Parser(prog="python -m data_tools.shard", description="Turn raw interactions into shards.")
     add = parser.add_argument
     add("input", type=Path, metavar="INPUT", help="file, folder or archive of interactions")
     add("output", type=Path, metavar="OUT_DIR", help="folder to write; it appears whole or not at all")
@@ -51,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--rating_column", metavar="NAME", help="liang: default rating; where there is none, every row counts (implicit feedback)")
     add("--split_column", metavar="NAME", help="given: default split; 0 or train, 1 or test, 2 or validation")
     add("--protocol", choices=("liang", "given"), default="liang", help="liang splits users, given follows a column; default liang")
-    add("--min_rating", type=float, help="liang: keep ratings of at least this; default 4")
+    add("--min_rating", type=cli.number, help="liang: keep ratings of at least this; default 4")
     add("--min_items", type=cli.at_least(1), help="liang: keep users with at least so many items; default 5")
     add("--val_users", type=cli.at_least(0), help="liang: default a tenth of the users, at most 10,000")
     add("--test_users", type=cli.at_least(0), help="liang: default a tenth of the users, at most 10,000")
@@ -135,9 +135,12 @@ def _command(args: argparse.Namespace) -> int:
     atomic.check_folder_target(args.output, args.overwrite)
     split_column = (args.split_column or "split") if args.protocol == "given" else None
     fixed = args.user_column is None and args.item_column is None and args.rating_column is None
-    columns = Columns(args.user_column or "user", args.item_column or "item", args.rating_column, split_column)
+    rating_column = args.rating_column
+    if args.min_rating is not None and (args.format or infer_format(args.input)) in ("csv", "parquet"):
+        rating_column = rating_column or "rating"  # who asks for a rating has a column of them
+    columns = Columns(args.user_column or "user", args.item_column or "item", rating_column, split_column)
     titles = read_titles(args.titles, columns.item) if args.titles else None
-    source = open_source(args.input, args.format, columns if split_column or not fixed else Columns())
+    source = open_source(args.input, args.format, columns if split_column or rating_column or not fixed else Columns())
 
     if args.dry_run:
         with tempfile.TemporaryDirectory() as scratch:

@@ -154,8 +154,8 @@ def synthesize(path: Path, users: int, items: int, interactions: int, seed: int,
             progress.add(len(batch))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m data_tools.synthesize", description="Write synthetic implicit feedback.")
+def _parser() -> cli.Parser:
+    parser = cli.Parser(prog="python -m data_tools.synthesize", description="Write synthetic implicit feedback.")
     parser.add_argument("output", type=Path, metavar="OUT.parquet", help="file to write: columns user, item")
     parser.add_argument("--users", type=cli.at_least(1), required=True, help="every one of them has an interaction")
     parser.add_argument("--items", type=cli.at_least(1), required=True, help="size of the catalogue; the rarest may stay unused")

@@ -50,12 +50,14 @@ def readable(where: str) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError, EOFError, zlib.error, zipfile.BadZipFile, tarfile.TarError) as error:
-        text = str(error) or type(error).__name__
-        hint = (
-            "; the file is cut off or damaged, fetch it again"
-            if re.search("runcated|ended before|unexpected end|CRC", text)
-            else ""
-        )
+        text = str(error).rstrip(".") or type(error).__name__
+        hint = ""
+        if re.search("runcated|ended before|unexpected end|CRC|magic bytes", text):
+            hint = "; the file is cut off or damaged, fetch it again"
+        elif "incorrect header check" in text:
+            hint = "; it is not compressed with gzip, drop the .gz from its name"
+        elif "CSV parse error" in text:
+            hint = "; every row needs the columns of the header"
         raise ValueError(f"{where} cannot be read: {text}{hint}") from None
 
 
@@ -138,7 +140,7 @@ def csv_batches(
                 role = next(r for r, n in wanted.items() if n == name)
                 if failed[3] == "int64":
                     raise TextIdsError(role) from None
-                expected = "a number" if role == "rating" else "UTF-8 text"
+                expected = "a number; correct it" if role == "rating" else "UTF-8 text; save the file as UTF-8"
                 at = f", row {failed[2]}" if failed[2] else ""
                 raise ValueError(f"{where}{at}: column {name!r} has {failed[4]}; expected {expected}") from None
 
@@ -206,7 +208,7 @@ def _parquet_column(role: str, name: str, values: pa.Array, row: int, where: str
     if role == "split" and pa.types.is_integer(kind):
         return values.cast(pa.string())
     if role == "split" or not pa.types.is_integer(kind):
-        raise ValueError(f"{where}: column {name!r} is of type {kind}; expected integers or strings")
+        raise ValueError(f"{where}: column {name!r} is of type {kind}, expected integers or strings; convert it first")
     outside = pc.greater(values, pa.scalar(2**63 - 1, pa.uint64())) if pa.types.is_uint64(kind) else pc.less(values, 0)
     if pc.any(outside, min_count=0).as_py():
         position = pc.index(outside, True).as_py()

@@ -223,7 +223,7 @@ def _command(args: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m data_tools.verify", description="Check a data folder; name every fault.")
+    parser = cli.Parser(prog="python -m data_tools.verify", description="Check a data folder; name every fault.")
     parser.add_argument("folder", type=Path, metavar="OUT_DIR", help="written by python -m data_tools.shard")
     return cli.run(parser, _command, argv)
 

@@ -288,7 +288,9 @@ def find(folder: Path, name: str | None = None) -> Path:
         path = folder / "best" if (folder / "best").exists() else newest(folder) or folder / "best"
     if not (path / HEADER).is_file():
         found = sorted(p.parent.name for p in folder.glob(f"[!.]*/{HEADER}"))
-        raise ValueError(f"{path} is not a checkpoint; {folder} holds {', '.join(found) or 'none'}")
+        if not found:
+            raise ValueError(f"{folder.parent} holds no checkpoint; name the run.dir of a training run that has saved one")
+        raise ValueError(f"{path} is not a checkpoint; {folder} holds {', '.join(found)}; name one of them")
     return path
 
 
@@ -367,20 +369,22 @@ def verify(checkpoint: Checkpoint, ranks: Ranks) -> None:
 
 
 @contextmanager
-def readable(file: Path) -> Iterator[None]:
-    """What safetensors or the disk say against `file` becomes a ValueError that names it."""
+def readable(file: Path, remedy: str) -> Iterator[None]:
+    """What safetensors, the disk or we say against `file` becomes a ValueError that names it and says what to do."""
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{file} cannot be read as safetensors ({error}); use another checkpoint of the run") from None
+        raise ValueError(f"{file} cannot be read as safetensors ({error}); {remedy}") from None
+    except ValueError as error:
+        raise ValueError(f"{error}; {remedy}") from None
 
 
 def read_trunk(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """Every tensor of trunk.safetensors, on the CPU."""
     file = checkpoint.path / TRUNK
     if TRUNK not in checkpoint.header["files"]:
-        raise ValueError(f"{checkpoint.path / checkpoint.header_name} lists no {TRUNK}; use another checkpoint of the run")
-    with readable(file), safe_open(file, framework="pt") as handle:
+        raise ValueError(f"{checkpoint.path / checkpoint.header_name} lists no {TRUNK}; {checkpoint.remedy}")
+    with readable(file, checkpoint.remedy), safe_open(file, framework="pt") as handle:
         for name in handle.keys():  # noqa: SIM118
             _check_dtype(handle.get_slice(name), file, name)
         return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
@@ -400,11 +404,11 @@ def _stored_items(checkpoint: Checkpoint) -> Iterator[tuple[Path, Any, str, str,
         if not file_name.startswith("items-"):
             continue
         file = checkpoint.path / file_name
-        with readable(file), safe_open(file, framework="pt") as handle:
+        with readable(file, checkpoint.remedy), safe_open(file, framework="pt") as handle:
             keys = list(handle.keys())
         for key in keys:
             # The file is mapped: what has been read of it counts as this process's memory until it is closed.
-            with readable(file), safe_open(file, framework="pt") as handle:
+            with readable(file, checkpoint.remedy), safe_open(file, framework="pt") as handle:
                 yield file, handle, key, *parse_piece(key, file)
 
 
@@ -418,10 +422,10 @@ def stored_pieces(checkpoint: Checkpoint, names: set[str]) -> Iterator[tuple[str
     for file, handle, key, name, lo, hi in _stored_items(checkpoint):
         if name in names:
             item_dim = 1 if name == "output.nease.weight" else 0
-            with readable(file):
+            with readable(file, checkpoint.remedy):
                 shape = _check_dtype(handle.get_slice(key), file, key)
                 if len(shape) <= item_dim or shape[item_dim] != hi - lo or hi > n_items:
-                    raise ValueError(f"{file}: {key} has shape {shape}; use another checkpoint")
+                    raise ValueError(f"{file}: {key} has shape {shape} among {n_items} items")
                 tensor = handle.get_tensor(key)
             filled[(name, 0, n_items)].append((lo, hi))
             yield name, item_dim, lo, hi, tensor
@@ -435,7 +439,7 @@ def read_items(checkpoint: Checkpoint, pieces: list[ItemSlice]) -> None:
         for piece in pieces:
             first, last = max(lo, piece.lo), min(hi, piece.hi)
             if piece.name == name and first < last:
-                with readable(file):
+                with readable(file, checkpoint.remedy):
                     _copy_range(handle.get_slice(key), file, key, piece, lo, hi, first, last)
                 filled[(piece.name, piece.lo, piece.hi)].append((first, last))
     _check_filled(checkpoint, filled)
@@ -448,9 +452,7 @@ def _check_filled(checkpoint: Checkpoint, filled: dict[tuple[str, int, int], lis
         for first, last in sorted(ranges):
             end = last if first == end else -1  # a gap, or items that are stored twice
         if end != hi:
-            raise ValueError(
-                f"{checkpoint.path} does not hold {name} for all items {lo} to {hi - 1} once; use another checkpoint of the run"
-            )
+            raise ValueError(f"{checkpoint.path} does not hold {name} for all items {lo} to {hi - 1} once; {checkpoint.remedy}")
 
 
 def check_numbers(checkpoint: Checkpoint, tensors: Iterable[tuple[str, Tensor]]) -> None:
@@ -461,21 +463,21 @@ def check_numbers(checkpoint: Checkpoint, tensors: Iterable[tuple[str, Tensor]])
             continue
         low, high = torch.aminmax(tensor.detach())  # NaN if any is; no copy of the tensor
         if not (torch.isfinite(low) and torch.isfinite(high)):
-            raise ValueError(f"{checkpoint.path}: {name} holds NaN or infinite numbers; use another checkpoint of the run")
+            raise ValueError(f"{checkpoint.path}: {name} holds NaN or infinite numbers; {checkpoint.remedy}")
         if name.endswith(".exp_avg_sq"):
             if low < 0:
-                raise ValueError(f"{checkpoint.path}: {name} holds negative numbers; use another checkpoint of the run")
+                raise ValueError(f"{checkpoint.path}: {name} holds negative numbers; {checkpoint.remedy}")
         elif not torch.isfinite(torch.maximum(-low, high).square()):
             raise ValueError(
                 f"{checkpoint.path}: {name} holds numbers from {low.item():.3g} to {high.item():.3g}, beyond what fp32 can compute "
-                "with; use another checkpoint of the run"
+                f"with; {checkpoint.remedy}"
             )
 
 
 def _check_dtype(stored: Any, file: Path, key: str) -> list[int]:
     """The shape of a stored tensor; ValueError unless it is of fp32."""
     if stored.get_dtype() != "F32":
-        raise ValueError(f"{file}: {key} is of dtype {stored.get_dtype()}, expected F32; use another checkpoint of the run")
+        raise ValueError(f"{file}: {key} is of dtype {stored.get_dtype()}, expected F32")
     return list(stored.get_shape())
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -276,6 +276,9 @@ def check(config: Config) -> Config:
     }
     for key, value in positive.items():
         _require(value >= 1, key, value, "at least 1", "raise it")
+    for key, value in (("model.hidden", m.hidden), ("model.latent", m.latent)):
+        _require(value < 1 << 31, key, value, "less than 2^31", "lower it")
+    _require(d.workers <= 256, "data.workers", d.workers, "at most 256 processes a rank", "one or two keep up with training")
     not_negative = {
         "data.workers": d.workers,
         "loss.gamma": config.loss.gamma,
@@ -369,13 +372,68 @@ def _check_ease(m: ModelConfig, o: OptimizerConfig) -> None:
     _require(m.nease == "trained" or not decay, "optimizer.nease_decay", decay, f"0 with model.nease {m.nease}", "leave it out")
 
 
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def read_yaml(path: str | Path, what: str) -> Any:
+    """The content of a YAML file; ValueError where it cannot be read or a key is there twice, of which YAML takes the last.
+
+    `what` says in messages what was expected.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        _refuse_twice(yaml.compose(text, yaml.SafeLoader), str(path), "", set())
+        return yaml.safe_load(text)
+    except yaml.MarkedYAMLError as error:
+        at = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ValueError(f"{path}{at} is not YAML ({error.problem}); expected {what}") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise ValueError(f"{path} cannot be read ({reason}); expected a YAML file with {what}") from None
+
+
+def _refuse_twice(node: yaml.Node | None, path: str, prefix: str, seen: set[int]) -> None:
+    """ValueError where a mapping under `node` has a key twice."""
+    if id(node) in seen:  # an alias
+        return
+    seen.add(id(node))
+    if isinstance(node, yaml.SequenceNode):
+        for i, child in enumerate(node.value):
+            _refuse_twice(child, path, f"{prefix.removesuffix('.')}[{i}].", seen)
+    if isinstance(node, yaml.MappingNode):
+        lines: dict[str, int] = {}
+        for key, value in node.value:
+            name, line = f"{prefix}{key.value}", key.start_mark.line + 1
+            if key.value in lines:
+                raise ValueError(f"{path}: {name} is there twice, in line {lines[key.value]} and in line {line}; keep one of them")
+            lines[str(key.value)] = line
+            _refuse_twice(value, path, f"{name}.", seen)
+
+
+class _ConfigFile(ActionConfigFile):
+    """`--config FILE`, looked through before it is taken."""
+
+    def __call__(self, parser: Any, namespace: Any, value: Any, option_string: str | None = None) -> None:
+        try:
+            raw = read_yaml(value, "the sections of a configuration, such as configs/demo.yaml")
+            if not isinstance(raw, dict):
+                raise ValueError(f"{value} holds {raw!r:.40}, expected sections with keys, such as configs/demo.yaml")
+        except ValueError as error:
+            raise _FileError(str(error)) from None
+        super().__call__(parser, namespace, value, option_string)
+
+
+class _FileError(ValueError):
+    """A mistake in a configuration file that already reads well."""
+
+
 # --- command line ----------------------------------------------------------------------------------------------------
 
 
 def make_parser(prog: str, description: str) -> ArgumentParser:
     """A parser with `--config FILE` and one `--section.key` for every field of Config; add further arguments to it."""
     parser = ArgumentParser(prog=prog, description=description, exit_on_error=False)
-    parser.add_argument("--config", action="config", help="YAML file with the sections below; command-line values win over it")
+    parser.add_argument("--config", action=_ConfigFile, help="YAML file with the sections below; command-line values win over it")
     parser.add_class_arguments(Config, None)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.add_argument("--local_rank", type=int, default=None, help="set by the deepspeed launcher; ignored")
@@ -388,6 +446,8 @@ def parse(parser: ArgumentParser, argv: Sequence[str] | None = None) -> tuple[Co
         namespace = parser.parse_args(argv)
         _require_sections(namespace)
         made = parser.instantiate(namespace)
+    except _FileError as error:
+        raise ValueError(str(error)) from None
     except Exception as error:  # jsonargparse raises ArgumentError; yaml and others what they like
         raise ValueError(_readable(str(error))) from None
     config = Config(**{f.name: getattr(made, f.name) for f in fields(Config)})
@@ -435,7 +495,38 @@ def _readable(message: str) -> str:
         close = difflib.get_close_matches(key, known_keys(), 1, 0.6)
         hint = f"did you mean {close[0]}? " if close else ""
         return f"{key} is not a key of the configuration; {hint}`--help` lists every key with its type, default and meaning"
-    return f"{message}; `--help` lists every key with its type, default and meaning"
+    return f"{_of_type(message)}; `--help` lists every key with its type, default and meaning"
+
+
+_TYPES = {"int": "a whole number", "float": "a number", "bool": "true or false", "list": "a list of {epochs, lr}"}
+
+
+def _of_type(message: str) -> str:
+    """jsonargparse's remarks on types in our words."""
+    key = r'"([\w.]+)"'
+    inner = re.search(rf"{key}: Problem with given class_path '[\w.]+': (.*)", message)
+    if inner:
+        return f"{inner[1]}: {_of_type(inner[2])}"
+    wrong = re.search(rf"{key}: Expected an? (.+?)\. Got value: (.*)", message)
+    if wrong:
+        choice = re.fullmatch(r"Literal\[(.*)\]", wrong[2])
+        expected = f"one of {choice[1]}" if choice else _TYPES.get(wrong[2], wrong[2])
+        return f"{_name(wrong[1])} is {wrong[3]!r}, expected {expected}"
+    union = re.search(rf"{key}: Does not validate .*Union subtypes .*Given value: (.*)", message)
+    if union:
+        return f"{union[1]} is {union[2]!r}, expected true, false or null"
+    section = re.search(rf"{key}: Unable to load config '(.*?)'", message)
+    if section:
+        return f"{section[1]} is {section[2]!r}, expected a section of keys such as --{section[1]}.KEY VALUE"
+    stray = re.fullmatch(r"unrecognized arguments: ([^-].*)", message)
+    if stray:
+        return f"{stray[1]!r} follows no option; name a configuration with --config FILE"
+    return message.removeprefix("argument ")
+
+
+def _name(key: str) -> str:
+    """A key of the configuration as it is, an option of a command with its dashes."""
+    return key if "." in key or key in {f.name for f in fields(Config)} | {f.name for f in fields(Stage)} else f"--{key}"
 
 
 def load(path: str | Path) -> Config:

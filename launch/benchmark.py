@@ -18,7 +18,9 @@ from statistics import median
 from typing import Any
 
 from dist_vasp.config import Config, make_parser, parse
+from dist_vasp.data.format import Manifest
 from dist_vasp.parallel.comm import init_ranks
+from dist_vasp.parallel.partition import Layout
 from dist_vasp.training.benchmark import LABELS, measure
 from dist_vasp.training.progress import duration
 from dist_vasp.training.run_dir import write_atomically
@@ -49,15 +51,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         _job(config, arguments)
         return
     world_sizes = _world_sizes(arguments.ranks)
-    folder = _output(arguments.output)
-    if not config.data.shards:
-        raise ValueError("data.shards is not set; pass --data.shards with a folder written by `python -m data_tools.shard`")
+    for option, low in (("steps", 1), ("rounds", 1), ("threads", 0), ("users_per_rank", 0)):
+        if arguments[option] < low:
+            raise ValueError(f"--{option} is {arguments[option]}, expected at least {low}; raise it")
     modes = [mode for mode in arguments.modes.split(",") if mode]
     if not modes or not set(modes) <= {"weak", "strong"}:
         raise ValueError(f"--modes is {arguments.modes!r}, expected weak, strong or weak,strong")
-    for name, least in (("steps", 1), ("rounds", 1), ("threads", 0), ("users_per_rank", 0)):
-        if arguments[name] < least:
-            raise ValueError(f"--{name} is {arguments[name]}, expected at least {least}")
+    if not config.data.shards:
+        raise ValueError("data.shards is not set; pass --data.shards with a folder written by `python -m data_tools.shard`")
+    Manifest.load(config.data.shards)
+    for n in world_sizes:
+        Layout.of(n, config.parallel.partitions, config.parallel.replicas)
+    folder = _output(arguments.output)
     threads = arguments.threads or max(1, len(os.sched_getaffinity(0)) // max(world_sizes))
     per_rank = arguments.users_per_rank or config.data.batch_size // max(world_sizes)
 

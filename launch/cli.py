@@ -15,7 +15,9 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from data_tools.cli import one_line
+import torch
+
+from data_tools.cli import Parser, one_line
 from dist_vasp.parallel.comm import AgreedError, LostPeerError, is_initialized, is_lost_peer, leave, lost_rank, shut_down
 from dist_vasp.training.engine import DivergedError
 
@@ -35,7 +37,7 @@ def run(main: Callable[[Sequence[str] | None], int | None]) -> NoReturn:
             traceback.print_exc()
         everywhere = isinstance(error, AgreedError | DivergedError) or not is_initialized()
         if rank == 0 or not everywhere:
-            where = "" if everywhere else f"rank {rank}: "
+            where = "" if everywhere or os.environ.get("WORLD_SIZE", "1") == "1" else f"rank {rank}: "
             print(f"error: {where}{one_line(str(error))}", file=sys.stderr, flush=True)
         failed = "" if everywhere else one_line(str(error))
         if rank != 0:
@@ -44,9 +46,15 @@ def run(main: Callable[[Sequence[str] | None], int | None]) -> NoReturn:
     except Exception as error:
         status = 1
         lost_peer = isinstance(error, RuntimeError) and is_lost_peer(error)
-        if "--debug" in sys.argv or not lost_peer:
+        no_memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+        if "--debug" in sys.argv or not (lost_peer or no_memory):
             traceback.print_exc()
-        if not lost_peer:
+        if no_memory:
+            failed = (
+                f"not enough memory ({one_line(str(error))}); python launch/plan.py says what a rank needs, and on how many it fits"
+            )
+            print(f"error: rank {rank}: {failed}", file=sys.stderr, flush=True)
+        elif not lost_peer:
             failed = f"{type(error).__name__}: {one_line(str(error))}"
             print(f"error: rank {rank}: {failed}", file=sys.stderr, flush=True)
         elif isinstance(error, LostPeerError):
@@ -66,11 +74,10 @@ def run(main: Callable[[Sequence[str] | None], int | None]) -> NoReturn:
     os._exit(status)
 
 
-def make_argument_parser(prog: str, description: str) -> argparse.ArgumentParser:
+def make_argument_parser(prog: str, description: str) -> Parser:
     """A parser with what every launch script without a config takes."""
-    parser = argparse.ArgumentParser(prog=prog, description=description, allow_abbrev=False)
+    parser = Parser(prog=prog, description=description)
     parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto")
     parser.add_argument("--interface", default="", metavar="NAME", help="network interface; default: loopback on one machine")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     return parser

@@ -17,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from data_tools.cli import Parser
 from dist_vasp.compare.config import read_comparison
 from dist_vasp.compare.gather import gather, write_per_user
 from dist_vasp.compare.jobs import Jobs, Stopped
@@ -30,15 +31,12 @@ from launch.cli import run
 
 def main(argv: Sequence[str] | None = None) -> int:
     start = time.monotonic()
-    parser = argparse.ArgumentParser(
-        prog="compare.py", description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="compare.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file of a comparison, such as configs/compare.yaml")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for the runs and the report; the same one goes on")
     parser.add_argument("--shards", metavar="DIR", help="data folder in place of the file's")
     parser.add_argument("--ranks", type=int, default=1, metavar="N", help="ranks of each training and evaluation (default 1)")
     parser.add_argument("--dry_run", action="store_true", help="check the configurations, say what would be trained, and stop")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     argv = list(sys.argv[1:] if argv is None else argv)
     arguments, rest = parser.parse_known_args(argv)
     more = _overrides(rest) | ({"shards": arguments.shards} if arguments.shards else {})

@@ -13,7 +13,7 @@ from dist_vasp.ranking.evaluate import evaluate, model_scorer, popularity_scorer
 from dist_vasp.ranking.load import check_vocabulary, load_model
 from dist_vasp.ranking.per_user import PerUserFile
 from dist_vasp.training.progress import Progress
-from dist_vasp.training.run_dir import write_atomically
+from dist_vasp.training.run_dir import check_file, write_atomically
 from dist_vasp.training.train import summary
 from launch.cli import make_argument_parser, run
 
@@ -37,12 +37,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError("expected either --run RUN_DIR or --baseline popularity; pass one of the two")
     if arguments.baseline and not arguments.shards:
         raise ValueError("--baseline needs data; pass --shards DIR, a folder written by `python -m data_tools.shard`")
-    for option in ("json", "per_user"):
-        path = getattr(arguments, option)
-        if path and not Path(path).parent.is_dir():
-            raise ValueError(f"--{option} {path}: the folder {Path(path).parent} does not exist; create it first")
-    if arguments.per_user and Path(arguments.per_user).suffix != ".parquet":
-        raise ValueError(f"--per_user {arguments.per_user} does not end in .parquet; name a Parquet file")
+    check_file("--json", arguments.json)
+    check_file("--per_user", arguments.per_user, ".parquet")
 
     ranks = init_ranks(device=arguments.device, interface=arguments.interface)
     loaded = load_model(arguments.run, arguments.checkpoint, ranks) if arguments.run else None
@@ -78,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if ranks.is_main:
         print(f"{name} on {arguments.split}: {summary(metrics)}")
         if arguments.json:
-            write_atomically(Path(arguments.json), json.dumps({arguments.split: metrics}, indent=1) + "\n")
+            write_atomically(Path(arguments.json), json.dumps({arguments.split: metrics}, indent=1) + "\n", "name another --json")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from dist_vasp.config import make_parser, parse
 from dist_vasp.data.format import MANIFEST, Manifest
 from dist_vasp.parallel.partition import Layout
 from dist_vasp.plan import Plan, Rates, Sizes, dense_reference_memory, make_plan, smallest_that_fits
+from dist_vasp.training.run_dir import check_file, write_atomically
 from launch.cli import run
 
 
@@ -30,6 +32,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     config, arguments = parse(parser, argv)
     if arguments.ranks < 1:
         raise ValueError(f"--ranks is {arguments.ranks}, expected at least 1")
+    for option in ("items", "items_per_user", "device_memory_gb"):
+        if not 0 <= arguments[option] < math.inf:
+            raise ValueError(f"--{option} is {arguments[option]}, expected 0 or more, and finite; correct it")
+    check_file("--json", arguments.json)
     sizes = _sizes(config.data.shards, arguments["items"], arguments["items_per_user"])
     rates = _rates(arguments.rates)
     layout = Layout.of(arguments.ranks, config.parallel.partitions, config.parallel.replicas)
@@ -63,7 +69,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             "traffic_total",
             "step_seconds",
         )
-        Path(arguments.json).write_text(json.dumps({name: getattr(plan, name) for name in fields}, indent=1) + "\n")
+        text = json.dumps({name: getattr(plan, name) for name in fields}, indent=1) + "\n"
+        write_atomically(Path(arguments.json), text, "name another --json")
 
 
 def describe(plan: Plan, users: int) -> str:

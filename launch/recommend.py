@@ -39,22 +39,27 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError(f"--k is {arguments.k}, expected at least 1")
     if arguments.explain < 0:
         raise ValueError(f"--explain is {arguments.explain}, expected 0 or more past items")
+    if arguments.show < 0:
+        raise ValueError(f"--show is {arguments.show}, expected 0 or more users")
+    output, histories_file = Path(arguments.output), Path(arguments.histories)
+    if output.exists() and histories_file.exists() and output.samefile(histories_file):
+        raise ValueError(f"--output {output} is the file of --histories, which would be lost; choose another name")
     check_output(arguments.output, arguments.overwrite)
 
     ranks = init_ranks(device=arguments.device, interface=arguments.interface)
     loaded = load_model(arguments.run, arguments.checkpoint, ranks)
     model = loaded.config.model
-    if arguments.explain and not model.shallow:
-        raise ValueError("--explain needs the shallow path, which model.kind flvae does not have; leave it out")
     with ExitStack() as stack:
         with agreed(ranks):
+            if arguments.explain and not model.shallow:
+                raise ValueError("--explain needs the shallow path, which model.kind flvae does not have; leave it out")
             histories = stack.enter_context(open_histories(arguments.histories, Path(arguments.output).parent))
         progress, start = Progress("recommending", histories.n_users, "user", show=ranks.is_main), time.monotonic()
         report = recommend_to_file(
             model_scorer(loaded.model, loaded.trunk),
             histories,
             loaded.items,
-            arguments.k,
+            min(arguments.k, len(loaded.items.keys)),
             arguments.output,
             ranks,
             lambda done: progress.update(done, f"{done / (time.monotonic() - start):,.0f} users/s"),

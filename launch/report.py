@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from dist_vasp.data.format import Manifest
 from dist_vasp.ranking.recommender import Recommender
 from dist_vasp.report.gather import Run, read_runs
 from dist_vasp.report.lists import look
@@ -32,6 +33,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if getattr(arguments, name) < low:
             raise ValueError(f"--{name} is {getattr(arguments, name)}, expected at least {low}")
     out = Path(arguments.out or Path(arguments.runs[0]) / "report.html")
+    if arguments.shards:
+        Manifest.load(arguments.shards)  # data that was named must be there; that of a run may have gone
     runs = read_runs(arguments.runs, arguments.benchmark)
     if not out.parent.is_dir():
         raise ValueError(f"--out {out}: the folder {out.parent} does not exist; create it first")

@@ -1,4 +1,7 @@
-"""Lists from an exported model of Gowalla's shape with random weights, on one process: python -m tests.bench_recommender FOLDER
+"""Lists from an exported model on one process: python -m tests.bench_recommender FOLDER [--run RUN --histories FILE.parquet]
+
+With `--run` the model is that run's, exported into FOLDER/model, and the histories are the file's. Without, it is one of Gowalla's
+shape with random weights.
 
 Writes a run of that shape (W alone has 6.7 GB) into FOLDER, a block at a time, exports it, drops the run, and recommends from the
 mapped export: users a second and memory, with the files in the page cache and out of it, by users per pass. Everything is deleted
@@ -16,6 +19,8 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import torch
 
 from data_tools.synthesize import blocks
@@ -96,6 +101,22 @@ def timed(what: str, work, n_users: int = 0):
     return result
 
 
+def of_a_run(arguments: argparse.Namespace) -> None:
+    """Export a trained run and make the lists of a file from the mapped export."""
+    model, table = arguments.folder / "model", pq.read_table(arguments.histories)
+    n_users = pc.count_distinct(table["user"]).as_py()
+    print(f"{torch.get_num_threads()} threads, {n_users:,} users, {len(table):,} interactions; at rest {resident()}")
+    try:
+        timed("export the run", lambda: Recommender.load(arguments.run, verify=False).export(model))
+        forget(model)
+        r = timed("load the export from disk, checksums and numbers", lambda: Recommender.load(model))
+        for again in ("first", "again"):
+            lists = timed(f"recommend, {again}", lambda: r.recommend(table, arguments.k), n_users)
+            print(f"lists: {lists.ids.shape}, {int((lists.ids < 0).sum())} places empty")
+    finally:
+        shutil.rmtree(model, ignore_errors=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
@@ -106,7 +127,12 @@ def main() -> None:
     parser.add_argument("--latent", type=int, default=256)
     parser.add_argument("--k", type=int, default=20)
     parser.add_argument("--users_per_pass", type=int, nargs="+", default=[512, 4096, 16384])
+    parser.add_argument("--run", type=Path, help="a trained run in place of random weights; it is only read")
+    parser.add_argument("--histories", type=Path, help="Parquet with columns user and item; needs --run")
     arguments = parser.parse_args()
+    if arguments.run:
+        of_a_run(arguments)
+        return
     run, model = arguments.folder / "run", arguments.folder / "model"
     table = pa.Table.from_batches(list(blocks(arguments.users, arguments.items, arguments.interactions, 0)))
     print(f"{torch.get_num_threads()} threads; at rest {resident()}")

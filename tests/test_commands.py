@@ -312,7 +312,7 @@ def test_evaluate_and_recommend_exit_with_2_and_one_line(tmp_path):
     assert "expected either --run RUN_DIR or --baseline popularity" in fails("evaluate")
     output = tmp_path / "o.csv"
     line = fails("recommend", "--run", tmp_path, "--histories", "no.csv", "--output", output, "--device", "cpu")
-    assert "is not a checkpoint" in line
+    assert "holds no checkpoint" in line
     assert not output.exists()
 
 
@@ -336,7 +336,7 @@ def refused(call, message: str, *arguments) -> str:
 
 def test_configuration_mistakes(shards, tmp_path, call):
     run_dir = tmp_path / "run"
-    refused(call, r'"model\.hidden": Expected a int.*wide', *training(shards, run_dir, "--model.hidden", "wide"))
+    refused(call, r"model\.hidden is 'wide', expected a whole number", *training(shards, run_dir, "--model.hidden", "wide"))
     refused(
         call, r"parallel\.lanes is 17, expected at most data\.batch_size = 16", *training(shards, run_dir, "--parallel.lanes=17")
     )
@@ -500,7 +500,7 @@ def test_evaluate_mistakes(run, shards, tmp_path, call):
         (["--baseline", "popularity"], "--baseline needs data; pass --shards DIR"),
         (["--baseline", "popularity", "--shards", tmp_path], r"holds no manifest\.json"),
         (["--run", tmp_path / "no"], r"no is not a folder; pass the run\.dir of a training run"),
-        (["--run", tmp_path], "is not a checkpoint; .* holds none"),
+        (["--run", tmp_path], "holds no checkpoint; name the run.dir"),
         (["--run", run, "--checkpoint", "last"], "last is not a checkpoint; .* holds best, best-0.*step-00000009"),
         (["--run", run, "--json", tmp_path / "no" / "o.json"], "the folder .*no does not exist; create it first"),
         (["--run", run, "--shards", tmp_path / "no"], r"no holds no manifest\.json"),

@@ -239,12 +239,12 @@ def test_unknown_key(tmp_path, key, value, meant):
 @pytest.mark.parametrize(
     ("key", "value", "expected"),
     [
-        ("model.hidden", "four", "int"),
-        ("model.hidden", "2.5", "int"),
-        ("data.batch_size", "true", "int"),
-        ("data.halves", "maybe", "bool"),
-        ("model.latent_head", "3", "bool"),
-        ("loss.alpha", "some", "float"),
+        ("model.hidden", "four", "a whole number"),
+        ("model.hidden", "2.5", "a whole number"),
+        ("data.batch_size", "true", "a whole number"),
+        ("data.halves", "maybe", "true, false or null"),
+        ("model.latent_head", "3", "true or false"),
+        ("loss.alpha", "some", "a number"),
         ("loss.gamma", ".nan", ""),
         ("loss.alpha", ".nan", ""),
         ("optimizer.eps", ".nan", ""),
@@ -252,7 +252,7 @@ def test_unknown_key(tmp_path, key, value, meant):
         ("loss.gamma", ".inf", ""),
         ("optimizer.schedule", "[{epochs: 3, lr: .nan}]", ""),
         ("optimizer.schedule", "5", "list"),
-        ("optimizer.schedule", "[{epochs: many, lr: 0.1}]", "int"),
+        ("optimizer.schedule", "[{epochs: many, lr: 0.1}]", "a whole number"),
         ("optimizer.schedule", "[{epochs: 3}]", "lr"),
         ("model.kind", "vase", "'vasp', 'flvae', 'nease'"),
         ("optimizer.name", "sgd", "'nadam', 'adam', 'adamw'"),
@@ -300,7 +300,9 @@ def test_a_section_is_a_section(tmp_path, value):
 def test_a_file_that_is_no_configuration(tmp_path, text):
     file = tmp_path / "mistake.yaml"
     file.write_text(text)
-    with pytest.raises(ValueError, match="--help"):
+    with pytest.raises(
+        ValueError, match=r"mistake\.yaml.*; expected .*configuration|mistake\.yaml holds .*, expected sections with keys"
+    ):
         load(file)
     with pytest.raises(ValueError, match=r"missing\.yaml"):
         load(tmp_path / "missing.yaml")
@@ -383,3 +385,27 @@ def test_unknown_arguments_and_missing_values():
         with pytest.raises(ValueError) as error:
             command_line(*argv)
         assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "model:\n  hidden: 8\n  hidden: 16\n",
+            r"mistake\.yaml: model\.hidden is there twice, in line 2 and in line 3; keep one of them",
+        ),
+        ("model: {hidden: 8}\nloss: {}\nmodel: {latent: 4}\n", r"model is there twice, in line 1 and in line 3"),
+        ("optimizer:\n  schedule:\n  - {epochs: 1, lr: 0.1, epochs: 2}\n", r"optimizer\.schedule\[0\]\.epochs is there twice"),
+    ],
+)
+def test_a_key_that_is_there_twice(tmp_path, text, message):
+    file = tmp_path / "mistake.yaml"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load(file)
+
+
+def test_an_alias_is_not_a_key_that_is_there_twice(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("optimizer:\n  schedule:\n  - &stage {epochs: 1, lr: 0.1}\n  - *stage\n")
+    assert len(load(file).optimizer.schedule) == 2

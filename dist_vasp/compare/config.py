@@ -22,9 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from dist_vasp.config import Config, from_dict
+from dist_vasp.config import Config, from_dict, read_yaml
 
 BASELINES = ("popularity",)
 CLOSED_FORM = ("ease",)  # model.kinds whose result does not depend on run.seed
@@ -114,7 +112,7 @@ def _config_of(model: Model, seed: int, folder: Path) -> Config | None:
 
 def read_comparison(path: str | Path, more: Mapping[str, Any] | None = None) -> Comparison:
     """The comparison in a YAML file; `more` overrides every trained model's keys, and `shards`. ValueError says what does not fit."""
-    raw = _mapping(_read_yaml(path, "the configuration of a comparison"), str(path))
+    raw = _mapping(read_yaml(path, "the configuration of a comparison"), str(path))
     more = dict(more or {})
     _known(raw, ("shards", "reference", "seeds", "models", "overrides"), str(path))
     shards = more.pop("shards", raw.get("shards"))
@@ -158,7 +156,7 @@ def _model(raw: Any, where: str, shards: str, seeds: tuple[int, ...], common: Ma
         return Model(name, (own_seeds or seeds)[:1], None, entry["baseline"], {})
 
     source = entry["config"]
-    sections = _read_yaml(source, "a run's configuration") if isinstance(source, str) else copy.deepcopy(source)
+    sections = read_yaml(source, "a run's configuration") if isinstance(source, str) else copy.deepcopy(source)
     overrides = {**common, **_overrides(entry.get("overrides", {}), f"{where}.overrides"), **_overrides(more, "the command line")}
     sections = _mapping(sections, f"{where}.config")
     try:
@@ -183,14 +181,6 @@ def _with_overrides(sections: dict[str, Any], overrides: Mapping[str, Any]) -> d
             raise ValueError(f"{section} is {inner!r:.80}, expected a section of keys; write `{section}:` with its keys below")
         merged[section] = {**inner, name: value}
     return merged
-
-
-def _read_yaml(path: str | Path, what: str) -> Any:
-    try:
-        return yaml.safe_load(Path(path).read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise ValueError(f"{path} cannot be read ({reason}); expected a YAML file with {what}") from None
 
 
 def _mapping(raw: Any, where: str) -> dict[str, Any]:

@@ -91,10 +91,16 @@ class Ranks:
 
 def launched_world() -> tuple[int, int, int, int]:
     """(rank, world size, local rank, local world size) as deepspeed or torchrun put them in the environment; else one rank."""
-    env = os.environ
-    world, rank = int(env.get("WORLD_SIZE", 1)), int(env.get("RANK", 0))
-    local_world = int(env.get("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", world)))
-    return rank, world, int(env.get("LOCAL_RANK", rank)), local_world
+    world, rank = _number("WORLD_SIZE", 1), _number("RANK", 0)
+    local_world = _number("LOCAL_WORLD_SIZE", _number("LOCAL_SIZE", world))
+    return rank, world, _number("LOCAL_RANK", rank), local_world
+
+
+def _number(variable: str, default: int) -> int:
+    text = os.environ.get(variable, str(default))
+    if not text.isdecimal():
+        raise ValueError(f"{variable} is {text!r} in the environment, expected a whole number; unset it, or start with deepspeed")
+    return int(text)
 
 
 def resolve_device(device: str, local_rank: int) -> torch.device:
@@ -147,7 +153,7 @@ def _join(
         return
     if "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
         raise ValueError(f"WORLD_SIZE is {world_size} but MASTER_ADDR or MASTER_PORT is not set; start with deepspeed or torchrun")
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    address, port = os.environ["MASTER_ADDR"], _number("MASTER_PORT", 0)
     try:
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=start_up))  # torchrun serves the store itself

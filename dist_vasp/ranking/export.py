@@ -94,7 +94,11 @@ def export(
         raise ValueError(f"{output} exists; name another folder, or remove it yourself")
     if not output.parent.is_dir():
         raise ValueError(f"{output}: the folder {output.parent} does not exist; create it first")
-    files = {name: _weights(opened.path / name) for name in sorted(opened.header["files"]) if name.endswith(".safetensors")}
+    files = {
+        name: _weights(opened.path / name, opened.remedy)
+        for name in sorted(opened.header["files"])
+        if name.endswith(".safetensors")
+    }
     needed = sum(4 * t.numel() for tensors in files.values() for t in tensors.values()) + items_file.stat().st_size
     if trunk is not None:
         needed += sum(4 * p.numel() for p in trunk.parameters())
@@ -129,9 +133,9 @@ def export(
     return f"{output}: {opened.header['n_items']:,} items, {needed / 1e6:,.1f} MB, from {opened.path.resolve().name}"
 
 
-def _weights(file: Path) -> dict[str, Tensor]:
+def _weights(file: Path, remedy: str) -> dict[str, Tensor]:
     """The tensors of a checkpoint's file that are weights, mapped."""
-    return {name: t for name, t in map_tensors(file).items() if not name.split("[")[0].endswith(_TRAINING)}
+    return {name: t for name, t in map_tensors(file, remedy).items() if not name.split("[")[0].endswith(_TRAINING)}
 
 
 class _Scoring(nn.Module):

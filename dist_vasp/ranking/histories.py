@@ -268,6 +268,8 @@ def _read(path: Path) -> Iterator[tuple[int, pa.Array, pa.Array]]:
 
 
 def _raw_batches(path: Path) -> Iterable[Any]:
+    if path.is_dir():
+        raise ValueError(f"--histories {path} is a folder; name a CSV or Parquet file")
     if path.suffix == ".parquet":
         with pq.ParquetFile(path, pre_buffer=False) as file:  # buffered, all that was read stays
             _check_names(file.schema_arrow.names, str(path))
@@ -294,7 +296,7 @@ def _readable(path: Path) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError:
-        raise ValueError(f"--histories {path} does not exist") from None
+        raise ValueError(f"--histories {path} does not exist; name a CSV or Parquet file") from None
     except (OSError, pa.ArrowException) as error:
         text = " ".join(str(error).split())
         raise ValueError(f"{path} cannot be read ({text}); expected a CSV or Parquet file with columns user and item") from None

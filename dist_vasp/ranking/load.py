@@ -80,7 +80,7 @@ def check_size(opened: Checkpoint, config: Config) -> None:
     if described > stored:
         raise ValueError(
             f"{opened.path / opened.header_name} describes a model of {described:,} bytes, its files hold {stored:,}; "
-            "use another checkpoint of the run"
+            f"{opened.remedy}"
         )
 
 
@@ -90,9 +90,7 @@ def load_trunk(trunk: Trunk, opened: Checkpoint) -> None:
     with torch.no_grad():
         for name, p in trunk.named_parameters():
             if name not in tensors or tensors[name].shape != p.shape:
-                raise ValueError(
-                    f"{opened.path / checkpoints.TRUNK} has no {name} of shape {tuple(p.shape)}; use another checkpoint"
-                )
+                raise ValueError(f"{opened.path / checkpoints.TRUNK} has no {name} of shape {tuple(p.shape)}; {opened.remedy}")
             p.copy_(tensors[name])
 
 

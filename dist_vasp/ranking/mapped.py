@@ -60,14 +60,14 @@ class MappedFile:
             self._scattered = scattered
 
 
-def map_tensors(file: Path) -> dict[str, Tensor]:
-    """Every tensor of a safetensors file as a read-only view of its pages; ValueError where it cannot be one."""
-    return map_file(file).tensors
+def map_tensors(file: Path, remedy: str = "fetch it again") -> dict[str, Tensor]:
+    """Every tensor of a safetensors file as a read-only view of its pages; ValueError, which ends in `remedy`, where it cannot be one."""
+    return map_file(file, remedy).tensors
 
 
-def map_file(file: Path) -> MappedFile:
+def map_file(file: Path, remedy: str) -> MappedFile:
     """`map_tensors`, with the mapping they look into."""
-    with checkpoints.readable(file):
+    with checkpoints.readable(file, remedy):
         # The library holds the header against the file's length. Its torch views map privately, which counts as memory that is
         # promised: the kernel would refuse a file larger than the machine's.
         with safe_open(file, framework="numpy"):
@@ -169,12 +169,13 @@ def map_model(opened: Checkpoint, config: Config) -> MappedModel:
     parts = []
     for index, name in enumerate(files):
         part = ItemPartition(n_items, len(files), index)
-        mapped = map_file(opened.path / name)
+        mapped = map_file(opened.path / name, opened.remedy)
         if name != checkpoints.items_file(index, len(files)):
-            raise ValueError(f"{opened.path} holds {', '.join(files)}, expected one file for each partition")
-        parts.append(_make_part(opened.path / name, part, config.model, mapped, deep, shallow))
+            raise ValueError(f"{opened.path} holds {', '.join(files)}, expected one file for each partition; {opened.remedy}")
+        with checkpoints.readable(opened.path / name, opened.remedy):
+            parts.append(_make_part(opened.path / name, part, config.model, mapped, deep, shallow))
     if not parts:
-        raise ValueError(f"{opened.path} lists no items file; use another checkpoint")
+        raise ValueError(f"{opened.path} lists no items file; {opened.remedy}")
     return MappedModel(config.model, config.loss, n_items, parts, trunk)
 
 
@@ -184,9 +185,7 @@ def _make_part(file: Path, part: ItemPartition, model: ModelConfig, mapped: Mapp
     def take(name: str, lo: int, hi: int, *shape: int) -> Tensor:
         tensor = tensors.get(f"{name}[{lo}:{hi}]")
         if tensor is None or tuple(tensor.shape) != shape:
-            raise ValueError(
-                f"{file} has no {name}[{lo}:{hi}] of shape {shape}; use another checkpoint of the run, or export again"
-            )
+            raise ValueError(f"{file} has no {name}[{lo}:{hi}] of shape {shape}")
         return tensor
 
     place, alone, J = (_NOWHERE, torch.float32), Group(1, 0), part.size
@@ -210,9 +209,7 @@ def _stored_blocks(file: Path, part: ItemPartition, tensors: dict[str, Tensor]) 
     blocks = sorted((lo, hi) for name, lo, hi in map(checkpoints.parse_piece, tensors) if name == "output.nease.weight")
     ends = [part.start] + [hi for _, hi in blocks]
     if [lo for lo, _ in blocks] != ends[:-1] or ends[-1] != part.stop or any(lo >= hi for lo, hi in blocks):
-        raise ValueError(
-            f"{file} does not hold output.nease.weight for all items {part.start} to {part.stop - 1} once; use another checkpoint"
-        )
+        raise ValueError(f"{file} does not hold output.nease.weight for all items {part.start} to {part.stop - 1} once")
     return blocks
 
 
@@ -220,10 +217,10 @@ def _map_trunk(opened: Checkpoint, config: Config) -> Trunk:
     trunk = make_trunk(config.model, config.run.seed)
     assert trunk is not None
     if checkpoints.TRUNK not in opened.header["files"]:
-        raise ValueError(f"{opened.path} lists no {checkpoints.TRUNK}; use another checkpoint of the run, or export again")
-    tensors = map_tensors(opened.path / checkpoints.TRUNK)
+        raise ValueError(f"{opened.path} lists no {checkpoints.TRUNK}; {opened.remedy}")
+    tensors = map_tensors(opened.path / checkpoints.TRUNK, opened.remedy)
     for name, p in trunk.named_parameters():
         if name not in tensors or tensors[name].shape != p.shape:
-            raise ValueError(f"{opened.path / checkpoints.TRUNK} has no {name} of shape {tuple(p.shape)}; use another checkpoint")
+            raise ValueError(f"{opened.path / checkpoints.TRUNK} has no {name} of shape {tuple(p.shape)}; {opened.remedy}")
         p.data = tensors[name]
     return trunk.eval().requires_grad_(False)

@@ -337,11 +337,11 @@ class Recommender:
             return None
         allowed = np.ones(self.n_items, bool)
         if restrict_to is not None:
-            rows = self._find(list(restrict_to), "restrict_to")
+            rows = self._find(_listed(restrict_to, "restrict_to"), "restrict_to")
             allowed[:] = False
             allowed[rows[rows >= 0]] = True
         if filter_items is not None:
-            rows = self._find(list(filter_items), "filter_items")
+            rows = self._find(_listed(filter_items, "filter_items"), "filter_items")
             allowed[rows[rows >= 0]] = False
         if not allowed.any():
             raise ValueError("filter_items and restrict_to leave no item that the model knows; pass other ids")
@@ -361,6 +361,12 @@ class Recommender:
         for part, R_JH in decoders:
             for lo, hi in part.blocks(_ROWS_AT_ONCE):
                 yield lo, torch.cosine_similarity(R_JH[lo - part.start : hi - part.start], wanted[None], dim=1)
+
+
+def _listed(ids: Any, name: str) -> list[Any]:
+    if isinstance(ids, str | bytes | dict) or not isinstance(ids, Iterable):
+        raise ValueError(f"{name} is {ids!r:.50}, expected a list of ids; pass [id] for one")
+    return list(ids)
 
 
 def _check_count(name: str, value: Any) -> None:

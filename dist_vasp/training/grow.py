@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import torch
 
 from dist_vasp import checkpoint as checkpoints
-from dist_vasp.config import from_dict
+from dist_vasp.config import ModelConfig, from_dict
 from dist_vasp.data.format import ITEMS_FILE, Manifest, load_items, read_items_file
 from dist_vasp.model.item_layers import ItemSlice
 from dist_vasp.parallel.comm import agreed
@@ -24,19 +24,25 @@ from dist_vasp.training.optimizer import MOMENTS
 _SIZES = ("kind", "hidden", "latent", "encoder_layers", "decoder_layers", "latent_head")
 
 
+def open_source(run: str, ours: ModelConfig) -> checkpoints.Checkpoint:
+    """The best (else newest) checkpoint of `run`; ValueError where there is none, or one of another model."""
+    if not Path(run).is_dir():
+        raise ValueError(f"--init_from {run} is not a folder; name the run.dir of a training run")
+    opened = checkpoints.open_checkpoint(checkpoints.find(Path(run) / "checkpoints"))
+    theirs = from_dict(opened.header["config"]).model
+    different = [
+        f"model.{k} is {getattr(ours, k)!r}, there {getattr(theirs, k)!r}" for k in _SIZES if getattr(ours, k) != getattr(theirs, k)
+    ]
+    if different:
+        raise ValueError(f"--init_from {run}: {'; '.join(different)}; a run can only start from one of the same model")
+    return opened
+
+
 def initialise_from(trainer: Trainer, run: str, shards: str) -> None:
     """Copy the best (else newest) weights of `run` into `trainer`; AgreedError where the models differ in shape or files are bad."""
     ranks = trainer.ranks
     with agreed(ranks):
-        opened = checkpoints.open_checkpoint(checkpoints.find(Path(run) / "checkpoints"))
-        theirs, ours = from_dict(opened.header["config"]).model, trainer.config.model
-        different = [
-            f"model.{k} is {getattr(ours, k)!r}, there {getattr(theirs, k)!r}"
-            for k in _SIZES
-            if getattr(ours, k) != getattr(theirs, k)
-        ]
-        if different:
-            raise ValueError(f"--init_from {run}: {'; '.join(different)}; a run can only start from one of the same model")
+        opened = open_source(run, trainer.config.model)
         old_items = read_items_file(Path(run) / ITEMS_FILE, opened.header["n_items"], opened.header["vocabulary_sha256"])
         new_items = load_items(shards, Manifest.load(shards))
     checkpoints.verify(opened, ranks)
@@ -64,7 +70,7 @@ def initialise_from(trainer: Trainer, run: str, shards: str) -> None:
         fresh = trainer.trunk.tensors(moments=True)
         lacking = [name for name in fresh if name not in tensors and not name.endswith(MOMENTS)]
         if lacking:
-            raise ValueError(f"{opened.path / checkpoints.TRUNK} has no {lacking[0]}; use another checkpoint")
+            raise ValueError(f"{opened.path / checkpoints.TRUNK} has no {lacking[0]}; {opened.remedy}")
         trainer.trunk.load({name: tensors.get(name, fresh[name]) for name in fresh})
 
 

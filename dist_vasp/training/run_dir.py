@@ -96,14 +96,24 @@ class RunDir:
 
 
 @contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def _writing(path: Path, remedy: str = "free some space or move run.dir; earlier checkpoints are good") -> Iterator[None]:
     """A full or failing disk becomes an error that the user can mend."""
     try:
         yield
     except OSError as error:
-        raise ValueError(
-            f"{path} could not be written ({error.strerror or error}); free some space or move run.dir; earlier checkpoints are good"
-        ) from None
+        raise ValueError(f"{path} could not be written ({error.strerror or error}); {remedy}") from None
+
+
+def check_file(option: str, path: str | None, suffix: str = "") -> None:
+    """ValueError unless an output file may be written at `path`, where one is asked for."""
+    if not path:
+        return
+    if suffix and Path(path).suffix != suffix:
+        raise ValueError(f"{option} {path} does not end in {suffix}; name such a file")
+    if not Path(path).parent.is_dir():
+        raise ValueError(f"{option} {path}: the folder {Path(path).parent} does not exist; create it first")
+    if Path(path).is_dir():
+        raise ValueError(f"{option} {path} is a folder; name a file")
 
 
 def check_shared(folder: str | Path, ranks: Ranks) -> None:
@@ -133,9 +143,9 @@ def check_shared(folder: str | Path, ranks: Ranks) -> None:
             token.unlink(missing_ok=True)
 
 
-def write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str, remedy: str = "free some space or move run.dir; earlier checkpoints are good") -> None:
     temporary = path.with_name(f".{path.name}.tmp")
-    with _writing(path):
+    with _writing(path, remedy):
         with open(temporary, "w") as handle:
             handle.write(text)
             handle.flush()

@@ -8,18 +8,20 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from dist_vasp import checkpoint as checkpoints
 from dist_vasp.config import Config
 from dist_vasp.data.format import SPLITS, Manifest, read_shard
 from dist_vasp.data.stream import Batch, TrainStream
-from dist_vasp.parallel.comm import Ranks, agreed, all_gather_keys, any_rank
+from dist_vasp.parallel.comm import Ranks, agreed, all_gather_keys, any_rank, launched_world
 from dist_vasp.ranking.evaluate import Scorer, evaluate, model_scorer
 from dist_vasp.ranking.load import load_model
 from dist_vasp.ranking.metrics import RankingMetrics
 from dist_vasp.training.engine import DivergedError, Trainer
 from dist_vasp.training.environment import Memory, describe
 from dist_vasp.training.fit_ease import start_from_ease
-from dist_vasp.training.grow import initialise_from
+from dist_vasp.training.grow import initialise_from, open_source
 from dist_vasp.training.progress import Progress
 from dist_vasp.training.run_dir import RunDir, check_shared, write_atomically
 from dist_vasp.training.state import RunState, Saver, resume, total_steps
@@ -42,6 +44,9 @@ def train(config: Config, ranks: Ranks, init_from: str | None = None) -> dict[st
     check_shards(config.data.shards, stream.manifest, ranks)
     run_dir: RunDir | None = None
     with agreed(ranks):
+        check_memory(config, stream.n_items, ranks)
+        if init_from:
+            open_source(init_from, config.model)
         run_dir = RunDir(config.run.dir) if ranks.is_main else None
         if run_dir:
             services(run_dir.folder, config)  # a missing library is said now
@@ -182,11 +187,26 @@ def check_shards(folder: str | Path, manifest: Manifest, ranks: Ranks) -> None:
         progress.close()
 
 
+def check_memory(config: Config, n_items: int, ranks: Ranks) -> None:
+    """ValueError where the bare fp32 weights of this machine's ranks exceed its memory: `launch/plan.py` estimates the rest."""
+    if ranks.device.type != "cpu":
+        return
+    m, owned = config.model, -(-n_items // ranks.layout.partitions)
+    needed = 4 * (m.item_parameters(n_items, owned) + m.trunk_parameters()) * launched_world()[3]
+    there = psutil.virtual_memory().total
+    if needed > there:
+        raise ValueError(
+            f"the weights of model.hidden {m.hidden} and model.latent {m.latent} on {n_items:,} items take {needed / 1e9:,.0f} GB on this "
+            f"machine, which has {there / 1e9:,.0f} GB; lower them or start more machines, python launch/plan.py says how many"
+        )
+
+
 def dry_run(config: Config, ranks: Ranks) -> str:
     """Check config and shards as `train` does, and say what would be trained; nothing is built or written."""
     stream = open_stream(config, ranks)
     check_shards(config.data.shards, stream.manifest, ranks)
     with agreed(ranks):
+        check_memory(config, stream.n_items, ranks)
         if ranks.is_main:
             services(Path(config.run.dir), config)
     m, n_items, layout = config.model, stream.n_items, ranks.layout
