@@ -14,7 +14,7 @@ import signal
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -224,7 +224,7 @@ class TrainStream:
             padded_rows=per_user * int(users.reshape(self.world_size, -1).sum(axis=1).max()),
         )
 
-    def batches(self, start: int, stop: int, workers: int) -> Iterator[Batch]:
+    def batches(self, start: int, stop: int, workers: int) -> Generator[Batch, None, None]:
         """The batches of the global steps start to stop, in order, read ahead by `workers` processes (0: none).
 
         Workers start now, with nothing decoded, and live as long as the iterator: ask once for a whole run, not per epoch, and
@@ -286,7 +286,7 @@ def _as_it_is(item: Any) -> Any:
     return item
 
 
-def _raising(items: Iterator[Batch | ValueError]) -> Iterator[Batch]:
+def _raising(items: Iterator[Batch | ValueError]) -> Generator[Batch, None, None]:
     for item in items:
         if isinstance(item, ValueError):
             raise item

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,11 @@ def train(config: Config, ranks: Ranks, init_from: str | None = None) -> dict[st
     None when a signal stopped the run: it is saved then, and the same call goes on. Raises AgreedError for what a user can
     mend, DivergedError when the loss is no longer finite.
     """
+    with ExitStack() as workers:  # the loader's end with the run, however it ends
+        return _train(config, ranks, init_from, workers)
+
+
+def _train(config: Config, ranks: Ranks, init_from: str | None, workers: ExitStack) -> dict[str, Any] | None:
     # Check everything that is cheap to check.
     stop = StopRequest()
     stream = open_stream(config, ranks)
@@ -54,7 +60,8 @@ def train(config: Config, ranks: Ranks, init_from: str | None = None) -> dict[st
     folder = Path(config.run.dir) / "checkpoints"
     last = total_steps(config, stream.steps_per_epoch)
     first = checkpoints.newest_step(folder)
-    batches = stream.batches(first, last, config.data.workers)  # its workers start before there are weights to inherit
+    # The loader's workers start before there are weights to inherit.
+    batches = workers.enter_context(closing(stream.batches(first, last, config.data.workers)))
 
     # Build the model; go on from the newest checkpoint if there is one.
     trainer = Trainer(config, stream.n_items, ranks)
@@ -66,7 +73,8 @@ def train(config: Config, ranks: Ranks, init_from: str | None = None) -> dict[st
         if init_from:
             initialise_from(trainer, init_from, config.data.shards)
     if state.step != first:
-        batches = stream.batches(state.step, last, config.data.workers)  # somebody has renamed the checkpoint
+        # Somebody has renamed the checkpoint.
+        batches = workers.enter_context(closing(stream.batches(state.step, last, config.data.workers)))
     environment, memory, moved = describe(ranks), Memory(ranks.device), sum(ranks.bytes_moved().values())
     if run_dir:
         checkpoints.prune(folder, config.run.keep)
