@@ -212,7 +212,7 @@ def test_what_cannot_work_is_refused(shards, ease_run, tmp_path, call):  # noqa:
     call(main, *arguments(shards, tmp_path / "vasp", ease_run))
     with pytest.raises(ValueError, match=r"is a run of model\.kind vasp, expected ease; --init_from starts from others"):
         call(main, *arguments(shards, tmp_path / "x", tmp_path / "vasp"))
-    with pytest.raises(ValueError, match=r"nowhere/checkpoints holds none"):
+    with pytest.raises(ValueError, match=r"nowhere holds no checkpoint"):
         call(main, *arguments(shards, tmp_path / "y", tmp_path / "nowhere"))
     write_folder(tmp_path / "other", tastes(50, 0), held_out(20, 1), n_items=N_ITEMS + 1)
     with pytest.raises(ValueError, match=r"was computed on 60 items .* data\.shards lists 61 .* compute ease on these shards"):

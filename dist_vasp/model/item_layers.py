@@ -156,7 +156,8 @@ class OutputSide:
         self.heads = [Head(name, zeros(part.size, width), zeros(part.size)) for name, width in widths.items()]
         # W is stored block by block: a bag over a contiguous (I, C) table stays in cache.
         self.W_IC = [zeros(part.n_items, hi - lo) for lo, hi in self.blocks] if shallow else []
-        names = [name.removeprefix("output.") for name in widths] + (["nease"] if shallow else [])
+        in_loss = shallow and nease != "apart"
+        names = [name.removeprefix("output.") for name in widths] + (["nease"] if in_loss else [])
         self.statistics = PathStatistics(names, device)
 
     def zero_diagonal(self) -> None:
