@@ -134,7 +134,8 @@ def make_plan(config: Config, sizes: Sizes, partitions: int, replicas: int, rate
         "output: statistics of rows": FLOAT * others * micro * G * stats * passes,
         "replicas: item gradients": FLOAT * 2 * (replicas - 1) / replicas * n_trained * (passes if micro == 1 else 1),
         "trunk under ZeRO": FLOAT * deep * (world - 1) / world * n_trunk * ZERO_MESSAGES[p.zero_stage],
-        "loss and norm": 40 * 2 * (world - 1) / world,
+        # five words in float64, and three of each path of the loss
+        "loss, norm and statistics": 8 * (5 + 3 * (n_paths - (shallow and m.nease == "apart"))) * 2 * (world - 1) / world,
     }
 
     # Arithmetic of one rank in one step: three products per weight and row (forward, two backward).

@@ -73,7 +73,7 @@ def allowed(importer: str, name: str) -> bool:
     if within(name, "data_tools"):
         return within(importer, "launch")
     if name in NARROW:  # the floor of a step, the dry run of the closed form and the doctor are the plan's arithmetic
-        users = ("training.floor", "training.benchmark", "training.closed_form", "doctor.job")
+        users = ("training.floor", "training.benchmark", "training.closed_form", "training.fit_ease", "doctor.job")
         return within(importer, "launch") or importer.removeprefix("dist_vasp.") in users
     return level(name) == 0 or level(name) <= level(importer)
 
