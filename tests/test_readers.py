@@ -173,7 +173,7 @@ def test_parquet_strings(tmp_path, kind):
         (pa.array([1, None]), "row 2: the item id is missing"),
         (pa.array(["a", None]), "row 2: the item id is missing"),
         (pa.array(["a", ""]), "row 2: the item id is missing"),
-        (pa.array([1.0, 2.0]), "column 'item' is of type double; expected integers or strings"),
+        (pa.array([1.0, 2.0]), "column 'item' is of type double, expected integers or strings"),
         (pa.array([True, False]), "column 'item' is of type bool"),
     ],
 )

@@ -108,10 +108,9 @@ def test_impossible_sizes(tmp_path, capsys, arguments, message):
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "x"])
-def test_bad_numbers_are_refused_by_the_parser(tmp_path, value):
-    with pytest.raises(SystemExit) as stop:
-        synthesize.main([str(tmp_path / "x.parquet"), "--users", value, "--items", "4", "--interactions", "8"])
-    assert stop.value.code == 2
+def test_bad_numbers_are_refused_by_the_parser(tmp_path, value, capsys):
+    assert synthesize.main([str(tmp_path / "x.parquet"), "--users", value, "--items", "4", "--interactions", "8"]) == 2
+    assert capsys.readouterr().err.startswith(f"error: --users: '{value}' is not an integer of at least 1")
 
 
 def test_an_existing_file_is_kept(tmp_path, capsys):
