@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from data_tools.cli import Parser
 from dist_vasp.ranking.recommender import Recommender
 from dist_vasp.training.progress import Progress
-from launch.cli import run
+from launch.cli import make_argument_parser, run
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = Parser(prog="export.py", description=__doc__)
+    parser = make_argument_parser("export.py", __doc__ or "")
     parser.add_argument("--run", metavar="RUN_DIR", required=True, help="folder of a training run")
     parser.add_argument("--checkpoint", metavar="NAME", help="a folder under RUN_DIR/checkpoints; default: best, else the newest")
     parser.add_argument("--output", metavar="DIR", required=True, help="folder to write; it must not exist")

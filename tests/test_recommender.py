@@ -418,7 +418,7 @@ def test_damage_is_found(runs, tmp_path):
         with pytest.raises(ValueError, match=message):
             Recommender.load(copy)
         (copy / name).unlink()
-        with pytest.raises(ValueError, match=r"cannot be read|is not a checkpoint"):
+        with pytest.raises(ValueError, match=r"cannot be read|holds no checkpoint"):
             Recommender.load(copy)
         shutil.rmtree(copy)
     header = json.loads((tmp_path / "model" / "export.json").read_text())
@@ -488,7 +488,7 @@ def test_mistakes_are_readable(runs, tmp_path):
         (lambda: r.explain([4, 5], 1000), r"no item of the history is known to the model; there is nothing to explain"),
         (lambda: r.explain([], 1000), r"no item of the history is known"),
         (lambda: Recommender.load(tmp_path / "no"), r"no is not a folder; pass the run\.dir"),
-        (lambda: Recommender.load(tmp_path), r"is not a checkpoint; .* holds none"),
+        (lambda: Recommender.load(tmp_path), r"holds no checkpoint; name the run.dir"),
         (lambda: Recommender.load(path, "step-9"), r"step-9 is not a checkpoint; .* holds best"),
     ):
         with pytest.raises(ValueError, match=message) as error:
