@@ -204,7 +204,7 @@ def test_mistakes_are_named(tmp_path, changes, message):
 
 def test_not_yaml(tmp_path):
     (tmp_path / "c.yaml").write_text("models: [")
-    with pytest.raises(ValueError, match=r"c\.yaml cannot be read .*expected a YAML file with the configuration of a comparison"):
+    with pytest.raises(ValueError, match=r"c\.yaml, line 1 is not YAML .*expected the configuration of a comparison"):
         read_comparison(tmp_path / "c.yaml")
 
 

@@ -37,7 +37,7 @@ def commands(folder):
 
 
 def _listing(folder: Path) -> dict[Path, int]:
-    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
 
 
 def _matches(message: str, pattern: str) -> bool:
