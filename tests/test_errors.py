@@ -37,7 +37,8 @@ def commands(folder):
 
 
 def _listing(folder: Path) -> dict[Path, int]:
-    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+    """What lies there, and since when; who owns an existing run is noted in its .lock before anything is compared."""
+    return {p: 0 if p.name == ".lock" else p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
 
 
 def _matches(message: str, pattern: str) -> bool:
