@@ -296,20 +296,23 @@ def find(folder: Path, name: str | None = None) -> Path:
 
 def open_checkpoint(path: Path) -> Checkpoint:
     """Read the header; ValueError if it is damaged or of another version."""
+    return Checkpoint(path, read_header(path / HEADER, FORMAT_VERSION, _check_header, "use another checkpoint of the run"))
+
+
+def read_header(file: Path, version: int, check: Callable[[dict[str, Any]], None], remedy: str) -> dict[str, Any]:
+    """The JSON of `file`, which `check` and its own checksum found in order; ValueError if it is damaged or of another version."""
     try:
-        header = json.loads((path / HEADER).read_text())
-        version = header["format_version"]
-        if version == FORMAT_VERSION:
-            _check_header(header)
+        header = json.loads(file.read_text())
+        found = header["format_version"]
+        if found == version:
+            check(header)
             if header["header_sha256"] != header_sha256(header):
                 raise ValueError("header_sha256 is not that of its content")
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path / HEADER} is damaged ({error!r}); use another checkpoint of the run") from None
-    if version != FORMAT_VERSION:
-        raise ValueError(
-            f"{path / HEADER} has format_version {version}, this version reads {FORMAT_VERSION}; use the version that wrote it"
-        )
-    return Checkpoint(path, header)
+        raise ValueError(f"{file} is damaged ({error!r}); {remedy}") from None
+    if found != version:
+        raise ValueError(f"{file} has format_version {found}, this version reads {version}; use the version that wrote it")
+    return header
 
 
 def _check_header(header: dict[str, Any]) -> None:

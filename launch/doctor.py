@@ -21,8 +21,8 @@ try:
     from dist_vasp.doctor.machine import check_machine
     from dist_vasp.doctor.roundtrip import judge, measure, start_here
     from dist_vasp.parallel.comm import Ranks, all_gather_bytes, init_ranks, launched_world, threads_per_rank
-    from dist_vasp.training.progress import Progress
-    from dist_vasp.training.run_dir import write_atomically
+    from dist_vasp.training.progress import counting
+    from dist_vasp.training.run_dir import check_file, write_atomically
     from launch.cli import run
 except ImportError as missing:
     print(f"error    imports  {missing}\n         -> pip install -c constraints.txt -e .", file=sys.stderr)
@@ -45,8 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     config, arguments = parse(parser, argv)
     if arguments.ranks < 0:
         raise ValueError(f"--ranks is {arguments.ranks}, expected at least 1")
-    if arguments.json not in ("", "-") and not Path(arguments.json).parent.is_dir():
-        raise ValueError(f"--json {arguments.json}: the folder {Path(arguments.json).parent} does not exist; create it first")
+    if arguments.json != "-":
+        check_file("--json", arguments.json)
     if arguments.shards:
         config = Config(**{**vars(config), "data": type(config.data)(**{**vars(config.data), "shards": arguments.shards})})
     if arguments.round_trip:
@@ -72,17 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _job(config: Config, n: int, here: int, checksums: bool) -> list[Finding]:
-    progress: Progress | None = None
-
-    def show(done: int, total: int) -> None:
-        nonlocal progress
-        progress = progress or Progress("checking shards", total, "shard", brief=True)
-        progress.update(done)
-
-    found = list(check_job(config, n, here, checksums, show))
-    if progress:
-        progress.close()
-    return found
+    with counting("checking shards", "shard") as show:
+        return list(check_job(config, n, here, checksums, show))
 
 
 def _of_all_hosts(findings: list[Finding], ranks: Ranks) -> list[Finding]:

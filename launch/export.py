@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dist_vasp.ranking.recommender import Recommender
-from dist_vasp.training.progress import Progress
+from dist_vasp.training.progress import counting
 from launch.cli import make_argument_parser, run
 
 
@@ -19,16 +19,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     arguments = parser.parse_args(argv)
     recommender = Recommender.load(arguments.run, arguments.checkpoint)
-    progress: Progress | None = None
-
-    def show(done: int, total: int) -> None:
-        nonlocal progress
-        progress = progress or Progress("exporting", total // 1_000_000, "MB", brief=True)
-        progress.update(done // 1_000_000)
-
-    text = recommender.export(arguments.output, arguments.trunk, show)
-    if progress:
-        progress.close()
+    with counting("exporting", "MB", per=1_000_000) as show:
+        text = recommender.export(arguments.output, arguments.trunk, show)
     print(text)
 
 

@@ -12,8 +12,8 @@ from dist_vasp.ranking.recommender import Recommender
 from dist_vasp.report.gather import Run, read_runs
 from dist_vasp.report.lists import look
 from dist_vasp.report.page import Looked, page
-from dist_vasp.training.progress import Progress
-from dist_vasp.training.run_dir import write_atomically
+from dist_vasp.training.progress import counting
+from dist_vasp.training.run_dir import check_file, write_atomically
 from launch.cli import make_argument_parser, run
 
 
@@ -36,8 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.shards:
         Manifest.load(arguments.shards)  # data that was named must be there; that of a run may have gone
     runs = read_runs(arguments.runs, arguments.benchmark)
-    if not out.parent.is_dir():
-        raise ValueError(f"--out {out}: the folder {out.parent} does not exist; create it first")
+    check_file("--out", str(out))
     looked = [_look(one, arguments.shards, arguments.users, arguments.samples, arguments.k) for one in runs]
     date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
     write_atomically(out, page(runs, looked, date))
@@ -51,21 +50,13 @@ def _look(one: Run, shards: str | None, n_users: int, n_samples: int, k: int) ->
         return Looked()
     if not folder or not Path(folder).is_dir():
         return Looked(why_not=f"The data folder {folder or ''} is not at hand, so there are no lists here; --shards DIR names it.")
-    progress: Progress | None = None
-
-    def show(done: int, total: int) -> None:
-        nonlocal progress
-        progress = progress or Progress(f"lists of {one.name}", total, "user", brief=True)
-        progress.update(done)
-
     try:
-        popularity, samples = look(Recommender.load(one.folder), folder, n_users, n_samples, k, show)
+        with counting(f"lists of {one.name}", "user") as show:
+            popularity, samples = look(Recommender.load(one.folder), folder, n_users, n_samples, k, show)
     except ValueError as error:
         if shards:
             raise
         return Looked(why_not=f"No lists: {error}.")
-    if progress:
-        progress.close()
     return Looked(popularity, samples)
 
 

@@ -60,6 +60,12 @@ class Commands:
         self._server.stdin.close()
         self._server.wait(30)
 
+    def succeed(self, *lines: str) -> None:
+        """Run lines that have to work."""
+        for line in lines:
+            done = self.run(line)
+            assert done.status == 0, f"{line}: {done.status}\n{done.out}{done.err}"
+
     def __enter__(self) -> Commands:
         return self
 

@@ -85,14 +85,12 @@ def prepared(tmp_path_factory) -> Path:
         small["run"] |= {"max_steps": 3}
         path.write_text(yaml.safe_dump(small))
     with Commands(folder) as commands:
-        for line in (
+        commands.succeed(
             "python -m data_tools.synthesize demo/interactions.parquet --users 300 --items 400 --interactions 20000",
             "python -m data_tools.shard demo/interactions.parquet demo/shards --val_users 20 --test_users 40",
             "python launch/train.py --config configs/demo.yaml",
             "python launch/export.py --run demo/run --output model",
-        ):
-            done = commands.run(line)
-            assert done.status == 0, f"{line}\n{done.out}{done.err}"
+        )
     pa_csv.write_csv(pq.read_table(folder / "demo" / "interactions.parquet"), folder / "interactions.csv")
     shutil.copytree(folder / "demo" / "shards", folder / "data" / "mine")
     shutil.copytree(folder / "demo" / "run", folder / "runs" / "mine", symlinks=True)

@@ -197,11 +197,15 @@ def held_out(n_users: int, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
     return pairs
 
 
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("ease") / "shards"
+def write_shards(path: Path) -> Path:
+    """The data folder of these users' tastes."""
     write_folder(path, tastes(400, 0), held_out(150, 1), held_out(60, 2), n_items=N_ITEMS)
     return path
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> Path:
+    return write_shards(tmp_path_factory.mktemp("ease") / "shards")
 
 
 def arguments(shards: Path, run_dir: Path, *more: str) -> list[str]:

@@ -21,7 +21,7 @@ from tests.make_shards import write_folder
 from tests.partitioned import SMALL, gathered
 from tests.ranks import run_ranks
 from tests.test_commands import call, succeeds  # noqa: F401 - call is a fixture
-from tests.test_ease import N_ITEMS, columns_of, dense, held_out, oracle, tastes, train_matrix
+from tests.test_ease import N_ITEMS, columns_of, dense, held_out, oracle, tastes, train_matrix, write_shards
 from tests.test_engine import LR, STEPS, _batch, _noise, _rows, _state, _whole
 from tests.test_faults import tensors
 from tests.test_recommend import alone
@@ -146,9 +146,7 @@ def edlae(share: float, value: float) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("from_ease") / "shards"
-    write_folder(path, tastes(400, 0), held_out(150, 1), held_out(60, 2), n_items=N_ITEMS)
-    return path
+    return write_shards(tmp_path_factory.mktemp("from_ease") / "shards")
 
 
 @pytest.fixture(scope="module")

@@ -40,8 +40,7 @@ def check_job(
         if config.parallel.lanes % ranks and not config.model.linear:
             raise ValueError(f"parallel.lanes is {config.parallel.lanes}, which is no multiple of {ranks} ranks; choose one")
     except ValueError as raised:
-        text, _, do = str(raised).rpartition("; ")
-        yield error("layout", text, do)
+        yield error("layout", *_two(str(raised)))
         layout = None
     if layout:
         yield ok("layout", f"{layout.partitions} partitions x {layout.replicas} replicas")
@@ -135,5 +134,5 @@ def _disk(config: Config, n_items: int) -> Finding:
 
 def _two(text: str) -> tuple[str, str]:
     """A message of ours, which says what is wrong and, after the last semicolon, what to do."""
-    said, _, do = text.partition("; ")
-    return said, do
+    said, _, do = text.rpartition("; ")
+    return (said, do) if said else (text, "")

@@ -100,14 +100,11 @@ class ElementwiseLoss:
     def _entries(self, lp: LogProbability, weight: Tensor, positive: bool, stats: Tensor | None) -> tuple[Tensor, list[Tensor]]:
         """The loss of each entry, and its weighted gradient by each path."""
         loss, slope_p, slope_q = self.slopes(lp.log_p, lp.log_q, positive, stats)
-        grads = []
+        odds, grads = lp.log_p - lp.log_q, []
         for log_complement in lp.log_complements:
-            grad = torch.zeros_like(loss)
-            if slope_p is not None:
-                grad = grad + torch.exp(log_complement) * slope_p
-            if slope_q is not None:
-                grad = grad - torch.exp(lp.log_p - lp.log_q + log_complement) * slope_q
-            grads.append(grad * weight)
+            by_p = torch.exp(log_complement) * slope_p if slope_p is not None else 0.0
+            by_q = torch.exp(odds + log_complement) * slope_q if slope_q is not None else 0.0
+            grads.append((by_p - by_q) * weight)
         return loss, grads
 
 

@@ -78,7 +78,8 @@ class Ranks:
         return self.rank == 0
 
     def bytes_moved(self) -> dict[str, int]:
-        """Bytes this rank has put on the wire so far, by collective, in all its groups; the trunk engine's own only where somebody counts them."""
+        """Bytes this rank has put on the wire so far, by collective, in all its groups; the trunk engine's own only where somebody
+        counts them."""
         moved: dict[str, int] = {}
         for group in (self.world, self.partition_group, self.replica_group):
             for name, n_bytes in group.bytes_moved.items():

@@ -6,6 +6,8 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from dist_vasp.training.tracking import numbers
+
 
 class Board:
     """An event file in `folder`; events of steps after `after_step`, of a future that is undone, are no longer shown.
@@ -20,9 +22,8 @@ class Board:
         self._events = SummaryWriter(str(folder), purge_step=after_step + 1)
 
     def add(self, prefix: str, line: dict[str, Any]) -> None:
-        for name, value in line.items():
-            if isinstance(value, int | float) and name not in ("step", "epoch"):
-                self._events.add_scalar(f"{prefix}/{name}", value, line["step"])
+        for name, value in numbers(prefix, line).items():
+            self._events.add_scalar(name, value, line["step"])
 
     def close(self) -> None:
         self._events.flush()  # closing alone would not tell of a failed write

@@ -264,7 +264,8 @@ class Trainer:
         self._squared_norm += self._apply(parameter, first, self._over_replicas(grad))
 
     def _apply(self, parameter: Tensor, first: int, grad: Tensor) -> Tensor:
-        """Update the rows of an item matrix from `first` on; W is first drawn to where it started. Returns the gradient's squared norm."""
+        """Update the rows of an item matrix from `first` on; W is first drawn to where it started. Returns the gradient's squared
+        norm."""
         optimizer = self.item_optimizers[self._item_dim[parameter]]
         start = self._start_of.get(parameter)
         if start is not None:

@@ -78,7 +78,8 @@ class InPlaceAdam(torch.optim.Optimizer):
     def update(self, parameter: Tensor, first: int, grad: Tensor) -> Tensor:
         """Update the rows of `parameter` from `first` on with their gradient, in the step that `begin_step` opened.
 
-        Returns the squared norm of the gradient as it was used, a scalar: it passes through the registers anyway. A lean matrix whose vectors are its columns wants all of its rows at once.
+        Returns the squared norm of the gradient as it was used, a scalar: it passes through the registers anyway. A lean matrix whose
+        vectors are its columns wants all of its rows at once.
         """
         rows, state = slice(first, first + len(grad)), self.state[parameter]
         moments = {name: state[name][rows] if len(state[name]) == len(parameter) else state[name] for name in MOMENTS}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from tqdm import tqdm
 
@@ -49,6 +51,23 @@ class Progress:
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
+
+
+@contextmanager
+def counting(what: str, unit: str, per: int = 1) -> Iterator[Callable[[int, int], None]]:
+    """A callback (done, in all) for brief work whose size is known when it begins; `per` of what it counts make a `unit`."""
+    progress: Progress | None = None
+
+    def show(done: int, total: int) -> None:
+        nonlocal progress
+        progress = progress or Progress(what, total // per, unit, brief=True)
+        progress.update(done // per)
+
+    try:
+        yield show
+    finally:
+        if progress:
+            progress.close()
 
 
 def duration(seconds: float) -> str:

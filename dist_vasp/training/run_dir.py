@@ -23,6 +23,7 @@ from dist_vasp.parallel.comm import Ranks, agreed, all_gather_bytes
 from dist_vasp.training.board import Board
 from dist_vasp.training.tracking import Tracking
 
+_REMEDY = "free some space or move run.dir; earlier checkpoints are good"
 _SHARED_WITHIN_S = 5.0  # a network filesystem may show a new file late
 
 
@@ -96,7 +97,7 @@ class RunDir:
 
 
 @contextmanager
-def _writing(path: Path, remedy: str = "free some space or move run.dir; earlier checkpoints are good") -> Iterator[None]:
+def _writing(path: Path, remedy: str = _REMEDY) -> Iterator[None]:
     """A full or failing disk becomes an error that the user can mend."""
     try:
         yield
@@ -143,7 +144,7 @@ def check_shared(folder: str | Path, ranks: Ranks) -> None:
             token.unlink(missing_ok=True)
 
 
-def write_atomically(path: Path, text: str, remedy: str = "free some space or move run.dir; earlier checkpoints are good") -> None:
+def write_atomically(path: Path, text: str, remedy: str = _REMEDY) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     with _writing(path, remedy):
         with open(temporary, "w") as handle:

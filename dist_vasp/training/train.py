@@ -74,6 +74,7 @@ def _train(config: Config, ranks: Ranks, init_from: str | None, workers: ExitSta
             initialise_from(trainer, init_from, config.data.shards)
     if state.step != first:
         # Somebody has renamed the checkpoint.
+        batches.close()
         batches = workers.enter_context(closing(stream.batches(state.step, last, config.data.workers)))
     environment, memory, moved = describe(ranks), Memory(ranks.device), sum(ranks.bytes_moved().values())
     if run_dir:
