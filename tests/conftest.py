@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import faulthandler
+import multiprocessing
+import threading
 from pathlib import Path
 
 import pytest
@@ -29,3 +32,18 @@ def pytest_terminal_summary(terminalreporter, config):
     reports = [r for kind in ("passed", "failed", "skipped") for r in terminalreporter.stats.get(kind, []) if "data" in r.keywords]
     ran = sum(r.when == "call" for r in reports)
     terminalreporter.write_line(f"real-data tests: {ran} ran, {len({r.nodeid for r in reports}) - ran} skipped")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session):
+    """Nothing that a test started is still at work, or the interpreter would wait for it at its end, perhaps for ever."""
+    left = [str(process) for process in multiprocessing.active_children()]
+    left += [str(t) for t in threading.enumerate() if not t.daemon and t is not threading.main_thread()]
+    if left:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        print(f"\nleft running by the tests: {'; '.join(left)}")
+
+
+def pytest_unconfigure(config):
+    """Whatever else could hold the interpreter back: where it stands, and an end."""
+    faulthandler.dump_traceback_later(60, exit=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
+import subprocess
+import sys
 from collections import Counter
 
 import numpy as np
@@ -238,6 +240,18 @@ def test_closing_the_iterator_ends_its_workers(folders):
     next(batches)
     batches.close()
     assert not any(w.is_alive() for w in workers)
+
+
+def test_python_ends_while_an_iterator_lives(folders):
+    """Its workers ignore SIGTERM, except from the process that they read ahead for."""
+    lines = [
+        "from dist_vasp.data.stream import TrainStream",
+        f"batches = TrainStream({str(folders / '16')!r}, **{OPTIONS!r}).batches(0, 1000, 2)",
+        "print(next(batches).n_users)",
+    ]
+    ended = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert int(ended.stdout) > 0
 
 
 def test_rows_take_slice_and_concatenate():

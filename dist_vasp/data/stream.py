@@ -12,7 +12,6 @@ from __future__ import annotations
 import os
 import signal
 import threading
-import time
 from collections import OrderedDict
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
@@ -294,20 +293,22 @@ def _raising(items: Iterator[Batch | ValueError]) -> Generator[Batch, None, None
 
 
 def _start_worker(rank_process: int, worker: int) -> None:
-    # Signals reach every process of the group; only the rank decides what to do. A worker ends with its rank.
+    # Signals reach every process of the group; only the rank decides what to do. A worker ends with its rank, or when told by it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # of the threads to come too: it waits for the one that asks
     threading.Thread(target=_end_with, args=(rank_process,), daemon=True).start()
 
 
 def _end_with(rank_process: int) -> None:
-    """End this worker when its rank is gone, however it went.
+    """End this worker when its rank is gone, however it went, or sends SIGTERM, as Python does to whatever lives at its exit.
 
     torch's own watch leaves a worker for ever in the flush of a queue that nobody reads, and with it what it inherited: the
     lock on run.dir, and the connections by whose end the other ranks learn that this one is gone.
     """
     while os.getppid() == rank_process:
-        time.sleep(_ORPHAN_CHECK_S)
+        told = signal.sigtimedwait({signal.SIGTERM}, _ORPHAN_CHECK_S)
+        if told is not None and told.si_pid == rank_process:
+            os._exit(0)
     os._exit(1)
 
 
