@@ -38,7 +38,8 @@ def pytest_terminal_summary(terminalreporter, config):
 def pytest_sessionfinish(session):
     """Nothing that a test started is still at work, or the interpreter would wait for it at its end, perhaps for ever."""
     left = [str(process) for process in multiprocessing.active_children()]
-    left += [str(t) for t in threading.enumerate() if not t.daemon and t is not threading.main_thread()]
+    threads = [t for t in threading.enumerate() if not t.daemon and t is not threading.main_thread()]
+    left += [str(t) for t in threads if not t.name.startswith("ThreadPoolExecutor")]  # the compiler's: told to end at the exit
     if left:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
         print(f"\nleft running by the tests: {'; '.join(left)}")

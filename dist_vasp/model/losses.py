@@ -1,14 +1,13 @@
 """Losses of one block of item columns and their gradients in closed form: elementwise, no collectives.
 
-A model's prediction is a product of sigmoids, one per path: p = prod_k sigmoid(l_k), and q = 1 - p. Both are kept as
-logarithms, so every logit gives a finite loss and gradient:
+A model's prediction is a product of sigmoids, one per path: p = prod_k s_k with s_k = sigmoid(l_k), and q = 1 - p. With
+u_k = exp(-|l_k|), the one exponential that a path costs, both are made of positive terms only, so no digits are lost:
 
-    log p = sum_k log sigmoid(l_k)
-    log q = log(1 - p), built path by path: 1 - s*t = (1 - s) + s*(1 - t), a sum of positive terms
+    log p = sum_k min(l_k, 0) - log(prod_k (1 + u_k))          q = (1 - s_1) + s_1 (1 - s_2) + s_1 s_2 (1 - s_3)
 
 A loss is a function of (log p, log q); with its two slopes S_p = dL/d(log p) and S_q = dL/d(log q),
 
-    dL/dl_k = S_p * (1 - sigmoid(l_k)) - S_q * p/q * (1 - sigmoid(l_k))
+    dL/dl_k = (1 - sigmoid(l_k)) * (S_p - S_q * p/q) = (1 - sigmoid(l_k))/q * (q * S_p - p * S_q)
 
 Focal loss: Lin et al. 2017 (arXiv 1708.02002), as used by VASP (arXiv 2102.05774), section 3.1. Multinomial: Liang et
 al. 2018 (arXiv 1802.05814), equation 2. Cosine: VASP, section 3.2.
@@ -20,6 +19,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -31,27 +31,38 @@ Positions = tuple[Tensor, Tensor]  # rows (E,), columns (E,) of the ones of a bl
 
 
 @dataclass
-class LogProbability:
-    """log p and log q of a product of sigmoids, and log(1 - sigmoid) of each path; all (G, C)."""
+class Probability:
+    """p and q = 1 - p of a product of sigmoids, their logarithms, and (1 - sigmoid) / q of each path; all (G, C)."""
 
+    p: Tensor
+    q: Tensor
     log_p: Tensor
     log_q: Tensor
-    log_complements: list[Tensor]
+    shares: list[Tensor]
 
 
-def log_probability(logits: list[Tensor]) -> LogProbability:
-    """log p, log(1 - p) and each path's log(1 - sigmoid), exact for p near 0 and near 1."""
-    log_p = logsigmoid(logits[0])
-    complements = [log_p - logits[0]]
-    log_q = complements[0]
-    for logit in logits[1:]:
-        log_s = logsigmoid(logit)
-        complements.append(log_s - logit)
-        log_q = torch.logaddexp(log_q, log_p + complements[-1])
-        log_p = log_p + log_s
-    # Where p is small, log(1 - p) is near 0 and the sum above has lost its digits.
-    log_q = torch.where(log_p < -math.log(2), torch.log1p(-torch.exp(log_p)), log_q)
-    return LogProbability(log_p, log_q, complements)
+def probability(logits: list[Tensor]) -> Probability:
+    """Of a product of sigmoids, exact for p near 0 and near 1 and finite for every logit.
+
+    Where all logits are so large that q would underflow (above 61 in float32), they are lowered together for q and the shares: q is
+    then proportional to the sum of their u_k. What is 1e-26 of the whole counts as nothing there.
+    """
+    shift = (reduce(torch.minimum, logits) + 0.7 * math.log(torch.finfo(logits[0].dtype).tiny)).clamp(min=0)
+    nothing = torch.zeros_like(shift)
+    below, spread, q, p, misses = nothing, nothing, nothing, nothing + 1, []
+    for logit in logits:
+        u = torch.exp(shift - logit.abs())
+        larger = 1 / (1 + u)
+        smaller = u * larger
+        hit, miss = torch.where(logit > 0, larger, smaller), torch.where(logit > 0, smaller, larger)
+        misses.append(miss)
+        below = below + logit.clamp(max=0)
+        spread = spread + u + spread * u  # prod (1 + u_k) - 1
+        q, p = q + p * miss, p * hit
+    certain, over_q = shift > 0, 1 / q
+    log_p = below - torch.log1p(torch.where(certain, 0.0, spread))
+    log_q = torch.where(p < 0.5, torch.log1p(-p), torch.log(q)) - shift
+    return Probability(p, torch.where(certain, 0.0, q), log_p, log_q, [miss * over_q for miss in misses])
 
 
 def sum_log_sigmoid(logits: list[Tensor]) -> Tensor:
@@ -65,47 +76,30 @@ def sum_log_sigmoid(logits: list[Tensor]) -> Tensor:
 class ElementwiseLoss:
     """A loss that is a sum over items of a function of (log p, log q, y)."""
 
-    def slopes(
-        self, log_p: Tensor, log_q: Tensor, positive: bool, stats: Tensor | None
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """(L, S_p, S_q) where y is 1 (`positive`) or 0; None stands for a slope that is zero everywhere."""
+    def slopes(self, of: Probability, is_one: Tensor, stats: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """(L, S_p, S_q) of every entry; `is_one` says where y is 1."""
         raise TypeError(f"{type(self).__name__} does not define its slopes")  # pragma: no cover
 
     def fuse(self, fuse: Fuse) -> None:
         """Have the pass over a whole block compiled."""
-        self.zeros = fuse(self.zeros)  # type: ignore[method-assign]
+        self.entries = fuse(self.entries)  # type: ignore[method-assign]
 
     def block(
         self, logits: list[Tensor], ones: Positions, weight_G: Tensor, stats: Tensor | None = None
     ) -> tuple[Tensor, list[Tensor]]:
-        """The block's weighted loss (scalar) and its gradient with respect to each path's logits, (G, C) each.
-
-        All entries are taken as y = 0 first; the few ones are then put in at their positions.
-        """
-        rows, columns = ones
+        """The block's weighted loss (scalar) and its gradient with respect to each path's logits, (G, C) each."""
         is_one = torch.zeros(logits[0].shape, dtype=torch.bool, device=weight_G.device)
-        is_one[rows, columns] = True
-        loss_G, grads = self.zeros(logits, is_one, weight_G[:, None], None if stats is None else stats[:, None])
-        at_ones, weight_E = log_probability([l[ones] for l in logits]), weight_G[rows]
-        loss_E, grads_E = self._entries(at_ones, weight_E, True, None if stats is None else stats[rows])
-        for grad, grad_E in zip(grads, grads_E, strict=True):
-            grad[rows, columns] = grad_E
-        return weight_G @ loss_G + weight_E @ loss_E, grads
+        is_one[ones] = True
+        weight_GC = weight_G[:, None].expand_as(is_one).contiguous()  # of one number a row the compiler makes several loops
+        loss, grads = self.entries(logits, is_one, weight_GC, None if stats is None else stats[:, None])
+        return weight_G @ loss.sum(dim=1), grads
 
-    def zeros(self, logits: list[Tensor], is_one: Tensor, weight: Tensor, stats: Tensor | None) -> tuple[Tensor, list[Tensor]]:
-        """Each row's loss over the entries with y = 0, (G,); the weighted gradient (G, C) by each path as if every y were 0."""
-        loss, grads = self._entries(log_probability(logits), weight, False, stats)
-        return torch.where(is_one, 0.0, loss).sum(dim=1), grads
-
-    def _entries(self, lp: LogProbability, weight: Tensor, positive: bool, stats: Tensor | None) -> tuple[Tensor, list[Tensor]]:
-        """The loss of each entry, and its weighted gradient by each path."""
-        loss, slope_p, slope_q = self.slopes(lp.log_p, lp.log_q, positive, stats)
-        odds, grads = lp.log_p - lp.log_q, []
-        for log_complement in lp.log_complements:
-            by_p = torch.exp(log_complement) * slope_p if slope_p is not None else 0.0
-            by_q = torch.exp(odds + log_complement) * slope_q if slope_q is not None else 0.0
-            grads.append((by_p - by_q) * weight)
-        return loss, grads
+    def entries(self, logits: list[Tensor], is_one: Tensor, weight: Tensor, stats: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+        """The loss of every entry, and its weighted gradient by each path, (G, C) each."""
+        of = probability(logits)
+        loss, slope_p, slope_q = self.slopes(of, is_one, stats)
+        common = (of.q * slope_p - of.p * slope_q) * weight
+        return loss, [share * common for share in of.shares]
 
 
 @dataclass
@@ -115,30 +109,31 @@ class FocalLoss(ElementwiseLoss):
     alpha: float = 0.25
     gamma: float = 2.0
 
-    def slopes(self, log_p, log_q, positive, stats):
-        log_hit, log_miss, alpha = (log_p, log_q, self.alpha) if positive else (log_q, log_p, 1 - self.alpha)
-        modulator = -alpha * torch.exp(self.gamma * log_miss)
+    def slopes(self, of, is_one, stats):
+        log_hit = torch.where(is_one, of.log_p, of.log_q)
+        power = torch.where(is_one, of.q, of.p) ** self.gamma
+        modulator = torch.where(is_one, -self.alpha * power, (self.alpha - 1) * power)
         loss = modulator * log_hit
         slope_miss = self.gamma * loss
-        return (loss, modulator, slope_miss) if positive else (loss, slope_miss, modulator)
+        return loss, torch.where(is_one, modulator, slope_miss), torch.where(is_one, slope_miss, modulator)
 
 
 @dataclass
 class BinaryCrossEntropy(ElementwiseLoss):
     """y=1: -log p;  y=0: -log q."""
 
-    def slopes(self, log_p, log_q, positive, stats):
-        minus = torch.full_like(log_p, -1.0)
-        return (-log_p, minus, None) if positive else (-log_q, None, minus)
+    def slopes(self, of, is_one, stats):
+        y = is_one.to(of.p.dtype)
+        return -torch.where(is_one, of.log_p, of.log_q), -y, y - 1
 
 
 @dataclass
 class SquaredError(ElementwiseLoss):
     """(y - p)^2."""
 
-    def slopes(self, log_p, log_q, positive, stats):
-        loss = torch.exp(2 * (log_q if positive else log_p))
-        return (loss, None, 2 * loss) if positive else (loss, 2 * loss, None)
+    def slopes(self, of, is_one, stats):
+        loss = torch.where(is_one, of.q, of.p) ** 2
+        return loss, torch.where(is_one, 0.0, 2 * loss), torch.where(is_one, 2 * loss, 0.0)
 
 
 @dataclass
@@ -167,13 +162,12 @@ class CosineLoss(ElementwiseLoss):
         tiny = torch.finfo(stats.dtype).tiny
         return stats[..., 1].clamp(min=tiny).sqrt() * stats[..., 2].clamp(min=1).sqrt()
 
-    def slopes(self, log_p, log_q, positive, stats):
-        p, norms = torch.exp(log_p), self._norms(stats)
+    def slopes(self, of, is_one, stats):
+        p, norms = of.p, self._norms(stats)
         # one division after the other: |p|^3 would underflow where every p is below 1e-15
         pull = stats[..., 0] / norms / stats[..., 1].clamp(min=torch.finfo(stats.dtype).tiny)
-        if not positive:
-            return torch.zeros_like(p), p * p * pull, None
-        return torch.zeros_like(p), p * (p * pull - 1 / norms), None
+        nothing = torch.zeros_like(p)
+        return nothing, p * (p * pull - torch.where(is_one, 1 / norms, 0.0)), nothing
 
 
 @dataclass

@@ -26,6 +26,7 @@ from dist_vasp.parallel.kernels import Fuse, plain
 
 CPU_CHUNK = 1 << 16  # elements; parameter, gradient, two moments and two temporaries of it fit a core's cache
 FUSED_CHUNK = 1 << 22  # what a compiled call costs, some 75 us, is little beside it
+SMALL = 1 << 14  # elements, as of a bias: for these it is not
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 SCALARS = ("step", "mu_product")
@@ -63,16 +64,15 @@ class InPlaceAdam(torch.optim.Optimizer):
         """Update every parameter from its `.grad`."""
         assert closure is None
         for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    state = self.ensure_state(p)
-                    self._apply(p, p.grad, state, self._advance(state, group["lr"]))
+            with_grad = [p for p in group["params"] if p.grad is not None]
+            by = self._advance(with_grad, group["lr"]) if with_grad else None
+            for p in with_grad:
+                self._apply(p, p.grad, self.state[p], by)  # type: ignore[arg-type]
 
     def begin_step(self) -> None:
         """Count a step for every parameter at once; `update` then takes their gradients piece by piece."""
         for group in self.param_groups:
-            for p in group["params"]:
-                self._factors = self._advance(self.ensure_state(p), group["lr"])
+            self._factors = self._advance(group["params"], group["lr"])
 
     @torch.no_grad()
     def update(self, parameter: Tensor, first: int, grad: Tensor) -> Tensor:
@@ -112,17 +112,18 @@ class InPlaceAdam(torch.optim.Optimizer):
                 value.zero_()
             state["mu_product"].fill_(1.0)
 
-    def _advance(self, state: dict, lr: float) -> Factors:
-        """Count a step in `state`; what the step multiplies gradient, momentum and weights by."""
-        c = self.config
-        state["step"] += 1
-        t = float(state["step"])
-        of_grad, of_momentum = 0.0, lr / (1 - c.beta1**t)
+    def _advance(self, params: list[Tensor], lr: float) -> Factors:
+        """Count a step in the state of each; what the step, one for all of them, multiplies gradient, momentum and weights by."""
+        c, states = self.config, [self.ensure_state(p) for p in params]
+        t = float(states[0]["step"]) + 1
+        of_grad, of_momentum, mu = 0.0, lr / (1 - c.beta1**t), 1.0
         if c.name == "nadam":
             mu, mu_next = (c.beta1 * (1 - 0.5 * 0.96 ** (s * c.momentum_decay)) for s in (t, t + 1))
-            state["mu_product"] *= mu
-            product = float(state["mu_product"])
+            product = float(states[0]["mu_product"]) * mu
             of_grad, of_momentum = lr * (1 - mu) / (1 - product), lr * mu_next / (1 - product * mu_next)
+        for state in states:
+            state["step"] += 1
+            state["mu_product"] *= mu
         numbers = (of_grad, of_momentum, (1 - c.beta2**t) ** -0.5, 1 - lr * c.weight_decay)
         return Factors(*torch.tensor(numbers, dtype=torch.float64).unbind())
 
@@ -130,8 +131,9 @@ class InPlaceAdam(torch.optim.Optimizer):
         m, v = (state[name] for name in MOMENTS)
         squared_norm = grad.new_zeros(())
         if v.shape == p.shape:
+            update = self._all if p.numel() > SMALL else self._update_all
             for p_n, g_n, m_n, v_n in zip(*(x.view(-1).split(self._chunk(p)) for x in (p, grad, m, v)), strict=True):
-                squared_norm += self._all(p_n, self._scaled(g_n), m_n, v_n, by)
+                squared_norm += update(p_n, self._scaled(g_n), m_n, v_n, by)
         else:
             denom = self._lean_denom(grad, v, by).expand_as(p)
             rows = max(1, self._chunk(p) // p.shape[1])
