@@ -64,10 +64,13 @@ class InPlaceAdam(torch.optim.Optimizer):
         """Update every parameter from its `.grad`."""
         assert closure is None
         for group in self.param_groups:
-            with_grad = [p for p in group["params"] if p.grad is not None]
-            by = self._advance(with_grad, group["lr"]) if with_grad else None
-            for p in with_grad:
-                self._apply(p, p.grad, self.state[p], by)  # type: ignore[arg-type]
+            params = [p for p in group["params"] if p.grad is not None]
+            if params:
+                by = self._advance(params, group["lr"])
+                self._apply_together([p for p in params if self._is_small(p)], by)
+                for p in params:
+                    if not self._is_small(p):
+                        self._apply(p, p.grad, self.state[p], by)  # type: ignore[arg-type]
 
     def begin_step(self) -> None:
         """Count a step for every parameter at once; `update` then takes their gradients piece by piece."""
@@ -140,6 +143,21 @@ class InPlaceAdam(torch.optim.Optimizer):
             for p_n, g_n, m_n, denom_n in zip(*(x.split(rows) for x in (p, grad, m, denom)), strict=True):
                 squared_norm += self._weights(p_n, self._scaled(g_n), m_n, denom_n, by)
         return squared_norm
+
+    def _is_small(self, p: Tensor) -> bool:
+        return p.numel() <= SMALL and self.state[p]["exp_avg_sq"].shape == p.shape
+
+    def _apply_together(self, params: list[Tensor], by: Factors) -> None:
+        """Update small parameters, such as biases, as if they were one: what a call costs is more than what it does."""
+        if not params:
+            return
+        moments = [[self.state[p][name].view(-1) for p in params] for name in MOMENTS]
+        parts = [[p.view(-1) for p in params], *moments]
+        p_n, m_n, v_n = (torch.cat(part) for part in parts)
+        grad_n = torch.cat([p.grad.reshape(-1) for p in params])  # type: ignore[union-attr]
+        self._update_all(p_n, self._scaled(grad_n), m_n, v_n, by)
+        for part, updated_n in zip(parts, (p_n, m_n, v_n), strict=True):
+            torch._foreach_copy_(part, list(updated_n.split([len(x) for x in part])))
 
     def _lean_denom(self, grad: Tensor, v: Tensor, by: Factors) -> Tensor:
         """Update the one second moment per row (n, 1) or per column (1, n); the denominator of its shape."""

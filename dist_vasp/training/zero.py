@@ -58,6 +58,8 @@ class ZeroTrunk:
             },
             dist_init_required=False,
         )
+        if self.stage == 0 and ranks.world_size == 1:
+            self._engine.enable_backward_allreduce = False  # it would copy every gradient into a bucket and out again
 
     def __call__(self, pre_BH: Tensor, noise_BL: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         return self._engine(pre_BH, noise_BL)
