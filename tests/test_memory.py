@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dist_vasp.config import Config, DataConfig, ModelConfig, OptimizerConfig, ParallelConfig, RunConfig, Stage
+from dist_vasp.model.vasp import VASP
 from dist_vasp.parallel.comm import Ranks
 from tests.make_shards import write_folder
 from tests.ranks import run_ranks
@@ -234,6 +237,29 @@ def test_no_rank_ever_holds_a_whole_catalogue(folder, tmp_path, world_size):
         # the record is worth something: the shares themselves are seen, and so is the gradient's block
         blocks = {(N_ITEMS, COLUMNS), ((rank + 1) * N_ITEMS // world_size - rank * N_ITEMS // world_size, H)}
         assert blocks <= {shape for shape, _ in recorded["start"]} and (N_ITEMS, COLUMNS) in {s for s, _ in recorded["step"]}
+
+
+def _alive_at_the_end(ranks: Ranks, config: Config) -> list[str]:
+    """The kinds of what a training still holds when its best checkpoint is loaded for the result."""
+    from dist_vasp.training import train
+    from dist_vasp.training.optimizer import InPlaceAdam
+
+    alive: list[str] = []
+
+    def final_result(*_) -> None:
+        held = (train.Trainer, InPlaceAdam, VASP)
+        alive.extend(type(thing).__name__ for thing in gc.get_objects() if isinstance(thing, held))
+
+    train.final_result = final_result  # type: ignore[assignment]
+    train.train(config, ranks)
+    return alive
+
+
+@pytest.mark.parametrize("stage", range(3))  # at stage 3 DeepSpeed keeps this rank's share of the trunk
+def test_no_model_is_left_beside_that_of_the_result(folder, tmp_path, stage):
+    run = RunConfig(dir=str(tmp_path / "run"), max_steps=2)
+    config = replace(_config(folder, stage), run=run)
+    assert run_ranks(_alive_at_the_end, 2, config) == [[], []]
 
 
 def test_the_record_sees_a_whole_matrix():

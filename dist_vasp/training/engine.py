@@ -147,6 +147,11 @@ class Trainer:
             with self.trunk.evaluating() as trunk:
                 yield trunk
 
+    def close(self) -> None:
+        """No step comes after this: what the trainer holds is free with the last reference to it."""
+        if self.trunk:
+            self.trunk.close()
+
     # --- state -------------------------------------------------------------------------------------------------------
 
     def item_pieces(self, moments: bool) -> list[ItemSlice]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -134,7 +135,9 @@ def _train(config: Config, ranks: Ranks, init_from: str | None, workers: ExitSta
     # Evaluate the best checkpoint and write the result.
     result = None
     if state.step == last and not state.evaluation_due:
+        trainer.close()
         del trainer, saver
+        gc.collect()  # the optimizers are part of cycles: their matrices would stay beside those of the best checkpoint
         result = final_result(config, ranks, state.seconds, last / stream.steps_per_epoch, interrupted)
     if run_dir and result:
         run_dir.write_result(result)

@@ -77,6 +77,10 @@ class ZeroTrunk:
         """End a micro-batch; the last one of a step updates the parameters."""
         self._engine.step()
 
+    def close(self) -> None:
+        """Take DeepSpeed's hooks off the parameters: they hold engine, optimizer and moments."""
+        self._engine.destroy()
+
     def squared_norm(self) -> float:
         """Of the whole trunk's gradient, between the last backward of a step and the update."""
         zero = self._engine.optimizer
