@@ -104,6 +104,7 @@ def timed(what: str, work, n_users: int = 0):
 def of_a_run(arguments: argparse.Namespace) -> None:
     """Export a trained run and make the lists of a file from the mapped export."""
     model, table = arguments.folder / "model", pq.read_table(arguments.histories)
+    arguments.folder.mkdir(parents=True, exist_ok=True)
     n_users = pc.count_distinct(table["user"]).as_py()
     print(f"{torch.get_num_threads()} threads, {n_users:,} users, {len(table):,} interactions; at rest {resident()}")
     try:
