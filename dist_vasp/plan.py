@@ -102,10 +102,10 @@ def make_plan(config: Config, sizes: Sizes, partitions: int, replicas: int, rate
     trunk_share = 1 if p.zero_stage == 0 else world
     master = FLOAT * n_trunk / world if p.zero_stage else 0
     held = n_trunk / world if p.zero_stage == 3 else n_trunk
-    # a block: five (G, C) temporaries a path while the loss is taken (the allocator's events, uncompiled); then the gradient of
-    # each path and that of some rows of W (lean: of all rows, and what their update makes)
+    # a block: of (G, C) logits, misses and shares of each path and 14 others while the loss is taken uncompiled; then the gradient
+    # of each path and that of some rows of W (lean: of all rows, and what their update makes)
     of_weights = GRADIENT_ROWS if o.item_state == "full" else 2 * sizes.n_items
-    one_block = FLOAT * C * max(5 * G * n_paths, G * n_paths + of_weights * shallow)
+    one_block = FLOAT * C * max(G * (3 * n_paths + 14), G * n_paths + of_weights * shallow)
     # stages 1 and up copy gradients into one flat bucket and keep their own share of its average
     trunk_gradients = FLOAT * (n_trunk + n_trunk / world * (p.zero_stage > 0))
     memory = {
