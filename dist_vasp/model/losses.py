@@ -44,10 +44,10 @@ class Probability:
 def probability(logits: list[Tensor]) -> Probability:
     """Of a product of sigmoids, exact for p near 0 and near 1 and finite for every logit.
 
-    Where all logits are so large that q would underflow (above 61 in float32), they are lowered together for q and the shares: q is
-    then proportional to the sum of their u_k. What is 1e-26 of the whole counts as nothing there.
+    Where all logits are so large that 1 + u_k is 1 (above 17 in float32), q is the sum of the u_k: all are then taken exp(shift) times
+    too large, so that none is lost to underflow, and q and log p are scaled back.
     """
-    shift = (reduce(torch.minimum, logits) + 0.7 * math.log(torch.finfo(logits[0].dtype).tiny)).clamp(min=0)
+    shift = (reduce(torch.minimum, logits) + math.log(torch.finfo(logits[0].dtype).eps / 4)).clamp(min=0)
     nothing = torch.zeros_like(shift)
     below, spread, q, p, misses = nothing, nothing, nothing, nothing + 1, []
     for logit in logits:
@@ -59,10 +59,10 @@ def probability(logits: list[Tensor]) -> Probability:
         below = below + logit.clamp(max=0)
         spread = spread + u + spread * u  # prod (1 + u_k) - 1
         q, p = q + p * miss, p * hit
-    certain, over_q = shift > 0, 1 / q
-    log_p = below - torch.log1p(torch.where(certain, 0.0, spread))
+    scale, over_q = torch.exp(-shift), 1 / q
+    log_p = below - torch.log1p(spread * scale)
     log_q = torch.where(p < 0.5, torch.log1p(-p), torch.log(q)) - shift
-    return Probability(p, torch.where(certain, 0.0, q), log_p, log_q, [miss * over_q for miss in misses])
+    return Probability(p, q * scale, log_p, log_q, [miss * over_q for miss in misses])
 
 
 def sum_log_sigmoid(logits: list[Tensor]) -> Tensor:
