@@ -9,8 +9,9 @@ from pathlib import Path
 
 from dist_vasp.data.format import Manifest, load_items
 from dist_vasp.parallel.comm import agreed, init_ranks
-from dist_vasp.ranking.evaluate import evaluate, model_scorer, popularity_scorer
-from dist_vasp.ranking.load import check_vocabulary, load_model
+from dist_vasp.ranking.ensemble import load_ranker
+from dist_vasp.ranking.evaluate import evaluate, popularity_scorer
+from dist_vasp.ranking.load import check_vocabulary
 from dist_vasp.ranking.per_user import PerUserFile
 from dist_vasp.training.progress import Progress
 from dist_vasp.training.run_dir import check_file, write_atomically
@@ -20,7 +21,7 @@ from launch.cli import make_argument_parser, run
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = make_argument_parser("evaluate.py", __doc__ or "")
-    parser.add_argument("--run", metavar="RUN_DIR", help="folder of a training run")
+    parser.add_argument("--run", metavar="RUN_DIR", help="folder of a training run, an export, or an ensemble")
     parser.add_argument("--checkpoint", metavar="NAME", help="a folder under RUN_DIR/checkpoints; default: best, else the newest")
     parser.add_argument("--baseline", choices=["popularity"], help="evaluate this in place of a run; needs --shards")
     parser.add_argument("--shards", metavar="DIR", help="data folder; default: the one the run was trained on")
@@ -41,22 +42,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_file("--per_user", arguments.per_user, ".parquet")
 
     ranks = init_ranks(device=arguments.device, interface=arguments.interface)
-    loaded = load_model(arguments.run, arguments.checkpoint, ranks) if arguments.run else None
+    ranker = load_ranker(arguments.run, arguments.checkpoint, ranks) if arguments.run else None
     with agreed(ranks):
-        folder = arguments.shards or (loaded.config.data.shards if loaded else "")
+        folder = arguments.shards or (ranker.config.data.shards if ranker else "")
         if not folder:
             raise ValueError(f"{arguments.run} does not say which data it was trained on; pass --shards DIR")
         manifest = Manifest.load(folder)
-        if loaded:
-            check_vocabulary(loaded, folder, manifest)
-            scorer = model_scorer(loaded.model, loaded.trunk)
-            name = f"{arguments.run}, {loaded.checkpoint.path.resolve().name}"
+        if ranker:
+            check_vocabulary(ranker.members[0], folder, manifest)
+            scorer, name = ranker.scorer(), ranker.name
         else:
             scorer = popularity_scorer(load_items(folder, manifest), ranks)
             name = arguments.baseline
         if not manifest.splits[arguments.split].users:
             raise ValueError(f"{folder} has no {arguments.split} users; choose another --split or prepare the data with some")
-        denominator = arguments.recall_denominator or (loaded.config.run.recall_denominator if loaded else "min")
+        denominator = arguments.recall_denominator or (ranker.config.run.recall_denominator if ranker else "min")
         per_user = None
         if arguments.per_user and ranks.is_main:
             items = load_items(folder, manifest)

@@ -10,10 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from dist_vasp.parallel.comm import agreed, init_ranks
-from dist_vasp.ranking.evaluate import model_scorer
+from dist_vasp.ranking.ensemble import load_ranker
 from dist_vasp.ranking.explain import model_explainer
 from dist_vasp.ranking.histories import open_histories
-from dist_vasp.ranking.load import load_model
 from dist_vasp.ranking.recommend import recommend_to_file
 from dist_vasp.ranking.writers import check_output
 from dist_vasp.training.progress import Progress
@@ -22,7 +21,7 @@ from launch.cli import make_argument_parser, run
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = make_argument_parser("recommend.py", __doc__ or "")
-    parser.add_argument("--run", metavar="DIR", required=True, help="folder of a training run, or one that launch/export.py wrote")
+    parser.add_argument("--run", metavar="DIR", required=True, help="folder of a training run, an export, or an ensemble")
     parser.add_argument("--checkpoint", metavar="NAME", help="a folder under RUN_DIR/checkpoints; default: best, else the newest")
     parser.add_argument(
         "--histories", metavar="FILE", required=True, help="CSV(.gz) or Parquet with columns user, item (original ids)"
@@ -47,26 +46,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_output(arguments.output, arguments.overwrite)
 
     ranks = init_ranks(device=arguments.device, interface=arguments.interface)
-    loaded = load_model(arguments.run, arguments.checkpoint, ranks)
-    model = loaded.config.model
+    ranker = load_ranker(arguments.run, arguments.checkpoint, ranks)
+    loaded = ranker.alone
     with ExitStack() as stack:
         with agreed(ranks):
-            if arguments.explain and not model.shallow:
+            if arguments.explain and loaded is None:
+                raise ValueError(f"--explain takes the paths of one model, and {arguments.run} is an ensemble; leave it out")
+            if arguments.explain and not ranker.config.model.shallow:
                 raise ValueError("--explain needs the shallow path, which model.kind flvae does not have; leave it out")
             histories = stack.enter_context(open_histories(arguments.histories, Path(arguments.output).parent))
         progress, start = Progress("recommending", histories.n_users, "user", show=ranks.is_main), time.monotonic()
         report = recommend_to_file(
-            model_scorer(loaded.model, loaded.trunk),
+            ranker.scorer(),
             histories,
-            loaded.items,
-            min(arguments.k, len(loaded.items.keys)),
+            ranker.items,
+            min(arguments.k, len(ranker.items.keys)),
             arguments.output,
             ranks,
             lambda done: progress.update(done, f"{done / (time.monotonic() - start):,.0f} users/s"),
             arguments.show,
-            np.asarray if model.linear else np.exp,
+            np.exp if ranker.probabilities else np.asarray,
             arguments.explain,
-            model_explainer(loaded.model, loaded.trunk, ranks),
+            model_explainer(loaded.model, loaded.trunk, ranks) if loaded else None,
         )
     progress.close()
     if ranks.is_main:

@@ -23,7 +23,8 @@ from tests.dense import TORCH_OPTIMIZERS, DenseVASP
 
 
 def _stream(config: Config) -> TrainStream:
-    return TrainStream(config.data.shards, config.data.batch_size, config.parallel.lanes, config.run.seed, config.halves)
+    d = config.data
+    return TrainStream(d.shards, d.batch_size, config.parallel.lanes, config.run.seed, config.halves, input_dropout=d.input_dropout)
 
 
 def _dense_rows(rows: Rows, n_items: int) -> torch.Tensor:

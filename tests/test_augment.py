@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_vasp.data.augment import hash64, permutation, split_halves
+from dist_vasp.data.augment import hash64, keep_inputs, permutation, split_halves
 
 MASK = 2**64 - 1
 WORD = st.integers(0, MASK)
@@ -129,3 +129,27 @@ def test_each_item_is_in_a_half_of_the_epochs_and_epochs_and_seeds_differ():
     assert np.abs(together - 9 / 19).max() < 0.025
     assert not np.array_equal(epochs[0], epochs[1])
     assert not np.array_equal(epochs[0], split_halves(keys, indptr, items, 2, 0))
+
+
+@given(users(), st.integers(-1, 3), st.integers(0, 3), st.floats(0, 1, exclude_max=True))
+def test_an_input_is_left_out_by_its_hash_alone(drawn, seed, epoch, dropout):
+    user_keys, indptr, item_keys = drawn
+    expected = [
+        plain_hash64(seed & MASK, epoch, int(user), int(item), 1) >= dropout * 2**64
+        for u, user in enumerate(user_keys)
+        for item in item_keys[indptr[u] : indptr[u + 1]]
+    ]
+    kept = keep_inputs(user_keys, indptr, item_keys, dropout, seed, epoch)
+    assert kept.dtype == bool
+    assert kept.tolist() == expected
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3, 0.9])
+def test_the_share_left_out_is_the_dropout_and_does_not_follow_the_halves(dropout):
+    n = 40_000
+    keys = np.arange(n, dtype=np.uint64) // np.uint64(200)
+    user_keys, indptr, items = np.unique(keys), np.arange(0, n + 1, 200), hash64(np.arange(n, dtype=np.uint64))
+    kept = keep_inputs(user_keys, indptr, items, dropout, 3, 1)
+    in_a = split_halves(user_keys, indptr, items, 3, 1)
+    for chosen in (kept, kept[in_a], kept[~in_a]):
+        assert abs(chosen.mean() - (1 - dropout)) <= 5 * np.sqrt(dropout * (1 - dropout) / len(chosen))

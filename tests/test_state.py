@@ -106,6 +106,7 @@ def test_what_must_match_leaves_out_what_may_change():
         "optimizer.beta1",
         "data.batch_size",
         "data.halves",
+        "data.input_dropout",
         "parallel.lanes",
         "run.seed",
     } <= keys.keys()

@@ -126,6 +126,27 @@ def test_sharding_lanes_and_batch_size_change_only_the_order(folders, reference,
     assert epoch_counts(steps, 2) == epoch_counts(reference, 2)
 
 
+@pytest.mark.parametrize(("size", "world_size", "workers"), [("16", 1, 0), ("16", 3, 0), ("16", 2, 1), ("37", 1, 0)])
+def test_input_dropout_thins_the_inputs_alone_the_same_for_every_layout(folders, reference, size, world_size, workers):
+    thinned = read_epochs(folders / size, 2, world_size, workers, **OPTIONS, input_dropout=0.4)
+    for whole, part in zip(epoch_counts(reference, 2), epoch_counts(thinned, 2), strict=True):
+        inputs = {(key, target): set(given) for key, given, target in whole.elements()}
+        assert {(key, target) for key, _, target in part.elements()} == inputs.keys()
+        assert all(set(given) <= inputs[key, target] for key, given, target in part.elements())
+        share = sum(len(given) for _, given, _ in part.elements()) / sum(map(len, inputs.values()))
+        assert 0.55 < share < 0.65
+    if world_size > 1 or size != "16":
+        assert epoch_counts(thinned, 2) == epoch_counts(read_epochs(folders / "16", 2, 1, **OPTIONS, input_dropout=0.4), 2)
+
+
+def test_input_dropout_of_whole_rows_leaves_the_targets_whole(folders):
+    steps = read_epochs(folders / "16", 1, 1, halves=False, **OPTIONS, input_dropout=0.4)
+    rows = [t for ranks in steps for r in ranks for t in r]
+    originals = [tuple(r.tolist()) for r in random_rows(N_USERS, 0)]
+    assert all(set(x) <= set(y) and y == originals[key - 1] for key, x, y in rows)
+    assert any(set(x) < set(y) for _, x, y in rows)
+
+
 def test_without_halves_a_row_is_its_own_target(folders):
     steps = read_epochs(folders / "16", 1, 3, halves=False, **OPTIONS)
     rows = [t for ranks in steps for r in ranks for t in r]

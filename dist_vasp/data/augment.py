@@ -1,4 +1,4 @@
-"""Augmentation: each epoch splits a user's items at random into halves A and B (DESIGN.md, sections 2 and 4).
+"""Augmentation: each epoch splits a user's items at random into halves A and B (DESIGN.md, sections 2 and 4), and may leave some out.
 
 Pure functions of keys. Whether an interaction is in A depends on (seed, epoch, user key, item key) and on the user's
 other items, never on the block, rank, worker or shard that the user is read in.
@@ -13,6 +13,7 @@ import numpy as np
 _MASK = 0xFFFF_FFFF_FFFF_FFFF
 _GAMMA = np.uint64(0x9E37_79B9_7F4A_7C15)  # 2^64 over the golden ratio, splitmix64's increment
 _MULTIPLIERS = (np.uint64(0xBF58_476D_1CE4_E5B9), np.uint64(0x94D0_49BB_1331_11EB))
+_INPUT = 1  # the fifth word: a hash of five words is independent of the halves' four
 _SHIFTS = (np.uint64(30), np.uint64(27), np.uint64(31))
 
 Word = int | np.ndarray
@@ -86,3 +87,16 @@ def split_halves(user_keys: np.ndarray, indptr: np.ndarray, item_keys: np.ndarra
         in_a[start:stop] = False
         in_a[start + np.argsort(hashes[start:stop], kind="stable")[: (stop - start) // 2]] = True
     return in_a
+
+
+def keep_inputs(
+    user_keys: np.ndarray, indptr: np.ndarray, item_keys: np.ndarray, dropout: float, seed: int, epoch: int
+) -> np.ndarray:
+    """True where an interaction stays in the input: each is left out with probability `dropout`, by its hash alone.
+
+    Arguments as in `split_halves`, of which the draw is independent. Returns (E,) bool. Source: the input dropout of Mult-DAE
+    (Liang et al., arXiv 1802.05814, section 3.4), drawn per interaction and without the factor 1 / (1 - dropout): a history with
+    fewer items is what the model meets, not a fainter one.
+    """
+    users = np.repeat(user_keys, np.diff(indptr))
+    return hash64(seed, epoch, users, item_keys, _INPUT) >= np.uint64(int(dropout * 2.0**64))

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from dist_vasp.data.augment import permutation, split_halves
+from dist_vasp.data.augment import keep_inputs, permutation, split_halves
 from dist_vasp.data.format import Block, Manifest, load_items, read_shard
 
 _PREFETCH = 4  # batches that a worker runs ahead
@@ -52,6 +52,11 @@ class Rows:
         first, last = self.indptr[start], self.indptr[stop]
         return Rows(self.indptr[start : stop + 1] - first, self.items[first:last])
 
+    def where(self, keep: np.ndarray) -> Rows:
+        """The same rows with the interactions that `keep`, (E,) bool, says."""
+        before = np.concatenate([np.zeros(1, np.int64), np.cumsum(keep)])
+        return Rows(before[self.indptr], self.items[keep])
+
     def take(self, order: np.ndarray) -> Rows:
         """Rows in the order of `order`, (n,) int64."""
         lengths = self.lengths[order]
@@ -78,7 +83,8 @@ def concatenate_rows(parts: Sequence[Rows]) -> Rows:
 class Batch:
     """What one rank trains on in one step.
 
-    With halves a user gives two consecutive rows, (A -> B) then (B -> A); without, one row x -> x. Rows are not padded.
+    With halves a user gives two consecutive rows, (A -> B) then (B -> A); without, one row x -> x. Input dropout leaves items out
+    of the inputs, never out of the targets. Rows are not padded.
     """
 
     epoch: int
@@ -110,7 +116,9 @@ class TrainStream:
         halves: bool = True,
         rank: int = 0,
         world_size: int = 1,
+        input_dropout: float = 0.0,
     ) -> None:
+        assert 0 <= input_dropout < 1, input_dropout
         assert 0 <= rank < world_size, (rank, world_size)
         if batch_size < 1:
             raise ValueError(f"data.batch_size is {batch_size}, expected at least 1 user per step")
@@ -126,7 +134,7 @@ class TrainStream:
                 f"parallel.lanes is {lanes} but data.batch_size is {batch_size}, expected at least one user per lane; "
                 f"lower parallel.lanes or raise data.batch_size"
             )
-        self.folder, self.seed, self.halves = Path(folder), seed, halves
+        self.folder, self.seed, self.halves, self.input_dropout = Path(folder), seed, halves, input_dropout
         self.rank, self.world_size, self.lanes = rank, world_size, lanes
         self.manifest = Manifest.load(folder)
         self.n_users = self.manifest.splits["train"].users
@@ -210,14 +218,18 @@ class TrainStream:
             inputs, targets = _both_ways(rows, in_a)
         else:
             inputs = targets = rows
+        user_keys = np.repeat(user_keys, per_user)
+        if self.input_dropout:
+            keys_E = self._item_keys[inputs.items]
+            inputs = inputs.where(keep_inputs(user_keys, inputs.indptr, keys_E, self.input_dropout, self.seed, epoch))
         return Batch(
             epoch=epoch,
             step=step,
             inputs=inputs,
             targets=targets,
-            user_keys=np.repeat(user_keys, per_user),
+            user_keys=user_keys,
             lane_rows=tuple((lane, per_user * int(users[lane])) for lane in self._my_lanes if users[lane]),
-            n_users=len(user_keys),
+            n_users=len(rows.lengths),
             global_users=int(users.sum()),
             global_rows=per_user * int(users.sum()),
             padded_rows=per_user * int(users.reshape(self.world_size, -1).sum(axis=1).max()),

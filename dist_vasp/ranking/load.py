@@ -16,6 +16,8 @@ from dist_vasp.model.vasp import VASP, make_trunk
 from dist_vasp.parallel.comm import Ranks, agreed
 from dist_vasp.ranking.export import is_export, open_export
 
+ENSEMBLE = "ensemble.json"  # names the members of one (ranking/ensemble.py)
+
 
 @dataclass(frozen=True)
 class LoadedModel:
@@ -28,8 +30,10 @@ class LoadedModel:
     trunk: Trunk | None
 
 
-def load_model(run_dir: str | Path, name: str | None, ranks: Ranks) -> LoadedModel:
+def load_model(run_dir: str | Path, name: str | None, ranks: Ranks, block_columns: int | None = None) -> LoadedModel:
     """The checkpoint `name` of a run, else its best by validation NDCG@100, else its newest; or the model of an exported folder.
+
+    `block_columns` takes the place of the one it was trained with.
 
     Raises AgreedError when there is no such checkpoint or a file of it is damaged.
     """
@@ -48,7 +52,7 @@ def load_model(run_dir: str | Path, name: str | None, ranks: Ranks) -> LoadedMod
             ranks,
             config.run.seed,
             initialise=False,
-            block_columns=config.parallel.block_columns,
+            block_columns=config.parallel.block_columns if block_columns is None else block_columns,
         )
         checkpoints.read_items(opened, model.slices())
         checkpoints.check_numbers(opened, ((piece.name, piece.tensor) for piece in model.slices()))
@@ -65,6 +69,8 @@ def open_model(folder: str | Path, name: str | None = None) -> Checkpoint:
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder; pass the run.dir of a training run, or a folder of launch/export.py")
+    if (folder / ENSEMBLE).is_file():
+        raise ValueError(f"{folder} is an ensemble, which evaluate.py and recommend.py take; pass the folder of one of its members")
     if is_export(folder):
         if name is not None:
             raise ValueError(f"{folder} is an exported model and has no checkpoint {name}; leave --checkpoint out")

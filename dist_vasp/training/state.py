@@ -126,6 +126,8 @@ class Saver:
         }
 
 
+_ABSENT = {"data.input_dropout": 0.0}  # what a checkpoint of an earlier version, which did not know a key, was written with
+
 # --- resuming --------------------------------------------------------------------------------------------------------
 
 
@@ -137,6 +139,7 @@ def must_match(config: Config, shards_sha256: str) -> dict[str, Any]:
         **{f"optimizer.{k}": v for k, v in asdict(config.optimizer).items() if k not in ("schedule", "accumulation")},
         "data.batch_size": config.data.batch_size,
         "data.halves": config.halves,
+        "data.input_dropout": config.data.input_dropout,
         "parallel.lanes": config.parallel.lanes,
         "run.seed": config.run.seed,
         "hash of data.shards": shards_sha256,
@@ -173,7 +176,7 @@ def resume(trainer: Trainer, stream: TrainStream, folder: Path, ranks: Ranks) ->
 
 def check_same(opened: Checkpoint, matching: dict[str, Any]) -> None:
     """ValueError names what of `matching` is not what the checkpoint was written with."""
-    before, now = opened.header["must_match"], json.loads(json.dumps(matching))
+    before, now = _ABSENT | opened.header["must_match"], json.loads(json.dumps(matching))
     different = [key for key in now if before.get(key) != now[key]]
     if different:
         changes = "; ".join(f"{key} was {before.get(key)!r} and is now {now[key]!r}" for key in different)

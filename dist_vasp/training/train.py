@@ -174,7 +174,9 @@ def open_stream(config: Config, ranks: Ranks) -> TrainStream:
 def make_stream(config: Config, ranks: Ranks) -> TrainStream:
     """The part of the stream of `config` that this rank reads; ValueError where the shards do not fit."""
     d, p = config.data, config.parallel
-    return TrainStream(d.shards, d.batch_size, p.lanes, config.run.seed, config.halves, ranks.rank, ranks.world_size)
+    return TrainStream(
+        d.shards, d.batch_size, p.lanes, config.run.seed, config.halves, ranks.rank, ranks.world_size, d.input_dropout
+    )
 
 
 def check_folders(config: Config) -> None:

@@ -1,0 +1,169 @@
+"""Several trained models that rank together: score = sum over members of weight * (log p, or x B of ease).
+
+VASP's own product (arXiv 2102.05774, section 3.3) with more factors: in log space every member adds its log p, and an item is
+listed where all agree. A weight is the exponent of its member's p. A folder with one file, `ensemble.json`, names the members:
+
+    format_version  vocabulary_sha256  n_items  members: [{run, checkpoint, weight}, ...]  header_sha256
+
+`run` is a run directory or an exported folder, relative to the ensemble's folder; `checkpoint` is "" for its best, else its newest.
+The members stay where they are, and all of them are held at once, each partitioned as it was trained.
+
+Shapes: G rows of the partition group, C columns of a block.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from dist_vasp import checkpoint as checkpoints
+from dist_vasp.config import Config
+from dist_vasp.data.format import ItemTable
+from dist_vasp.model.sparse import ItemRows
+from dist_vasp.parallel.comm import Ranks, agreed
+from dist_vasp.ranking.evaluate import Scorer, model_scorer
+from dist_vasp.ranking.load import ENSEMBLE, LoadedModel, load_model, open_model
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Member:
+    """One model of an ensemble."""
+
+    run: str  # relative to the ensemble's folder
+    checkpoint: str  # a folder under run/checkpoints; "": the best, else the newest
+    weight: float
+
+
+@dataclass(frozen=True)
+class Ranker:
+    """What lists are made with: one loaded model, or the members of an ensemble."""
+
+    name: str
+    members: tuple[LoadedModel, ...]
+    weights: tuple[float, ...]
+
+    @property
+    def alone(self) -> LoadedModel | None:
+        """The one model; None for an ensemble."""
+        return self.members[0] if not self.weights else None
+
+    @property
+    def config(self) -> Config:
+        """Of the first member: which data it was trained on, and how recall is counted."""
+        return self.members[0].config
+
+    @property
+    def items(self) -> ItemTable:
+        return self.members[0].items
+
+    @property
+    def header(self) -> dict[str, Any]:
+        """The first member's: vocabulary and number of items, which all share."""
+        return self.members[0].checkpoint.header
+
+    @property
+    def probabilities(self) -> bool:
+        """Whether a score is log p of a model; else it is ranked by as it stands."""
+        return self.alone is not None and not self.config.model.linear
+
+    def scorer(self) -> Scorer:
+        scorers = [model_scorer(member.model, member.trunk) for member in self.members]
+        return weighted_sum(scorers, self.weights) if self.weights else scorers[0]
+
+
+def weighted_sum(scorers: Sequence[Scorer], weights: Sequence[float]) -> Scorer:
+    """The scorer whose score is the sum of the others' times their weights; all must cut the items into the same blocks."""
+
+    def score(x: ItemRows) -> Iterator[tuple[int, Tensor]]:
+        for blocks in zip(*(scorer(x) for scorer in scorers), strict=True):
+            first = blocks[0][0]
+            total_GC = blocks[0][1].mul_(weights[0])
+            for (lo, scores_GC), weight in zip(blocks[1:], weights[1:], strict=True):
+                assert lo == first, (lo, first)
+                total_GC.add_(scores_GC, alpha=weight)
+            yield first, total_GC
+
+    return score
+
+
+def load_ranker(folder: str | Path, checkpoint: str | None, ranks: Ranks) -> Ranker:
+    """The model of a run (`checkpoint`, else its best, else its newest) or of an exported folder, or all those of an ensemble.
+
+    Raises AgreedError where there is none, a file of it is damaged, or an ensemble's member has another vocabulary by now.
+    """
+    folder = Path(folder)
+    if not is_ensemble(folder):
+        loaded = load_model(folder, checkpoint, ranks)
+        return Ranker(f"{folder}, {loaded.checkpoint.path.resolve().name}", (loaded,), ())
+    with agreed(ranks):
+        if checkpoint is not None:
+            raise ValueError(f"{folder} is an ensemble and has no checkpoint {checkpoint}; leave --checkpoint out")
+        header = read_ensemble(folder)
+        members = [Member(**member) for member in header["members"]]
+        for member in members:
+            _check_vocabulary(folder / member.run, member.checkpoint, header["vocabulary_sha256"], str(folder / ENSEMBLE))
+    loaded_members: list[LoadedModel] = []
+    for member in members:
+        blocks = loaded_members[0].config.parallel.block_columns if loaded_members else None
+        loaded_members.append(load_model(folder / member.run, member.checkpoint or None, ranks, blocks))
+    return Ranker(f"{folder}, {len(members)} members", tuple(loaded_members), tuple(member.weight for member in members))
+
+
+def is_ensemble(folder: str | Path) -> bool:
+    return (Path(folder) / ENSEMBLE).is_file()
+
+
+def read_ensemble(folder: str | Path) -> dict[str, Any]:
+    """The header of an ensemble; ValueError if it is damaged or of another version."""
+    return checkpoints.read_header(Path(folder) / ENSEMBLE, FORMAT_VERSION, _check_header, "write the ensemble again")
+
+
+def _check_header(header: dict[str, Any]) -> None:
+    """Raise unless everything a reader relies on is there and of its kind."""
+    if not checkpoints.is_count(header["n_items"]) or not isinstance(header["vocabulary_sha256"], str):
+        raise TypeError("n_items or vocabulary_sha256 is of another kind")
+    if not isinstance(header["members"], list) or not header["members"]:
+        raise TypeError("members is not a list of models")
+    for raw in header["members"]:
+        member = Member(**raw)
+        if not isinstance(member.run, str) or not isinstance(member.checkpoint, str):
+            raise TypeError("run and checkpoint of a member are text")
+        if isinstance(member.weight, bool) or not isinstance(member.weight, int | float) or not math.isfinite(member.weight):
+            raise TypeError("the weight of a member is a finite number")
+
+
+def describe_ensemble(folder: str | Path, runs: Sequence[str | Path], weights: Sequence[float]) -> str:
+    """The text of `ensemble.json` in `folder`, with the runs as members: each stands for its best checkpoint at the time of use.
+
+    weights: one for each run. ValueError unless all runs have a model, of one vocabulary.
+    """
+    if len(runs) != len(weights):
+        raise ValueError(f"{len(weights)} weights were given for {len(runs)} members; give one for each, in the same order")
+    if any(not math.isfinite(weight) or weight <= 0 for weight in weights):
+        raise ValueError(f"the weights are {list(weights)}, expected finite numbers above 0; a member without weight is left out")
+    headers = [open_model(run).header for run in runs]
+    for run in runs[1:]:
+        _check_vocabulary(run, "", headers[0]["vocabulary_sha256"], str(runs[0]))
+    pairs = zip(runs, weights, strict=True)
+    members = [asdict(Member(os.path.relpath(run, folder), "", float(weight))) for run, weight in pairs]
+    shared = {name: headers[0][name] for name in ("vocabulary_sha256", "n_items")}
+    header = {"format_version": FORMAT_VERSION, **shared, "members": members}
+    return json.dumps({**header, "header_sha256": checkpoints.header_sha256(header)}, indent=1) + "\n"
+
+
+def _check_vocabulary(run: str | Path, checkpoint: str, expected: str, of: str) -> None:
+    found = open_model(run, checkpoint or None).header["vocabulary_sha256"]
+    if found != expected:
+        raise ValueError(
+            f"{run} has a vocabulary with hash {found[:12]}..., {of} one with {expected[:12]}...; "
+            "the members of an ensemble must be trained on the same shards"
+        )
