@@ -165,6 +165,10 @@ def entry(**changes) -> dict:
     return {"models": [{key: value for key, value in found.items() if value is not None}]}
 
 
+def and_ensemble(members: dict, **changes) -> dict:
+    return {"models": [*entry()["models"], {"name": "b", "ensemble": members, **changes}]}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -182,8 +186,13 @@ def entry(**changes) -> dict:
         (entry(name="a b"), r"models\[0\]\.name is 'a b', expected letters"),
         (entry(name="../a"), r"models\[0\]\.name is '\.\./a', expected letters"),
         (entry(seed=1), r"models\[0\] \(a\): 'seed' is not a key of a comparison"),
-        (entry(config=None), r"models\[0\] \(a\) has neither config and baseline|has neither"),
-        (entry(baseline="popularity"), r"has both config and baseline; give one of the two"),
+        (entry(config=None), r"models\[0\] \(a\) has none of config, baseline, ensemble; give one of the three"),
+        (entry(baseline="popularity"), r"has config and baseline of config, baseline, ensemble; give one"),
+        (entry(config=None, ensemble={"b": 1}), r"\(a\)\.ensemble: 'b' is not a trained model above it; expected some of none"),
+        (entry(config=None, ensemble=["b"]), r"\(a\)\.ensemble is \['b'\], expected models and their weights"),
+        (entry(config=None, ensemble={"b": 1}, overrides={"run.keep": 1}), r"overrides is set, but an ensemble takes its members"),
+        (and_ensemble({"a": 0}), r"\(b\)\.ensemble\.a is 0, expected a weight above 0"),
+        (and_ensemble({"a": 1}, seeds=[0, 2]), r"ensemble: a has the seeds \[0, 1\], the ensemble \[0, 2\]; give both the same"),
         (entry(config=None, baseline="ease"), r"baseline is 'ease', expected popularity"),
         (entry(config="nowhere.yaml"), r"nowhere\.yaml cannot be read \(No such file or directory\)"),
         (entry(config=3), r"models\[0\] \(a\)\.config is 3, expected keys with values"),
@@ -225,8 +234,16 @@ def test_what_wins_over_what(tmp_path):
     c = first.config
     assert (c.optimizer.beta1, c.optimizer.beta2, c.data.batch_size, c.model.hidden, c.device) == (0.7, 0.5, 80, 3, "cpu")
     assert (c.data.shards, c.run.dir, c.run.seed) == ("data", str(tmp_path / "out" / "runs" / "a-seed4"), 4)
-    assert p.config is None
+    assert p.config is None and not p.members
     assert read_comparison(path, {"shards": "elsewhere"}).runs("o")[0].config.data.shards == "elsewhere"
+
+
+def test_an_ensemble_goes_seed_by_seed_and_takes_the_only_run_of_a_closed_form(tmp_path):
+    models = [{"name": "e", "config": {"model": {"kind": "ease"}}}, *and_ensemble({"a": 1, "e": 4})["models"]]
+    runs = read_comparison(written(tmp_path, models=models)).runs(tmp_path)
+    assert [run.stem for run in runs] == ["e-seed0", "a-seed0", "b-seed0", "a-seed1", "b-seed1"]
+    assert [[member.stem for member in run.members] for run in runs[2::2]] == [["a-seed0", "e-seed0"], ["a-seed1", "e-seed0"]]
+    assert runs[2].model.what == "product of a ^ 1, e ^ 4"
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("compare*.yaml")), ids=lambda p: p.name)
@@ -288,6 +305,8 @@ def test_a_whole_comparison(shards, tmp_path):
     models = [
         {"name": "popularity", "baseline": "popularity"},
         {"name": "nease", "config": TINY},
+        {"name": "ease", "config": TINY, "overrides": {"model.kind": "ease", "model.ease_lambda": 5}},
+        {"name": "both", "ensemble": {"nease": 1, "ease": 2}},
         {"name": "broken", "config": TINY, "overrides": {"parallel.interface": "nowhere0"}, "seeds": [0]},
     ]
     written(tmp_path, shards=str(shards), reference="nease", models=models)
@@ -296,18 +315,18 @@ def test_a_whole_comparison(shards, tmp_path):
 
     out = dry_run(tmp_path, output)
     assert not output.exists()
-    assert "4 runs of 3 models, 0 done, 4 to do; reference nease" in out
+    assert "7 runs of 5 models, 0 done, 7 to do; reference nease" in out
 
     # A failed run is named and the others go on.
     status, out, err = finish(tmp_path, output)
     assert status == 1, out + err
     assert err == "error: 1 run failed: broken-seed0\n"
-    assert re.search(r"\[3/4\] broken-seed0: FAILED with status 2: .*nowhere0", out)
-    assert re.search(r"\[4/4\] nease-seed1: done in \d+ s, test NDCG@100 0\.\d{4}", out)
+    assert re.search(r"\[5/7\] broken-seed0: FAILED with status 2: .*nowhere0", out)
+    assert re.search(r"\[6/7\] nease-seed1: done in \d+ s, test NDCG@100 0\.\d{4}", out)
 
     # The report tells what evaluate.py found.
     report, text = json.loads((output / "report.json").read_text()), (output / "report.md").read_text()
-    assert [m["name"] for m in report["models"]] == ["popularity", "nease"]
+    assert [m["name"] for m in report["models"]] == ["popularity", "nease", "ease", "both"]
     assert report["verdict"] in text and report["verdict"] in out
     assert "1 run failed" in text and "broken-seed0, status 2" in text
     nease, popularity = report["models"][1], report["models"][0]
@@ -327,7 +346,16 @@ def test_a_whole_comparison(shards, tmp_path):
     assert nease["cost"]["users_per_second"] > 0 and nease["cost"]["parameters"] == N_ITEMS**2
     assert popularity["cost"]["seconds_training"] is None
     users = pq.read_table(output / "per_user.parquet")
-    assert users.column_names[:4] == ["model", "seed", "key", "id"] and len(users) == 3 * 30
+    assert users.column_names[:4] == ["model", "seed", "key", "id"] and len(users) == 6 * 30
+
+    # An ensemble is evaluated, and costs what its members cost.
+    ease, both = report["models"][2:]
+    assert both["cost"]["parameters"] == 2 * N_ITEMS**2 and both["cost"]["users_per_second"] is None
+    assert both["cost"]["seconds_training"] == pytest.approx(sum(m["cost"]["seconds_training"] for m in (nease, ease)))
+    assert both["seeds"] == [0, 1] and both["trained"] and both["what"] == "product of ease ^ 2, nease ^ 1"
+    assert both["metrics"]["ndcg@100"]["by_seed"] != nease["metrics"]["ndcg@100"]["by_seed"]
+    header = json.loads((runs / "both-seed1" / "ensemble.json").read_text())
+    assert [(m["run"], m["weight"]) for m in header["members"]] == [("../ease-seed0", 2.0), ("../nease-seed1", 1.0)]
     for heading in ("## Metrics", "## Long tail", "## Cost", "## How this was made"):
         assert heading in text
 
@@ -335,12 +363,14 @@ def test_a_whole_comparison(shards, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in runs.rglob("*.safetensors")}
     (runs / "nease-seed1" / "result.json").unlink()
     shutil.rmtree(runs / "nease-seed1" / "checkpoints" / "step-00000018")
-    written(tmp_path, shards=str(shards), reference="nease", models=models[:2])
+    written(tmp_path, shards=str(shards), reference="nease", models=models[:4])
     out = dry_run(tmp_path, output)
+    assert re.search(r"both-seed0 .* done\n", out)
     assert re.search(r"nease-seed0 .* done\n", out) and re.search(r"nease-seed1 .* begun, goes on from step-00000012", out)
     status, out, err = finish(tmp_path, output)
     assert (status, err) == (0, ""), out + err
-    assert "2 of 3 runs are done already" in out and "[1/1] nease-seed1: training goes on" in out
+    assert "4 of 6 runs are done already" in out and "[1/2] nease-seed1: training goes on" in out
+    assert "[2/2] both-seed1: evaluating" in out
     assert "resumed from step 12" in (runs / "nease-seed1.log").read_text()
     after = {path: path.stat().st_mtime_ns for path in before if path.exists()}
     assert all(after[path] == before[path] for path in after if "seed0" in str(path))
@@ -349,7 +379,7 @@ def test_a_whole_comparison(shards, tmp_path):
 
     # Another configuration is not taken for the same run.
     out = dry_run(tmp_path, output, "--model.kind", "flvae")
-    assert "3 runs of 2 models, 1 done, 2 to do" in out and out.count("begun, goes on from step-00000018") == 2
+    assert "7 runs of 4 models, 1 done, 6 to do" in out and out.count("begun, goes on from step-00000018") == 2
 
 
 def test_without_the_reference_there_is_no_report(shards, tmp_path):

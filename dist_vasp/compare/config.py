@@ -11,11 +11,14 @@ models:
     seeds: [0]                optional; closed-form models and baselines take the first seed alone
   - name: popularity
     baseline: popularity      in place of config: nothing is trained
+  - name: both
+    ensemble: {vasp: 1, ease: 4}  in place of config: models above it and their weights, seed by seed (ranking/ensemble.py)
 """
 
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -25,6 +28,7 @@ from typing import Any
 from dist_vasp.config import Config, from_dict, read_yaml
 
 BASELINES = ("popularity",)
+_SOURCES = ("config", "baseline", "ensemble")
 CLOSED_FORM = ("ease",)  # model.kinds whose result does not depend on run.seed
 _OWN_KEYS = {"data.shards": "shards", "run.dir": "--output", "run.seed": "seeds"}  # what a comparison sets itself
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -32,17 +36,20 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 @dataclass(frozen=True)
 class Model:
-    """One row of the report: a configuration without seed and folder, or a baseline."""
+    """One row of the report: a configuration without seed and folder, a baseline, or an ensemble of rows above it."""
 
     name: str
     seeds: tuple[int, ...]
-    config: Config | None  # None for a baseline
-    source: str  # the file, `inline`, or the baseline
+    config: Config | None  # None for a baseline and an ensemble
+    source: str  # the file, `inline`, the baseline, or `ensemble`
     overrides: dict[str, Any]
+    members: tuple[tuple[str, float], ...] = ()  # of an ensemble: names of models and their weights
 
     @property
     def what(self) -> str:
         """The model in a few words."""
+        if self.members:
+            return "product of " + ", ".join(f"{name} ^ {weight:g}" for name, weight in self.members)
         if self.config is None:
             return f"baseline {self.source}"
         kind, c = self.config.model.kind, self.config
@@ -61,6 +68,7 @@ class Run:
     seed: int
     folder: Path
     config: Config | None
+    members: tuple[Run, ...] = ()  # of an ensemble
 
     @property
     def stem(self) -> str:
@@ -94,12 +102,15 @@ class Comparison:
     def runs(self, output: str | Path) -> list[Run]:
         """All runs, the first seed of every model first: the report may be read early if the rest is called off."""
         folder = Path(output) / "runs"
-        found = []
+        found: dict[tuple[str, int], Run] = {}
+        only = {model.name: model.seeds[0] for model in self.models if len(model.seeds) == 1}
         for place in range(max(len(model.seeds) for model in self.models)):
             for model in self.models:
                 if place < len(model.seeds):
-                    found.append(Run(model, model.seeds[place], folder, _config_of(model, model.seeds[place], folder)))
-        return found
+                    seed = model.seeds[place]
+                    members = tuple(found[name, only.get(name, seed)] for name, _ in model.members)
+                    found[model.name, seed] = Run(model, seed, folder, _config_of(model, seed, folder), members)
+        return list(found.values())
 
 
 def _config_of(model: Model, seed: int, folder: Path) -> Config | None:
@@ -125,7 +136,7 @@ def read_comparison(path: str | Path, more: Mapping[str, Any] | None = None) -> 
     common = _overrides(raw.get("overrides", {}), f"{path}: overrides")
     models: list[Model] = []
     for place, entry in enumerate(entries):
-        model = _model(entry, f"{path}: models[{place}]", shards, seeds, common, more)
+        model = _model(entry, f"{path}: models[{place}]", shards, seeds, common, more, models)
         if model.name in (other.name for other in models):
             raise ValueError(f"{path}: models[{place}].name {model.name!r} is there twice; give each model a name of its own")
         models.append(model)
@@ -138,15 +149,24 @@ def read_comparison(path: str | Path, more: Mapping[str, Any] | None = None) -> 
     return Comparison(str(path), shards, str(reference), seeds, tuple(models))
 
 
-def _model(raw: Any, where: str, shards: str, seeds: tuple[int, ...], common: Mapping[str, Any], more: Mapping[str, Any]) -> Model:
+def _model(
+    raw: Any,
+    where: str,
+    shards: str,
+    seeds: tuple[int, ...],
+    common: Mapping[str, Any],
+    more: Mapping[str, Any],
+    above: Sequence[Model],
+) -> Model:
     entry = _mapping(raw, where)
     name = entry.get("name")
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise ValueError(f"{where}.name is {name!r:.80}, expected letters, digits, dots, dashes, underscores; it names files too")
     where = f"{where} ({name})"
-    _known(entry, ("name", "config", "baseline", "overrides", "seeds"), where)
-    if ("config" in entry) == ("baseline" in entry):
-        raise ValueError(f"{where} has {'both' if 'config' in entry else 'neither'} config and baseline; give one of the two")
+    _known(entry, (*_SOURCES, "name", "overrides", "seeds"), where)
+    given = [key for key in _SOURCES if key in entry]
+    if len(given) != 1:
+        raise ValueError(f"{where} has {' and '.join(given) or 'none'} of config, baseline, ensemble; give one of the three")
     own_seeds = _seeds(entry["seeds"], f"{where}.seeds") if "seeds" in entry else None
     if "baseline" in entry:
         if entry["baseline"] not in BASELINES:
@@ -154,6 +174,11 @@ def _model(raw: Any, where: str, shards: str, seeds: tuple[int, ...], common: Ma
         if "overrides" in entry:
             raise ValueError(f"{where}.overrides is set, but a baseline has no configuration; leave it out")
         return Model(name, (own_seeds or seeds)[:1], None, entry["baseline"], {})
+    if "ensemble" in entry:
+        if "overrides" in entry:
+            raise ValueError(f"{where}.overrides is set, but an ensemble takes its members as they are; leave it out")
+        members = _members(entry["ensemble"], f"{where}.ensemble", own_seeds or seeds, above)
+        return Model(name, own_seeds or seeds, None, "ensemble", {}, members)
 
     source = entry["config"]
     sections = read_yaml(source, "a run's configuration") if isinstance(source, str) else copy.deepcopy(source)
@@ -167,6 +192,21 @@ def _model(raw: Any, where: str, shards: str, seeds: tuple[int, ...], common: Ma
     return Model(
         name, seeds[:1] if alone else own_seeds or seeds, config, source if isinstance(source, str) else "inline", overrides
     )
+
+
+def _members(raw: Any, where: str, seeds: tuple[int, ...], above: Sequence[Model]) -> tuple[tuple[str, float], ...]:
+    """(model, weight) of each member: trained models above the ensemble that have its seeds, or one alone."""
+    trained = {model.name: model.seeds for model in above if model.config}
+    if not isinstance(raw, dict) or not raw:
+        raise ValueError(f"{where} is {raw!r:.80}, expected models and their weights, such as {{vasp: 1, ease: 4}}; set it")
+    for name, weight in raw.items():
+        if name not in trained:
+            raise ValueError(f"{where}: {name!r:.80} is not a trained model above it; expected some of {', '.join(trained) or 'none'}")
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
+            raise ValueError(f"{where}.{name} is {weight!r:.80}, expected a weight above 0; leave out a member without weight")
+        if len(trained[name]) > 1 and not set(seeds) <= set(trained[name]):
+            raise ValueError(f"{where}: {name} has the seeds {list(trained[name])}, the ensemble {list(seeds)}; give both the same")
+    return tuple((name, float(weight)) for name, weight in raw.items())
 
 
 def _with_overrides(sections: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dist_vasp.compare.config import Comparison, Model, Run
+from dist_vasp.compare.config import BASELINES, Comparison, Model, Run
 from dist_vasp.compare.runs import Failure
 from dist_vasp.compare.statistics import METRICS, Cost, Estimate, Scores, against_reference, paired, read_scores, verdict
 from dist_vasp.data.format import Manifest, load_items
@@ -40,7 +40,9 @@ def gather(comparison: Comparison, output: Path, failures: Sequence[Failure], co
     if not reference.estimate(METRICS[0]).n:
         raise ValueError(f"{comparison.shards} has no test user with a held-out item; prepare the data with some")
     manifest = Manifest.load(comparison.shards)
-    costs = {m.name: _cost(finished[m.name], m, manifest.n_items) for m in models}
+    costs: dict[str, dict[str, Any]] = {}
+    for m in models:
+        costs[m.name] = _sum(finished[m.name], m, costs) if m.members else _cost(finished[m.name], m, manifest.n_items)
     briefly = {name: Cost(c["seconds_training"], c["peak_memory"]) for name, c in costs.items()}
     return {
         "verdict": verdict(list(scores.values()), comparison.reference, briefly),
@@ -66,7 +68,7 @@ def _model(model: Model, scores: Scores, reference: Scores, runs: Sequence[Run],
     found: dict[str, Any] = {
         "name": model.name,
         "what": model.what,
-        "trained": model.config is not None,
+        "trained": model.source not in BASELINES,
         "seeds": list(scores.seeds),
     }
     found |= {"source": model.source, "overrides": model.overrides}
@@ -115,6 +117,16 @@ def _cost(runs: Sequence[Run], model: Model, n_items: int) -> dict[str, Any]:
     cost["parameters"] = m.item_parameters(n_items, n_items) + m.trunk_parameters()
     cost["epochs"] = fmean(result["epochs"] for result in results)
     return cost
+
+
+def _sum(runs: Sequence[Run], model: Model, costs: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """Of an ensemble: what its members' trainings took one after another, and the memory of ranking with all of them."""
+    jobs = [json.loads(run.file("job.json").read_text()) for run in runs]
+    members = [costs[name] for name, _ in model.members]
+    summed = ("seconds_training", "seconds_training_slowest", "seconds_job", "parameters", "epochs")
+    cost: dict[str, Any] = {key: sum(member[key] for member in members) for key in summed}
+    cost["peak_memory"] = max(sum(job["peak_memory"]) for job in jobs)
+    return cost | {"users_per_second": None, "ranks": sorted({job["ranks"] for job in jobs})}
 
 
 def _users_per_second(metrics: Path) -> float | None:

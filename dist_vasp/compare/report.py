@@ -101,7 +101,8 @@ def _cost(found: dict[str, Any]) -> list[str]:
         "",
         "Training is the time of the steps alone, fastest to slowest seed: all do the same work, other work on the machine adds to it, "
         "and the verdict uses the fastest. The job adds start-up, evaluation and saving (fastest seed). Memory is the sum over ranks of "
-        "the largest resident size, that of the host and the libraries' own included. Users/s: median over steps, fastest seed.",
+        "the largest resident size, that of the host and the libraries' own included. Users/s: median over steps, fastest seed. "
+        "Of an ensemble: the sum of its members' trainings, and the memory of ranking with all of them.",
         "",
     ]
     rows = []
@@ -143,7 +144,8 @@ def _made(found: dict[str, Any]) -> list[str]:
         f"    {made['command']}",
         "",
         f"- Data: {data['shards']}, protocol {data['protocol']}, {data['n_items']:,} items; {splits}.",
-        "- Every run is `launch/train.py` on its own folder; the best checkpoint by validation NDCG@100 is tested.",
+        "- Every run is `launch/train.py` on its own folder; the best checkpoint by validation NDCG@100 is tested, where nothing was "
+        "evaluated on the way the last one.",
         f"- Seen items are left out of the lists; Recall@k divides by {divisor}, NDCG's ideal has min(100, held-out items) "
         "hits; users without a held-out item are not scored.",
         f"- Python {made['python']}, {versions}; {made['cores']} cores.",

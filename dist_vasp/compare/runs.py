@@ -5,6 +5,8 @@ Beside each run.dir `runs/NAME-seedK` lie its files:
     .yaml               the configuration it is trained with        .test.json         evaluate.py's metrics
     .log                what training and evaluation printed        .per_user.parquet  the same of each user
     .job.json           wall seconds and peak memory of the training, hash of the data
+
+An ensemble's folder holds ensemble.json, and what is taken down of it is its evaluation.
 """
 
 from __future__ import annotations
@@ -54,11 +56,22 @@ def state_of(run: Run, data: str) -> str:
     train.py is started then, which goes on where it may and refuses where it must not."""
     evaluated = run.file("test.json").is_file() and run.file("per_user.parquet").is_file()
     same_data = _job(run).get("data_sha256") == data
+    if run.members:
+        same = evaluated and same_data and run.file("yaml").is_file() and run.file("yaml").read_text() == _members_of(run)
+        newest = max(_changed(member.dir / "result.json") for member in run.members)
+        as_they_are = newest <= _changed(run.file("test.json")) and all(state_of(member, data) == DONE for member in run.members)
+        return DONE if same and as_they_are else NEW
     if run.config is None:
         return DONE if evaluated and same_data else NEW
     if (run.dir / "result.json").is_file() and same_data and _same_config(run):
         return DONE if evaluated else TRAINED
     return BEGUN if checkpoints.newest(run.dir / "checkpoints") else NEW
+
+
+def _members_of(run: Run) -> str:
+    """The members of an ensemble and their weights, as its .yaml says."""
+    weights = {member.stem: weight for member, (_, weight) in zip(run.members, run.model.members, strict=True)}
+    return yaml.safe_dump({"ensemble": weights}, sort_keys=False)
 
 
 def _same_config(run: Run) -> bool:
@@ -155,7 +168,14 @@ def _carry_out_one(run: Run, state: str, comparison: Comparison, data: str, rank
         _note(run, ended, data if finished else None, ranks)
         if not finished:
             return Failure(run, ended.status, _reason(run.file("log"), log_before))
-    what = ["--baseline", run.model.source] if run.config is None else ["--run", str(run.dir)]
+    if run.members:
+        members = ["--members", *(str(member.dir) for member in run.members)]
+        weights = ["--weights", *(str(weight) for _, weight in run.model.members)]
+        ended = jobs.run(LAUNCH / "ensemble.py", [*members, *weights, "--output", str(run.dir)], 1, run.file("log"), device)
+        if ended.status:
+            return Failure(run, ended.status, _reason(run.file("log"), log_before))
+        write_atomically(run.file("yaml"), _members_of(run))
+    what = ["--run", str(run.dir)] if run.config or run.members else ["--baseline", run.model.source]
     device = device if run.config is None else run.config.device
     arguments = [*what, "--shards", comparison.shards, "--device", device, "--json", str(run.file("test.json"))]
     arguments += ["--recall_denominator", comparison.recall_denominator, "--per_user", str(run.file("per_user.parquet"))]
