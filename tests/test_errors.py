@@ -86,6 +86,7 @@ def test_the_page_has_every_command():
         "python launch/benchmark.py --config small.yaml --debug",
         "python launch/compare.py --config nowhere.yaml --output cmp --debug",
         "python launch/export.py --run run --output export --debug",
+        "python launch/ensemble.py --members nowhere --output out --debug",
     ],
 )
 def test_debug_shows_the_traceback(line, commands):

@@ -83,6 +83,8 @@ def prepare(folder: Path, commands: Commands) -> None:
         "python launch/train.py --config small.yaml --run.dir run",
         "python launch/train.py --config small.yaml --run.dir flvae --model.kind flvae",
         "python launch/export.py --run run --output export",
+        "python launch/train.py --config small.yaml --data.shards other --run.dir elsewhere",
+        "python launch/ensemble.py --members run flvae --output both",
     )
     shutil.copytree(folder / "run", folder / "untrained", ignore=shutil.ignore_patterns("checkpoints"))
     (folder / "taken").mkdir()
