@@ -69,6 +69,8 @@ class ModelConfig:
     """Precision in which ease is computed; fp64 takes twice the memory. Its weights are stored in fp32."""
     ease_dropout: float = 0.0
     """Share of a user's items that ease is fitted to do without (EDLAE): adds share / (1 - share) of its own diagonal to G."""
+    ease_user_exponent: float = 0.0
+    """A user of n items weighs (n / mean n)^this in G: below 0 long histories, of which every pair counts, have less of a say."""
     init_from_ease: str = ""
     """Start NEASE's W from the closed form: closed_form computes it (ease_lambda), else the run.dir of an ease run; empty: Glorot."""
     nease_scale: float = 1.0
@@ -356,6 +358,8 @@ def check(config: Config) -> Config:
 def _check_ease(m: ModelConfig, o: OptimizerConfig) -> None:
     """The keys of the closed form, and of a NEASE that starts from it; a run of the closed form itself uses none of the latter."""
     _require(0 <= m.ease_dropout < 1, "model.ease_dropout", m.ease_dropout, "0 <= share < 1", "0.45 did well on MovieLens 1M")
+    exponent, action = m.ease_user_exponent, "0 weighs all users the same, -0.5 did well on MovieLens 1M"
+    _require(-4 <= exponent <= 4, "model.ease_user_exponent", exponent, "-4 to 4", action)
     _require(math.isfinite(m.nease_offset), "model.nease_offset", m.nease_offset, "a finite number", "the default is 0")
     if m.linear:
         return

@@ -66,7 +66,7 @@ def test_defaults_are_the_papers():
 
 
 CHANGED = {
-    "data": {"shards": "a folder/ü", "batch_size": 77, "halves": False, "workers": 0},
+    "data": {"shards": "a folder/ü", "batch_size": 77, "halves": False, "input_dropout": 0.2, "workers": 0},
     "model": {
         "kind": "ease",  # takes every key, because it uses hardly any
         "hidden": 5,
@@ -77,6 +77,7 @@ CHANGED = {
         "ease_lambda": 7.0,
         "ease_dtype": "fp64",
         "ease_dropout": 0.4,
+        "ease_user_exponent": -0.5,
         "init_from_ease": "runs/ease",
         "nease_scale": 8.0,
         "nease_offset": -8.0,

@@ -106,6 +106,24 @@ def test_gram_matrix_is_that_of_scipy(world_size):
         np.testing.assert_array_equal(found, (x.T @ x).toarray())
 
 
+def _weighted(ranks: Ranks) -> np.ndarray:
+    rows = random_rows(150, 37, 1, empty=(0, 149))
+    A = columns_of(ranks, 37, 8, torch.float64)
+    for part in (rows[:70], rows[70:]):
+        x = to_item_rows(csr(part), len(part), 37, torch.device("cpu"))
+        add_gram(A, x, (1 + x.lengths.double()) ** -0.5)
+    A.fill()
+    return torch.cat(A.columns, dim=1).numpy()
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_a_weighted_gram_matrix_is_that_of_numpy(world_size):
+    x = dense(random_rows(150, 37, 1, empty=(0, 149)), 37)
+    weights = (1 + x.sum(axis=1)) ** -0.5
+    found = np.concatenate(run_ranks(_weighted, world_size), axis=1)
+    np.testing.assert_allclose(found, x.T @ (weights[:, None] * x), rtol=1e-12, atol=1e-12)
+
+
 # blocks that do and do not divide the items, an even and an odd number of them, one block, one item a block
 WEIGHTS = [(37, 8), (40, 10), (45, 5), (7, 16), (9, 1)]
 

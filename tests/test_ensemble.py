@@ -105,7 +105,16 @@ def test_members_may_move_with_it_and_it_may_be_written_again(made, tmp_path):
 def test_recommend_takes_it(made, tmp_path, capsys):
     base, expected = made
     (tmp_path / "h.csv").write_text("user,item\n" + "".join(f"{u},{IDS[i]}\n" for u, row in enumerate(HISTORIES) for i in row))
-    arguments = ["--run", str(base / "all"), "--histories", str(tmp_path / "h.csv"), "--output", str(tmp_path / "o.csv"), "--k", "8"]
+    arguments = [
+        "--run",
+        str(base / "all"),
+        "--histories",
+        str(tmp_path / "h.csv"),
+        "--output",
+        str(tmp_path / "o.csv"),
+        "--k",
+        "8",
+    ]
     recommend_main([*arguments, "--device", "cpu"])
     assert "32 recommendations for 4 users" in capsys.readouterr().out
     rows = [line.split(",") for line in (tmp_path / "o.csv").read_text().splitlines()[1:]]

@@ -149,6 +149,18 @@ def shards(tmp_path_factory) -> Path:
     return write_shards(tmp_path_factory.mktemp("from_ease") / "shards")
 
 
+def test_ease_with_weighted_users_is_the_formula(shards, tmp_path, call):  # noqa: F811
+    from launch.train import main
+
+    ease = ["--model.kind", "ease", "--model.ease_lambda", "5", "--model.ease_user_exponent", "-0.5", "--model.ease_dtype", "fp64"]
+    call(main, *ease, "--data.shards", str(shards), "--run.dir", str(tmp_path / "run"), "--device", "cpu")
+    x = train_matrix()
+    lengths = x.sum(axis=1, keepdims=True)
+    expected = oracle(x * (lengths / lengths.mean()) ** -0.25, 5.0)  # both factors of x^T x hold half of the weight
+    np.testing.assert_allclose(weights_of(tmp_path / "run").numpy(), expected, rtol=0, atol=1e-7)
+    assert np.abs(expected - oracle(x, 5.0)).max() > 1e-3
+
+
 @pytest.fixture(scope="module")
 def ease_run(shards, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("from_ease") / "ease"
@@ -235,6 +247,7 @@ def test_what_cannot_work_is_refused(shards, ease_run, tmp_path, call):  # noqa:
         ("model", {"nease": "frozen"}, r"model\.nease is 'frozen', expected trained, unless"),
         ("model", {"nease": "apart", "kind": "nease", "init_from_ease": "x"}, r"model\.nease is 'apart', expected trained, unless"),
         ("model", {"nease_scale": 8.0}, r"model\.nease_scale is 8\.0, expected 1 without model\.init_from_ease"),
+        ("model", {"ease_user_exponent": 5.0}, r"model\.ease_user_exponent is 5\.0, expected -4 to 4; 0 weighs all users the same"),
         ("model", {"ease_dropout": 1.0}, r"model\.ease_dropout is 1\.0, expected 0 <= share < 1"),
         ("optimizer", {"nease_decay": 1.0}, r"optimizer\.nease_decay is 1\.0, expected 0 without model\.init_from_ease"),
         ("optimizer", {"nease_lr": -1.0}, r"optimizer\.nease_lr is -1\.0, expected 0 or more"),

@@ -201,7 +201,9 @@ def _members(raw: Any, where: str, seeds: tuple[int, ...], above: Sequence[Model
         raise ValueError(f"{where} is {raw!r:.80}, expected models and their weights, such as {{vasp: 1, ease: 4}}; set it")
     for name, weight in raw.items():
         if name not in trained:
-            raise ValueError(f"{where}: {name!r:.80} is not a trained model above it; expected some of {', '.join(trained) or 'none'}")
+            raise ValueError(
+                f"{where}: {name!r:.80} is not a trained model above it; expected some of {', '.join(trained) or 'none'}"
+            )
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
             raise ValueError(f"{where}.{name} is {weight!r:.80}, expected a weight above 0; leave out a member without weight")
         if len(trained[name]) > 1 and not set(seeds) <= set(trained[name]):

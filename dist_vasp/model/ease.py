@@ -90,17 +90,20 @@ class SymmetricColumns:
                     column.copy_(panel_IC)
 
 
-def add_gram(G: SymmetricColumns, x: ItemRows) -> None:
-    """G += x^T x on what is kept, for the users x (U rows): their dense rows exist for one block of columns at a time.
+def add_gram(G: SymmetricColumns, x: ItemRows, weight_U: Tensor | None = None) -> None:
+    """G += x^T diag(weight) x on what is kept, for the users x (U rows): their dense rows exist for one block of columns at a time.
 
-    Row i of the sum is the sum of the rows of those users that have item i; a float32 G is exact up to 2^24 users of a pair.
+    Row i of the sum is the sum of the rows of those users that have item i; without weights a float32 G is exact up to 2^24 users of
+    a pair.
     """
+    dtype = torch.float32 if weight_U is None else weight_U.dtype
     for c, column in G.own():
         lo, hi = G.blocks[c]
         for first in range(lo, hi, _GATHER_COLUMNS):
             last = min(first + _GATHER_COLUMNS, hi)
-            x_UC = torch.zeros((x.n_rows, last - first), device=column.device)
-            x_UC[x.positions(first, last)] = 1
+            x_UC = torch.zeros((x.n_rows, last - first), device=column.device, dtype=dtype)
+            users, items = x.positions(first, last)
+            x_UC[users, items] = 1.0 if weight_U is None else weight_U[users]
             for top, bottom in G.kept_rows(c):
                 column[top:bottom, first - lo : last - lo] += sum_rows(x_UC, *x.rows_by_item(top, bottom))
 

@@ -172,6 +172,7 @@ def _matching(config: Config, manifest: Manifest) -> dict[str, Any]:
         "model.ease_lambda": m.ease_lambda,
         "model.ease_dtype": m.ease_dtype,
         "model.ease_dropout": m.ease_dropout,
+        "model.ease_user_exponent": m.ease_user_exponent,
         "hash of data.shards": manifest.shards_sha256,
     }
 

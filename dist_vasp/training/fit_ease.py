@@ -2,6 +2,7 @@
 
 With `model.ease_dropout` s the diagonal of G grows by s / (1 - s) of itself: the ridge regression whose inputs lose the share s of
 their items at random, in expectation (Steck 2020, arXiv 1911.02459, "Autoencoders that don't overfit towards the identity").
+With `model.ease_user_exponent` a, the squared error of a user of n items weighs (n / mean n)^a: G = X^T diag(weights) X.
 """
 
 from __future__ import annotations
@@ -51,12 +52,14 @@ def fit(
     for column in columns:
         column.zero_()
     matrix = SymmetricColumns(columns, manifest.n_items, ranks, width)
-    reading = Progress("Gram matrix, training", manifest.splits["train"].users, "user", show=show)
-    done = 0
+    done, exponent, train = 0, config.model.ease_user_exponent, manifest.splits["train"]
+    reading = Progress("Gram matrix, training", train.users, "user", show=show)
     for rows in training_users(config.data.shards, manifest):
         if interrupted():
             raise StoppedError
-        add_gram(matrix, to_item_rows(rows, rows.n_rows, manifest.n_items, ranks.device))
+        x = to_item_rows(rows, rows.n_rows, manifest.n_items, ranks.device)
+        weight_U = (x.lengths.to(dtype) * (train.users / train.interactions)) ** exponent if exponent else None
+        add_gram(matrix, x, weight_U)
         done += rows.n_rows
         reading.update(done)
     reading.close()

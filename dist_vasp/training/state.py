@@ -126,7 +126,8 @@ class Saver:
         }
 
 
-_ABSENT = {"data.input_dropout": 0.0}  # what a checkpoint of an earlier version, which did not know a key, was written with
+# What a checkpoint of an earlier version, which did not know a key, was written with
+_ABSENT = {"data.input_dropout": 0.0, "model.ease_user_exponent": 0.0}
 
 # --- resuming --------------------------------------------------------------------------------------------------------
 
