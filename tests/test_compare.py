@@ -192,7 +192,7 @@ def and_ensemble(members: dict, **changes) -> dict:
         (entry(config=None, ensemble=["b"]), r"\(a\)\.ensemble is \['b'\], expected models and their weights"),
         (entry(config=None, ensemble={"b": 1}, overrides={"run.keep": 1}), r"overrides is set, but an ensemble takes its members"),
         (and_ensemble({"a": 0}), r"\(b\)\.ensemble\.a is 0, expected a weight above 0"),
-        (and_ensemble({"a": 1}, seeds=[0, 2]), r"ensemble: a has the seeds \[0, 1\], the ensemble \[0, 2\]; give both the same"),
+        (and_ensemble({"a": 1}, seeds=[0, 1, 2]), r"ensemble: a has 2 seeds, the ensemble 3; give both as many"),
         (entry(config=None, baseline="ease"), r"baseline is 'ease', expected popularity"),
         (entry(config="nowhere.yaml"), r"nowhere\.yaml cannot be read \(No such file or directory\)"),
         (entry(config=3), r"models\[0\] \(a\)\.config is 3, expected keys with values"),
@@ -239,11 +239,14 @@ def test_what_wins_over_what(tmp_path):
 
 
 def test_an_ensemble_goes_seed_by_seed_and_takes_the_only_run_of_a_closed_form(tmp_path):
-    models = [{"name": "e", "config": {"model": {"kind": "ease"}}}, *and_ensemble({"a": 1, "e": 4})["models"]]
+    ease, other = {"name": "e", "config": {"model": {"kind": "ease"}}}, {**entry()["models"][0], "name": "o", "seeds": [5, 3]}
+    models = [ease, other, *and_ensemble({"a": 1, "e": 4, "o": 2})["models"]]
     runs = read_comparison(written(tmp_path, models=models)).runs(tmp_path)
-    assert [run.stem for run in runs] == ["e-seed0", "a-seed0", "b-seed0", "a-seed1", "b-seed1"]
-    assert [[member.stem for member in run.members] for run in runs[2::2]] == [["a-seed0", "e-seed0"], ["a-seed1", "e-seed0"]]
-    assert runs[2].model.what == "product of a ^ 1, e ^ 4"
+    ensembles = [run for run in runs if run.members]
+    assert [run.stem for run in ensembles] == ["b-seed0", "b-seed1"]
+    assert [run.stem for run in ensembles[0].members] == ["a-seed0", "e-seed0", "o-seed5"]
+    assert [run.stem for run in ensembles[1].members] == ["a-seed1", "e-seed0", "o-seed3"]
+    assert ensembles[0].model.what == "product of a ^ 1, e ^ 4, o ^ 2"
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("compare*.yaml")), ids=lambda p: p.name)

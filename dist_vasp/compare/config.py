@@ -12,7 +12,8 @@ models:
   - name: popularity
     baseline: popularity      in place of config: nothing is trained
   - name: both
-    ensemble: {vasp: 1, ease: 4}  in place of config: models above it and their weights, seed by seed (ranking/ensemble.py)
+    ensemble: {vasp: 1, ease: 4}  in place of config: models above it and their weights (ranking/ensemble.py); its first run is
+                              made of their first runs, and so on, or of the only one that there is
 """
 
 from __future__ import annotations
@@ -103,13 +104,13 @@ class Comparison:
         """All runs, the first seed of every model first: the report may be read early if the rest is called off."""
         folder = Path(output) / "runs"
         found: dict[tuple[str, int], Run] = {}
-        only = {model.name: model.seeds[0] for model in self.models if len(model.seeds) == 1}
+        alone = {model.name for model in self.models if len(model.seeds) == 1}
         for place in range(max(len(model.seeds) for model in self.models)):
             for model in self.models:
                 if place < len(model.seeds):
                     seed = model.seeds[place]
-                    members = tuple(found[name, only.get(name, seed)] for name, _ in model.members)
-                    found[model.name, seed] = Run(model, seed, folder, _config_of(model, seed, folder), members)
+                    members = tuple(found[name, 0 if name in alone else place] for name, _ in model.members)
+                    found[model.name, place] = Run(model, seed, folder, _config_of(model, seed, folder), members)
         return list(found.values())
 
 
@@ -195,7 +196,7 @@ def _model(
 
 
 def _members(raw: Any, where: str, seeds: tuple[int, ...], above: Sequence[Model]) -> tuple[tuple[str, float], ...]:
-    """(model, weight) of each member: trained models above the ensemble that have its seeds, or one alone."""
+    """(model, weight) of each member: trained models above the ensemble that have as many seeds as it has, or one alone."""
     trained = {model.name: model.seeds for model in above if model.config}
     if not isinstance(raw, dict) or not raw:
         raise ValueError(f"{where} is {raw!r:.80}, expected models and their weights, such as {{vasp: 1, ease: 4}}; set it")
@@ -206,8 +207,8 @@ def _members(raw: Any, where: str, seeds: tuple[int, ...], above: Sequence[Model
             )
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
             raise ValueError(f"{where}.{name} is {weight!r:.80}, expected a weight above 0; leave out a member without weight")
-        if len(trained[name]) > 1 and not set(seeds) <= set(trained[name]):
-            raise ValueError(f"{where}: {name} has the seeds {list(trained[name])}, the ensemble {list(seeds)}; give both the same")
+        if 1 < len(trained[name]) < len(seeds):
+            raise ValueError(f"{where}: {name} has {len(trained[name])} seeds, the ensemble {len(seeds)}; give both as many")
     return tuple((name, float(weight)) for name, weight in raw.items())
 
 
