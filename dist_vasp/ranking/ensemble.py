@@ -66,11 +66,6 @@ class Ranker:
         return self.members[0].items
 
     @property
-    def header(self) -> dict[str, Any]:
-        """The first member's: vocabulary and number of items, which all share."""
-        return self.members[0].checkpoint.header
-
-    @property
     def probabilities(self) -> bool:
         """Whether a score is log p of a model; else it is ranked by as it stands."""
         return self.alone is not None and not self.config.model.linear
