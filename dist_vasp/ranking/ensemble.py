@@ -105,7 +105,9 @@ def load_ranker(folder: str | Path, checkpoint: str | None, ranks: Ranks) -> Ran
         header = read_ensemble(folder)
         members = [Member(**member) for member in header["members"]]
         for member in members:
-            _check_vocabulary(folder / member.run, member.checkpoint, header["vocabulary_sha256"], str(folder / ENSEMBLE))
+            run = folder / member.run
+            opened = open_model(run, member.checkpoint or None).header
+            _check_vocabulary(run, opened, header["vocabulary_sha256"], str(folder / ENSEMBLE))
     loaded_members: list[LoadedModel] = []
     for member in members:
         blocks = loaded_members[0].config.parallel.block_columns if loaded_members else None
@@ -146,17 +148,17 @@ def describe_ensemble(folder: str | Path, runs: Sequence[str | Path], weights: S
     if any(not math.isfinite(weight) or weight <= 0 for weight in weights):
         raise ValueError(f"the weights are {list(weights)}, expected finite numbers above 0; a member without weight is left out")
     headers = [open_model(run).header for run in runs]
-    for run in runs[1:]:
-        _check_vocabulary(run, "", headers[0]["vocabulary_sha256"], str(runs[0]))
+    for run, header in zip(runs[1:], headers[1:], strict=True):
+        _check_vocabulary(run, header, headers[0]["vocabulary_sha256"], str(runs[0]))
     pairs = zip(runs, weights, strict=True)
     members = [asdict(Member(os.path.relpath(run, folder), "", float(weight))) for run, weight in pairs]
     shared = {name: headers[0][name] for name in ("vocabulary_sha256", "n_items")}
-    header = {"format_version": FORMAT_VERSION, **shared, "members": members}
-    return json.dumps({**header, "header_sha256": checkpoints.header_sha256(header)}, indent=1) + "\n"
+    content = {"format_version": FORMAT_VERSION, **shared, "members": members}
+    return json.dumps({**content, "header_sha256": checkpoints.header_sha256(content)}, indent=1) + "\n"
 
 
-def _check_vocabulary(run: str | Path, checkpoint: str, expected: str, of: str) -> None:
-    found = open_model(run, checkpoint or None).header["vocabulary_sha256"]
+def _check_vocabulary(run: str | Path, header: dict[str, Any], expected: str, of: str) -> None:
+    found = header["vocabulary_sha256"]
     if found != expected:
         raise ValueError(
             f"{run} has a vocabulary with hash {found[:12]}..., {of} one with {expected[:12]}...; "
