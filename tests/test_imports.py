@@ -18,6 +18,8 @@ BASE = {
     "dist_vasp.parallel.network",
     "dist_vasp.parallel.liveness",
     "dist_vasp.parallel.kernels",
+    "dist_vasp.places",
+    "dist_vasp.files",
 }  # import nothing of ours
 ROOMS = [
     "parallel.comm",
@@ -31,6 +33,8 @@ ROOMS = [
     "doctor",
 ]  # each imports itself, those before it and BASE
 NARROW = {"dist_vasp.plan": {"dist_vasp.config", "dist_vasp.parallel.partition"}}  # imports these alone
+WITHIN_BASE = {"dist_vasp.files": {"dist_vasp.places"}}  # the only imports inside BASE
+SHARED_WITH_TOOLS = ("dist_vasp.data.format", "dist_vasp.files", "dist_vasp.places")
 FILES = sorted(p for top in ("dist_vasp", "data_tools", "launch") for p in (ROOT / top).rglob("*.py"))
 MODULES = {".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p for p in FILES}
 ONE_IMPORTER = {"torch.distributed": "dist_vasp.parallel.comm", "deepspeed": "dist_vasp.training.zero"}
@@ -67,9 +71,9 @@ def within(name: str, package: str) -> bool:
 
 def allowed(importer: str, name: str) -> bool:
     if importer in NARROW or importer in BASE:
-        return name in NARROW.get(importer, ())
+        return name in NARROW.get(importer, ()) or name in WITHIN_BASE.get(importer, ())
     if within(importer, "data_tools"):
-        return name == "dist_vasp.data.format" or within(name, "data_tools")
+        return name in SHARED_WITH_TOOLS or within(name, "data_tools")
     if within(name, "data_tools"):
         return within(importer, "launch")
     if name in NARROW:  # the floor of a step, the dry run of the closed form and the doctor are the plan's arithmetic
