@@ -158,7 +158,9 @@ def collect(batches: Iterable[pa.RecordBatch], folder: Path, min_rating: float, 
                     f"the sort does not fit into --memory_limit {memory_limit}; pass a larger one ({reason})"
                 ) from None
             if isinstance(error, duckdb.IOException):
-                raise OSError(f"the sort cannot spill beside the output folder: {error}") from None
+                raise ValueError(
+                    f"the sort cannot spill beside the output ({error}); free some space or choose another place"
+                ) from None
             raise
     finally:
         connection.close()

@@ -15,13 +15,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from data_tools import atomic, cli
+from data_tools import cli
 from data_tools.interactions import Interactions, collect
 from data_tools.readers import FORMATS, Columns, Source, TextIdsError, infer_format, open_source
 from data_tools.split import GivenPlan, LiangPlan, Plan
 from data_tools.titles import read_titles
 from data_tools.writer import check_unique_keys, count_split, write_folder
-from dist_vasp.data.format import SPLITS, SplitEntry, default_users_per_shard
+from dist_vasp.data.format import SPLITS, SplitEntry, default_users_per_shard, files_of
+from dist_vasp.files import new_folder
+from dist_vasp.places import check_folder
 
 _LIANG_ONLY = ("rating_column", "min_rating", "min_items", "val_users", "test_users")
 _GIVEN_ONLY = ("split_column", "validation_fraction")
@@ -132,7 +134,8 @@ def _summary(
 def _command(args: argparse.Namespace) -> int:
     start = time.monotonic()
     _check_protocol(args)
-    atomic.check_folder_target(args.output, args.overwrite)
+    inputs = [("INPUT", args.input), ("--titles", args.titles)]
+    check_folder(args.output, "", args.overwrite, files_of, inputs, make_parents=True)
     split_column = (args.split_column or "split") if args.protocol == "given" else None
     fixed = args.user_column is None and args.item_column is None and args.rating_column is None
     rating_column = args.rating_column
@@ -148,7 +151,8 @@ def _command(args: argparse.Namespace) -> int:
             per_shard = args.users_per_shard or default_users_per_shard(len(plan.users["train"]))
             splits = {split: count_split(plan, split, per_shard) for split in SPLITS}
     else:
-        with atomic.new_folder(args.output, args.overwrite) as folder, _scratch_in(folder) as scratch_folder:
+        opened = new_folder(args.output, "", args.overwrite, files_of, inputs, make_parents=True)
+        with opened as folder, _scratch_in(folder) as scratch_folder:
             data, plan, preparation = _plan(args, source, scratch_folder)
             per_shard = args.users_per_shard or default_users_per_shard(len(plan.users["train"]))
             preparation["arguments"]["users_per_shard"] = per_shard

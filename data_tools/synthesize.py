@@ -22,7 +22,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_tools import atomic, cli
+from data_tools import cli
+from dist_vasp.files import new_file
 
 USERS_PER_BLOCK = 2048
 N_TASTES = 24
@@ -32,7 +33,8 @@ ACTIVITY_SIGMA = 0.8  # log-normal: a mean of 123 items has a median of 89 and a
 POPULARITY_SIGMA = 1.6
 SECOND_TASTE = 0.1  # weight of an item in its second taste
 DRAW_ROUNDS = 6
-SCHEMA = pa.schema([("user", pa.int64()), ("item", pa.int64())])
+_WRITTEN_BY = {b"written_by": b"data_tools.synthesize"}  # --overwrite replaces no other file
+SCHEMA = pa.schema([("user", pa.int64()), ("item", pa.int64())], _WRITTEN_BY)
 
 
 def activity(users: int, items: int, interactions: int, rng: np.random.Generator) -> np.ndarray:
@@ -148,10 +150,15 @@ def synthesize(path: Path, users: int, items: int, interactions: int, seed: int,
     if interactions < users:
         raise ValueError(f"--interactions {interactions} leaves some of the {users} users without any; pass at least {users}")
     progress = cli.Progress("drawing", "interactions", interactions)
-    with atomic.new_file(path, overwrite) as file, progress, pq.ParquetWriter(file, SCHEMA) as writer:
+    opened = new_file(path, "", overwrite, _ours, make_parents=True)
+    with opened as file, progress, pq.ParquetWriter(file, SCHEMA) as writer:
         for batch in blocks(users, items, interactions, seed):
             writer.write_batch(batch)
             progress.add(len(batch))
+
+
+def _ours(path: Path) -> bool:
+    return _WRITTEN_BY.items() <= (pq.read_schema(path).metadata or {}).items()
 
 
 def _parser() -> cli.Parser:

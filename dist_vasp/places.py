@@ -98,14 +98,16 @@ def check_folder(
     An existing folder needs `overwrite` (None: the command has no such option, and replaces no folder). It is replaced
     only where it holds no other files than `files_of` lists, which is a ValueError for a folder of another kind.
     """
-    path, what = Path(path), _named(path, option)
+    what = _named(path, option)
+    path = Path(os.path.realpath(path)) if os.path.isdir(path) else Path(path)  # a link to a folder is that folder
     found = _look(path, option, make_parents)
     if found is not None and not stat.S_ISDIR(found.st_mode):
         _check_regular(path, option, found)
         raise ValueError(f"{what} exists and is not a folder; name another output folder")
+    if found is not None and overwrite is None:
+        raise ValueError(f"{what} exists; name another folder, or remove it yourself")
     if found is not None and not overwrite:
-        way_out = "remove it yourself" if overwrite is None else "pass --overwrite to replace it"
-        raise ValueError(f"{what} exists; name another folder, or {way_out}")
+        raise ValueError(f"{what} exists already; name another output folder, or pass --overwrite to replace it")
     _check_inputs(path, option, inputs)
     _check_belongs_to_nothing(path, option)
     if found is not None and files_of is not None:

@@ -16,7 +16,7 @@ import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 import pytest
 
-from data_tools import atomic, interactions, shard, writer
+from data_tools import interactions, shard, writer
 from dist_vasp.data.format import SPLITS, Manifest, iterate_shard, load_items
 from tests.liang_reference import liang
 from tests.shard_folders import assert_equal_to_reference, random_rows, read_folder, write_csv
@@ -208,8 +208,8 @@ def test_overwrite_spares_what_is_not_ours(tmp_path, source, capsys):
 
 
 def test_output_that_cannot_be_written(tmp_path, source, capsys):
-    fails(capsys, [source, source / "out"], "cannot write")
-    fails(capsys, [source, source / "deep" / "out"], "cannot write")
+    fails(capsys, [source, source / "out"], "out cannot be written (Not a directory); choose another place")
+    fails(capsys, [source, source / "deep" / "out"], "out cannot be written (Not a directory); choose another place")
 
 
 def test_output_through_a_link(tmp_path, source):
@@ -238,7 +238,7 @@ def test_a_full_disk_is_one_line(tmp_path, source, monkeypatch, capsys):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(writer, "write_split", full)
-    fails(capsys, [source, tmp_path / "out"], "No space left on device", status=1)
+    fails(capsys, [source, tmp_path / "out"], "out cannot be written (No space left on device); free some space or choose another")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in"]
 
 
@@ -253,7 +253,7 @@ def test_terminated_leaves_nothing(tmp_path, source, monkeypatch):
 
 
 def test_leftovers_of_a_killed_command_are_no_data_folder(tmp_path, source):
-    leftover = tmp_path / f"out.tmp-{os.getpid()}"
+    leftover = tmp_path / f".out.{'0' * 16}.tmp"
     leftover.mkdir()
     (leftover / "train-000000.tar").write_text("half")
     with pytest.raises(ValueError, match=r"holds no manifest\.json"):
@@ -263,11 +263,25 @@ def test_leftovers_of_a_killed_command_are_no_data_folder(tmp_path, source):
     assert b"half" not in contents(tmp_path / "out").values()
 
 
-def test_folder_appears_only_when_whole(tmp_path):
-    with atomic.new_folder(tmp_path / "out", False) as folder:
-        (folder / "x").write_text("1")
-        assert not (tmp_path / "out").exists()
-    assert contents(tmp_path / "out") == {"x": b"1"}
+@pytest.mark.parametrize("foreign", ["notes.txt", "train-000099.tar", ".hidden"])
+def test_overwrite_spares_a_folder_with_something_else_in_it(tmp_path, source, capsys, foreign):
+    out = tmp_path / "out"
+    assert shard.main([str(source), str(out)]) == 0
+    (out / foreign).write_text("mine")
+    capsys.readouterr()
+    fails(capsys, [source, out, "--overwrite"], f"holds '{foreign}', which this command did not write")
+    (out / "manifest.json").write_text("{}")
+    fails(capsys, [source, out, "--overwrite"], "is not a manifest of this project")
+    assert (out / foreign).read_text() == "mine"
+
+
+def test_overwrite_spares_an_input(tmp_path, source, capsys):
+    out = tmp_path / "out"
+    assert shard.main([str(source), str(out)]) == 0
+    capsys.readouterr()
+    fails(capsys, [source, out, "--overwrite", "--titles", out / "items.parquet"], "of --titles, which would be lost")
+    fails(capsys, [out, out, "--overwrite"], "is the folder of INPUT, which would be lost")
+    assert (out / "manifest.json").is_file()
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -115,13 +116,18 @@ def test_bad_numbers_are_refused_by_the_parser(tmp_path, value, capsys):
 
 def test_an_existing_file_is_kept(tmp_path, capsys):
     path = tmp_path / "x.parquet"
-    path.write_text("mine")
     arguments = [str(path), "--users", "3", "--items", "4", "--interactions", "6"]
+    assert synthesize.main(arguments) == 0
     assert synthesize.main(arguments) == 2
-    assert "exists already" in capsys.readouterr().err
-    assert path.read_text() == "mine"
+    assert "exists; pass --overwrite to replace it" in capsys.readouterr().err
     assert synthesize.main([*arguments, "--overwrite"]) == 0
     assert pq.read_table(path).num_rows == 6
+    for mine in (b"mine", pa.table({"user": pa.array([1]), "item": pa.array([1])})):
+        path.write_bytes(mine) if isinstance(mine, bytes) else pq.write_table(mine, path)
+        before = path.read_bytes()
+        assert synthesize.main([*arguments, "--overwrite"]) == 2
+        assert "exists and was not written by this command" in capsys.readouterr().err
+        assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
 
 

@@ -228,6 +228,17 @@ class Manifest:
         return manifest
 
 
+def files_of(folder: Path) -> set[str]:
+    """The names of all files of a data folder. ValueError where it is none of ours, so that nothing deletes it."""
+    if not (folder / MANIFEST).is_file():
+        raise ValueError(
+            f"{folder} is not empty and holds no {MANIFEST}, so it was not written by data_tools.shard: --overwrite does not "
+            "delete it; name another output folder, or remove it yourself"
+        )
+    manifest = Manifest.load(folder)
+    return {MANIFEST, *manifest.files, *(shard.name for split in manifest.splits.values() for shard in split.shards)}
+
+
 def _count(value: Any) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < _LARGEST_COUNT:
         raise ValueError(f"{value!r:.100} is not a count")
