@@ -1,0 +1,169 @@
+"""What an id is, for every command and for Python: a non-negative 64-bit number, or text kept byte for byte.
+
+A column is numeric only when the text of every id is the canonical decimal form of an integer in [0, 2^63): no sign,
+no leading zero, no blank, no exponent. Then int64 stands for the text and loses nothing. Otherwise all ids are strings,
+sorted by their UTF-8 bytes. So 17 in a Parquet file and the text 17 in a CSV are one id; 017, ` 17` and 17.0 are others.
+
+Shapes: E ids of a batch, I ids of a vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+MISSING = ("NULL", "\\N", "nan", "None", "NA")  # besides the empty text, null and NaN
+MAX_BYTES = 4096  # of one id
+_LARGEST = 2**63 - 1
+_CANONICAL = "^(0|[1-9][0-9]{0,18})$"
+_WHOLE_LIMIT = {16: 2.0**11, 32: 2.0**24, 64: 2.0**53}  # by width of the float: beyond, whole numbers are rounded
+
+
+def is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+
+
+def as_text(ids: pa.Array) -> pa.Array:
+    """The ids as strings."""
+    return ids.cast(pa.string())
+
+
+def compact(ids: pa.Array) -> pa.Array:
+    """(E,) int64 where every one of the strings is a canonical integer, else the strings themselves. No id is null."""
+    if not len(ids):
+        return pa.array([], pa.int64())
+    if not is_text(ids.type):
+        return ids
+    ids = as_text(ids)
+    _, offset_buffer, data = ids.buffers()
+    offsets = np.frombuffer(offset_buffer, np.int32)[ids.offset : ids.offset + len(ids) + 1]
+    lengths = np.diff(offsets)
+    if lengths.min() < 1 or lengths.max() > 19:
+        return ids
+    letters = np.frombuffer(data, np.uint8)
+    if ((letters[offsets[:-1]] == ord("0")) & (lengths > 1)).any():
+        return ids
+    if (letters[offsets[0] : offsets[-1]] - ord("0") > 9).any():  # unsigned: what is below "0" wraps around
+        return ids
+    try:
+        return ids.cast(pa.int64())
+    except pa.ArrowInvalid:  # 19 digits beyond 2^63-1
+        return ids
+
+
+def same_type(one: pa.Array, other: pa.Array) -> tuple[pa.Array, pa.Array]:
+    """Both as int64 where both are, else both as strings."""
+    return (one, other) if one.type == other.type else (as_text(one), as_text(other))
+
+
+def join(arrays: Sequence[pa.Array]) -> pa.Array:
+    """One array of ids of several, as strings unless all are int64."""
+    kinds = {a.type for a in arrays if len(a)}
+    kind = kinds.pop() if len(kinds) == 1 else pa.string() if kinds else pa.int64()
+    return pa.concat_arrays([pa.array([], kind), *(a.cast(kind) for a in arrays if len(a))])
+
+
+def find(ids: pa.Array, vocabulary: pa.Array) -> np.ndarray:
+    """(E,) int32 positions of `ids` in `vocabulary` (I,), -1 where there is none. Ids are equal when their texts are."""
+    if pa.types.is_integer(vocabulary.type):
+        wanted = _numbers(ids)
+        positions = pc.index_in(wanted, value_set=vocabulary.cast(pa.int64()))
+    else:
+        positions = pc.index_in(as_text(ids), value_set=as_text(vocabulary))
+    return np.asarray(pc.fill_null(positions, -1)).astype(np.int32)
+
+
+def _numbers(ids: pa.Array) -> pa.Array:
+    """(E,) int64, null for an id that is not the canonical text of one."""
+    if is_text(ids.type):
+        canonical = pc.match_substring_regex(ids, _CANONICAL)
+        small = pc.or_(pc.less(pc.binary_length(ids), 19), pc.less_equal(ids, pa.scalar(str(_LARGEST), ids.type)))
+        return pc.if_else(pc.and_(canonical, small), ids, pa.scalar(None, ids.type)).cast(pa.int64())
+    if pa.types.is_uint64(ids.type):
+        return pc.if_else(pc.less_equal(ids, pa.scalar(_LARGEST, pa.uint64())), ids, None).cast(pa.int64())
+    return ids.cast(pa.int64())
+
+
+class IdIndex:
+    """Codes for ids in order of first appearance. It works a batch at a time and never leaves Arrow."""
+
+    def __init__(self) -> None:
+        self.ids: pa.Array | None = None
+
+    def encode(self, ids: pa.Array) -> pa.Array:
+        """(E,) uint32 codes of `ids`, (E,) int64 or string."""
+        if self.ids is None:
+            self.ids = ids.slice(0, 0)
+        if len(ids):
+            self.ids, ids = (self.ids.cast(ids.type), ids) if not len(self.ids) else same_type(self.ids, ids)
+        codes = pc.index_in(ids, value_set=self.ids)
+        if codes.null_count:
+            self.ids = pa.concat_arrays([self.ids, pc.unique(ids.filter(pc.is_null(codes)))])
+            codes = pc.index_in(ids, value_set=self.ids)
+        return codes.cast(pa.uint32())
+
+
+# --- ids of a column -------------------------------------------------------------------------------------------------
+
+
+def of_column(values: Any, numbers: Sequence[int], where: str, missing: Sequence[str] = MISSING) -> pa.Array:
+    """(E,) int64 or string ids of an Arrow column, null where one is missing.
+
+    Integers must be in [0, 2^63), floats whole numbers that a float holds exactly, text UTF-8 of at most 4,096 bytes.
+    `numbers` are the rows' numbers for the message of the ValueError, `where` names file and column.
+    """
+    if isinstance(values, pa.ChunkedArray):
+        values = values.combine_chunks()
+    if pa.types.is_dictionary(values.type):
+        return of_column(values.dictionary, range(1, len(values.dictionary) + 1), f"{where}, value", missing).take(values.indices)
+    kind = values.type
+    if pa.types.is_null(kind):
+        return values.cast(pa.string())
+    if pa.types.is_integer(kind):
+        return _of_integers(values, numbers, where)
+    if pa.types.is_floating(kind):
+        return _of_floats(values, numbers, where)
+    if is_text(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+        return _of_text(values, numbers, where, missing)
+    raise ValueError(f"{where} is of type {kind}, expected integers, whole numbers or text; convert it first")
+
+
+def _of_integers(values: pa.Array, numbers: Sequence[int], where: str) -> pa.Array:
+    limit = pa.scalar(_LARGEST, pa.uint64())
+    outside = pc.greater(values, limit) if pa.types.is_uint64(values.type) else pc.less(values, 0)
+    _refuse(outside, values, numbers, where, "is outside 0 to 2^63-1; make the ids non-negative, or write the column as text")
+    return values.cast(pa.int64())
+
+
+def _of_floats(values: pa.Array, numbers: Sequence[int], where: str) -> pa.Array:
+    limit = _WHOLE_LIMIT[values.type.bit_width]
+    values = values.cast(pa.float64())
+    values = pc.if_else(pc.is_nan(values), pa.scalar(None, pa.float64()), values)
+    whole = pc.and_(pc.equal(values, pc.floor(values)), pc.and_(pc.greater_equal(values, 0.0), pc.less(values, limit)))
+    problem = f"is not a whole number from 0 to 2^{int(np.log2(limit))}-1, which a column of floats may hold; write it as text"
+    _refuse(pc.invert(whole), values, numbers, where, problem)
+    return values.cast(pa.int64())
+
+
+def _of_text(values: pa.Array, numbers: Sequence[int], where: str, missing: Sequence[str]) -> pa.Array:
+    long = pc.greater(pc.binary_length(values), MAX_BYTES)
+    if pc.any(long, min_count=0).as_py():
+        at = pc.index(long, True).as_py()
+        raise ValueError(f"{where}, row {numbers[at]}: the id has more than {MAX_BYTES:,} bytes; expected an id, not a text")
+    try:
+        values = values.cast(pa.string())
+        values.validate(full=True)
+    except pa.ArrowInvalid:
+        raise ValueError(f"{where} holds bytes that are not UTF-8 text; write the column as UTF-8 strings") from None
+    absent = pc.is_in(values, value_set=pa.array(["", *missing], pa.string()))
+    return pc.if_else(absent, pa.scalar(None, pa.string()), values) if pc.any(absent, min_count=0).as_py() else values
+
+
+def _refuse(bad: pa.Array, values: pa.Array, numbers: Sequence[int], where: str, problem: str) -> None:
+    if pc.any(bad, min_count=0).as_py():
+        at = pc.index(bad, True).as_py()
+        raise ValueError(f"{where}, row {numbers[at]}: the id {values[at].as_py()} {problem}")

@@ -1,0 +1,83 @@
+"""Which columns of a table are read, how its text is written, and how a column is found by its name."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dist_vasp.data import ids
+
+ROLES = ("user", "item", "rating", "split", "time", "title")
+_TYPED = re.compile(r"(.+):(token|float|token_seq|float_seq)")  # RecBole writes user_id:token
+_ATOMIC = {"user": "user_id", "item": "item_id", "rating": "rating", "time": "timestamp"}
+_SHOWN = 20
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Names of the input's columns, None for a role that is not read; `rating` None: the column `rating` if there is one."""
+
+    user: str | None = "user"
+    item: str | None = "item"
+    rating: str | None = None
+    split: str | None = None
+    time: str | None = None
+    title: str | None = None
+    optional_rating: bool = True  # False: rating None is not read
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How the files are written. None: found out from the file itself."""
+
+    delimiter: str | None = None  # of a CSV: one character, or ::
+    encoding: str | None = None  # of a CSV; None: UTF-8, or what a byte order mark says
+    header: bool = True  # False: the first line is data and columns are named 1, 2, ...
+    quoting: bool = True  # False: a quote is a character like any other
+    missing: tuple[str, ...] = ids.MISSING  # texts that stand for no id, besides the empty one
+
+
+def find_columns(names: Sequence[str], columns: Columns, where: str, header: bool = True, hint: str = "") -> dict[str, int]:
+    """Positions among `names` by role; ValueError that names what is missing, what there is, and the option that helps.
+
+    A name matches exactly or, where that is unambiguous, without the blanks around it.
+    """
+    plain = [name.strip() for name in names]
+    typed = [match[1] if (match := _TYPED.fullmatch(name)) else None for name in plain]
+    found: dict[str, int] = {}
+    for role in ROLES:
+        name = getattr(columns, role)
+        optional = name is None and role == "rating" and columns.optional_rating
+        if optional:
+            name = "rating"
+        if name is None:
+            continue
+        if not header and name == role:
+            name = {"user": "1", "item": "2"}.get(role, name)
+        places = [i for i, one in enumerate(names) if one == name] or [i for i, one in enumerate(plain) if one == name]
+        if not places and any(typed):
+            wanted = _ATOMIC.get(role, name) if name in (role, "timestamp") else name
+            places = [i for i, one in enumerate(typed) if one in (name, wanted)]
+        if len(places) == 1:
+            found[role] = places[0]
+        elif not optional or places:
+            raise ValueError(f"{where} {_problem(role, name, len(places), plain, header)}{hint}")
+    return found
+
+
+def shown(names: Sequence[str]) -> str:
+    """The names for a message, at most twenty of at most 40 characters."""
+    more = f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else ""
+    return ", ".join(repr(name if len(name) <= 40 else name[:37] + "...") for name in names[:_SHOWN]) + more or "none"
+
+
+def _problem(role: str, name: str, n_found: int, names: Sequence[str], header: bool) -> str:
+    if n_found:
+        return f"has more than one column {name!r}; rename one of them"
+    if not header:
+        return f"has no column {name!r}; it has {len(names)} columns, named 1 to {len(names)}; pass --{role}_column N"
+    close = difflib.get_close_matches(name.lower(), [n.lower() for n in names[:1000]], 1, 0.6)
+    like = next((f" (is it {n!r}?)" for n in names if close and n.lower() == close[0]), "")
+    return f"has no column {name!r}; its columns are {shown(names)}; pass --{role}_column NAME{like}"

@@ -1,0 +1,50 @@
+"""The columns of one CSV file by role, as text, a block at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+
+from dist_vasp.data.tables import csv_rows
+from dist_vasp.data.tables.columns import Columns, Reading
+from dist_vasp.data.tables.csv_header import read_header
+from dist_vasp.data.tables.encodings import Utf8
+
+
+@dataclass(frozen=True)
+class Raw:
+    """Some rows as the file holds them: numbers of the rows and columns by role."""
+
+    numbers: Sequence[int]
+    columns: dict[str, pa.Array]
+
+
+@dataclass
+class Facts:
+    """What is known of a file once it was read."""
+
+    names: dict[str, str] = field(default_factory=dict)  # of the columns by role
+    unused: list[str] = field(default_factory=list)
+    n_broken: int = 0  # rows of several lines
+
+
+def csv_pieces(
+    opener: Callable[[], Any], where: str, columns: Columns, reading: Reading, constants: Collection[str], facts: Facts
+) -> Iterator[Raw]:
+    """Pieces of the file that `opener` opens; every cell of them is text. ValueError names `where` and the row."""
+    stream = opener()
+    try:
+        blocks = csv_rows.Blocks(Utf8(stream, reading.encoding, where), where, csv_rows.BLOCK_BYTES)
+        header = read_header(blocks, columns, reading, constants, where)
+        facts.names = {role: header.names[i] for role, i in header.wanted.items()}
+        facts.unused = [name for i, name in enumerate(header.names) if i not in header.wanted.values()]
+        rows = csv_rows.Rows(blocks, header.dialect, len(header.names), list(header.wanted.values()), where)
+        rows.id_columns = [header.wanted[role] for role in ("user", "item") if role in header.wanted]
+        for piece in rows.pieces(header.body or blocks.next()):
+            yield Raw(piece.numbers, dict(zip(header.wanted, piece.columns, strict=True)))
+        facts.n_broken = rows.n_broken
+    finally:
+        stream.close()

@@ -1,0 +1,129 @@
+"""The header of a CSV file and what parts its cells: --delimiter, or the delimiter with which the wanted columns are there."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+
+from dist_vasp.data.tables.columns import ROLES, Columns, Reading, find_columns, shown
+from dist_vasp.data.tables.csv_rows import MAX_COLUMNS, MAX_ROW_BYTES, Blocks, Dialect, check_text, lines_of
+
+DELIMITERS = (",", "\t", ";", "|", "::")
+_NAMED = {"tab": "\t", "\\t": "\t", "comma": ",", "semicolon": ";", "pipe": "|", "space": " "}
+
+
+@dataclass(frozen=True)
+class Header:
+    names: list[str]  # 1, 2, ... where there is no header
+    dialect: Dialect
+    wanted: dict[str, int]  # positions of columns by role
+    body: bytes  # what follows the header in the blocks that were read for it
+
+
+def check_delimiter(text: str) -> str:
+    """The delimiter that --delimiter names; ValueError where it cannot be one."""
+    delimiter = _NAMED.get(text, text)
+    if delimiter != "::" and (len(delimiter) != 1 or delimiter.isalnum() or delimiter in '"\r\n\0.-+'):
+        raise ValueError(f"--delimiter {text!r} cannot part cells; pass one character such as ';', tab or space, or '::'")
+    return delimiter
+
+
+def read_header(blocks: Blocks, columns: Columns, reading: Reading, constants: Collection[str], where: str) -> Header:
+    """The header, or the numbers of the columns where there is none. `constants`: columns that the names of folders give.
+
+    ValueError where the file is empty or no delimiter gives the wanted columns.
+    """
+    absent = {role: None for role in ROLES if getattr(columns, role) in constants}
+    columns = replace(columns, **absent, optional_rating=columns.optional_rating and "rating" not in constants)
+    block = _skip_blank_lines(blocks)
+    if not block:
+        expected = "a header line with the names of the columns" if reading.header else "rows"
+        raise ValueError(f"{where} is empty; expected {expected}")
+    candidates = DELIMITERS if reading.delimiter is None else (check_delimiter(reading.delimiter),)
+    check_text(block, Dialect(candidates[0], reading.quoting), blocks.row, where)
+    errors: dict[str, ValueError] = {}
+    for delimiter in candidates:
+        dialect = Dialect(delimiter, reading.quoting)
+        try:
+            names, n_lines, block = _first_record(blocks, block, dialect, where)
+            labels = names if reading.header else [str(i + 1) for i in range(len(names))]
+            wanted = find_columns(labels, columns, where, reading.header)
+        except ValueError as error:
+            errors[delimiter] = error
+            continue
+        if reading.header:
+            block = "".join(lines_of(block.decode())[n_lines:]).encode()
+            blocks.row, blocks.line = blocks.row + 1, blocks.line + n_lines
+        elif reading.delimiter is None:
+            _check_unambiguous(names, delimiter, where)
+        return Header(labels, dialect, wanted, block)
+    first = lines_of(block.decode())[0]
+    likely = max(candidates, key=lambda d: (first.count(d), -candidates.index(d)))
+    raise _explained(errors[likely], likely, first, columns, reading, where)
+
+
+def _skip_blank_lines(blocks: Blocks) -> bytes:
+    block = blocks.next()
+    while block.startswith((b"\n", b"\r")):
+        block = block[2 if block.startswith(b"\r\n") else 1 :]
+        blocks.row += 1
+        blocks.line += 1
+        block = block or blocks.next()
+    return block
+
+
+def _first_record(blocks: Blocks, block: bytes, dialect: Dialect, where: str) -> tuple[list[str], int, bytes]:
+    """The cells of the first row, its number of lines, and the block with as much more as a quoted header needs."""
+    while True:
+        lines = lines_of(block.decode())
+        if lines[0].count(dialect.delimiter) >= MAX_COLUMNS:
+            raise ValueError(f"{where}: the first row has more than {MAX_COLUMNS:,} cells; it is no table of interactions")
+        reader = dialect.reader(lines)
+        try:
+            return next(iter(reader)), reader.line_num, block
+        except csv.Error as error:
+            more = blocks.next() if "unexpected end" in str(error) and len(block) <= MAX_ROW_BYTES else b""
+            if not more:
+                problem = (
+                    "a quote in the header does not close"
+                    if "unexpected end" in str(error)
+                    else f"the header is malformed: {error}"
+                )
+                raise ValueError(
+                    f"{where}, row {blocks.row}: {problem}; correct it, or pass --no_quoting if quotes are plain characters"
+                ) from None
+            check_text(more, dialect, blocks.row, where)
+            block += more
+
+
+def _check_unambiguous(cells: list[str], delimiter: str, where: str) -> None:
+    others = [d for d in DELIMITERS if any(d in cell for cell in cells)]
+    if others:
+        raise ValueError(
+            f"{where}: the first line holds both {delimiter!r} and {others[0]!r}; pass the one that parts cells as --delimiter"
+        )
+
+
+def _explained(error: ValueError, delimiter: str, first: str, columns: Columns, reading: Reading, where: str) -> ValueError:
+    """The error with the delimiter that was seen, or what else the first line looks like."""
+    text = str(error)
+    if "has no column" not in text:
+        return error
+    cells: list[str] = next(iter(Dialect(delimiter, reading.quoting).reader([first], strict=False)), [])
+    if reading.header and sum(_is_number(cell) for cell in cells) * 2 > len(cells):
+        return ValueError(
+            f"{where} has no column {columns.user or columns.item!r}; its first line, {shown(cells)}, looks like data: "
+            "pass --no_header, then --user_column 1 --item_column 2 name columns by number"
+        )
+    if len(cells) < 2:
+        return ValueError(f"{text} (its first line is one cell; pass what parts cells as --delimiter)")
+    return ValueError(f"{text} (cells are parted by {delimiter!r})")
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        float(cell)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,89 @@
+"""Text of any encoding as UTF-8 bytes without a byte order mark. An encoding is found by its mark or named, never guessed."""
+
+from __future__ import annotations
+
+import codecs
+from typing import Any
+
+from dist_vasp.data.tables.streams import foreign
+
+_MARKS = {  # the longer ones first: UTF-32 begins with the mark of UTF-16
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF8: "utf-8",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+_LARGEST_HEAD = 16
+
+
+def check_encoding(name: str) -> str:
+    """The name, if Python knows it as an encoding of text; ValueError otherwise."""
+    try:
+        known = codecs.lookup(name)
+        "".encode(name)
+    except (LookupError, UnicodeError, ValueError):
+        known = None
+    if known is None or not getattr(known, "_is_text_encoding", True):
+        raise ValueError(f"--encoding {name!r} is not known; name one such as utf-8, utf-16, latin-1, cp1252 or cp932")
+    return known.name
+
+
+class Utf8:
+    """A stream of UTF-8 bytes of one of any encoding; ValueError where the bytes are not of it.
+
+    UTF-8 itself is passed on unchecked: the rows' reader checks it and names the row.
+    """
+
+    def __init__(self, stream: Any, encoding: str | None, where: str) -> None:
+        self._stream, self._where = stream, where
+        head = self._head()
+        what = foreign(head)
+        if what:
+            raise ValueError(f"{where} is {what}")
+        mark, marked = next(((m, name) for m, name in _MARKS.items() if head.startswith(m)), (b"", None))
+        wanted = codecs.lookup(encoding).name if encoding else None
+        if marked and wanted and not wanted.startswith(marked) and wanted != "utf-8-sig":
+            raise ValueError(f"{where} begins with the mark of {marked}, but --encoding is {wanted}; leave --encoding out")
+        self.encoding = wanted or marked or "utf-8"
+        if self.encoding in ("utf-8", "utf-8-sig"):
+            self._decoder = None
+            self._held = head.removeprefix(codecs.BOM_UTF8)
+        else:
+            self._decoder = codecs.getincrementaldecoder(self.encoding)()
+            self._held = head.removeprefix(mark) if wanted and wanted[-3:] in ("-le", "-be") else head
+        self._ended, self._n_bytes = False, 0
+
+    def _head(self) -> bytes:
+        head = b""
+        while len(head) < _LARGEST_HEAD and (more := self._stream.read(_LARGEST_HEAD - len(head))):
+            head += more
+        return head
+
+    def read(self, size: int) -> bytes:
+        """Some bytes, b"" at the end."""
+        while not self._ended:
+            data, self._held = self._held + self._stream.read(size), b""
+            self._ended = not data
+            if self._decoder is None:
+                return data
+            try:
+                text = self._decoder.decode(data, final=self._ended)
+            except UnicodeDecodeError as error:
+                raise ValueError(
+                    f"{self._where}: the bytes after {self._n_bytes + error.start:,} are not {self.encoding} ({error.reason}); "
+                    "name the right --encoding"
+                ) from None
+            self._n_bytes += len(data)
+            if text:
+                return text.encode("utf-8", "strict")
+        return b""
+
+
+def explain_bytes(block: bytes, error: UnicodeDecodeError) -> str:
+    """What to say of bytes that are not UTF-8."""
+    found = block[error.start : error.start + 1]
+    return (
+        f"the byte 0x{found.hex()} is not UTF-8 text; the file may be cp1252 (Windows) or latin-1: "
+        "name its encoding with --encoding cp1252, or save it as UTF-8"
+    )

@@ -1,0 +1,219 @@
+"""Which files an input names: a file, a folder, a glob, a zip or members of one. Hidden files are left out, and said.
+
+Names of folders of the form `key=value` (Hive partitions) are columns of the files below them.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import Any
+from urllib.parse import unquote
+
+from dist_vasp.data.tables.streams import open_file, open_member, open_zip, readable, unpacked_name
+
+CSV_SUFFIXES = (".csv", ".tsv", ".tab", ".inter", ".dat", ".txt", ".data")
+PARQUET_SUFFIXES = (".parquet", ".pq", ".parq")
+_NO_PARTITION = "__HIVE_DEFAULT_PARTITION__"
+_FOREIGN = (
+    ("_delta_log", "a Delta Lake table", "delta_scan"),
+    (".hoodie", "a Hudi table", "hudi_scan"),
+    ("metadata/*.metadata.json", "an Iceberg table", "iceberg_scan"),
+)
+
+
+@dataclass(frozen=True)
+class File:
+    """A file of a table: how messages name it, what it is, and the columns that its folders give (None: missing)."""
+
+    where: str
+    kind: str  # csv or parquet
+    path: Path
+    open: Callable[[], Any]  # of a CSV: its unpacked bytes
+    partitions: dict[str, str | None] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Found:
+    files: list[File]
+    skipped: list[str]  # what was left out, with the reason
+
+
+def kind_of(name: str) -> str | None:
+    """csv or parquet, by the name; None where it tells neither."""
+    name = name.lower()
+    if name.endswith(PARQUET_SUFFIXES):
+        return "parquet"
+    return "csv" if unpacked_name(name).endswith(CSV_SUFFIXES) else None
+
+
+def is_hidden(name: str) -> bool:
+    """True for a part of a path that holds no data by convention; `_key=value` is a partition."""
+    return name.startswith(".") or (name.startswith("_") and "=" not in name)
+
+
+def find_files(inputs: Sequence[str | Path], kind: str | None = None) -> Found:
+    """The files of all inputs, in the order given, those of a folder by name; ValueError where there is none to read."""
+    files: list[File] = []
+    skipped: list[str] = []
+    for text in inputs:
+        for path in expand(str(text)):
+            files += _files_of(path, kind, skipped)
+    seen: set[tuple[str, str]] = set()
+    unique = []
+    for file in files:
+        key = (os.path.realpath(file.path), file.where.removeprefix(str(file.path)))
+        if key in seen:
+            skipped.append(f"{file.where} (named twice)")
+        else:
+            unique.append(file)
+        seen.add(key)
+    return Found(unique, skipped)
+
+
+def expand(text: str) -> list[Path]:
+    """The paths that an input names; ValueError where there is none, or where it is an address."""
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", text):
+        scheme = text.split(":")[0]
+        raise ValueError(
+            f"{text} is a remote address and only local files are read; copy it here first, or mount the {scheme} store"
+        )
+    path = Path(text)
+    if os.path.lexists(path) or _zip_above(path):
+        return [path]
+    found = [Path(p) for p in sorted(glob.glob(text, recursive=True))] if glob.has_magic(text) else []
+    found = [p for p in found if not is_hidden(p.name)]
+    if not found:
+        what = "matches no file" if glob.has_magic(text) else "does not exist"
+        raise ValueError(f"the input {text} {what}; name a file or folder")
+    return found
+
+
+def _files_of(path: Path, kind: str | None, skipped: list[str]) -> list[File]:
+    archive = _zip_above(path)
+    if archive is not None:
+        return _members_of(archive, path.relative_to(archive).as_posix(), skipped)
+    if path.is_dir():
+        return _files_below(path, kind, skipped)
+    check_file(path)
+    if path.suffix.lower() == ".zip" and kind != "parquet":
+        return _members_of(path, None, skipped)
+    _refuse_table(path.parent, path)
+    found = kind or kind_of(path.name)
+    if found is None:
+        raise ValueError(f"cannot tell the format of {path} from its name; pass --format csv or --format parquet")
+    return [_file(path, found, path)]
+
+
+def check_file(path: Path) -> None:
+    """ValueError unless the path is a regular file."""
+    if not path.is_file():
+        missing = "does not exist; name a file or folder"
+        special = "is a pipe or device, which cannot be read twice; write it to a file first"
+        raise ValueError(f"the input {path} {special if path.exists() else missing}")
+
+
+def _file(path: Path, kind: str, named: Path) -> File:
+    return File(str(path), kind, path, partial(open_file, path), _partitions(named.parts[:-1]))
+
+
+def _partitions(parts: Iterable[str]) -> dict[str, str | None]:
+    pairs = (part.split("=", 1) for part in parts if "=" in part[1:])
+    return {unquote(key): None if value in (_NO_PARTITION, "") else unquote(value) for key, value in pairs}
+
+
+# --- folders ---------------------------------------------------------------------------------------------------------
+
+
+def _files_below(folder: Path, kind: str | None, skipped: list[str]) -> list[File]:
+    _refuse_table(folder, folder)
+    paths = []
+    for path in walk(folder, skipped):
+        found = kind_of(path.name)
+        if found is None or (kind is not None and found != kind):
+            skipped.append(f"{path} (no {kind or 'table'} by its name)")
+        else:
+            paths.append((path, found))
+    kinds = {found for _, found in paths}
+    if not paths:
+        raise ValueError(f"the folder {folder} holds no {kind or 'CSV or Parquet'} file that is not hidden; name another")
+    if len(kinds) > 1:
+        raise ValueError(f"the folder {folder} holds both CSV and Parquet files; pass --format csv or --format parquet")
+    return [_file(path, found, path) for path, found in paths]
+
+
+def walk(folder: Path, skipped: list[str]) -> Iterator[Path]:
+    """Regular files below a folder by name, links followed once; what is hidden or special goes to `skipped`."""
+    visited: set[str] = set()
+    for root, folders, names in os.walk(folder, followlinks=True, onerror=_raise):
+        if os.path.realpath(root) in visited:
+            folders.clear()
+            continue
+        visited.add(os.path.realpath(root))
+        for name in sorted(n for n in folders if is_hidden(n)):
+            _refuse_table(Path(root), folder)
+            skipped.append(f"{Path(root, name)}/ (hidden)")
+        folders[:] = sorted(n for n in folders if not is_hidden(n))
+        for path in (Path(root, name) for name in sorted(names)):
+            if is_hidden(path.name):
+                skipped.append(f"{path} (hidden)")
+            elif path.is_file():
+                yield path
+            else:
+                skipped.append(f"{path} (not a file)")
+
+
+def _raise(error: OSError) -> None:
+    raise ValueError(f"{error.filename} cannot be read ({error.strerror}); change its permissions, or name another folder")
+
+
+def _refuse_table(folder: Path, named: Path) -> None:
+    """ValueError where the folder, or one of three above it, is a table whose files also hold rows that were deleted."""
+    for place in (folder, *list(folder.resolve().parents)[:3]):
+        for pattern, what, function in _FOREIGN:
+            if any(True for _ in place.glob(pattern)):
+                raise ValueError(
+                    f"{named} belongs to {what} ({place / pattern}), whose files also hold rows that were replaced or deleted; "
+                    f"export its present rows first, with DuckDB for example: COPY (FROM {function}('{place}')) TO 'rows.parquet'"
+                )
+
+
+# --- zips ------------------------------------------------------------------------------------------------------------
+
+
+def _zip_above(path: Path) -> Path | None:
+    """The zip file in data.zip/ratings.csv, None for other paths."""
+    above = (p for p in path.parents if p.suffix.lower() == ".zip")
+    return next((p for p in above if p.is_file()), None)
+
+
+def _members_of(path: Path, wanted: str | None, skipped: list[str]) -> list[File]:
+    """The tables in a zip, by name: all of them, or those that match `wanted`."""
+    with readable(str(path)), open_zip(path) as archive:
+        names = sorted(n for n in archive.namelist() if not n.endswith("/"))
+    if len(set(names)) < len(names):
+        raise ValueError(f"{path} holds two members of one name; pack it again")
+    members = []
+    for name in names:
+        if wanted is not None and not fnmatch(name, wanted):
+            continue
+        if any(is_hidden(part) for part in PurePosixPath(name).parts):
+            skipped.append(f"{path}, {name} (hidden)")
+        elif kind_of(name) != "csv":
+            skipped.append(f"{path}, {name} (no CSV by its name)")
+        else:
+            members.append(name)
+    if not members:
+        about = f"no CSV member {wanted!r}" if wanted else "no CSV member that is not hidden"
+        raise ValueError(
+            f"{path} holds {about}; its members are {', '.join(names[:5]) or 'none'}{' ...' if len(names) > 5 else ''}"
+        )
+    return [
+        File(f"{path}, {n}", "csv", path, partial(open_member, path, n), _partitions(PurePosixPath(n).parts[:-1])) for n in members
+    ]

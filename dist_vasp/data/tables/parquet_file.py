@@ -1,0 +1,59 @@
+"""The columns of one Parquet file by role, a batch at a time.
+
+What the file says of its sizes is bounded before it is read, and text columns are read with their dictionaries, so that
+one long text that repeats is held once and refused for its length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dist_vasp.data import ids
+from dist_vasp.data.tables.columns import ROLES, Columns, find_columns
+from dist_vasp.data.tables.csv_file import Facts, Raw
+
+ROWS_PER_BATCH = 1 << 17
+MAX_CHUNK_BYTES = 4 << 30  # of one column in one row group, unpacked
+MAX_MEAN_BYTES = 1 << 16  # of one value of a column
+
+
+def parquet_pieces(path: Path, columns: Columns, constants: Collection[str], facts: Facts) -> Iterator[Raw]:
+    """Batches of the file, in its own types; dictionaries are left encoded. ValueError names the file."""
+    absent = {role: None for role in ROLES if getattr(columns, role) in constants}
+    columns = replace(columns, **absent, optional_rating=columns.optional_rating and "rating" not in constants)
+    with pq.ParquetFile(path, memory_map=False) as file:
+        schema = file.schema_arrow
+        wanted = find_columns(schema.names, columns, str(path))
+        facts.names = {role: schema.names[i] for role, i in wanted.items()}
+        facts.unused = [name for i, name in enumerate(schema.names) if i not in wanted.values()]
+        names = list(dict.fromkeys(facts.names.values()))
+        text = [n for n in names if ids.is_text(schema.field(n).type) or pa.types.is_binary(schema.field(n).type)]
+        _check_sizes(file.metadata, names, str(path))
+    with pq.ParquetFile(
+        path, read_dictionary=text, pre_buffer=False, buffer_size=1 << 20
+    ) as file:  # buffered, all that was read stays
+        row = 1
+        for batch in file.iter_batches(ROWS_PER_BATCH, columns=names, use_threads=False):
+            yield Raw(range(row, row + len(batch)), {role: batch[name] for role, name in facts.names.items()})
+            row += len(batch)
+
+
+def _check_sizes(metadata: pq.FileMetaData, names: list[str], where: str) -> None:
+    """ValueError where a row group says that one of the columns unpacks to more than is held at once."""
+    for g in range(metadata.num_row_groups):
+        group = metadata.row_group(g)
+        for c in range(group.num_columns):
+            chunk = group.column(c)
+            if chunk.path_in_schema.split(".")[0] not in names:
+                continue
+            size, values = chunk.total_uncompressed_size, chunk.num_values
+            if size > MAX_CHUNK_BYTES or size > MAX_MEAN_BYTES * max(values, 16):
+                raise ValueError(
+                    f"{where}: column {chunk.path_in_schema!r} has {size:,} bytes for {values:,} values in row group {g}; "
+                    f"at most {MAX_CHUNK_BYTES:,} bytes and {MAX_MEAN_BYTES:,} a value are read; write smaller row groups of short ids"
+                )

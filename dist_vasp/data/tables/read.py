@@ -1,0 +1,207 @@
+"""The one reader of tables: files in, record batches with the columns user, item, rating, split, time out.
+
+    table = open_table(["ratings-*.csv"], Columns(rating="stars"))
+    for batch in table.batches(): ...
+
+`user` and `item` are ids (dist_vasp/data/ids.py): int64 in a batch whose ids are all canonical integers, else strings;
+ids.join and ids.IdIndex bring batches together. `rating` is float64 without gaps, `split` and `title` are strings, `time`
+is float64: a number as it stands, a date in microseconds since 1970. Rows without a user or an item are left out and counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from dist_vasp.data import ids
+from dist_vasp.data.tables.columns import ROLES, Columns, Reading
+from dist_vasp.data.tables.csv_file import Facts, Raw, csv_pieces
+from dist_vasp.data.tables.inputs import File, find_files
+from dist_vasp.data.tables.parquet_file import parquet_pieces
+from dist_vasp.data.tables.streams import readable
+
+
+@dataclass
+class Table:
+    """Some files, one after another. It can be read more than once; the counts are those of the last reading."""
+
+    files: list[File]
+    columns: Columns
+    reading: Reading
+    skipped: list[str] = field(default_factory=list)  # files that are not read, with the reason
+    rows: int = 0
+    left_out: dict[str, int] = field(default_factory=dict)  # rows by reason
+    unused: list[str] = field(default_factory=list)  # names of columns that are not read
+    n_broken: int = 0  # rows of several lines
+
+    def batches(self) -> Iterator[pa.RecordBatch]:
+        """Batches of all files, never empty ones; ValueError names file and row."""
+        self.rows, self.left_out, self.unused, self.n_broken = 0, {}, [], 0
+        roles: list[str] | None = None
+        for file in self.files:
+            facts = Facts()
+            for raw in self._pieces(file, facts):
+                batch = self._batch(raw, file, facts)
+                if roles is not None and batch.schema.names != roles:
+                    raise ValueError(
+                        f"{file.where} has the columns {', '.join(batch.schema.names)}, the files before it {', '.join(roles)}; "
+                        "name files of one kind"
+                    )
+                roles = batch.schema.names
+                if len(batch):
+                    yield batch
+            self.unused += [name for name in facts.unused if name not in self.unused]
+            self.n_broken += facts.n_broken
+
+    def _pieces(self, file: File, facts: Facts) -> Iterator[Raw]:
+        with readable(file.where):
+            if file.kind == "parquet":
+                yield from parquet_pieces(file.path, self.columns, file.partitions, facts)
+            else:
+                yield from csv_pieces(file.open, file.where, self.columns, self.reading, file.partitions, facts)
+
+    def _batch(self, raw: Raw, file: File, facts: Facts) -> pa.RecordBatch:
+        """The rows with their ids, checked; rows without one are counted and left out."""
+        columns, names = dict(raw.columns), dict(facts.names)
+        for role in ROLES:
+            name = getattr(self.columns, role) or ("rating" if role == "rating" and self.columns.optional_rating else None)
+            if role not in columns and name in file.partitions:
+                columns[role], names[role] = pa.repeat(pa.scalar(file.partitions[name], pa.string()), len(raw.numbers)), name
+        where = {role: f"{file.where}: column {name!r}" for role, name in names.items()}
+        self.rows += len(raw.numbers)
+        kept: Any = None
+        for role in ("user", "item"):
+            if role in columns:
+                columns[role] = ids.of_column(columns[role], raw.numbers, where[role], self.reading.missing)
+                kept = self._count_missing(role, columns[role], kept)
+        numbers = raw.numbers
+        if kept is not None:
+            columns = {role: column.filter(kept) for role, column in columns.items()}
+            numbers = np.asarray(numbers)[np.asarray(kept)]
+        for role in columns:
+            columns[role] = _CONVERT[role](columns[role], numbers, where[role])
+        ordered = {role: columns[role] for role in ROLES if role in columns}
+        return pa.RecordBatch.from_arrays(list(ordered.values()), list(ordered))
+
+    def _count_missing(self, role: str, column: pa.Array, kept: Any) -> Any:
+        """The rows to keep so far, None for all of them, with those of a missing id counted once."""
+        if not column.null_count:
+            return kept
+        present = column.is_valid()
+        now = present if kept is None else pc.and_(kept, present)
+        before = len(column) if kept is None else pc.sum(kept).as_py()
+        n_missing = before - (pc.sum(now).as_py() or 0)
+        if n_missing:
+            reason = f"rows_without_{role}"
+            self.left_out[reason] = self.left_out.get(reason, 0) + n_missing
+        return now
+
+
+def open_table(
+    inputs: Sequence[str | Path], columns: Columns | None = None, reading: Reading | None = None, kind: str | None = None
+) -> Table:
+    """The table in the files, folders, globs and zips that are named; ValueError where there is none."""
+    found = find_files(inputs, kind)
+    return Table(found.files, columns or Columns(), reading or Reading(), found.skipped)
+
+
+# --- columns ---------------------------------------------------------------------------------------------------------
+
+
+def _ids(column: pa.Array, numbers: Sequence[int], where: str) -> pa.Array:
+    return ids.compact(column)
+
+
+def _ratings(column: pa.Array, numbers: Sequence[int], where: str) -> pa.Array:
+    values = _numbers(column, numbers, where)
+    _refuse(
+        pc.is_null(values, nan_is_null=True),
+        numbers,
+        where,
+        "the rating is missing; give every row a number, or leave the column out",
+    )
+    return values
+
+
+def _texts(column: pa.Array, numbers: Sequence[int], where: str) -> pa.Array:
+    """Text, null where it is missing."""
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    if not (ids.is_text(column.type) or pa.types.is_integer(column.type) or pa.types.is_null(column.type)):
+        raise ValueError(f"{where} is of type {column.type}, expected text or integers; convert it first")
+    return column.cast(pa.string())
+
+
+def _splits(column: pa.Array, numbers: Sequence[int], where: str) -> pa.Array:
+    values = _texts(column, numbers, where)
+    missing = pc.or_kleene(pc.is_null(values), pc.equal(values, ""))
+    _refuse(missing, numbers, where, "the split is missing; expected train, test or validation")
+    return values
+
+
+def _times(column: pa.Array, numbers: Sequence[int], where: str) -> pa.Array:
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    if pa.types.is_temporal(column.type):
+        values = column.cast(pa.timestamp("us"), safe=False).cast(pa.int64()).cast(pa.float64(), safe=False)
+    elif ids.is_text(column.type) and _is_date(column):
+        try:
+            values = pc.utf8_trim_whitespace(column).cast(pa.timestamp("us")).cast(pa.int64()).cast(pa.float64(), safe=False)
+        except pa.ArrowInvalid as error:
+            raise ValueError(
+                f"{where} holds a time that is no date ({str(error).splitlines()[0]}); write 2026-01-31 12:00:00, or numbers"
+            ) from None
+    else:
+        values = _numbers(column, numbers, where)
+    _refuse(
+        pc.is_null(values, nan_is_null=True), numbers, where, "the time is missing; give every row one, or do not name the column"
+    )
+    return values
+
+
+def _is_date(column: pa.Array) -> bool:
+    return bool(pc.any(pc.match_substring_regex(column, r"^\s*[0-9]{4}-[0-9]{2}-[0-9]{2}"), min_count=0).as_py())
+
+
+_CONVERT = {"user": _ids, "item": _ids, "rating": _ratings, "split": _splits, "time": _times, "title": _texts}
+
+
+def _numbers(column: pa.Array, numbers: Sequence[int], where: str) -> pa.Array:
+    """float64, null where the text is empty."""
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    if not ids.is_text(column.type):
+        try:
+            return column.cast(pa.float64(), safe=not pa.types.is_integer(column.type))
+        except pa.ArrowException:
+            raise ValueError(f"{where} of type {column.type} holds no numbers; convert it first") from None
+    try:
+        return column.cast(pa.float64())
+    except pa.ArrowInvalid:
+        pass
+    column = pc.utf8_trim_whitespace(column)
+    column = pc.if_else(pc.equal(column, ""), pa.scalar(None, column.type), column)
+    try:
+        return column.cast(pa.float64())
+    except pa.ArrowInvalid:
+        at, text = next((i, t) for i, t in enumerate(column.to_pylist()) if t is not None and not _is_number(t))
+        raise ValueError(f"{where}, row {numbers[at]}: {text[:80]!r} is not a number; correct it") from None
+
+
+def _is_number(text: str) -> bool:
+    try:
+        pa.scalar(text).cast(pa.float64())
+    except pa.ArrowInvalid:
+        return False
+    return True
+
+
+def _refuse(bad: pa.Array, numbers: Sequence[int], where: str, problem: str) -> None:
+    if pc.any(bad, min_count=0).as_py():
+        raise ValueError(f"{where.rsplit(': column ', 1)[0]}, row {numbers[pc.index(bad, True).as_py()]}: {problem}")
