@@ -6,17 +6,19 @@ import argparse
 import difflib
 import math
 import re
-import signal
 import sys
-import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from tqdm import tqdm
 
+from dist_vasp.console import final_status, guard
+from dist_vasp.signals import EndedBySignal, ending_on_signals
+from dist_vasp.text import one_line
+
+_PATIENCE_S = 30.0  # a sort that spills to disk is not interrupted at once
 SECONDS_BETWEEN_LINES = 15.0
 
 
@@ -39,49 +41,31 @@ def run(parser: Parser, command: Callable[[argparse.Namespace], int], argv: Sequ
     """Parse `argv`, run `command`, and return the exit status: 0 done, 2 bad input, 1 anything else.
 
     A ValueError is the user's to mend and becomes one line, as does an OSError (a full disk); any other exception is
-    a bug and keeps its traceback. SIGTERM ends the command through its `finally` clauses, so nothing is left behind.
+    a bug and keeps its traceback. SIGTERM, Ctrl-C and SIGHUP end the command through its `finally` clauses, so that nothing is left
+    behind; the status is then 128 plus the signal's number.
     """
+    guard()
     debug = "--debug" in (sys.argv if argv is None else argv)
     try:
         args = parser.parse_args(argv)
-        with _terminated_cleanly():
-            return command(args)
+        with ending_on_signals(_PATIENCE_S):
+            status = command(args)
     except ValueError as error:
         return _report(error, 2, debug)
     except MemoryError as error:
         return _report(MemoryError(f"not enough memory ({error}); ask for less, or use a larger machine"), 2, debug)
     except OSError as error:
         return _report(error, 1, debug)
-    except KeyboardInterrupt:
-        return 130
+    except EndedBySignal as ended:
+        return _report(ended, ended.status, False)
+    return final_status(status)
 
 
-def _report(error: Exception, status: int, debug: bool) -> int:
+def _report(error: BaseException, status: int, debug: bool) -> int:
     if debug:
         traceback.print_exc()
     print("error: " + one_line(str(error)), file=sys.stderr)
     return status
-
-
-def one_line(text: str) -> str:
-    """`text` for a terminal: file names and damaged files may put line breaks and control characters into a message."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.split()))
-
-
-@contextmanager
-def _terminated_cleanly() -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(signum: int, frame: object) -> None:
-        raise SystemExit(128 + signum)
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 class Progress:

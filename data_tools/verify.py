@@ -32,6 +32,7 @@ from dist_vasp.data.format import (
     read_shard,
     users_file,
 )
+from dist_vasp.text import one_line
 
 MAX_EXAMPLES = 3
 
@@ -212,7 +213,7 @@ def _command(args: argparse.Namespace) -> int:
     found = 0
     for fault in faults(args.folder):
         found += 1
-        print("error: " + cli.one_line(fault), file=sys.stderr)
+        print("error: " + one_line(fault), file=sys.stderr)
     if found:
         return 2
     manifest = Manifest.load(args.folder)

@@ -1,7 +1,7 @@
 """What every launch script does around its work: exit statuses, one readable message per error, quiet ranks.
 
-Exit status 0: done; 2: bad input or configuration; 1: anything else. Rank 0 alone prints, except for an error that only
-another rank has met.
+Exit status 0: done; 2: bad input or configuration; 128 + N: ended by signal N (a training saves instead, and exits with 0);
+1: anything else. Rank 0 alone prints, except for an error that only another rank has met.
 """
 
 from __future__ import annotations
@@ -17,21 +17,40 @@ from typing import NoReturn
 
 import torch
 
-from data_tools.cli import Parser, one_line
-from dist_vasp.parallel.comm import AgreedError, LostPeerError, is_initialized, is_lost_peer, leave, lost_rank, shut_down
+from data_tools.cli import Parser
+from dist_vasp.console import final_status, guard
+from dist_vasp.parallel.comm import (
+    AgreedError,
+    LostPeerError,
+    is_initialized,
+    is_lost_peer,
+    launched_world,
+    leave,
+    lost_rank,
+    shut_down,
+)
+from dist_vasp.signals import EndedBySignal, ending_on_signals
+from dist_vasp.text import one_line
 from dist_vasp.training.engine import DivergedError
 
 _VERDICT_S = 3.0  # a collective may fail a little before the lost rank is known
+_PATIENCE_S = 5.0  # between a signal and the end of a command that does not save
 _LINGER_S = 1.0  # the launcher ends all ranks when the first one exits: rank 0 must have spoken by then
 
 
 def run(main: Callable[[Sequence[str] | None], int | None]) -> NoReturn:
     """Call `main(argv)` and exit with its status; a ValueError is a user's error, a DivergedError a failed run."""
+    guard()
     warnings.filterwarnings("ignore", category=FutureWarning)
-    rank = int(os.environ.get("RANK", 0))
     failed = ""  # what this rank alone has met
+    rank = 0
     try:
-        status = main(None) or 0
+        with ending_on_signals(_PATIENCE_S):
+            rank = launched_world()[0]
+            status = main(None) or 0
+    except EndedBySignal as ended:
+        print(f"error: {ended}", file=sys.stderr, flush=True)
+        status = ended.status
     except (ValueError, DivergedError) as error:
         if "--debug" in sys.argv:
             traceback.print_exc()
@@ -64,7 +83,7 @@ def run(main: Callable[[Sequence[str] | None], int | None]) -> NoReturn:
         else:
             text = f"rank {rank} lost contact with another rank ({one_line(str(error))}); start the same command again"
             print(f"error: {text}", file=sys.stderr, flush=True)
-    sys.stdout.flush()
+    status = final_status(status)
     leave(failed, status)
     if status == 0:
         shut_down()

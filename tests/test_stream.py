@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import os
+import re
+import signal
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from hypothesis import given, settings
@@ -252,19 +256,60 @@ def test_a_damaged_shard_is_a_plain_error_that_names_the_file(tmp_path, workers,
     assert "worker" not in str(caught.value)
 
 
-def test_closing_the_iterator_ends_its_workers(folders):
+def children() -> set[int]:
+    """Process ids of this process's children that run."""
+    found = psutil.Process().children()
+    return {child.pid for child in found if child.status() != psutil.STATUS_ZOMBIE}
+
+
+@pytest.mark.parametrize("started", [True, False])
+def test_closing_the_iterator_ends_its_workers(folders, started):
     stream = TrainStream(folders / "16", **OPTIONS)
-    before = set(multiprocessing.active_children())
+    before = children()
     batches = stream.batches(0, 1000, 2)
-    workers = set(multiprocessing.active_children()) - before
+    workers = children() - before
     assert len(workers) == 2, "they start at once, before there is a model whose memory they would keep a copy of"
-    next(batches)
+    if started:
+        next(batches)
     batches.close()
-    assert not any(w.is_alive() for w in workers)
+    assert not workers & children()
+    assert next(batches, None) is None
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_worker_ignores_what_is_sent_to_the_group(folders, reference, capfd, number):
+    """On every thread, so that it does not matter which of them the kernel chooses."""
+    stream, before = TrainStream(folders / "16", **OPTIONS), children()
+    batches = stream.batches(0, 400, 2)
+    workers = children() - before
+    for step in range(len(reference)):
+        assert triples(next(batches)) == reference[step][0]
+        for pid in workers:
+            for thread in os.listdir(f"/proc/{pid}/task") if step else []:  # both have sent a batch
+                status = Path(f"/proc/{pid}/task/{thread}/status").read_text()
+                assert int(re.search(r"SigIgn:\s*(\w+)", status)[1], 16) >> (number - 1) & 1
+            os.kill(pid, number)
+    assert workers <= children()
+    batches.close()
+    assert capfd.readouterr().err == ""
+
+
+def test_without_a_worker_that_was_killed_the_batches_are_the_same(folders, reference, capfd):
+    stream, before = TrainStream(folders / "16", **OPTIONS), children()
+    batches = stream.batches(0, 400, 2)
+    victim, other = sorted(children() - before)
+    for step in range(400):
+        if step == 3:
+            os.kill(victim, signal.SIGKILL)
+        assert triples(next(batches)) == triples(stream.batch(step))
+    assert next(batches, None) is None
+    said = capfd.readouterr().err
+    assert re.fullmatch(rf"warning: loader worker {victim} was killed by SIGKILL; training continues, .*\n", said), said
+    assert other not in children(), "it ended after its last batch"
 
 
 def test_python_ends_while_an_iterator_lives(folders):
-    """Its workers ignore SIGTERM, except from the process that they read ahead for."""
+    """Its workers ignore SIGTERM, which Python would send to processes of multiprocessing and wait."""
     lines = [
         "from dist_vasp.data.stream import TrainStream",
         f"batches = TrainStream({str(folders / '16')!r}, **{OPTIONS!r}).batches(0, 1000, 2)",

@@ -9,26 +9,18 @@ Shapes: U users of the split, S steps of an epoch, B rows of this rank's batch, 
 
 from __future__ import annotations
 
-import os
-import signal
-import threading
 from collections import OrderedDict
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
-from torch.utils.data import DataLoader, Dataset
 
 from dist_vasp.data.augment import keep_inputs, permutation, split_halves
 from dist_vasp.data.format import Block, Manifest, load_items, read_shard
+from dist_vasp.data.workers import ReadAhead
 
-_PREFETCH = 4  # batches that a worker runs ahead
 _SPARE_SHARDS = 4  # decoded shards kept beyond one per lane
-_ORPHAN_CHECK_S = 0.2  # how often a worker looks whether its rank is still there
 
 
 @dataclass(frozen=True)
@@ -235,27 +227,17 @@ class TrainStream:
             padded_rows=per_user * int(users.reshape(self.world_size, -1).sum(axis=1).max()),
         )
 
-    def batches(self, start: int, stop: int, workers: int) -> Generator[Batch, None, None]:
+    def batches(self, start: int, stop: int, workers: int) -> Generator[Batch, None, None] | ReadAhead[Batch]:
         """The batches of the global steps start to stop, in order, read ahead by `workers` processes (0: none).
 
         Workers start now, with nothing decoded, and live as long as the iterator: ask once for a whole run, not per epoch, and
         before the model exists. A worker is a fork, and keeps the pages of what was there until somebody writes to them: of weights
-        that the parent goes on to update it would hold an old copy. Closing the iterator ends them. A ValueError of a worker
-        arrives as the same ValueError.
+        that the parent goes on to update it would hold an old copy. Closing the iterator ends them. An error of a worker is raised
+        here as the same error.
         """
         if workers == 0:
             return (self.batch(step) for step in range(start, stop))
-        loader: DataLoader[Any] = DataLoader(
-            _Steps(self, start, stop),
-            batch_size=None,
-            num_workers=workers,
-            prefetch_factor=_PREFETCH,
-            collate_fn=_as_it_is,
-            worker_init_fn=partial(_start_worker, os.getpid()),
-            multiprocessing_context="fork",
-            generator=torch.Generator(),  # or it would draw from the global one, which a resume could not repeat
-        )
-        return _raising(iter(loader))
+        return ReadAhead(self.batch, start, stop, workers)
 
 
 def _both_ways(rows: Rows, in_a: np.ndarray) -> tuple[Rows, Rows]:
@@ -275,53 +257,6 @@ def _interleave(n_first: np.ndarray, first: np.ndarray, n_second: np.ndarray, se
     items[np.flatnonzero(from_first)] = first
     items[np.flatnonzero(~from_first)] = second
     return Rows(indptr_of(lengths), items)
-
-
-class _Steps(Dataset[Any]):
-    """A range of steps as a map-style data set. A ValueError is returned, not raised: DataLoader would rewrite its text."""
-
-    def __init__(self, stream: TrainStream, start: int, stop: int) -> None:
-        self.stream, self.start, self.stop = stream, start, stop
-
-    def __len__(self) -> int:
-        return max(0, self.stop - self.start)
-
-    def __getitem__(self, index: int) -> Batch | ValueError:
-        try:
-            return self.stream.batch(self.start + index)
-        except ValueError as error:
-            return ValueError(str(error))
-
-
-def _as_it_is(item: Any) -> Any:
-    return item
-
-
-def _raising(items: Iterator[Batch | ValueError]) -> Generator[Batch, None, None]:
-    for item in items:
-        if isinstance(item, ValueError):
-            raise item
-        yield item
-
-
-def _start_worker(rank_process: int, worker: int) -> None:
-    # Signals reach every process of the group; only the rank decides what to do. A worker ends with its rank, or when told by it.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # of the threads to come too: it waits for the one that asks
-    threading.Thread(target=_end_with, args=(rank_process,), daemon=True).start()
-
-
-def _end_with(rank_process: int) -> None:
-    """End this worker when its rank is gone, however it went, or sends SIGTERM, as Python does to whatever lives at its exit.
-
-    torch's own watch leaves a worker for ever in the flush of a queue that nobody reads, and with it what it inherited: the
-    lock on run.dir, and the connections by whose end the other ranks learn that this one is gone.
-    """
-    while os.getppid() == rank_process:
-        told = signal.sigtimedwait({signal.SIGTERM}, _ORPHAN_CHECK_S)
-        if told is not None and told.si_pid == rank_process:
-            os._exit(0)
-    os._exit(1)
 
 
 # --- evaluation ------------------------------------------------------------------------------------------------------

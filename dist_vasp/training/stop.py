@@ -1,7 +1,8 @@
-"""When to stop early: SIGTERM, Ctrl-C, or a launcher that is gone.
+"""When to stop early: SIGTERM, Ctrl-C, SIGHUP, or a launcher that is gone.
 
-A rank that is asked only notes it; the note travels with the next step's all-reduce, so that all ranks save after the same
-step. A second Ctrl-C, or a save that does not come to an end, ends the process at once: a checkpoint is whole or absent.
+A rank that is asked only notes it. The note travels with the next step's all-reduce, so that all
+ranks save after the same step. A second Ctrl-C ends the process at once, and so does a save that
+does not finish after the launcher has gone: a checkpoint is whole or absent.
 """
 
 from __future__ import annotations
@@ -10,7 +11,10 @@ import os
 import signal
 import threading
 import time
-from types import FrameType
+
+import psutil
+
+from dist_vasp.signals import SignalWatch
 
 _ORPHAN_CHECK_S = 1.0
 _ORPHAN_PATIENCE_S = 20.0
@@ -21,24 +25,22 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.requested = False
-        self._signals = 0
+        self._interrupts = 0
         self._closed = threading.Event()
-        self._before = {}
-        if threading.current_thread() is threading.main_thread():
-            self._before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
+        self._watch = SignalWatch(self._note)
         if "LOCAL_RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            threading.Thread(target=self._watch_parent, args=(os.getppid(),), daemon=True).start()
+            threading.Thread(target=self._watch_launcher, args=(_launchers(),), daemon=True).start()
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _note(self, number: int) -> None:
         self.requested = True
-        self._signals += number == signal.SIGINT
-        if self._signals > 1:
+        self._interrupts += number == signal.SIGINT
+        if self._interrupts > 1:
             os._exit(130)
 
-    def _watch_parent(self, parent: int) -> None:
+    def _watch_launcher(self, parents: dict[int, int]) -> None:
         """A rank without its launcher would train on unseen, or wait in a collective for ever."""
         while not self._closed.wait(_ORPHAN_CHECK_S):
-            if os.getppid() != parent:
+            if any(_parent_of(process) != parent for process, parent in parents.items()):
                 self.requested = True
                 time.sleep(_ORPHAN_PATIENCE_S)
                 if not self._closed.is_set():
@@ -46,5 +48,27 @@ class StopRequest:
 
     def close(self) -> None:
         self._closed.set()
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        self._watch.close()
+
+
+def _parent_of(process: int) -> int | None:
+    try:
+        return os.getppid() if process == os.getpid() else psutil.Process(process).ppid()
+    except psutil.Error:
+        return None
+
+
+def _launchers() -> dict[int, int]:
+    """Process -> its parent: this rank, and its launcher where that one was started by `deepspeed`.
+
+    SIGTERM ends the front end `deepspeed` alone; the launcher that it started would go on unseen.
+    """
+    rank, launcher = os.getpid(), os.getppid()
+    parents = {rank: launcher}
+    try:
+        front_end = psutil.Process(launcher).ppid()
+        if any(os.path.basename(word) == "deepspeed" for word in psutil.Process(front_end).cmdline()[:3]):
+            parents[launcher] = front_end
+    except psutil.Error:
+        pass  # the processes of others may be hidden
+    return parents

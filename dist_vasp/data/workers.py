@@ -1,0 +1,163 @@
+"""Processes that read batches ahead of a training.
+
+Each worker is a fork that computes every n-th batch and sends it through a pipe. It ignores the
+signals that a terminal, a launcher or a cluster sends to a whole process group: only the rank
+decides when to stop. It ends when the rank tells it to, or when the rank is gone.
+
+A batch is a pure function of its step. So a worker that is killed (by the kernel for memory, or by
+a person) costs nothing but time: from then on the rank reads that worker's batches itself.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection, Pipe
+from typing import Any, NoReturn, TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+_PREFETCH = 4  # batches that a worker runs ahead
+_ORPHAN_CHECK_S = 0.2  # how often a worker checks that its rank is still there
+_GROUP_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
+
+
+class Worker:
+    """One process that sends `compute(first)`, `compute(first + stride)`, ... up to `stop`."""
+
+    def __init__(self, compute: Callable[[int], Any], first: int, stop: int, stride: int, others: list[Worker]) -> None:
+        rank_process = os.getpid()
+        self._receiver, sender = Pipe(duplex=False)
+        self.exit_code: int | None = None
+        # A signal that arrives between the fork and the child's SIG_IGN waits, and is then ignored.
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _GROUP_SIGNALS)
+        try:
+            self.pid = os.fork()
+            if self.pid == 0:
+                for receiver in (self._receiver, *(other._receiver for other in others)):
+                    receiver.close()
+                _work(compute, range(first, stop, stride), sender, rank_process)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        sender.close()
+
+    def receive(self) -> Any | None:
+        """The next batch; None where the worker is gone. `exit_code` is set then."""
+        if self.exit_code is not None:
+            return None
+        try:
+            return self._receiver.recv()
+        except (EOFError, OSError):  # also in the middle of a batch
+            self.end()
+            return None
+
+    def end(self) -> None:
+        """End the process, if it still runs, and collect its status."""
+        if self.exit_code is not None:
+            return
+        self._receiver.close()
+        try:
+            os.kill(self.pid, signal.SIGKILL)  # a process that has ended keeps its own status
+            self.exit_code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        except (ChildProcessError, ProcessLookupError):  # somebody else has collected it
+            self.exit_code = -signal.SIGKILL
+
+
+class ReadAhead(Iterator[T]):
+    """`compute(start)` to `compute(stop - 1)` in order, computed ahead by `n_workers` processes.
+
+    The processes start at once, and live until the last batch or `close`. An exception of `compute`
+    is raised by `next`, which computes that batch again.
+    """
+
+    def __init__(self, compute: Callable[[int], T], start: int, stop: int, n_workers: int) -> None:
+        self._compute, self._start, self._next, self._stop = compute, start, start, stop
+        self._workers: list[Worker] = []
+        for w in range(min(n_workers, stop - start)):
+            self._workers.append(Worker(compute, start + w, stop, n_workers, self._workers))
+
+    def __next__(self) -> T:
+        if self._next >= self._stop:
+            self.close()
+            raise StopIteration
+        step, self._next = self._next, self._next + 1
+        worker = self._workers[(step - self._start) % len(self._workers)]
+        known = worker.exit_code is not None
+        batch = worker.receive()
+        if batch is None:
+            batch = self._compute(step)
+            if not known:
+                _report_lost(worker)
+        return batch
+
+    def close(self) -> None:
+        """End the processes; no batch comes after this."""
+        self._next = self._stop
+        for worker in self._workers:
+            worker.end()
+
+    def __del__(self) -> None:
+        self.close()
+
+
+def _report_lost(worker: Worker) -> None:
+    code = worker.exit_code or 0
+    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
+    print(
+        f"warning: loader worker {worker.pid} {how}; training continues, and its batches are read without it",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+# --- in the worker ---------------------------------------------------------------------------------------------------
+
+
+def _work(compute: Callable[[int], Any], steps: range, sender: Connection, rank_process: int) -> NoReturn:
+    """Send a batch for each of `steps`, then end; never returns into the rank's code."""
+    status = 1
+    try:
+        for number in _GROUP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)  # for every thread of the process
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _GROUP_SIGNALS)
+        threading.Thread(target=_end_with, args=(rank_process,), daemon=True).start()
+        torch.set_num_threads(1)
+        ready: queue.Queue[Any] = queue.Queue(_PREFETCH)
+        sending = threading.Thread(target=_send, args=(ready, sender), daemon=True)
+        sending.start()
+        try:
+            for step in steps:
+                ready.put(compute(step))
+            status = 0
+        finally:
+            ready.put(None)
+            sending.join()  # what was computed before an error still arrives
+    except BaseException:
+        pass  # the rank computes this batch itself and meets the same error, with its own traceback
+    finally:
+        os._exit(status)
+
+
+def _send(ready: queue.Queue[Any], sender: Connection) -> None:
+    try:
+        while (batch := ready.get()) is not None:
+            sender.send(batch)
+    except BaseException:
+        os._exit(1)  # nobody reads any more
+
+
+def _end_with(rank_process: int) -> None:
+    """End this process when its rank is gone, however it went.
+
+    Until then it holds what it inherited: the lock on run.dir, for example.
+    """
+    while os.getppid() == rank_process:
+        time.sleep(_ORPHAN_CHECK_S)
+    os._exit(1)

@@ -1,0 +1,103 @@
+"""SIGTERM, SIGINT (Ctrl-C) and SIGHUP, noticed at once whatever the main thread is doing.
+
+Python runs a signal handler in the main thread, between two of its instructions. A main thread that
+waits in a collective or in a long call of a library runs none. So the kernel's notice goes to a
+thread of its own, through a socket that Python writes to as the signal arrives.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+class SignalWatch:
+    """Calls `heard(number)` on a thread of its own for every signal of STOPPING.
+
+    `handler` runs in the main thread besides, as Python's own handlers do. SIGHUP stays ignored
+    where it was, as under `nohup`. `close` puts the old handlers back. Outside the main thread no
+    handler can be set, and nothing is heard.
+    """
+
+    def __init__(self, heard: Callable[[int], None], handler: Callable[[int, FrameType | None], None] | None = None) -> None:
+        self._heard, self._before = heard, {}
+        if threading.current_thread() is not threading.main_thread():
+            return
+        self._read, self._write = socket.socketpair()
+        self._write.setblocking(False)
+        self._wakeup = signal.set_wakeup_fd(self._write.fileno(), warn_on_full_buffer=False)
+        for number in STOPPING:
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+                self._before[number] = signal.signal(number, handler or _do_nothing)
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def _listen(self) -> None:
+        while numbers := self._read.recv(16):
+            for number in numbers:
+                if number in self._before:
+                    self._heard(number)
+        self._read.close()
+
+    def close(self) -> None:
+        if not self._before:
+            return
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._wakeup)
+        self._before = {}
+        self._write.close()
+
+
+def _do_nothing(number: int, frame: FrameType | None) -> None:
+    pass
+
+
+class EndedBySignal(BaseException):
+    """A signal has asked this command to end; `status` is what it then exits with."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"ended by {signal.Signals(number).name}")
+        self.status = 128 + number
+
+
+@contextmanager
+def ending_on_signals(patience_s: float) -> Iterator[None]:
+    """Raise EndedBySignal in the body when a signal arrives, so that its `finally` clauses run.
+
+    The process ends in any case `patience_s` after the first signal, or with a second Ctrl-C.
+    """
+    ended, interrupts = threading.Event(), 0
+    first = True
+
+    def raise_once(number: int, frame: FrameType | None) -> None:
+        nonlocal first
+        if first:
+            first = False
+            raise EndedBySignal(number)
+
+    def heard(number: int) -> None:
+        nonlocal interrupts
+        interrupts += number == signal.SIGINT
+        if interrupts > 1:
+            os._exit(128 + number)
+        threading.Thread(target=end_late, args=(number,), daemon=True).start()
+
+    def end_late(number: int) -> None:
+        if not ended.wait(patience_s):
+            print(f"error: {EndedBySignal(number)}", file=sys.stderr, flush=True)
+            os._exit(128 + number)
+
+    watch = SignalWatch(heard, raise_once)
+    try:
+        yield
+    finally:
+        ended.set()
+        watch.close()
