@@ -17,15 +17,17 @@ from typing import Any
 
 from data_tools import cli
 from data_tools.interactions import Interactions, collect
+from data_tools.rare_items import drop_rare_items
 from data_tools.readers import FORMATS, Columns, Source, TextIdsError, infer_format, open_source
 from data_tools.split import GivenPlan, LiangPlan, Plan
 from data_tools.titles import read_titles
 from data_tools.writer import check_unique_keys, count_split, write_folder
 from dist_vasp.data.format import SPLITS, SplitEntry, default_users_per_shard, files_of
+from dist_vasp.data.positives import DEFAULT_MIN_RATING, REPEATS, PositiveRule, from_json
 from dist_vasp.files import new_folder
 from dist_vasp.places import check_folder
 
-_LIANG_ONLY = ("rating_column", "min_rating", "min_items", "val_users", "test_users")
+_LIANG_ONLY = ("rating_column", "min_rating", "min_items", "min_users", "core", "val_users", "test_users")
 _GIVEN_ONLY = ("split_column", "validation_fraction")
 
 
@@ -54,7 +56,10 @@ def _parser() -> cli.Parser:
     add("--split_column", metavar="NAME", help="given: default split; 0 or train, 1 or test, 2 or validation")
     add("--protocol", choices=("liang", "given"), default="liang", help="liang splits users, given follows a column; default liang")
     add("--min_rating", type=cli.number, help="liang: keep ratings of at least this; default 4")
+    add("--repeats", choices=REPEATS, default="first", help="which of several rows of a user and an item counts; default first")
     add("--min_items", type=cli.at_least(1), help="liang: keep users with at least so many items; default 5")
+    add("--min_users", type=cli.at_least(1), help="liang: keep items with at least so many users; default 1")
+    add("--core", action="store_true", default=None, help="liang: apply --min_items and --min_users until nothing changes")
     add("--val_users", type=cli.at_least(0), help="liang: default a tenth of the users, at most 10,000")
     add("--test_users", type=cli.at_least(0), help="liang: default a tenth of the users, at most 10,000")
     add("--validation_fraction", type=_fraction, help="given: share of train items moved to validation; default 0.1, 0 moves none")
@@ -69,17 +74,19 @@ def _parser() -> cli.Parser:
     return parser
 
 
-def collect_source(source: Source, folder: Path, min_rating: float, memory_limit: str) -> Interactions:
+def collect_source(source: Source, folder: Path, min_rating: float, memory_limit: str, repeats: str = "first") -> Interactions:
     """Read a source, again where an id column turns out to be strings."""
     text: frozenset[str] = frozenset()
     while True:
         try:
-            return collect(source.batches(text), folder, min_rating, memory_limit)
+            return collect(source.batches(text), folder, min_rating, memory_limit, repeats)
         except TextIdsError as found:
             text |= {found.column}
 
 
 def _check_protocol(args: argparse.Namespace) -> None:
+    if args.protocol == "given" and args.repeats == "max":
+        raise ValueError("--repeats max takes ratings, which --protocol given does not read; pass first or last")
     for name in _LIANG_ONLY if args.protocol == "given" else _GIVEN_ONLY:
         if getattr(args, name) is not None:
             other = "given" if args.protocol == "liang" else "liang"
@@ -94,26 +101,49 @@ def _scratch_in(folder: Path) -> Iterator[Path]:
 
 def _plan(args: argparse.Namespace, source: Source, scratch: Path) -> tuple[Interactions, Plan, dict[str, Any]]:
     """The interactions, who goes where, and what the manifest says of it."""
+    dropped: dict[str, int] = {}
     if args.protocol == "liang":
-        min_rating, min_items = 4.0 if args.min_rating is None else args.min_rating, args.min_items or 5
-        data = collect_source(source, scratch, min_rating, args.memory_limit)
+        min_rating = DEFAULT_MIN_RATING if args.min_rating is None else args.min_rating
+        min_items, min_users = args.min_items or 5, args.min_users or 1
+        data = collect_source(source, scratch, min_rating, args.memory_limit, args.repeats)
+        counts = data.counts
+        data, dropped = drop_rare_items(data, min_users, min_items, bool(args.core))
         plan: Plan = LiangPlan(data, min_items, args.val_users, args.test_users, args.seed)
-        arguments: dict[str, Any] = {"min_rating": min_rating, "min_items": min_items}
+        arguments: dict[str, Any] = {
+            "min_rating": min_rating,
+            "min_items": min_items,
+            "min_users": min_users,
+            "core": bool(args.core),
+        }
         arguments |= {"val_users": len(plan.users["validation"]), "test_users": len(plan.users["test"])}
     else:
-        data = collect_source(source, scratch, float("-inf"), args.memory_limit)
+        data = collect_source(source, scratch, float("-inf"), args.memory_limit, args.repeats)
+        counts = data.counts
         given = GivenPlan(data, args.validation_fraction, args.seed)
         plan, arguments = given, {"validation_fraction": given.fraction}
     check_unique_keys(data, plan)
-    left_out = {"rows_below_min_rating": data.counts.below_min_rating, "duplicate_rows": data.counts.duplicates, **plan.left_out}
+    left_out = {"rows_below_min_rating": counts.below_min_rating, "duplicate_rows": counts.duplicates, **dropped, **plan.left_out}
     preparation = {
         "protocol": args.protocol,
         "input": args.input.name,
+        "positives": _rule(args, data).to_json(),
         "arguments": {**arguments, "seed": args.seed},
-        "rows_read": data.counts.rows,
+        "rows_read": counts.rows,
         "left_out": left_out,
     }
     return data, plan, preparation
+
+
+def _rule(args: argparse.Namespace, data: Interactions) -> PositiveRule:
+    """What made the positives of `data`, in the words of the input's columns."""
+    rated = data.has_ratings and args.protocol == "liang"
+    return PositiveRule(
+        user_column=args.user_column or "user",
+        item_column=args.item_column or "item",
+        rating_column=(args.rating_column or "rating") if rated else None,
+        min_rating=(DEFAULT_MIN_RATING if args.min_rating is None else args.min_rating) if rated else None,
+        repeats=args.repeats,
+    )
 
 
 def _summary(
@@ -123,12 +153,31 @@ def _summary(
     for name, split in splits.items():
         heldout = f", {split.heldout:,} held out" if name != "train" else ""
         print(f"  {name:<10} {split.users:,} users, {split.interactions:,} interactions{heldout}, {len(split.shards)} shards")
-    print(f"  read {preparation['rows_read']:,} rows in {seconds:.1f} s; left out:")
-    for reason, count in preparation["left_out"].items():
-        if count:
-            print(f"    {count:,} {reason.replace('_', ' ')}")
-    if not any(preparation["left_out"].values()):
+    print(f"  {from_json(preparation['positives'])}")
+    left_out, n_read = preparation["left_out"], preparation["rows_read"]
+    rows = {reason: n for reason, n in left_out.items() if n and _counts_rows(reason)}
+    n_used = _used(args.protocol, splits)
+    assert n_read == n_used + sum(rows.values()), (n_read, n_used, left_out)
+    print(f"  read {n_read:,} rows in {seconds:.1f} s, used {n_used:,}; left out:")
+    for reason, count in rows.items():
+        print(f"    {count:,} {reason.replace('_', ' ')}")
+    if not rows:
         print("    nothing")
+    others = [f"{n:,} {reason.replace('_', ' ')}" for reason, n in left_out.items() if n and not _counts_rows(reason)]
+    if others:
+        print(f"  with them {', '.join(others)}")
+
+
+def _counts_rows(reason: str) -> bool:
+    """Whether a count of what was left out is one of rows, not of the users or items that went with them."""
+    return not reason.startswith(("users_", "items_"))
+
+
+def _used(protocol: str, splits: dict[str, SplitEntry]) -> int:
+    """The rows that the shards hold; in `given` the fold-in of a user is his train row again."""
+    held_out = splits["validation"].heldout + splits["test"].heldout
+    fold_in = 0 if protocol == "given" else splits["validation"].interactions + splits["test"].interactions
+    return splits["train"].interactions + fold_in + held_out
 
 
 def _command(args: argparse.Namespace) -> int:

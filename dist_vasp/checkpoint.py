@@ -30,6 +30,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from dist_vasp.data import positives
 from dist_vasp.model.item_layers import ItemSlice
 from dist_vasp.parallel.comm import Ranks, agree, all_gather_bytes, all_reduce, launched_world
 
@@ -327,6 +328,7 @@ def _check_header(header: dict[str, Any]) -> None:
         raise TypeError("a hash is not a string")
     if not isinstance(header["config"], dict) or not isinstance(header["must_match"], dict):
         raise TypeError("config or must_match is not a table")
+    positives.in_header(header)
     step, mu_product = (header["optimizer"][k] for k in ("step", "mu_product"))
     if not _is_number(step) or step != int(step) or not _is_number(mu_product) or mu_product > 1:
         raise ValueError(f"optimizer is at step {step!r} with mu_product {mu_product!r}")

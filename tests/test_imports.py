@@ -18,6 +18,7 @@ TABLES = {"dist_vasp.data.ids"} | {
 BASE = TABLES | {
     "dist_vasp.config",
     "dist_vasp.data.format",
+    "dist_vasp.data.positives",
     "dist_vasp.parallel.partition",
     "dist_vasp.parallel.network",
     "dist_vasp.parallel.liveness",
@@ -40,8 +41,12 @@ ROOMS = [
     "doctor",
 ]  # each imports itself, those before it and BASE
 NARROW = {"dist_vasp.plan": {"dist_vasp.config", "dist_vasp.parallel.partition"}}  # imports these alone
-WITHIN_BASE = {"dist_vasp.files": {"dist_vasp.places"}, "dist_vasp.console": {"dist_vasp.text"}}  # the only imports inside BASE
-SHARED_WITH_TOOLS = {f"dist_vasp.{name}" for name in ("data.format", "files", "places", "text", "console", "signals")}
+WITHIN_BASE = {
+    "dist_vasp.files": {"dist_vasp.places"},
+    "dist_vasp.console": {"dist_vasp.text"},
+    "dist_vasp.data.format": {"dist_vasp.data.positives"},
+}  # the only imports inside BASE
+SHARED_WITH_TOOLS = {f"dist_vasp.{name}" for name in ("data.format", "data.positives", "files", "places", "text", "console", "signals")}
 FILES = sorted(p for top in ("dist_vasp", "data_tools", "launch") for p in (ROOT / top).rglob("*.py"))
 MODULES = {".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p for p in FILES}
 ONE_IMPORTER = {"torch.distributed": "dist_vasp.parallel.comm", "deepspeed": "dist_vasp.training.zero"}

@@ -18,10 +18,10 @@ from dist_vasp.parallel.comm import Ranks, form_groups
 from dist_vasp.parallel.partition import Layout
 from dist_vasp.ranking import recommend as module
 from dist_vasp.ranking.evaluate import model_scorer, top_items
-from dist_vasp.ranking.histories import Histories, open_histories
+from dist_vasp.ranking.histories import Histories, histories_of, open_histories
 from dist_vasp.ranking.recommend import recommend_to_file
 from dist_vasp.ranking.writers import check_output, skipped_file
-from tests.partitioned import csr, make_model
+from tests.partitioned import make_model
 from tests.ranks import run_ranks
 
 
@@ -43,7 +43,7 @@ def read_histories(path: Path, items: ItemTable) -> Histories:
     with open_histories(path, path.parent) as file:
         blocks = list(file.blocks(items, 10**9))
         assert len(blocks) <= 1 and file.n_users == sum(b.n_users + len(b.skipped) for b in blocks)
-        nothing = Histories(pa.array([], file.user_type), csr([]), pa.array([], file.user_type), 0)
+        nothing = histories_of(pa.array([], file.user_type), np.empty(0, np.int32), len(items.keys))
     return blocks[0] if blocks else nothing
 
 
@@ -237,7 +237,7 @@ def test_lists(tmp_path, pairs, small_blocks, name):
     assert list(by_user) == list(range(1, 12))
     skipped = pa_csv.read_csv(skipped_file(tmp_path / name))
     assert skipped.to_pydict() == {"user": [50, 51], "reason": ["no item of the history is in the vocabulary"] * 2}
-    assert f"{len(found)} recommendations for 11 users; 4 interactions with unknown items ignored; 2 users" in report
+    assert f"{len(found)} recommendations for 11 users; 2 users without a like" in report and "4 of unknown items" in report
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["histories.parquet", name, "lists.skipped.csv"])
 
 

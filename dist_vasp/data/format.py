@@ -23,6 +23,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from webdataset.tariterators import group_by_keys
 
+from dist_vasp.data import positives
+from dist_vasp.data.positives import PositiveRule
+
 FORMAT_VERSION = 1
 SPLITS = ("train", "validation", "test")
 MANIFEST = "manifest.json"
@@ -199,6 +202,11 @@ class Manifest:
             digest.update(shard.sha256.encode())
         return digest.hexdigest()
 
+    @property
+    def positives(self) -> PositiveRule | None:
+        """The rule that made the positives; None where the manifest does not say."""
+        return positives.of_preparation(self.preparation)
+
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1) + "\n"
 
@@ -222,6 +230,7 @@ class Manifest:
                 files={str(k): str(v) for k, v in raw["files"].items()},
                 preparation=dict(raw["preparation"]),
             )
+            positives.of_preparation(manifest.preparation)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             detail = f"the key {error} is missing" if isinstance(error, KeyError) else str(error)
             raise ValueError(f"{path} is not a manifest of this project: {detail}") from None

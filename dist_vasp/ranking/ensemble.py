@@ -26,10 +26,11 @@ from torch import Tensor
 from dist_vasp import checkpoint as checkpoints
 from dist_vasp.config import Config
 from dist_vasp.data.format import ItemTable
+from dist_vasp.data.positives import PositiveRule
 from dist_vasp.model.sparse import ItemRows
 from dist_vasp.parallel.comm import Ranks, agreed
 from dist_vasp.ranking.evaluate import Scorer, model_scorer
-from dist_vasp.ranking.load import ENSEMBLE, LoadedModel, load_model, open_model
+from dist_vasp.ranking.load import ENSEMBLE, LoadedModel, load_model, open_model, positives_of
 
 FORMAT_VERSION = 1
 
@@ -50,6 +51,7 @@ class Ranker:
     name: str
     members: tuple[LoadedModel, ...]
     weights: tuple[float, ...]
+    positives: PositiveRule | None  # None: not known
 
     @property
     def alone(self) -> LoadedModel | None:
@@ -98,21 +100,24 @@ def load_ranker(folder: str | Path, checkpoint: str | None, ranks: Ranks) -> Ran
     folder = Path(folder)
     if not is_ensemble(folder):
         loaded = load_model(folder, checkpoint, ranks)
-        return Ranker(f"{folder}, {loaded.checkpoint.path.resolve().name}", (loaded,), ())
+        return Ranker(f"{folder}, {loaded.checkpoint.path.resolve().name}", (loaded,), (), loaded.positives)
     with agreed(ranks):
         if checkpoint is not None:
             raise ValueError(f"{folder} is an ensemble and has no checkpoint {checkpoint}; leave --checkpoint out")
         header = read_ensemble(folder)
         members = [Member(**member) for member in header["members"]]
+        rules: dict[str, PositiveRule | None] = {}
         for member in members:
             run = folder / member.run
-            opened = open_model(run, member.checkpoint or None).header
-            _check_vocabulary(run, opened, header["vocabulary_sha256"], str(folder / ENSEMBLE))
+            opened = open_model(run, member.checkpoint or None)
+            _check_vocabulary(run, opened.header, header["vocabulary_sha256"], str(folder / ENSEMBLE))
+            rules[str(run)] = positives_of(opened, run)
+        rule = _common_rule(rules)
     loaded_members: list[LoadedModel] = []
     for member in members:
         blocks = loaded_members[0].config.parallel.block_columns if loaded_members else None
         loaded_members.append(load_model(folder / member.run, member.checkpoint or None, ranks, blocks))
-    return Ranker(f"{folder}, {len(members)} members", tuple(loaded_members), tuple(member.weight for member in members))
+    return Ranker(f"{folder}, {len(members)} members", tuple(loaded_members), tuple(member.weight for member in members), rule)
 
 
 def is_ensemble(folder: str | Path) -> bool:
@@ -147,14 +152,31 @@ def describe_ensemble(folder: str | Path, runs: Sequence[str | Path], weights: S
         raise ValueError(f"{len(weights)} weights were given for {len(runs)} members; give one for each, in the same order")
     if any(not math.isfinite(weight) or weight <= 0 for weight in weights):
         raise ValueError(f"the weights are {list(weights)}, expected finite numbers above 0; a member without weight is left out")
-    headers = [open_model(run).header for run in runs]
+    opened = [open_model(run) for run in runs]
+    headers = [one.header for one in opened]
     for run, header in zip(runs[1:], headers[1:], strict=True):
         _check_vocabulary(run, header, headers[0]["vocabulary_sha256"], str(runs[0]))
+    _common_rule({str(run): positives_of(one, run) for run, one in zip(runs, opened, strict=True)})
     pairs = zip(runs, weights, strict=True)
     members = [asdict(Member(os.path.relpath(run, folder), "", float(weight))) for run, weight in pairs]
     shared = {name: headers[0][name] for name in ("vocabulary_sha256", "n_items")}
     content = {"format_version": FORMAT_VERSION, **shared, "members": members}
     return json.dumps({**content, "header_sha256": checkpoints.header_sha256(content)}, indent=1) + "\n"
+
+
+def _common_rule(rules: dict[str, PositiveRule | None]) -> PositiveRule | None:
+    """The rule of the members, by their folders; members that do not know theirs follow the others. ValueError where two differ."""
+    known = {run: rule for run, rule in rules.items() if rule is not None}
+    if not known:
+        return None
+    first, rule = next(iter(known.items()))
+    for run, other in known.items():
+        if not other.same_meaning(rule):
+            raise ValueError(
+                f"{run} was trained on other positives than {first} ({other}; {rule}); the members of an ensemble must be "
+                "trained on the same shards"
+            )
+    return rule
 
 
 def _check_vocabulary(run: str | Path, header: dict[str, Any], expected: str, of: str) -> None:

@@ -57,21 +57,30 @@ def to_item_rows(rows: Rows, n_rows: int, n_items: int, device: torch.device) ->
 
 @torch.no_grad()
 def top_items(
-    scorer: Scorer, histories: Rows, k: int, n_items: int, ranks: Ranks, mask_input: bool = True
+    scorer: Scorer,
+    histories: Rows,
+    k: int,
+    n_items: int,
+    ranks: Ranks,
+    mask_input: bool = True,
+    seen: Rows | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """(scores, item rows) of each user's k best unseen items, (U, k) each, on every rank; padded with -inf and -1.
 
     Descending score, ties to the lower item row. Every rank of the partition group passes the same histories. With `mask_input`
-    False seen items may be listed too. The scorer may leave blocks out: their items are not listed.
+    False seen items may be listed too. `seen`: what the users have seen, where that is more than the histories that are scored.
+    The scorer may leave blocks out: their items are not listed.
     """
     partitions = ranks.layout.partitions
-    x = to_item_rows(histories, -(-max(histories.n_rows, 1) // partitions) * partitions, n_items, ranks.device)
+    n_rows = -(-max(histories.n_rows, 1) // partitions) * partitions
+    x = to_item_rows(histories, n_rows, n_items, ranks.device)
+    masked = x if seen is None or seen is histories else to_item_rows(seen, n_rows, n_items, ranks.device)
     best = TopK(k)
     waiting: list[Tensor] = []
     width = first = 0
     for lo, scores in scorer(x):
         if mask_input:
-            scores[x.positions(lo, lo + scores.shape[1])] = -torch.inf
+            scores[masked.positions(lo, lo + scores.shape[1])] = -torch.inf
         if waiting and lo != first + width:
             best.update(torch.cat(waiting, dim=1), first)
             waiting, width = [], 0

@@ -27,7 +27,9 @@ from torch import Tensor, nn
 
 from dist_vasp import checkpoint as checkpoints
 from dist_vasp.checkpoint import Checkpoint
+from dist_vasp.data import positives
 from dist_vasp.data.format import ITEMS_FILE
+from dist_vasp.data.positives import PositiveRule
 from dist_vasp.model.trunk import Trunk
 from dist_vasp.ranking.mapped import map_tensors
 
@@ -60,6 +62,7 @@ def _check_header(header: dict[str, Any]) -> None:
         raise TypeError("n_items or vocabulary_sha256 is of another kind")
     if not isinstance(header["config"], dict) or not isinstance(header["source"], str):
         raise TypeError("config or source is of another kind")
+    positives.in_header(header)
     for name, digest in header["files"].items():
         if not _FILE.fullmatch(name) or not isinstance(digest, str):
             raise ValueError(f"files lists {name!r}, which is no file of an export")
@@ -71,10 +74,11 @@ def export(
     output: str | Path,
     trunk: Trunk | None = None,
     progress: Callable[[int, int], None] | None = None,
+    rule: PositiveRule | None = None,
 ) -> str:
     """Write the weights of a checkpoint (or of an export) and the vocabulary to a new folder; returns one line on what was written.
 
-    With `trunk` that program is written besides. The caller has verified the checkpoint. `progress(bytes done, bytes in all)` is
+    With `trunk` that program is written besides. `rule` goes into the header: what makes a positive of a history. The caller has verified the checkpoint. `progress(bytes done, bytes in all)` is
     called after each tensor. ValueError where the folder exists, the disk is too small or fails.
     """
     output = Path(output)
@@ -110,7 +114,7 @@ def export(
         if trunk is not None:
             digests[PROGRAM] = write_program(trunk, temporary / PROGRAM)
         digests[ITEMS_FILE] = _copy(items_file, temporary / ITEMS_FILE)
-        _write_header(temporary / HEADER, opened, digests)
+        _write_header(temporary / HEADER, opened, digests, rule)
         checkpoints.sync(temporary)
         temporary.rename(output)
         checkpoints.sync(output.parent)
@@ -165,7 +169,7 @@ def _copy(source: Path, target: Path) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _write_header(path: Path, opened: Checkpoint, digests: dict[str, str]) -> None:
+def _write_header(path: Path, opened: Checkpoint, digests: dict[str, str], rule: PositiveRule | None) -> None:
     config = copy.deepcopy(opened.header["config"])
     for section, key in _LOCAL:
         if key in config.get(section, {}):
@@ -176,6 +180,7 @@ def _write_header(path: Path, opened: Checkpoint, digests: dict[str, str]) -> No
         "source": source,
         "n_items": opened.header["n_items"],
         "vocabulary_sha256": opened.header["vocabulary_sha256"],
+        **positives.for_header(rule),
         "validation": opened.header.get("validation", opened.header.get("best") if source.startswith("best-") else None),
         "config": config,
         "files": dict(sorted(digests.items())),

@@ -15,7 +15,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
 from dist_vasp.data.format import ItemTable
+from dist_vasp.data.positives import PositiveRule, positive_rows
 from dist_vasp.data.stream import Rows, indptr_of
 
 COLUMNS = ("user", "item")
@@ -35,18 +36,55 @@ _BLOCK_BYTES = 4 << 20  # of a CSV
 _SORT_MEMORY = "800MB"  # of DuckDB, which spills to disk beyond
 
 
+NO_KNOWN_ITEM = "no item of the history is in the vocabulary"
+NO_LIKE = "no known item of the history is a positive of the rule the model was trained with"
+
+
+@dataclass(frozen=True)
+class Read:
+    """What became of the rows of histories: the five add up to `rows`.
+
+    likes: pairs of a user and an item that are input of the model. disliked: further pairs, which are
+    masked. repeated: further rows of the same pairs. unknown: rows of items outside the vocabulary.
+    missing: rows without an id.
+    """
+
+    rows: int = 0
+    likes: int = 0
+    disliked: int = 0
+    repeated: int = 0
+    unknown: int = 0
+    missing: int = 0
+
+    def __add__(self, other: Read) -> Read:
+        return Read(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    def __str__(self) -> str:
+        """One line for the user."""
+        used = f"read {self.rows:,} rows: {self.likes:,} likes used as input, {self.disliked:,} further items masked"
+        left_out = {"repeated": self.repeated, "of unknown items": self.unknown, "without an id": self.missing}
+        return "; left out: ".join([used, ", ".join(f"{n:,} {why}" for why, n in left_out.items() if n) or "nothing"])
+
+
 @dataclass(frozen=True)
 class Histories:
-    """Some users with a known item, in order of first appearance, and what was left out."""
+    """Some users with a like among the known items, in order of first appearance, and what was left out."""
 
     users: pa.Array  # (U,) original ids
-    rows: Rows  # (U,) their item rows, ascending, without repeats
-    skipped: pa.Array  # users without a known item
-    n_unknown: int  # interactions with an item outside the vocabulary
+    rows: Rows  # (U,) the item rows of their likes, ascending, without repeats
+    seen: Rows  # (U,) the same of everything they have seen, liked or not
+    skipped: pa.Array  # users without a like among the known items
+    reasons: pa.Array  # why, one for each of `skipped`
+    read: Read
 
     @property
     def n_users(self) -> int:
         return len(self.users)
+
+    @property
+    def n_unknown(self) -> int:
+        """Rows with an item outside the vocabulary."""
+        return self.read.unknown
 
 
 def find_items(ids: pa.Array, items: ItemTable) -> np.ndarray:
@@ -66,18 +104,57 @@ def known_rows(owner: np.ndarray, item_rows: np.ndarray, n_users: int, n_items: 
     return Rows(indptr_of(np.bincount(users, minlength=n_users)), rows.astype(np.int32))
 
 
-def histories_of(user_ids: pa.Array, item_rows: np.ndarray, n_items: int) -> Histories:
-    """The histories in E rows of a table, in any order."""
+def histories_of(
+    user_ids: pa.Array,
+    item_rows: np.ndarray,
+    n_items: int,
+    rule: PositiveRule | None = None,
+    ratings: np.ndarray | None = None,
+    times: np.ndarray | None = None,
+) -> Histories:
+    """The histories in E rows of a table, in any order. Without ratings every row is a like."""
     encoded = user_ids.dictionary_encode()
     users, owner = encoded.dictionary, np.asarray(encoded.indices).astype(np.int64)
-    rows = known_rows(owner, item_rows, len(users), n_items)
+    seen = known_rows(owner, item_rows, len(users), n_items)
+    rows = seen
+    if rule is not None and ratings is not None:
+        rows = liked_rows(owner, item_rows, len(users), n_items, rule, ratings, times)
     found = rows.lengths > 0
-    return Histories(
-        users=users.filter(pa.array(found)),
-        rows=Rows(indptr_of(rows.lengths[found]), rows.items),
-        skipped=users.filter(pa.array(~found)),
-        n_unknown=int((item_rows < 0).sum()),
+    reasons = np.where(seen.lengths[~found] > 0, NO_LIKE, NO_KNOWN_ITEM)
+    n_known = int((item_rows >= 0).sum())
+    read = Read(
+        rows=len(item_rows),
+        likes=len(rows.items),
+        disliked=len(seen.items) - len(rows.items),
+        repeated=n_known - len(seen.items),
+        unknown=len(item_rows) - n_known,
     )
+    taken = np.flatnonzero(found)
+    likes = rows.take(taken)
+    return Histories(
+        users.filter(pa.array(found)),
+        likes,
+        likes if rows is seen else seen.take(taken),
+        users.filter(pa.array(~found)),
+        pa.array(reasons.tolist(), pa.string()),
+        read,
+    )
+
+
+def liked_rows(
+    owner: np.ndarray,
+    item_rows: np.ndarray,
+    n_users: int,
+    n_items: int,
+    rule: PositiveRule,
+    ratings: np.ndarray,
+    times: np.ndarray | None = None,
+) -> Rows:
+    """(n_users,) rows of the pairs that are positives, from E rated pairs in input order."""
+    known = np.flatnonzero(item_rows >= 0)
+    pairs = owner[known].astype(np.int64) * n_items + item_rows[known]
+    liked = known[positive_rows(rule, pairs, ratings[known], None if times is None else times[known])]
+    return known_rows(owner[liked], item_rows[liked], n_users, n_items)
 
 
 def table_columns(table: pa.Table, where: str) -> tuple[pa.Array, pa.Array]:

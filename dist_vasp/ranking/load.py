@@ -10,7 +10,9 @@ import torch
 from dist_vasp import checkpoint as checkpoints
 from dist_vasp.checkpoint import Checkpoint
 from dist_vasp.config import Config, from_dict
+from dist_vasp.data import positives
 from dist_vasp.data.format import ITEMS_FILE, ItemTable, Manifest, read_items_file
+from dist_vasp.data.positives import PositiveRule
 from dist_vasp.model.trunk import Trunk
 from dist_vasp.model.vasp import VASP, make_trunk
 from dist_vasp.parallel.comm import Ranks, agreed
@@ -28,6 +30,7 @@ class LoadedModel:
     items: ItemTable
     model: VASP
     trunk: Trunk | None
+    positives: PositiveRule | None = None
 
 
 def load_model(run_dir: str | Path, name: str | None, ranks: Ranks, block_columns: int | None = None) -> LoadedModel:
@@ -42,6 +45,7 @@ def load_model(run_dir: str | Path, name: str | None, ranks: Ranks, block_column
         opened = open_model(run_dir, name)
         config = from_dict(opened.header["config"])
         items = read_items_file(run_dir / ITEMS_FILE, opened.header["n_items"], opened.header["vocabulary_sha256"])
+        rule = positives_of(opened, run_dir)
     checkpoints.verify(opened, ranks)
     with agreed(ranks):
         check_size(opened, config)
@@ -61,7 +65,7 @@ def load_model(run_dir: str | Path, name: str | None, ranks: Ranks, block_column
             load_trunk(trunk, opened)
             checkpoints.check_numbers(opened, trunk.named_parameters())
             trunk.to(ranks.device).eval().requires_grad_(False)
-    return LoadedModel(config, opened, items, model, trunk)
+    return LoadedModel(config, opened, items, model, trunk, rule)
 
 
 def open_model(folder: str | Path, name: str | None = None) -> Checkpoint:
@@ -76,6 +80,21 @@ def open_model(folder: str | Path, name: str | None = None) -> Checkpoint:
             raise ValueError(f"{folder} is an exported model and has no checkpoint {name}; leave --checkpoint out")
         return open_export(folder)
     return checkpoints.open_checkpoint(checkpoints.find(folder / "checkpoints", name))
+
+
+def positives_of(opened: Checkpoint, folder: str | Path) -> PositiveRule | None:
+    """The rule that made the positives the model was trained on; None where nothing tells.
+
+    A run of an earlier version does not say; its shards do, where they are still those it began with.
+    """
+    rule = positives.in_header(opened.header)
+    if rule is not None or is_export(Path(folder)):
+        return rule
+    try:
+        manifest = Manifest.load(from_dict(opened.header["config"]).data.shards)
+        return manifest.positives if manifest.shards_sha256 == opened.header["shards_sha256"] else None
+    except ValueError:
+        return None
 
 
 def check_size(opened: Checkpoint, config: Config) -> None:

@@ -1,24 +1,26 @@
 """Top-N lists with original ids, block by block: histories in, user, rank, item, score out, explained where asked for.
 
-Users without a known item are listed in `<output stem>.skipped.csv` with the reason, never dropped silently.
+Users without a like among the known items are listed in `<output stem>.skipped.csv` with the reason, never dropped silently.
 
 Shapes: U users of a block, K list length, E recommendations of a block, N reasons for each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import torch
+from torch import Tensor
 
 from dist_vasp.data.format import ItemTable
+from dist_vasp.model.sparse import ItemRows
 from dist_vasp.parallel.comm import Ranks, agree
 from dist_vasp.ranking.evaluate import Scorer, to_item_rows, top_items
 from dist_vasp.ranking.explain import Explainer, Reasons
-from dist_vasp.ranking.histories import Histories, HistoryFile
+from dist_vasp.ranking.histories import Histories, HistoryFile, Read
 from dist_vasp.ranking.writers import ListFile, skipped_file
 
 USERS_PER_BLOCK = 2048  # W passes once for a block: 512 took four times as long on a large one (docs/experiments.md)
@@ -45,15 +47,21 @@ def recommend_to_file(
     to_score: Callable[[np.ndarray], np.ndarray] = np.exp,
     n_reasons: int = 0,
     explainer: Explainer | None = None,
+    allowed: np.ndarray | None = None,
+    keep_seen: bool = False,
 ) -> str:
-    """Write each user's k best unseen items block by block; returns one line that says what was written and left out.
+    """Write each user's k best unseen items block by block; returns lines on what was written, read and left out.
 
-    With `show` the histories and lists of that many first users stand before it. With `n_reasons` every row says which past
+    allowed: (I,) bool, the items that may be listed; None for all. With `keep_seen` seen items may be listed too.
+    With `show` the histories and lists of that many first users stand before the lines. With `n_reasons` every row says which past
     items speak for it most. `score` is `to_score` of what the scorer ranks by: p of a log p; a linear model's scores as they are.
     Fewer than k rows where fewer unseen items exist. The file appears when complete.
     """
     output, file, error = Path(output), None, None
-    n_users = n_unknown = done = n_skipped = 0
+    n_users = done = n_skipped = 0
+    read = Read()
+    if allowed is not None:
+        scorer = restricted(scorer, allowed, ranks)
     examples: list[str] = []
     try:
         if ranks.is_main:
@@ -63,15 +71,15 @@ def recommend_to_file(
     agree(error, ranks)
     try:
         for block in histories.blocks(items, USERS_PER_BLOCK):
-            scores, rows = top_items(scorer, block.rows, k, len(items.keys), ranks)
+            scores, rows = top_items(scorer, block.rows, k, len(items.keys), ranks, not keep_seen, block.seen)
             reasons = None
             if explainer is not None and n_reasons:
                 reasons = explain_lists(explainer, block, scores, rows, n_reasons, len(items.keys), ranks)
             if file is not None:
-                file.write(list_table(block.users, to_score(scores), rows, items, reasons), block.skipped)
+                file.write(list_table(block.users, to_score(scores), rows, items, reasons), block.skipped, block.reasons)
             for u in range(min(block.n_users, show - n_users)):
                 examples.append(_example(block, u, to_score(scores[u]), rows[u], items))
-            n_users, n_unknown, n_skipped = n_users + block.n_users, n_unknown + block.n_unknown, n_skipped + len(block.skipped)
+            n_users, n_skipped, read = n_users + block.n_users, n_skipped + len(block.skipped), read + block.read
             done += block.n_users + len(block.skipped)
             if progress:
                 progress(done)
@@ -80,12 +88,22 @@ def recommend_to_file(
     finally:
         if file is not None:
             file.discard()
-    left_out = f"; {n_unknown:,} interactions with unknown items ignored" if n_unknown else ""
-    if n_skipped:
-        left_out += f"; {n_skipped:,} users without a known item listed in {skipped_file(output)}"
+    skipped = f"; {n_skipped:,} users without a like among the known items listed in {skipped_file(output)}" if n_skipped else ""
     examples.append("")
     n_rows = file.n_rows if file is not None else 0
-    return "\n".join(examples) + f"{output}: {n_rows:,} recommendations for {n_users:,} users{left_out}"
+    return "\n".join(examples) + f"{output}: {n_rows:,} recommendations for {n_users:,} users{skipped}\n{read}"
+
+
+def restricted(scorer: Scorer, allowed: np.ndarray, ranks: Ranks) -> Scorer:
+    """The scorer that lists only the items of `allowed`, (I,) bool."""
+    allowed_I = torch.from_numpy(allowed).to(ranks.device)
+
+    def score(x: ItemRows) -> Iterator[tuple[int, Tensor]]:
+        for lo, scores_GC in scorer(x):
+            scores_GC[:, ~allowed_I[lo : lo + scores_GC.shape[1]]] = -torch.inf
+            yield lo, scores_GC
+
+    return score
 
 
 def explain_lists(

@@ -27,6 +27,7 @@ from dist_vasp import checkpoint as checkpoints
 from dist_vasp.checkpoint import Checkpoint
 from dist_vasp.config import from_dict
 from dist_vasp.data.format import ITEMS_FILE, ItemTable, read_items_file
+from dist_vasp.data.positives import PositiveRule
 from dist_vasp.data.stream import Rows, indptr_of
 from dist_vasp.parallel.comm import form_groups
 from dist_vasp.parallel.partition import Layout
@@ -34,7 +35,7 @@ from dist_vasp.ranking import export as exports
 from dist_vasp.ranking.evaluate import to_item_rows, top_items
 from dist_vasp.ranking.explain import mapped_explainer
 from dist_vasp.ranking.histories import find_items, histories_of, known_rows, table_columns
-from dist_vasp.ranking.load import check_size, open_model
+from dist_vasp.ranking.load import check_size, open_model, positives_of
 from dist_vasp.ranking.mapped import MappedModel, map_model
 from dist_vasp.ranking.recommend import list_table
 from dist_vasp.ranking.topk import NO_ITEM, TopK
@@ -114,8 +115,10 @@ class Explanation:
 class Recommender:
     """A trained model, read only. Make one with `Recommender.load`."""
 
-    def __init__(self, opened: Checkpoint, items: ItemTable, items_file: Path, model: MappedModel) -> None:
-        self._opened, self._items_file, self.model, self.items = opened, items_file, model, items
+    def __init__(
+        self, opened: Checkpoint, items: ItemTable, items_file: Path, model: MappedModel, rule: PositiveRule | None = None
+    ) -> None:
+        self._opened, self._items_file, self.model, self.items, self.positives = opened, items_file, model, items, rule
         self._alone = form_groups(0, Layout(1, 1, 1), torch.device("cpu"))
 
     @staticmethod
@@ -135,7 +138,7 @@ class Recommender:
         model = map_model(opened, config)
         if verify:
             checkpoints.check_numbers(opened, model.tensors())
-        return Recommender(opened, items, items_file, model)
+        return Recommender(opened, items, items_file, model, positives_of(opened, folder))
 
     def export(
         self,
@@ -152,7 +155,7 @@ class Recommender:
             raise ValueError(f"trunk is {trunk!r}, expected torch_export or None")
         if trunk and self.model.trunk is None:
             raise ValueError(f"a model of kind {self.model.config.kind} has no trunk to export; leave trunk out")
-        return exports.export(self._opened, self._items_file, folder, self.model.trunk if trunk else None, progress)
+        return exports.export(self._opened, self._items_file, folder, self.model.trunk if trunk else None, progress, self.positives)
 
     # --- lists ---------------------------------------------------------------------------------------------------------
 

@@ -11,7 +11,6 @@ import os
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
@@ -112,17 +111,17 @@ class ListFile:
     def _open(self, schema: pa.Schema) -> None:
         self._writer = _WRITERS[self.output.suffix](str(self._paths[self.output]), schema)
 
-    def write(self, table: pa.Table, skipped: pa.Array) -> None:
-        self._guard(self._write, table, skipped)
+    def write(self, table: pa.Table, skipped: pa.Array, reasons: pa.Array) -> None:
+        """Add lists, and users without one, each with its reason."""
+        self._guard(self._write, table, skipped, reasons)
 
-    def _write(self, table: pa.Table, skipped: pa.Array) -> None:
+    def _write(self, table: pa.Table, skipped: pa.Array, reasons: pa.Array) -> None:
         assert self._writer is not None
         self._writer.write_table(table)
         self.n_rows += len(table)
         if len(skipped):
             if self._skipped is None:
                 self._skipped = pa_csv.CSVWriter(str(self._paths[skipped_file(self.output)]), self._skipped_schema)
-            reasons = pa.array(np.full(len(skipped), "no item of the history is in the vocabulary"), pa.string())
             self._skipped.write_table(pa.Table.from_arrays([skipped, reasons], schema=self._skipped_schema))
             self.n_skipped += len(skipped)
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from dist_vasp import checkpoint as checkpoints
 from dist_vasp.config import Config
+from dist_vasp.data import positives
 from dist_vasp.data.format import Manifest
 from dist_vasp.model.ease import SWEEP_COLUMNS
 from dist_vasp.model.vasp import VASP
@@ -218,6 +219,7 @@ def _save(
         "must_match": _matching(config, manifest),
         "vocabulary_sha256": manifest.vocabulary_sha256,
         "shards_sha256": manifest.shards_sha256,
+        **positives.for_header(manifest.positives),
         "n_items": manifest.n_items,
         "layout": asdict(ranks.layout),
         "optimizer": {"step": 0, "mu_product": 1.0},

@@ -12,6 +12,7 @@ from typing import Any
 from dist_vasp import checkpoint as checkpoints
 from dist_vasp.checkpoint import Checkpoint, Save
 from dist_vasp.config import Config
+from dist_vasp.data import positives
 from dist_vasp.data.stream import TrainStream
 from dist_vasp.parallel.comm import Ranks, agreed
 from dist_vasp.training.engine import Trainer
@@ -117,6 +118,7 @@ class Saver:
             "must_match": must_match(config, stream.manifest.shards_sha256),
             "vocabulary_sha256": stream.manifest.vocabulary_sha256,
             "shards_sha256": stream.manifest.shards_sha256,
+            **positives.for_header(stream.manifest.positives),
             "n_items": stream.n_items,
             "layout": {**asdict(self.trainer.ranks.layout), "zero_stage": config.parallel.zero_stage},
             "optimizer": self.trainer.optimizer_scalars(),
