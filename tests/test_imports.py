@@ -46,7 +46,9 @@ WITHIN_BASE = {
     "dist_vasp.console": {"dist_vasp.text"},
     "dist_vasp.data.format": {"dist_vasp.data.positives"},
 }  # the only imports inside BASE
-SHARED_WITH_TOOLS = {f"dist_vasp.{name}" for name in ("data.format", "data.positives", "files", "places", "text", "console", "signals")}
+SHARED_WITH_TOOLS = {
+    f"dist_vasp.{name}" for name in ("data.format", "data.positives", "files", "places", "text", "console", "signals")
+}
 FILES = sorted(p for top in ("dist_vasp", "data_tools", "launch") for p in (ROOT / top).rglob("*.py"))
 MODULES = {".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p for p in FILES}
 ONE_IMPORTER = {"torch.distributed": "dist_vasp.parallel.comm", "deepspeed": "dist_vasp.training.zero"}
