@@ -14,6 +14,7 @@ import os
 import re
 import select
 import sys
+from pathlib import Path
 from typing import TextIO
 
 from dist_vasp.text import printable
@@ -69,13 +70,14 @@ class _Stream(io.TextIOWrapper):
 
 def guard() -> None:
     """Make the standard streams of this process such streams; those that a test has replaced stay."""
+    _restart_in_utf8()
     for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None and not _is_open(descriptor):
             os.open(os.devnull, os.O_RDWR)  # takes this number, so that no file of the command does
     for descriptor, name in ((1, "stdout"), (2, "stderr")):
         stream = getattr(sys, name)
         if stream is None:
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - until the process ends
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8", errors="replace"))  # noqa: SIM115 - until the process ends
         elif stream is getattr(sys, f"__{name}__"):
             replacement = _Stream(descriptor, stream.encoding)
             setattr(sys, name, replacement)
@@ -88,6 +90,19 @@ def _is_open(descriptor: int) -> bool:
     except OSError:
         return False
     return True
+
+
+def _restart_in_utf8() -> None:
+    """Start this command again in Python's UTF-8 mode, where the locale says another encoding.
+
+    In an ASCII locale neither a file's text nor its name could hold a letter of most languages, and
+    libraries, which expect UTF-8, fail in ways of their own.
+    """
+    script = Path(getattr(sys.modules["__main__"], "__file__", None) or "")
+    ours = script.resolve().parent.name in ("launch", "data_tools")  # not a test that calls a command
+    if ours and sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def _move_handlers(before: TextIO, now: TextIO) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import re
 
 # Control characters (C0, C1, DEL), line and paragraph separators, and what changes the direction of text. Not \n, not \t.
@@ -11,6 +12,11 @@ _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202
 def printable(text: str) -> str:
     """`text` with every control character as its escape sequence; line feeds and tabs stay."""
     return _UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def escape(text: str) -> str:
+    """`text` for a page of HTML."""
+    return html.escape(printable(text))
 
 
 def one_line(text: str) -> str:

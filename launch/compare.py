@@ -25,6 +25,7 @@ from dist_vasp.compare.report import markdown
 from dist_vasp.compare.runs import carry_out, count_runs, data_sha256, plan
 from dist_vasp.data.format import Manifest
 from dist_vasp.parallel.partition import Layout
+from dist_vasp.text import printable
 from dist_vasp.training.run_dir import write_atomically
 from launch.cli import run
 
@@ -69,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {failed}; {error}", file=sys.stderr)
         return 1
     write_atomically(output / "report.json", json.dumps(found, indent=1, allow_nan=False) + "\n")
-    write_atomically(output / "report.md", markdown(found))
+    write_atomically(output / "report.md", printable(markdown(found)))
     write_per_user(output / "per_user.parquet", comparison, output, {failure.run.stem for failure in failures})
     _say(f"\n{found['verdict']}\n\n{output / 'report.md'}: {len(runs) - len(failures)} runs in {time.monotonic() - start:.0f} s")
     if failures:

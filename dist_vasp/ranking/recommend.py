@@ -22,6 +22,7 @@ from dist_vasp.ranking.evaluate import Scorer, to_item_rows, top_items
 from dist_vasp.ranking.explain import Explainer, Reasons
 from dist_vasp.ranking.histories import Histories, HistoryFile, Read
 from dist_vasp.ranking.writers import ListFile, skipped_file
+from dist_vasp.text import one_line
 
 USERS_PER_BLOCK = 2048  # W passes once for a block: 512 took four times as long on a large one (docs/experiments.md)
 
@@ -142,7 +143,7 @@ def _example(block: Histories, user: int, scores: np.ndarray, rows: np.ndarray, 
     """A user's history (popular items first) and list, by title where there are titles."""
     names = items.titles if items.titles is not None else items.ids
     first, last = block.rows.indptr[user], block.rows.indptr[user + 1]
-    seen = [str(names[int(i)]) for i in block.rows.items[first : min(last, first + most)]]
+    seen = [one_line(str(names[int(i)])) for i in block.rows.items[first : min(last, first + most)]]
     more = f" and {last - first - most} more" if last - first > most else ""
-    listed = [f"{names[int(i)]} ({s:.3f})" for s, i in zip(scores, rows, strict=True) if i >= 0]
-    return f"user {block.users[user]}\n  history  {', '.join(seen)}{more}\n  list     {', '.join(listed)}"
+    listed = [f"{one_line(str(names[int(i)]))} ({s:.3f})" for s, i in zip(scores, rows, strict=True) if i >= 0]
+    return f"user {one_line(str(block.users[user]))}\n  history  {', '.join(seen)}{more}\n  list     {', '.join(listed)}"

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from html import escape
 from typing import Any
 
 from dist_vasp.report.gather import Run
 from dist_vasp.report.lists import Popularity
 from dist_vasp.report.svg import Bars, Format, Line, bars, lines, percent, short, stacked
+from dist_vasp.text import escape
 
 PATHS = (("decoder", "decoder head R d"), ("latent", "latent head Q z"), ("nease", "shallow path W x"))
 

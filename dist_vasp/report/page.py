@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from html import escape
 from statistics import median
 from typing import Any
 
@@ -16,6 +15,7 @@ from dist_vasp.report import charts
 from dist_vasp.report.gather import Run
 from dist_vasp.report.lists import Pick, Popularity, Sample
 from dist_vasp.report.style import STYLE
+from dist_vasp.text import escape
 
 METRICS = (
     ("ndcg@100", "NDCG@100"),

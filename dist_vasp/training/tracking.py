@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dist_vasp.config import Config
+from dist_vasp.text import one_line
 
 _WAITING = 10_000  # lines that may wait for a slow service
 _LAST_WORDS_S = 60.0  # what the end of a run waits for a service
@@ -212,4 +213,4 @@ def _read_ids(path: Path) -> dict[str, str]:
 
 
 def _warn(text: str) -> None:
-    print(f"warning: {' '.join(text.split())}", flush=True)
+    print(f"warning: {one_line(text)}", flush=True)
