@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import tarfile
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import IO
+from typing import IO, Any
+
+from dist_vasp.data.tables.inputs import is_hidden, walk
+from dist_vasp.data.tables.streams import open_member, open_zip
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 
@@ -23,38 +25,37 @@ def base_name(member: str) -> str:
     return PurePosixPath(member).name
 
 
-def members(path: Path) -> Iterator[tuple[str, IO[bytes]]]:
+def members(path: Path) -> Iterator[tuple[str, Any]]:
     """(name, stream) of every regular file in a folder, a zip, a tar or a tar inside a tar; or of the file itself.
 
-    Folders and zips go by name, tars in their own order. A stream is valid until the next one is asked for.
+    Folders and zips go by name, tars in their own order; hidden names are left out. A stream is valid until the next one
+    is asked for.
     """
     if path.is_dir():
-        for file in sorted(p for p in path.rglob("*") if p.is_file()):
-            if is_tar(file.name):
-                with open(file, "rb") as raw:
-                    yield from _tar_members(raw)
-                continue
+        for file in sorted(walk(path, [])):
             with open(file, "rb") as stream:
-                yield file.name, stream
+                if is_tar(file.name):
+                    yield from _tar_members(stream)
+                else:
+                    yield file.name, stream
     elif is_zip(path.name):
-        with zipfile.ZipFile(path) as archive:
-            for name in sorted(archive.namelist()):
-                if not name.endswith("/"):
-                    with archive.open(name) as stream:
-                        yield name, stream
-    elif is_tar(path.name):
-        with open(path, "rb") as raw:
-            yield from _tar_members(raw)
+        for name in names(path):
+            member = open_member(path, name)
+            yield name, member
+            member.close()
     else:
         with open(path, "rb") as stream:
-            yield path.name, stream
+            if is_tar(path.name):
+                yield from _tar_members(stream)
+            else:
+                yield path.name, stream
 
 
 def _tar_members(raw: IO[bytes]) -> Iterator[tuple[str, IO[bytes]]]:
     with tarfile.open(fileobj=raw, mode="r|*") as archive:
         for member in archive:
             stream = archive.extractfile(member) if member.isreg() else None
-            if stream is None:
+            if stream is None or is_hidden(base_name(member.name)):
                 continue
             if is_tar(member.name):
                 yield from _tar_members(stream)
@@ -63,8 +64,9 @@ def _tar_members(raw: IO[bytes]) -> Iterator[tuple[str, IO[bytes]]]:
 
 
 def names(path: Path) -> list[str]:
-    """File names of a folder or zip, without reading the files."""
+    """Names of the files of a folder or zip that are not hidden, without reading the files."""
     if path.is_dir():
-        return sorted(str(p.relative_to(path)) for p in path.rglob("*") if p.is_file())
-    with zipfile.ZipFile(path) as archive:
-        return sorted(n for n in archive.namelist() if not n.endswith("/"))
+        return sorted(str(p.relative_to(path)) for p in walk(path, []))
+    with open_zip(path) as archive:
+        inside = sorted(n for n in archive.namelist() if not n.endswith("/"))
+    return [n for n in inside if not any(is_hidden(part) for part in PurePosixPath(n).parts)]

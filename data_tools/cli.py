@@ -47,7 +47,7 @@ def run(parser: Parser, command: Callable[[argparse.Namespace], int], argv: Sequ
     guard()
     debug = "--debug" in (sys.argv if argv is None else argv)
     try:
-        args = parser.parse_args(argv)
+        args = parser.parse_intermixed_args(argv)
         with ending_on_signals(_PATIENCE_S):
             status = command(args)
     except ValueError as error:

@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from data_tools.cli import Progress
+from dist_vasp.data.ids import IdIndex
 from dist_vasp.data.positives import PositiveRule, positive_rows
 
 ROWS_PER_BATCH = 1 << 19
@@ -29,23 +30,6 @@ SPLIT_VALUES = pa.array(["0", "train", "1", "test", "2", "validation"])
 TRAIN, TEST, VALIDATION = 0, 1, 2
 _SORTED = [("user", pa.uint32()), ("item", pa.uint32()), ("position", pa.uint64())]
 _EXTRA = {"split": pa.uint8(), "rating": pa.float64()}  # columns that are sorted along where they are needed
-
-
-class IdIndex:
-    """Codes for ids in order of first appearance; works a batch at a time and never leaves Arrow."""
-
-    def __init__(self) -> None:
-        self.ids: pa.Array | None = None
-
-    def encode(self, ids: pa.Array) -> pa.Array:
-        """(E,) uint32 codes of `ids`, (E,) int64 or string."""
-        if self.ids is None:
-            self.ids = ids.slice(0, 0)
-        codes = pc.index_in(ids, value_set=self.ids)
-        if codes.null_count:
-            self.ids = pa.concat_arrays([self.ids, pc.unique(ids.filter(pc.is_null(codes)))])
-            codes = pc.index_in(ids, value_set=self.ids)
-        return codes.cast(pa.uint32())
 
 
 def _ascending(index: IdIndex) -> tuple[pa.Array, np.ndarray]:

@@ -1,102 +1,101 @@
-"""MovieLens as GroupLens distributes it: `ratings.csv` (20M, 25M) or `ratings.dat` (1M, 10M), in a folder or its zip."""
+"""MovieLens as GroupLens distributes it: `ratings.csv` (20M, 25M), `ratings.dat` (1M, 10M) or `u.data` (100K), in a folder or its zip."""
 
 from __future__ import annotations
 
 import csv
-import io
-import zipfile
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import IO, Any
-
-import pyarrow as pa
+from typing import Any
 
 from data_tools import archives
-from data_tools.tables import Columns, TextIdsError, csv_batches, readable
+from dist_vasp.data.tables.columns import Columns, Reading
+from dist_vasp.data.tables.inputs import File
+from dist_vasp.data.tables.read import Table
+from dist_vasp.data.tables.streams import open_file, open_member, readable
 
-RATINGS = ("ratings.csv", "ratings.dat")
-_CSV_COLUMNS = Columns("userId", "movieId", "rating")
-_DAT_NAMES = ["userId", "movieId", "rating", "timestamp"]
-
-
-class ColonFile(io.RawIOBase):
-    """`ratings.dat` with its `::` turned into `,`, readable in one direction."""
-
-    def __init__(self, stream: IO[bytes]):
-        self._stream, self._held = stream, b""
-
-    def readable(self) -> bool:
-        return True
-
-    def read(self, size: int = -1) -> bytes:
-        data = self._held + self._stream.read(size)
-        self._held = b""
-        if data.endswith(b":") and (more := self._stream.read(1)):
-            data += more  # a separator may be cut in two: keep its first half company
-        return data.replace(b"::", b",")
-
-    def close(self) -> None:
-        self._stream.close()
-        super().close()
+RATINGS = ("ratings.csv", "ratings.dat", "u.data")
+TITLES = ("movies.csv", "movies.dat", "u.item")
+MAX_TITLES_BYTES = 64 << 20
+_HEADER = b"userId,movieId,rating"
+_DELIMITERS = {".dat": "::", ".item": "|"}
 
 
 @dataclass(frozen=True)
-class MovieLensSource:
-    """`path` is a folder, a zip, or the ratings file itself."""
+class MovieLens:
+    """The ratings file `member` in `path`, a folder or a zip or the folder that holds the file."""
 
     path: Path
+    member: str
 
-    def _find(self, wanted: tuple[str, ...]) -> str | None:
-        """The member of folder or zip, or the file beside the ratings file, with one of these names."""
-        if not self.path.is_dir() and not archives.is_zip(self.path.name):
-            beside = {p.name: p.name for p in (self.path.parent / w for w in wanted) if p.is_file()}
-            return self.path.name if wanted == RATINGS else next((beside[w] for w in wanted if w in beside), None)
-        with readable(str(self.path)):
-            found = [n for n in archives.names(self.path) if archives.base_name(n) in wanted]
-        return min(found, key=lambda n: (n.count("/"), n), default=None)
+    @property
+    def where(self) -> str:
+        return f"{self.path}, {self.member}" if archives.is_zip(self.path.name) else str(self.path / self.member)
 
-    def _open(self, member: str) -> IO[bytes]:
-        if self.path.is_dir():
-            return open(self.path / member, "rb")
-        if archives.is_zip(self.path.name):
-            archive = zipfile.ZipFile(self.path)
-            stream = archive.open(member)
-            archive.close()  # the file stays open until the member is closed
-            return stream
-        return open(self.path.parent / member, "rb")
-
-    def batches(self, text: frozenset[str] = frozenset()) -> Iterator[pa.RecordBatch]:
-        member = self._find(RATINGS)
-        if member is None:
-            raise ValueError(f"{self.path} holds neither ratings.csv nor ratings.dat; expected a MovieLens data set")
-        where = str(self.path) if archives.base_name(member) == self.path.name else f"{self.path}, {member}"
-        dat = member.endswith(".dat")
-
-        def opener() -> Any:
-            stream = self._open(member)
-            return pa.PythonFile(ColonFile(stream) if dat else stream, mode="r")
-
-        try:
-            yield from csv_batches(opener, where, _CSV_COLUMNS, frozenset(), _DAT_NAMES if dat else None)
-        except TextIdsError as found:
-            raise ValueError(
-                f"{where}: a {found.column} id is not a non-negative integer, as MovieLens ids are; pass --format csv"
-            ) from None
+    def table(self, with_time: bool, missing: Sequence[str]) -> Table:
+        """The ratings as a table, with the times where they are wanted."""
+        if self.member.endswith(".csv"):
+            columns, reading = Columns("userId", "movieId", "rating", time="timestamp" if with_time else None), Reading(",")
+        else:
+            columns = Columns("1", "2", "3", time="4" if with_time else None)
+            reading = Reading("::" if self.member.endswith(".dat") else "\t", header=False, quoting=False)
+        file = File(self.where, "csv", self.path / self.member, partial(_open, self.path, self.member))
+        return Table([file], columns, Reading(reading.delimiter, None, reading.header, reading.quoting, tuple(missing)))
 
     def titles(self) -> dict[int, str] | None:
-        """Movie titles by id, where movies.csv or movies.dat is at hand."""
-        member = self._find(("movies.csv", "movies.dat"))
+        """Movie titles by id, where the file of titles is at hand."""
+        member = _find(self.path, TITLES, str(Path(self.member).parent))
         if member is None:
             return None
-        with readable(f"{self.path}, {member}"), self._open(member) as stream:
-            lines = decoded(stream.read()).splitlines()
-        rows = [line.split("::") for line in lines] if member.endswith(".dat") else list(csv.reader(lines))
-        return {int(row[0]): row[1] for row in rows if len(row) > 1 and row[0].isdecimal()}
+        with readable(f"{self.path}, {member}"):
+            lines = read_titles(_open(self.path, member), f"{self.path}, {member}").splitlines()
+        delimiter = _DELIMITERS.get(Path(member).suffix)
+        rows = [line.split(delimiter) for line in lines] if delimiter else list(csv.reader(lines))
+        return {int(row[0]): row[1] for row in rows if len(row) > 1 and row[0].isascii() and row[0].isdecimal()}
 
 
-def decoded(data: bytes) -> str:
-    """Text of a title file: UTF-8 in the newer data sets, Latin-1 in the older."""
+def find(path: Path, any_header: bool = False) -> MovieLens | None:
+    """The ratings file at `path`: itself, or in the folder or zip; a `ratings.csv` only with the header of MovieLens."""
+    if not path.is_dir() and not archives.is_zip(path.name):
+        if path.name.lower() not in RATINGS:
+            return None
+        found = MovieLens(path.parent, path.name)
+    else:
+        with readable(str(path)):
+            member = _find(path, RATINGS)
+        if member is None:
+            return None
+        found = MovieLens(path, member)
+    if any_header or not found.member.endswith(".csv"):
+        return found
+    with readable(found.where):
+        stream = _open(found.path, found.member)
+        try:
+            return found if stream.read(100).removeprefix(b"\xef\xbb\xbf").startswith(_HEADER) else None
+        finally:
+            stream.close()
+
+
+def _find(path: Path, wanted: Sequence[str], beside: str | None = None) -> str | None:
+    """The least deep member with one of these names, where `beside` is given only of that folder."""
+    if path.is_dir() and beside is not None:
+        names = [str(Path(beside, w)) for w in wanted if (path / beside / w).is_file()]
+    else:
+        names = [n for n in archives.names(path) if archives.base_name(n) in wanted and beside in (None, str(Path(n).parent))]
+    return min(names, key=lambda n: (n.count("/"), n), default=None)
+
+
+def _open(path: Path, member: str) -> Any:
+    return open_member(path, member) if archives.is_zip(path.name) else open_file(path / member)
+
+
+def read_titles(stream: Any, where: str) -> str:
+    """Text of a title file: UTF-8 in the newer data sets, Latin-1 in the older. ValueError where it is too large to be one."""
+    data: bytes = stream.read(MAX_TITLES_BYTES + 1)
+    stream.close()
+    if len(data) > MAX_TITLES_BYTES:
+        raise ValueError(f"{where} has more than {MAX_TITLES_BYTES:,} bytes, too many for titles; remove it, or name --titles")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError:

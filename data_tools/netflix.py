@@ -16,8 +16,9 @@ import pyarrow as pa
 import pyarrow.csv
 
 from data_tools import archives
-from data_tools.movielens import decoded
-from data_tools.tables import BLOCK_BYTES, checked, readable
+from data_tools.movielens import read_titles
+from dist_vasp.data.tables.csv_rows import BLOCK_BYTES, MAX_ROW_BYTES
+from dist_vasp.data.tables.streams import open_file, readable
 
 _RATINGS = re.compile(r"(combined_data_\d+|mv_\d+)\.txt$")
 _TITLES = re.compile(r"movie_titles\.(csv|txt)$")
@@ -46,9 +47,11 @@ class NetflixSource:
     """`path` is a folder, a tar, a zip or one file. Movie titles are picked up on the way."""
 
     path: Path
+    left_out: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
     _titles: dict[int, str] = field(default_factory=dict)
 
-    def batches(self, text: frozenset[str] = frozenset()) -> Iterator[pa.RecordBatch]:
+    def batches(self) -> Iterator[pa.RecordBatch]:
         with readable(str(self.path)):
             movie, block, size = -1, list[_Piece](), 0
             for piece in self._pieces():
@@ -67,7 +70,8 @@ class NetflixSource:
         for member, stream in archives.members(self.path):
             name = archives.base_name(member)
             if _TITLES.match(name):
-                self._titles.update(_parse_titles(stream.read()))
+                self._titles.update(_parse_titles(read_titles(stream, name)))
+                continue
             if not _RATINGS.match(name) and not (self.path.is_file() and name == self.path.name):
                 continue
             line, held = 1, b""
@@ -75,6 +79,10 @@ class NetflixSource:
                 data = held + data
                 cut = data.rfind(b"\n") + 1
                 held = data[cut:]
+                if len(held) > MAX_ROW_BYTES:
+                    raise ValueError(
+                        f"{member}, line {line}: more than {MAX_ROW_BYTES:,} bytes without an end; expected lines of ratings"
+                    )
                 if cut:
                     yield _Piece(member, line, data[:cut])
                     line += data.count(b"\n", 0, cut)
@@ -86,14 +94,14 @@ class NetflixSource:
         for name in ("movie_titles.csv", "movie_titles.txt"):
             beside = self.path.parent / name
             if not self._titles and beside.is_file():
-                self._titles.update(_parse_titles(beside.read_bytes()))
+                self._titles.update(_parse_titles(read_titles(open_file(beside), str(beside))))
         return self._titles or None
 
 
-def _parse_titles(data: bytes) -> dict[int, str]:
+def _parse_titles(text: str) -> dict[int, str]:
     """Lines `ID,YEAR,TITLE`; a title may hold commas."""
-    rows = (line.split(",", 2) for line in decoded(data).splitlines())
-    return {int(row[0]): row[2] for row in rows if len(row) == 3 and row[0].isdecimal()}
+    rows = (line.split(",", 2) for line in text.splitlines())
+    return {int(row[0]): row[2] for row in rows if len(row) == 3 and row[0].isascii() and row[0].isdecimal()}
 
 
 def _parse(block: list[_Piece], movie: int) -> tuple[pa.RecordBatch, int]:
@@ -114,13 +122,18 @@ def _parse(block: list[_Piece], movie: int) -> tuple[pa.RecordBatch, int]:
         rated = pa.csv.read_csv(pa.BufferReader(body), _READ, convert_options=_CONVERT) if body else _CONVERT_EMPTY
         if rated.num_rows != sizes.sum() or min(movies[1:], default=0) < 0 or (movie < 0 and sizes[0]):
             raise ValueError("lines are not all ratings")
-        if rated["user"].null_count or rated["rating"].null_count or (np.asarray(rated["user"]) < 0).any():
+        if (
+            rated["user"].null_count
+            or rated["rating"].null_count
+            or (np.asarray(rated["user"]) < 0).any()
+            or np.isnan(rated["rating"]).any()
+        ):
             raise ValueError("a rating is incomplete")
     except ValueError as error:  # find the line the slow way, once
         raise _explain(block, movie, error) from None
     item = pa.array(np.repeat(np.array(movies, np.int64), sizes))
     columns = {name: rated[name].combine_chunks() for name in ("user", "rating")}
-    return checked({"user": columns["user"], "item": item, "rating": columns["rating"]}, 1, block[0].name), movies[-1]
+    return pa.record_batch({"user": columns["user"], "item": item, "rating": columns["rating"]}), movies[-1]
 
 
 _CONVERT_EMPTY = pa.table({"user": pa.array([], pa.int64()), "rating": pa.array([], pa.float64())})

@@ -2,31 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import pyarrow as pa
 
-from data_tools import archives, netflix
-from data_tools.movielens import RATINGS, MovieLensSource
+from data_tools import archives, movielens, netflix
 from data_tools.netflix import NetflixSource
-from data_tools.tables import Columns, CsvSource, ParquetSource, TextIdsError, readable
+from dist_vasp.data.tables.columns import Columns, Reading
+from dist_vasp.data.tables.inputs import check_file, expand, kind_of
+from dist_vasp.data.tables.read import Table, open_table
+from dist_vasp.data.tables.streams import readable
 
+Inputs: TypeAlias = str | Path | Sequence[str | Path]
 FORMATS = ("csv", "parquet", "movielens", "netflix")
-_CSV_SUFFIXES = (".csv", ".csv.gz")
 
-__all__ = ["FORMATS", "Columns", "Source", "TextIdsError", "infer_format", "open_source"]
+__all__ = ["FORMATS", "Columns", "Reading", "Source", "infer_format", "open_source"]
 
 
 class Source(Protocol):
     """An input that can be read more than once, in the same order."""
 
-    def batches(self, text: frozenset[str] = frozenset()) -> Iterator[pa.RecordBatch]:
-        """Batches with `user`, `item` and perhaps `rating` and `split`; `text` are the roles whose ids are strings.
+    @property
+    def left_out(self) -> dict[str, int]:
+        """Rows that `batches` has left out, by reason."""
+        ...
 
-        Raises TextIdsError(role) where a CSV id column must be read as strings; ValueError for bad input.
-        """
+    @property
+    def notes(self) -> list[str]:
+        """What else there is to say of the input, once `batches` has run."""
+        ...
+
+    def batches(self) -> Iterator[pa.RecordBatch]:
+        """Batches as dist_vasp/data/tables/read.py describes them; ValueError for bad input."""
         ...
 
     def titles(self) -> dict[int, str] | None:
@@ -34,49 +45,89 @@ class Source(Protocol):
         ...
 
 
-def infer_format(path: Path) -> str:
-    """The format that the name of `path` (or of the files in it) tells; ValueError where it tells none."""
+@dataclass
+class TableSource:
+    """A table in CSV or Parquet, perhaps with titles beside it."""
+
+    table: Table
+    titles_of: movielens.MovieLens | None = None
+
+    @property
+    def left_out(self) -> dict[str, int]:
+        return self.table.left_out
+
+    @property
+    def notes(self) -> list[str]:
+        return self.table.notes()
+
+    def batches(self) -> Iterator[pa.RecordBatch]:
+        return self.table.batches()
+
+    def titles(self) -> dict[int, str] | None:
+        return self.titles_of.titles() if self.titles_of is not None else None
+
+
+def infer_format(inputs: Inputs) -> str:
+    """The format that the names of the inputs (or of the files in them) tell; ValueError where they tell none."""
+    paths = _paths(inputs)
+    formats = {_format_of(path) for path in paths}
+    if len(formats) > 1:
+        raise ValueError(f"the inputs are {' and '.join(sorted(formats))} by their names; pass --format, or name files of one kind")
+    return formats.pop()
+
+
+def _paths(inputs: Inputs) -> list[Path]:
+    """The paths that one input or several name."""
+    several = [inputs] if isinstance(inputs, str | Path) else inputs
+    return [path for text in several for path in expand(str(text))]
+
+
+def _format_of(path: Path) -> str:
     name = path.name.lower()
-    if path.is_dir() or archives.is_zip(name):
+    if path.is_dir() or (archives.is_zip(name) and path.is_file()):
         with readable(str(path)):
             inside = archives.names(path)
         if netflix.holds_ratings(inside) or any(archives.base_name(n) == "training_set.tar" for n in inside):
             return "netflix"
-        if path.is_dir() and inside and all(n.lower().endswith(".parquet") for n in inside):
-            return "parquet"
-        if any(archives.base_name(n) in RATINGS for n in inside):
+        if movielens.find(path) is not None:
             return "movielens"
-        if path.is_dir() and inside and all(n.lower().endswith(_CSV_SUFFIXES) for n in inside):
-            return "csv"
-    elif netflix.holds_ratings([name]) or archives.is_tar(name):
+        return "parquet" if path.is_dir() and any(kind_of(n) == "parquet" for n in inside) else "csv"
+    if netflix.holds_ratings([name]) or archives.is_tar(name):
         return "netflix"
-    elif name == "ratings.dat" or (name == "ratings.csv" and _has_movielens_header(path)):
+    if path.is_file() and movielens.find(path) is not None:
         return "movielens"
-    elif name.endswith(_CSV_SUFFIXES):
-        return "csv"
-    elif name.endswith((".parquet", ".pq")):
-        return "parquet"
-    raise ValueError(f"cannot tell the format of {path} from its name; pass --format, one of {', '.join(FORMATS)}")
+    kind = "csv" if ".zip/" in str(path).lower() else kind_of(name)
+    if kind is None:
+        if os.path.lexists(path):
+            check_file(path)
+        raise ValueError(f"cannot tell the format of {path} from its name; pass --format, one of {', '.join(FORMATS)}")
+    return kind
 
 
-def _has_movielens_header(path: Path) -> bool:
-    with open(path, "rb") as file:
-        return file.readline(1000).startswith((b"userId,movieId,", b"\xef\xbb\xbfuserId,movieId,"))
-
-
-def open_source(path: Path, name: str | None, columns: Columns) -> Source:
-    """The reader of `path` in format `name` (None: inferred); ValueError where there is none, or columns do not apply."""
-    if not path.exists():
-        raise ValueError(f"the input {path} does not exist; name a file or folder")
-    if not path.is_dir() and not path.is_file():
-        raise ValueError(f"the input {path} is a pipe or device, which cannot be read twice; write it to a file first")
-    name = name or infer_format(path)
-    if name in ("csv", "parquet"):
-        suffixes = _CSV_SUFFIXES if name == "csv" else (".parquet",)
-        paths = sorted(p for p in path.rglob("*") if p.name.lower().endswith(suffixes)) if path.is_dir() else [path]
-        if not paths:
-            raise ValueError(f"the folder {path} holds no {' or '.join(suffixes)} file")
-        return CsvSource(paths, columns) if name == "csv" else ParquetSource(paths, columns)
-    if columns != Columns():
-        raise ValueError(f"the {name} format has fixed columns and no split; leave out --*_column, or pass --format csv or parquet")
-    return MovieLensSource(path) if name == "movielens" else NetflixSource(path)
+def open_source(inputs: Inputs, name: str | None = None, columns: Columns | None = None, reading: Reading | None = None) -> Source:
+    """The reader of `inputs` in format `name` (None: inferred); ValueError where there is none, or columns do not apply."""
+    columns, reading = columns or Columns(), reading or Reading()
+    fixed = replace(columns, time=None) == Columns() and reading == Reading(missing=reading.missing)
+    inferred = name or infer_format(inputs)
+    if name is None and inferred == "movielens" and not fixed:
+        inferred = "csv"  # columns were named: it is read as they say
+    if inferred in ("csv", "parquet"):
+        return TableSource(open_table(_paths(inputs), columns, reading, inferred))
+    if not fixed or (inferred == "netflix" and columns.time is not None):
+        raise ValueError(
+            f"the {inferred} format has fixed columns and no split; leave out --*_column, --delimiter and the like, "
+            "or pass --format csv or parquet"
+        )
+    paths = _paths(inputs)
+    if len(paths) != 1:
+        raise ValueError(f"the {inferred} format is read from one file, folder or archive, {len(paths)} are named; name one")
+    if not paths[0].is_dir():
+        check_file(paths[0])
+    if inferred == "netflix":
+        return NetflixSource(paths[0])
+    ratings = movielens.find(paths[0], any_header=True)
+    if ratings is None and paths[0].is_file() and not archives.is_zip(paths[0].name):
+        ratings = movielens.MovieLens(paths[0].parent, paths[0].name)
+    if ratings is None:
+        raise ValueError(f"{paths[0]} holds no {', '.join(movielens.RATINGS)}; expected a MovieLens data set")
+    return TableSource(ratings.table(columns.time is not None, reading.missing), ratings)

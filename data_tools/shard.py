@@ -1,6 +1,6 @@
 """Turn raw interactions into the shards that training reads.
 
-python -m data_tools.shard INPUT OUT_DIR [--format csv|parquet|movielens|netflix] [--protocol liang|given] ...
+python -m data_tools.shard INPUT [INPUT ...] OUT_DIR [--format csv|parquet|movielens|netflix] [--protocol liang|given] ...
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ from typing import Any
 from data_tools import cli
 from data_tools.interactions import Interactions, collect
 from data_tools.rare_items import drop_rare_items
-from data_tools.readers import FORMATS, Columns, Source, TextIdsError, infer_format, open_source
+from data_tools.readers import FORMATS, Columns, Source, infer_format, open_source
 from data_tools.split import GivenPlan, LiangPlan, Plan
 from data_tools.titles import read_titles
 from data_tools.writer import check_unique_keys, count_split, write_folder
 from dist_vasp.data.format import SPLITS, SplitEntry, default_users_per_shard, files_of
 from dist_vasp.data.positives import DEFAULT_MIN_RATING, REPEATS, PositiveRule, from_json
+from dist_vasp.data.tables.inputs import expand
+from dist_vasp.data.tables.options import add_reading_options, reading_of
 from dist_vasp.files import new_folder
 from dist_vasp.places import check_folder
 
@@ -47,7 +49,7 @@ def _memory(text: str) -> str:
 def _parser() -> cli.Parser:
     parser = cli.Parser(prog="python -m data_tools.shard", description="Turn raw interactions into shards.")
     add = parser.add_argument
-    add("input", type=Path, metavar="INPUT", help="file, folder or archive of interactions")
+    add("inputs", nargs="+", metavar="INPUT", help="files, folders, globs or archives of interactions")
     add("output", type=Path, metavar="OUT_DIR", help="folder to write; it appears whole or not at all")
     add("--format", choices=FORMATS, help="default: by the name of INPUT")
     add("--user_column", metavar="NAME", help="csv, parquet: default user")
@@ -66,22 +68,13 @@ def _parser() -> cli.Parser:
     add(
         "--titles", type=Path, metavar="FILE", help="CSV or Parquet with the item column and title; default: those of INPUT, if any"
     )
+    add_reading_options(parser)
     add("--seed", type=cli.seed, default=98765, help="default 98765")
     add("--users_per_shard", type=cli.at_least(1), help="default min(4096, train users / 64)")
     add("--memory_limit", type=_memory, default="800MB", help="of the out-of-core sort, which spills to disk; default 800MB")
     add("--overwrite", action="store_true", help="replace OUT_DIR if it is a folder that this command wrote")
     add("--dry_run", action="store_true", help="print what would be written, write nothing")
     return parser
-
-
-def collect_source(source: Source, folder: Path, min_rating: float, memory_limit: str, repeats: str = "first") -> Interactions:
-    """Read a source, again where an id column turns out to be strings."""
-    text: frozenset[str] = frozenset()
-    while True:
-        try:
-            return collect(source.batches(text), folder, min_rating, memory_limit, repeats)
-        except TextIdsError as found:
-            text |= {found.column}
 
 
 def _check_protocol(args: argparse.Namespace) -> None:
@@ -105,7 +98,7 @@ def _plan(args: argparse.Namespace, source: Source, scratch: Path) -> tuple[Inte
     if args.protocol == "liang":
         min_rating = DEFAULT_MIN_RATING if args.min_rating is None else args.min_rating
         min_items, min_users = args.min_items or 5, args.min_users or 1
-        data = collect_source(source, scratch, min_rating, args.memory_limit, args.repeats)
+        data = collect(source.batches(), scratch, min_rating, args.memory_limit, args.repeats)
         counts = data.counts
         data, dropped = drop_rare_items(data, min_users, min_items, bool(args.core))
         plan: Plan = LiangPlan(data, min_items, args.val_users, args.test_users, args.seed)
@@ -117,18 +110,24 @@ def _plan(args: argparse.Namespace, source: Source, scratch: Path) -> tuple[Inte
         }
         arguments |= {"val_users": len(plan.users["validation"]), "test_users": len(plan.users["test"])}
     else:
-        data = collect_source(source, scratch, float("-inf"), args.memory_limit, args.repeats)
+        data = collect(source.batches(), scratch, float("-inf"), args.memory_limit, args.repeats)
         counts = data.counts
         given = GivenPlan(data, args.validation_fraction, args.seed)
         plan, arguments = given, {"validation_fraction": given.fraction}
     check_unique_keys(data, plan)
-    left_out = {"rows_below_min_rating": counts.below_min_rating, "duplicate_rows": counts.duplicates, **dropped, **plan.left_out}
+    left_out = {
+        **source.left_out,
+        "rows_below_min_rating": counts.below_min_rating,
+        "duplicate_rows": counts.duplicates,
+        **dropped,
+        **plan.left_out,
+    }
     preparation = {
         "protocol": args.protocol,
-        "input": args.input.name,
+        "input": ", ".join(Path(text).name for text in args.inputs),
         "positives": _rule(args, data).to_json(),
         "arguments": {**arguments, "seed": args.seed},
-        "rows_read": counts.rows,
+        "rows_read": counts.rows + sum(source.left_out.values()),
         "left_out": left_out,
     }
     return data, plan, preparation
@@ -143,6 +142,7 @@ def _rule(args: argparse.Namespace, data: Interactions) -> PositiveRule:
         rating_column=(args.rating_column or "rating") if rated else None,
         min_rating=(DEFAULT_MIN_RATING if args.min_rating is None else args.min_rating) if rated else None,
         repeats=args.repeats,
+        missing=reading_of(args).missing,
     )
 
 
@@ -183,16 +183,18 @@ def _used(protocol: str, splits: dict[str, SplitEntry]) -> int:
 def _command(args: argparse.Namespace) -> int:
     start = time.monotonic()
     _check_protocol(args)
-    inputs = [("INPUT", args.input), ("--titles", args.titles)]
+    inputs = [*(("INPUT", path) for text in args.inputs for path in expand(text)), ("--titles", args.titles)]
     check_folder(args.output, "", args.overwrite, files_of, inputs, make_parents=True)
     split_column = (args.split_column or "split") if args.protocol == "given" else None
     fixed = args.user_column is None and args.item_column is None and args.rating_column is None
     rating_column = args.rating_column
-    if args.min_rating is not None and (args.format or infer_format(args.input)) in ("csv", "parquet"):
+    if args.min_rating is not None and (args.format or infer_format(args.inputs)) in ("csv", "parquet"):
         rating_column = rating_column or "rating"  # who asks for a rating has a column of them
     columns = Columns(args.user_column or "user", args.item_column or "item", rating_column, split_column)
-    titles = read_titles(args.titles, columns.item) if args.titles else None
-    source = open_source(args.input, args.format, columns if split_column or rating_column or not fixed else Columns())
+    titles = read_titles(args.titles, columns.item or "item") if args.titles else None
+    source = open_source(
+        args.inputs, args.format, columns if split_column or rating_column or not fixed else Columns(), reading_of(args)
+    )
 
     if args.dry_run:
         with tempfile.TemporaryDirectory() as scratch:
@@ -206,6 +208,8 @@ def _command(args: argparse.Namespace) -> int:
             per_shard = args.users_per_shard or default_users_per_shard(len(plan.users["train"]))
             preparation["arguments"]["users_per_shard"] = per_shard
             splits = write_folder(folder, data, plan, titles or source.titles(), per_shard, preparation).splits
+    for note in source.notes:
+        print(note)
     _summary(args, plan, splits, preparation, time.monotonic() - start)
     return 0
 

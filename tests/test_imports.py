@@ -13,7 +13,18 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 TABLES = {"dist_vasp.data.ids"} | {
     f"dist_vasp.data.tables.{name}"
-    for name in ("columns", "csv_file", "csv_header", "csv_rows", "encodings", "inputs", "parquet_file", "read", "streams")
+    for name in (
+        "columns",
+        "csv_file",
+        "csv_header",
+        "csv_rows",
+        "encodings",
+        "inputs",
+        "options",
+        "parquet_file",
+        "read",
+        "streams",
+    )
 }  # import each other alone
 BASE = TABLES | {
     "dist_vasp.config",

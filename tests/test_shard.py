@@ -288,14 +288,14 @@ def test_overwrite_spares_an_input(tmp_path, source, capsys):
 @pytest.mark.parametrize(
     ("text", "arguments", "message"),
     [
-        ("user,thing,rating\n1,2,5\n", [], "has no column 'item'; its columns are user, thing, rating"),
-        ("user,item\n1,2\n", ["--rating_column", "stars"], "has no column 'stars'; its columns are user, item"),
+        ("user,thing,rating\n1,2,5\n", [], "has no column 'item'; its columns are 'user', 'thing', 'rating'"),
+        ("user,item\n1,2\n", ["--rating_column", "stars"], "has no column 'stars'; its columns are 'user', 'item'"),
         ("", [], "is empty"),
         ("user,item,rating\n", [], "it holds no rows"),
         ("user,item,rating\n1,2,3\n1,3,2\n", [], "all 2 rows have a rating below 4; lower --min_rating"),
-        ("user,item,rating\n1,2,5\n1,3,five\n", [], "row 3: column 'rating' has invalid value 'five'"),
+        ("user,item,rating\n1,2,5\n1,3,five\n", [], "column 'rating', row 3: 'five' is not a number"),
         ("user,item,rating\n1,2,5\n1,3,5\n", [], "no user has 5 items or more (the most is 2 of 1 users); lower --min_items"),
-        ("user,item\n1,2\n,3\n", [], "the user id is missing"),
+        ("user,item\n,2\n1,NULL\n", [], "all 2 rows are without a user or an item"),
         ("user,item,split\n1,2,0\n1,3,7\n", ["--protocol", "given"], "the split column holds '7'; expected 0 or train"),
         ("user,item\n1,2\n", ["--protocol", "given"], "has no column 'split'"),
         ("user,item,split\n1,2,1\n", ["--protocol", "given"], "marks no interaction as train"),
@@ -326,7 +326,7 @@ def test_other_bad_input(tmp_path, source, capsys):
     fails(capsys, [tmp_path / "pipe.csv", out], "is a pipe or device")
     (tmp_path / "in.xyz").write_text("")
     fails(capsys, [tmp_path / "in.xyz", out], "pass --format")
-    for ids, message in ((pa.array([3, -1]), "the user id -1"), (pa.array([3, 2**63], pa.uint64()), f"the user id {2**63}")):
+    for ids, message in ((pa.array([3, -1]), "the id -1"), (pa.array([3, 2**63], pa.uint64()), f"the id {2**63}")):
         pq.write_table(pa.table({"user": ids, "item": pa.array([1, 2])}), tmp_path / "a.parquet")
         fails(capsys, [tmp_path / "a.parquet", out], message)
     assert not out.exists()

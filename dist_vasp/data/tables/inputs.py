@@ -18,7 +18,8 @@ from urllib.parse import unquote
 
 from dist_vasp.data.tables.streams import open_file, open_member, open_zip, readable, unpacked_name
 
-CSV_SUFFIXES = (".csv", ".tsv", ".tab", ".inter", ".dat", ".txt", ".data")
+CSV_SUFFIXES = (".csv", ".tsv", ".tab", ".inter")
+OTHER_CSV_SUFFIXES = (".dat", ".data", ".txt")  # of a folder only where it holds none of the others
 PARQUET_SUFFIXES = (".parquet", ".pq", ".parq")
 _NO_PARTITION = "__HIVE_DEFAULT_PARTITION__"
 _FOREIGN = (
@@ -50,7 +51,14 @@ def kind_of(name: str) -> str | None:
     name = name.lower()
     if name.endswith(PARQUET_SUFFIXES):
         return "parquet"
-    return "csv" if unpacked_name(name).endswith(CSV_SUFFIXES) else None
+    return "csv" if unpacked_name(name).endswith(CSV_SUFFIXES + OTHER_CSV_SUFFIXES) else None
+
+
+def _tables_among(names: Sequence[str], kind: str | None) -> dict[str, str]:
+    """The names that are those of tables, with their kind; notes and licences are only where there is nothing else."""
+    kinds = {name: found for name in names if (found := kind_of(name)) is not None and kind in (None, found)}
+    likely = {n: k for n, k in kinds.items() if not unpacked_name(n.lower()).endswith(OTHER_CSV_SUFFIXES)}
+    return likely or kinds
 
 
 def is_hidden(name: str) -> bool:
@@ -133,19 +141,14 @@ def _partitions(parts: Iterable[str]) -> dict[str, str | None]:
 
 def _files_below(folder: Path, kind: str | None, skipped: list[str]) -> list[File]:
     _refuse_table(folder, folder)
-    paths = []
-    for path in walk(folder, skipped):
-        found = kind_of(path.name)
-        if found is None or (kind is not None and found != kind):
-            skipped.append(f"{path} (no {kind or 'table'} by its name)")
-        else:
-            paths.append((path, found))
-    kinds = {found for _, found in paths}
-    if not paths:
+    paths = list(walk(folder, skipped))
+    tables = _tables_among([str(path) for path in paths], kind)
+    skipped += [f"{path} (no {kind or 'table'} by its name)" for path in paths if str(path) not in tables]
+    if not tables:
         raise ValueError(f"the folder {folder} holds no {kind or 'CSV or Parquet'} file that is not hidden; name another")
-    if len(kinds) > 1:
+    if len(set(tables.values())) > 1:
         raise ValueError(f"the folder {folder} holds both CSV and Parquet files; pass --format csv or --format parquet")
-    return [_file(path, found, path) for path, found in paths]
+    return [_file(path, tables[str(path)], path) for path in paths if str(path) in tables]
 
 
 def walk(folder: Path, skipped: list[str]) -> Iterator[Path]:
@@ -199,16 +202,10 @@ def _members_of(path: Path, wanted: str | None, skipped: list[str]) -> list[File
         names = sorted(n for n in archive.namelist() if not n.endswith("/"))
     if len(set(names)) < len(names):
         raise ValueError(f"{path} holds two members of one name; pack it again")
-    members = []
-    for name in names:
-        if wanted is not None and not fnmatch(name, wanted):
-            continue
-        if any(is_hidden(part) for part in PurePosixPath(name).parts):
-            skipped.append(f"{path}, {name} (hidden)")
-        elif kind_of(name) != "csv":
-            skipped.append(f"{path}, {name} (no CSV by its name)")
-        else:
-            members.append(name)
+    chosen = [n for n in names if wanted is None or fnmatch(n, wanted)]
+    hidden = [n for n in chosen if any(is_hidden(part) for part in PurePosixPath(n).parts)]
+    members = list(_tables_among([n for n in chosen if n not in set(hidden)], "csv"))
+    skipped += [f"{path}, {n} ({'hidden' if n in hidden else 'no CSV by its name'})" for n in chosen if n not in set(members)]
     if not members:
         about = f"no CSV member {wanted!r}" if wanted else "no CSV member that is not hidden"
         raise ValueError(

@@ -26,6 +26,8 @@ from dist_vasp.data.tables.inputs import File, find_files
 from dist_vasp.data.tables.parquet_file import parquet_pieces
 from dist_vasp.data.tables.streams import readable
 
+_NAMED = 10  # of the files that are skipped
+
 
 @dataclass
 class Table:
@@ -58,6 +60,21 @@ class Table:
                     yield batch
             self.unused += [name for name in facts.unused if name not in self.unused]
             self.n_broken += facts.n_broken
+        if self.rows and self.rows == sum(self.left_out.values()):
+            named = ", ".join(repr(text) for text in self.reading.missing)
+            raise ValueError(
+                f"{self.files[0].where}: all {self.rows:,} rows are without a user or an item; "
+                f"empty cells and {named or 'no other text'} stand for a missing id, name others with --missing"
+            )
+
+    def notes(self) -> list[str]:
+        """What there is to say of the last reading besides its counts."""
+        said = [f"skipped {name}" for name in self.skipped[:_NAMED]]
+        if len(self.skipped) > _NAMED:
+            said.append(f"skipped {len(self.skipped) - _NAMED:,} more files")
+        if self.n_broken:
+            said.append(f"{self.n_broken:,} rows hold quoted line breaks")
+        return said
 
     def _pieces(self, file: File, facts: Facts) -> Iterator[Raw]:
         with readable(file.where):
