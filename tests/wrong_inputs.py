@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,14 @@ _TEXTS = {
     "low-rating.csv": "user,item,rating\n1,2,1\n1,3,2\n",
     "other-columns.csv": "userId,movieId,rating\n1,2,5\n",
     "ragged.csv": "user,item,rating\n1,2,5\n1,3\n",
+    "quote.csv": 'user,item,title\n1,2,nail\n1,3,"5 inch nail\n2,3,nail\n2,4,nail\n',
+    "quotes.csv": 'user,item,title\n1,2,nail\n1,3,"5 inch nail\n2,3,nail\n2,4,"6 inch nail\n2,5,nail\n',
+    "swallowed.csv": 'user,item,title\n1,2,nail\n1,3,"5 inch\n2,3,nail\n2,4,6 inch"\n',
+    "nul.csv": b"user,item\n1,2\n1,\x003\n",
+    "no-header.csv": "7,30,4\n7,10,3\n",
+    "caret.csv": "user^item\n1^2\n",
+    "no-users.csv": "user,item\nNULL,1\n2,\n",
+    "sheet.csv": b"PK\x03\x04\x14\x00 and so on",
     "no-id.csv": "user,item\n1,2\n,3\n",
     "splits.csv": "user,item,split\n1,2,train\n1,3,eval\n",
     "few.csv": "user,item\n1,2\n1,3\n2,2\n",
@@ -64,10 +73,23 @@ _TEXTS = {
 }
 
 
+def _odd_zips(folder: Path) -> None:
+    """A zip that says it is encrypted, and one with a method of compression that is not known."""
+    for name, inside, offset, value in (("locked.zip", "locked.csv", 8, 1), ("odd-method.zip", "odd.csv", 10, 97)):
+        with zipfile.ZipFile(folder / name, "w") as archive:
+            archive.writestr(inside, "user,item\n1,2\n")
+        data = bytearray((folder / name).read_bytes())
+        data[data.index(b"PK\x01\x02") + offset] = value
+        (folder / name).write_bytes(data)
+
+
 def prepare(folder: Path, commands: Commands) -> None:
     """Fill `folder`; the right ones are made by the commands themselves."""
     for name, text in _TEXTS.items():
         (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    _odd_zips(folder)
+    (folder / "delta" / "_delta_log").mkdir(parents=True)
+    (folder / "delta" / "part-0.csv").write_text("user,item\n1,2\n")
     random = np.random.default_rng(0)
     pairs = [(u, i) for u in range(120) for i in random.choice(40, 8, replace=False)]
     users, items = (pa.array(column) for column in zip(*pairs, strict=True))

@@ -117,8 +117,11 @@ def _explained(error: ValueError, delimiter: str, first: str, columns: Columns, 
             "pass --no_header, then --user_column 1 --item_column 2 name columns by number"
         )
     if len(cells) < 2:
-        return ValueError(f"{text} (its first line is one cell; pass what parts cells as --delimiter)")
-    return ValueError(f"{text} (cells are parted by {delimiter!r})")
+        name = columns.user or columns.item
+        return ValueError(
+            f"{where} has no column {name!r}; its first line is one cell, {shown(cells)}; pass what parts cells as --delimiter"
+        )
+    return ValueError(text.replace("its columns are", f"its columns, parted by {delimiter!r}, are"))
 
 
 def _is_number(cell: str) -> bool:

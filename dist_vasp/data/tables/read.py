@@ -61,7 +61,7 @@ class Table:
             self.unused += [name for name in facts.unused if name not in self.unused]
             self.n_broken += facts.n_broken
         if self.rows and self.rows == sum(self.left_out.values()):
-            named = ", ".join(repr(text) for text in self.reading.missing)
+            named = ", ".join(self.reading.missing)
             raise ValueError(
                 f"{self.files[0].where}: all {self.rows:,} rows are without a user or an item; "
                 f"empty cells and {named or 'no other text'} stand for a missing id, name others with --missing"
