@@ -20,7 +20,7 @@ import stat
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from dist_vasp.places import Inputs, check_file, check_folder, check_writable_file, unwritable
 
@@ -49,7 +49,7 @@ def new_file(
         return check_file(path, option, overwrite, ours, inputs, make_parents=make_parents)
 
     target = check()
-    with _parents(target, option), sole_writer(target, option), _temporary_file(target, option) as (handle, temporary):
+    with parents(target, option), sole_writer(target, option), _temporary_file(target, option) as (handle, temporary):
         check()  # another command may have written it until now
         yield handle
         _finish(handle)
@@ -77,7 +77,7 @@ def new_folder(
         return check_folder(path, option, overwrite, files_of, inputs, make_parents)
 
     target = check()
-    with _parents(target, option), sole_writer(target, option):
+    with parents(target, option), sole_writer(target, option):
         check()  # another command may have written it until now
         temporary = _beside(target, f"{secrets.token_hex(8)}.tmp")
         with _explained(target, option):
@@ -95,14 +95,21 @@ def new_folder(
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def replace_text(path: Path, text: str, remedy: str = "") -> None:
-    """Write a file inside a folder that this process owns, such as run.dir. ValueError where it cannot be written."""
+@contextmanager
+def replacing(path: Path, remedy: str = "") -> Iterator[BinaryIO]:
+    """Yield a file to write in place of one in a folder that this process owns, such as run.dir."""
     check_writable_file(path)
     with _temporary_file(path, "", remedy) as (handle, temporary):
-        handle.write(text.encode())
+        yield handle
         _finish(handle)
         with _explained(path, "", remedy):
             _appear(temporary, path, replace=True)
+
+
+def replace_text(path: Path, text: str, remedy: str = "") -> None:
+    """Write a text file in a folder that this process owns. ValueError where it cannot be written."""
+    with replacing(path, remedy) as handle:
+        handle.write(text.encode())
 
 
 def open_append(path: Path, remedy: str = "") -> BinaryIO:
@@ -132,6 +139,21 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def parents(path: Path, option: str) -> Iterator[None]:
+    """Make the folders above an output; those that are still empty go when the block fails."""
+    missing = [folder for folder in path.parents if not folder.exists()]
+    with _explained(path, option):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        for folder in missing:
+            with suppress(OSError):
+                folder.rmdir()
+        raise
 
 
 @contextmanager
@@ -176,6 +198,19 @@ class _Raw(io.FileIO):
             raise unwritable(error, *self._error) from None
 
 
+class _Output(io.BufferedWriter):
+    """A file that takes what a library still writes when it is given up, and drops it."""
+
+    given_up = False
+
+    def write(self, data: Any) -> int:
+        return memoryview(data).nbytes if self.given_up else super().write(data)
+
+    def flush(self) -> None:
+        if not self.given_up:
+            super().flush()
+
+
 @contextmanager
 def _explained(path: Path, option: str, remedy: str = "", within: Path | None = None) -> Iterator[None]:
     """Turn an OSError into the user's error. With `within`, only one that is about writing into that folder."""
@@ -195,14 +230,14 @@ def _temporary_file(path: Path, option: str, remedy: str = "") -> Iterator[tuple
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     with _explained(path, option, remedy):
         raw = _Raw(os.open(temporary, flags, 0o666), path, option, remedy)
-    handle = io.BufferedWriter(raw, 1 << 16)
+    handle = _Output(raw, 1 << 16)
     try:
         yield handle, temporary
     finally:
         with suppress(OSError):
             temporary.unlink()
-        with suppress(OSError, ValueError):
-            handle.close()
+        handle.given_up = True
+        handle.raw.close()
 
 
 def _finish(handle: BinaryIO) -> None:
@@ -256,21 +291,6 @@ def _beside(path: Path, ending: str) -> Path:
     if len(os.fsencode(name)) > 200:
         name = hashlib.sha256(os.fsencode(name)).hexdigest()[:32]
     return path.with_name(f".{name}.{ending}")
-
-
-@contextmanager
-def _parents(path: Path, option: str) -> Iterator[None]:
-    """Make the folders above an output; those that are still empty go when the block fails."""
-    missing = [folder for folder in path.parents if not folder.exists()]
-    with _explained(path, option):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        yield
-    except BaseException:
-        for folder in missing:
-            with suppress(OSError):
-                folder.rmdir()
-        raise
 
 
 def _lock(lock: Path) -> tuple[int | None, bool]:

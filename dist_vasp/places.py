@@ -68,15 +68,17 @@ def check_file(
     earlier output of the command. An empty file may always be replaced.
     """
     path, what = Path(path), _named(path, option)
+    if len(endings) == 1 and path.suffix not in endings:
+        raise ValueError(f"{what} does not end in {''.join(endings)}; name such a file")
     if endings and path.suffix not in endings:
-        raise ValueError(f"{what} ends in {path.suffix or 'nothing'}, expected {_one_of(endings)}")
+        raise ValueError(f"{what} ends in {path.suffix or 'nothing'}, expected one of {', '.join(endings)}")
     found = _look(path, option, make_parents)
     _check_inputs(path, option, inputs)
     if found is not None:
         if stat.S_ISDIR(found.st_mode):
             raise ValueError(f"{what} is a folder; name a file")
         _check_regular(path, option, found)
-    _check_belongs_to_nothing(path, option)
+    check_belongs_to_nothing(path, option)
     if found is not None:
         if overwrite is False:
             raise ValueError(f"{what} exists; pass --overwrite to replace it, or choose another name")
@@ -109,7 +111,7 @@ def check_folder(
     if found is not None and not overwrite:
         raise ValueError(f"{what} exists already; name another output folder, or pass --overwrite to replace it")
     _check_inputs(path, option, inputs)
-    _check_belongs_to_nothing(path, option)
+    check_belongs_to_nothing(path, option)
     if found is not None and files_of is not None:
         try:
             entries = sorted(os.scandir(path), key=lambda entry: entry.name)
@@ -180,10 +182,6 @@ def _named(path: str | Path, option: str) -> str:
     return f"{option} {path}" if option else str(path)
 
 
-def _one_of(endings: Collection[str]) -> str:
-    return f"one of {', '.join(endings)}" if len(endings) > 1 else next(iter(endings))
-
-
 def _look(path: Path, option: str, make_parents: bool) -> os.stat_result | None:
     """What is at `path` itself, None for nothing; ValueError where nothing can be there."""
     if path.name in ("", ".."):
@@ -224,7 +222,7 @@ def _check_inputs(path: Path, option: str, inputs: Inputs) -> None:
                 raise ValueError(f"{_named(path, option)} holds {source} of {name}, which would be lost; choose another")
 
 
-def _check_belongs_to_nothing(path: Path, option: str) -> None:
+def check_belongs_to_nothing(path: Path, option: str) -> None:
     """ValueError where the name is one that a run, a data folder, an export or the like keeps for itself."""
     place = Path(os.path.realpath(path.parent)) / path.name
     for folder in place.parents[:_DEPTH]:

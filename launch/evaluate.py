@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
-from contextlib import nullcontext
-from pathlib import Path
+from contextlib import ExitStack
 
 from dist_vasp.data.format import Manifest, load_items
+from dist_vasp.files import new_file
 from dist_vasp.parallel.comm import agreed, init_ranks
+from dist_vasp.places import check_file, is_json
 from dist_vasp.ranking.ensemble import load_ranker
 from dist_vasp.ranking.evaluate import evaluate, popularity_scorer
 from dist_vasp.ranking.load import check_vocabulary
-from dist_vasp.ranking.per_user import PerUserFile
+from dist_vasp.ranking.per_user import PerUserFile, is_per_user
 from dist_vasp.training.progress import Progress
-from dist_vasp.training.run_dir import check_file, write_atomically
 from dist_vasp.training.train import summary
 from launch.cli import make_argument_parser, run
 
@@ -38,8 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError("expected either --run RUN_DIR or --baseline popularity; pass one of the two")
     if arguments.baseline and not arguments.shards:
         raise ValueError("--baseline needs data; pass --shards DIR, a folder written by `python -m data_tools.shard`")
-    check_file("--json", arguments.json)
-    check_file("--per_user", arguments.per_user, ".parquet")
+    _check_outputs(arguments.json, arguments.per_user)
 
     ranks = init_ranks(device=arguments.device, interface=arguments.interface)
     ranker = load_ranker(arguments.run, arguments.checkpoint, ranks) if arguments.run else None
@@ -57,24 +57,42 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not manifest.splits[arguments.split].users:
             raise ValueError(f"{folder} has no {arguments.split} users; choose another --split or prepare the data with some")
         denominator = arguments.recall_denominator or (ranker.config.run.recall_denominator if ranker else "min")
-        per_user = None
-        if arguments.per_user and ranks.is_main:
-            items = load_items(folder, manifest)
-            per_user = PerUserFile(arguments.per_user, folder, arguments.split, manifest, items, denominator)
 
-    progress = Progress(f"evaluating {arguments.split}", manifest.splits[arguments.split].users, "user", show=ranks.is_main)
-    with per_user or nullcontext():
+    with ExitStack() as outputs:  # they appear when all went well
+        per_user, json_file = None, None
+        with agreed(ranks):
+            if arguments.json and ranks.is_main:
+                json_file = outputs.enter_context(new_file(arguments.json, "--json", ours=_is_evaluation))
+            if arguments.per_user and ranks.is_main:
+                items = load_items(folder, manifest)
+                file = PerUserFile(arguments.per_user, folder, arguments.split, manifest, items, denominator)
+                per_user = outputs.enter_context(file)
+        n_users = manifest.splits[arguments.split].users
+        progress = Progress(f"evaluating {arguments.split}", n_users, "user", show=ranks.is_main)
         each_block = per_user.write if per_user else None
         found = evaluate(
             scorer, folder, arguments.split, ranks, progress.update, recall_denominator=denominator, each_block=each_block
         )
-    progress.close()
-    assert found is not None
-    metrics = found.result()
+        progress.close()
+        assert found is not None
+        metrics = found.result()
+        if json_file:
+            json_file.write((json.dumps({arguments.split: metrics}, indent=1) + "\n").encode())
     if ranks.is_main:
         print(f"{name} on {arguments.split}: {summary(metrics)}")
-        if arguments.json:
-            write_atomically(Path(arguments.json), json.dumps({arguments.split: metrics}, indent=1) + "\n", "name another --json")
+
+
+def _check_outputs(json_path: str | None, per_user_path: str | None) -> None:
+    """ValueError unless both files may be written, before any work is done."""
+    if json_path:
+        check_file(json_path, "--json", ours=_is_evaluation)
+    if per_user_path:
+        check_file(per_user_path, "--per_user", ours=is_per_user, endings=(".parquet",))
+    if json_path and per_user_path and os.path.realpath(json_path) == os.path.realpath(per_user_path):
+        raise ValueError(f"--json and --per_user are both {json_path}; name two files")
+
+
+_is_evaluation = is_json(lambda found: all(name in ("test", "validation") and "n_users" in found[name] for name in found))
 
 
 if __name__ == "__main__":

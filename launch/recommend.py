@@ -40,10 +40,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError(f"--explain is {arguments.explain}, expected 0 or more past items")
     if arguments.show < 0:
         raise ValueError(f"--show is {arguments.show}, expected 0 or more users")
-    output, histories_file = Path(arguments.output), Path(arguments.histories)
-    if output.exists() and histories_file.exists() and output.samefile(histories_file):
-        raise ValueError(f"--output {output} is the file of --histories, which would be lost; choose another name")
-    check_output(arguments.output, arguments.overwrite)
+    inputs = [("--histories", arguments.histories)]
+    check_output(arguments.output, arguments.overwrite, inputs)
 
     ranks = init_ranks(device=arguments.device, interface=arguments.interface)
     ranker = load_ranker(arguments.run, arguments.checkpoint, ranks)
@@ -68,6 +66,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             np.exp if ranker.probabilities else np.asarray,
             arguments.explain,
             model_explainer(loaded.model, loaded.trunk, ranks) if loaded else None,
+            arguments.overwrite,
+            inputs,
         )
     progress.close()
     if ranks.is_main:

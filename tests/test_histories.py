@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -236,11 +237,13 @@ def test_ranks_explain_as_one(run, history_file, tmp_path, small_blocks):
 
 def test_nothing_is_half_written_when_the_disk_is_full(run, history_file, tmp_path, small_blocks, monkeypatch):
     class Full:
-        def __init__(self, path: str, schema: pa.Schema) -> None:
-            Path(path).write_text("half")
+        def __init__(self, file: BinaryIO, schema: pa.Schema) -> None:
+            file.write(b"half")
 
         def write_table(self, table: pa.Table) -> None:
             raise OSError(28, "No space left on device")
+
+        def close(self) -> None: ...
 
     monkeypatch.setitem(writers._WRITERS, ".csv", Full)
     with pytest.raises(ValueError, match=r"o\.csv cannot be written \(.*No space left.*\); free some space or choose another"):

@@ -301,18 +301,20 @@ def test_nothing_is_half_written_when_the_scorer_raises(tmp_path, small_blocks, 
         yield from constant_scorer(x)
 
     path = write(tmp_path / "h.csv", list(range(9)), [1000] * 9)
-    for before in (None, b"an earlier output"):
-        if before:
-            (tmp_path / name).write_bytes(before)
+    before = b""
+    for earlier in (False, True):
+        if earlier:
+            to_file(constant_scorer, path, NUMBERED, 2, tmp_path / name)
+            before = (tmp_path / name).read_bytes()
         with pytest.raises(ValueError, match="the model is broken"):
             to_file(breaks_in_the_second_block, path, NUMBERED, 2, tmp_path / name)
-        assert {p.name for p in tmp_path.iterdir()} == {"h.csv"} | ({name} if before else set())
-    assert (tmp_path / name).read_bytes() == b"an earlier output"
+        assert {p.name for p in tmp_path.iterdir()} == {"h.csv"} | ({name} if earlier else set())
+    assert (tmp_path / name).read_bytes() == before
 
 
 def test_output_is_checked(tmp_path):
     existing = tmp_path / "there.csv"
-    existing.write_text("kept")
+    existing.write_text('"user","rank","item","score"\n')
     check_output(existing, True)
     check_output(tmp_path / "new.parquet", False)
     for output, message in (
@@ -323,7 +325,30 @@ def test_output_is_checked(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             check_output(output, False)
-    assert existing.read_text() == "kept"
     path = write(tmp_path / "h.csv", [1], [1000])
-    with pytest.raises(ValueError, match="cannot be written"):
+    with pytest.raises(ValueError, match="does not exist; create it first"):
         to_file(constant_scorer, path, NUMBERED, 1, tmp_path / "missing" / "o.csv")
+
+
+@pytest.mark.parametrize("name", ["o.csv", "o.parquet", "o.jsonl"])
+def test_only_earlier_lists_are_replaced(tmp_path, name):
+    path, output = write(tmp_path / "h.csv", [1, 2], [1000, 77]), tmp_path / name
+    to_file(constant_scorer, path, NUMBERED, 1, output)
+    before = output.read_bytes()
+    to_file(constant_scorer, path, NUMBERED, 1, output)
+    to_file(constant_scorer, path, NUMBERED, 1, output, overwrite=True)
+    assert output.read_bytes() == before
+    for spoilt, mine in ((output, b"user,item\n1,2\n"), (skipped_file(output), b"mine")):
+        kept = spoilt.read_bytes()
+        spoilt.write_bytes(mine)
+        with pytest.raises(ValueError, match=rf"{spoilt.name} exists and was not written by this command"):
+            to_file(constant_scorer, path, NUMBERED, 1, output, overwrite=True)
+        assert spoilt.read_bytes() == mine
+        spoilt.write_bytes(kept)
+
+
+def test_the_histories_are_not_taken_for_the_skipped_users_of_before(tmp_path):
+    path = tmp_path / "lists.skipped.csv"
+    path.write_text("user,reason\n")
+    with pytest.raises(ValueError, match="is the file of --histories, which would be lost"):
+        check_output(tmp_path / "lists.csv", True, [("--histories", path)])

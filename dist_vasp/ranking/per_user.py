@@ -14,7 +14,7 @@ Shapes: U users of a block, E held-out items, I items of the vocabulary.
 from __future__ import annotations
 
 import hashlib
-import os
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 
@@ -24,9 +24,15 @@ import pyarrow.parquet as pq
 
 from dist_vasp.data.format import MANIFEST, ItemTable, Manifest, users_file
 from dist_vasp.data.stream import EvalBlock, Rows, indptr_of
+from dist_vasp.files import new_file
 from dist_vasp.ranking.metrics import user_metrics
 
 THIRDS = ("head", "middle", "tail")
+
+
+def is_per_user(path: Path) -> bool:
+    """Whether a file holds metrics of users that `PerUserFile` wrote."""
+    return pq.read_schema(path).names[:3] == ["key", "id", "n_held_out"]
 
 
 def popularity_thirds(popularity: np.ndarray) -> np.ndarray:
@@ -63,28 +69,28 @@ class PerUserFile:
         recall_denominator: str = "min",
     ) -> None:
         self.path = Path(path)
-        self._temporary = self.path.with_name(f".{self.path.name}.tmp")
         self._thirds = popularity_thirds(items.popularity)
         self._keys, self._ids = _read_users(folder, split, manifest)
         self._order = np.argsort(self._keys)
         self._denominator = recall_denominator
         self._writer: pq.ParquetWriter | None = None
-        try:
-            self._temporary.touch()
-        except OSError as error:
-            raise ValueError(f"{path} cannot be written ({error.strerror}); choose another file") from None
+        self._files = ExitStack()
+        self._file = self._files.enter_context(new_file(path, "--per_user", ours=is_per_user))
 
     def __enter__(self) -> PerUserFile:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is None and self._writer is None:
+            error = GeneratorExit()  # nobody was scored: there is no file
         try:
             if self._writer is not None:
                 self._writer.close()
-            if error is None and self._writer is not None:
-                os.replace(self._temporary, self.path)
+        except BaseException as failed:
+            error = error or failed
+            raise
         finally:
-            self._temporary.unlink(missing_ok=True)
+            self._files.__exit__(type(error) if error else None, error, None)
 
     def write(self, block: EvalBlock, topk_ids: np.ndarray) -> None:
         """Add the users of `block`; topk_ids (U, K) their lists."""
@@ -94,7 +100,7 @@ class PerUserFile:
             columns |= self._scores(topk_ids, keep_items(block.held_out, self._thirds == third), f"_{name}")
         table = pa.table({name: pa.array(column, from_pandas=True) for name, column in columns.items()})  # NaN becomes null
         if self._writer is None:
-            self._writer = pq.ParquetWriter(self._temporary, table.schema)
+            self._writer = pq.ParquetWriter(self._file, table.schema)
         self._writer.write_table(table)
 
     def _scores(self, topk_ids: np.ndarray, held_out: Rows, suffix: str) -> dict[str, np.ndarray]:

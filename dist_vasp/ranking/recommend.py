@@ -18,6 +18,7 @@ from torch import Tensor
 from dist_vasp.data.format import ItemTable
 from dist_vasp.model.sparse import ItemRows
 from dist_vasp.parallel.comm import Ranks, agree
+from dist_vasp.places import Inputs
 from dist_vasp.ranking.evaluate import Scorer, to_item_rows, top_items
 from dist_vasp.ranking.explain import Explainer, Reasons
 from dist_vasp.ranking.histories import Histories, HistoryFile, Read
@@ -50,13 +51,16 @@ def recommend_to_file(
     explainer: Explainer | None = None,
     allowed: np.ndarray | None = None,
     keep_seen: bool = False,
+    overwrite: bool | None = None,
+    inputs: Inputs = (),
 ) -> str:
     """Write each user's k best unseen items block by block; returns lines on what was written, read and left out.
 
     allowed: (I,) bool, the items that may be listed; None for all. With `keep_seen` seen items may be listed too.
     With `show` the histories and lists of that many first users stand before the lines. With `n_reasons` every row says which past
     items speak for it most. `score` is `to_score` of what the scorer ranks by: p of a log p; a linear model's scores as they are.
-    Fewer than k rows where fewer unseen items exist. The file appears when complete.
+    Fewer than k rows where fewer unseen items exist. The file appears when complete. Earlier lists are replaced (with `overwrite`
+    False they are not), any other file and `inputs` never are.
     """
     output, file, error = Path(output), None, None
     n_users = done = n_skipped = 0
@@ -66,7 +70,8 @@ def recommend_to_file(
     examples: list[str] = []
     try:
         if ranks.is_main:
-            file = ListFile(output, list_schema(histories.user_type, items.ids.type, n_reasons), histories.user_type)
+            schema = list_schema(histories.user_type, items.ids.type, n_reasons)
+            file = ListFile(output, schema, histories.user_type, overwrite, inputs)
     except ValueError as raised:
         error = raised
     agree(error, ranks)

@@ -7,15 +7,16 @@ One row is one recommendation: `user`, `rank` (from 1), `item`, `score`; explain
 from __future__ import annotations
 
 import json
-import os
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
-from dist_vasp.checkpoint import sync
+from dist_vasp.files import new_file
+from dist_vasp.places import Inputs, begins_with, check_file
 
 _ROWS_PER_GROUP = 1 << 18  # of a Parquet file: its list of row groups stays in memory until the end
 
@@ -29,8 +30,8 @@ class _Writer(Protocol):
 class _ParquetWriter:
     """Joins blocks to row groups."""
 
-    def __init__(self, path: str, schema: pa.Schema) -> None:
-        self._writer, self._schema = pq.ParquetWriter(path, schema), schema
+    def __init__(self, file: BinaryIO, schema: pa.Schema) -> None:
+        self._writer, self._schema = pq.ParquetWriter(file, schema), schema
         self._held: list[pa.Table] = []
         self._n_held = 0
 
@@ -51,8 +52,8 @@ class _ParquetWriter:
 
 
 class _JsonLinesWriter:
-    def __init__(self, path: str, schema: pa.Schema) -> None:
-        self._file = open(path, "w", encoding="utf-8")  # noqa: SIM115 - held until close
+    def __init__(self, file: BinaryIO, schema: pa.Schema) -> None:
+        self._file = file
         self._flat = [name for name in schema.names if not name.startswith(("because_", "weight_"))]
         self._n = sum(name.startswith("because_") for name in schema.names)
 
@@ -63,10 +64,10 @@ class _JsonLinesWriter:
             line: dict[str, Any] = {name: columns[name][row] for name in self._flat}
             if self._n:
                 line["because"] = [{"item": i[row], "weight": w[row]} for i, w in reasons if i[row] is not None]
-            self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            self._file.write((json.dumps(line, ensure_ascii=False) + "\n").encode())
 
     def close(self) -> None:
-        self._file.close()
+        """Leave the file open: who opened it closes it."""
 
 
 def _plain(column: pa.ChunkedArray) -> list[Any]:
@@ -79,17 +80,24 @@ def _plain(column: pa.ChunkedArray) -> list[Any]:
 _WRITERS: dict[str, Any] = {".csv": pa_csv.CSVWriter, ".parquet": _ParquetWriter, ".jsonl": _JsonLinesWriter}
 
 
-def check_output(output: str | Path, overwrite: bool) -> None:
-    """ValueError unless `output` has a known ending, a folder to lie in, and does not exist yet."""
-    path = Path(output)
-    if path.suffix not in _WRITERS:
-        raise ValueError(f"--output {output} ends in {path.suffix or 'nothing'}, expected one of {', '.join(_WRITERS)}")
-    if not path.parent.is_dir():
-        raise ValueError(f"--output {output}: the folder {path.parent} does not exist; create it first")
-    if path.is_dir():
-        raise ValueError(f"--output {output} is a folder; name a file")
-    if path.exists() and not overwrite:
-        raise ValueError(f"--output {output} exists; pass --overwrite to replace it, or choose another name")
+_is_skipped = begins_with(b'"user","reason"', b"user,reason")
+
+
+def _is_list(path: Path) -> bool:
+    """Whether a file holds lists that this module wrote."""
+    columns = ["user", "rank", "item", "score"]
+    if path.suffix == ".parquet":
+        return pq.read_schema(path).names[:4] == columns
+    if path.suffix == ".csv":
+        return begins_with(b'"user","rank","item","score"', b"user,rank,item,score")(path)
+    with open(path, "rb") as handle:
+        return list(json.loads(handle.readline(1 << 20)))[:4] == columns
+
+
+def check_output(output: str | Path, overwrite: bool | None, inputs: Inputs = ()) -> None:
+    """ValueError unless lists may be written to `output`, and skipped users beside it; `inputs` as in `places`."""
+    check_file(output, "--output", overwrite, _is_list, inputs, tuple(_WRITERS))
+    check_file(skipped_file(output), "", overwrite, _is_skipped, inputs)
 
 
 def skipped_file(output: str | Path) -> Path:
@@ -98,30 +106,35 @@ def skipped_file(output: str | Path) -> Path:
 
 
 class ListFile:
-    """An output file and its `<output stem>.skipped.csv` under temporary names until `finish`. ValueError where the disk fails."""
+    """An output file and its `<output stem>.skipped.csv`, which appear at `finish`. ValueError where the disk fails.
 
-    def __init__(self, output: Path, schema: pa.Schema, user_type: pa.DataType) -> None:
+    Both are locked until then, so that another command does not write them.
+    """
+
+    def __init__(
+        self, output: Path, schema: pa.Schema, user_type: pa.DataType, overwrite: bool | None = None, inputs: Inputs = ()
+    ) -> None:
         self.output, self.n_rows, self.n_skipped = output, 0, 0
-        self._paths = {path: path.with_name(f".{path.name}.tmp") for path in (output, skipped_file(output))}
         self._skipped_schema = pa.schema([("user", user_type), ("reason", pa.string())])
         self._skipped: _Writer | None = None
-        self._writer: _Writer | None = None
-        self._guard(self._open, schema)
-
-    def _open(self, schema: pa.Schema) -> None:
-        self._writer = _WRITERS[self.output.suffix](str(self._paths[self.output]), schema)
+        self._options: dict[str, Any] = {"overwrite": overwrite, "inputs": inputs}
+        check_output(output, overwrite, inputs)
+        with ExitStack() as files:
+            file = files.enter_context(new_file(output, "--output", ours=_is_list, **self._options))
+            self._writer: _Writer = self._guard(_WRITERS[output.suffix], file, schema)
+            self._files = files.pop_all()
 
     def write(self, table: pa.Table, skipped: pa.Array, reasons: pa.Array) -> None:
         """Add lists, and users without one, each with its reason."""
         self._guard(self._write, table, skipped, reasons)
 
     def _write(self, table: pa.Table, skipped: pa.Array, reasons: pa.Array) -> None:
-        assert self._writer is not None
         self._writer.write_table(table)
         self.n_rows += len(table)
         if len(skipped):
             if self._skipped is None:
-                self._skipped = pa_csv.CSVWriter(str(self._paths[skipped_file(self.output)]), self._skipped_schema)
+                file = self._files.enter_context(new_file(skipped_file(self.output), "", ours=_is_skipped, **self._options))
+                self._skipped = pa_csv.CSVWriter(file, self._skipped_schema)
             self._skipped.write_table(pa.Table.from_arrays([skipped, reasons], schema=self._skipped_schema))
             self.n_skipped += len(skipped)
 
@@ -129,24 +142,21 @@ class ListFile:
         self._guard(self._finish)
 
     def _finish(self) -> None:
-        assert self._writer is not None
         self._writer.close()
         if self._skipped is not None:
             self._skipped.close()
-        else:  # it belongs to this output: one that an earlier run left is removed if nobody is skipped now
-            skipped_file(self.output).unlink(missing_ok=True)
-        for path, temporary in self._paths.items():
-            if path == self.output or self._skipped is not None:
-                sync(temporary)
-                os.replace(temporary, path)
+        self._files.close()
+        if self._skipped is None:  # one that an earlier run left beside this output would not belong to it
+            earlier = skipped_file(self.output)
+            if earlier.is_file() and not earlier.is_symlink() and _is_skipped(earlier):
+                earlier.unlink()
 
     def discard(self) -> None:
         """Remove what is not finished."""
-        for temporary in self._paths.values():
-            temporary.unlink(missing_ok=True)
+        self._files.__exit__(GeneratorExit, GeneratorExit(), None)
 
-    def _guard(self, work: Any, *arguments: Any) -> None:
+    def _guard(self, work: Any, *arguments: Any) -> Any:
         try:
-            work(*arguments)
+            return work(*arguments)
         except (OSError, pa.ArrowException) as error:
             raise ValueError(f"{self.output} cannot be written ({error}); free some space or choose another --output") from None
