@@ -66,8 +66,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             np.exp if ranker.probabilities else np.asarray,
             arguments.explain,
             model_explainer(loaded.model, loaded.trunk, ranks) if loaded else None,
-            arguments.overwrite,
-            inputs,
+            overwrite=arguments.overwrite,
+            inputs=inputs,
         )
     progress.close()
     if ranks.is_main:
