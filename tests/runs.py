@@ -15,6 +15,7 @@ import torch
 from dist_vasp import checkpoint as checkpoints
 from dist_vasp.config import Config, LossConfig, ModelConfig, ParallelConfig
 from dist_vasp.data.format import ITEMS_FILE, keys_of_ids, vocabulary_sha256
+from dist_vasp.data.positives import PositiveRule, for_header
 from dist_vasp.model.item_layers import ItemSlice
 from dist_vasp.model.vasp import VASP, make_trunk
 from dist_vasp.parallel.comm import Group, Ranks
@@ -34,7 +35,13 @@ def write_items(folder: Path, ids: list, titles: list[str] | None = None) -> str
 
 
 def write_checkpoint(
-    folder: Path, config: Config, n_items: int, vocabulary: str, trunk: dict[str, torch.Tensor], parts: list[list[ItemSlice]]
+    folder: Path,
+    config: Config,
+    n_items: int,
+    vocabulary: str,
+    trunk: dict[str, torch.Tensor],
+    parts: list[list[ItemSlice]],
+    rule: PositiveRule | None = None,
 ) -> Path:
     """A best checkpoint of these tensors, one items file for each of `parts`."""
     path = folder / "checkpoints" / "best-00000001"
@@ -50,6 +57,7 @@ def write_checkpoint(
         "vocabulary_sha256": vocabulary,
         "shards_sha256": "",
         "n_items": n_items,
+        **for_header(rule),
         "optimizer": {"step": 1, "mu_product": 1.0},
         "files": {name: checkpoints.write_safetensors(path / name, tensors) for name, tensors in sorted(files.items())},
     }
@@ -69,6 +77,7 @@ def write_run(
     latent_head: bool = True,
     loss: str = "focal",
     sharper: float = 4.0,
+    rule: PositiveRule | None = None,
 ) -> DenseVASP:
     """A run of a tiny model whose weights, `sharper` than Glorot's, differ from item to item; returns the dense oracle of it."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -88,7 +97,7 @@ def write_run(
         parts.append(model.slices())
     trunk = make_trunk(config.model, 0)
     named = {name: t.detach() for name, t in trunk.named_parameters()} if trunk is not None else {}
-    write_checkpoint(folder, config, n_items, write_items(folder, ids, titles), named, parts)
+    write_checkpoint(folder, config, n_items, write_items(folder, ids, titles), named, parts, rule)
     whole = assemble([piece for part in parts for piece in export(part)]) | {f"trunk.{name}": t for name, t in named.items()}
     doubled = {name: t.double() for name, t in whole.items()}
     return DenseVASP(kind, doubled, SMALL["encoder_layers"], SMALL["decoder_layers"], latent_head)

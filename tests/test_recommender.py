@@ -480,7 +480,7 @@ def test_mistakes_are_readable(runs, tmp_path):
         (lambda: r.recommend([[1.5]], 3), r"the histories must hold original ids"),
         (lambda: r.recommend([[1000, None]], 3), r"the histories must hold original ids"),
         (lambda: r.recommend(scipy.sparse.csr_matrix((2, 5)), 3), r"has shape \(2, 5\), expected \(users, 37\)"),
-        (lambda: r.recommend(table, 3), r"the table has no column item; it has user, thing; expected user and item"),
+        (lambda: r.recommend(table, 3), r"the table has no column 'item'; its columns are user, thing; pass item_column="),
         (lambda: r.recommend([[1000]], 3, restrict_to=[4, 5]), r"leave no item that the model knows; pass other ids"),
         (lambda: r.explain([1000], 4), r"item 4 is not one of the 37 items that the model was trained on"),
         (lambda: named.explain(["i1"], "film"), r"item 'film' is not one of the 37 items"),

@@ -211,7 +211,7 @@ def unused_columns(names: Sequence[str], used: Iterable[str], options: Sequence[
         matching = [name for name in unused if role_of(name) == role]
         if matching:
             what = {"rating": "ratings", "time": "times", "split": "the split"}.get(role, f"the {role} ids")
-            hints.append(f"{dashes}{role}_column {matching[0]} reads {what} from it")
+            hints.append(f"{_option(dashes, role, matching[0])} reads {what} from it")
     return [f"columns not used: {', '.join(unused)}" + "".join(f"; {hint}" for hint in hints)]
 
 
@@ -269,9 +269,13 @@ def _only(names: Sequence[str], name: str, role: str, where: str, dashes: str) -
         return name
     problem = "has more than one column" if name in names else "has no column"
     alike = next((other for other in names if other != name and role_of(other) == role), "NAME")
-    raise ValueError(
-        f"{where} {problem} {name!r}; its columns are {', '.join(names) or 'none'}; pass {dashes}{role}_column {alike}"
-    )
+    there = ", ".join(names[:20]) or "none"
+    raise ValueError(f"{where} {problem} {name!r}; its columns are {there}; pass {_option(dashes, role, alike)}")
+
+
+def _option(dashes: str, role: str, name: str) -> str:
+    """Return how the caller names a column: `--item_column movie`, or `item_column='movie'` in Python."""
+    return f"{dashes}{role}_column {name}" if dashes else f"{role}_column={name!r}"
 
 
 def _rating_column(

@@ -15,7 +15,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,11 @@ import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
+from dist_vasp.data import ids
 from dist_vasp.data.format import ItemTable
-from dist_vasp.data.positives import PositiveRule, positive_rows
+from dist_vasp.data.positives import PositiveRule, ServingColumns, positive_rows
 from dist_vasp.data.stream import Rows, indptr_of
+from dist_vasp.data.tables.read import of_memory
 
 COLUMNS = ("user", "item")
 ROWS_PER_BATCH = 1 << 17
@@ -121,14 +123,6 @@ def histories_of(
         rows = liked_rows(owner, item_rows, len(users), n_items, rule, ratings, times)
     found = rows.lengths > 0
     reasons = np.where(seen.lengths[~found] > 0, NO_LIKE, NO_KNOWN_ITEM)
-    n_known = int((item_rows >= 0).sum())
-    read = Read(
-        rows=len(item_rows),
-        likes=len(rows.items),
-        disliked=len(seen.items) - len(rows.items),
-        repeated=n_known - len(seen.items),
-        unknown=len(item_rows) - n_known,
-    )
     taken = np.flatnonzero(found)
     likes = rows.take(taken)
     return Histories(
@@ -137,7 +131,19 @@ def histories_of(
         likes if rows is seen else seen.take(taken),
         users.filter(pa.array(~found)),
         pa.array(reasons.tolist(), pa.string()),
-        read,
+        count_rows(item_rows, rows, seen),
+    )
+
+
+def count_rows(item_rows: np.ndarray, likes: Rows, seen: Rows) -> Read:
+    """What became of E rows with these item rows, -1 where unknown."""
+    n_known = int((item_rows >= 0).sum())
+    return Read(
+        rows=len(item_rows),
+        likes=len(likes.items),
+        disliked=len(seen.items) - len(likes.items),
+        repeated=n_known - len(seen.items),
+        unknown=len(item_rows) - n_known,
     )
 
 
@@ -155,6 +161,27 @@ def liked_rows(
     pairs = owner[known].astype(np.int64) * n_items + item_rows[known]
     liked = known[positive_rows(rule, pairs, ratings[known], None if times is None else times[known])]
     return known_rows(owner[liked], item_rows[liked], n_users, n_items)
+
+
+def histories_of_table(
+    table: pa.Table, columns: ServingColumns, items: ItemTable, rule: PositiveRule | None, where: str
+) -> Histories:
+    """The histories of a table in memory; rows without an id are left out and counted."""
+    missing = ids.MISSING if rule is None or rule.missing is None else rule.missing
+    numbers = range(1, len(table) + 1)
+    found = {
+        role: ids.of_column(table.column(name), numbers, f"{where}: column {name!r}", missing)
+        for role, name in (("user", columns.user), ("item", columns.item))
+    }
+    for role, name in (("rating", columns.rating), ("time", columns.time)):
+        if name is not None:
+            found[role] = of_memory(table.column(name), role, f"{where}: column {name!r}")
+    present = pc.and_(found["user"].is_valid(), found["item"].is_valid())
+    kept = {role: column.filter(present) for role, column in found.items()}
+    ratings, times = (np.asarray(kept[role]) if role in kept else None for role in ("rating", "time"))
+    histories = histories_of(kept["user"], find_items(kept["item"], items), len(items.keys), rule, ratings, times)
+    n_missing = len(table) - len(kept["user"])
+    return replace(histories, read=histories.read + Read(rows=n_missing, missing=n_missing))
 
 
 def table_columns(table: pa.Table, where: str) -> tuple[pa.Array, pa.Array]:

@@ -12,7 +12,7 @@ Shapes: U users, I items, K list length.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -27,14 +27,15 @@ from dist_vasp import checkpoint as checkpoints
 from dist_vasp.checkpoint import Checkpoint
 from dist_vasp.config import from_dict
 from dist_vasp.data.format import ITEMS_FILE, ItemTable, read_items_file
-from dist_vasp.data.positives import PositiveRule
+from dist_vasp.data.positives import PositiveRule, serving_columns
 from dist_vasp.data.stream import Rows, indptr_of
 from dist_vasp.parallel.comm import form_groups
 from dist_vasp.parallel.partition import Layout
 from dist_vasp.ranking import export as exports
+from dist_vasp.ranking.accepted import history_lists, id_list, refuse_frame
 from dist_vasp.ranking.evaluate import to_item_rows, top_items
 from dist_vasp.ranking.explain import mapped_explainer
-from dist_vasp.ranking.histories import find_items, histories_of, known_rows, table_columns
+from dist_vasp.ranking.histories import Read, count_rows, find_items, histories_of_table, known_rows, liked_rows
 from dist_vasp.ranking.load import check_size, open_model, positives_of
 from dist_vasp.ranking.mapped import MappedModel, map_model
 from dist_vasp.ranking.recommend import list_table
@@ -54,15 +55,21 @@ class Lists:
     `ids` (U, K): int64, or str objects. `scores` (U, K): float32, p of the model, descending. A list that ends early (fewer than
     k unseen items, or no known item in the history) is filled up with id -1 (None for str) and score NaN. `users`: the users of
     an Arrow table in order of first appearance, the users without a known item at the end; None for other input.
-    `n_unknown`: interactions whose item the model does not know; they were ignored.
+    `read`: how many likes were used, how many further items masked, and what was left out. `notes`: lines on how a table was read.
     """
 
     ids: np.ndarray
     scores: np.ndarray
     users: pa.Array | None
-    n_unknown: int
+    read: Read
+    notes: tuple[str, ...]
     _rows: np.ndarray  # (U, K) item rows
     _items: ItemTable
+
+    @property
+    def n_unknown(self) -> int:
+        """Interactions whose item the model does not know; they were ignored."""
+        return self.read.unknown
 
     @property
     def rows(self) -> np.ndarray:
@@ -81,6 +88,17 @@ class Lists:
             rows = self._rows[self._rows >= 0]
             table = table.append_column("title", self._items.titles.take(pa.array(rows)))
         return table
+
+
+@dataclass(frozen=True)
+class _Given:
+    """Histories as they were passed: likes, everything seen, and what was read."""
+
+    rows: Rows
+    seen: Rows
+    read: Read
+    users: pa.Array | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -166,28 +184,40 @@ class Recommender:
         mask_input: bool = True,
         filter_items: Iterable[Id] | None = None,
         restrict_to: Iterable[Id] | None = None,
+        *,
+        all_positive: bool = False,
+        user_column: str | None = None,
+        item_column: str | None = None,
+        rating_column: str | None = None,
+        time_column: str | None = None,
     ) -> Lists:
         """The k best items of every history, as launch/recommend.py ranks them: `ids, scores = r.recommend(...)`.
 
-        histories: a list of lists of original ids; a sparse matrix (U, I) whose columns are item rows (non-zero: seen); or an
-        Arrow table with columns user and item. Seen items are not listed unless `mask_input` is False; `filter_items` never are;
-        with `restrict_to` only those are. Ids that the model does not know are ignored. ValueError for anything else, and where
-        `restrict_to` has no known item.
+        histories: a list of lists of original ids, all of them likes; a sparse matrix (U, I) whose columns are item rows
+        (non-zero: seen; ratings unless all of them are 1); or an Arrow table, whose columns are those the shards were made
+        from, else user and item, or the ones that are named here. Ratings follow the rule the model was trained with
+        (`positives`), unless `all_positive`. Everything seen, liked or not, is not listed unless `mask_input` is False;
+        `filter_items` never are; with `restrict_to` only those are. Ids that the model does not know are ignored. ValueError
+        for anything else, and where `restrict_to` has no known item.
         """
         _check_count("k", k)
-        rows, users, n_unknown = self._read(histories)
+        asked = {"user": user_column, "item": item_column, "rating": rating_column, "time": time_column}
+        given = self._read(histories, asked, all_positive)
+        rows = given.rows
         allowed = self._allowed(filter_items, restrict_to)
         ids = np.full((rows.n_rows, k), NO_ITEM, np.int64)
         scores = np.full((rows.n_rows, k), np.nan, np.float32)
         known = np.flatnonzero(rows.lengths)
         for start in range(0, len(known), USERS_PER_PASS):
             block = known[start : start + USERS_PER_PASS]
+            likes = rows.take(block)
+            seen = likes if given.seen is rows else given.seen.take(block)
             found, ids[block] = top_items(
-                lambda x: self.model.scores(x, allowed), rows.take(block), k, self.n_items, self._alone, mask_input
+                lambda x: self.model.scores(x, allowed), likes, k, self.n_items, self._alone, mask_input, seen
             )
             scores[block] = found if self.is_linear else np.exp(found)
         scores[ids == NO_ITEM] = np.nan
-        return Lists(self._ids(ids), scores, users, n_unknown, ids, self.items)
+        return Lists(self._ids(ids), scores, given.users, given.read, given.notes, ids, self.items)
 
     def similar_items(self, item: Id, k: int, by: Literal["nease", "decoder"] | None = None) -> tuple[np.ndarray, np.ndarray]:
         """(ids, scores) of the k items nearest to `item`, itself excepted; fewer where the catalogue is smaller.
@@ -216,7 +246,8 @@ class Recommender:
         """Which of the past items speak for `item`, and what either path says. ValueError for an unknown item or no known history."""
         _check_count("n", n)
         row = self._known_item(item)
-        rows, _, _ = self._read([history])
+        refuse_frame(history, "history")
+        rows = self._read([history]).rows
         if rows.n_rows == 0 or not len(rows.items):
             raise ValueError("no item of the history is known to the model; there is nothing to explain")
         x = to_item_rows(rows, 1, self.n_items, torch.device("cpu"))
@@ -280,41 +311,47 @@ class Recommender:
 
     # --- input -----------------------------------------------------------------------------------------------------------
 
-    def _read(self, histories: HistoriesLike) -> tuple[Rows, pa.Array | None, int]:
-        """(rows, users or None, interactions with unknown items)."""
+    def _read(self, histories: HistoriesLike, asked: Mapping[str, str | None] | None = None, all_positive: bool = False) -> _Given:
+        if isinstance(histories, pa.RecordBatch):
+            histories = pa.Table.from_batches([histories])
+        named = {role: name for role, name in (asked or {}).items() if name is not None}
         if isinstance(histories, pa.Table):
-            users, item_ids = table_columns(histories, "the table")
-            found = histories_of(users, find_items(item_ids, self.items), self.n_items)
-            lengths = np.append(found.rows.lengths, np.zeros(len(found.skipped), np.int64))
-            return (
-                Rows(indptr_of(lengths), found.rows.items),
-                pa.concat_arrays([found.users, found.skipped]),
-                found.n_unknown,
-            )
+            return self._read_table(histories, named, all_positive)
+        if named:
+            role = next(iter(named))
+            raise ValueError(f"{role}_column is {named[role]!r}, but histories are no table; leave it out")
         if scipy.sparse.issparse(histories):
-            return self._read_matrix(histories), None, 0
-        return self._read_lists(histories)
+            return self._read_matrix(histories, all_positive)
+        lists = history_lists(histories, self.n_items)
+        item_rows = self._find([*chain.from_iterable(lists)], "the histories")
+        owner = np.repeat(np.arange(len(lists)), [len(one) for one in lists])
+        rows = known_rows(owner, item_rows, len(lists), self.n_items)
+        return _Given(rows, rows, count_rows(item_rows, rows, rows))
 
-    def _read_matrix(self, matrix: Any) -> Rows:
+    def _read_table(self, table: pa.Table, asked: Mapping[str, str | None], all_positive: bool) -> _Given:
+        columns = serving_columns(table.column_names, self.positives, asked, "the table", all_positive, dashes="")
+        found = histories_of_table(table, columns, self.items, self.positives, "the table")
+
+        def with_skipped(rows: Rows) -> Rows:
+            return Rows(indptr_of(np.append(rows.lengths, np.zeros(len(found.skipped), np.int64))), rows.items)
+
+        rows = with_skipped(found.rows)
+        seen = rows if found.seen is found.rows else with_skipped(found.seen)
+        return _Given(rows, seen, found.read, pa.concat_arrays([found.users, found.skipped]), columns.notes)
+
+    def _read_matrix(self, matrix: Any, all_positive: bool) -> _Given:
+        """Non-zero entries are seen items. They are ratings where the rule reads ratings and not all of them are 1."""
         if matrix.ndim != 2 or matrix.shape[1] != self.n_items:
             raise ValueError(f"the matrix has shape {matrix.shape}, expected (users, {self.n_items}): columns are item rows")
         x = matrix.tocoo()
-        seen = x.data != 0
-        return known_rows(x.row[seen], x.col[seen], x.shape[0], self.n_items)
-
-    def _read_lists(self, histories: Any) -> tuple[Rows, None, int]:
-        if isinstance(histories, str | bytes | dict) or not isinstance(histories, Iterable):
-            raise ValueError(
-                f"histories are {type(histories).__name__}, expected a list of lists of ids, a sparse matrix or a pyarrow.Table"
-            )
-        lists = []
-        for u, history in enumerate(histories):
-            if isinstance(history, str | bytes | dict) or not isinstance(history, Iterable):
-                raise ValueError(f"history {u} is {history!r:.50}, expected a list of ids; pass [history] for one user")
-            lists.append(list(history))
-        item_rows = self._find([*chain.from_iterable(lists)], "the histories")
-        owner = np.repeat(np.arange(len(lists)), [len(one) for one in lists])
-        return known_rows(owner, item_rows, len(lists), self.n_items), None, int((item_rows < 0).sum())
+        stored = x.data != 0
+        owner, item_rows, values = x.row[stored], x.col[stored], np.asarray(x.data[stored], np.float64)
+        if not np.isfinite(values).all():
+            raise ValueError("the matrix holds values that are not finite; leave those entries out")
+        rows = seen = known_rows(owner, item_rows, x.shape[0], self.n_items)
+        if self.positives is not None and not self.positives.is_implicit and not all_positive and (values != 1).any():
+            rows = liked_rows(owner, item_rows, x.shape[0], self.n_items, self.positives, values)
+        return _Given(rows, seen, count_rows(item_rows, rows, seen))
 
     def _find(self, ids: Sequence[Any], what: str) -> np.ndarray:
         """Item rows of ids, -1 where unknown; ValueError unless they are all whole numbers or all strings."""
@@ -340,11 +377,11 @@ class Recommender:
             return None
         allowed = np.ones(self.n_items, bool)
         if restrict_to is not None:
-            rows = self._find(_listed(restrict_to, "restrict_to"), "restrict_to")
+            rows = self._find(id_list(restrict_to, "restrict_to"), "restrict_to")
             allowed[:] = False
             allowed[rows[rows >= 0]] = True
         if filter_items is not None:
-            rows = self._find(_listed(filter_items, "filter_items"), "filter_items")
+            rows = self._find(id_list(filter_items, "filter_items"), "filter_items")
             allowed[rows[rows >= 0]] = False
         if not allowed.any():
             raise ValueError("filter_items and restrict_to leave no item that the model knows; pass other ids")
@@ -364,12 +401,6 @@ class Recommender:
         for part, R_JH in decoders:
             for lo, hi in part.blocks(_ROWS_AT_ONCE):
                 yield lo, torch.cosine_similarity(R_JH[lo - part.start : hi - part.start], wanted[None], dim=1)
-
-
-def _listed(ids: Any, name: str) -> list[Any]:
-    if isinstance(ids, str | bytes | dict) or not isinstance(ids, Iterable):
-        raise ValueError(f"{name} is {ids!r:.50}, expected a list of ids; pass [id] for one")
-    return list(ids)
 
 
 def _check_count(name: str, value: Any) -> None:

@@ -189,6 +189,13 @@ def _is_date(column: pa.Array) -> bool:
 _CONVERT = {"user": _ids, "item": _ids, "rating": _ratings, "split": _splits, "time": _times, "title": _texts}
 
 
+def of_memory(column: Any, role: str, where: str) -> pa.Array:
+    """float64 of a column in memory that holds the role rating or time; ValueError names `where` and the row."""
+    if isinstance(column, pa.ChunkedArray):
+        column = column.combine_chunks()
+    return _CONVERT[role](column, range(1, len(column) + 1), where)
+
+
 def _numbers(column: pa.Array, numbers: Sequence[int], where: str) -> pa.Array:
     """float64, null where the text is empty."""
     if pa.types.is_dictionary(column.type):
