@@ -17,6 +17,7 @@ from dist_vasp.data.tables.streams import open_file, open_member, readable
 
 RATINGS = ("ratings.csv", "ratings.dat", "u.data")
 TITLES = ("movies.csv", "movies.dat", "u.item")
+TIME_COLUMN = "4"  # of a file without a header
 MAX_TITLES_BYTES = 64 << 20
 _HEADER = b"userId,movieId,rating"
 _DELIMITERS = {".dat": "::", ".item": "|"}
@@ -38,7 +39,7 @@ class MovieLens:
         if self.member.endswith(".csv"):
             columns, reading = Columns("userId", "movieId", "rating", time="timestamp" if with_time else None), Reading(",")
         else:
-            columns = Columns("1", "2", "3", time="4" if with_time else None)
+            columns = Columns("1", "2", "3", time=TIME_COLUMN if with_time else None)
             reading = Reading("::" if self.member.endswith(".dat") else "\t", header=False, quoting=False)
         file = File(self.where, "csv", self.path / self.member, partial(_open, self.path, self.member))
         return Table([file], columns, Reading(reading.delimiter, None, reading.header, reading.quoting, tuple(missing)))

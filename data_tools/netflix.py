@@ -51,6 +51,13 @@ class NetflixSource:
     notes: list[str] = field(default_factory=list)
     _titles: dict[int, str] = field(default_factory=dict)
 
+    def look(self) -> tuple[dict[str, str], list[str]]:
+        return {role: role for role in ("user", "item", "rating")}, []
+
+    def read_times(self) -> str | None:
+        """The dates are not read."""
+        return None
+
     def batches(self) -> Iterator[pa.RecordBatch]:
         with readable(str(self.path)):
             movie, block, size = -1, list[_Piece](), 0

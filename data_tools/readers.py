@@ -36,6 +36,14 @@ class Source(Protocol):
         """What else there is to say of the input, once `batches` has run."""
         ...
 
+    def look(self) -> tuple[dict[str, str], list[str]]:
+        """Names of the columns that are read, by role, and of those that are not, before anything is read."""
+        ...
+
+    def read_times(self) -> str | None:
+        """Read a column timestamp besides, where there is one; returns its name."""
+        ...
+
     def batches(self) -> Iterator[pa.RecordBatch]:
         """Batches as dist_vasp/data/tables/read.py describes them; ValueError for bad input."""
         ...
@@ -55,6 +63,22 @@ class TableSource:
     @property
     def left_out(self) -> dict[str, int]:
         return self.table.left_out
+
+    def look(self) -> tuple[dict[str, str], list[str]]:
+        names, unused = self.table.look()
+        if self.titles_of is not None and not self.table.reading.header:  # MovieLens without a header: its columns have names
+            return {role: "timestamp" if role == "time" else role for role in names}, []
+        later = [name for name in self.table.unused if name not in names.values()]  # of the files after the first
+        return names, list(dict.fromkeys([*unused, *later]))
+
+    def read_times(self) -> str | None:
+        _, unused = self.table.look()
+        headless = self.titles_of is not None and not self.table.reading.header
+        name = movielens.TIME_COLUMN if headless else "timestamp"
+        if name not in unused:
+            return None
+        self.table.columns = replace(self.table.columns, time=name)
+        return "timestamp"
 
     @property
     def notes(self) -> list[str]:
@@ -107,7 +131,11 @@ def _format_of(path: Path) -> str:
 def open_source(inputs: Inputs, name: str | None = None, columns: Columns | None = None, reading: Reading | None = None) -> Source:
     """The reader of `inputs` in format `name` (None: inferred); ValueError where there is none, or columns do not apply."""
     columns, reading = columns or Columns(), reading or Reading()
-    fixed = replace(columns, time=None) == Columns() and reading == Reading(missing=reading.missing)
+    fixed = (
+        replace(columns, time=None) == Columns()
+        and columns.time in (None, "timestamp")
+        and reading == Reading(missing=reading.missing)
+    )
     inferred = name or infer_format(inputs)
     if name is None and inferred == "movielens" and not fixed:
         inferred = "csv"  # columns were named: it is read as they say

@@ -23,7 +23,7 @@ from data_tools.split import GivenPlan, LiangPlan, Plan
 from data_tools.titles import read_titles
 from data_tools.writer import check_unique_keys, count_split, write_folder
 from dist_vasp.data.format import SPLITS, SplitEntry, default_users_per_shard, files_of
-from dist_vasp.data.positives import DEFAULT_MIN_RATING, REPEATS, PositiveRule, from_json
+from dist_vasp.data.positives import DEFAULT_MIN_RATING, REPEATS, PositiveRule, from_json, unused_columns
 from dist_vasp.data.tables.inputs import expand
 from dist_vasp.data.tables.options import add_reading_options, reading_of
 from dist_vasp.files import new_folder
@@ -55,6 +55,9 @@ def _parser() -> cli.Parser:
     add("--user_column", metavar="NAME", help="csv, parquet: default user")
     add("--item_column", metavar="NAME", help="csv, parquet: default item")
     add("--rating_column", metavar="NAME", help="liang: default rating; where there is none, every row counts (implicit feedback)")
+    add(
+        "--time_column", metavar="NAME", help="orders the rows of a user and an item; default for --repeats last: timestamp, if any"
+    )
     add("--split_column", metavar="NAME", help="given: default split; 0 or train, 1 or test, 2 or validation")
     add("--protocol", choices=("liang", "given"), default="liang", help="liang splits users, given follows a column; default liang")
     add("--min_rating", type=cli.number, help="liang: keep ratings of at least this; default 4")
@@ -80,6 +83,8 @@ def _parser() -> cli.Parser:
 def _check_protocol(args: argparse.Namespace) -> None:
     if args.protocol == "given" and args.repeats == "max":
         raise ValueError("--repeats max takes ratings, which --protocol given does not read; pass first or last")
+    if args.repeats == "max" and args.time_column is not None:
+        raise ValueError("--time_column orders the rows for --repeats first and last, but it is max; leave one of them out")
     for name in _LIANG_ONLY if args.protocol == "given" else _GIVEN_ONLY:
         if getattr(args, name) is not None:
             other = "given" if args.protocol == "liang" else "liang"
@@ -125,7 +130,7 @@ def _plan(args: argparse.Namespace, source: Source, scratch: Path) -> tuple[Inte
     preparation = {
         "protocol": args.protocol,
         "input": ", ".join(Path(text).name for text in args.inputs),
-        "positives": _rule(args, data).to_json(),
+        "positives": _rule(args, data, source).to_json(),
         "arguments": {**arguments, "seed": args.seed},
         "rows_read": counts.rows + sum(source.left_out.values()),
         "left_out": left_out,
@@ -133,27 +138,46 @@ def _plan(args: argparse.Namespace, source: Source, scratch: Path) -> tuple[Inte
     return data, plan, preparation
 
 
-def _rule(args: argparse.Namespace, data: Interactions) -> PositiveRule:
+def _rule(args: argparse.Namespace, data: Interactions, source: Source) -> PositiveRule:
     """What made the positives of `data`, in the words of the input's columns."""
+    names, _ = source.look()
     rated = data.has_ratings and args.protocol == "liang"
     return PositiveRule(
-        user_column=args.user_column or "user",
-        item_column=args.item_column or "item",
-        rating_column=(args.rating_column or "rating") if rated else None,
+        names.get("user", "user"),
+        names.get("item", "item"),
+        names.get("rating", "rating") if rated else None,
+        names.get("time"),
         min_rating=(DEFAULT_MIN_RATING if args.min_rating is None else args.min_rating) if rated else None,
         repeats=args.repeats,
         missing=reading_of(args).missing,
     )
 
 
+def _unused(args: argparse.Namespace, source: Source) -> list[str]:
+    """A line on the columns that are not used, and the options that would use them."""
+    names, unused = source.look()
+    roles = []
+    if args.protocol == "liang":
+        roles = ["split"] if "rating" in names else ["rating", "split"]
+    if args.repeats == "last" and "time" not in names:
+        roles.append("time")
+    return unused_columns([*names.values(), *unused], names.values(), roles)
+
+
 def _summary(
-    args: argparse.Namespace, plan: Plan, splits: dict[str, SplitEntry], preparation: dict[str, Any], seconds: float
+    args: argparse.Namespace,
+    plan: Plan,
+    splits: dict[str, SplitEntry],
+    preparation: dict[str, Any],
+    seconds: float,
+    notes: Sequence[str],
 ) -> None:
     print(f"{args.output}{' would hold' if args.dry_run else ''}: {len(plan.vocabulary):,} items")
     for name, split in splits.items():
         heldout = f", {split.heldout:,} held out" if name != "train" else ""
         print(f"  {name:<10} {split.users:,} users, {split.interactions:,} interactions{heldout}, {len(split.shards)} shards")
-    print(f"  {from_json(preparation['positives'])}")
+    for note in (from_json(preparation["positives"]), *notes):
+        print(f"  {note}")
     left_out, n_read = preparation["left_out"], preparation["rows_read"]
     rows = {reason: n for reason, n in left_out.items() if n and _counts_rows(reason)}
     n_used = _used(args.protocol, splits)
@@ -190,11 +214,23 @@ def _command(args: argparse.Namespace) -> int:
     rating_column = args.rating_column
     if args.min_rating is not None and (args.format or infer_format(args.inputs)) in ("csv", "parquet"):
         rating_column = rating_column or "rating"  # who asks for a rating has a column of them
-    columns = Columns(args.user_column or "user", args.item_column or "item", rating_column, split_column)
+    columns = Columns(
+        args.user_column or "user",
+        args.item_column or "item",
+        rating_column,
+        split_column,
+        args.time_column,
+        optional_rating=args.protocol == "liang",
+    )
     titles = read_titles(args.titles, columns.item or "item") if args.titles else None
     source = open_source(
-        args.inputs, args.format, columns if split_column or rating_column or not fixed else Columns(), reading_of(args)
+        args.inputs,
+        args.format,
+        columns if split_column or rating_column or not fixed else Columns(time=args.time_column),
+        reading_of(args),
     )
+    if args.repeats == "last" and args.time_column is None:
+        source.read_times()
 
     if args.dry_run:
         with tempfile.TemporaryDirectory() as scratch:
@@ -210,7 +246,7 @@ def _command(args: argparse.Namespace) -> int:
             splits = write_folder(folder, data, plan, titles or source.titles(), per_shard, preparation).splits
     for note in source.notes:
         print(note)
-    _summary(args, plan, splits, preparation, time.monotonic() - start)
+    _summary(args, plan, splits, preparation, time.monotonic() - start, _unused(args, source))
     return 0
 
 

@@ -81,6 +81,79 @@ def test_repeats(tmp_path, repeats):
     assert manifest.preparation["rows_read"] == len(rows) == rows_used(manifest) + rows_left_out(manifest)
 
 
+@pytest.mark.parametrize("how", ["named", "timestamp", "ratings.dat", "ratings.csv", "partition of folders"])
+def test_the_last_by_time(tmp_path, capsys, how):
+    """Rows come in any order; the times are in a column that is named or called timestamp."""
+    rows = rows_of(1)
+    times = np.random.default_rng(5).permutation(len(rows)).tolist()
+    timed = [(*row, time) for row, time in zip(rows, times, strict=True)]
+    source, options = tmp_path / "in.csv", []
+    if how == "ratings.dat":
+        source = tmp_path / "ratings.dat"
+        source.write_text("".join("::".join(map(str, row)) + "\n" for row in timed))
+    elif how == "partition of folders":
+        for name, part in (("0", timed[:700]), ("1", timed[700:])):
+            (tmp_path / "in" / f"part={name}").mkdir(parents=True)
+            write_csv(tmp_path / "in" / f"part={name}" / "a.csv", part, "user,item,rating,timestamp")
+        source = tmp_path / "in"
+    else:
+        names = {"named": "user,item,rating,when", "timestamp": "user,item,rating,timestamp"}
+        source = tmp_path / ("ratings.csv" if how == "ratings.csv" else "in.csv")
+        write_csv(source, timed, names.get(how, "userId,movieId,rating,timestamp"))
+        options = ["--time_column", "when"] if how == "named" else []
+    assert shard.main([str(source), str(tmp_path / "out"), *OPTIONS, "--repeats", "last", *options]) == 0
+    # the row that is last by time decides; it keeps its place in the input
+    decides: dict[tuple, tuple] = {}
+    for n, (user, item, rating, time) in enumerate(timed):
+        decides[user, item] = max(decides.get((user, item), (-1,)), (time, n, rating))
+    left = [rows[n] for _, n, rating in sorted(decides.values(), key=lambda one: one[1]) if rating >= 4]
+    assert_equal_to_reference(read_folder(tmp_path / "out"), liang(left, **SPLIT))
+    rule = Manifest.load(tmp_path / "out").positives
+    assert rule is not None and rule.time_column == ("when" if how == "named" else "timestamp")
+    assert rule.user_column == ("userId" if how == "ratings.csv" else "user")
+    assert f"the last by {rule.time_column} counts" in capsys.readouterr().out
+
+
+def test_the_last_of_the_input_where_there_is_no_time(tmp_path, capsys):
+    run(tmp_path, rows_of(1), "--repeats", "last")
+    assert "of several ratings of a pair the last in input order counts" in capsys.readouterr().out
+
+
+def test_the_default_looks_at_no_time(tmp_path):
+    """Liang et al. drop duplicates in input order; a column of times changes nothing."""
+    rows = rows_of(1)
+    assert_equal_to_reference_after(tmp_path, [(*row, len(rows) - n) for n, row in enumerate(rows)], chosen(rows, "first"))
+
+
+def assert_equal_to_reference_after(tmp_path: Path, timed: list[tuple], left: list[tuple]) -> None:
+    source = write_csv(tmp_path / "in.csv", timed, "user,item,rating,timestamp")
+    assert shard.main([str(source), str(tmp_path / "out"), *OPTIONS]) == 0
+    assert_equal_to_reference(read_folder(tmp_path / "out"), liang(left, **SPLIT))
+    rule = Manifest.load(tmp_path / "out").positives
+    assert rule is not None and rule.time_column is None
+
+
+@pytest.mark.parametrize(
+    ("header", "options", "line"),
+    [
+        ("user,item,Rating", [], "columns not used: Rating; --rating_column Rating reads ratings from it"),
+        ("user,item,stars", [], "columns not used: stars; --rating_column stars reads ratings from it"),
+        ("user,item,genre", [], "columns not used: genre"),
+        ("user,item,rating", [], ""),
+        ("user,item,fold", [], "columns not used: fold; --protocol given --split_column fold follows it"),
+        ("User_ID,item,x", ["--user_column", "User_ID"], "columns not used: x"),
+        ("user,item,date", ["--repeats", "last"], "columns not used: date; --time_column date reads times from it"),
+    ],
+)
+def test_columns_that_are_not_used_are_named(tmp_path, capsys, header, options, line):
+    source = write_csv(tmp_path / "in.csv", [(u, i, 5) for u in range(30) for i in range(6)], header)
+    assert shard.main([str(source), str(tmp_path / "out"), "--dry_run", *options]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert [one.strip() for one in printed if "not used" in one] == ([line] if line else [])
+    implicit = any("implicit feedback: no rating column was read, every row counts" in one for one in printed)
+    assert implicit == (header != "user,item,rating")
+
+
 def test_first_and_last_differ():
     rows = rows_of(1)
     assert set(chosen(rows, "first")) != set(chosen(rows, "last"))
@@ -142,6 +215,11 @@ def test_given_takes_the_split_of_the_row_that_decides(tmp_path):
         (["--repeats", "all"], "--repeats: invalid choice: 'all'"),
         (["--protocol", "given", "--min_users", "2"], "--min_users belongs to --protocol liang"),
         (["--protocol", "given", "--core"], "--core belongs to --protocol liang"),
+        (
+            ["--repeats", "max", "--time_column", "rating"],
+            "--time_column orders the rows for --repeats first and last, but it is max",
+        ),
+        (["--repeats", "last", "--time_column", "when"], "has no column 'when'"),
         (["--protocol", "given", "--repeats", "max"], "--repeats max takes ratings, which --protocol given does not read"),
     ],
 )

@@ -210,8 +210,11 @@ def unused_columns(names: Sequence[str], used: Iterable[str], options: Sequence[
     for role in options:
         matching = [name for name in unused if role_of(name) == role]
         if matching:
-            what = {"rating": "ratings", "time": "times", "split": "the split"}.get(role, f"the {role} ids")
-            hints.append(f"{_option(dashes, role, matching[0])} reads {what} from it")
+            option = _option(dashes, role, matching[0])
+            if role == "split":
+                hints.append(f"--protocol given {option} follows it")
+            else:
+                hints.append(f"{option} reads {role}s from it")
     return [f"columns not used: {', '.join(unused)}" + "".join(f"; {hint}" for hint in hints)]
 
 

@@ -10,7 +10,8 @@ is float64: a number as it stands, a date in microseconds since 1970. Rows witho
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,22 @@ class Table:
                 f"empty cells and {named or 'no other text'} stand for a missing id, name others with --missing"
             )
 
+    def look(self) -> tuple[dict[str, str], list[str]]:
+        """Names of the first file's columns that are read, by role, and of the others; ValueError where one is missing."""
+        file, facts = self.files[0], Facts()
+        with closing(self._pieces(file, facts)) as pieces:
+            next(pieces, None)
+        for role in ROLES:
+            name = self._name(role)
+            if role not in facts.names and name in file.partitions:
+                facts.names[role] = name
+        others = [name for name in file.partitions if name not in facts.names.values()]
+        return facts.names, list(dict.fromkeys([*facts.unused, *others]))
+
+    def _name(self, role: str) -> str | None:
+        """The name of the column with this role, None where it is not read."""
+        return getattr(self.columns, role) or ("rating" if role == "rating" and self.columns.optional_rating else None)
+
     def notes(self) -> list[str]:
         """What there is to say of the last reading besides its counts."""
         said = [f"skipped {name}" for name in self.skipped[:_NAMED]]
@@ -76,7 +93,7 @@ class Table:
             said.append(f"{self.n_broken:,} rows hold quoted line breaks")
         return said
 
-    def _pieces(self, file: File, facts: Facts) -> Iterator[Raw]:
+    def _pieces(self, file: File, facts: Facts) -> Generator[Raw, None, None]:
         with readable(file.where):
             if file.kind == "parquet":
                 yield from parquet_pieces(file.path, self.columns, file.partitions, facts)
@@ -87,7 +104,7 @@ class Table:
         """The rows with their ids, checked; rows without one are counted and left out."""
         columns, names = dict(raw.columns), dict(facts.names)
         for role in ROLES:
-            name = getattr(self.columns, role) or ("rating" if role == "rating" and self.columns.optional_rating else None)
+            name = self._name(role)
             if role not in columns and name in file.partitions:
                 columns[role], names[role] = pa.repeat(pa.scalar(file.partitions[name], pa.string()), len(raw.numbers)), name
         where = {role: f"{file.where}: column {name!r}" for role, name in names.items()}
