@@ -32,7 +32,8 @@ from torch import Tensor
 
 from dist_vasp.data import positives
 from dist_vasp.model.item_layers import ItemSlice
-from dist_vasp.parallel.comm import Ranks, agree, all_gather_bytes, all_reduce, launched_world
+from dist_vasp.parallel.comm import Ranks, agree, all_gather_bytes, all_reduce
+from dist_vasp.parallel.launched import launched_world
 
 FORMAT_VERSION = 1
 HEADER = "checkpoint.json"

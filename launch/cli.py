@@ -24,11 +24,11 @@ from dist_vasp.parallel.comm import (
     LostPeerError,
     is_initialized,
     is_lost_peer,
-    launched_world,
     leave,
     lost_rank,
     shut_down,
 )
+from dist_vasp.parallel.launched import launched_world
 from dist_vasp.signals import EndedBySignal, ending_on_signals
 from dist_vasp.text import one_line
 from dist_vasp.training.engine import DivergedError
@@ -50,7 +50,7 @@ def run(main: Callable[[Sequence[str] | None], int | None]) -> NoReturn:
             status = main(None) or 0
     except EndedBySignal as ended:
         print(f"error: {ended}", file=sys.stderr, flush=True)
-        status = ended.status
+        failed, status = str(ended), ended.status
     except (ValueError, DivergedError) as error:
         if "--debug" in sys.argv:
             traceback.print_exc()

@@ -20,7 +20,8 @@ try:
     from dist_vasp.doctor.job import check_job
     from dist_vasp.doctor.machine import check_machine
     from dist_vasp.doctor.roundtrip import judge, measure, start_here
-    from dist_vasp.parallel.comm import Ranks, all_gather_bytes, init_ranks, launched_world, threads_per_rank
+    from dist_vasp.parallel.comm import Ranks, all_gather_bytes, init_ranks
+    from dist_vasp.parallel.launched import launched_world, threads_per_rank
     from dist_vasp.training.progress import counting
     from dist_vasp.training.run_dir import check_file, write_atomically
     from launch.cli import run

@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError("--baseline needs data; pass --shards DIR, a folder written by `python -m data_tools.shard`")
     _check_outputs(arguments.json, arguments.per_user)
 
-    ranks = init_ranks(device=arguments.device, interface=arguments.interface)
+    ranks = init_ranks(device=arguments.device, interface=arguments.interface, shared=arguments.run or "")
     ranker = load_ranker(arguments.run, arguments.checkpoint, ranks) if arguments.run else None
     with agreed(ranks):
         folder = arguments.shards or (ranker.config.data.shards if ranker else "")

@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     inputs = [("--histories", arguments.histories)]
     check_output(arguments.output, arguments.overwrite, inputs)
 
-    ranks = init_ranks(device=arguments.device, interface=arguments.interface)
+    ranks = init_ranks(device=arguments.device, interface=arguments.interface, shared=arguments.run)
     ranker = load_ranker(arguments.run, arguments.checkpoint, ranks)
     loaded = ranker.alone
     with ExitStack() as stack:

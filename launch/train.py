@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"--init_from is {arguments.init_from} and model.init_from_ease is {config.model.init_from_ease}: W can start from one of "
             "them; leave one out"
         )
-    ranks = init_ranks(parallel.partitions, parallel.replicas, config.device, interface=parallel.interface)
+    ranks = init_ranks(parallel.partitions, parallel.replicas, config.device, interface=parallel.interface, shared=config.run.dir)
     if arguments.dry_run:
         text = closed_form.dry_run(config, ranks) if closed else dry_run(config, ranks)
         if ranks.is_main:

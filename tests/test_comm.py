@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -15,10 +17,10 @@ from dist_vasp.parallel.comm import (
     all_gather_bytes,
     all_reduce,
     barrier,
-    launched_world,
     reduce_scatter,
     resolve_device,
 )
+from dist_vasp.parallel.launched import launched_world, meeting_point, threads_per_rank
 from tests.ranks import run_ranks
 
 DTYPES = [torch.float32, torch.float64, torch.int64, torch.int32, torch.uint8]
@@ -223,6 +225,84 @@ def test_launched_world(environment, expected, monkeypatch):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert launched_world() == expected
+
+
+VARIABLES = (
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+    *("OMP_NUM_THREADS", "TORCHELASTIC_RUN_ID"),
+)
+
+
+def given_environment(monkeypatch, text: str) -> None:
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    for word in text.split():
+        monkeypatch.setenv(*word.split("="))
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ("RANK=zero WORLD_SIZE=2", "RANK is 'zero' in the environment, expected a whole number of at least 0"),
+        ("RANK=-1 WORLD_SIZE=2", "RANK is '-1' in the environment, expected a whole number of at least 0"),
+        ("RANK=² WORLD_SIZE=2", "RANK is '²' in the environment"),
+        ("RANK= WORLD_SIZE=2", "RANK is '' in the environment"),
+        ("RANK=2 WORLD_SIZE=2", "RANK is 2 in the environment, expected 0 to 1 with WORLD_SIZE 2"),
+        ("RANK=0 WORLD_SIZE=0", "WORLD_SIZE is '0' in the environment, expected a whole number of at least 1"),
+        (f"RANK=0 WORLD_SIZE={'9' * 5000}", "WORLD_SIZE is '9999.*' in the environment, expected a whole number of at least 1"),
+        ("RANK=0", "RANK is 0 in the environment but WORLD_SIZE is not set"),
+        ("WORLD_SIZE=2", "WORLD_SIZE is 2 in the environment but RANK is not set"),
+        ("RANK=0 WORLD_SIZE=2 LOCAL_RANK=x", "LOCAL_RANK is 'x' in the environment"),
+        ("RANK=0 WORLD_SIZE=2 LOCAL_RANK=2", "LOCAL_RANK is 2 in the environment, expected 0 to 1 with LOCAL_SIZE 2"),
+        ("RANK=0 WORLD_SIZE=2 LOCAL_RANK=1 LOCAL_SIZE=1", "LOCAL_RANK is 1 in the environment, expected 0 to 0 with LOCAL_SIZE 1"),
+        ("RANK=0 WORLD_SIZE=2 LOCAL_WORLD_SIZE=3", "LOCAL_WORLD_SIZE is 3 in the environment, expected at most WORLD_SIZE 2"),
+        ("RANK=3 WORLD_SIZE=4 LOCAL_SIZE=2", "LOCAL_RANK is not set in the environment, expected 0 to 1 with LOCAL_SIZE 2"),
+    ],
+)
+def test_an_environment_that_describes_no_group(environment, message, monkeypatch):
+    given_environment(monkeypatch, environment)
+    with pytest.raises(ValueError, match=message):
+        launched_world()
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ("", "WORLD_SIZE is 2 but MASTER_ADDR is not set"),
+        ("MASTER_ADDR=localhost", "WORLD_SIZE is 2 but MASTER_PORT is not set"),
+        ("MASTER_ADDR= MASTER_PORT=29500", "WORLD_SIZE is 2 but MASTER_ADDR is not set"),
+        ("MASTER_ADDR=localhost MASTER_PORT=http", "MASTER_PORT is 'http' in the environment, expected a whole number"),
+        ("MASTER_ADDR=localhost MASTER_PORT=0", "MASTER_PORT is 0 in the environment, expected 1 to 65535"),
+        ("MASTER_ADDR=localhost MASTER_PORT=70000", "MASTER_PORT is 70000 in the environment, expected 1 to 65535"),
+        ("MASTER_ADDR=no.such.host.invalid MASTER_PORT=29500", "MASTER_ADDR is 'no.such.host.invalid' .* which is no host"),
+        (f"MASTER_ADDR={'x' * 300} MASTER_PORT=29500", "MASTER_ADDR is 'x.*' in the environment, which is no host"),
+    ],
+)
+def test_a_meeting_point_that_is_none(environment, message, monkeypatch):
+    given_environment(monkeypatch, environment)
+    with pytest.raises(ValueError, match=message):
+        meeting_point(2)
+
+
+def test_threads_of_a_rank(monkeypatch):
+    """OMP_NUM_THREADS where the user has set it, else the cores divided among the ranks of the host."""
+    cores = len(os.sched_getaffinity(0))
+    given_environment(monkeypatch, "")
+    assert (threads_per_rank(1), threads_per_rank(cores), threads_per_rank(3 * cores)) == (cores, 1, 1)
+    given_environment(monkeypatch, "OMP_NUM_THREADS=7")
+    assert threads_per_rank(4) == 7
+    given_environment(monkeypatch, "OMP_NUM_THREADS=7,2")
+    assert threads_per_rank(4) == 7
+    given_environment(monkeypatch, "OMP_NUM_THREADS=1 TORCHELASTIC_RUN_ID=none")
+    assert threads_per_rank(1) == cores, "torchrun sets a 1 of its own"
+    given_environment(monkeypatch, "OMP_NUM_THREADS=5 TORCHELASTIC_RUN_ID=none")
+    assert threads_per_rank(1) == 5
+    for text in ("0", "-2", "all"):
+        given_environment(monkeypatch, f"OMP_NUM_THREADS={text}")
+        with pytest.raises(
+            ValueError, match=f"OMP_NUM_THREADS is '{text}' in the environment, expected a whole number of at least 1"
+        ):
+            threads_per_rank(1)
 
 
 def test_device(monkeypatch):

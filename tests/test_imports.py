@@ -32,7 +32,9 @@ BASE = TABLES | {
     "dist_vasp.data.positives",
     "dist_vasp.parallel.partition",
     "dist_vasp.parallel.network",
+    "dist_vasp.parallel.launched",
     "dist_vasp.parallel.liveness",
+    "dist_vasp.parallel.secret",
     "dist_vasp.parallel.kernels",
     "dist_vasp.places",
     "dist_vasp.files",
@@ -55,6 +57,7 @@ NARROW = {"dist_vasp.plan": {"dist_vasp.config", "dist_vasp.parallel.partition"}
 WITHIN_BASE = {
     "dist_vasp.files": {"dist_vasp.places"},
     "dist_vasp.console": {"dist_vasp.text"},
+    "dist_vasp.parallel.liveness": {"dist_vasp.parallel.secret", "dist_vasp.text"},
     "dist_vasp.data.format": {"dist_vasp.data.positives"},
 }  # the only imports inside BASE
 SHARED_WITH_TOOLS = {

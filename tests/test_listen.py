@@ -61,11 +61,17 @@ def test_loopback_where_all_ranks_are_here(unset):
 
 
 def test_the_given_interface_wins_over_the_environment_and_that_over_the_loopback(unset):
-    os.environ["GLOO_SOCKET_IFNAME"] = "eth7"
+    os.environ["NCCL_SOCKET_IFNAME"] = "eth7"
     choose_interface("", all_here=True)
-    assert os.environ["GLOO_SOCKET_IFNAME"] == "eth7"
+    assert os.environ["NCCL_SOCKET_IFNAME"] == "eth7"
     choose_interface("lo", all_here=False)
     assert os.environ["GLOO_SOCKET_IFNAME"] == "lo"
+
+
+def test_an_interface_of_the_environment_that_does_not_exist(unset):
+    os.environ["GLOO_SOCKET_IFNAME"] = "eth99"
+    with pytest.raises(ValueError, match=r"GLOO_SOCKET_IFNAME is 'eth99' in the environment, but 'eth99' is not one of .*lo"):
+        choose_interface("", all_here=True)
 
 
 def test_an_interface_that_does_not_exist(unset):
@@ -84,13 +90,17 @@ def test_the_store_listens_on_the_master_address_alone():
     assert (address, port > 0) == ("127.0.0.1", True)
 
 
-def test_a_host_that_takes_its_own_name_for_the_loopback():
+def test_a_host_that_takes_its_own_name_for_the_loopback(monkeypatch):
+    monkeypatch.setattr(socket, "gethostname", lambda: "localhost")
     assert listen("127.0.0.1", 0, "", all_here=False) is None  # the others could not come in
     assert address_of(listen("127.0.0.1", 0, "lo", all_here=False))[0] == "127.0.0.1"
 
 
-def test_an_address_that_is_not_here():
+def test_an_address_that_is_not_here(monkeypatch):
+    """Such as that of a service: the host's own is taken, where its name has one."""
+    monkeypatch.setattr(socket, "gethostname", lambda: "localhost")
     assert listen("192.0.2.1", 0, "", all_here=False) is None
+    assert address_of(listen("192.0.2.1", 0, "lo", all_here=False))[0] == "127.0.0.1"
 
 
 def test_a_port_that_is_taken():

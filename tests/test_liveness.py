@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from pathlib import Path
 
 import pytest
 
-from dist_vasp.parallel.liveness import Liveness
+from dist_vasp.parallel.liveness import Liveness, Loss
+from dist_vasp.parallel.secret import Channel, SharedSecret, read_secret
 from tests.jobs import ROOT
 
 RANK = """
@@ -23,7 +27,7 @@ rank, world, port, fd, host, local_rank, what = (a if a[0].isalpha() else int(a)
 liveness.socket.gethostname = lambda: host
 liveness._GRACE_S = 0.5
 server = socket.socket(fileno=fd) if rank == 0 else None
-alive = liveness.Liveness(rank, local_rank, world, "token", ("127.0.0.1", port), server)
+alive = liveness.Liveness(rank, local_rank, world, b"secret", ("127.0.0.1", port), server)
 print("here", flush=True)
 if sys.stdin.readline() and what != "nothing":
     alive.leave("" if what == "leaves" else what)
@@ -101,27 +105,121 @@ def test_a_rank_that_leaves_on_purpose_is_not_missed():
         assert world.end() == ([0, 0, 0], ["", "", ""])
 
 
+def hello(rank: int, secret: bytes, nonce: str) -> tuple[Channel, bytes]:
+    channel = Channel(secret, nonce, "mine", server=False)
+    return channel, channel.sign(json.dumps({"nonce": "mine", "rank": rank, "host": "h"}))
+
+
+def nonce_of(connection: socket.socket) -> str:
+    connection.settimeout(10)
+    return json.loads(connection.makefile("rb").readline())["nonce"]
+
+
 def test_strangers_are_not_listened_to():
-    """Junk, a wrong token, a line without an end: the ranks go on."""
+    """Junk, a wrong secret, a greeting of another connection, a line without an end: the ranks go on."""
     server = socket.create_server(("127.0.0.1", 0))
     address = server.getsockname()
-    strangers = [socket.create_connection(address) for _ in range(4)]
-    lines = [b"\xff\x00{[\n", b'{"token": "wrong", "rank": 1, "host": "h"}\n', b"x" * 9000, b'{"lost": {"rank": 1}}\n']
-    for stranger, line in zip(strangers, lines, strict=True):
-        stranger.sendall(line)
-    alive = Liveness(0, 0, 1, "right", address, server)
-    for stranger in strangers:
-        stranger.settimeout(10)
-        with contextlib.suppress(ConnectionResetError):  # closed with some of the junk unread
+    alive = Liveness(0, 0, 1, b"right", address, server)
+    alive._world = 3  # two could still come
+    other = nonce_of(socket.create_connection(address))
+    lines = [b"\xff\x00{[\n", b'{"token": "right", "rank": 1, "host": "h"}\n', b"x" * 40_000, b"0 " + b"[" * 30_000 + b"\n"]
+    lines += [hello(1, b"wrong", "?")[1], hello(1, b"right", other)[1], b'0 {"lost": {"rank": 1}}\n']
+    for line in lines:
+        stranger = socket.create_connection(address)
+        nonce_of(stranger)
+        with contextlib.suppress(ConnectionError):  # closed with some of the junk unread
+            stranger.sendall(line)
             assert stranger.recv(10) == b"", "told nothing, and the connection closed"
     assert alive.wait_for_loss(0) is None
     alive.leave()
 
 
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ({"failed": "all is well\x1b[2J\u202e\n", "status": 0}, Loss(1, "h", r"all is well\x1b[2J\u202e", 1)),
+        ({"failed": "x", "status": 256}, Loss(1, "h", "x", 1)),
+        ({"failed": "x", "status": True}, Loss(1, "h", "x", 1)),
+        ({"failed": "x", "status": -9}, Loss(1, "h", "x", 1)),
+        ({"failed": "x"}, Loss(1, "h", "x", 1)),
+        ({"failed": "y" * 9000, "status": 2}, Loss(1, "h", "y" * 2000, 2)),
+        ({"failed": 7, "status": 2}, None),
+        ({"lost": {"rank": 2, "host": "h", "text": "", "status": 0}}, None),  # rank 0 alone says that
+    ],
+)
+def test_what_a_failing_rank_says_is_no_success(monkeypatch, capfd, message, expected):
+    """A status that is no failure, characters that control a terminal, no end of text."""
+    monkeypatch.setattr("dist_vasp.parallel.liveness._GRACE_S", 60)
+    server = socket.create_server(("127.0.0.1", 0))
+    address = server.getsockname()
+    alive = Liveness(0, 0, 1, b"right", address, server)
+    alive._world = 2
+    with socket.create_connection(address) as rank:
+        channel, line = hello(1, b"right", nonce_of(rank))
+        rank.sendall(line)
+        assert json.loads(channel.verify(rank.makefile("rb").readline().strip())) == {"host": socket.gethostname()}
+        rank.sendall(channel.sign(json.dumps(message)))
+        assert alive.wait_for_loss(10 if expected else 0.3) == expected
+        alive.leave()
+    said = capfd.readouterr().err
+    assert said.count("\n") == (1 if expected else 0) and said.replace("\n", "").isprintable()
+
+
+def test_somebody_in_rank_0s_place_ends_nothing(capfd):
+    """It knows no secret: what it says is not believed, and its end is not the end of rank 0."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address, results = server.getsockname(), []
+        thread = threading.Thread(target=lambda: results.append(Liveness(1, 1, 2, b"right", address, None)))
+        thread.start()
+        impostor, _ = server.accept()
+        impostor.sendall(b'{"nonce": "n"}\n' + Channel(b"wrong", "n", "n", server=True).sign('{"host": "h"}'))
+        impostor.recv(10)
+        impostor.close()
+        thread.join(30)
+    assert results[0].wait_for_loss(0.2) is None
+    results[0].leave()
+    assert "if a rank dies the others may take long to notice" in capfd.readouterr().err
+
+
+def test_a_line_is_good_once_on_one_connection_in_one_direction():
+    ours, theirs = Channel(b"s", "a", "b", server=False), Channel(b"s", "a", "b", server=True)
+    first, second = ours.sign("one"), ours.sign("two")
+    assert theirs.verify(first.strip()) == "one"
+    for channel, line in (
+        (theirs, first),  # again
+        (Channel(b"s", "a", "b", server=True), second),  # before the first
+        (Channel(b"s", "a", "b", server=False), first),  # turned back
+        (Channel(b"s", "x", "b", server=True), first),  # another connection
+        (Channel(b"s", "a", "b", server=True), first.replace(b"one", b"two")),
+    ):
+        with pytest.raises(ValueError, match="not signed"):
+            channel.verify(line.strip())
+
+
+def test_the_secret_is_readable_by_its_user_alone(tmp_path):
+    secret = SharedSecret(tmp_path)
+    assert os.stat(secret.path).st_mode & 0o777 == 0o600
+    assert read_secret(secret.path) == secret.value
+    link = tmp_path / ".dist_vasp-0123456789abcdef"
+    link.symlink_to(secret.path)
+    plain, loose = tmp_path / "plain", tmp_path / ".dist_vasp-fedcba9876543210"
+    plain.write_bytes(secret.value)
+    loose.write_bytes(secret.value)
+    plain.chmod(0o600)
+    loose.chmod(0o640)
+    other = SharedSecret(tmp_path)
+    Path(other.path).write_bytes(b"a private key")
+    for path in (link, plain, loose, other.path, tmp_path / ".dist_vasp-aaaaaaaaaaaaaaaa", ""):
+        with pytest.raises((OSError, ValueError)):
+            read_secret(str(path))
+    secret.remove()
+    assert not os.path.exists(secret.path)
+
+
 def test_a_rank_that_cannot_reach_rank_0_goes_on_unwatched(capfd):
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = server.getsockname()
-    alive = Liveness(1, 1, 2, "token", address, None)
+    alive = Liveness(1, 1, 2, b"secret", address, None)
     assert "warning: rank 1 cannot reach rank 0 at 127.0.0.1" in capfd.readouterr().err
     assert alive.wait_for_loss(0) is None
     alive.leave()
@@ -135,7 +233,7 @@ def test_a_forked_worker_does_not_hold_its_ranks_connection():
     """Else the death of a rank would be seen only when its loader workers have ended too."""
     server = socket.create_server(("127.0.0.1", 0))
     address = server.getsockname()
-    alive = Liveness(0, 0, 1, "token", address, server)
+    alive = Liveness(0, 0, 1, b"secret", address, server)
     child = os.fork()
     if child == 0:
         time.sleep(60)

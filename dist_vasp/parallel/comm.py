@@ -15,7 +15,7 @@ from __future__ import annotations
 import datetime
 import json
 import os
-import socket
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,9 +26,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_vasp.parallel.liveness import Liveness, Loss
-from dist_vasp.parallel.network import choose_interface, listen
+from dist_vasp.parallel.launched import launched_world, meeting_point, threads_per_rank
+from dist_vasp.parallel.liveness import Liveness, Loss, say_unwatched
+from dist_vasp.parallel.network import LOOPBACK, choose_interface, listen, private_server
 from dist_vasp.parallel.partition import ItemPartition, Layout
+from dist_vasp.parallel.secret import SharedSecret, nearest_folder, read_secret
 
 _MESSAGE_BYTES = 1024
 _ALL_STARTED_S = 300.0  # hosts of one job do not start at the same moment
@@ -90,20 +92,6 @@ class Ranks:
         return ItemPartition(n_items, self.layout.partitions, self.layout.partition_of(self.rank))
 
 
-def launched_world() -> tuple[int, int, int, int]:
-    """(rank, world size, local rank, local world size) as deepspeed or torchrun put them in the environment; else one rank."""
-    world, rank = _number("WORLD_SIZE", 1), _number("RANK", 0)
-    local_world = _number("LOCAL_WORLD_SIZE", _number("LOCAL_SIZE", world))
-    return rank, world, _number("LOCAL_RANK", rank), local_world
-
-
-def _number(variable: str, default: int) -> int:
-    text = os.environ.get(variable, str(default))
-    if not text.isdecimal():
-        raise ValueError(f"{variable} is {text!r} in the environment, expected a whole number; unset it, or start with deepspeed")
-    return int(text)
-
-
 def resolve_device(device: str, local_rank: int) -> torch.device:
     """`auto` is this rank's CUDA device where there is one, else the CPU."""
     if device == "auto":
@@ -120,28 +108,38 @@ def resolve_device(device: str, local_rank: int) -> torch.device:
     return torch.device(device)
 
 
-def threads_per_rank(local_world: int) -> int:
-    return max(1, len(os.sched_getaffinity(0)) // local_world)
-
-
 def init_ranks(
-    partitions: int = 0, replicas: int = 1, device: str = "auto", timeout_s: float = 1800, threads: int = 0, interface: str = ""
+    partitions: int = 0,
+    replicas: int = 1,
+    device: str = "auto",
+    timeout_s: float = 1800,
+    threads: int = 0,
+    interface: str = "",
+    shared: str = "",
 ) -> Ranks:
     """Join the process group that the launcher describes (one rank without a launcher) and cut it into groups.
 
-    Raises ValueError when partitions x replicas is not the number of ranks, or the device or `interface` does not exist.
+    `shared`: a folder, perhaps still to be made, on a filesystem that all hosts share. Raises ValueError when partitions x replicas
+    is not the number of ranks, the device or `interface` does not exist, or the environment does not describe a group.
     """
     rank, world_size, local_rank, local_world = launched_world()
     layout = Layout.of(world_size, partitions, replicas)
     torch_device = resolve_device(device, local_rank)
     torch.set_num_threads(threads or threads_per_rank(local_world))
     if not dist.is_initialized():
-        _join(rank, world_size, local_rank, local_world, torch_device, timeout_s, interface)
+        _join(rank, world_size, local_rank, local_world, torch_device, timeout_s, interface, shared)
     return form_groups(rank, layout, torch_device)
 
 
 def _join(
-    rank: int, world_size: int, local_rank: int, local_world: int, device: torch.device, timeout_s: float, interface: str
+    rank: int,
+    world_size: int,
+    local_rank: int,
+    local_world: int,
+    device: torch.device,
+    timeout_s: float,
+    interface: str,
+    shared: str,
 ) -> None:
     """Meet the other ranks at a store, start the process group, and from then on know who is still there."""
     global _liveness
@@ -149,37 +147,49 @@ def _join(
     timeout, start_up = (datetime.timedelta(seconds=s) for s in (timeout_s, min(timeout_s, _ALL_STARTED_S)))
     all_here = local_world == world_size
     choose_interface(interface, all_here)
-    if world_size == 1 and "MASTER_ADDR" not in os.environ:
+    if world_size == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         return
-    if "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
-        raise ValueError(f"WORLD_SIZE is {world_size} but MASTER_ADDR or MASTER_PORT is not set; start with deepspeed or torchrun")
-    address, port = os.environ["MASTER_ADDR"], _number("MASTER_PORT", 0)
+    address, port = meeting_point(world_size)
+    if all_here:
+        address = LOOPBACK  # the name of this machine may stand for an address that others reach
     try:
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=start_up))  # torchrun serves the store itself
         else:
             listening = listen(address, port, interface, all_here) if rank == 0 else None
             store = dist.TCPStore(address, port, world_size, rank == 0, timeout=start_up, master_listen_fd=listening)
-        if world_size > 1:
-            _liveness = _watch_over(rank, local_rank, world_size, store, address, interface, all_here)
+        _liveness = _watch_over(rank, local_rank, world_size, store, address, interface, all_here, shared)
     except dist.DistError as error:
         text = f"rank {rank} waited {start_up.seconds} s for {world_size} ranks to start, but some never came ({error})"
-        raise LostPeerError(f"{text}; see what the others say, and start the same command again") from None
+        hint = "set LOCAL_SIZE to the ranks of this machine if others run elsewhere; " if all_here else ""
+        raise LostPeerError(f"{text}; {hint}see what the others say, and start the same command again") from None
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 
 def _watch_over(
-    rank: int, local_rank: int, world_size: int, store: dist.Store, address: str, interface: str, all_here: bool
-) -> Liveness:
-    """Rank 0 listens where the store does, on a port of its own, and tells the others at the store."""
-    server = None
+    rank: int, local_rank: int, world_size: int, store: dist.Store, address: str, interface: str, all_here: bool, shared: str
+) -> Liveness | None:
+    """Rank 0 listens where the store does, on a port of its own, and tells the others at the store; None: it cannot be done.
+
+    Anybody on this machine can read and write the store: the secret itself lies in a file that only this user can read.
+    """
     if rank == 0:
-        listening = listen(address, 0, interface, all_here)
-        server = socket.create_server(("", 0)) if listening is None else socket.socket(fileno=listening)
-        store.set("liveness", json.dumps([Liveness.new_token(), server.getsockname()[1]]))
-    token, port = json.loads(store.get("liveness"))
-    return Liveness(rank, local_rank, world_size, token, (address, port), server)
+        server = private_server(address, interface, all_here)
+        try:
+            secret = SharedSecret(tempfile.gettempdir() if all_here else nearest_folder(shared))
+        except OSError as error:
+            say_unwatched(rank, f"cannot write a file for its user alone ({error})")
+            store.set("liveness", json.dumps(["", address, 0]))
+            return None
+        store.set("liveness", json.dumps([secret.path, address, server.getsockname()[1]]))
+        return Liveness(rank, local_rank, world_size, secret, (address, 0), server)
+    try:
+        path, at, port = json.loads(store.get("liveness"))
+        return Liveness(rank, local_rank, world_size, read_secret(str(path)), (str(at), int(port)), None)
+    except (OSError, ValueError, TypeError, OverflowError, RecursionError) as error:
+        say_unwatched(rank, f"cannot read the secret of rank 0 ({error})")
+        return None
 
 
 def form_groups(rank: int, layout: Layout, device: torch.device) -> Ranks:

@@ -12,6 +12,7 @@ import socket
 
 import psutil
 
+LOOPBACK = "127.0.0.1"
 _VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 
@@ -30,30 +31,68 @@ def choose_interface(interface: str, all_here: bool) -> None:
             os.environ[variable] = interface
         elif loopback:
             os.environ.setdefault(variable, loopback)
+    chosen = os.environ.get("GLOO_SOCKET_IFNAME", "")
+    if unknown := [name for name in chosen.split(",") if chosen and name not in present]:
+        raise ValueError(
+            f"GLOO_SOCKET_IFNAME is {chosen!r} in the environment, but {unknown[0]!r} is not one of {', '.join(present)}; unset it"
+        )
 
 
 def listen(address: str, port: int, interface: str, all_here: bool) -> int | None:
     """A listening socket for the rendezvous store on the address of MASTER_ADDR alone; None: let torch listen everywhere.
 
-    Some hosts take their own name for the loopback, where the others would not find them: with ranks elsewhere the address of
-    `interface` is used then. ValueError where the port is taken.
+    Some hosts take their own name for the loopback, where the others would not find them; and some addresses only lead to a host,
+    as the name of a service does. With ranks elsewhere the address of `interface` is used then, or the one that the host's name
+    stands for. ValueError where the port is taken, or may not be used.
     """
-    family, _, _, _, where = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
-    if ipaddress.ip_address(str(where[0]).split("%")[0]).is_loopback and not all_here:
-        addresses = [a.address for a in psutil.net_if_addrs().get(interface, []) if a.family == family]
-        if not addresses:
-            return None
-        where = (addresses[0], port)
-    server = socket.socket(family, socket.SOCK_STREAM)
-    server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    for where in _addresses(address, interface, all_here):
+        try:
+            return _listen_at(where, port).detach()
+        except OSError as error:
+            if error.errno in (errno.EADDRINUSE, errno.EACCES):
+                why = "is in use" if error.errno == errno.EADDRINUSE else "may not be used"
+                raise ValueError(f"port {port} of {address} {why}; choose another with --master_port") from None
+            if error.errno != errno.EADDRNOTAVAIL:
+                raise ValueError(f"MASTER_ADDR {address} cannot be listened on ({error.strerror}); choose another") from None
+    return None
+
+
+def private_server(address: str, interface: str, all_here: bool) -> socket.socket:
+    """A listening socket of our own, on a free port, where `listen` chooses."""
+    listening = listen(address, 0, interface, all_here)
+    return socket.create_server(("", 0)) if listening is None else socket.socket(fileno=listening)
+
+
+def _addresses(address: str, interface: str, all_here: bool) -> list[str]:
+    """Where to try to listen, the best first."""
+    wanted = _resolve(address)
+    if all_here:
+        return wanted
+    of_interface = [a.address for a in psutil.net_if_addrs().get(interface, []) if a.family in (socket.AF_INET, socket.AF_INET6)]
+    if interface:
+        return [a for a in wanted if not _is_loopback(a)] + of_interface
+    return [a for a in (*wanted, *_resolve(socket.gethostname())) if not _is_loopback(a)]
+
+
+def _resolve(name: str) -> list[str]:
     try:
-        server.bind(where)
+        return [str(found[4][0]) for found in socket.getaddrinfo(name, 0, type=socket.SOCK_STREAM)]
+    except OSError:
+        return []
+
+
+def _is_loopback(address: str) -> bool:
+    return ipaddress.ip_address(address.split("%")[0]).is_loopback
+
+
+def _listen_at(where: str, port: int) -> socket.socket:
+    family, kind, protocol, _, at = socket.getaddrinfo(where, port, type=socket.SOCK_STREAM)[0]
+    server = socket.socket(family, kind, protocol)
+    try:
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        server.bind(at)
         server.listen(socket.SOMAXCONN)
-    except OSError as error:
+    except OSError:
         server.close()
-        if error.errno == errno.EADDRINUSE:
-            raise ValueError(f"port {port} of {address} is in use; choose another with --master_port") from None
-        if error.errno != errno.EADDRNOTAVAIL:
-            raise
-        return None  # an address that only leads here, as the name of a service does
-    return server.detach()
+        raise
+    return server

@@ -14,7 +14,8 @@ from typing import Any
 import psutil
 import torch
 
-from dist_vasp.parallel.comm import Ranks, all_gather_bytes, launched_world
+from dist_vasp.parallel.comm import Ranks, all_gather_bytes
+from dist_vasp.parallel.launched import launched_world
 
 LIBRARIES = ("dist_vasp", "torch", "deepspeed", "numpy", "pyarrow", "webdataset")
 

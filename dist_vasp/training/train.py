@@ -16,7 +16,8 @@ from dist_vasp import checkpoint as checkpoints
 from dist_vasp.config import Config
 from dist_vasp.data.format import SPLITS, Manifest, read_shard
 from dist_vasp.data.stream import Batch, TrainStream
-from dist_vasp.parallel.comm import Ranks, agreed, all_gather_keys, any_rank, launched_world
+from dist_vasp.parallel.comm import Ranks, agreed, all_gather_keys, any_rank
+from dist_vasp.parallel.launched import launched_world
 from dist_vasp.ranking.evaluate import Scorer, evaluate, model_scorer
 from dist_vasp.ranking.load import load_model
 from dist_vasp.ranking.metrics import RankingMetrics
