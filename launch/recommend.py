@@ -12,7 +12,7 @@ import numpy as np
 from dist_vasp.parallel.comm import agreed, init_ranks
 from dist_vasp.ranking.ensemble import load_ranker
 from dist_vasp.ranking.explain import model_explainer
-from dist_vasp.ranking.histories import open_histories
+from dist_vasp.ranking.history_file import open_histories
 from dist_vasp.ranking.recommend import recommend_to_file
 from dist_vasp.ranking.writers import check_output
 from dist_vasp.training.progress import Progress

@@ -16,13 +16,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from dist_vasp.data.tables import csv_rows, parquet_file
 from dist_vasp.parallel.comm import Ranks
-from dist_vasp.ranking import histories as module
+from dist_vasp.ranking import history_file as module
 from dist_vasp.ranking import recommend as recommend_module
 from dist_vasp.ranking import writers
 from dist_vasp.ranking.evaluate import model_scorer
 from dist_vasp.ranking.explain import model_explainer
-from dist_vasp.ranking.histories import open_histories
+from dist_vasp.ranking.history_file import open_histories
 from dist_vasp.ranking.load import load_model
 from dist_vasp.ranking.recommend import recommend_to_file
 from dist_vasp.ranking.recommender import Recommender
@@ -69,7 +70,8 @@ def scattered(rows: list[tuple], how: str) -> list[tuple]:
 @pytest.fixture
 def small_batches(monkeypatch):
     monkeypatch.setattr(module, "ROWS_PER_BATCH", 17)
-    monkeypatch.setattr(module, "_BLOCK_BYTES", 128)
+    monkeypatch.setattr(parquet_file, "ROWS_PER_BATCH", 17)
+    monkeypatch.setattr(csv_rows, "BLOCK_BYTES", 128)
 
 
 @pytest.mark.parametrize("how", ["ascending", "together", "last row elsewhere", "shuffled"])
@@ -255,7 +257,7 @@ SCRIPT = """
 import sys
 from pathlib import Path
 import numpy as np, pyarrow as pa, pyarrow.parquet as pq, torch
-from dist_vasp.ranking.histories import open_histories
+from dist_vasp.ranking.history_file import open_histories
 from dist_vasp.ranking.recommend import recommend_to_file
 from dist_vasp.ranking import writers
 from tests.test_recommend import NUMBERED, alone

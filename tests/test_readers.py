@@ -173,7 +173,7 @@ def test_parquet_strings(tmp_path, kind):
         (pa.array([1.0, 2.5]), "row 2: the id 2.5 is not a whole number"),
         (pa.array([1.0, 2.0**53]), "row 2: the id .* is not a whole number from 0 to 2.53-1"),
         (pa.array([1.0, 2.0**24], pa.float32()), "row 2: the id .* is not a whole number from 0 to 2.24-1"),
-        (pa.array([b"a", b"\xff"]), "holds bytes that are not UTF-8"),
+        (pa.array([b"a", b"\xff"]), "column 'item', row 2: the id is not UTF-8 text"),
         (pa.array(["a", "b" * 5000]), "row 2: the id has more than 4,096 bytes"),
         (pa.array([True, False]), "column 'item' is of type bool"),
     ],

@@ -13,12 +13,14 @@ import pytest
 import torch
 
 from dist_vasp.data.format import ItemTable, keys_of_ids
+from dist_vasp.data.tables.columns import Reading
 from dist_vasp.model.vasp import make_trunk
 from dist_vasp.parallel.comm import Ranks, form_groups
 from dist_vasp.parallel.partition import Layout
 from dist_vasp.ranking import recommend as module
 from dist_vasp.ranking.evaluate import model_scorer, top_items
-from dist_vasp.ranking.histories import Histories, histories_of, open_histories
+from dist_vasp.ranking.histories import Histories, histories_of
+from dist_vasp.ranking.history_file import open_histories
 from dist_vasp.ranking.recommend import recommend_to_file
 from dist_vasp.ranking.writers import check_output, skipped_file
 from tests.partitioned import make_model
@@ -38,9 +40,9 @@ def alone() -> Ranks:
     return form_groups(0, Layout(1, 1, 1), torch.device("cpu"))
 
 
-def read_histories(path: Path, items: ItemTable) -> Histories:
+def read_histories(path: Path, items: ItemTable, reading: Reading | None = None) -> Histories:
     """All of a file as one block."""
-    with open_histories(path, path.parent) as file:
+    with open_histories(path, path.parent, reading=reading) as file:
         blocks = list(file.blocks(items, 10**9))
         assert len(blocks) <= 1 and file.n_users == sum(b.n_users + len(b.skipped) for b in blocks)
         nothing = histories_of(pa.array([], file.user_type), np.empty(0, np.int32), len(items.keys))
@@ -84,9 +86,20 @@ def test_whole_numbers(tmp_path, name, other):
 @pytest.mark.parametrize("name", ["h.csv", "h.csv.gz", "h.parquet"])
 def test_text(tmp_path, name):
     path = write(tmp_path / name, ["ann", "NA", "007", "ann", "7", "7"], ["NA", "ü, quoted", "007", "apple", "null", "nothing"])
-    histories = read_histories(path, NAMED)
+    histories = read_histories(path, NAMED, Reading(missing=()))
     assert lists_of(histories) == {"ann": [0, 1], "NA": [2], "007": [3], "7": [4]}
     assert histories.n_unknown == 1
+    assert lists_of(read_histories(path, NAMED)) == {"ann": [0], "007": [3], "7": [4]}
+
+
+@pytest.mark.parametrize("name", ["h.csv", "h.csv.gz", "h.parquet"])
+def test_rows_without_an_id_are_left_out_and_counted(tmp_path, name):
+    path = write(tmp_path / name, ["ann", "", "NULL", "bob", "bob"], ["1000", "1001", "1001", "None", "1002"])
+    with open_histories(path, tmp_path) as file:
+        assert (file.left_out.missing, file.left_out.rows) == (3, 3)
+    histories = read_histories(path, NUMBERED)
+    assert lists_of(histories) == {"ann": [0], "bob": [2]}
+    assert histories.read.rows == 2
 
 
 def test_numbers_and_text_meet(tmp_path):
@@ -129,23 +142,23 @@ def test_a_late_change_of_type_is_text_throughout(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("h.csv", b"user,item\n1,1000\n2,\n", r"column item is empty in row 2; every row needs a user and an item"),
-        ("h.csv", b"user,item\n,1000\n", r"column user is empty in row 1"),
-        ("h.csv", b"user,item\nann,1000\n,1001\n", r"column user is empty in row 2"),
-        ("h.csv", b"", r"h\.csv cannot be read \(Empty CSV file\); expected a CSV or Parquet file with columns user and item"),
-        ("h.csv", b"user,item\n1\n", r"cannot be read \(.*Expected 2 columns, got 1"),
-        ("h.csv", b"user;item\n1;2\n", r"has no column user, item; it has user;item"),
-        ("h.csv", b"user,movie\n1,2\n", r"has no column item; it has user, movie; expected user and item"),
-        ("h.csv", b"user,item\n1,\xff\n", r"cannot be read \(.*invalid UTF8"),
-        ("h.csv", b"user,item\n\xff,1000\n", r"cannot be read \(.*invalid UTF8"),
+        ("h.csv", b"user,item\n1,\n,1000\n", r"h\.csv: all 2 rows are without a user or an item"),
+        ("h.csv", b"", r"h\.csv is empty; expected a header line with the names of the columns"),
+        ("h.csv", b"user,item\n1\n", r"h\.csv, row 2: 1 cells where the header has 2"),
+        ("h.csv", b'user,item\n1,2\n"1,2\n', r"h\.csv, row 3: the quote that opens here never closes"),
+        (
+            "h.csv",
+            b"user,movie\n1,2\n",
+            r"has no column 'item'; its columns, parted by ',', are 'user', 'movie'; pass --item_column",
+        ),
+        ("h.csv", b"user,item\n1,\xff\n", r"h\.csv, row 2: the byte 0xff is not UTF-8 text; .*--encoding"),
         ("h.csv.gz", b"user,item\n1,1000\n", r"h\.csv\.gz cannot be read"),
         ("h.csv.gz", gzip.compress(b"user,item\n1,1000\n" * 9)[:-9], r"h\.csv\.gz cannot be read"),
         ("h.parquet", b"", r"h\.parquet cannot be read"),
         ("h.parquet", b"PAR1 no it is not PAR1", r"h\.parquet cannot be read"),
-        ("h.tsv", b"user\titem\n", r"--histories .*h\.tsv ends in \.tsv, expected \.csv, \.csv\.gz or \.parquet"),
-        ("h", b"user,item\n", r"ends in nothing, expected"),
-        ("h.csv", None, r"--histories .*h\.csv does not exist"),
-        ("h.parquet", None, r"--histories .*h\.parquet does not exist"),
+        ("h", b"user,item\n", r"cannot tell the format of .*h from its name"),
+        ("h.csv", None, r"the input .*h\.csv does not exist"),
+        ("h.parquet", None, r"the input .*h\.parquet does not exist"),
     ],
 )
 def test_files_that_cannot_be_used(tmp_path, name, content, message):
@@ -159,12 +172,13 @@ def test_files_that_cannot_be_used(tmp_path, name, content, message):
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"user": [1, None], "item": [1000, 1001]}, "column user is empty in row 2"),
-        ({"user": [1, 2], "item": [None, 1001]}, "column item is empty in row 1"),
-        ({"user": [[1], [2]], "item": [1000, 1001]}, "column user holds list"),
-        ({"user": [1, 2], "item": [[1000], [1001]]}, "column item holds list"),
-        ({"user": [b"\xff"], "item": [1000]}, "column user holds binary, expected whole numbers or text"),
-        ({"item": [1000]}, "has no column user; it has item"),
+        ({"user": [None, None], "item": [1000, 1001]}, "all 2 rows are without a user or an item"),
+        ({"user": [1, -2], "item": [1000, 1001]}, "column 'user', row 2: the id -2 is outside 0 to 2.63-1"),
+        ({"user": [1.0, 2.5], "item": [1000, 1001]}, "column 'user', row 2: the id 2.5 is not a whole number"),
+        ({"user": [[1], [2]], "item": [1000, 1001]}, "column 'user' is of type list"),
+        ({"user": [1, 2], "item": [[1000], [1001]]}, "column 'item' is of type list"),
+        ({"user": [b"\xff"], "item": [1000]}, "column 'user', row 1: the id is not UTF-8 text"),
+        ({"item": [1000]}, "has no column 'user'; its columns are 'item'"),
     ],
 )
 def test_parquet_columns_that_cannot_be_used(tmp_path, columns, message):
@@ -284,12 +298,19 @@ def test_progress_and_a_skipped_file_of_before(tmp_path, small_blocks):
 @pytest.mark.parametrize("name", ["o.csv", "o.parquet"])
 def test_no_users(tmp_path, name):
     path = tmp_path / "h.csv"
-    for text, n_skipped in (("user,item\n", 0), ("user,item\n1,5\n", 1)):
-        path.write_text(text)
-        report = to_file(constant_scorer, path, NUMBERED, 3, tmp_path / name)
-        assert "0 recommendations for 0 users" in report
-        assert table_of(tmp_path / name).num_rows == 0
-        assert skipped_file(tmp_path / name).exists() == bool(n_skipped)
+    path.write_text("user,item\n")
+    report = to_file(constant_scorer, path, NUMBERED, 3, tmp_path / name)
+    assert "0 recommendations for 0 users" in report
+    assert table_of(tmp_path / name).num_rows == 0
+
+
+@pytest.mark.parametrize(("items", "shown"), [(["5", "6"], "5, 6"), (["1000.0", " 1000"], "'1000.0', ' 1000'")])
+def test_no_known_item_at_all_is_an_error_that_shows_how_ids_are_written(tmp_path, items, shown):
+    path = write(tmp_path / "h.csv", [1, 2], items)
+    message = f"h.csv: no item is known to the model.* written {shown}, those of the model 1000, 1001, 1002; ids must be equal"
+    with pytest.raises(ValueError, match=message):
+        to_file(constant_scorer, path, NUMBERED, 3, tmp_path / "o.csv")
+    assert [p.name for p in tmp_path.iterdir()] == ["h.csv"]
 
 
 @pytest.mark.parametrize("name", ["o.csv", "o.parquet"])

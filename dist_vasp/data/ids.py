@@ -119,7 +119,7 @@ def of_column(values: Any, numbers: Sequence[int], where: str, missing: Sequence
     if isinstance(values, pa.ChunkedArray):
         values = values.combine_chunks()
     if pa.types.is_dictionary(values.type):
-        return of_column(values.dictionary, range(1, len(values.dictionary) + 1), f"{where}, value", missing).take(values.indices)
+        return of_column(values.dictionary, _FirstUses(values.indices, numbers), where, missing).take(values.indices)
     kind = values.type
     if pa.types.is_null(kind):
         return values.cast(pa.string())
@@ -130,6 +130,19 @@ def of_column(values: Any, numbers: Sequence[int], where: str, missing: Sequence
     if is_text(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
         return _of_text(values, numbers, where, missing)
     raise ValueError(f"{where} is of type {kind}, expected integers, whole numbers or text; convert it first")
+
+
+class _FirstUses(Sequence[int]):
+    """The number of the first row that has an entry of a dictionary."""
+
+    def __init__(self, indices: pa.Array, numbers: Sequence[int]) -> None:
+        self._indices, self._numbers = indices, numbers
+
+    def __getitem__(self, entry: Any) -> Any:
+        return self._numbers[max(0, pc.index(self._indices, pa.scalar(entry, self._indices.type)).as_py())]
+
+    def __len__(self) -> int:
+        return len(self._numbers)
 
 
 def _of_integers(values: pa.Array, numbers: Sequence[int], where: str) -> pa.Array:
@@ -158,9 +171,18 @@ def _of_text(values: pa.Array, numbers: Sequence[int], where: str, missing: Sequ
         values = values.cast(pa.string())
         values.validate(full=True)
     except pa.ArrowInvalid:
-        raise ValueError(f"{where} holds bytes that are not UTF-8 text; write the column as UTF-8 strings") from None
+        at = next(i for i, one in enumerate(values.cast(pa.binary()).to_pylist()) if one is not None and not _is_utf8(one))
+        raise ValueError(f"{where}, row {numbers[at]}: the id is not UTF-8 text; write the column as UTF-8 strings") from None
     absent = pc.is_in(values, value_set=pa.array(["", *missing], pa.string()))
     return pc.if_else(absent, pa.scalar(None, pa.string()), values) if pc.any(absent, min_count=0).as_py() else values
+
+
+def _is_utf8(data: bytes) -> bool:
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _refuse(bad: pa.Array, values: pa.Array, numbers: Sequence[int], where: str, problem: str) -> None:

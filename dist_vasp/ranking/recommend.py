@@ -21,7 +21,8 @@ from dist_vasp.parallel.comm import Ranks, agree
 from dist_vasp.places import Inputs
 from dist_vasp.ranking.evaluate import Scorer, to_item_rows, top_items
 from dist_vasp.ranking.explain import Explainer, Reasons
-from dist_vasp.ranking.histories import Histories, HistoryFile, Read
+from dist_vasp.ranking.histories import Histories
+from dist_vasp.ranking.history_file import HistoryFile
 from dist_vasp.ranking.writers import ListFile, skipped_file
 from dist_vasp.text import one_line
 
@@ -64,7 +65,7 @@ def recommend_to_file(
     """
     output, file, error = Path(output), None, None
     n_users = done = n_skipped = 0
-    read = Read()
+    read = histories.left_out
     if allowed is not None:
         scorer = restricted(scorer, allowed, ranks)
     examples: list[str] = []
@@ -89,6 +90,8 @@ def recommend_to_file(
             done += block.n_users + len(block.skipped)
             if progress:
                 progress(done)
+        n_known = read.rows - read.missing - read.unknown
+        agree(histories.no_known_item(items) if n_skipped and not n_known else None, ranks)
         if file is not None:
             file.finish()
     finally:

@@ -19,7 +19,7 @@ from urllib.parse import unquote
 from dist_vasp.data.tables.streams import open_file, open_member, open_zip, readable, unpacked_name
 
 CSV_SUFFIXES = (".csv", ".tsv", ".tab", ".inter")
-OTHER_CSV_SUFFIXES = (".dat", ".data", ".txt")  # of a folder only where it holds none of the others
+OTHER_CSV_SUFFIXES = (".dat", ".data", ".txt")  # often something else: those of a folder are read only where they are named
 PARQUET_SUFFIXES = (".parquet", ".pq", ".parq")
 _NO_PARTITION = "__HIVE_DEFAULT_PARTITION__"
 _FOREIGN = (
@@ -55,10 +55,9 @@ def kind_of(name: str) -> str | None:
 
 
 def _tables_among(names: Sequence[str], kind: str | None) -> dict[str, str]:
-    """The names that are those of tables, with their kind; notes and licences are only where there is nothing else."""
-    kinds = {name: found for name in names if (found := kind_of(name)) is not None and kind in (None, found)}
-    likely = {n: k for n, k in kinds.items() if not unpacked_name(n.lower()).endswith(OTHER_CSV_SUFFIXES)}
-    return likely or kinds
+    """The names that are those of tables, with their kind."""
+    kinds = {name: kind_of(name) for name in names if not unpacked_name(name.lower()).endswith(OTHER_CSV_SUFFIXES)}
+    return {name: found for name, found in kinds.items() if found is not None and kind in (None, found)}
 
 
 def is_hidden(name: str) -> bool:
@@ -204,7 +203,8 @@ def _members_of(path: Path, wanted: str | None, skipped: list[str]) -> list[File
         raise ValueError(f"{path} holds two members of one name; pack it again")
     chosen = [n for n in names if wanted is None or fnmatch(n, wanted)]
     hidden = [n for n in chosen if any(is_hidden(part) for part in PurePosixPath(n).parts)]
-    members = list(_tables_among([n for n in chosen if n not in set(hidden)], "csv"))
+    visible = [n for n in chosen if n not in set(hidden)]
+    members = visible if wanted is not None else list(_tables_among(visible, "csv"))
     skipped += [f"{path}, {n} ({'hidden' if n in hidden else 'no CSV by its name'})" for n in chosen if n not in set(members)]
     if not members:
         about = f"no CSV member {wanted!r}" if wanted else "no CSV member that is not hidden"
