@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
-from dist_vasp.data.tables.inputs import is_hidden, walk
-from dist_vasp.data.tables.streams import open_member, open_zip
+from dist_vasp.data.tables.inputs import is_hidden, names_in, walk
+from dist_vasp.data.tables.streams import open_member
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 
@@ -39,7 +39,7 @@ def members(path: Path) -> Iterator[tuple[str, Any]]:
                 else:
                     yield file.name, stream
     elif is_zip(path.name):
-        for name in names(path):
+        for name in names_in(path):
             member = open_member(path, name)
             yield name, member
             member.close()
@@ -61,12 +61,3 @@ def _tar_members(raw: IO[bytes]) -> Iterator[tuple[str, IO[bytes]]]:
                 yield from _tar_members(stream)
             else:
                 yield member.name, stream
-
-
-def names(path: Path) -> list[str]:
-    """Names of the files of a folder or zip that are not hidden, without reading the files."""
-    if path.is_dir():
-        return sorted(str(p.relative_to(path)) for p in walk(path, []))
-    with open_zip(path) as archive:
-        inside = sorted(n for n in archive.namelist() if not n.endswith("/"))
-    return [n for n in inside if not any(is_hidden(part) for part in PurePosixPath(n).parts)]

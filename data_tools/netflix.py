@@ -16,8 +16,8 @@ import pyarrow as pa
 import pyarrow.csv
 
 from data_tools import archives
-from data_tools.movielens import read_titles
 from dist_vasp.data.tables.csv_rows import BLOCK_BYTES, MAX_ROW_BYTES
+from dist_vasp.data.tables.movielens import read_titles
 from dist_vasp.data.tables.streams import open_file, readable
 
 _RATINGS = re.compile(r"(combined_data_\d+|mv_\d+)\.txt$")

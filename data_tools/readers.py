@@ -10,10 +10,11 @@ from typing import Protocol, TypeAlias
 
 import pyarrow as pa
 
-from data_tools import archives, movielens, netflix
+from data_tools import archives, netflix
 from data_tools.netflix import NetflixSource
+from dist_vasp.data.tables import movielens
 from dist_vasp.data.tables.columns import Columns, Reading
-from dist_vasp.data.tables.inputs import check_file, expand, kind_of
+from dist_vasp.data.tables.inputs import check_file, expand, kind_of, names_in
 from dist_vasp.data.tables.read import Table, open_table
 from dist_vasp.data.tables.streams import readable
 
@@ -66,18 +67,14 @@ class TableSource:
 
     def look(self) -> tuple[dict[str, str], list[str]]:
         names, unused = self.table.look()
-        if self.titles_of is not None and not self.table.reading.header:  # MovieLens without a header: its columns have names
-            return {role: "timestamp" if role == "time" else role for role in names}, []
         later = [name for name in self.table.unused if name not in names.values()]  # of the files after the first
         return names, list(dict.fromkeys([*unused, *later]))
 
     def read_times(self) -> str | None:
         _, unused = self.table.look()
-        headless = self.titles_of is not None and not self.table.reading.header
-        name = movielens.TIME_COLUMN if headless else "timestamp"
-        if name not in unused:
+        if "timestamp" not in unused:
             return None
-        self.table.columns = replace(self.table.columns, time=name)
+        self.table.columns = replace(self.table.columns, time="timestamp")
         return "timestamp"
 
     @property
@@ -110,7 +107,7 @@ def _format_of(path: Path) -> str:
     name = path.name.lower()
     if path.is_dir() or (archives.is_zip(name) and path.is_file()):
         with readable(str(path)):
-            inside = archives.names(path)
+            inside = names_in(path)
         if netflix.holds_ratings(inside) or any(archives.base_name(n) == "training_set.tar" for n in inside):
             return "netflix"
         if movielens.find(path) is not None:
@@ -158,4 +155,5 @@ def open_source(inputs: Inputs, name: str | None = None, columns: Columns | None
         ratings = movielens.MovieLens(paths[0].parent, paths[0].name)
     if ratings is None:
         raise ValueError(f"{paths[0]} holds no {', '.join(movielens.RATINGS)}; expected a MovieLens data set")
-    return TableSource(ratings.table(columns.time is not None, reading.missing), ratings)
+    table = Table([ratings.file()], ratings.columns(columns.time is not None), ratings.reading(reading.missing))
+    return TableSource(table, ratings)

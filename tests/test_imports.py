@@ -20,6 +20,7 @@ TABLES = {"dist_vasp.data.ids"} | {
         "csv_rows",
         "encodings",
         "inputs",
+        "movielens",
         "options",
         "parquet_file",
         "read",

@@ -35,6 +35,7 @@ class Reading:
     delimiter: str | None = None  # of a CSV: one character, or ::
     encoding: str | None = None  # of a CSV; None: UTF-8, or what a byte order mark says
     header: bool = True  # False: the first line is data and columns are named 1, 2, ...
+    names: tuple[str, ...] = ()  # of the columns of a file without a header, in place of the numbers
     quoting: bool = True  # False: a quote is a character like any other
     missing: tuple[str, ...] = ids.MISSING  # texts that stand for no id, besides the empty one
 

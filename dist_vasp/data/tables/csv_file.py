@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pyarrow as pa
 
 from dist_vasp.data.tables import csv_rows
 from dist_vasp.data.tables.columns import Columns, Reading
-from dist_vasp.data.tables.csv_header import read_header
+from dist_vasp.data.tables.csv_header import DELIMITERS, read_header
 from dist_vasp.data.tables.encodings import Utf8
+
+_HEADER_BYTES = 1 << 16  # read at a time where only the header is wanted
 
 
 @dataclass(frozen=True)
@@ -48,3 +50,18 @@ def csv_pieces(
         facts.n_broken = rows.n_broken
     finally:
         stream.close()
+
+
+def csv_names(opener: Callable[[], Any], where: str, reading: Reading) -> list[str]:
+    """The names of the file's columns, parted by the delimiter that gives the most of them."""
+    found: list[str] = []
+    for delimiter in DELIMITERS if reading.delimiter is None else (reading.delimiter,):
+        stream = opener()
+        try:
+            blocks = csv_rows.Blocks(Utf8(stream, reading.encoding, where), where, _HEADER_BYTES)
+            nothing = Columns(None, None, optional_rating=False)
+            header = read_header(blocks, nothing, replace(reading, delimiter=delimiter), (), where)
+        finally:
+            stream.close()
+        found = max(found, header.names, key=len)
+    return found

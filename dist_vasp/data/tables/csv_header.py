@@ -47,7 +47,7 @@ def read_header(blocks: Blocks, columns: Columns, reading: Reading, constants: C
         dialect = Dialect(delimiter, reading.quoting)
         try:
             names, n_lines, block = _first_record(blocks, block, dialect, where)
-            labels = names if reading.header else [str(i + 1) for i in range(len(names))]
+            labels = names if reading.header else _labels(len(names), reading, where)
             wanted = find_columns(labels, columns, where, reading.header)
         except ValueError as error:
             errors[delimiter] = error
@@ -61,6 +61,12 @@ def read_header(blocks: Blocks, columns: Columns, reading: Reading, constants: C
     first = lines_of(block.decode())[0]
     likely = max(candidates, key=lambda d: (first.count(d), -candidates.index(d)))
     raise _explained(errors[likely], likely, first, columns, reading, where)
+
+
+def _labels(n_columns: int, reading: Reading, where: str) -> list[str]:
+    if reading.names and len(reading.names) != n_columns:
+        raise ValueError(f"{where}, row 1: {n_columns} cells where {len(reading.names)} are expected ({', '.join(reading.names)})")
+    return list(reading.names) or [str(i + 1) for i in range(n_columns)]
 
 
 def _skip_blank_lines(blocks: Blocks) -> bytes:

@@ -186,6 +186,15 @@ def _refuse_table(folder: Path, named: Path) -> None:
                 )
 
 
+def names_in(path: Path) -> list[str]:
+    """Names of the files of a folder or zip that are not hidden, without reading the files."""
+    if path.is_dir():
+        return sorted(str(p.relative_to(path)) for p in walk(path, []))
+    with open_zip(path) as archive:
+        inside = sorted(n for n in archive.namelist() if not n.endswith("/"))
+    return [n for n in inside if not any(is_hidden(part) for part in PurePosixPath(n).parts)]
+
+
 # --- zips ------------------------------------------------------------------------------------------------------------
 
 

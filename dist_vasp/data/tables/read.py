@@ -19,11 +19,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from dist_vasp.data import ids
+from dist_vasp.data.tables import movielens
 from dist_vasp.data.tables.columns import ROLES, Columns, Reading
-from dist_vasp.data.tables.csv_file import Facts, Raw, csv_pieces
-from dist_vasp.data.tables.inputs import File, find_files
+from dist_vasp.data.tables.csv_file import Facts, Raw, csv_names, csv_pieces
+from dist_vasp.data.tables.inputs import File, expand, find_files
 from dist_vasp.data.tables.parquet_file import parquet_pieces
 from dist_vasp.data.tables.streams import readable
 
@@ -42,6 +44,14 @@ class Table:
     left_out: dict[str, int] = field(default_factory=dict)  # rows by reason
     unused: list[str] = field(default_factory=list)  # names of columns that are not read
     n_broken: int = 0  # rows of several lines
+
+    def names(self) -> list[str]:
+        """The names of the first file's columns, those of its folders included, without the blanks around them."""
+        file = self.files[0]
+        with readable(file.where):
+            is_parquet = file.kind == "parquet"
+            names = pq.read_schema(file.path).names if is_parquet else csv_names(file.open, file.where, self.reading)
+        return [name.strip() for name in [*names, *(key for key in file.partitions if key not in names)]]
 
     def batches(self) -> Iterator[pa.RecordBatch]:
         """Batches of all files, never empty ones; ValueError names file and row."""
@@ -78,7 +88,8 @@ class Table:
             if role not in facts.names and name in file.partitions:
                 facts.names[role] = name
         others = [name for name in file.partitions if name not in facts.names.values()]
-        return facts.names, list(dict.fromkeys([*facts.unused, *others]))
+        named = {role: name.strip() for role, name in facts.names.items()}
+        return named, list(dict.fromkeys(name.strip() for name in [*facts.unused, *others]))
 
     def _name(self, role: str) -> str | None:
         """The name of the column with this role, None where it is not read."""
@@ -140,9 +151,18 @@ class Table:
 def open_table(
     inputs: Sequence[str | Path], columns: Columns | None = None, reading: Reading | None = None, kind: str | None = None
 ) -> Table:
-    """The table in the files, folders, globs and zips that are named; ValueError where there is none."""
+    """The table in the files, folders, globs and zips that are named; ValueError where there is none.
+
+    A data set of MovieLens is its ratings, unless `kind` or `reading` say how the files are written.
+    """
+    reading = reading or Reading()
+    if kind is None and reading == Reading(missing=reading.missing) and len(inputs) == 1:
+        paths = expand(str(inputs[0]))
+        ratings = movielens.find(paths[0]) if len(paths) == 1 else None
+        if ratings is not None:
+            return Table([ratings.file()], columns or ratings.columns(), ratings.reading(reading.missing))
     found = find_files(inputs, kind)
-    return Table(found.files, columns or Columns(), reading or Reading(), found.skipped)
+    return Table(found.files, columns or Columns(), reading, found.skipped)
 
 
 # --- columns ---------------------------------------------------------------------------------------------------------

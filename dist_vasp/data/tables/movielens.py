@@ -9,16 +9,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from data_tools import archives
 from dist_vasp.data.tables.columns import Columns, Reading
-from dist_vasp.data.tables.inputs import File
-from dist_vasp.data.tables.read import Table
+from dist_vasp.data.tables.inputs import File, names_in
 from dist_vasp.data.tables.streams import open_file, open_member, readable
 
 RATINGS = ("ratings.csv", "ratings.dat", "u.data")
 TITLES = ("movies.csv", "movies.dat", "u.item")
-TIME_COLUMN = "4"  # of a file without a header
 MAX_TITLES_BYTES = 64 << 20
+_NAMES = ("userId", "movieId", "rating", "timestamp")
 _HEADER = b"userId,movieId,rating"
 _DELIMITERS = {".dat": "::", ".item": "|"}
 
@@ -32,17 +30,21 @@ class MovieLens:
 
     @property
     def where(self) -> str:
-        return f"{self.path}, {self.member}" if archives.is_zip(self.path.name) else str(self.path / self.member)
+        return f"{self.path}, {self.member}" if is_zip(self.path) else str(self.path / self.member)
 
-    def table(self, with_time: bool, missing: Sequence[str]) -> Table:
-        """The ratings as a table, with the times where they are wanted."""
+    def columns(self, with_time: bool = False) -> Columns:
+        """Its columns of ratings, with the times where they are wanted."""
+        return Columns(*_NAMES[:3], time=_NAMES[3] if with_time else None)
+
+    def file(self) -> File:
+        return File(self.where, "csv", self.path / self.member, partial(_open, self.path, self.member))
+
+    def reading(self, missing: Sequence[str]) -> Reading:
+        """How the file is written."""
         if self.member.endswith(".csv"):
-            columns, reading = Columns("userId", "movieId", "rating", time="timestamp" if with_time else None), Reading(",")
-        else:
-            columns = Columns("1", "2", "3", time=TIME_COLUMN if with_time else None)
-            reading = Reading("::" if self.member.endswith(".dat") else "\t", header=False, quoting=False)
-        file = File(self.where, "csv", self.path / self.member, partial(_open, self.path, self.member))
-        return Table([file], columns, Reading(reading.delimiter, None, reading.header, reading.quoting, tuple(missing)))
+            return Reading(",", missing=tuple(missing))
+        delimiter = "::" if self.member.endswith(".dat") else "\t"
+        return Reading(delimiter, header=False, names=_NAMES, quoting=False, missing=tuple(missing))
 
     def titles(self) -> dict[int, str] | None:
         """Movie titles by id, where the file of titles is at hand."""
@@ -56,9 +58,13 @@ class MovieLens:
         return {int(row[0]): row[1] for row in rows if len(row) > 1 and row[0].isascii() and row[0].isdecimal()}
 
 
+def is_zip(path: Path) -> bool:
+    return path.suffix.lower() == ".zip"
+
+
 def find(path: Path, any_header: bool = False) -> MovieLens | None:
     """The ratings file at `path`: itself, or in the folder or zip; a `ratings.csv` only with the header of MovieLens."""
-    if not path.is_dir() and not archives.is_zip(path.name):
+    if not path.is_dir() and not is_zip(path):
         if path.name.lower() not in RATINGS:
             return None
         found = MovieLens(path.parent, path.name)
@@ -83,12 +89,12 @@ def _find(path: Path, wanted: Sequence[str], beside: str | None = None) -> str |
     if path.is_dir() and beside is not None:
         names = [str(Path(beside, w)) for w in wanted if (path / beside / w).is_file()]
     else:
-        names = [n for n in archives.names(path) if archives.base_name(n) in wanted and beside in (None, str(Path(n).parent))]
+        names = [n for n in names_in(path) if Path(n).name in wanted and beside in (None, str(Path(n).parent))]
     return min(names, key=lambda n: (n.count("/"), n), default=None)
 
 
 def _open(path: Path, member: str) -> Any:
-    return open_member(path, member) if archives.is_zip(path.name) else open_file(path / member)
+    return open_member(path, member) if is_zip(path) else open_file(path / member)
 
 
 def read_titles(stream: Any, where: str) -> str:
