@@ -9,12 +9,15 @@ from pathlib import Path
 
 import pytest
 
+from tests.rounding import RATIOS
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def pytest_addoption(parser):
     parser.addoption("--data", default=str(ROOT.parent / "shared" / "data"), help="folder with ml-1m/ and gowalla/")
     parser.addoption("--fuzz", type=int, default=400, help="mutated files of tests/test_fuzz.py (2000 before a release)")
+    parser.addoption("--rounding", help="write every error over its bound (tests/rounding.py) to this file")
     parser.addoption("--kills", type=int, default=6, help="SIGKILLs of tests/test_kill.py (50 before a release)")
 
 
@@ -32,6 +35,14 @@ def pytest_terminal_summary(terminalreporter, config):
     reports = [r for kind in ("passed", "failed", "skipped") for r in terminalreporter.stats.get(kind, []) if "data" in r.keywords]
     ran = sum(r.when == "call" for r in reports)
     terminalreporter.write_line(f"real-data tests: {ran} ran, {len({r.nodeid for r in reports}) - ran} skipped")
+    if RATIOS:
+        ratio, what = max(RATIOS)
+        terminalreporter.write_line(
+            f"rounding: {len(RATIOS)} comparisons, the largest error is {ratio:.2f} of its bound ({what})"
+        )
+    if config.getoption("--rounding"):
+        lines = "".join(f"{ratio:.6f} {what}\n" for ratio, what in sorted(RATIOS, reverse=True))
+        Path(config.getoption("--rounding")).write_text(lines)
 
 
 @pytest.hookimpl(trylast=True)

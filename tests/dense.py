@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.nn.functional import layer_norm
 
 TORCH_OPTIMIZERS = {
     "nadam": lambda params, lr: torch.optim.NAdam(params, lr=lr, eps=1e-7, momentum_decay=4e-3),
@@ -54,7 +53,9 @@ class DenseVASP:
                     a = a + earlier
             swish = a * torch.sigmoid(a)
             weight, bias = p[f"trunk.{name}.norms.{k}.weight"], p[f"trunk.{name}.norms.{k}.bias"]
-            outputs.append(layer_norm(swish, swish.shape[-1:], weight, bias, 1e-3))
+            centred = swish - swish.mean(-1, keepdim=True)
+            variance = (centred * centred).mean(-1, keepdim=True)
+            outputs.append(centred / torch.sqrt(variance + 1e-3) * weight + bias)
         return outputs[-1]
 
     def forward(self, x: Tensor, noise: Tensor | None = None) -> tuple[list[Tensor], Tensor]:
@@ -111,4 +112,4 @@ class DenseVASP:
         self.gradients = {name: p.grad.clone() for name, p in self.parameters.items() if p.grad is not None}
         if optimizer is not None:
             optimizer.step()
-        return float(reconstruction), float(kl)
+        return float(reconstruction.detach()), float(kl.detach())
