@@ -37,9 +37,7 @@ def pytest_terminal_summary(terminalreporter, config):
     terminalreporter.write_line(f"real-data tests: {ran} ran, {len({r.nodeid for r in reports}) - ran} skipped")
     if RATIOS:
         ratio, what = max(RATIOS)
-        terminalreporter.write_line(
-            f"rounding: {len(RATIOS)} comparisons, the largest error is {ratio:.2f} of its bound ({what})"
-        )
+        terminalreporter.write_line(f"rounding: {len(RATIOS)} comparisons, the largest error is {ratio:.2f} of its bound ({what})")
     if config.getoption("--rounding"):
         lines = "".join(f"{ratio:.6f} {what}\n" for ratio, what in sorted(RATIOS, reverse=True))
         Path(config.getoption("--rounding")).write_text(lines)

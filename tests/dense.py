@@ -75,6 +75,23 @@ class DenseVASP:
             paths.append(x @ p["output.nease.weight"] + self.nease_offset)
         return paths, kl
 
+    def log_p(self, x: Tensor, loss: str = "focal") -> Tensor:
+        """What the model ranks by, (rows, I): log p of every item."""
+        paths, _ = self.forward(x)
+        if loss == "multinomial":
+            return torch.log_softmax(sum(paths), dim=1)
+        return sum(torch.nn.functional.logsigmoid(path) for path in paths)
+
+    def factors(self, x: Tensor) -> dict[str, Tensor]:
+        """p of every item for one row x (1, I), its factors and NEASE's logit, (I,) each."""
+        with torch.no_grad():
+            paths = [path[0] for path in self.forward(x)[0]]
+        p = [torch.sigmoid(path) for path in paths]
+        every = {"p": torch.stack(p).prod(0)}
+        if self.kind != "flvae":
+            every |= {"logit": paths[-1].clone(), "p_nease": p[-1]}
+        return every | ({"p_flvae": torch.stack(p[:-1]).prod(0)} if self.kind == "vasp" else {})
+
     def loss(
         self, x: Tensor, y: Tensor, noise: Tensor | None, kind: str, alpha: float = 0.25, gamma: float = 2.0
     ) -> tuple[Tensor, Tensor]:

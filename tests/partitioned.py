@@ -13,6 +13,7 @@ from dist_vasp.model.item_layers import ItemSlice
 from dist_vasp.model.sparse import ItemRows, gather_rows
 from dist_vasp.model.vasp import VASP
 from dist_vasp.parallel.comm import Ranks
+from tests.dense import DenseVASP
 
 SMALL = {"hidden": 6, "latent": 3, "encoder_layers": 3, "decoder_layers": 2}
 
@@ -41,6 +42,15 @@ def gathered(x: list[list[int]], y: list[list[int]], n_items: int, ranks: Ranks)
         [csr(x[mine]), csr(y[mine])], mine.stop - mine.start, padded, n_items, ranks.partition_group, ranks.device
     )
     return x_G, y_G, mine, padded
+
+
+def dense_of(model: VASP, trunk: torch.nn.Module | None) -> DenseVASP:
+    """The double precision oracle with the weights of a model of one partition."""
+    parameters = {name: p.double() for name, p in assemble(export(model.slices())).items()}
+    if trunk is not None:
+        parameters |= {f"trunk.{name}": p.double() for name, p in trunk.named_parameters()}
+    config = model.config
+    return DenseVASP(config.kind, parameters, config.encoder_layers, config.decoder_layers, config.latent_head)
 
 
 def pad_noise(noise: np.ndarray, mine: slice, padded: int, dtype: torch.dtype) -> torch.Tensor:

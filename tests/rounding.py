@@ -66,7 +66,7 @@ _EXACT = {
     "zeros_like", "any", "all", "diagonal_backward", "value_selecting_reduction_backward",
 }  # fmt: skip
 _ROUNDED = {
-    "add", "add_", "addcdiv", "addcdiv_", "addcmul", "addcmul_", "addmm", "bmm", "cumsum", "div",
+    "add", "add_", "addcdiv", "addcdiv_", "addcmul", "addcmul_", "addmm", "bmm", "cumsum", "div", "index_add_",
     "div_", "dot", "lerp", "lerp_", "linalg_vector_norm", "mean", "mm", "mul", "mul_", "mv",
     "prod", "reciprocal", "rsub", "sqrt", "sqrt_", "sub", "sub_", "sum",
 }  # fmt: skip
@@ -127,6 +127,9 @@ def _largest_error(func: Any, name: str, args: Any, kwargs: Any) -> Tensor | Non
         terms, result = args[0].shape[args[1]], func(*args, **kwargs).abs()
         scale = result if name == "_softmax" else args[0].abs() + result + 1
         return (gamma(terms) + ELEMENTARY * UNIT) * scale
+    if name == "index_add_":
+        total, dim, index, terms = args[:4]
+        return gamma(len(index) + 1) * total.abs().index_add(dim, index, terms.abs())
     if name in ("lerp", "lerp_"):
         return 3 * UNIT * torch.maximum(args[0].abs(), args[1].abs())
     if name in ("addcmul", "addcmul_"):

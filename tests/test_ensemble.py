@@ -35,10 +35,7 @@ def log_p(oracle, kind: str, loss: str, x: torch.Tensor) -> torch.Tensor:
     """What a member ranks by, (rows, I), in double precision."""
     if kind == "ease":
         return x @ oracle.parameters["output.nease.weight"]
-    paths, _ = oracle.forward(x)
-    if loss == "multinomial":
-        return torch.log_softmax(sum(paths), dim=1)
-    return sum(torch.nn.functional.logsigmoid(path) for path in paths)
+    return oracle.log_p(x, loss)
 
 
 @pytest.fixture(scope="module")

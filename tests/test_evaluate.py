@@ -16,9 +16,9 @@ from dist_vasp.parallel.comm import Ranks, form_groups
 from dist_vasp.parallel.partition import Layout
 from dist_vasp.ranking import evaluate as module
 from dist_vasp.ranking.evaluate import evaluate, model_scorer, popularity_scorer, top_items
-from tests.dense import DenseVASP, dense_rows
+from tests.dense import dense_rows
 from tests.make_shards import write_folder
-from tests.partitioned import SMALL, assemble, csr, export, make_model, random_rows
+from tests.partitioned import csr, dense_of, make_model, random_rows
 from tests.ranks import run_ranks
 from tests.rounding import bounded, bounded_scores, each_within, same_list, within
 
@@ -95,15 +95,9 @@ def metrics_of(ranking: list[list[int]], held_out: list[list[int]]) -> dict[str,
 def dense_scores(kind: str, loss: str, seen: list[list[int]]) -> np.ndarray:
     """log p (U, I) of the same weights in double precision."""
     model = make_model(kind, N_ITEMS, alone(), loss, dtype=torch.float32)
-    trunk = make_trunk(model.config, 5)
-    parameters = {name: p.double() for name, p in assemble(export(model.slices())).items()}
-    parameters |= {} if trunk is None else {f"trunk.{name}": p.double() for name, p in trunk.named_parameters()}
-    dense = DenseVASP(kind, parameters, SMALL["encoder_layers"], SMALL["decoder_layers"])
     with torch.no_grad():
-        paths, _ = dense.forward(dense_rows(seen, N_ITEMS, torch.float64))
-        if loss == "multinomial":
-            return torch.log_softmax(sum(paths), 1).numpy()
-        return sum(torch.nn.functional.logsigmoid(p) for p in paths).numpy()
+        x = dense_rows(seen, N_ITEMS, torch.float64)
+        return dense_of(model, make_trunk(model.config, 5)).log_p(x, loss).numpy()
 
 
 # --- models on every layout ------------------------------------------------------------------------------------------

@@ -27,8 +27,10 @@ from dist_vasp.ranking.history_file import open_histories
 from dist_vasp.ranking.load import load_model
 from dist_vasp.ranking.recommend import recommend_to_file
 from dist_vasp.ranking.recommender import Recommender
+from tests.dense import DenseVASP, dense_rows
 from tests.jobs import ROOT
 from tests.ranks import run_ranks
+from tests.rounding import Bounded, bounded, each_within
 from tests.runs import write_run
 from tests.test_recommend import NUMBERED, alone, item_table, lists_of
 
@@ -141,10 +143,14 @@ def test_a_full_scratch_disk_is_readable(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Path:
+def run_and_oracle(tmp_path_factory) -> tuple[Path, DenseVASP]:
     path = tmp_path_factory.mktemp("runs") / "run"
-    write_run(path, IDS, "vasp", 2)
-    return path
+    return path, write_run(path, IDS, "vasp", 2)
+
+
+@pytest.fixture(scope="module")
+def run(run_and_oracle) -> Path:
+    return run_and_oracle[0]
 
 
 @pytest.fixture(scope="module")
@@ -167,8 +173,25 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(recommend_module, "USERS_PER_BLOCK", 5)
 
 
-def test_explained_rows(run, history_file, tmp_path, small_blocks):
+FACTORS = {"score": "p", "p_flvae": "p_flvae", "p_nease": "p_nease"}  # columns of a file, and what they are
+
+
+def explained(oracle: DenseVASP, history_file: Path) -> dict[int, Bounded]:
+    """By user, the exact factors of every item's score and their bounds."""
+    rows: dict[int, list[int]] = {}
+    for row in pq.read_table(history_file).to_pylist():
+        rows.setdefault(row["user"], []).extend([IDS.index(row["item"])] if row["item"] in IDS else [])
+
+    def factors_of(row: list[int]) -> Bounded:
+        x = dense_rows([row], len(IDS), torch.float64)
+        return bounded(lambda: oracle.factors(x))
+
+    return {user: factors_of(row) for user, row in rows.items() if row}
+
+
+def test_explained_rows(run_and_oracle, history_file, tmp_path, small_blocks):
     """Every row tells what `Recommender.explain` tells."""
+    run, oracle = run_and_oracle
     _explained(alone(), run, history_file, tmp_path / "o.parquet", 3)
     r = Recommender.load(run)
     histories: dict = {}
@@ -177,10 +200,14 @@ def test_explained_rows(run, history_file, tmp_path, small_blocks):
     table = pq.read_table(tmp_path / "o.parquet").to_pylist()
     assert len(table) == 12 * 4
     some_are_short = False
+    bounds = explained(oracle, history_file)
     for row in table:
         found = r.explain(histories[row["user"]], row["item"], n=3)
-        assert row["score"] == pytest.approx(found.p, rel=1e-5)
-        assert row["p_flvae"] == pytest.approx(found.p_flvae, rel=1e-5) and row["p_nease"] == pytest.approx(found.p_nease, rel=1e-5)
+        exact = bounds[row["user"]]
+        item = IDS.index(row["item"])
+        for name, p in FACTORS.items():
+            pair = [row[name], getattr(found, p)]
+            each_within(pair, exact.exact[p][item], exact.each[p][item], f"user {row['user']} {name}")
         because = [(row[f"because_{n}"], row[f"weight_{n}"]) for n in (1, 2, 3)]
         some_are_short |= because[-1] == (None, None)
         assert [pair for pair in because if pair[0] is not None] == [(reason.item, reason.weight) for reason in found.reasons]
@@ -226,15 +253,21 @@ def test_text_survives_json_lines(tmp_path):
     assert line == {"user": "two\nlines", "rank": 1, "item": 'ü, "quoted"', "score": pytest.approx(np.exp(-0.5))}
 
 
-def test_ranks_explain_as_one(run, history_file, tmp_path, small_blocks):
+def test_ranks_explain_as_one(run_and_oracle, run, history_file, tmp_path, small_blocks):
     _explained(alone(), run, history_file, tmp_path / "one.parquet", 3)
     run_ranks(_explained, 3, run, history_file, tmp_path / "three.parquet", 3)
     one, three = (pq.read_table(tmp_path / f"{name}.parquet") for name in ("one", "three"))
+    exact = explained(run_and_oracle[1], history_file)
     for name in one.column_names:
-        if pa.types.is_floating(one[name].type):
-            np.testing.assert_allclose(one[name].to_numpy(), three[name].to_numpy(), rtol=1e-5)
-        else:
+        p = FACTORS.get(name)
+        if p is None:  # ids, and weights, which are numbers of the file
             assert one[name].equals(three[name]), name
+            continue
+        for user, id, a, b in zip(
+            one["user"].to_pylist(), one["item"].to_pylist(), one[name].to_pylist(), three[name].to_pylist(), strict=True
+        ):
+            found, item = exact[user], IDS.index(id)
+            each_within([a, b], found.exact[p][item], found.each[p][item], f"user {user} {name}")
 
 
 def test_nothing_is_half_written_when_the_disk_is_full(run, history_file, tmp_path, small_blocks, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from dist_vasp.data.format import ItemTable, keys_of_ids
+from dist_vasp.data.stream import Rows
 from dist_vasp.data.tables.columns import Reading
 from dist_vasp.model.vasp import make_trunk
 from dist_vasp.parallel.comm import Ranks, form_groups
@@ -23,8 +25,10 @@ from dist_vasp.ranking.histories import Histories, histories_of
 from dist_vasp.ranking.history_file import open_histories
 from dist_vasp.ranking.recommend import recommend_to_file
 from dist_vasp.ranking.writers import check_output, skipped_file
-from tests.partitioned import make_model
+from tests.dense import dense_rows
+from tests.partitioned import dense_of, make_model
 from tests.ranks import run_ranks
+from tests.rounding import ELEMENTARY, SAFETY, UNIT, bounded_scores, each_within
 
 
 def item_table(ids: list, titles: list[str] | None = None) -> ItemTable:
@@ -191,6 +195,7 @@ def test_parquet_columns_that_cannot_be_used(tmp_path, columns, message):
 
 PAIRS = [(u, 1000 + (3 * u + j) % 13) for u in range(1, 12) for j in range(u)] + [(50, 1), (51, 2), (50, 3), (1, 4)]
 K = 5
+EXP = SAFETY * ELEMENTARY * UNIT  # two exponentials of one float32
 
 
 @pytest.fixture
@@ -200,6 +205,15 @@ def pairs(tmp_path) -> None:
 
 def _histories(tmp_path: Path) -> Histories:
     return read_histories(tmp_path / "histories.parquet", NUMBERED)
+
+
+def exact_p(rows: Rows) -> np.ndarray:
+    """p of every item for these histories, (U, 13), by the oracle."""
+    model = make_model("vasp", 13, alone(), dtype=torch.float32)
+    listed = [rows.items[a:b].tolist() for a, b in itertools.pairwise(rows.indptr)]
+    with torch.no_grad():
+        x = dense_rows(listed, 13, torch.float64)
+        return dense_of(model, make_trunk(model.config, 5)).log_p(x).exp().numpy()
 
 
 def _recommend(ranks, tmp_path, name):
@@ -233,7 +247,7 @@ def test_lists(tmp_path, pairs, small_blocks, name):
     log_p, rows = top_items(model_scorer(model, make_trunk(model.config, 5)), histories.rows, K, 13, alone())
     found = list(zip(*(table.column(c).to_pylist() for c in table.column_names), strict=True))
     expected = [
-        (user, rank + 1, 1000 + int(rows[u, rank]), pytest.approx(float(np.exp(log_p[u, rank])), rel=1e-6))
+        (user, rank + 1, 1000 + int(rows[u, rank]), pytest.approx(float(np.exp(log_p[u, rank])), rel=EXP))
         for u, user in enumerate(histories.users.to_pylist())
         for rank in range(K)
         if rows[u, rank] >= 0
@@ -260,7 +274,13 @@ def test_every_number_of_ranks_writes_the_same_lists(tmp_path, pairs, small_bloc
     reports = run_ranks(_recommend, 3, tmp_path, "three.parquet")
     one, three = (pq.read_table(tmp_path / name) for name in ("one.parquet", "three.parquet"))
     assert one.drop(["score"]).equals(three.drop(["score"]))
-    np.testing.assert_allclose(one["score"], three["score"], rtol=1e-5)
+    histories = _histories(tmp_path)
+    place = {user: u for u, user in enumerate(histories.users.to_pylist())}
+    users = [place[user] for user in one["user"].to_pylist()]
+    items = [item - 1000 for item in one["item"].to_pylist()]
+    exact, bounds = bounded_scores(lambda: exact_p(histories.rows))
+    for table in (one, three):
+        each_within(table["score"], exact[users, items], bounds[users, items], "p in a file")
     assert reports[0].startswith(f"{tmp_path / 'three.parquet'}: {one.num_rows} recommendations")
 
 
