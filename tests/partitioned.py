@@ -50,7 +50,7 @@ def dense_of(model: VASP, trunk: torch.nn.Module | None) -> DenseVASP:
     if trunk is not None:
         parameters |= {f"trunk.{name}": p.double() for name, p in trunk.named_parameters()}
     config = model.config
-    return DenseVASP(config.kind, parameters, config.encoder_layers, config.decoder_layers, config.latent_head)
+    return DenseVASP(config.kind, parameters, config.encoder_layers, config.decoder_layers, config.latent_head, config.nease_offset)
 
 
 def pad_noise(noise: np.ndarray, mine: slice, padded: int, dtype: torch.dtype) -> torch.Tensor:

@@ -204,6 +204,12 @@ def each_within(found: Any, exact: Any, bounds: Any, what: str) -> None:
         check_ratio(float(away.flatten()[worst]), float(bounds.flatten()[worst]), what)
 
 
+def stored(found: Any, exact: Any, what: str) -> None:
+    """Assert that `found` is `exact`, computed in double precision and stored as float32 (2 u)."""
+    exact = _double(exact)
+    each_within(found, exact, 2 * UNIT * exact.abs() + 1e-10, what)
+
+
 def check_ratio(error: float, bound: float, what: str) -> None:
     """Assert error <= bound, and keep the ratio for the summary. A NaN is never within a bound."""
     ratio = error / bound if bound else (0.0 if error == 0 else math.inf)

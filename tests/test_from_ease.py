@@ -18,9 +18,9 @@ from tests import test_engine as engine
 from tests.dense import DenseVASP, dense_rows
 from tests.jobs import RunFolder, assert_same_run
 from tests.make_shards import write_folder
-from tests.partitioned import SMALL, gathered
+from tests.partitioned import SMALL, dense_of, gathered
 from tests.ranks import run_ranks
-from tests.rounding import Bounded, bounded, each_within, within
+from tests.rounding import UNIT, Bounded, bounded, each_within, stored, within
 from tests.test_commands import call, succeeds  # noqa: F401 - call is a fixture
 from tests.test_ease import N_ITEMS, columns_of, dense, held_out, oracle, tastes, train_matrix, write_shards
 from tests.test_engine import LR, REPORTED, STEPS, _batch, _noise, _rows, _state, _whole
@@ -168,7 +168,7 @@ def test_ease_with_weighted_users_is_the_formula(shards, tmp_path, call):  # noq
     x = train_matrix()
     lengths = x.sum(axis=1, keepdims=True)
     expected = oracle(x * (lengths / lengths.mean()) ** -0.25, 5.0)  # both factors of x^T x hold half of the weight
-    np.testing.assert_allclose(weights_of(tmp_path / "run").numpy(), expected, rtol=0, atol=1e-7)
+    stored(weights_of(tmp_path / "run"), expected, "B with weighted users")
     assert np.abs(expected - oracle(x, 5.0)).max() > 1e-3
 
 
@@ -195,7 +195,7 @@ def weights_of(run_dir: Path) -> torch.Tensor:
 
 
 def test_ease_with_dropout_is_the_formula(ease_run):
-    np.testing.assert_allclose(weights_of(ease_run).numpy(), edlae(0.25, 5.0), rtol=0, atol=1e-7)
+    stored(weights_of(ease_run), edlae(0.25, 5.0), "B with dropout")
     assert np.abs(edlae(0.25, 5.0) - oracle(train_matrix(), 5.0)).max() > 1e-3
 
 
@@ -205,7 +205,7 @@ def test_a_run_starts_from_b_and_keeps_it_where_it_is_apart(shards, ease_run, tm
     more = ["--model.nease", "apart", *(CLOSED if start == "closed_form" else ())]
     named = start if start == "closed_form" else ease_run
     succeeds("train", *arguments(shards, tmp_path / "run", named, *more), ranks=ranks)
-    np.testing.assert_allclose(weights_of(tmp_path / "run").numpy(), 8 * edlae(0.25, 5.0), rtol=0, atol=1e-6)
+    stored(weights_of(tmp_path / "run"), 8 * edlae(0.25, 5.0), "8 B")
 
 
 def test_a_run_that_stopped_goes_on_bitwise(shards, ease_run, tmp_path, call):  # noqa: F811
@@ -221,9 +221,7 @@ def test_a_run_that_stopped_goes_on_bitwise(shards, ease_run, tmp_path, call):  
     call(main, *arguments(shards, cut.path, copy, *more))
     assert_same_run(cut, whole)
     end = tensors(whole.newest())
-    assert torch.equal(end[f"{W}.start"], torch.from_numpy(8 * edlae(0.25, 5.0)).float()) or np.allclose(
-        end[f"{W}.start"].numpy(), 8 * edlae(0.25, 5.0), rtol=0, atol=1e-6
-    )
+    stored(end[f"{W}.start"], 8 * edlae(0.25, 5.0), "the start of W")
     assert 0 < (end[W] - end[f"{W}.start"]).abs().max() < 0.1
 
 
@@ -283,15 +281,25 @@ def test_lists_and_explanations_know_the_offset(shards, ease_run, tmp_path, call
     seen = [3, 4, 40]
     ids = [1000 + i for i in seen]
     shallow = dense([seen], N_ITEMS)[0] @ (8 * edlae(0.25, 5.0)) - 8
+    loaded = load_model(path, None, alone())
+    oracle, x = dense_of(loaded.model, loaded.trunk), torch.from_numpy(dense([seen], N_ITEMS))
+    exact = bounded(lambda: oracle.factors(x))
+    np.testing.assert_allclose(exact.exact["logit"], shallow, rtol=0, atol=8 * 3 * UNIT)  # 8 B, stored
     ours = Recommender.load(path)
     ours.export(tmp_path / "export")
     for r in (ours, Recommender.load(tmp_path / "export")):
         found, scores = r.recommend([ids], k=5)
         for item, score in zip(found[0].tolist(), scores[0].tolist(), strict=True):
             why = r.explain(ids, item)
-            assert why.p_nease == pytest.approx(1 / (1 + np.exp(-shallow[item - 1000])), rel=1e-4)
-            assert why.p == pytest.approx(score, rel=1e-5) and why.p == pytest.approx(why.p_flvae * why.p_nease, rel=1e-5)
-            assert why.logit == pytest.approx(sum(reason.weight for reason in why.reasons) + why.rest, abs=1e-5)
+            total = sum(reason.weight for reason in why.reasons) + why.rest
+            for name, values in (
+                ("p", [why.p, score, why.p_flvae * why.p_nease]),
+                ("p_nease", why.p_nease),
+                ("p_flvae", why.p_flvae),
+                ("logit", [why.logit, total]),
+            ):
+                place = item - 1000
+                each_within(values, exact.exact[name][place], exact.each[name][place], name)
     (tmp_path / "h.csv").write_text("user,item\n" + "".join(f"ann,{i}\n" for i in ids))
     out = tmp_path / "l.jsonl"
     call(recommend, "--run", path, "--histories", tmp_path / "h.csv", "--k", 5, "--output", out, "--device", "cpu", "--explain", 2)
