@@ -185,7 +185,7 @@ def same_list(ids: Any, listed: Any, exact: np.ndarray, bounds: np.ndarray, what
 
 
 def _double(value: Any) -> Tensor:
-    tensor = value.detach() if isinstance(value, Tensor) else torch.as_tensor(np.asarray(value))
+    tensor = value.detach() if isinstance(value, Tensor) else torch.tensor(np.asarray(value))
     return tensor.double().clone()
 
 
