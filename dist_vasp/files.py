@@ -16,6 +16,7 @@ import os
 import re
 import secrets
 import shutil
+import socket
 import stat
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
@@ -130,6 +131,30 @@ def remove_leftovers(folder: Path) -> None:
     for entry in os.scandir(folder):
         if _LEFTOVER.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
             os.unlink(entry.path)
+
+
+def lock_or_owner(path: Path) -> int | str:
+    """Take the lock of a folder that this process will own until it ends, and write into `path` who owns it.
+
+    Returns the open file that holds the lock, which goes with the process; or, where another process holds it, what that
+    one has written there. The file is never a link. A filesystem without locks refuses nobody.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EEXIST, f"{path} is not a regular file", str(path))
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        owner = os.pread(descriptor, 500, 0).decode(errors="replace").strip()
+        os.close(descriptor)
+        return owner
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            os.close(descriptor)
+            raise
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+    return descriptor
 
 
 def sync(path: Path) -> None:

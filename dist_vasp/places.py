@@ -17,7 +17,7 @@ from typing import Any
 
 Inputs = Sequence[tuple[str, str | Path | None]]  # what a command reads: the option that names it, and the path
 RUN_FILES = (
-    r"config\.yaml|environment\.json|metrics\.jsonl.*|result\.json|items\.parquet|tracking\.json|\.lock|"
+    r"config\.yaml|environment\.json|metrics\..*|result\.json|items\.parquet|tracking\.json|\.lock|"
     r"diverged-step-\d+\.json|checkpoints|tensorboard"
 )
 _PARTS = r"trunk\.(safetensors|pt2)|items-\d{5}-of-\d{5}\.safetensors"
@@ -147,6 +147,23 @@ def check_own_folder(path: Path) -> None:
         raise ValueError(f"{path} is not a folder; remove it")
 
 
+def check_run_folder(folder: Path) -> None:
+    """ValueError unless a training may write into `folder`: it is new, or a run's, and nothing of it is a link."""
+    check_belongs_to_nothing(folder, "run.dir")
+    for kind, telling, _ in _FOLDERS[1:]:
+        if any((folder / name).exists() for name in telling):
+            raise ValueError(f"run.dir {folder} holds {kind}; a run needs a folder of its own")
+    began = any(os.path.lexists(folder / name) for name in (".lock", "environment.json", *_FOLDERS[0][1]))
+    for name in ("config.yaml", "environment.json", "items.parquet", "metrics.jsonl", "result.json", "tracking.json"):
+        check_writable_file(folder / name)
+        if not began and (folder / name).exists():
+            raise ValueError(
+                f"run.dir {folder} holds a {name} that no training wrote, which would be replaced; a run needs a folder of its own"
+            )
+    for name in ("checkpoints", "tensorboard"):
+        check_own_folder(folder / name)
+
+
 def is_json(fits: Callable[[Any], bool], largest: int = 1 << 26) -> Callable[[Path], bool]:
     """Return a recogniser of JSON files: `fits` is asked about the content; it may raise KeyError or TypeError."""
 
@@ -154,7 +171,8 @@ def is_json(fits: Callable[[Any], bool], largest: int = 1 << 26) -> Callable[[Pa
         if path.stat().st_size > largest:
             return False
         try:
-            return fits(json.loads(path.read_bytes()))
+            found = json.loads(path.read_bytes())
+            return bool(found) and fits(found)
         except (KeyError, TypeError, AttributeError, RecursionError):
             return False
 

@@ -11,20 +11,25 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, BinaryIO
 
 from dist_vasp.config import Config, make_parser, parse
 from dist_vasp.data.format import Manifest
+from dist_vasp.files import parents, replace_text, replacing, sole_writer
 from dist_vasp.parallel.comm import init_ranks
 from dist_vasp.parallel.partition import Layout
+from dist_vasp.places import check_file, is_json
 from dist_vasp.training.benchmark import LABELS, measure
 from dist_vasp.training.progress import duration
-from dist_vasp.training.run_dir import write_atomically
 from launch.cli import run
+
+RESULT = "benchmark.json"
+_REMEDY = "choose another --output"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -63,6 +68,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     for n in world_sizes:
         Layout.of(n, config.parallel.partitions, config.parallel.replicas)
     folder = _output(arguments.output)
+    with parents(folder / RESULT, "--output"), sole_writer(folder / RESULT, "--output"):
+        _measure(config, arguments, world_sizes, modes, folder)
+
+
+def _measure(config: Config, arguments: Any, world_sizes: list[int], modes: list[str], folder: Path) -> None:
+    """Run all jobs in turn, write the results and print the table."""
     threads = arguments.threads or max(1, len(os.sched_getaffinity(0)) // max(world_sizes))
     per_rank = arguments.users_per_rank or config.data.batch_size // max(world_sizes)
 
@@ -94,10 +105,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         "cores": cores,
         "rows": rows,
     }
-    write_atomically(folder / "benchmark.json", json.dumps(result, indent=1) + "\n")
     table = _markdown(result, arguments.floor)
-    write_atomically(folder / "benchmark.md", table)
-    _plot(rows, folder / "scaling.png")
+    replace_text(folder / RESULT, json.dumps(result, indent=1) + "\n", _REMEDY)
+    replace_text(folder / "benchmark.md", table, _REMEDY)
+    with replacing(folder / "scaling.png", _REMEDY) as file:
+        _plot(rows, file)
     print(table)
 
 
@@ -114,21 +126,32 @@ def _world_sizes(text: str) -> list[int]:
 def _output(path: str) -> Path:
     if not path:
         raise ValueError("--output is not set; pass a folder for the results")
-    folder = Path(path)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--output {path} cannot be made ({error.strerror}); choose another folder") from None
-    return folder
+    recognised = {RESULT: _is_result, "benchmark.md": _is_table, "scaling.png": _is_beside_result}
+    for name, ours in recognised.items():
+        check_file(Path(path) / name, "--output", ours=ours, make_parents=True)
+    return Path(path)
+
+
+_is_result = is_json(lambda found: {"threads_per_rank", "cores", "rows"} <= set(found))
+
+
+def _is_beside_result(path: Path) -> bool:
+    return _is_result(path.with_name(RESULT))
+
+
+def _is_table(path: Path) -> bool:
+    with open(path, "rb") as handle:
+        return b" threads a rank on " in handle.readline(200)
 
 
 def _start(config: Config, arguments: Any, n: int, batch: int, threads: int, folder: Path) -> list[dict[str, Any]]:
     """Run one job under torchrun and return what its ranks measured."""
-    job = folder / ".job"
-    job.mkdir(exist_ok=True)
-    for old in job.glob("*"):
-        old.unlink()
-    (job / "config.yaml").write_text(config.to_yaml())
+    with tempfile.TemporaryDirectory(prefix=".job-", dir=folder) as job:
+        return _run_job(config, arguments, n, batch, threads, Path(job))
+
+
+def _run_job(config: Config, arguments: Any, n: int, batch: int, threads: int, job: Path) -> list[dict[str, Any]]:
+    replace_text(job / "config.yaml", config.to_yaml(), _REMEDY)
     command = [
         sys.executable,
         "-m",
@@ -144,11 +167,7 @@ def _start(config: Config, arguments: Any, n: int, batch: int, threads: int, fol
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.startswith("error:")] or done.stderr.splitlines()[-3:]
         raise ValueError(f"the job of {n} ranks failed: {' '.join(lines)}")
-    found = [json.loads(path.read_text()) for path in sorted(job.glob("rank-*.json"))]
-    for path in job.glob("*"):
-        path.unlink()
-    job.rmdir()
-    return found
+    return [json.loads(path.read_text()) for path in sorted(job.glob("rank-*.json"))]
 
 
 def _free_port() -> int:
@@ -161,7 +180,7 @@ def _job(config: Config, arguments: Any) -> None:
     p = config.parallel
     ranks = init_ranks(p.partitions, p.replicas, config.device, threads=arguments.threads, interface=p.interface)
     result = measure(config, ranks, arguments.steps)
-    write_atomically(Path(arguments.job) / f"rank-{ranks.rank:04d}.json", json.dumps(result))
+    replace_text(Path(arguments.job) / f"rank-{ranks.rank:04d}.json", json.dumps(result), _REMEDY)
 
 
 def _summarise(mode: str, n: int, batch: int, rounds: list[list[dict[str, Any]]]) -> dict[str, Any]:
@@ -221,7 +240,7 @@ def _markdown(result: dict[str, Any], floor: bool) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _plot(rows: list[dict[str, Any]], path: Path) -> None:
+def _plot(rows: list[dict[str, Any]], file: BinaryIO) -> None:
     """Users per second against ranks with the ideal line, and the parts of a step."""
     import matplotlib
 
@@ -246,7 +265,7 @@ def _plot(rows: list[dict[str, Any]], path: Path) -> None:
         bottom = [b + h for b, h in zip(bottom, heights, strict=True)]
     right.set(ylabel="seconds of a step")
     right.legend(fontsize="small")
-    figure.savefig(path, dpi=120)
+    figure.savefig(file, format="png", dpi=120)
     plt.close(figure)
 
 

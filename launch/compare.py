@@ -18,20 +18,23 @@ from typing import Any
 import yaml
 
 from data_tools.cli import Parser
-from dist_vasp.compare.config import read_comparison
-from dist_vasp.compare.gather import gather, write_per_user
+from dist_vasp.compare.config import Comparison, read_comparison
+from dist_vasp.compare.gather import gather, is_per_user_of_all, write_per_user
 from dist_vasp.compare.jobs import Jobs, Stopped
 from dist_vasp.compare.report import markdown
 from dist_vasp.compare.runs import carry_out, count_runs, data_sha256, plan
 from dist_vasp.data.format import Manifest
+from dist_vasp.files import parents, replace_text, sole_writer
 from dist_vasp.parallel.partition import Layout
+from dist_vasp.places import begins_with, check_file, check_own_folder, is_json, unwritable
 from dist_vasp.text import printable
-from dist_vasp.training.run_dir import write_atomically
 from launch.cli import run
+
+REPORT = "report.json"
+_REMEDY = "choose another --output"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    start = time.monotonic()
     parser = Parser(prog="compare.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file of a comparison, such as configs/compare.yaml")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for the runs and the report; the same one goes on")
@@ -52,25 +55,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(plan(comparison, output, data))
         return 0
 
+    _check(output, arguments.config)
+    with parents(output / REPORT, "--output"), sole_writer(output / REPORT, "--output"):
+        return _compare(comparison, output, data, arguments.ranks, shlex.join(["python", "launch/compare.py", *argv]))
+
+
+def _compare(comparison: Comparison, output: Path, data: str, ranks: int, command: str) -> int:
+    """Bring all runs to their end and write the reports; returns the exit status."""
+    start = time.monotonic()
     runs, jobs = comparison.runs(output), Jobs()
     _make(output)
     device = next((model.config.device for model in comparison.models if model.config), "auto")
     try:
         with jobs.stoppable():
-            failures = carry_out(runs, comparison, data, arguments.ranks, jobs, _say, device)
+            failures = carry_out(runs, comparison, data, ranks, jobs, _say, device)
     except Stopped:
         _say("stopped on request; the same command goes on from here")
         return 1
     failed = f"{count_runs(len(failures))} failed: {', '.join(failure.run.stem for failure in failures)}"
     try:
-        found = gather(comparison, output, failures, shlex.join(["python", "launch/compare.py", *argv]))
+        found = gather(comparison, output, failures, command)
     except ValueError as error:
         if not failures:
             raise
         print(f"error: {failed}; {error}", file=sys.stderr)
         return 1
-    write_atomically(output / "report.json", json.dumps(found, indent=1, allow_nan=False) + "\n")
-    write_atomically(output / "report.md", printable(markdown(found)))
+    replace_text(output / REPORT, json.dumps(found, indent=1, allow_nan=False) + "\n", _REMEDY)
+    replace_text(output / "report.md", printable(markdown(found)), _REMEDY)
     write_per_user(output / "per_user.parquet", comparison, output, {failure.run.stem for failure in failures})
     _say(f"\n{found['verdict']}\n\n{output / 'report.md'}: {len(runs) - len(failures)} runs in {time.monotonic() - start:.0f} s")
     if failures:
@@ -82,11 +93,23 @@ def _say(text: str) -> None:
     print(text, flush=True)
 
 
+def _check(folder: Path, config: str) -> None:
+    """ValueError unless the reports are new, or take the place of those of an earlier comparison."""
+    inputs = [("--config", config)]
+    recognised = {REPORT: _is_report, "report.md": begins_with(b"# Comparison on "), "per_user.parquet": is_per_user_of_all}
+    for name, ours in recognised.items():
+        check_file(folder / name, "--output", ours=ours, inputs=inputs, make_parents=True)
+    check_own_folder(folder / "runs")
+
+
+_is_report = is_json(lambda found: {"verdict", "reference", "models"} <= set(found))
+
+
 def _make(folder: Path) -> None:
     try:
         (folder / "runs").mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"--output {folder} cannot be made ({error.strerror}); choose another folder") from None
+        raise unwritable(error, folder, "--output") from None
 
 
 def _overrides(rest: Sequence[str]) -> dict[str, Any]:

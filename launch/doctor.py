@@ -20,10 +20,11 @@ try:
     from dist_vasp.doctor.job import check_job
     from dist_vasp.doctor.machine import check_machine
     from dist_vasp.doctor.roundtrip import judge, measure, start_here
+    from dist_vasp.files import new_file
     from dist_vasp.parallel.comm import Ranks, all_gather_bytes, init_ranks
     from dist_vasp.parallel.launched import launched_world, threads_per_rank
+    from dist_vasp.places import check_file, is_json
     from dist_vasp.training.progress import counting
-    from dist_vasp.training.run_dir import check_file, write_atomically
     from launch.cli import run
 except ImportError as missing:
     print(f"error    imports  {missing}\n         -> pip install -c constraints.txt -e .", file=sys.stderr)
@@ -46,8 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     config, arguments = parse(parser, argv)
     if arguments.ranks < 0:
         raise ValueError(f"--ranks is {arguments.ranks}, expected at least 1")
-    if arguments.json != "-":
-        check_file("--json", arguments.json)
+    if arguments.json not in ("", "-"):
+        check_file(arguments.json, "--json", ours=_are_findings)
     if arguments.shards:
         config = Config(**{**vars(config), "data": type(config.data)(**{**vars(config.data), "shards": arguments.shards})})
     if arguments.round_trip:
@@ -96,8 +97,12 @@ def _tell(findings: list[Finding], where: str) -> None:
         print(text)
         return
     if where:
-        write_atomically(Path(where), text + "\n")
+        with new_file(where, "--json", ours=_are_findings) as file:
+            file.write(text.encode() + b"\n")
     print(table(findings))
+
+
+_are_findings = is_json(lambda found: all(set(finding) == {"check", "level", "text", "do"} for finding in found))
 
 
 if __name__ == "__main__":

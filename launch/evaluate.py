@@ -92,7 +92,7 @@ def _check_outputs(json_path: str | None, per_user_path: str | None) -> None:
         raise ValueError(f"--json and --per_user are both {json_path}; name two files")
 
 
-_is_evaluation = is_json(lambda found: all(name in ("test", "validation") and "n_users" in found[name] for name in found))
+_is_evaluation = is_json(lambda found: set(found) <= {"test", "validation"} and all("n_users" in found[name] for name in found))
 
 
 if __name__ == "__main__":

@@ -9,9 +9,10 @@ from pathlib import Path
 
 from dist_vasp.config import make_parser, parse
 from dist_vasp.data.format import MANIFEST, Manifest
+from dist_vasp.files import new_file
 from dist_vasp.parallel.partition import Layout
+from dist_vasp.places import check_file, is_json
 from dist_vasp.plan import Plan, Rates, Sizes, dense_reference_memory, make_plan, smallest_that_fits
-from dist_vasp.training.run_dir import check_file, write_atomically
 from launch.cli import run
 
 
@@ -35,7 +36,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     for option in ("items", "items_per_user", "device_memory_gb"):
         if not 0 <= arguments[option] < math.inf:
             raise ValueError(f"--{option} is {arguments[option]}, expected 0 or more, and finite; correct it")
-    check_file("--json", arguments.json)
+    inputs = [("--rates", arguments.rates), *(("--config", str(path)) for path in arguments.config or ())]
+    if arguments.json:
+        check_file(arguments.json, "--json", ours=_is_plan, inputs=inputs)
     sizes = _sizes(config.data.shards, arguments["items"], arguments["items_per_user"])
     rates = _rates(arguments.rates)
     layout = Layout.of(arguments.ranks, config.parallel.partitions, config.parallel.replicas)
@@ -70,7 +73,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             "step_seconds",
         )
         text = json.dumps({name: getattr(plan, name) for name in fields}, indent=1) + "\n"
-        write_atomically(Path(arguments.json), text, "name another --json")
+        with new_file(arguments.json, "--json", ours=_is_plan, inputs=inputs) as file:
+            file.write(text.encode())
+
+
+_is_plan = is_json(lambda found: {"partitions", "memory_total", "traffic_total"} <= set(found))
 
 
 def describe(plan: Plan, users: int) -> str:

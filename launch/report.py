@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dist_vasp.data.format import Manifest
+from dist_vasp.files import new_file
+from dist_vasp.places import check_file
 from dist_vasp.ranking.recommender import Recommender
 from dist_vasp.report.gather import Run, read_runs
 from dist_vasp.report.lists import look
-from dist_vasp.report.page import Looked, page
+from dist_vasp.report.page import Looked, is_report, page
 from dist_vasp.training.progress import counting
-from dist_vasp.training.run_dir import check_file, write_atomically
 from launch.cli import make_argument_parser, run
 
 
@@ -36,10 +37,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.shards:
         Manifest.load(arguments.shards)  # data that was named must be there; that of a run may have gone
     runs = read_runs(arguments.runs, arguments.benchmark)
-    check_file("--out", str(out))
+    check_file(out, "--out", ours=is_report)
     looked = [_look(one, arguments.shards, arguments.users, arguments.samples, arguments.k) for one in runs]
     date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
-    write_atomically(out, page(runs, looked, date))
+    with new_file(out, "--out", ours=is_report) as file:
+        file.write(page(runs, looked, date).encode())
     print(f"{out}: {os.path.getsize(out) / 1e3:,.0f} kB on {', '.join(one.name for one in runs)}; open it in a browser")
 
 

@@ -20,6 +20,8 @@ from types import FrameType
 
 import psutil
 
+from dist_vasp.files import open_append
+
 _LOOK_EVERY_S = 0.1
 _LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -84,7 +86,7 @@ class Jobs:
         start = time.monotonic()
         if self._asked:
             raise Stopped
-        with open(log, "ab") as output:
+        with open_append(log, "choose another --output") as output:
             job = subprocess.Popen(
                 [*launcher(ranks, free_port()), str(script), *arguments],
                 env=environment,

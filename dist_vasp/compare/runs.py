@@ -27,8 +27,9 @@ from dist_vasp.compare.config import Comparison, Run
 from dist_vasp.compare.jobs import Ended, Jobs, Stopped
 from dist_vasp.config import from_dict
 from dist_vasp.data.format import SPLITS, Manifest
-from dist_vasp.training.run_dir import write_atomically
+from dist_vasp.files import replace_text
 
+_REMEDY = "choose another --output"
 LAUNCH = Path(__file__).resolve().parent.parent.parent / "launch"
 DONE, TRAINED, BEGUN, NEW = "done", "trained", "begun", "new"  # what is there of a run
 
@@ -154,9 +155,9 @@ def _carry_out_one(run: Run, state: str, comparison: Comparison, data: str, rank
         for ending in ("test.json", "per_user.parquet"):  # of an earlier result
             run.file(ending).unlink(missing_ok=True)
         before = _job(run) if state == BEGUN else {}
-        write_atomically(run.file("job.json"), json.dumps({**before, "data_sha256": None}) + "\n")  # not finished from here on
+        replace_text(run.file("job.json"), json.dumps({**before, "data_sha256": None}) + "\n", _REMEDY)  # not finished from here on
     if run.config is not None and state != TRAINED:
-        write_atomically(run.file("yaml"), run.config.to_yaml())
+        replace_text(run.file("yaml"), run.config.to_yaml(), _REMEDY)
         result_before = _changed(run.dir / "result.json")
         try:
             ended = jobs.run(LAUNCH / "train.py", ["--config", str(run.file("yaml"))], ranks, run.file("log"), run.config.device)
@@ -174,7 +175,7 @@ def _carry_out_one(run: Run, state: str, comparison: Comparison, data: str, rank
         ended = jobs.run(LAUNCH / "ensemble.py", [*members, *weights, "--output", str(run.dir)], 1, run.file("log"), device)
         if ended.status:
             return Failure(run, ended.status, _reason(run.file("log"), log_before))
-        write_atomically(run.file("yaml"), _members_of(run))
+        replace_text(run.file("yaml"), _members_of(run), _REMEDY)
     what = ["--run", str(run.dir)] if run.config or run.members else ["--baseline", run.model.source]
     device = device if run.config is None else run.config.device
     arguments = [*what, "--shards", comparison.shards, "--device", device, "--json", str(run.file("test.json"))]
@@ -194,7 +195,7 @@ def _note(run: Run, ended: Ended, data: str | None, ranks: int) -> None:
     if len(before.get("peak_memory", [])) == len(peaks):
         peaks = [max(pair) for pair in zip(peaks, before["peak_memory"], strict=True)]
     noted = {"seconds": before.get("seconds", 0.0) + ended.seconds, "peak_memory": peaks, "ranks": ranks, "data_sha256": data}
-    write_atomically(run.file("job.json"), json.dumps(noted, indent=1) + "\n")
+    replace_text(run.file("job.json"), json.dumps(noted, indent=1) + "\n", _REMEDY)
 
 
 def _changed(path: Path) -> int:

@@ -6,8 +6,8 @@
              items-PPPPP-of-PPPPP.safetensors    as in a checkpoint, without moments
              trunk.pt2                           asked for: the trunk as a torch.export program, for a consumer of its own
 
-The tensors are those of a checkpoint in the same files and blocks, so an export answers bitwise as its run does. Written to a
-temporary folder, synced and renamed: it exists whole or not at all. Nothing of it is unpickled by us: trunk.pt2 is only hashed.
+The tensors are those of a checkpoint in the same files and blocks, so an export answers bitwise as its run does. It exists
+whole or not at all (`dist_vasp.files`). Nothing of it is unpickled by us: trunk.pt2 is only hashed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ from dist_vasp.checkpoint import Checkpoint
 from dist_vasp.data import positives
 from dist_vasp.data.format import ITEMS_FILE
 from dist_vasp.data.positives import PositiveRule
+from dist_vasp.files import new_folder
 from dist_vasp.model.trunk import Trunk
+from dist_vasp.places import check_folder
 from dist_vasp.ranking.mapped import map_tensors
 
 FORMAT_VERSION = 1
@@ -81,11 +83,7 @@ def export(
     With `trunk` that program is written besides. `rule` goes into the header: what makes a positive of a history. The caller has verified the checkpoint. `progress(bytes done, bytes in all)` is
     called after each tensor. ValueError where the folder exists, the disk is too small or fails.
     """
-    output = Path(output)
-    if output.exists() or output.is_symlink():
-        raise ValueError(f"{output} exists; name another folder, or remove it yourself")
-    if not output.parent.is_dir():
-        raise ValueError(f"{output}: the folder {output.parent} does not exist; create it first")
+    output = check_folder(output)
     files = {
         name: _weights(opened.path / name, opened.remedy)
         for name in sorted(opened.header["files"])
@@ -99,7 +97,7 @@ def export(
         raise ValueError(
             f"{output.parent} has {free / 1e9:.2f} GB free but the export needs {needed / 1e9:.2f} GB; free some space"
         )
-    temporary, written = output.with_name(f".{output.name}.tmp"), 0
+    written = 0
 
     def count(n_bytes: int) -> None:
         nonlocal written
@@ -107,21 +105,12 @@ def export(
         if progress:
             progress(written, needed)
 
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
+    with new_folder(output) as temporary:
         digests = {name: checkpoints.write_safetensors(temporary / name, tensors, count) for name, tensors in files.items()}
         if trunk is not None:
             digests[PROGRAM] = write_program(trunk, temporary / PROGRAM)
         digests[ITEMS_FILE] = _copy(items_file, temporary / ITEMS_FILE)
         _write_header(temporary / HEADER, opened, digests, rule)
-        checkpoints.sync(temporary)
-        temporary.rename(output)
-        checkpoints.sync(output.parent)
-    except OSError as error:
-        raise ValueError(f"{output} could not be written ({error}); free some space or name another folder") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return f"{output}: {opened.header['n_items']:,} items, {needed / 1e6:,.1f} MB, from {opened.path.resolve().name}"
 
 

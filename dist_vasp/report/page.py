@@ -11,6 +11,7 @@ from statistics import median
 from typing import Any
 
 from dist_vasp.config import Config
+from dist_vasp.places import begins_with
 from dist_vasp.report import charts
 from dist_vasp.report.gather import Run
 from dist_vasp.report.lists import Pick, Popularity, Sample
@@ -25,6 +26,9 @@ METRICS = (
     ("coverage@100", "Coverage@100"),
 )
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+_START = (  # by which a report is known
+    f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
+)
 _SHOWN_HISTORY = 14
 _DASH = "\N{EN DASH}"
 
@@ -36,6 +40,9 @@ class Looked:
     popularity: Popularity | None = None
     samples: list[Sample] = field(default_factory=list)
     why_not: str = ""
+
+
+is_report = begins_with(_START.encode())
 
 
 def page(runs: Sequence[Run], looked: Sequence[Looked], date: str) -> str:
@@ -55,8 +62,7 @@ def page(runs: Sequence[Run], looked: Sequence[Looked], date: str) -> str:
     body = "".join(f'<section id="{anchor}"><h2>{name}</h2>{content}</section>' for name, anchor, content in parts)
     notes = "".join(f"<p>{_named(run, runs)}{escape(note)}</p>" for run in runs for note in run.notes)
     html = (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
+        f"{_START}"
         '<meta name="viewport" content="width=device-width,initial-scale=1"><meta name="referrer" content="no-referrer">'
         f"<title>{escape(title)} {_DASH} training report</title><style>{STYLE}</style></head><body>"
         f'<header><h1>{escape(title)}</h1><p class="lead">{_lead(runs)}</p>'

@@ -5,9 +5,7 @@ RUN_DIR/config.yaml  environment.json  metrics.jsonl  items.parquet  checkpoints
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import secrets
 import shutil
 import socket
@@ -19,7 +17,9 @@ from typing import Any, TextIO
 
 from dist_vasp.config import Config
 from dist_vasp.data.format import ITEMS_FILE
+from dist_vasp.files import lock_or_owner, remove_leftovers, replace_text
 from dist_vasp.parallel.comm import Ranks, agreed, all_gather_bytes
+from dist_vasp.places import check_run_folder, unwritable
 from dist_vasp.training.board import Board
 from dist_vasp.training.tracking import Tracking
 
@@ -37,21 +37,16 @@ class RunDir:
         self._board: Board | None = None
         self._tracking: Tracking | None = None
         self._step, self._ended = 0, False
+        check_run_folder(self.folder)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.folder / ".lock", "a+")  # noqa: SIM115 - held until the process ends
+            self._lock = lock_or_owner(self.folder / ".lock")
         except OSError as error:
-            raise ValueError(f"run.dir {folder} cannot be written ({error.strerror}); choose another folder") from None
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._lock.seek(0)
-            owner = self._lock.read().strip() or "another process"
-            raise ValueError(f"run.dir {folder} is in use by {owner}; wait for it to end or choose another run.dir") from None
-        with _writing(self.folder / ".lock"):
-            self._lock.truncate(0)
-            self._lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-            self._lock.flush()
+            raise unwritable(error, folder, "run.dir", "choose another folder") from None
+        if isinstance(self._lock, str):
+            owner = self._lock or "another process"
+            raise ValueError(f"run.dir {folder} is in use by {owner}; wait for it to end or choose another run.dir")
+        remove_leftovers(self.folder)
 
     def open(self, config: Config, after_step: int, environment: dict[str, Any]) -> None:
         """Write the resolved config, add `environment` to those of earlier starts, and continue metrics after `after_step`: later
@@ -105,18 +100,6 @@ def _writing(path: Path, remedy: str = _REMEDY) -> Iterator[None]:
         raise ValueError(f"{path} could not be written ({error.strerror or error}); {remedy}") from None
 
 
-def check_file(option: str, path: str | None, suffix: str = "") -> None:
-    """ValueError unless an output file may be written at `path`, where one is asked for."""
-    if not path:
-        return
-    if suffix and Path(path).suffix != suffix:
-        raise ValueError(f"{option} {path} does not end in {suffix}; name such a file")
-    if not Path(path).parent.is_dir():
-        raise ValueError(f"{option} {path}: the folder {Path(path).parent} does not exist; create it first")
-    if Path(path).is_dir():
-        raise ValueError(f"{option} {path} is a folder; name a file")
-
-
 def check_shared(folder: str | Path, ranks: Ranks) -> None:
     """AgreedError unless every rank sees the folder that rank 0 writes into: hosts without a shared filesystem would each see
     their own, and a resume would find nothing or something else."""
@@ -145,13 +128,7 @@ def check_shared(folder: str | Path, ranks: Ranks) -> None:
 
 
 def write_atomically(path: Path, text: str, remedy: str = _REMEDY) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    with _writing(path, remedy):
-        with open(temporary, "w") as handle:
-            handle.write(text)
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(temporary, path)
+    replace_text(path, text, remedy)
 
 
 def earlier_starts(path: Path) -> list[dict[str, Any]]:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dist_vasp.config import Config
+from dist_vasp.files import replace_text
 from dist_vasp.text import one_line
 
 _WAITING = 10_000  # lines that may wait for a slow service
@@ -178,7 +179,7 @@ class _Sender(threading.Thread):
             known = _read_ids(self._ids).get(self._service_name)
             name = self._service.start(known)
             with _ONE_WRITER:
-                self._ids.write_text(json.dumps(_read_ids(self._ids) | {self._service_name: name}) + "\n")
+                replace_text(self._ids, json.dumps(_read_ids(self._ids) | {self._service_name: name}) + "\n")
             ended: bool | None = None
             while ended is None:
                 lines: list[tuple[str, dict[str, Any]]] = []
