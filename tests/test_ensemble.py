@@ -141,7 +141,7 @@ def test_recommend_takes_it(made, tmp_path, capsys):
         (["run0", "other"], r"other has a vocabulary with hash .*run0 one with .* must be trained on the same shards"),
         (["run0", "--output", "run1"], r"--output .*run1 holds something else than an ensemble; choose another folder"),
         (["run0", "--output", "a_file"], r"--output .*a_file holds something else than an ensemble"),
-        (["run0", "--output", "a_file/below"], r"--output .*below cannot be made \(Not a directory\)"),
+        (["run0", "--output", "a_file/below"], r"--output .*below.* cannot be written \(Not a directory\)"),
     ],
 )
 def test_what_cannot_be_an_ensemble(made, tmp_path, monkeypatch, arguments, message):
