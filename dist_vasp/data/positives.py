@@ -276,6 +276,12 @@ def _only(names: Sequence[str], name: str, role: str, where: str, dashes: str) -
     raise ValueError(f"{where} {problem} {name!r}; its columns are {there}; pass {_option(dashes, role, alike)}")
 
 
+def _written(names: Sequence[str], name: str) -> str:
+    """Return the name as the table writes it: RecBole's files add a type, `rating:float`."""
+    typed = (f"{name}:float", f"{name}:token")
+    return next((other for other in names if other in typed), name) if name not in names else name
+
+
 def _option(dashes: str, role: str, name: str) -> str:
     """Return how the caller names a column: `--item_column movie`, or `item_column='movie'` in Python."""
     return f"{dashes}{role}_column {name}" if dashes else f"{role}_column={name!r}"
@@ -302,8 +308,8 @@ def _rating_column(
         if asked:
             raise ValueError(f"{option} is {asked}, but the model was trained on every row, without ratings; leave it out")
         return None, []
-    name = asked or rule.rating_column
-    assert name is not None
+    assert rule.rating_column is not None
+    name = _written(names, asked or rule.rating_column)
     if name in names or asked:
         return _only(names, name, "rating", where, dashes), []
     return None, [f"{where} has no column {name}: every row is taken as a like"]
@@ -319,6 +325,7 @@ def _time_column(
     name = asked or (rule.time_column if rule else None)
     if not needed or not name:
         return None, []
+    name = _written(names, name)
     if name in names or asked:
         return _only(names, name, "time", where, dashes), []
     return None, [f"{where} has no column {name}: of several ratings of a user and an item the last row counts"]

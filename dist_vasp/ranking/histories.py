@@ -25,7 +25,7 @@ NO_LIKE = "no known item of the history is a positive of the rule the model was 
 
 @dataclass(frozen=True)
 class Read:
-    """What became of the rows of histories: the five add up to `rows`.
+    """What became of the rows of histories: the other five add up to `rows`.
 
     likes: pairs of a user and an item that are input of the model. disliked: further pairs, which are
     masked. repeated: further rows of the same pairs. unknown: rows of items outside the vocabulary.
@@ -42,9 +42,10 @@ class Read:
     def __add__(self, other: Read) -> Read:
         return Read(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
-    def __str__(self) -> str:
+    def line(self, keep_seen: bool = False) -> str:
         """One line for the user."""
-        used = f"read {self.rows:,} rows: {self.likes:,} likes used as input, {self.disliked:,} further items masked"
+        further = "further items seen" if keep_seen else "further items masked"
+        used = f"read {self.rows:,} rows: {self.likes:,} likes used as input, {self.disliked:,} {further}"
         left_out = {"repeated": self.repeated, "of unknown items": self.unknown, "without an id": self.missing}
         return "; left out: ".join([used, ", ".join(f"{n:,} {why}" for why, n in left_out.items() if n) or "nothing"])
 

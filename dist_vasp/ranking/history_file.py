@@ -124,8 +124,16 @@ class HistoryFile:
             for first in range(0, len(starts) - 1, users_per_block):
                 yield self._histories(rows, starts[first], starts[min(first + users_per_block, len(starts) - 1)], len(items.keys))
 
-    def no_known_item(self, items: ItemTable) -> ValueError:
-        """What to say where no item of any history is in the vocabulary: how ids are written here and there."""
+    def no_list(self, items: ItemTable, n_known: int) -> ValueError:
+        """What to say where nobody has a list, and `n_known` rows are of known items.
+
+        Without such rows: how ids are written here and there.
+        """
+        if n_known:
+            return ValueError(
+                f"{self.name}: {n_known:,} rows are of items that the model knows, and none is a like, so that nobody gets a list "
+                f"({self._rule}); name another --rating_column, or pass --all_positive to take every row as a like"
+            )
         wanted = [repr(one) for one in items.ids[:_EXAMPLES].to_pylist()]
         return ValueError(
             f"{self.name}: no item is known to the model, so that nobody gets a list; its items are written "

@@ -91,7 +91,7 @@ def recommend_to_file(
             if progress:
                 progress(done)
         n_known = read.rows - read.missing - read.unknown
-        agree(histories.no_known_item(items) if n_skipped and not n_known else None, ranks)
+        agree(histories.no_list(items, n_known) if n_skipped and not n_users else None, ranks)
         if file is not None:
             file.finish()
     finally:
@@ -100,7 +100,7 @@ def recommend_to_file(
     skipped = f"; {n_skipped:,} users without a like among the known items listed in {skipped_file(output)}" if n_skipped else ""
     examples.append("")
     n_rows = file.n_rows if file is not None else 0
-    return "\n".join(examples) + f"{output}: {n_rows:,} recommendations for {n_users:,} users{skipped}\n{read}"
+    return "\n".join(examples) + f"{output}: {n_rows:,} recommendations for {n_users:,} users{skipped}\n{read.line(keep_seen)}"
 
 
 def restricted(scorer: Scorer, allowed: np.ndarray, ranks: Ranks) -> Scorer:

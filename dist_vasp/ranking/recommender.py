@@ -35,6 +35,7 @@ from dist_vasp.ranking import export as exports
 from dist_vasp.ranking.accepted import history_lists, id_list, refuse_frame
 from dist_vasp.ranking.evaluate import to_item_rows, top_items
 from dist_vasp.ranking.explain import mapped_explainer
+from dist_vasp.ranking.filters import counted
 from dist_vasp.ranking.histories import Read, count_rows, find_items, histories_of_table, known_rows, liked_rows
 from dist_vasp.ranking.load import check_size, open_model, positives_of
 from dist_vasp.ranking.mapped import MappedModel, map_model
@@ -55,7 +56,8 @@ class Lists:
     `ids` (U, K): int64, or str objects. `scores` (U, K): float32, p of the model, descending. A list that ends early (fewer than
     k unseen items, or no known item in the history) is filled up with id -1 (None for str) and score NaN. `users`: the users of
     an Arrow table in order of first appearance, the users without a known item at the end; None for other input.
-    `read`: how many likes were used, how many further items masked, and what was left out. `notes`: lines on how a table was read.
+    `read`: how many likes were used, how many further items masked, and what was left out. `notes`: lines on
+    how a table was read and on ids of filters.
     """
 
     ids: np.ndarray
@@ -204,7 +206,7 @@ class Recommender:
         asked = {"user": user_column, "item": item_column, "rating": rating_column, "time": time_column}
         given = self._read(histories, asked, all_positive)
         rows = given.rows
-        allowed = self._allowed(filter_items, restrict_to)
+        allowed, notes = self._allowed(filter_items, restrict_to)
         ids = np.full((rows.n_rows, k), NO_ITEM, np.int64)
         scores = np.full((rows.n_rows, k), np.nan, np.float32)
         known = np.flatnonzero(rows.lengths)
@@ -217,7 +219,7 @@ class Recommender:
             )
             scores[block] = found if self.is_linear else np.exp(found)
         scores[ids == NO_ITEM] = np.nan
-        return Lists(self._ids(ids), scores, given.users, given.read, given.notes, ids, self.items)
+        return Lists(self._ids(ids), scores, given.users, given.read, (*given.notes, *notes), ids, self.items)
 
     def similar_items(self, item: Id, k: int, by: Literal["nease", "decoder"] | None = None) -> tuple[np.ndarray, np.ndarray]:
         """(ids, scores) of the k items nearest to `item`, itself excepted; fewer where the catalogue is smaller.
@@ -371,21 +373,24 @@ class Recommender:
             raise ValueError(f"item {item!r} is not one of the {self.n_items} items that the model was trained on")
         return row
 
-    def _allowed(self, filter_items: Iterable[Id] | None, restrict_to: Iterable[Id] | None) -> torch.Tensor | None:
-        """(I,) bool of the items that may be listed, None for all."""
+    def _allowed(
+        self, filter_items: Iterable[Id] | None, restrict_to: Iterable[Id] | None
+    ) -> tuple[torch.Tensor | None, list[str]]:
+        """(I,) bool of the items that may be listed, None for all, and lines on the ids that were passed."""
         if filter_items is None and restrict_to is None:
-            return None
-        allowed = np.ones(self.n_items, bool)
-        if restrict_to is not None:
-            rows = self._find(id_list(restrict_to, "restrict_to"), "restrict_to")
-            allowed[:] = False
-            allowed[rows[rows >= 0]] = True
-        if filter_items is not None:
-            rows = self._find(id_list(filter_items, "filter_items"), "filter_items")
-            allowed[rows[rows >= 0]] = False
+            return None, []
+        allowed, notes = np.ones(self.n_items, bool), []
+        for name, given in (("restrict_to", restrict_to), ("filter_items", filter_items)):
+            if given is None:
+                continue
+            rows = self._find(id_list(given, name), name)
+            notes.append(counted(name, len(rows), int((rows < 0).sum())))
+            if name == "restrict_to":
+                allowed[:] = False
+            allowed[rows[rows >= 0]] = name == "restrict_to"
         if not allowed.any():
             raise ValueError("filter_items and restrict_to leave no item that the model knows; pass other ids")
-        return torch.from_numpy(allowed)
+        return torch.from_numpy(allowed), notes
 
     # --- similarity ------------------------------------------------------------------------------------------------------
 
