@@ -12,52 +12,84 @@ directory, synced and renamed: it exists whole or not at all.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
 import os
 import re
+import resource
+import secrets
 import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from dist_vasp.bounded_json import read_json
 from dist_vasp.data import positives
-from dist_vasp.model.item_layers import ItemSlice
+from dist_vasp.files import sync
+from dist_vasp.model.item_layers import NEASE_WEIGHT, ItemSlice
 from dist_vasp.parallel.comm import Ranks, agree, all_gather_bytes, all_reduce
 from dist_vasp.parallel.launched import launched_world
+from dist_vasp.tensor_file import TensorFile, write_safetensors
 
 FORMAT_VERSION = 1
 HEADER = "checkpoint.json"
 TRUNK = "trunk.safetensors"
+MOST_FILES = 1 << 14  # of a checkpoint: one for each partition
 _PIECE = re.compile(r"^(.+)\[(\d{1,15}):(\d{1,15})\]$")
 _FILE = re.compile(r"trunk\.safetensors|items-\d{5}-of-\d{5}\.safetensors")
+_ATTEMPT = re.compile(r"[0-9a-f]{0,32}")
+_VANISHED = (errno.ENOENT, errno.ESTALE, errno.ENOTDIR)
+_READ_BYTES = 4 << 20  # of a stored tensor that are read at a time where it is copied in part
+
+
+class GoneError(ValueError):
+    """A checkpoint is no longer where it was found: a training may have replaced it meanwhile."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A whole checkpoint on disk and what its header says."""
+    """A whole checkpoint on disk: what its header says, and its files, which stay open.
+
+    They are opened once, together. What is verified is what is read later, even if the names are removed or replaced.
+    """
 
     path: Path
     header: dict[str, Any]
     header_name: str = HEADER
+    handles: dict[str, BufferedReader] = field(default_factory=dict, repr=False)
 
     @property
     def step(self) -> int:
         return self.header["position"]["step"]
 
     @property
+    def name(self) -> str:
+        """The name of its folder; that of a copied `best`, which is no link any more, by its step."""
+        return f"best-{self.step:08d}" if self.path.name == "best" and "position" in self.header else self.path.name
+
+    @property
     def remedy(self) -> str:
         """What to do about a damaged file."""
-        return "remove this checkpoint and go on from another" if self.header_name == HEADER else "export the run again"
+        return "remove this checkpoint and resume from another" if self.header_name == HEADER else "export the run again"
+
+    def tensors(self, name: str) -> TensorFile:
+        """A safetensors file that the header lists; ValueError where it is none."""
+        with readable(self.path / name, self.remedy):
+            return TensorFile(self.handles[name], self.path / name)
+
+    def close(self) -> None:
+        for handle in self.handles.values():
+            handle.close()
 
 
 def items_file(index: int, partitions: int) -> str:
@@ -83,7 +115,8 @@ class Save:
 
     def __init__(self, path: Path, header: dict[str, Any], pieces: list[ItemSlice], trunk: dict[str, Tensor], ranks: Ranks) -> None:
         self.path, self.header, self.ranks = path, header, ranks
-        self.temporary = path.with_name(f".{path.name}.tmp")
+        token = all_gather_bytes(secrets.token_hex(8).encode(), ranks.world, ranks.device)[0].decode()
+        self.temporary = path.with_name(f".{path.name}.{token}.tmp")
         self._digests: dict[str, str] = {}
         self._error: Exception | None = None
         self._thread: threading.Thread | None = None
@@ -104,7 +137,6 @@ class Save:
         if self.ranks.is_main:
             try:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                shutil.rmtree(self.temporary, ignore_errors=True)
                 free = shutil.disk_usage(self.path.parent).free
                 if free < needed * 1.01 + (1 << 20):
                     raise ValueError(
@@ -167,7 +199,7 @@ class Save:
                         handle.flush()
                         os.fsync(handle.fileno())
                     sync(self.temporary)
-                    shutil.rmtree(self.path, ignore_errors=True)
+                    remove(self.path)
                     self.temporary.rename(self.path)
                     sync(self.path.parent)
                 except OSError as raised:
@@ -198,122 +230,98 @@ def header_sha256(header: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def write_safetensors(path: Path, tensors: dict[str, Tensor], progress: Callable[[int], None] | None = None) -> str:
-    """Write fp32 tensors as a safetensors file, one after the other and without a copy of the whole; returns its SHA-256.
-
-    The format is a length, a JSON header and the raw bytes; safetensors' own writer wants all of them in memory at once.
-    `progress` is told the bytes of each tensor that is written.
-    """
-    header, end = {}, 0
-    for name, tensor in tensors.items():
-        assert tensor.dtype == torch.float32, (name, tensor.dtype)
-        start, end = end, end + tensor.numel() * 4
-        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    digest = hashlib.sha256()
-    with open(path, "wb") as handle:
-        for part in (len(text).to_bytes(8, "little"), text):
-            handle.write(part)
-            digest.update(part)
-        for tensor in tensors.values():
-            data = tensor.detach().cpu().contiguous().numpy().reshape(-1).view("u1").data
-            handle.write(data)
-            digest.update(data)
-            if progress:
-                progress(len(data))
-        handle.flush()
-        os.fsync(handle.fileno())
-    return digest.hexdigest()
-
-
-def sync(path: Path) -> None:
-    """Bring a written file, or the names in a folder, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def point_best_at(path: Path) -> None:
-    """Make `best` beside `path` a link to it, in one atomic step, and drop the best ones before."""
-    link, fresh = path.with_name("best"), path.with_name(".best.tmp")
-    fresh.unlink(missing_ok=True)
-    fresh.symlink_to(path.name)
-    os.replace(fresh, link)
-    for old in path.parent.glob("best-*"):
-        if old.name != path.name:
-            shutil.rmtree(old, ignore_errors=True)
-
-
-def prune(folder: Path, keep: int, leftovers: bool = True) -> None:
-    """Drop all but the `keep` newest step checkpoints and, before a run has writes of its own under way, what others left."""
-    for old in _steps(folder)[:-keep]:
-        remove(old)
-    for leftover in folder.glob(".*.tmp") if leftovers else ():
-        folder_of_ours = leftover.is_dir() and not leftover.is_symlink()
-        shutil.rmtree(leftover, ignore_errors=True) if folder_of_ours else leftover.unlink(missing_ok=True)
-
-
 def remove(path: Path) -> None:
-    """Drop a checkpoint, its header first: from then on it is none."""
+    """Drop a checkpoint, its header first: from then on it is none. Of a link only the link goes."""
+    if path.is_symlink() or path.is_file():
+        path.unlink(missing_ok=True)
+        return
     (path / HEADER).unlink(missing_ok=True)
     shutil.rmtree(path, ignore_errors=True)
-
-
-def _steps(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.glob("step-*") if (p / HEADER).is_file())
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-def newest(folder: Path) -> Path | None:
-    """The step checkpoint with the highest step, None where there is none."""
-    steps = _steps(folder)
-    return steps[-1] if steps else None
-
-
-def newest_step(folder: Path) -> int:
-    """The step that the name of the newest step checkpoint says; 0 where there is none, or a name says nothing."""
-    path = newest(folder)
-    digits = path.name.removeprefix("step-") if path else ""
-    return int(digits) if digits.isascii() and digits.isdigit() else 0
-
-
-def find(folder: Path, name: str | None = None) -> Path:
-    """The checkpoint `name`, else the best one, else the newest; ValueError lists what there is."""
-    if name is not None:
-        path = folder / name
-    else:
-        path = folder / "best" if (folder / "best").exists() else newest(folder) or folder / "best"
-    if not (path / HEADER).is_file():
-        found = sorted(p.parent.name for p in folder.glob(f"[!.]*/{HEADER}"))
-        if not found:
-            raise ValueError(f"{folder.parent} holds no checkpoint; name the run.dir of a training run that has saved one")
-        raise ValueError(f"{path} is not a checkpoint; {folder} holds {', '.join(found)}; name one of them")
-    return path
-
-
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Read the header; ValueError if it is damaged or of another version."""
-    return Checkpoint(path, read_header(path / HEADER, FORMAT_VERSION, _check_header, "use another checkpoint of the run"))
+    """Read the header and open the files. ValueError if it is damaged or of another version, GoneError if it is not there."""
+    return open_files(path, HEADER, FORMAT_VERSION, _check_header, "use another checkpoint of the run")
 
 
-def read_header(file: Path, version: int, check: Callable[[dict[str, Any]], None], remedy: str) -> dict[str, Any]:
-    """The JSON of `file`, which `check` and its own checksum found in order; ValueError if it is damaged or of another version."""
+def header_of(path: Path) -> dict[str, Any] | None:
+    """The header alone of a checkpoint; None where it has none that is sound."""
     try:
-        header = json.loads(file.read_text())
+        return read_header(path / HEADER, FORMAT_VERSION, _check_header, "")
+    except (OSError, ValueError):
+        return None
+
+
+def open_files(path: Path, header_name: str, version: int, check: Callable[[dict[str, Any]], None], remedy: str) -> Checkpoint:
+    """Open the folder, its header and every file that this lists, so that all of them are of one moment."""
+    try:
+        folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise _unreadable(path, error, remedy) from None
+    handles: dict[str, BufferedReader] = {}
+    file = path / header_name
+    try:
+        header = read_header(file, version, check, remedy, folder)
+        _allow_open_files(len(header["files"]))
+        for name in header["files"]:
+            file = path / name
+            handles[name] = _open_regular(name, folder)
+    except OSError as error:
+        for handle in handles.values():
+            handle.close()
+        raise _unreadable(file, error, remedy) from None
+    finally:
+        os.close(folder)
+    return Checkpoint(path, header, header_name, handles)
+
+
+def _open_regular(name: str, folder: int) -> BufferedReader:
+    handle = open(os.open(name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder), "rb")  # noqa: SIM115
+    if not os.path.isfile(handle.fileno()):
+        handle.close()
+        raise OSError(errno.EINVAL, "it is not a regular file")
+    return handle
+
+
+def _allow_open_files(n: int) -> None:
+    """Raise the limit of open files for a checkpoint of many partitions."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 2 * n + 256
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
+
+
+def _unreadable(file: Path, error: OSError, remedy: str) -> ValueError:
+    if error.errno in _VANISHED:
+        return GoneError(
+            f"{file} cannot be read ({error.strerror}): another command may have replaced it meanwhile; "
+            f"start the same command again, or {remedy}"
+        )
+    return ValueError(f"{file} cannot be read ({error.strerror}); {remedy}")
+
+
+def read_header(
+    file: Path, version: int, check: Callable[[dict[str, Any]], None], remedy: str, folder: int | None = None
+) -> dict[str, Any]:
+    """The JSON of `file`, which `check` and its own checksum found in order; ValueError if it is damaged or of another version.
+
+    With `folder`, an open folder, the file is looked up in it. OSError where it cannot be read.
+    """
+    try:
+        header = read_json(file if folder is None else file.name, folder=folder)
         found = header["format_version"]
         if found == version:
             check(header)
             if header["header_sha256"] != header_sha256(header):
                 raise ValueError("header_sha256 is not that of its content")
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{file} is damaged ({error!r}); {remedy}") from None
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{file} is damaged ({error!r:.300}); {remedy}") from None
     if found != version:
-        raise ValueError(f"{file} has format_version {found}, this version reads {version}; use the version that wrote it")
+        raise ValueError(f"{file} has format_version {found!r:.20}, this version reads {version}; use the version that wrote it")
     return header
 
 
@@ -333,6 +341,8 @@ def _check_header(header: dict[str, Any]) -> None:
     step, mu_product = (header["optimizer"][k] for k in ("step", "mu_product"))
     if not _is_number(step) or step != int(step) or not _is_number(mu_product) or mu_product > 1:
         raise ValueError(f"optimizer is at step {step!r} with mu_product {mu_product!r}")
+    if len(header["files"]) > MOST_FILES:
+        raise ValueError(f"files lists {len(header['files']):,} files, expected at most {MOST_FILES:,}")
     for name, digest in header["files"].items():
         if not _FILE.fullmatch(name) or not isinstance(digest, str):
             raise ValueError(f"files lists {name!r}, which is no file of a checkpoint")
@@ -341,6 +351,9 @@ def _check_header(header: dict[str, Any]) -> None:
         raise TypeError("seconds_training or evaluation_due is of another kind")
     if best is not None and not all(v is None or _is_number(v) for v in best.values()):
         raise TypeError("best does not hold metrics")
+    for which in (header.get("best_checkpoint"), {"step": 0, "attempt": header.get("attempt", "")}):
+        if which is not None and not (is_count(which["step"]) and _ATTEMPT.fullmatch(which["attempt"])):
+            raise ValueError("attempt or best_checkpoint is of another kind")
 
 
 def is_count(value: Any) -> bool:
@@ -353,22 +366,22 @@ def _is_number(value: Any) -> bool:
 
 
 def verify(checkpoint: Checkpoint, ranks: Ranks) -> None:
-    """Hold every file against its SHA-256; the ranks share the files out and agree before anything is loaded."""
+    """Check every open file against its SHA-256; the ranks share the files out and agree before anything is loaded."""
     error: Exception | None = None
     for i, (name, digest) in enumerate(sorted(checkpoint.header["files"].items())):
         if i % ranks.world_size != ranks.rank or error:
             continue
-        file = checkpoint.path / name
+        file, handle = checkpoint.path / name, checkpoint.handles[name]
         try:
-            with open(file, "rb") as handle:
-                found = hashlib.file_digest(handle, "sha256").hexdigest()
+            handle.seek(0)
+            found = hashlib.file_digest(handle, "sha256").hexdigest()
             if found != digest:
                 raise ValueError(
                     f"{file} has SHA-256 {found[:12]}..., {checkpoint.header_name} says {str(digest)[:12]}...: "
                     f"it is damaged; {checkpoint.remedy}"
                 )
         except OSError as raised:
-            error = ValueError(f"{file} cannot be read ({raised.strerror}); {checkpoint.remedy}")
+            error = _unreadable(file, raised, checkpoint.remedy)
         except ValueError as raised:
             error = raised
     agree(error, ranks)
@@ -376,46 +389,41 @@ def verify(checkpoint: Checkpoint, ranks: Ranks) -> None:
 
 @contextmanager
 def readable(file: Path, remedy: str) -> Iterator[None]:
-    """What safetensors, the disk or we say against `file` becomes a ValueError that names it and says what to do."""
+    """What the disk or we say against `file` becomes a ValueError that names it and says what to do."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{file} cannot be read as safetensors ({error}); {remedy}") from None
+    except OSError as error:
+        raise _unreadable(file, error, remedy) from None
     except ValueError as error:
         raise ValueError(f"{error}; {remedy}") from None
 
 
 def read_trunk(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """Every tensor of trunk.safetensors, on the CPU."""
-    file = checkpoint.path / TRUNK
     if TRUNK not in checkpoint.header["files"]:
         raise ValueError(f"{checkpoint.path / checkpoint.header_name} lists no {TRUNK}; {checkpoint.remedy}")
-    with readable(file, checkpoint.remedy), safe_open(file, framework="pt") as handle:
-        for name in handle.keys():  # noqa: SIM118
-            _check_dtype(handle.get_slice(name), file, name)
-        return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+    stored = checkpoint.tensors(TRUNK)
+    with readable(stored.path, checkpoint.remedy):
+        return {name: stored.read(name) for name in stored}
 
 
 def parse_piece(key: str, file: Path | str = "the file") -> tuple[str, int, int]:
     """`NAME[lo:hi]` -> (NAME, lo, hi)."""
     match = _PIECE.match(key)
     if not match:
-        raise ValueError(f"{file} holds a tensor {key!r}, expected names like output.nease.weight[0:256]")
+        raise ValueError(f"{file} holds a tensor {key!r:.80}, expected names like output.nease.weight[0:256]")
     return match[1], int(match[2]), int(match[3])
 
 
-def _stored_items(checkpoint: Checkpoint) -> Iterator[tuple[Path, Any, str, str, int, int]]:
-    """(file, open handle, key, name, lo, hi) of every tensor in the items files; ValueError where one cannot be read."""
+def _stored_items(checkpoint: Checkpoint) -> Iterator[tuple[TensorFile, str, str, int, int]]:
+    """(file, key, name, lo, hi) of every tensor in the items files; ValueError where one cannot be read."""
     for file_name in sorted(checkpoint.header["files"]):
-        if not file_name.startswith("items-"):
-            continue
-        file = checkpoint.path / file_name
-        with readable(file, checkpoint.remedy), safe_open(file, framework="pt") as handle:
-            keys = list(handle.keys())
-        for key in keys:
-            # The file is mapped: what has been read of it counts as this process's memory until it is closed.
-            with readable(file, checkpoint.remedy), safe_open(file, framework="pt") as handle:
-                yield file, handle, key, *parse_piece(key, file)
+        if file_name.startswith("items-"):
+            stored = checkpoint.tensors(file_name)
+            for key in stored:
+                with readable(stored.path, checkpoint.remedy):
+                    name, lo, hi = parse_piece(key, stored.path)
+                yield stored, key, name, lo, hi
 
 
 def stored_pieces(checkpoint: Checkpoint, names: set[str]) -> Iterator[tuple[str, int, int, int, Tensor]]:
@@ -425,14 +433,14 @@ def stored_pieces(checkpoint: Checkpoint, names: set[str]) -> Iterator[tuple[str
     """
     n_items = checkpoint.header["n_items"]
     filled: dict[tuple[str, int, int], list[tuple[int, int]]] = {(name, 0, n_items): [] for name in names}
-    for file, handle, key, name, lo, hi in _stored_items(checkpoint):
+    for stored, key, name, lo, hi in _stored_items(checkpoint):
         if name in names:
-            item_dim = 1 if name == "output.nease.weight" else 0
-            with readable(file, checkpoint.remedy):
-                shape = _check_dtype(handle.get_slice(key), file, key)
+            item_dim = 1 if name == NEASE_WEIGHT else 0
+            with readable(stored.path, checkpoint.remedy):
+                shape = stored.shape(key)
                 if len(shape) <= item_dim or shape[item_dim] != hi - lo or hi > n_items:
-                    raise ValueError(f"{file}: {key} has shape {shape} among {n_items} items")
-                tensor = handle.get_tensor(key)
+                    raise ValueError(f"{stored.path}: {key} has shape {list(shape)} among {n_items} items")
+                tensor = stored.read(key)
             filled[(name, 0, n_items)].append((lo, hi))
             yield name, item_dim, lo, hi, tensor
     _check_filled(checkpoint, filled)
@@ -441,12 +449,12 @@ def stored_pieces(checkpoint: Checkpoint, names: set[str]) -> Iterator[tuple[str
 def read_items(checkpoint: Checkpoint, pieces: list[ItemSlice]) -> None:
     """Fill this rank's pieces from whichever files hold their items; only the overlapping parts are read."""
     filled: dict[tuple[str, int, int], list[tuple[int, int]]] = {(p.name, p.lo, p.hi): [] for p in pieces}
-    for file, handle, key, name, lo, hi in _stored_items(checkpoint):
+    for stored, key, name, lo, hi in _stored_items(checkpoint):
         for piece in pieces:
             first, last = max(lo, piece.lo), min(hi, piece.hi)
             if piece.name == name and first < last:
-                with readable(file, checkpoint.remedy):
-                    _copy_range(handle.get_slice(key), file, key, piece, lo, hi, first, last)
+                with readable(stored.path, checkpoint.remedy):
+                    _copy_range(stored, key, piece, lo, hi, first, last)
                 filled[(piece.name, piece.lo, piece.hi)].append((first, last))
     _check_filled(checkpoint, filled)
 
@@ -480,21 +488,19 @@ def check_numbers(checkpoint: Checkpoint, tensors: Iterable[tuple[str, Tensor]])
             )
 
 
-def _check_dtype(stored: Any, file: Path, key: str) -> list[int]:
-    """The shape of a stored tensor; ValueError unless it is of fp32."""
-    if stored.get_dtype() != "F32":
-        raise ValueError(f"{file}: {key} is of dtype {stored.get_dtype()}, expected F32")
-    return list(stored.get_shape())
-
-
-def _copy_range(stored: Any, file: Path, key: str, piece: ItemSlice, lo: int, hi: int, first: int, last: int) -> None:
+def _copy_range(stored: TensorFile, key: str, piece: ItemSlice, lo: int, hi: int, first: int, last: int) -> None:
+    """Copy the items first to last of a stored tensor of items lo to hi, some rows at a time."""
     expected = list(piece.tensor.shape)
     expected[piece.item_dim] = hi - lo
-    shape = _check_dtype(stored, file, key)
+    shape = list(stored.shape(key))
     if shape != expected:
-        raise ValueError(f"{file}: {key} has shape {shape}, expected {expected}")
-    source = [slice(None)] * len(expected)
-    target = [slice(None)] * len(expected)
-    source[piece.item_dim] = slice(first - lo, last - lo)
-    target[piece.item_dim] = slice(first - piece.lo, last - piece.lo)
-    piece.tensor[tuple(target)] = stored[tuple(source)].to(piece.tensor)
+        raise ValueError(f"{stored.path}: {key} has shape {shape}, expected {expected}")
+    rows, columns = (first - lo, last - lo), slice(None)
+    target = piece.tensor.narrow(piece.item_dim, first - piece.lo, last - first)
+    if piece.item_dim:
+        rows, columns = (0, shape[0]), slice(first - lo, last - lo)
+    at_once = max(1, _READ_BYTES // (4 * max(math.prod(shape[1:]), 1)))
+    for start in range(*rows, at_once):
+        stop = min(start + at_once, rows[1])
+        found = stored.read(key, start, stop)
+        target[start - rows[0] : stop - rows[0]] = (found[:, columns] if piece.item_dim else found).to(target)

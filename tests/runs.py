@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import torch
 
 from dist_vasp import checkpoint as checkpoints
+from dist_vasp import checkpoint_folder as folders
 from dist_vasp.config import Config, LossConfig, ModelConfig, ParallelConfig
 from dist_vasp.data.format import ITEMS_FILE, keys_of_ids, vocabulary_sha256
 from dist_vasp.data.positives import PositiveRule, for_header
@@ -63,7 +64,7 @@ def write_checkpoint(
     }
     header["header_sha256"] = checkpoints.header_sha256(header)
     (path / checkpoints.HEADER).write_text(json.dumps(header))
-    checkpoints.point_best_at(path)
+    folders.point_best_at(path)
     return path
 
 

@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import pickle
+import re
 import shutil
 from collections import namedtuple
 from dataclasses import asdict, replace
@@ -17,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dist_vasp import checkpoint as checkpoints
+from dist_vasp import checkpoint_folder as folders
 from dist_vasp.config import Config, ModelConfig, OptimizerConfig, ParallelConfig, RunConfig, Stage
 from dist_vasp.data.stream import Batch
 from dist_vasp.model import item_layers
@@ -197,7 +199,7 @@ def test_a_file_cut_short_or_gone_is_found(saved, name):
         with pytest.raises(ValueError, match=f"{name} cannot be read as safetensors"):  # even if nobody verified
             reading[0](opened, *reading[1:])
     file.unlink()
-    with pytest.raises(AgreedError, match=rf"{name} cannot be read \(No such file"):
+    with pytest.raises(checkpoints.GoneError, match=rf"{name} cannot be read \(No such file"):
         read(saved, alone())
 
 
@@ -315,17 +317,18 @@ def test_an_interrupted_write_is_ignored_and_swept(saved, monkeypatch, failing):
         patch.setattr(checkpoints, failing, killed)
         with pytest.raises(KeyboardInterrupt):
             save(folder / "step-00000008", alone(), 8)
-    assert [p.name for p in folder.glob(".*.tmp")] == [".step-00000008.tmp"]
-    assert checkpoints.newest(folder) == saved
-    assert checkpoints.find(folder) == saved
+    (temporary,) = folder.glob(".*.tmp")
+    assert re.fullmatch(r"\.step-00000008\.[0-9a-f]{16}\.tmp", temporary.name)
+    assert folders.newest(folder) == saved
+    assert folders.find(folder) == saved
     with pytest.raises(ValueError, match=r"holds step-00000007; name one of them$"):
-        checkpoints.find(folder, "step-00000008")
-    assert checkpoints.newest(folder) == saved
+        folders.find(folder, "step-00000008")
+    assert folders.newest(folder) == saved
     (folder / ".best.tmp").symlink_to("step-00000007")
-    checkpoints.prune(folder, 1)
+    folders.settle(folder, None)
     assert [p.name for p in folder.iterdir()] == ["step-00000007"]
     save(folder / "step-00000008", alone(), 8)
-    read(checkpoints.newest(folder), alone())
+    read(folders.newest(folder), alone())
 
 
 def start_in_background(path: Path) -> tuple[checkpoints.Save, list[ItemSlice]]:
@@ -349,9 +352,9 @@ def test_what_is_written_in_the_background_is_what_was_handed_over(tmp_path):
 
 def test_a_checkpoint_does_not_exist_before_it_is_committed(saved):
     pending, _ = start_in_background(saved.with_name("step-00000008"))
-    assert checkpoints.newest(saved.parent) == saved
+    assert folders.newest(saved.parent) == saved
     pending.commit()
-    assert checkpoints.newest(saved.parent) == saved.with_name("step-00000008")
+    assert folders.newest(saved.parent) == saved.with_name("step-00000008")
 
 
 @pytest.mark.parametrize(
@@ -365,7 +368,7 @@ def test_a_background_write_that_fails_is_no_checkpoint(saved, monkeypatch, erro
     pending, _ = start_in_background(saved.with_name("step-00000008"))
     with pytest.raises(raised):
         pending.commit()
-    assert checkpoints.newest(saved.parent) == saved
+    assert folders.newest(saved.parent) == saved
 
 
 def test_little_memory_writes_in_the_foreground(tmp_path, monkeypatch):
@@ -416,9 +419,9 @@ def test_prune_keeps_the_newest_and_the_best(tmp_path):
     for step in (9, 100, 20, 3):
         save(tmp_path / f"step-{step:08d}", alone(), step)
     save(tmp_path / "best-00000003", alone(), 3)
-    checkpoints.point_best_at(tmp_path / "best-00000003")
+    folders.point_best_at(tmp_path / "best-00000003")
     (tmp_path / "step-99999999").mkdir()  # no checkpoint: it has no header
-    checkpoints.prune(tmp_path, 2)
+    folders.prune(tmp_path, 2)
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "best",
         "best-00000003",
@@ -426,47 +429,48 @@ def test_prune_keeps_the_newest_and_the_best(tmp_path):
         "step-00000100",
         "step-99999999",
     ]
-    newest = checkpoints.newest(tmp_path)
+    newest = folders.newest(tmp_path)
     assert newest is not None and checkpoints.open_checkpoint(newest).step == 100
-    checkpoints.prune(tmp_path, 5)
-    assert checkpoints.newest(tmp_path) == newest
+    folders.prune(tmp_path, 5)
+    assert folders.newest(tmp_path) == newest
 
 
 def test_best_is_switched_in_one_step(tmp_path, monkeypatch):
     for step in (1, 2):
         save(tmp_path / f"best-{step:08d}", alone(), step)
-    checkpoints.point_best_at(tmp_path / "best-00000001")
-    assert checkpoints.open_checkpoint(checkpoints.find(tmp_path)).step == 1
+    folders.point_best_at(tmp_path / "best-00000001")
+    assert checkpoints.open_checkpoint(folders.find(tmp_path)).step == 1
     save(tmp_path / "best-00000002", alone(), 2)
 
     def killed(*_):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoints.os, "replace", killed)
+        patch.setattr(folders.os, "replace", killed)
         with pytest.raises(KeyboardInterrupt):
-            checkpoints.point_best_at(tmp_path / "best-00000002")
-    assert checkpoints.open_checkpoint(checkpoints.find(tmp_path)).step == 1  # still the one before, and whole
-    checkpoints.point_best_at(tmp_path / "best-00000002")
+            folders.point_best_at(tmp_path / "best-00000002")
+    assert checkpoints.open_checkpoint(folders.find(tmp_path)).step == 1  # still the one before, and whole
+    folders.point_best_at(tmp_path / "best-00000002")
     assert (tmp_path / "best").is_symlink()
     assert checkpoints.open_checkpoint(tmp_path / "best").step == 2
+    folders.settle(tmp_path, tmp_path / "best-00000002")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["best", "best-00000002"]
 
 
 def test_find(tmp_path):
     with pytest.raises(ValueError, match=r"holds no checkpoint; name the run\.dir"):
-        checkpoints.find(tmp_path / "nothing")
-    assert checkpoints.newest(tmp_path / "nothing") is None
+        folders.find(tmp_path / "nothing")
+    assert folders.newest(tmp_path / "nothing") is None
     for name in ("step-00000001", "step-00000002", "best-00000001"):
         save(tmp_path / name, alone(), int(name[-1]))
-    assert checkpoints.find(tmp_path).name == "step-00000002"  # never evaluated: the newest
-    checkpoints.point_best_at(tmp_path / "best-00000001")
-    assert checkpoints.find(tmp_path).resolve().name == "best-00000001"
-    assert checkpoints.find(tmp_path, "step-00000001").name == "step-00000001"
+    assert folders.find(tmp_path).name == "step-00000002"  # never evaluated: the newest
+    folders.point_best_at(tmp_path / "best-00000001")
+    assert folders.find(tmp_path).resolve().name == "best-00000001"
+    assert folders.find(tmp_path, "step-00000001").name == "step-00000001"
     with pytest.raises(
         ValueError, match=r"step-00000009 is not a checkpoint; .* holds best, best-00000001, step-00000001, step-00000002"
     ):
-        checkpoints.find(tmp_path, "step-00000009")
+        folders.find(tmp_path, "step-00000009")
 
 
 # --- the trainer -----------------------------------------------------------------------------------------------------

@@ -143,7 +143,7 @@ def lines_of(run_dir: Path) -> list[dict]:
 
 def test_files_of_a_run(run, shards):
     result = json.loads((run / "result.json").read_text())
-    assert list(result) == ["validation", "test", "seconds_training", "epochs", "world_size", "checkpoint"]
+    assert list(result) == ["validation", "test", "seconds_training", "epochs", "world_size", "checkpoint", "checkpoint_sha256"]
     for split, n_users, n_unscored in (("validation", 6, 2), ("test", 9, 3)):
         assert sorted(result[split]) == sorted(METRICS)
         assert (result[split]["n_users"], result[split]["n_users_unscored"]) == (n_users, n_unscored)
@@ -483,7 +483,7 @@ def test_a_damaged_checkpoint_is_not_resumed(run, shards, tmp_path, call):
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
-    refused(call, r"step-00000009/trunk\.safetensors has SHA-256 .* remove this checkpoint and go on", *training(shards, folder))
+    refused(call, r"step-00000009/trunk\.safetensors has SHA-256 .* remove this checkpoint and resume", *training(shards, folder))
     folder = shutil.copytree(run, tmp_path / "again", symlinks=True)  # the lock of the other ends with this process
     shutil.rmtree(folder / "checkpoints" / "step-00000009")
     call(main, *training(shards, folder, "--run.evaluate_every_epochs", "0"))

@@ -42,12 +42,15 @@ BASE = TABLES | {
     "dist_vasp.text",
     "dist_vasp.console",
     "dist_vasp.signals",
+    "dist_vasp.bounded_json",
+    "dist_vasp.tensor_file",
 }  # import nothing of ours
 ROOMS = [
     "parallel.comm",
     "data",
     "model",
     "checkpoint",
+    "checkpoint_folder",
     "ranking",
     "training",
     "compare",
@@ -59,7 +62,8 @@ WITHIN_BASE = {
     "dist_vasp.files": {"dist_vasp.places"},
     "dist_vasp.console": {"dist_vasp.text"},
     "dist_vasp.parallel.liveness": {"dist_vasp.parallel.secret", "dist_vasp.text"},
-    "dist_vasp.data.format": {"dist_vasp.data.positives"},
+    "dist_vasp.data.format": {"dist_vasp.data.positives", "dist_vasp.bounded_json"},
+    "dist_vasp.tensor_file": {"dist_vasp.bounded_json"},
 }  # the only imports inside BASE
 SHARED_WITH_TOOLS = {
     f"dist_vasp.{name}" for name in ("data.format", "data.positives", "files", "places", "text", "console", "signals")

@@ -27,7 +27,8 @@ from dist_vasp.model.item_layers import OutputSide
 from dist_vasp.parallel.comm import Group
 from dist_vasp.parallel.partition import ItemPartition
 from dist_vasp.ranking import recommender as module
-from dist_vasp.ranking.mapped import MappedModel, Part, map_tensors
+from dist_vasp.ranking.mapped import MappedModel, Part
+from dist_vasp.tensor_file import map_tensors
 from tests.dense import dense_rows
 from tests.rounding import SAFETY, UNIT, bounded, bounded_scores, each_within, gamma
 from tests.runs import ROOT, sha256_of_files, write_run
@@ -363,6 +364,7 @@ def test_moments_stay_behind(runs, tmp_path):
         for key, tensor in tensors.items():
             stem, bracket, rest = key.partition("[")
             moments |= {f"{stem}.{m}{bracket}{rest}": torch.ones_like(tensor) for m in ("exp_avg", "exp_avg_sq")}
+        (step / name).unlink()
         header["files"][name] = checkpoints.write_safetensors(step / name, tensors | moments)
     header["header_sha256"] = checkpoints.header_sha256(header)
     (step / "checkpoint.json").write_text(json.dumps(header))
@@ -418,7 +420,7 @@ def test_export_refuses(runs, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("dist_vasp.checkpoint.write_safetensors", full)
+    monkeypatch.setattr("dist_vasp.ranking.export.write_safetensors", full)
     with pytest.raises(ValueError, match=r"model could not be written \(.*No space left on device\); free some space"):
         r.export(tmp_path / "model")
     assert [p.name for p in tmp_path.iterdir()] == ["there"], "nothing is left behind"

@@ -22,7 +22,7 @@ from typing import Any
 
 import yaml
 
-from dist_vasp import checkpoint as checkpoints
+from dist_vasp import checkpoint_folder as folders
 from dist_vasp.compare.config import Comparison, Run
 from dist_vasp.compare.jobs import Ended, Jobs, Stopped
 from dist_vasp.config import from_dict
@@ -66,7 +66,7 @@ def state_of(run: Run, data: str) -> str:
         return DONE if evaluated and same_data else NEW
     if (run.dir / "result.json").is_file() and same_data and _same_config(run):
         return DONE if evaluated else TRAINED
-    return BEGUN if checkpoints.newest(run.dir / "checkpoints") else NEW
+    return BEGUN if folders.newest(run.dir / "checkpoints") else NEW
 
 
 def _members_of(run: Run) -> str:
@@ -102,7 +102,7 @@ def plan(comparison: Comparison, output: Path, data: str) -> str:
     states = [state_of(run, data) for run in runs]
     lines = []
     for run, state in zip(runs, states, strict=True):
-        newest = checkpoints.newest(run.dir / "checkpoints") if run.config else None
+        newest = folders.newest(run.dir / "checkpoints") if run.config else None
         there = {
             DONE: "done",
             TRAINED: "trained, to be evaluated",

@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from webdataset.tariterators import group_by_keys
 
+from dist_vasp.bounded_json import LARGEST_MANIFEST, read_json
 from dist_vasp.data import positives
 from dist_vasp.data.positives import PositiveRule
 
@@ -207,6 +208,15 @@ class Manifest:
         """The rule that made the positives; None where the manifest does not say."""
         return positives.of_preparation(self.preparation)
 
+    @property
+    def data_sha256(self) -> str:
+        """Identifies all of the data: the vocabulary and every shard of every split, in order."""
+        digest = hashlib.sha256(self.vocabulary_sha256.encode())
+        for split in SPLITS:
+            for shard in self.splits[split].shards:
+                digest.update(f"{split} {shard.sha256}".encode())
+        return digest.hexdigest()
+
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1) + "\n"
 
@@ -217,7 +227,7 @@ class Manifest:
         if not path.is_file():
             raise ValueError(f"{folder} holds no {MANIFEST}; expected a folder written by `python -m data_tools.shard`")
         try:
-            raw = json.loads(path.read_text())
+            raw = read_json(path, LARGEST_MANIFEST)
             if raw["format_version"] != FORMAT_VERSION:
                 raise ValueError(
                     f"format_version is {raw['format_version']}, this version reads {FORMAT_VERSION}; shard the data again"
@@ -231,6 +241,8 @@ class Manifest:
                 preparation=dict(raw["preparation"]),
             )
             positives.of_preparation(manifest.preparation)
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read ({error.strerror}); correct that, or shard the data again") from None
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             detail = f"the key {error} is missing" if isinstance(error, KeyError) else str(error)
             raise ValueError(f"{path} is not a manifest of this project: {detail}") from None

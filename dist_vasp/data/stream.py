@@ -272,17 +272,23 @@ class EvalBlock:
 
 
 def evaluation_blocks(
-    folder: str | Path, split: str, users_per_block: int, start: int = 0, stop: int | None = None
+    folder: str | Path,
+    split: str,
+    users_per_block: int,
+    start: int = 0,
+    stop: int | None = None,
+    manifest: Manifest | None = None,
 ) -> Iterator[EvalBlock]:
     """The users start to stop of `split` ("validation" or "test") in order, `users_per_block` at a time (the last: fewer).
 
     Every rank of a partition group iterates the same blocks; they do not depend on the shards. Memory holds one shard
-    and one block. Shards before `start` are not read. ValueError where a shard is damaged.
+    and one block. Shards before `start` are not read. `manifest`: what the folder held when it was read before, to which the
+    shards must still answer. ValueError where a shard is damaged.
     """
     if split not in ("validation", "test"):
         raise ValueError(f"split is {split!r}, expected validation or test")
     assert users_per_block >= 1, users_per_block
-    manifest = Manifest.load(folder)
+    manifest = manifest or Manifest.load(folder)
     entry = manifest.splits[split]
     stop = entry.users if stop is None else min(stop, entry.users)
     waiting: EvalBlock | None = None

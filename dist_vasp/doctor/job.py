@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from dist_vasp import checkpoint as checkpoints
+from dist_vasp import checkpoint_folder as folders
 from dist_vasp.config import Config
 from dist_vasp.data.format import SPLITS, Manifest, load_items, read_shard
 from dist_vasp.doctor.findings import Finding, error, ok, warning
@@ -122,7 +122,7 @@ def _disk(config: Config, n_items: int) -> Finding:
     moments = 0 if config.model.linear else 2
     needed = weights * ((1 + moments) * (config.run.keep + 1) + 2)
     free = shutil.disk_usage(there).free
-    newest = checkpoints.newest(folder / "checkpoints")
+    newest = folders.newest(folder / "checkpoints")
     state = f"would resume from {newest.name}" if newest else "a new run"
     text = f"{folder}: {state}, {free / 1e9:.1f} GB free, the checkpoints take up to {needed / 1e9:.2f} GB"
     if free < weights * (1 + moments):

@@ -33,6 +33,7 @@ from dist_vasp.ranking.evaluate import Scorer, model_scorer
 from dist_vasp.ranking.load import ENSEMBLE, LoadedModel, load_model, open_model, positives_of
 
 FORMAT_VERSION = 1
+MOST_MEMBERS = 64
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def load_ranker(folder: str | Path, checkpoint: str | None, ranks: Ranks) -> Ran
     folder = Path(folder)
     if not is_ensemble(folder):
         loaded = load_model(folder, checkpoint, ranks)
-        return Ranker(f"{folder}, {loaded.checkpoint.path.resolve().name}", (loaded,), (), loaded.positives)
+        return Ranker(f"{folder}, {loaded.checkpoint.name}", (loaded,), (), loaded.positives)
     with agreed(ranks):
         if checkpoint is not None:
             raise ValueError(f"{folder} is an ensemble and has no checkpoint {checkpoint}; leave --checkpoint out")
@@ -116,7 +117,10 @@ def load_ranker(folder: str | Path, checkpoint: str | None, ranks: Ranks) -> Ran
     loaded_members: list[LoadedModel] = []
     for member in members:
         blocks = loaded_members[0].config.parallel.block_columns if loaded_members else None
-        loaded_members.append(load_model(folder / member.run, member.checkpoint or None, ranks, blocks))
+        loaded = load_model(folder / member.run, member.checkpoint or None, ranks, blocks)
+        with agreed(ranks):  # it may have been replaced since
+            _check_vocabulary(folder / member.run, loaded.checkpoint.header, header["vocabulary_sha256"], str(folder / ENSEMBLE))
+        loaded_members.append(loaded)
     return Ranker(f"{folder}, {len(members)} members", tuple(loaded_members), tuple(member.weight for member in members), rule)
 
 
@@ -126,7 +130,11 @@ def is_ensemble(folder: str | Path) -> bool:
 
 def read_ensemble(folder: str | Path) -> dict[str, Any]:
     """The header of an ensemble; ValueError if it is damaged or of another version."""
-    return checkpoints.read_header(Path(folder) / ENSEMBLE, FORMAT_VERSION, _check_header, "write the ensemble again")
+    file, remedy = Path(folder) / ENSEMBLE, "write the ensemble again"
+    try:
+        return checkpoints.read_header(file, FORMAT_VERSION, _check_header, remedy)
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read ({error.strerror}); {remedy}") from None
 
 
 def _check_header(header: dict[str, Any]) -> None:
@@ -135,6 +143,8 @@ def _check_header(header: dict[str, Any]) -> None:
         raise TypeError("n_items or vocabulary_sha256 is of another kind")
     if not isinstance(header["members"], list) or not header["members"]:
         raise TypeError("members is not a list of models")
+    if len(header["members"]) > MOST_MEMBERS:
+        raise ValueError(f"it has {len(header['members']):,} members, expected at most {MOST_MEMBERS}")
     for raw in header["members"]:
         member = Member(**raw)
         if not isinstance(member.run, str) or not isinstance(member.checkpoint, str):
@@ -150,6 +160,8 @@ def describe_ensemble(folder: str | Path, runs: Sequence[str | Path], weights: S
     """
     if len(runs) != len(weights):
         raise ValueError(f"{len(weights)} weights were given for {len(runs)} members; give one for each, in the same order")
+    if len(runs) > MOST_MEMBERS:
+        raise ValueError(f"{len(runs)} members were given, expected at most {MOST_MEMBERS}; all of them are held in memory to rank")
     if any(not math.isfinite(weight) or weight <= 0 for weight in weights):
         raise ValueError(f"the weights are {list(weights)}, expected finite numbers above 0; a member without weight is left out")
     opened = [open_model(run) for run in runs]

@@ -20,7 +20,7 @@ from dist_vasp.data.format import ItemTable, Manifest
 from dist_vasp.data.stream import EvalBlock, Rows, evaluation_blocks
 from dist_vasp.model.sparse import ItemRows
 from dist_vasp.model.vasp import VASP, TrunkCall
-from dist_vasp.parallel.comm import Ranks, all_gather
+from dist_vasp.parallel.comm import Ranks, agreed, all_gather
 from dist_vasp.ranking.metrics import RankingMetrics
 from dist_vasp.ranking.topk import TopK, merge_topk
 
@@ -108,17 +108,24 @@ def evaluate(
     interrupted: Callable[[], bool] = lambda: False,
     recall_denominator: str = "min",
     each_block: Callable[[EvalBlock, np.ndarray], None] | None = None,
+    manifest: Manifest | None = None,
 ) -> RankingMetrics | None:
     """Recall, NDCG and coverage of `split`, the same on every rank.
 
     `progress(users done)` is called after each block, `each_block(users, their lists (U, 100))` before it, on every rank that
     passes one: all ranks know the lists of all users. `interrupted()`, asked of all ranks together before each block, ends the
-    evaluation without a result (None).
+    evaluation without a result (None). `manifest`: what the folder held when it was read before. AgreedError where a shard is not
+    what that says.
     """
-    manifest = Manifest.load(folder)
+    manifest = manifest or Manifest.load(folder)
     metrics, done = RankingMetrics(manifest.n_items, recall_denominator), 0
     replicas = ranks.layout.replicas
-    for block in evaluation_blocks(folder, split, USERS_PER_BLOCK * replicas):
+    blocks = evaluation_blocks(folder, split, USERS_PER_BLOCK * replicas, manifest=manifest)
+    while True:
+        with agreed(ranks):
+            block = next(blocks, None)
+        if block is None:
+            return metrics
         if interrupted():
             return None
         ids = _lists(scorer, block, manifest.n_items, ranks)
@@ -128,7 +135,6 @@ def evaluate(
         done += len(block.user_keys)
         if progress:
             progress(done)
-    return metrics
 
 
 def _lists(scorer: Scorer, block: EvalBlock, n_items: int, ranks: Ranks) -> np.ndarray:

@@ -33,7 +33,7 @@ from dist_vasp.data.positives import PositiveRule
 from dist_vasp.files import new_folder
 from dist_vasp.model.trunk import Trunk
 from dist_vasp.places import check_folder
-from dist_vasp.ranking.mapped import map_tensors
+from dist_vasp.tensor_file import write_safetensors
 
 FORMAT_VERSION = 1
 HEADER = "export.json"
@@ -54,8 +54,7 @@ def is_export(folder: Path) -> bool:
 
 def open_export(folder: Path) -> Checkpoint:
     """The header of an exported folder; ValueError if it is damaged or of another version."""
-    header = checkpoints.read_header(folder / HEADER, FORMAT_VERSION, _check_header, "export the run again")
-    return Checkpoint(folder, header, HEADER)
+    return checkpoints.open_files(folder, HEADER, FORMAT_VERSION, _check_header, "export the run again")
 
 
 def _check_header(header: dict[str, Any]) -> None:
@@ -65,6 +64,8 @@ def _check_header(header: dict[str, Any]) -> None:
     if not isinstance(header["config"], dict) or not isinstance(header["source"], str):
         raise TypeError("config or source is of another kind")
     positives.in_header(header)
+    if len(header["files"]) > checkpoints.MOST_FILES:
+        raise ValueError(f"files lists {len(header['files']):,} files, expected at most {checkpoints.MOST_FILES:,}")
     for name, digest in header["files"].items():
         if not _FILE.fullmatch(name) or not isinstance(digest, str):
             raise ValueError(f"files lists {name!r}, which is no file of an export")
@@ -84,11 +85,7 @@ def export(
     called after each tensor. ValueError where the folder exists, the disk is too small or fails.
     """
     output = check_folder(output)
-    files = {
-        name: _weights(opened.path / name, opened.remedy)
-        for name in sorted(opened.header["files"])
-        if name.endswith(".safetensors")
-    }
+    files = {name: _weights(opened, name) for name in sorted(opened.header["files"]) if name.endswith(".safetensors")}
     needed = sum(4 * t.numel() for tensors in files.values() for t in tensors.values()) + items_file.stat().st_size
     if trunk is not None:
         needed += sum(4 * p.numel() for p in trunk.parameters())
@@ -106,17 +103,18 @@ def export(
             progress(written, needed)
 
     with new_folder(output) as temporary:
-        digests = {name: checkpoints.write_safetensors(temporary / name, tensors, count) for name, tensors in files.items()}
+        digests = {name: write_safetensors(temporary / name, tensors, count) for name, tensors in files.items()}
         if trunk is not None:
             digests[PROGRAM] = write_program(trunk, temporary / PROGRAM)
         digests[ITEMS_FILE] = _copy(items_file, temporary / ITEMS_FILE)
         _write_header(temporary / HEADER, opened, digests, rule)
-    return f"{output}: {opened.header['n_items']:,} items, {needed / 1e6:,.1f} MB, from {opened.path.resolve().name}"
+    return f"{output}: {opened.header['n_items']:,} items, {needed / 1e6:,.1f} MB, from {opened.name}"
 
 
-def _weights(file: Path, remedy: str) -> dict[str, Tensor]:
+def _weights(opened: Checkpoint, file: str) -> dict[str, Tensor]:
     """The tensors of a checkpoint's file that are weights, mapped."""
-    return {name: t for name, t in map_tensors(file, remedy).items() if not name.split("[")[0].endswith(_TRAINING)}
+    tensors, _ = opened.tensors(file).map()
+    return {name: t for name, t in tensors.items() if not name.split("[")[0].endswith(_TRAINING)}
 
 
 class _Scoring(nn.Module):
@@ -163,7 +161,7 @@ def _write_header(path: Path, opened: Checkpoint, digests: dict[str, str], rule:
     for section, key in _LOCAL:
         if key in config.get(section, {}):
             config[section][key] = ""
-    source = opened.header.get("source", opened.path.resolve().name)
+    source = opened.header.get("source", opened.name)
     header = {
         "format_version": FORMAT_VERSION,
         "source": source,

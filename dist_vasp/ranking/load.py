@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from dist_vasp import checkpoint as checkpoints
+from dist_vasp import checkpoint_folder as folders
 from dist_vasp.checkpoint import Checkpoint
 from dist_vasp.config import Config, from_dict
 from dist_vasp.data import positives
@@ -41,8 +43,9 @@ def load_model(run_dir: str | Path, name: str | None, ranks: Ranks, block_column
     Raises AgreedError when there is no such checkpoint or a file of it is damaged.
     """
     run_dir = Path(run_dir)
+    opened = folders.open_together(lambda: open_model(run_dir, name), ranks, _reopen)
+    assert opened is not None
     with agreed(ranks):
-        opened = open_model(run_dir, name)
         config = from_dict(opened.header["config"])
         items = read_items_file(run_dir / ITEMS_FILE, opened.header["n_items"], opened.header["vocabulary_sha256"])
         rule = positives_of(opened, run_dir)
@@ -65,11 +68,12 @@ def load_model(run_dir: str | Path, name: str | None, ranks: Ranks, block_column
             load_trunk(trunk, opened)
             checkpoints.check_numbers(opened, trunk.named_parameters())
             trunk.to(ranks.device).eval().requires_grad_(False)
+    opened.close()
     return LoadedModel(config, opened, items, model, trunk, rule)
 
 
 def open_model(folder: str | Path, name: str | None = None) -> Checkpoint:
-    """The header of an exported folder, or of a run's checkpoint `name` (else its best, else its newest)."""
+    """Open an exported folder, or a run's checkpoint `name` (else its best, else its newest)."""
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder; pass the run.dir of a training run, or a folder of launch/export.py")
@@ -78,8 +82,12 @@ def open_model(folder: str | Path, name: str | None = None) -> Checkpoint:
     if is_export(folder):
         if name is not None:
             raise ValueError(f"{folder} is an exported model and has no checkpoint {name}; leave --checkpoint out")
-        return open_export(folder)
-    return checkpoints.open_checkpoint(checkpoints.find(folder / "checkpoints", name))
+        return folders.persist(lambda: open_export(folder))
+    return folders.open_found(folder / "checkpoints", name)
+
+
+def _reopen(path: Path) -> Checkpoint:
+    return open_export(path) if is_export(path) else checkpoints.open_checkpoint(path)
 
 
 def positives_of(opened: Checkpoint, folder: str | Path) -> PositiveRule | None:
@@ -101,7 +109,7 @@ def check_size(opened: Checkpoint, config: Config) -> None:
     """ValueError where the config describes a larger model than the files can hold: nothing of that size is made then."""
     n_items = opened.header["n_items"]
     described = 4 * (config.model.item_parameters(n_items, n_items) + config.model.trunk_parameters())
-    stored = sum((opened.path / name).stat().st_size for name in opened.header["files"])
+    stored = sum(os.fstat(handle.fileno()).st_size for handle in opened.handles.values())
     if described > stored:
         raise ValueError(
             f"{opened.path / opened.header_name} describes a model of {described:,} bytes, its files hold {stored:,}; "

@@ -14,28 +14,25 @@ Shapes: U users, I items, C columns of a block, H hidden, L latent.
 
 from __future__ import annotations
 
-import json
-import math
 import mmap
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from dist_vasp import checkpoint as checkpoints
 from dist_vasp.checkpoint import Checkpoint
 from dist_vasp.config import Config, LossConfig, ModelConfig
-from dist_vasp.model.item_layers import BLOCK_COLUMNS, Head, InputSide, OutputSide
+from dist_vasp.model.item_layers import BLOCK_COLUMNS, NEASE_WEIGHT, Head, InputSide, OutputSide
 from dist_vasp.model.losses import MultinomialLoss, make_loss, sum_log_sigmoid
 from dist_vasp.model.sparse import ItemRows
 from dist_vasp.model.trunk import Trunk
 from dist_vasp.model.vasp import make_trunk
 from dist_vasp.parallel.comm import Group
 from dist_vasp.parallel.partition import ItemPartition
+from dist_vasp.tensor_file import TensorFile
 
 _NOWHERE = torch.device("meta")  # sides are built without memory, then given the mapped tensors
 
@@ -46,11 +43,11 @@ _SCATTERED = 16  # fewer rows of W than one in so many: single pages are read
 class MappedFile:
     """A mapped safetensors file: its tensors, and where W lies in it."""
 
-    def __init__(self, tensors: dict[str, Tensor], pages: mmap.mmap, spans: dict[str, tuple[int, int]]) -> None:
-        self.tensors, self._pages = tensors, pages
-        of_W = [span for name, span in spans.items() if name.startswith("output.nease.weight")]
-        start = min((first for first, _ in of_W), default=0) // mmap.PAGESIZE * mmap.PAGESIZE
-        self._W = (start, max((last for _, last in of_W), default=0) - start)
+    def __init__(self, file: TensorFile) -> None:
+        self.tensors, self._pages = file.map()
+        of_W = [stored for name, stored in file.stored.items() if name.startswith(NEASE_WEIGHT)]
+        start = min((stored.start for stored in of_W), default=0) // mmap.PAGESIZE * mmap.PAGESIZE
+        self._W = (start, max((stored.end for stored in of_W), default=0) - start)
         self._scattered = False
 
     def expect(self, scattered: bool) -> None:
@@ -58,38 +55,6 @@ class MappedFile:
         if scattered != self._scattered and self._W[1] > 0:
             self._pages.madvise(mmap.MADV_RANDOM if scattered else mmap.MADV_NORMAL, *self._W)
             self._scattered = scattered
-
-
-def map_tensors(file: Path, remedy: str = "fetch it again") -> dict[str, Tensor]:
-    """Every tensor of a safetensors file as a read-only view of its pages; ValueError, which ends in `remedy`, where it cannot be one."""
-    return map_file(file, remedy).tensors
-
-
-def map_file(file: Path, remedy: str) -> MappedFile:
-    """`map_tensors`, with the mapping they look into."""
-    with checkpoints.readable(file, remedy):
-        # The library holds the header against the file's length. Its torch views map privately, which counts as memory that is
-        # promised: the kernel would refuse a file larger than the machine's.
-        with safe_open(file, framework="numpy"):
-            pass
-        with open(file, "rb") as handle:
-            length = int.from_bytes(handle.read(8), "little")
-            header = json.loads(handle.read(length))
-            pages = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
-    tensors, spans = {}, {}
-    for name, stored in header.items():
-        if name == "__metadata__":
-            continue
-        shape, offset = stored["shape"], 8 + length + stored["data_offsets"][0]
-        if stored["dtype"] != "F32" or offset % 4:
-            raise ValueError(f"{file}: {name} is of dtype {stored['dtype']} at byte {offset}, expected F32 at a multiple of 4")
-        n = math.prod(shape)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # "the buffer is not writable": nothing here writes
-            flat = torch.frombuffer(pages, dtype=torch.float32, count=n, offset=offset) if n else torch.zeros(0)
-        tensors[name] = flat.view(shape)
-        spans[name] = (offset, offset + 4 * n)
-    return MappedFile(tensors, pages, spans)
 
 
 @dataclass(frozen=True)
@@ -169,7 +134,7 @@ def map_model(opened: Checkpoint, config: Config) -> MappedModel:
     parts = []
     for index, name in enumerate(files):
         part = ItemPartition(n_items, len(files), index)
-        mapped = map_file(opened.path / name, opened.remedy)
+        mapped = MappedFile(opened.tensors(name))
         if name != checkpoints.items_file(index, len(files)):
             raise ValueError(f"{opened.path} holds {', '.join(files)}, expected one file for each partition; {opened.remedy}")
         with checkpoints.readable(opened.path / name, opened.remedy):
@@ -218,7 +183,7 @@ def _map_trunk(opened: Checkpoint, config: Config) -> Trunk:
     assert trunk is not None
     if checkpoints.TRUNK not in opened.header["files"]:
         raise ValueError(f"{opened.path} lists no {checkpoints.TRUNK}; {opened.remedy}")
-    tensors = map_tensors(opened.path / checkpoints.TRUNK, opened.remedy)
+    tensors, _ = opened.tensors(checkpoints.TRUNK).map()
     for name, p in trunk.named_parameters():
         if name not in tensors or tensors[name].shape != p.shape:
             raise ValueError(f"{opened.path / checkpoints.TRUNK} has no {name} of shape {tuple(p.shape)}; {opened.remedy}")

@@ -8,7 +8,6 @@ the configuration are not used.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -17,19 +16,21 @@ from pathlib import Path
 from typing import Any
 
 from dist_vasp import checkpoint as checkpoints
+from dist_vasp import checkpoint_folder as folders
+from dist_vasp.bounded_json import read_json
 from dist_vasp.config import Config
 from dist_vasp.data import positives
 from dist_vasp.data.format import Manifest
 from dist_vasp.model.ease import SWEEP_COLUMNS
 from dist_vasp.model.vasp import VASP
-from dist_vasp.parallel.comm import AgreedError, Ranks, agreed, any_rank, barrier
+from dist_vasp.parallel.comm import AgreedError, Ranks, agreed, any_rank
 from dist_vasp.plan import Sizes, make_plan
 from dist_vasp.ranking.evaluate import model_scorer
 from dist_vasp.training.environment import describe
 from dist_vasp.training.fit_ease import StoppedError, fit
 from dist_vasp.training.floor import measure_rates
 from dist_vasp.training.run_dir import RunDir, check_shared
-from dist_vasp.training.state import check_same
+from dist_vasp.training.state import check_same, newest_checkpoint
 from dist_vasp.training.stop import StopRequest
 from dist_vasp.training.tracking import services
 from dist_vasp.training.train import BEST_BY, check_folders, check_shards, evaluate_split, final_result, summary
@@ -57,17 +58,23 @@ def solve(config: Config, ranks: Ranks) -> dict[str, Any] | None:
     header, finished = _resume(config, manifest, folder, ranks)
     done = header["position"]["step"] if header else 0
     environment = describe(ranks)
-    if run_dir:
-        checkpoints.prune(folder, 1)
-        run_dir.open(config, len(lambdas) if finished else done, environment)
     say: Callable[[str], None] = partial(print, flush=True) if ranks.is_main else lambda text: None
+    if run_dir:
+        newest = folders.newest(folder)
+        folders.settle(folder, newest if header and header["best"] else None)
+        folders.prune(folder, 1)
+        if not finished:
+            run_dir.drop_result()
+        n_damaged = run_dir.open(config, manifest, len(lambdas) if finished else done, environment)
+        if n_damaged:
+            say(f"{n_damaged} damaged lines of metrics.jsonl are kept in metrics.damaged.jsonl")
     say(_opening(config, manifest, ranks, header, finished))
     try:
         if not finished:
             header = _search(config, manifest, ranks, lambdas, header, folder, run_dir, say, stop)
         assert header is not None
-        barrier(ranks.world)  # the link `best` is there for every rank
-        result = final_result(config, ranks, header["seconds_training"], 1, lambda: any_rank(stop.requested, ranks))
+        name, seconds = folders.step_path(folder, header["position"]["step"]).name, header["seconds_training"]
+        result = final_result(config, manifest, name, ranks, seconds, 1, lambda: any_rank(stop.requested, ranks))
     except StoppedError:
         result = None
     if run_dir and result and header:
@@ -181,12 +188,12 @@ def _matching(config: Config, manifest: Manifest) -> dict[str, Any]:
 def _resume(config: Config, manifest: Manifest, folder: Path, ranks: Ranks) -> tuple[dict[str, Any] | None, bool]:
     """Header of the best lambda so far, None where there is none, and whether the run has its result already."""
     header = None
+    opened = folders.open_together(lambda: newest_checkpoint(folder), ranks)
     with agreed(ranks):
-        path = checkpoints.newest(folder)
-        if path is not None:
-            opened = checkpoints.open_checkpoint(path)
-            check_same(opened, _matching(config, manifest))
+        if opened is not None:
+            check_same(opened, _matching(config, manifest), manifest)
             header = opened.header
+            opened.close()
         result = folder.parent / "result.json"
         finished = header is not None and result.is_file()
         if header and finished:
@@ -196,7 +203,7 @@ def _resume(config: Config, manifest: Manifest, folder: Path, ranks: Ranks) -> t
 
 def _seconds(result: Path) -> float:
     try:
-        return float(json.loads(result.read_text())["seconds_training"])
+        return float(read_json(result)["seconds_training"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{result} cannot be read ({error!r}); remove it, and the same command goes on with the search") from None
 
@@ -220,6 +227,7 @@ def _save(
         "vocabulary_sha256": manifest.vocabulary_sha256,
         "shards_sha256": manifest.shards_sha256,
         **positives.for_header(manifest.positives),
+        "data_sha256": manifest.data_sha256,
         "n_items": manifest.n_items,
         "layout": asdict(ranks.layout),
         "optimizer": {"step": 0, "mu_product": 1.0},
@@ -231,8 +239,8 @@ def _save(
     checkpoints.save(path, header, model.slices(), {}, ranks)
     if ranks.is_main:
         if metrics:
-            checkpoints.point_best_at(path)
-        checkpoints.prune(folder, 1)
+            folders.point_best_at(path)
+        folders.prune(folder, 1)
     return header
 
 
@@ -253,7 +261,7 @@ def dry_run(config: Config, ranks: Ranks) -> str:
     rates = measure_rates(ranks.device, min(manifest.n_items, 1 << 14))
     sizes = Sizes(manifest.n_items, train.interactions / max(train.users, 1), train.users)
     plan = make_plan(config, sizes, layout.partitions, layout.replicas, rates, ranks.device.type)
-    newest = checkpoints.newest(Path(config.run.dir) / "checkpoints")
+    newest = folders.newest(Path(config.run.dir) / "checkpoints")
     parts = ", ".join(f"{kind} {n_bytes / 1e9:.2f}" for kind, n_bytes in plan.memory.items())
     lambdas = "one lambda" if config.model.ease_lambda else f"each of at most {len(GRID)} lambdas"
     return (

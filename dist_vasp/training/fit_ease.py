@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dist_vasp import checkpoint as checkpoints
+from dist_vasp import checkpoint_folder as folders
 from dist_vasp.config import Config, from_dict
 from dist_vasp.data.format import Manifest, read_shard
 from dist_vasp.data.stream import Rows, concatenate_rows
@@ -125,8 +126,9 @@ def start_from_ease(trainer: Trainer, manifest: Manifest) -> None:
 def _read_closed_form(trainer: Trainer, manifest: Manifest) -> None:
     """Each rank reads its own columns from whichever files hold them."""
     run, ranks = trainer.config.model.init_from_ease, trainer.ranks
+    opened = folders.open_together(lambda: folders.open_found(Path(run) / "checkpoints"), ranks)
+    assert opened is not None
     with agreed(ranks):
-        opened = checkpoints.open_checkpoint(checkpoints.find(Path(run) / "checkpoints"))
         kind = from_dict(opened.header["config"]).model.kind
         if kind != "ease":
             raise ValueError(

@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 import torch
 
 from dist_vasp import checkpoint as checkpoints
+from dist_vasp import checkpoint_folder as folders
 from dist_vasp.config import ModelConfig, from_dict
 from dist_vasp.data.format import ITEMS_FILE, Manifest, load_items, read_items_file
 from dist_vasp.model.item_layers import ItemSlice
@@ -28,7 +29,7 @@ def open_source(run: str, ours: ModelConfig) -> checkpoints.Checkpoint:
     """The best (else newest) checkpoint of `run`; ValueError where there is none, or one of another model."""
     if not Path(run).is_dir():
         raise ValueError(f"--init_from {run} is not a folder; name the run.dir of a training run")
-    opened = checkpoints.open_checkpoint(checkpoints.find(Path(run) / "checkpoints"))
+    opened = folders.open_found(Path(run) / "checkpoints")
     theirs = from_dict(opened.header["config"]).model
     different = [
         f"model.{k} is {getattr(ours, k)!r}, there {getattr(theirs, k)!r}" for k in _SIZES if getattr(ours, k) != getattr(theirs, k)
@@ -41,8 +42,9 @@ def open_source(run: str, ours: ModelConfig) -> checkpoints.Checkpoint:
 def initialise_from(trainer: Trainer, run: str, shards: str) -> None:
     """Copy the best (else newest) weights of `run` into `trainer`; AgreedError where the models differ in shape or files are bad."""
     ranks = trainer.ranks
+    opened = folders.open_together(lambda: open_source(run, trainer.config.model), ranks)
+    assert opened is not None
     with agreed(ranks):
-        opened = open_source(run, trainer.config.model)
         old_items = read_items_file(Path(run) / ITEMS_FILE, opened.header["n_items"], opened.header["vocabulary_sha256"])
         new_items = load_items(shards, Manifest.load(shards))
     checkpoints.verify(opened, ranks)

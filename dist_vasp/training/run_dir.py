@@ -7,23 +7,24 @@ from __future__ import annotations
 
 import json
 import secrets
-import shutil
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
+from dist_vasp.bounded_json import parse_json, read_json
 from dist_vasp.config import Config
-from dist_vasp.data.format import ITEMS_FILE
-from dist_vasp.files import lock_or_owner, remove_leftovers, replace_text
+from dist_vasp.data.format import ITEMS_FILE, Manifest, sha256_of
+from dist_vasp.files import lock_or_owner, open_append, remove_leftovers, replace_text, replacing
 from dist_vasp.parallel.comm import Ranks, agreed, all_gather_bytes
 from dist_vasp.places import check_run_folder, unwritable
 from dist_vasp.training.board import Board
 from dist_vasp.training.tracking import Tracking
 
 _REMEDY = "free some space or move run.dir; earlier checkpoints are good"
+_LONGEST_LINE = 1 << 20  # of metrics.jsonl; a longer one is none of ours
 _SHARED_WITHIN_S = 5.0  # a network filesystem may show a new file late
 
 
@@ -48,21 +49,24 @@ class RunDir:
             raise ValueError(f"run.dir {folder} is in use by {owner}; wait for it to end or choose another run.dir")
         remove_leftovers(self.folder)
 
-    def open(self, config: Config, after_step: int, environment: dict[str, Any]) -> None:
-        """Write the resolved config, add `environment` to those of earlier starts, and continue metrics after `after_step`: later
-        lines belong to a future that is undone. ValueError where a service of `run` has no library."""
+    def open(self, config: Config, manifest: Manifest, after_step: int, environment: dict[str, Any]) -> int:
+        """Write the resolved config, add `environment` to those of earlier starts, and continue metrics after `after_step`.
+
+        Later lines belong to a future that is undone. Returns how many lines were damaged and are kept in metrics.damaged.jsonl.
+        ValueError where a service of `run` has no library, or items.parquet is not what the manifest says.
+        """
         write_atomically(self.folder / "config.yaml", config.to_yaml())
         path = self.folder / "environment.json"
         starts = [*earlier_starts(path), {"after_step": after_step, **environment}]
         write_atomically(path, json.dumps({"starts": starts}, indent=1) + "\n")
         path = self.folder / "metrics.jsonl"
-        if path.exists():
-            write_atomically(path, "".join(_lines_until(path, after_step)))
+        n_damaged = cut_after(path, after_step) if path.exists() else 0
         with _writing(self.folder):
-            shutil.copyfile(Path(config.data.shards) / ITEMS_FILE, self.folder / ITEMS_FILE)
+            _copy_items(config.data.shards, manifest, self.folder / ITEMS_FILE)
             self._metrics = open(path, "a")  # noqa: SIM115
             self._board = Board(self.folder / "tensorboard", after_step)
         self._tracking, self._step = Tracking(self.folder, config), after_step
+        return n_damaged
 
     def record(self, line: dict[str, Any], prefix: str) -> None:
         """Append one line to metrics.jsonl, and its numbers to TensorBoard and the tracking services under `prefix/`."""
@@ -75,6 +79,15 @@ class RunDir:
         assert self._tracking is not None
         self._tracking.add(prefix, line)
         self._step = line["step"]
+
+    def drop_result(self, unless: str = "") -> None:
+        """Remove the result.json of an earlier end, which speaks of other weights; not if it names the checkpoint `unless`."""
+        path = self.folder / "result.json"
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            if unless and read_json(path)["checkpoint_sha256"] == unless:
+                return
+        with _writing(path):
+            path.unlink(missing_ok=True)
 
     def write_result(self, result: dict[str, Any]) -> None:
         write_atomically(self.folder / "result.json", json.dumps(result, indent=1) + "\n")
@@ -134,21 +147,53 @@ def write_atomically(path: Path, text: str, remedy: str = _REMEDY) -> None:
 def earlier_starts(path: Path) -> list[dict[str, Any]]:
     """What environment.json says of earlier starts of the run; nothing where it is damaged."""
     try:
-        starts = json.loads(path.read_text())["starts"]
+        starts = read_json(path)["starts"]
     except (OSError, ValueError, KeyError, TypeError):
         return []
     return [start for start in starts if isinstance(start, dict)] if isinstance(starts, list) else []
 
 
-def _lines_until(path: Path, step: int) -> list[str]:
-    """The whole lines of metrics.jsonl that belong to steps up to `step`; a line cut short by a kill is dropped."""
-    kept = []
-    for line in path.read_text().splitlines(keepends=True):
+def cut_after(path: Path, step: int) -> int:
+    """Keep the lines of metrics.jsonl that belong to steps up to `step`; move damaged ones to metrics.damaged.jsonl, and count
+    them. A line after a damaged one is kept like any other."""
+    n_damaged = 0
+    with ExitStack() as stack:
         try:
-            record = json.loads(line)
-        except ValueError:
-            break
-        if not line.endswith("\n") or record["step"] > step:
-            break
-        kept.append(line)
-    return kept
+            lines = stack.enter_context(open(path, "rb"))
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read ({error.strerror}); correct that, or remove it") from None
+        kept = stack.enter_context(replacing(path, _REMEDY))
+        while line := lines.readline(_LONGEST_LINE):
+            line = line.removesuffix(b"\n")
+            found = _step_of(line)
+            if found is None:
+                begin = max(line.rfind(b'{"step"'), 0)  # a whole line may follow on one that was cut short
+                found = _step_of(line[begin:]) if begin else None
+                broken, line = (line[:begin], line[begin:]) if found is not None else (line, b"")
+                if not n_damaged:
+                    damaged = stack.enter_context(open_append(path.with_name("metrics.damaged.jsonl"), _REMEDY))
+                damaged.write(broken + b"\n")
+                n_damaged += 1
+            if found is not None and found <= step:
+                kept.write(line + b"\n")
+    return n_damaged
+
+
+def _step_of(line: bytes) -> int | None:
+    """The step of a line of metrics.jsonl; None where it is damaged."""
+    try:
+        record = parse_json(line.decode())
+        step = record["step"] if isinstance(record, dict) else None
+    except (ValueError, KeyError):
+        return None
+    return step if type(step) is int and step >= 0 else None
+
+
+def _copy_items(shards: str, manifest: Manifest, target: Path) -> None:
+    """The vocabulary beside the weights; ValueError where it is not the one that training began with."""
+    source = Path(shards) / ITEMS_FILE
+    data = source.read_bytes()
+    if sha256_of(data) != manifest.files.get(ITEMS_FILE):
+        raise ValueError(f"{source} changed while the run was starting; restore the shards and start the same command again")
+    with replacing(target, _REMEDY) as handle:
+        handle.write(data)

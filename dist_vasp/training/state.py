@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from dist_vasp import checkpoint as checkpoints
+from dist_vasp import checkpoint_folder as folders
 from dist_vasp.checkpoint import Checkpoint, Save
 from dist_vasp.config import Config
 from dist_vasp.data import positives
+from dist_vasp.data.format import Manifest
 from dist_vasp.data.stream import TrainStream
-from dist_vasp.parallel.comm import Ranks, agreed
+from dist_vasp.parallel.comm import Ranks, agreed, all_gather_bytes
 from dist_vasp.training.engine import Trainer
 
 
@@ -26,6 +28,9 @@ class RunState:
     seconds: float = 0.0  # of training, evaluation and saving excluded
     best: dict[str, Any] | None = None  # validation metrics of the best checkpoint
     evaluation_due: bool = False  # a stop came before the evaluation that belongs to `step` was done
+    attempt: str = ""  # id of this start of the training
+    best_checkpoint: dict[str, Any] | None = None  # {"step", "attempt"} of the best checkpoint: whose weights `best` is of
+    lost_best: bool = False  # the best checkpoint that the resumed one names is not in the folder
 
 
 def total_steps(config: Config, steps_per_epoch: int) -> int:
@@ -46,21 +51,21 @@ class Saver:
         """Everything a resume needs, as step-XXXXXXXX; older ones beyond `run.keep` go when it is whole."""
         config = self.trainer.config
         self._start(
-            self.folder / f"step-{state.step:08d}",
+            folders.step_path(self.folder, state.step),
             state,
             True,
-            lambda: checkpoints.prune(self.folder, config.run.keep, leftovers=False),
+            lambda: folders.prune(self.folder, config.run.keep),
         )
 
     def save_best(self, state: RunState) -> None:
         """Weights without moments, as best-XXXXXXXX; `best` points at it when it is whole."""
-        path = self.folder / f"best-{state.step:08d}"
-        if (path / checkpoints.HEADER).is_file():  # a run that was killed here, and resumed from before, has saved the same
-            self.finish()
-            if self.trainer.ranks.is_main:
-                checkpoints.point_best_at(path)  # the kill may have come before
-            return
-        self._start(path, state, False, lambda: checkpoints.point_best_at(path))
+        path = folders.best_path(self.folder, state.step)
+        state.best_checkpoint = {"step": state.step, "attempt": state.attempt}
+        self._start(path, state, False, lambda: self._keep_best(path))
+
+    def _keep_best(self, path: Path) -> None:
+        folders.point_best_at(path)
+        folders.prune(self.folder, self.trainer.config.run.keep)
 
     def _start(self, path: Path, state: RunState, moments: bool, then: Callable[[], None]) -> None:
         trainer = self.trainer
@@ -73,22 +78,19 @@ class Saver:
             if not self._told:
                 self._told = True
                 self.say("saving in the foreground, block by block: no memory for a copy of the state")
-            self.finish()
             pending.write()
         self._pending.append((pending, then))
-        if pending.in_foreground:
-            self.finish()
 
     def keep_what_is_good(self, step: int) -> None:
-        """Commit what was started, after the weights of `step` gave no finite loss: a checkpoint of theirs is void, and goes."""
-        void = self.folder / f"step-{step:08d}"
+        """Commit what was started, after the weights of `step` gave no finite loss: their checkpoints are void, and go."""
+        void = (folders.step_path(self.folder, step), folders.best_path(self.folder, step))
         for pending, _ in self._pending:
-            if pending.path == void:
+            if pending.path in void:
                 pending.abandon()
-        self._pending = deque(started for started in self._pending if started[0].path != void)
+        self._pending = deque(started for started in self._pending if started[0].path not in void)
         self.finish()
         if self.trainer.ranks.is_main:
-            checkpoints.remove(void)
+            folders.discard(self.folder, *void)
 
     @property
     def written(self) -> bool:
@@ -119,11 +121,14 @@ class Saver:
             "vocabulary_sha256": stream.manifest.vocabulary_sha256,
             "shards_sha256": stream.manifest.shards_sha256,
             **positives.for_header(stream.manifest.positives),
+            "data_sha256": stream.manifest.data_sha256,
             "n_items": stream.n_items,
             "layout": {**asdict(self.trainer.ranks.layout), "zero_stage": config.parallel.zero_stage},
             "optimizer": self.trainer.optimizer_scalars(),
             "seconds_training": state.seconds,
             "best": state.best,
+            "best_checkpoint": state.best_checkpoint,
+            "attempt": state.attempt,
             "evaluation_due": state.evaluation_due,
         }
 
@@ -154,14 +159,11 @@ def resume(trainer: Trainer, stream: TrainStream, folder: Path, ranks: Ranks) ->
 
     AgreedError where it is damaged, or where the run has changed in what it may not: the difference is named.
     """
-    opened: Checkpoint | None = None
-    with agreed(ranks):
-        path = checkpoints.newest(folder)
-        if path is not None:
-            opened = checkpoints.open_checkpoint(path)
-            _check_same_run(trainer.config, stream, opened)
+    opened = folders.open_together(lambda: newest_checkpoint(folder), ranks)
     if opened is None:
         return None
+    with agreed(ranks):
+        _check_same_run(trainer.config, stream, opened)
     checkpoints.verify(opened, ranks)
     with agreed(ranks):
         pieces = trainer.item_pieces(True)
@@ -173,21 +175,50 @@ def resume(trainer: Trainer, stream: TrainStream, folder: Path, ranks: Ranks) ->
     if trainer.trunk:
         trainer.trunk.load(tensors)
     trainer.load_scalars(opened.header["optimizer"], max(opened.step - 1, 0) // stream.steps_per_epoch)
+    opened.close()
+    return _state_of(opened, folder, ranks)
+
+
+def newest_checkpoint(folder: Path) -> Checkpoint | None:
+    """The newest step checkpoint of a folder, opened; None where there is none."""
+    path = folders.newest(folder)
+    return None if path is None else checkpoints.open_checkpoint(path)
+
+
+def _state_of(opened: Checkpoint, folder: Path, ranks: Ranks) -> RunState:
+    """Where the run stood at a checkpoint. What was best counts only if the weights are still there."""
     header = opened.header
-    return RunState(opened.step, header.get("seconds_training", 0.0), header.get("best"), header.get("evaluation_due", False))
+    state = RunState(opened.step, header.get("seconds_training", 0.0), header.get("best"), header.get("evaluation_due", False))
+    if state.best is None:
+        return state
+    path = folders.best_of(folder, header) if ranks.is_main else None
+    best = checkpoints.header_of(path) if path else None
+    step, attempt = (best["position"]["step"], best.get("attempt", "")) if best else (-1, "")
+    said = all_gather_bytes(f"{step} {attempt}".encode(), ranks.world, ranks.device)[0].decode()
+    found, _, attempt = said.partition(" ")
+    if int(found) < 0:
+        state.best, state.lost_best = None, True
+    else:
+        state.best_checkpoint = {"step": int(found), "attempt": attempt}
+    return state
 
 
-def check_same(opened: Checkpoint, matching: dict[str, Any]) -> None:
-    """ValueError names what of `matching` is not what the checkpoint was written with."""
+def check_same(opened: Checkpoint, matching: dict[str, Any], manifest: Manifest) -> None:
+    """ValueError names what of `matching`, or of the data, is not what the checkpoint was written with."""
     before, now = _ABSENT | opened.header["must_match"], json.loads(json.dumps(matching))
     different = [key for key in now if before.get(key) != now[key]]
     if different:
         changes = "; ".join(f"{key} was {before.get(key)!r} and is now {now[key]!r}" for key in different)
         raise ValueError(f"{opened.path} cannot be resumed: {changes}; set it back, or start a new run.dir")
+    if opened.header.get("data_sha256", manifest.data_sha256) != manifest.data_sha256:
+        raise ValueError(
+            f"{opened.path} cannot be resumed: the validation or test users of data.shards are others than it began with; "
+            "restore the shards, or start a new run.dir"
+        )
 
 
 def _check_same_run(config: Config, stream: TrainStream, opened: Checkpoint) -> None:
-    check_same(opened, must_match(config, stream.manifest.shards_sha256))
+    check_same(opened, must_match(config, stream.manifest.shards_sha256), stream.manifest)
     last = total_steps(config, stream.steps_per_epoch)
     if opened.step > last:
         raise ValueError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing
@@ -13,10 +14,11 @@ from typing import Any
 import psutil
 
 from dist_vasp import checkpoint as checkpoints
+from dist_vasp import checkpoint_folder as folders
 from dist_vasp.config import Config
 from dist_vasp.data.format import SPLITS, Manifest, read_shard
 from dist_vasp.data.stream import Batch, TrainStream
-from dist_vasp.parallel.comm import Ranks, agreed, all_gather_keys, any_rank
+from dist_vasp.parallel.comm import AgreedError, Ranks, agreed, all_gather_bytes, all_gather_keys, any_rank
 from dist_vasp.parallel.launched import launched_world
 from dist_vasp.ranking.evaluate import Scorer, evaluate, model_scorer
 from dist_vasp.ranking.load import load_model
@@ -61,7 +63,7 @@ def _train(config: Config, ranks: Ranks, init_from: str | None, workers: ExitSta
     check_shared(config.run.dir, ranks)
     folder = Path(config.run.dir) / "checkpoints"
     last = total_steps(config, stream.steps_per_epoch)
-    first = checkpoints.newest_step(folder)
+    first = folders.newest_step(folder)
     # The loader's workers start before there are weights to inherit.
     batches = workers.enter_context(closing(stream.batches(first, last, config.data.workers)))
 
@@ -79,10 +81,10 @@ def _train(config: Config, ranks: Ranks, init_from: str | None, workers: ExitSta
         batches.close()
         batches = workers.enter_context(closing(stream.batches(state.step, last, config.data.workers)))
     environment, memory, moved = describe(ranks), Memory(ranks.device), sum(ranks.bytes_moved().values())
-    if run_dir:
-        checkpoints.prune(folder, config.run.keep)
-        run_dir.open(config, state.step, environment)
+    state.attempt = all_gather_bytes(secrets.token_hex(8).encode(), ranks.world, ranks.device)[0].decode()
     progress = Progress("training", last, "step", state.step, show=ranks.is_main)
+    if run_dir:
+        _begin(run_dir, config, stream.manifest, state, environment, last, progress)
     progress.say(_opening(config, stream, trainer, state.step, last))
     if trainer.remark:
         progress.say(trainer.remark)
@@ -123,7 +125,12 @@ def _train(config: Config, ranks: Ranks, init_from: str | None, workers: ExitSta
         )
         state.evaluation_due = bool(every) and ((epoch_ends and (batch.epoch + 1) % every == 0) or state.step == last)
         if state.evaluation_due and not report.stop:
-            _evaluate_and_keep_best(trainer, stream, state, saver, run_dir, progress, interrupted)
+            try:
+                _evaluate_and_keep_best(trainer, stream, state, saver, run_dir, progress, interrupted)
+            except AgreedError as error:  # shards that were replaced, for instance: the steps are not lost
+                saver.save(state)
+                saver.finish()
+                raise AgreedError(f"{error}; saved after step {state.step}, and the same command resumes there") from None
         stopping = report.stop or state.evaluation_due
         if stopping or state.step == last or (state.step % cadence == 0 if cadence else epoch_ends):
             saver.save(state)
@@ -139,7 +146,10 @@ def _train(config: Config, ranks: Ranks, init_from: str | None, workers: ExitSta
         trainer.close()
         del trainer, saver
         gc.collect()  # the optimizers are part of cycles: their matrices would stay beside those of the best checkpoint
-        result = final_result(config, ranks, state.seconds, last / stream.steps_per_epoch, interrupted)
+        name = (
+            folders.best_path(folder, state.best_checkpoint["step"]) if state.best_checkpoint else folders.step_path(folder, last)
+        ).name
+        result = final_result(config, stream.manifest, name, ranks, state.seconds, last / stream.steps_per_epoch, interrupted)
     if run_dir and result:
         run_dir.write_result(result)
     if run_dir:
@@ -150,6 +160,33 @@ def _train(config: Config, ranks: Ranks, init_from: str | None, workers: ExitSta
         run_dir.close()
     stop.close()
     return result
+
+
+def _begin(
+    run_dir: RunDir,
+    config: Config,
+    manifest: Manifest,
+    state: RunState,
+    environment: dict[str, Any],
+    last: int,
+    progress: Progress,
+) -> None:
+    """Make run.dir hold the past of `state` and nothing else, and say what of it is missing or damaged."""
+    folder = run_dir.checkpoints
+    best = folders.best_path(folder, state.best_checkpoint["step"]) if state.best_checkpoint else None
+    if best is not None and not best.exists():
+        best = folder / folders.BEST  # a copy of the run that followed the link, and has nothing else
+    folders.settle(folder, best)
+    folders.prune(folder, config.run.keep)
+    finished = state.step == last and not state.evaluation_due
+    kept = folders.best_path(folder, state.best_checkpoint["step"]) if state.best_checkpoint else folders.step_path(folder, last)
+    header = checkpoints.header_of(kept) if finished else None
+    run_dir.drop_result(unless=header["header_sha256"] if header else "")
+    n_damaged = run_dir.open(config, manifest, state.step, environment)
+    if n_damaged:
+        progress.say(f"{n_damaged} damaged lines of metrics.jsonl are kept in metrics.damaged.jsonl")
+    if state.lost_best:
+        progress.say("the best checkpoint of the resumed run is not in its folder; the best one is looked for from here on")
 
 
 def with_next(batches: Iterable[Batch]) -> Iterator[tuple[Batch, Batch | None]]:
@@ -230,7 +267,7 @@ def dry_run(config: Config, ranks: Ranks) -> str:
     item_gb = ((m.item_parameters(n_items, n_items) - frozen) * item_bytes + frozen * 4) / 1e9
     trunk_gb = m.trunk_parameters() * 12 / 1e9
     last = total_steps(config, stream.steps_per_epoch)
-    newest = checkpoints.newest(Path(config.run.dir) / "checkpoints")
+    newest = folders.newest(Path(config.run.dir) / "checkpoints")
     return (
         f"dry run: {m.kind}, {stream.n_users:,} training users, {n_items:,} items, {last:,} steps of about {config.data.batch_size} users "
         f"({stream.steps_per_epoch:,} an epoch)\n"
@@ -288,24 +325,48 @@ def _evaluate_and_keep_best(
 def evaluate_split(
     scorer: Scorer, config: Config, manifest: Manifest, split: str, ranks: Ranks, interrupted: Callable[[], bool]
 ) -> RankingMetrics | None:
-    """`evaluate` with its progress, as a part of a training."""
+    """`evaluate` with its progress, as a part of a training, on the shards that it began with."""
+    check_same_shards(config.data.shards, manifest, ranks)
     progress = Progress(f"evaluating {split}", manifest.splits[split].users, "user", show=ranks.is_main, brief=True)
     denominator = config.run.recall_denominator
     try:
         return evaluate(
-            scorer, config.data.shards, split, ranks, progress.update, interrupted=interrupted, recall_denominator=denominator
+            scorer,
+            config.data.shards,
+            split,
+            ranks,
+            progress.update,
+            interrupted=interrupted,
+            recall_denominator=denominator,
+            manifest=manifest,
         )
     finally:
         progress.close()
 
 
+def check_same_shards(folder: str, manifest: Manifest, ranks: Ranks) -> None:
+    """AgreedError where the data folder has been replaced since `manifest` was read, when the run began."""
+    with agreed(ranks):
+        if ranks.is_main and (found := Manifest.load(folder).data_sha256) != manifest.data_sha256:
+            raise ValueError(
+                f"data.shards {folder} was replaced while the run was going on: it began with shards of hash "
+                f"{manifest.data_sha256[:12]}..., now it is {found[:12]}...; restore them, or train on the new ones in a new run.dir"
+            )
+
+
 def final_result(
-    config: Config, ranks: Ranks, seconds: float, epochs: float, interrupted: Callable[[], bool]
+    config: Config,
+    manifest: Manifest,
+    name: str,
+    ranks: Ranks,
+    seconds: float,
+    epochs: float,
+    interrupted: Callable[[], bool],
 ) -> dict[str, Any] | None:
-    """What result.json holds, for the best checkpoint; None where a stop came first."""
-    loaded = load_model(config.run.dir, None, ranks)
+    """What result.json holds, for the checkpoint `name`; None where a stop came first."""
+    loaded = load_model(config.run.dir, name, ranks)
     result: dict[str, Any] = {}
-    manifest, scorer = Manifest.load(config.data.shards), model_scorer(loaded.model, loaded.trunk)
+    scorer = model_scorer(loaded.model, loaded.trunk)
     for split in ("validation", "test"):
         result[split] = None
         if manifest.splits[split].users:
@@ -318,7 +379,8 @@ def final_result(
         "seconds_training": seconds,
         "epochs": int(epochs) if epochs == int(epochs) else epochs,
         "world_size": ranks.world_size,
-        "checkpoint": loaded.checkpoint.path.resolve().name,
+        "checkpoint": loaded.checkpoint.name,
+        "checkpoint_sha256": loaded.checkpoint.header["header_sha256"],
     }
 
 
@@ -339,7 +401,7 @@ def _explained(error: DivergedError, batch: Batch, folder: Path, run_dir: RunDir
     path = Path(folder).parent / f"diverged-step-{batch.step + 1}.json"
     if run_dir:
         write_atomically(path, json.dumps({"step": batch.step + 1, "user_keys": keys}) + "\n")
-    good = checkpoints.newest(folder)
+    good = folders.newest(folder)
     some = ", ".join(map(str, keys[:5])) + (", ..." if len(keys) > 5 else "")
     return DivergedError(
         f"{error}; the batch holds {len(keys)} users with keys {some} (all in {path}); the last good checkpoint is {good or 'none'}; "

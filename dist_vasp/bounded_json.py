@@ -1,0 +1,51 @@
+"""Read JSON that others have written: its size is checked before it is read, its depth before it is used."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+LARGEST = 16 << 20  # bytes of a header, a result or a list of starts
+LARGEST_MANIFEST = 256 << 20  # of a manifest: some 200 bytes a shard
+DEEPEST = 64  # levels of lists and objects; ours have six
+
+
+def read_json(path: str | Path, largest: int = LARGEST, folder: int | None = None) -> Any:
+    """Return the content of a JSON file. With `folder`, an open folder, `path` is a name in it.
+
+    OSError where the file cannot be read; ValueError where it is no regular file, too large, too deep or not JSON.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
+    with open(descriptor, "rb") as handle:
+        kind = os.fstat(descriptor)
+        if stat.S_ISDIR(kind.st_mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        if not stat.S_ISREG(kind.st_mode):
+            raise ValueError("it is not a regular file")
+        if kind.st_size > largest:
+            raise ValueError(f"it has {kind.st_size:,} bytes, expected at most {largest:,}")
+        return parse_json(handle.read(largest + 1))
+
+
+def parse_json(data: bytes | str) -> Any:
+    """Return the value of a JSON text; ValueError where it is none, or nested deeper than DEEPEST levels."""
+    try:
+        value = json.loads(data)
+    except RecursionError:
+        raise ValueError(f"it is nested deeper than {DEEPEST} levels") from None
+    level = [value]
+    for _ in range(DEEPEST):
+        level = [child for parent in level for child in _children(parent)]
+        if not level:
+            return value
+    raise ValueError(f"it is nested deeper than {DEEPEST} levels")
+
+
+def _children(value: Any) -> Any:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()

@@ -1,0 +1,222 @@
+"""Which checkpoints a run's folder holds, and which of them count.
+
+What a run resumes from decides. Every start of a training is an attempt with an id of its own, and a best checkpoint is known
+by its step and the attempt that wrote it. A step checkpoint names the best one of its past; whatever else the folder holds
+belongs to a future that is undone, or to another attempt, and goes when the run is resumed (`settle`).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from dist_vasp.checkpoint import HEADER, Checkpoint, GoneError, header_of, open_checkpoint, remove
+from dist_vasp.parallel.comm import Ranks, agree, all_gather_bytes, any_rank
+
+BEST = "best"
+_OURS = re.compile(r"(step|best)-\d{8,}")
+_TRIES, _PAUSE_S = 20, 0.05  # a link or a listing that is replaced while it is read
+_PATH_BYTES = 8192
+
+
+def step_path(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:08d}"
+
+
+def best_path(folder: Path, step: int) -> Path:
+    return folder / f"{BEST}-{step:08d}"
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def newest(folder: Path) -> Path | None:
+    """The step checkpoint with the highest step, None where there is none."""
+    steps = _steps(folder)
+    return steps[-1] if steps else None
+
+
+def newest_step(folder: Path) -> int:
+    """The step that the name of the newest step checkpoint says; 0 where there is none, or a name says nothing."""
+    path = newest(folder)
+    digits = path.name.removeprefix("step-") if path else ""
+    return int(digits) if digits.isascii() and digits.isdigit() else 0
+
+
+def _steps(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.glob("step-*") if (p / HEADER).is_file())
+
+
+def find(folder: Path, name: str | None = None) -> Path:
+    """The checkpoint `name`, else the best one, else the newest; ValueError lists what there is.
+
+    A link is followed here, once: what it points at later is another checkpoint.
+    """
+    if name is not None:
+        path = _followed(folder / name)
+    else:
+        path = _followed(folder / BEST)
+        if not path.exists():
+            path = newest(folder) or path
+    if not (path / HEADER).is_file():
+        found = sorted(p.parent.name for p in folder.glob(f"[!.]*/{HEADER}"))
+        if not found:
+            raise ValueError(f"{folder.parent} holds no checkpoint; name the run.dir of a training run that has saved one")
+        text = f"{path} is not a checkpoint; {folder} holds {', '.join(found)}; name one of them"
+        raise GoneError(text) if name in (None, BEST) else ValueError(text)
+    return path
+
+
+def _followed(path: Path) -> Path:
+    try:
+        return path.parent / os.readlink(path)
+    except OSError:  # no link
+        return path
+
+
+def open_found(folder: Path, name: str | None = None) -> Checkpoint:
+    """Open the checkpoint `name`, else the best, else the newest; look again where it was replaced meanwhile."""
+    return persist(lambda: open_checkpoint(find(folder, name)))
+
+
+def persist(opening: Callable[[], Checkpoint]) -> Checkpoint:
+    """Call `opening` until what it finds is still there when it is opened; GoneError after a second of failures."""
+    for _ in range(_TRIES):
+        try:
+            return opening()
+        except GoneError:
+            time.sleep(_PAUSE_S)
+    return opening()
+
+
+def open_together(
+    opening: Callable[[], Checkpoint | None], ranks: Ranks, reopening: Callable[[Path], Checkpoint] = open_checkpoint
+) -> Checkpoint | None:
+    """Open on every rank what `opening` finds on rank 0, by the path it has there; None where it finds nothing.
+
+    AgreedError where a rank cannot open it, or sees other content under that path.
+    """
+    for tries_left in reversed(range(_TRIES)):
+        opened, error = None, None
+        try:
+            opened = opening() if ranks.is_main else None
+        except ValueError as raised:
+            error = raised
+        agree(error, ranks)
+        said = "" if opened is None else f"{opened.header['header_sha256']} {opened.path}"
+        digest, _, path = all_gather_bytes(said.encode(), ranks.world, ranks.device, _PATH_BYTES)[0].decode().partition(" ")
+        if not path:
+            return None
+        gone = False
+        try:
+            opened = opened or reopening(Path(path))
+            gone = opened.header["header_sha256"] != digest
+            if gone:
+                error = GoneError(f"{path} is not on every host what rank 0 sees; start the same command again")
+        except GoneError as raised:
+            gone, error = True, raised
+        except ValueError as raised:
+            error = raised
+        if not (any_rank(gone, ranks) and tries_left):
+            agree(error, ranks)
+            return opened
+        time.sleep(_PAUSE_S)
+    raise AssertionError
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def point_best_at(path: Path) -> None:
+    """Make `best` beside `path` a link to it, in one step."""
+    link, fresh = path.with_name(BEST), path.with_name(f".{BEST}.{secrets.token_hex(8)}.tmp")
+    fresh.symlink_to(path.name)
+    if link.is_dir() and not link.is_symlink():  # a copy of the run that followed the link
+        remove(link)
+    os.replace(fresh, link)
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Drop all but the `keep` newest step checkpoints, and the best ones that neither they nor the link name."""
+    steps = _steps(folder)
+    for old in steps[:-keep]:
+        remove(old)
+    needed = {_followed(folder / BEST).name}
+    for path in steps[-keep:]:
+        needed |= _named_by(folder, path)
+    for old in folder.glob(f"{BEST}-*"):
+        if old.name not in needed:
+            remove(old)
+
+
+def _named_by(folder: Path, step: Path) -> set[str]:
+    """Names of the best checkpoints that a step checkpoint may need when the run resumes from it."""
+    header = header_of(step)
+    if header is None:
+        return set()
+    if "best_checkpoint" not in header:  # of an earlier version, which did not name it
+        last = best_path(folder, header["position"]["step"]).name
+        return {path.name for path in folder.glob(f"{BEST}-*") if path.name <= last}
+    named = header["best_checkpoint"]
+    return {best_path(folder, named["step"]).name} if named else set()
+
+
+def best_of(folder: Path, header: dict[str, Any]) -> Path | None:
+    """The best checkpoint that the step checkpoint with this header names; None where that is not in the folder."""
+    for path in sorted(folder.glob(f"{BEST}*")):
+        found = header_of(path) if not path.is_symlink() else None
+        if found is None or header.get("best") is None:
+            continue
+        if "best_checkpoint" in header:
+            named, step = header["best_checkpoint"], found["position"]["step"]
+            same = named == {"step": step, "attempt": found.get("attempt", "")}
+        else:  # of an earlier version
+            same = found.get("best") == header["best"] and found["position"]["step"] <= header["position"]["step"]
+        if same:
+            return path
+    return None
+
+
+def discard(folder: Path, *void: Path) -> None:
+    """Drop checkpoints that no run may resume from or rank with; the link goes to the best one before, if there is one."""
+    if _followed(folder / BEST) in void:
+        remaining = [path for path in _steps(folder) if path not in void]
+        header = header_of(remaining[-1]) if remaining else None
+        best = best_of(folder, header) if header else None
+        if best is not None and best not in void:
+            point_best_at(best)
+        else:
+            remove(folder / BEST)
+    for path in void:
+        remove(path)
+
+
+def settle(folder: Path, best: Path | None) -> None:
+    """Make the folder hold what its newest step checkpoint stands for and nothing beyond: `best` is the only best one.
+
+    Also removes what a killed process has left half-written. Safe to be killed: the next start does it again.
+    """
+    if not folder.is_dir():
+        return
+    link = folder / BEST
+    if best is not None and best == link:  # a copy of the run that followed the link, and has nothing else
+        named = header_of(best)
+        assert named is not None
+        best = best_path(folder, named["position"]["step"])
+        remove(best)
+        link.rename(best)
+    if best is not None:
+        point_best_at(best)
+    elif link.is_symlink() or link.exists():
+        remove(link)
+    for path in folder.iterdir():
+        beyond = path.name.startswith(f"{BEST}-") and path.name != (best.name if best else "")
+        if (_OURS.fullmatch(path.name) and (beyond or not (path / HEADER).is_file())) or (
+            path.name.startswith(".") and path.name.endswith(".tmp")
+        ):
+            remove(path)

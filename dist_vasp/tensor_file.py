@@ -1,0 +1,158 @@
+"""Safetensors files of fp32 tensors: a length, a JSON header and the raw numbers. Nothing of the header is believed unchecked.
+
+A file is read through one open descriptor, so that what was verified, what is mapped and what is copied are the same bytes,
+whatever happens to the name meanwhile. The format is that of the safetensors library, whose own reader opens files by name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import mmap
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from dist_vasp.bounded_json import parse_json
+
+MOST_TENSORS = 1 << 16  # of a file
+_LARGEST_HEADER = 32 << 20  # bytes
+_MOST_DIMENSIONS = 8
+_LARGEST_SIZE = 1 << 48
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where a tensor lies in its file."""
+
+    shape: tuple[int, ...]
+    start: int  # byte in the file
+    end: int
+
+
+class TensorFile:
+    """An open safetensors file. ValueError, which names `path`, where its header does not describe its bytes."""
+
+    def __init__(self, handle: BinaryIO, path: Path) -> None:
+        self.path, self._handle = path, handle
+        try:
+            self.stored = _parse_header(handle.fileno())
+        except ValueError as error:
+            raise ValueError(f"{path} cannot be read as safetensors ({error})") from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.stored)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.stored[name].shape
+
+    def read(self, name: str, first: int = 0, last: int | None = None) -> Tensor:
+        """Return a copy of a tensor, or of its rows `first` to `last`; nothing else of the file is touched."""
+        stored = self.stored[name]
+        shape, start, end = stored.shape, stored.start, stored.end
+        if last is not None:
+            row = 4 * math.prod(shape[1:])
+            start, end = start + first * row, start + last * row
+            shape = (last - first, *shape[1:])
+        tensor = torch.empty(shape, dtype=torch.float32)
+        if tensor.numel():
+            view = tensor.numpy().reshape(-1).view("u1").data
+            while start < end:
+                n_bytes = os.preadv(self._handle.fileno(), [view[len(view) - (end - start) :]], start)
+                if not n_bytes:
+                    raise ValueError(f"{self.path} ends at byte {start:,}, expected {end:,}")
+                start += n_bytes
+        return tensor
+
+    def map(self) -> tuple[dict[str, Tensor], mmap.mmap]:
+        """Return every tensor as a read-only view of the file's pages, and the mapping."""
+        pages = mmap.mmap(self._handle.fileno(), 0, access=mmap.ACCESS_READ)
+        tensors = {}
+        for name, stored in self.stored.items():
+            n = math.prod(stored.shape)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # "the buffer is not writable": nothing here writes
+                flat = torch.frombuffer(pages, dtype=torch.float32, count=n, offset=stored.start) if n else torch.zeros(0)
+            tensors[name] = flat.view(stored.shape)
+        return tensors, pages
+
+
+def _parse_header(descriptor: int) -> dict[str, Stored]:
+    """What the header says of each tensor; ValueError unless that is all that the file holds, byte after byte."""
+    size = os.fstat(descriptor).st_size
+    length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
+    if length > min(size - 8, _LARGEST_HEADER):
+        raise ValueError(f"its header has {length:,} bytes, the file {size:,}; expected at most {_LARGEST_HEADER:,}")
+    header = parse_json(os.pread(descriptor, length, 8))
+    if not isinstance(header, dict):
+        raise ValueError("its header is not a table of tensors")
+    header.pop("__metadata__", None)
+    if len(header) > MOST_TENSORS:
+        raise ValueError(f"it lists {len(header):,} tensors, expected at most {MOST_TENSORS:,}")
+    found = {name: _stored(name, entry, 8 + length) for name, entry in header.items()}
+    end = 8 + length
+    for stored in sorted(found.values(), key=lambda stored: (stored.start, stored.end)):
+        if stored.start != end:
+            raise ValueError(f"a tensor begins at byte {stored.start:,}, the one before ends at {end:,}")
+        end = stored.end
+    if end != size or end % 4:
+        raise ValueError(f"its tensors end at byte {end:,}, the file at {size:,}")
+    return found
+
+
+def _stored(name: str, entry: Any, begin: int) -> Stored:
+    if not isinstance(entry, dict) or not isinstance(entry.get("shape"), list):
+        raise ValueError(f"{name!r:.80} is not described")
+    if entry.get("dtype") != "F32":
+        raise ValueError(f"{name:.80} is of dtype {entry.get('dtype')!s:.20}, expected F32")
+    shape, offsets = entry["shape"], entry.get("data_offsets")
+    if not isinstance(offsets, list) or len(offsets) != 2 or len(shape) > _MOST_DIMENSIONS:
+        raise ValueError(f"{name:.80} has shape {shape!r:.80} at {offsets!r:.80}")
+    if not all(type(n) is int and 0 <= n < _LARGEST_SIZE for n in (*shape, *offsets)):
+        raise ValueError(f"{name:.80} has shape {shape!r:.80} at {offsets!r:.80}")
+    start, end = offsets
+    if end - start != 4 * math.prod(shape) or (begin + start) % 4:
+        raise ValueError(f"{name:.80} of shape {shape} lies in bytes {start} to {end}, expected {4 * math.prod(shape):,} of them")
+    return Stored(tuple(shape), begin + start, begin + end)
+
+
+def write_safetensors(path: Path, tensors: dict[str, Tensor], progress: Callable[[int], None] | None = None) -> str:
+    """Write fp32 tensors as a new safetensors file, one after the other; return its SHA-256.
+
+    The library's own writer wants all of them in memory at once. `progress` is told the bytes of each tensor written.
+    """
+    header, end = {}, 0
+    assert len(tensors) <= MOST_TENSORS, len(tensors)
+    for name, tensor in tensors.items():
+        assert tensor.dtype == torch.float32, (name, tensor.dtype)
+        start, end = end, end + tensor.numel() * 4
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
+    with open(path, "xb") as handle:
+        for part in (len(text).to_bytes(8, "little"), text):
+            handle.write(part)
+            digest.update(part)
+        for tensor in tensors.values():
+            data = tensor.detach().cpu().contiguous().numpy().reshape(-1).view("u1").data
+            handle.write(data)
+            digest.update(data)
+            if progress:
+                progress(len(data))
+        handle.flush()
+        os.fsync(handle.fileno())
+    return digest.hexdigest()
+
+
+def map_tensors(path: Path) -> dict[str, Tensor]:
+    """Every tensor of a safetensors file as a read-only view of its pages; ValueError where it cannot be one."""
+    with open(path, "rb") as handle:
+        return TensorFile(handle, path).map()[0]
