@@ -25,7 +25,7 @@ def saver(folder: Path, keep: int = 2) -> Saver:
         trunk_tensors=lambda moments: {},
         optimizer_scalars=lambda: {"step": 1.0, "mu_product": 0.5},
     )
-    manifest = SimpleNamespace(shards_sha256="s", data_sha256="d", vocabulary_sha256="v")
+    manifest = SimpleNamespace(shards_sha256="s", data_sha256="d", vocabulary_sha256="v", positives=None)
     return Saver(trainer, SimpleNamespace(steps_per_epoch=4, manifest=manifest, n_items=3), folder, lambda _: None)
 
 
