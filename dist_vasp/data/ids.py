@@ -9,6 +9,7 @@ Shapes: E ids of a batch, I ids of a vocabulary.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ import pyarrow.compute as pc
 MISSING = ("NULL", "\\N", "nan", "None", "NA")  # besides the empty text, null and NaN
 MAX_BYTES = 4096  # of one id
 _LARGEST = 2**63 - 1
+_INTEGER = re.compile("0|-?[1-9][0-9]{0,18}")
 _CANONICAL = "^(0|[1-9][0-9]{0,18})$"
 _WHOLE_LIMIT = {16: 2.0**11, 32: 2.0**24, 64: 2.0**53}  # by width of the float: beyond, whole numbers are rounded
 
@@ -124,9 +126,9 @@ def of_column(values: Any, numbers: Sequence[int], where: str, missing: Sequence
     if pa.types.is_null(kind):
         return values.cast(pa.string())
     if pa.types.is_integer(kind):
-        return _of_integers(values, numbers, where)
+        return _of_integers(_without(values, missing), numbers, where)
     if pa.types.is_floating(kind):
-        return _of_floats(values, numbers, where)
+        return _of_floats(_without(values, missing), numbers, where)
     if is_text(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
         return _of_text(values, numbers, where, missing)
     raise ValueError(f"{where} is of type {kind}, expected integers, whole numbers or text; convert it first")
@@ -143,6 +145,18 @@ class _FirstUses(Sequence[int]):
 
     def __len__(self) -> int:
         return len(self._numbers)
+
+
+def _without(values: pa.Array, missing: Sequence[str]) -> pa.Array:
+    """The numbers, null where one of the missing texts is how a whole number is written, such as -1."""
+    markers = [float(text) if pa.types.is_floating(values.type) else int(text) for text in missing if _INTEGER.fullmatch(text)]
+    for marker in markers:
+        try:
+            equal = pc.equal(values, pa.scalar(marker, values.type))
+        except (pa.ArrowInvalid, OverflowError):  # none of this column can be it
+            continue
+        values = pc.if_else(equal, pa.scalar(None, values.type), values)
+    return values
 
 
 def _of_integers(values: pa.Array, numbers: Sequence[int], where: str) -> pa.Array:

@@ -41,7 +41,6 @@ def read_header(blocks: Blocks, columns: Columns, reading: Reading, constants: C
         expected = "a header line with the names of the columns" if reading.header else "rows"
         raise ValueError(f"{where} is empty; expected {expected}")
     candidates = DELIMITERS if reading.delimiter is None else (check_delimiter(reading.delimiter),)
-    check_text(block, Dialect(candidates[0], reading.quoting), blocks.row, where)
     errors: dict[str, ValueError] = {}
     for delimiter in candidates:
         dialect = Dialect(delimiter, reading.quoting)
@@ -53,14 +52,26 @@ def read_header(blocks: Blocks, columns: Columns, reading: Reading, constants: C
             errors[delimiter] = error
             continue
         if reading.header:
-            block = "".join(lines_of(block.decode())[n_lines:]).encode()
+            lines = _lines(block)
+            block = _bytes(lines[n_lines:])
+            check_text(_bytes(lines[:n_lines]), dialect, blocks.row, where)
             blocks.row, blocks.line = blocks.row + 1, blocks.line + n_lines
         elif reading.delimiter is None:
             _check_unambiguous(names, delimiter, where)
         return Header(labels, dialect, wanted, block)
-    first = lines_of(block.decode())[0]
+    first = _lines(block)[0]
     likely = max(candidates, key=lambda d: (first.count(d), -candidates.index(d)))
+    check_text(block, Dialect(likely, reading.quoting), blocks.row, where)
     raise _explained(errors[likely], likely, first, columns, reading, where)
+
+
+def _lines(block: bytes) -> list[str]:
+    """The lines of a block whose text is checked later, once it is known where rows begin."""
+    return lines_of(block.decode(errors="surrogateescape"))
+
+
+def _bytes(lines: list[str]) -> bytes:
+    return "".join(lines).encode(errors="surrogateescape")
 
 
 def _labels(n_columns: int, reading: Reading, where: str) -> list[str]:
@@ -82,7 +93,7 @@ def _skip_blank_lines(blocks: Blocks) -> bytes:
 def _first_record(blocks: Blocks, block: bytes, dialect: Dialect, where: str) -> tuple[list[str], int, bytes]:
     """The cells of the first row, its number of lines, and the block with as much more as a quoted header needs."""
     while True:
-        lines = lines_of(block.decode())
+        lines = _lines(block)
         if lines[0].count(dialect.delimiter) >= MAX_COLUMNS:
             raise ValueError(f"{where}: the first row has more than {MAX_COLUMNS:,} cells; it is no table of interactions")
         reader = dialect.reader(lines)
@@ -99,7 +110,6 @@ def _first_record(blocks: Blocks, block: bytes, dialect: Dialect, where: str) ->
                 raise ValueError(
                     f"{where}, row {blocks.row}: {problem}; correct it, or pass --no_quoting if quotes are plain characters"
                 ) from None
-            check_text(more, dialect, blocks.row, where)
             block += more
 
 

@@ -180,12 +180,13 @@ class Rows:
                 done = reader.line_num
         except csv.Error as error:
             if str(error) != "unexpected end of data":
+                self._check_width(records, range(self._blocks.row, self._blocks.row + len(records)))
                 raise self._malformed(str(error), len(records), done) from None
             rest = "".join(lines[done:]).encode()
         numbers: Sequence[int] = range(self._blocks.row, self._blocks.row + len(records))
         self._check_width(records, numbers)
         for index, first, last in broken:
-            self._check_swallowed(records[index], lines[first:last], numbers[index])
+            self._check_swallowed(lines[first:last], numbers[index])
         self.n_broken += len(broken)
         self._blocks.row += len(records)
         self._blocks.line += done
@@ -205,16 +206,16 @@ class Rows:
             f"(delimiter {self._dialect.delimiter!r}); correct the row"
         )
 
-    def _check_swallowed(self, record: list[str], lines: list[str], number: int) -> None:
-        """ValueError where the lines that a quoted cell holds are rows themselves: a stray quote opened it, another closed it."""
+    def _check_swallowed(self, lines: list[str], number: int) -> None:
+        """ValueError where every line of a row is a row itself: a stray quote has opened a cell, and another has closed it."""
         delimiter = self._dialect.delimiter
-        if any(line.count(delimiter) != self._n_columns - 1 for line in lines[1:]) or self._n_columns < 2:
+        if any(line.count(delimiter) != self._n_columns - 1 for line in lines) or self._n_columns < 2:
             return
-        heads = [line.rstrip("\r\n").split(delimiter) for line in lines[1:]]
-        numeric = all(_is_number(cells[i]) for cells in [record, *heads] for i in self.id_columns)
-        if (numeric and self.id_columns) or (len(heads) > 2 and self._n_columns > 2):
+        cells = [line.rstrip("\r\n").split(delimiter) for line in lines]
+        numeric = bool(self.id_columns) and all(_is_number(line[i]) for line in cells for i in self.id_columns)
+        if numeric or (len(lines) > 3 and self._n_columns > 2):
             raise ValueError(
-                f"{self._where}, row {number:,}{self._line(0, number)}: a quote opens here and the cell holds {len(heads):,} lines that "
+                f"{self._where}, row {number:,}: a quote opens here and the cell holds {len(lines) - 1:,} lines that "
                 "look like rows of the table; correct the quote, or pass --no_quoting if quotes are plain characters"
             )
 
