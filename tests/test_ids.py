@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,6 +21,7 @@ from dist_vasp.ranking.history_file import open_histories
 from dist_vasp.ranking.recommend import recommend_to_file
 from tests.test_recommend import alone, item_table
 
+ROUNDS = int(os.environ.get("ID_ROUNDS", "20"))  # files of each format for the property
 LARGEST = 2**63 - 1
 NOT_CANONICAL = [
     "",
@@ -149,7 +151,7 @@ def _write(path, rows, kind):
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=ROUNDS, deadline=None, suppress_health_check=list(HealthCheck))
 @given(rows=ROWS, missing=st.sampled_from([None, "", "17,7"]))
 @example(rows=[("007", "0663713"), ("7", "663713")], missing=None)
 @example(rows=[("1", " 3"), ("1", "3"), (" 1", "3.0")], missing=None)
