@@ -70,8 +70,11 @@ def _check(arguments: argparse.Namespace) -> list[tuple[str, str | Path]]:
         raise ValueError(f"--show is {arguments.show}, expected 0 or more users")
     inputs: list[tuple[str, str | Path]] = [("--histories", path) for text in arguments.histories for path in expand(text)]
     for option in ("filter_items", "restrict_to"):
-        if getattr(arguments, option) is not None:
-            inputs.append((f"--{option}", getattr(arguments, option)))
+        named = getattr(arguments, option)
+        if named == "":
+            raise ValueError(f"--{option} is empty, expected a file of item ids; name one, or leave the option out")
+        if named is not None:
+            inputs.append((f"--{option}", named))
     check_output(arguments.output, arguments.overwrite, inputs)
     return inputs
 

@@ -30,7 +30,7 @@ from dist_vasp.data.positives import PositiveRule
 from dist_vasp.model.sparse import ItemRows
 from dist_vasp.parallel.comm import Ranks, agreed
 from dist_vasp.ranking.evaluate import Scorer, model_scorer
-from dist_vasp.ranking.load import ENSEMBLE, LoadedModel, load_model, open_model, positives_of
+from dist_vasp.ranking.load import ENSEMBLE, LoadedModel, load_model, open_model, positives_of, same_on_all
 
 FORMAT_VERSION = 1
 MOST_MEMBERS = 64
@@ -114,6 +114,7 @@ def load_ranker(folder: str | Path, checkpoint: str | None, ranks: Ranks) -> Ran
             _check_vocabulary(run, opened.header, header["vocabulary_sha256"], str(folder / ENSEMBLE))
             rules[str(run)] = positives_of(opened, run)
         rule = _common_rule(rules)
+    rule = same_on_all(rule, ranks)
     loaded_members: list[LoadedModel] = []
     for member in members:
         blocks = loaded_members[0].config.parallel.block_columns if loaded_members else None

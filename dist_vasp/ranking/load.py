@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +18,10 @@ from dist_vasp.data.format import ITEMS_FILE, ItemTable, Manifest, read_items_fi
 from dist_vasp.data.positives import PositiveRule
 from dist_vasp.model.trunk import Trunk
 from dist_vasp.model.vasp import VASP, make_trunk
-from dist_vasp.parallel.comm import Ranks, agreed
+from dist_vasp.parallel.comm import Ranks, agreed, all_gather_bytes
 from dist_vasp.ranking.export import is_export, open_export
 
+_RULE_BYTES = 1 << 16
 ENSEMBLE = "ensemble.json"  # names the members of one (ranking/ensemble.py)
 
 
@@ -49,6 +51,7 @@ def load_model(run_dir: str | Path, name: str | None, ranks: Ranks, block_column
         config = from_dict(opened.header["config"])
         items = read_items_file(run_dir / ITEMS_FILE, opened.header["n_items"], opened.header["vocabulary_sha256"])
         rule = positives_of(opened, run_dir)
+    rule = same_on_all(rule, ranks)
     checkpoints.verify(opened, ranks)
     with agreed(ranks):
         check_size(opened, config)
@@ -103,6 +106,17 @@ def positives_of(opened: Checkpoint, folder: str | Path) -> PositiveRule | None:
         return manifest.positives if manifest.shards_sha256 == opened.header["shards_sha256"] else None
     except ValueError:
         return None
+
+
+def same_on_all(rule: PositiveRule | None, ranks: Ranks) -> PositiveRule | None:
+    """What rank 0 knows: the shards of a run may not be there on every host."""
+    known = json.dumps(positives.for_header(rule)).encode()
+    with agreed(ranks):
+        if len(known) > _RULE_BYTES:
+            raise ValueError(
+                f"the rule of positives takes {len(known):,} bytes, at most {_RULE_BYTES:,} are read; shorten --missing"
+            )
+    return positives.in_header(json.loads(all_gather_bytes(known, ranks.world, ranks.device, _RULE_BYTES)[0]))
 
 
 def check_size(opened: Checkpoint, config: Config) -> None:
