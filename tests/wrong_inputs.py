@@ -51,6 +51,7 @@ _TEXTS = {
     "latin.csv": b"user,item\n1,caf\xe9\n",
     "unpacked.csv.gz": "user,item\n1,2\n",
     "histories.csv": "user,item\nann,1\nann,2\nbob,3\n",
+    "dislikes.csv": "user,item,rating\nann,1,2\nbob,3,1\n",
     "strangers.csv": "user,item\nann,90001\nbob,90002\n",
     "letters.csv": "user,item\nann,blue\nbob,red\n",
     "notes.txt": "not a table\n",
@@ -94,6 +95,7 @@ def prepare(folder: Path, commands: Commands) -> None:
     pairs = [(u, i) for u in range(120) for i in random.choice(40, 8, replace=False)]
     users, items = (pa.array(column) for column in zip(*pairs, strict=True))
     pq.write_table(pa.table({"user": users, "item": items}), folder / "interactions.parquet")
+    pq.write_table(pa.table({"user": users, "item": items, "rating": pa.array([5] * len(pairs))}), folder / "rated.parquet")
     whole = (folder / "interactions.parquet").read_bytes()
     (folder / "cut.parquet").write_bytes(whole[: len(whole) // 2])
     pq.write_table(pa.table({"user": users, "item": pa.array([i + 0.5 for _, i in pairs])}), folder / "floats.parquet")
@@ -104,6 +106,8 @@ def prepare(folder: Path, commands: Commands) -> None:
         "python -m data_tools.shard less.parquet other --min_items 1 --val_users 2 --test_users 2",
         "python launch/train.py --config small.yaml --run.dir run",
         "python launch/train.py --config small.yaml --run.dir flvae --model.kind flvae",
+        "python -m data_tools.shard rated.parquet rated-shards --val_users 10 --test_users 20 --users_per_shard 30",
+        "python launch/train.py --config small.yaml --data.shards rated-shards --run.dir rated --model.kind ease --model.ease_lambda 9",
         "python launch/export.py --run run --output export",
         "python launch/train.py --config small.yaml --data.shards other --run.dir elsewhere",
         "python launch/ensemble.py --members run flvae --output both",
