@@ -47,11 +47,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _look(one: Run, shards: str | None, n_users: int, n_samples: int, k: int) -> Looked:
     """Lists of the run's model; a run without a model or data is reported without them, a wrong --shards is an error."""
-    folder = shards or one.at("data", "shards")
+    folder = shards or str(one.at("data", "shards") or "")
     if not n_users:
         return Looked()
     if not folder or not Path(folder).is_dir():
-        return Looked(why_not=f"The data folder {folder or ''} is not at hand, so there are no lists here; --shards DIR names it.")
+        return Looked(why_not=f"The data folder {folder} is not at hand, so there are no lists here; --shards DIR names it.")
     try:
         with counting(f"lists of {one.name}", "user") as show:
             popularity, samples = look(Recommender.load(one.folder), folder, n_users, n_samples, k, show)

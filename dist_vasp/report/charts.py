@@ -40,7 +40,7 @@ def learning(runs: Sequence[Run]) -> list[str]:
         if x_name == "epochs":
             drawn = _closed_form_across(runs, drawn)
         cards.append(drawn_card(title, "validation users; the band is one standard error", drawn))
-    kind = {run.at("loss", "kind", "") for run in runs}
+    kind = {str(run.at("loss", "kind", "")) for run in runs}
     named = f"{kind.pop()} loss of the training rows" if len(kind) == 1 else "loss of the training rows"
 
     def per_step(name: str, title: str, says: str, show: Format = short, zero: bool = False, log: bool = False) -> str:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from dist_vasp.training.run_dir import earlier_starts
-
+_LARGEST = 1e18  # of a number that is drawn
+_LONGEST, _DEEPEST, _MOST_VALUES = 2000, 8, 50_000  # of a text, of the nesting, of a file's values
 MOST_RUNS = 6  # as many as there are colours that people tell apart
 
 
@@ -70,13 +69,16 @@ def read_run(folder: str | Path, benchmark: dict[str, Any] | None = None) -> Run
         raise ValueError(f"{folder} holds neither config.yaml nor metrics.jsonl; pass the run.dir of a training")
     found = benchmark or read_benchmark(folder / "benchmark.json", missing_ok=True)
     steps = [line for line in lines if "loss" in line]
-    evaluations = [line for line in lines if "loss" not in line and line.get("split") == "validation"]
-    run = Run(
-        folder.resolve().name, folder, config, earlier_starts(folder / "environment.json"), steps, evaluations, None, found, damaged
-    )
+    evaluations = [_plain(line, [_MOST_VALUES]) for line in lines if "loss" not in line and line.get("split") == "validation"]
+    environment = _json(folder / "environment.json")
+    starts = environment.get("starts") if isinstance(environment, dict) else None
+    starts = [start for start in starts if isinstance(start, dict)] if isinstance(starts, list) else []
+    run = Run(folder.resolve().name, folder, config, starts, steps, evaluations, None, found, damaged)
     result = _json(folder / "result.json")
     run.result = result if isinstance(result, dict) else None
-    if run.result is None:
+    if run.result is None and (folder / "result.json").exists():
+        run.notes.append("result.json cannot be read and is left out.")
+    elif run.result is None:
         run.notes.append("The run has not come to its end: there is no result.json.")
     if damaged:
         run.notes.append(f"{damaged} lines of metrics.jsonl could not be read and are left out.")
@@ -112,6 +114,7 @@ def read_benchmark(path: Path, missing_ok: bool = False) -> dict[str, Any] | Non
         and isinstance(row.get("mode"), str)
         and isinstance(row.get("parts"), dict)
         and all(_number(part) for part in row["parts"].values())
+        and row["ranks"] >= 1
         for row in rows
     )
     if not good or not rows:
@@ -121,7 +124,31 @@ def read_benchmark(path: Path, missing_ok: bool = False) -> dict[str, Any] | Non
 
 
 def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether a value is a number that can be drawn: finite, neither huge nor all but 0."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return value == 0 or 1 / _LARGEST**2 <= abs(value) <= _LARGEST
+
+
+def _plain(value: Any, left: list[int], depth: int = 0) -> Any:
+    """What a file holds, fit to be shown: names are text, numbers that cannot be drawn are None.
+
+    `left` counts down the values that are still taken: a file may repeat a part of itself without end.
+    """
+    left[0] -= 1
+    if depth > _DEEPEST or left[0] < 0:
+        return None
+    if isinstance(value, dict):
+        return {_text(name): _plain(v, left, depth + 1) for name, v in list(value.items())[: max(left[0], 0)]}
+    if isinstance(value, list):
+        return [_plain(v, left, depth + 1) for v in value[: max(left[0], 0)]]
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return value if _number(value) else None
+    return value if isinstance(value, bool | None) else _text(value)
+
+
+def _text(value: Any) -> str:
+    return "a long number" if isinstance(value, int) and not _number(value) else str(value)[:_LONGEST]
 
 
 def _lines(path: Path) -> tuple[list[dict[str, Any]], int]:
@@ -135,7 +162,7 @@ def _lines(path: Path) -> tuple[list[dict[str, Any]], int]:
         try:
             record = json.loads(line)
             good = isinstance(record, dict) and _number(record.get("step")) and _number(record.get("epoch", 0))
-        except ValueError:
+        except (ValueError, RecursionError):
             good = False
         if good:
             found.append(record)
@@ -146,14 +173,14 @@ def _lines(path: Path) -> tuple[list[dict[str, Any]], int]:
 
 def _config(path: Path) -> dict[str, Any]:
     try:
-        found = yaml.safe_load(path.read_text())
-    except (OSError, ValueError, yaml.YAMLError):
+        found = _plain(yaml.safe_load(path.read_text(errors="replace")), [_MOST_VALUES])
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return {}
     return found if isinstance(found, dict) else {}
 
 
 def _json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
+        return _plain(json.loads(path.read_text()), [_MOST_VALUES])
+    except (OSError, ValueError, RecursionError):
         return None

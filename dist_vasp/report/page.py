@@ -137,7 +137,7 @@ def _results(runs: Sequence[Run]) -> str:
     heads_html += (
         "".join(f'<th class="n">{name}</th>' for _, name in METRICS) + '<th class="n">Users</th><th class="n">Training</th>'
     )
-    denominator = {run.at("run", "recall_denominator", "min") for run in runs}
+    denominator = {str(run.at("run", "recall_denominator", "min")) for run in runs}
     says = (
         "The best checkpoint by validation NDCG@100. Recall@k divides by "
         f"{'all held-out items' if denominator == {'held_out'} else 'min(k, held-out items)'}. The small figure is one standard error"

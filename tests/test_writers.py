@@ -1,0 +1,62 @@
+"""Every command that writes a file: full and read-only disks, outputs that are not its own, two at once (the cases of tests/writers.py)."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+
+from tests.invoke import Commands, Done
+from tests.writers import SITUATIONS, SLOW, WRITERS, complaint, line_of, set_up, state
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("writers")
+
+
+@pytest.fixture(scope="module")
+def commands(folder):
+    with Commands(folder) as commands:
+        set_up(folder, commands)
+        yield commands
+
+
+QUICK = ("synthesize", "evaluate --json", "recommend csv", "export", "ensemble", "plan --json")
+CASES = [
+    pytest.param(writer, situation, marks=() if writer in QUICK and situation != "disk that fills" else pytest.mark.slow)
+    for writer in WRITERS
+    for situation in SITUATIONS
+    if writer not in SLOW or situation == "not its own"
+]
+
+
+@pytest.mark.parametrize(("writer", "situation"), CASES)
+def test_writer(writer, situation, folder, commands):
+    assert not SITUATIONS[situation](writer, folder, commands)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("writer", [w for w in WRITERS if w not in (*SLOW, "train", "compare", "benchmark")])
+def test_two_at_the_same_moment(writer, folder, commands, tmp_path_factory):
+    """One of them writes the whole output, the other says so, or comes later and finds or replaces it."""
+    place = folder / "both-at-once"
+    for _ in range(4):
+        place.mkdir()
+        answers: list[Done] = []
+        with Commands(folder) as others:
+            line = line_of(writer, f"{place.name}/{WRITERS[writer][1]}").removesuffix(" --overwrite")
+            threads = [threading.Thread(target=lambda c=c: answers.append(c.run(line))) for c in (commands, others)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        assert any(done.status == 0 for done in answers), answers
+        wrong = [complaint(done, "another command|exists") for done in answers if done.status]
+        assert not any(wrong), wrong
+        once = state(place)
+        assert once and not [name for name in once if name.endswith((".tmp", ".lock", ".old"))]
+        for path in sorted(place.rglob("*"), reverse=True):
+            path.rmdir() if path.is_dir() else path.unlink()
+        place.rmdir()
