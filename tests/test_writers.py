@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from tests.invoke import Commands, Done
+from tests.invoke import Commands
 from tests.writers import SITUATIONS, SLOW, WRITERS, complaint, line_of, set_up, state
 
 
@@ -44,14 +44,10 @@ def test_two_at_the_same_moment(writer, folder, commands, tmp_path_factory):
     place = folder / "both-at-once"
     for _ in range(4):
         place.mkdir()
-        answers: list[Done] = []
         with Commands(folder) as others:
             line = line_of(writer, f"{place.name}/{WRITERS[writer][1]}").removesuffix(" --overwrite")
-            threads = [threading.Thread(target=lambda c=c: answers.append(c.run(line))) for c in (commands, others)]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
+            with ThreadPoolExecutor(2) as pool:
+                answers = list(pool.map(Commands.run, (commands, others), (line, line)))
         assert any(done.status == 0 for done in answers), answers
         wrong = [complaint(done, "another command|exists") for done in answers if done.status]
         assert not any(wrong), wrong
