@@ -10,6 +10,7 @@ from dist_vasp.data.tables.columns import ROLES, Columns, Reading, find_columns,
 from dist_vasp.data.tables.csv_rows import MAX_COLUMNS, MAX_ROW_BYTES, Blocks, Dialect, check_text, lines_of
 
 DELIMITERS = (",", "\t", ";", "|", "::")
+_HEAD_BYTES = 1 << 16  # that are looked at first
 _NAMED = {"tab": "\t", "\\t": "\t", "comma": ",", "semicolon": ";", "pipe": "|", "space": " "}
 
 
@@ -45,21 +46,20 @@ def read_header(blocks: Blocks, columns: Columns, reading: Reading, constants: C
     for delimiter in candidates:
         dialect = Dialect(delimiter, reading.quoting)
         try:
-            names, n_lines, block = _first_record(blocks, block, dialect, where)
+            names, n_lines, n_bytes, block = _first_record(blocks, block, dialect, where)
             labels = names if reading.header else _labels(len(names), reading, where)
             wanted = find_columns(labels, columns, where, reading.header)
         except ValueError as error:
             errors[delimiter] = error
             continue
         if reading.header:
-            lines = _lines(block)
-            block = _bytes(lines[n_lines:])
-            check_text(_bytes(lines[:n_lines]), dialect, blocks.row, where)
+            check_text(block[:n_bytes], dialect, blocks.row, where)
+            block = block[n_bytes:]
             blocks.row, blocks.line = blocks.row + 1, blocks.line + n_lines
         elif reading.delimiter is None:
             _check_unambiguous(names, delimiter, where)
         return Header(labels, dialect, wanted, block)
-    first = _lines(block)[0]
+    first = _lines(_beginning(block, _HEAD_BYTES))[0]
     likely = max(candidates, key=lambda d: (first.count(d), -candidates.index(d)))
     check_text(block, Dialect(likely, reading.quoting), blocks.row, where)
     raise _explained(errors[likely], likely, first, columns, reading, where)
@@ -90,27 +90,40 @@ def _skip_blank_lines(blocks: Blocks) -> bytes:
     return block
 
 
-def _first_record(blocks: Blocks, block: bytes, dialect: Dialect, where: str) -> tuple[list[str], int, bytes]:
-    """The cells of the first row, its number of lines, and the block with as much more as a quoted header needs."""
+def _first_record(blocks: Blocks, block: bytes, dialect: Dialect, where: str) -> tuple[list[str], int, int, bytes]:
+    """The cells of the first row, its lines and bytes, and the block with as much more as a header of several lines needs."""
+    size = _HEAD_BYTES
     while True:
-        lines = _lines(block)
+        lines = _lines(_beginning(block, size))
         if lines[0].count(dialect.delimiter) >= MAX_COLUMNS:
             raise ValueError(f"{where}: the first row has more than {MAX_COLUMNS:,} cells; it is no table of interactions")
         reader = dialect.reader(lines)
         try:
-            return next(iter(reader)), reader.line_num, block
+            cells = next(iter(reader))
+            return cells, reader.line_num, len(_bytes(lines[: reader.line_num])), block
         except csv.Error as error:
-            more = blocks.next() if "unexpected end" in str(error) and len(block) <= MAX_ROW_BYTES else b""
+            unclosed = "unexpected end" in str(error)
+            if unclosed and size < len(block):
+                size *= 4
+                continue
+            more = blocks.next() if unclosed and len(block) <= MAX_ROW_BYTES else b""
             if not more:
-                problem = (
-                    "a quote in the header does not close"
-                    if "unexpected end" in str(error)
-                    else f"the header is malformed: {error}"
-                )
+                problem = "a quote in the header does not close" if unclosed else f"the header is malformed: {error}"
                 raise ValueError(
                     f"{where}, row {blocks.row}: {problem}; correct it, or pass --no_quoting if quotes are plain characters"
                 ) from None
             block += more
+            size = len(block)
+
+
+def _beginning(block: bytes, size: int) -> bytes:
+    """Whole lines of the block, of about `size` bytes; at least one."""
+    while size < len(block):
+        cut = max(block.rfind(b"\n", 0, size), block.rfind(b"\r", 0, size - 1)) + 1
+        if cut:
+            return block[:cut]
+        size *= 4
+    return block
 
 
 def _check_unambiguous(cells: list[str], delimiter: str, where: str) -> None:

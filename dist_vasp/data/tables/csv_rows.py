@@ -1,7 +1,7 @@
 """Rows of a CSV file as Python's csv module reads them in strict mode, but a block at a time and mostly without it.
 
-A block of whole lines without a quote, a lone carriage return or a blank line has only one reading: Arrow splits it.
-Every other block goes through csv.reader. So the rows are those of the csv module, or there is an error with the row.
+A block of whole lines has only one reading where it holds no lone carriage return, no blank line, and no quotes but those
+around whole cells of one line: Arrow splits it. Every other block goes through csv.reader. So the rows are those of the csv module, or there is an error with the row.
 
 Rows are numbered from 1, the header included; cells with line breaks make a row of several lines.
 """
@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.csv as pa_csv
 
@@ -29,6 +30,11 @@ _SEPARATOR = "\x1f"  # stands for a delimiter of several characters
 class Dialect:
     delimiter: str
     quoting: bool
+
+    @property
+    def quotes(self) -> bool:
+        """Whether a quote may enclose a cell: never where the delimiter has several characters."""
+        return self.quoting and len(self.delimiter) == 1
 
     def reader(self, lines: Sequence[str], strict: bool = True) -> Any:
         """Records of the lines; `line_num` of it counts the lines of those that were returned."""
@@ -105,13 +111,29 @@ def lines_of(text: str) -> list[str]:
     return list(io.StringIO(text, newline=""))
 
 
-def is_plain(block: bytes, quoting: bool) -> bool:
-    """True where the lines of the block are its rows and the delimiters alone part the cells."""
-    if quoting and b'"' in block:
-        return False
+def is_plain(block: bytes, dialect: Dialect) -> bool:
+    """True where the lines of the block are its rows, and quotes only enclose whole cells without quotes and line breaks."""
     if b"\n\n" in block or b"\n\r" in block or block.startswith((b"\n", b"\r", b"\xef\xbb\xbf")):
         return False
-    return b"\r" not in block or block.count(b"\r") == block.count(b"\r\n")
+    if b"\r" in block and block.count(b"\r") != block.count(b"\r\n"):
+        return False
+    return not dialect.quotes or b'"' not in block or _encloses_cells(block, dialect.delimiter)
+
+
+def _encloses_cells(block: bytes, delimiter: str) -> bool:
+    """True where quotes come in pairs, each pair around one cell of one line."""
+    letters = np.frombuffer(block, np.uint8)
+    places = np.flatnonzero(letters == ord('"'))
+    if len(places) % 2 or not delimiter.isascii():
+        return False
+    opening, closing = places[0::2], places[1::2]
+    before, after = letters[opening - 1], letters[np.minimum(closing + 1, len(letters) - 1)]
+    opens = (before == ord(delimiter)) | (before == ord("\n")) | (opening == 0)
+    closes = (after == ord(delimiter)) | (after == ord("\n")) | (after == ord("\r")) | (closing == len(letters) - 1)
+    if not (opens.all() and closes.all()):
+        return False
+    breaks = np.flatnonzero(letters == ord("\n"))
+    return bool((np.searchsorted(breaks, opening) == np.searchsorted(breaks, closing)).all())
 
 
 class Rows:
@@ -131,7 +153,7 @@ class Rows:
         """Pieces of `block` and of all that follow it."""
         while block:
             check_text(block, self._dialect, self._blocks.row, self._where)
-            if is_plain(block, self._dialect.quoting):
+            if is_plain(block, self._dialect):
                 piece = self._plain(block)
                 if piece is not None:
                     yield piece
@@ -153,7 +175,8 @@ class Rows:
                 return None
             block, delimiter = block.replace(delimiter.encode(), _SEPARATOR.encode()), _SEPARATOR
         read = pa_csv.ReadOptions(use_threads=False, block_size=len(block) + 1, column_names=self._names)
-        parse = pa_csv.ParseOptions(delimiter=delimiter, quote_char=False, double_quote=False, ignore_empty_lines=False)
+        quote = '"' if self._dialect.quotes else False
+        parse = pa_csv.ParseOptions(delimiter=delimiter, quote_char=quote, double_quote=False, ignore_empty_lines=False)
         try:
             table = pa_csv.read_csv(pa.BufferReader(block), read, parse, self._convert)
         except pa.ArrowInvalid:
@@ -175,9 +198,10 @@ class Rows:
         try:
             for record in reader:
                 records.append(record)
-                if reader.line_num - done > 1:
-                    broken.append((len(records) - 1, done, reader.line_num))
-                done = reader.line_num
+                line = reader.line_num
+                if line - done > 1:
+                    broken.append((len(records) - 1, done, line))
+                done = line
         except csv.Error as error:
             if str(error) != "unexpected end of data":
                 self._check_width(records, range(self._blocks.row, self._blocks.row + len(records)))
