@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import gzip
 import hashlib
 import json
 import subprocess
@@ -9,11 +11,15 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from data_tools.shard import main as shard
+from dist_vasp import Recommender
 from dist_vasp.data.stream import TrainStream
 from launch.evaluate import main as evaluate
+from launch.recommend import main as recommend
+from launch.train import main as train
 from tests.jobs import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -93,3 +99,36 @@ def test_vasp_reaches_the_authors_figure(folders, tmp_path):
     assert result["test"]["ndcg@100"] >= 0.405
     assert result["epochs"] == 40
     print(json.dumps(result["test"]), f"{result['seconds_training']:.0f} s of training")
+
+
+@pytest.mark.slow
+@pytest.mark.data
+def test_lists_from_the_file_that_was_sharded(folders, data_dir, tmp_path):
+    """The README's sequence: likes are the ratings of at least 4, and what was rated at all is never listed."""
+    source = data_dir / "ml-1m" / "ratings.csv.gz"
+    config = ["--config", str(ROOT / "configs" / "ease-ml-1m.yaml"), "--model.ease_lambda", "10", "--device", "cpu"]
+    train([*config, "--data.shards", str(folders[0]), "--run.dir", str(tmp_path / "run")])
+    output = ["--k", "20", "--output", str(tmp_path / "lists.parquet")]
+    recommend(["--run", str(tmp_path / "run"), "--histories", str(source), *output, "--device", "cpu"])
+    lists: dict[int, list[int]] = {}
+    table = pq.read_table(tmp_path / "lists.parquet")
+    for user, item in zip(table["user"].to_pylist(), table["item"].to_pylist(), strict=True):
+        lists.setdefault(user, []).append(item)
+
+    recommender = Recommender.load(tmp_path / "run")
+    known = set(recommender.items.ids.to_pylist())
+    liked: dict[int, list[int]] = {}
+    seen: dict[int, set[int]] = {}
+    with gzip.open(source, "rt") as rows:
+        for row in csv.DictReader(rows):
+            user, item = int(row["user"]), int(row["item"])
+            seen.setdefault(user, set()).add(item)
+            if float(row["rating"]) >= 4 and item in known:
+                liked.setdefault(user, []).append(item)
+    assert set(lists) == set(liked)
+    users = sorted(liked)[::5]
+    for start in range(0, len(users), 400):
+        block = users[start : start + 400]
+        ranked = recommender.recommend([liked[user] for user in block], len(known), mask_input=False).ids
+        for user, items in zip(block, ranked.tolist(), strict=True):
+            assert lists[user] == [item for item in items if item not in seen[user]][:20], user
