@@ -16,7 +16,7 @@ import scipy.sparse
 from data_tools.shard import main as shard
 from dist_vasp import Recommender
 from dist_vasp.checkpoint import header_sha256
-from dist_vasp.data.format import Manifest
+from dist_vasp.data.format import Manifest, load_items
 from dist_vasp.data.ids import MISSING
 from dist_vasp.data.positives import PositiveRule
 from dist_vasp.data.tables.columns import Reading
@@ -34,6 +34,7 @@ from launch.train import main as train
 from tests.make_shards import write_folder
 from tests.ranks import run_ranks
 from tests.runs import write_run
+from tests.shard_folders import read_folder
 
 N_ITEMS = 31
 IDS = [1000 + 3 * i for i in range(N_ITEMS)]
@@ -485,3 +486,30 @@ def test_members_of_an_ensemble_agree(folder, tmp_path):
     finally:
         shutil.rmtree(runs["b"])
         shutil.copytree(tmp_path / "kept", runs["b"], symlinks=True)
+
+
+@pytest.mark.parametrize("repeats", ["first", "last", "max"])
+@pytest.mark.parametrize("options", [[], ["--time_column", "timestamp"], ["--min_rating", "2.5"], ["--missing", "3,nothing"]])
+def test_training_and_serving_have_the_same_positives(tmp_path, repeats, options):
+    """The rows of the train shards are the likes that recommend reads out of the same file."""
+    if repeats == "max" and "--time_column" in options:
+        return
+    random = np.random.default_rng(len(options))
+    rows = [(*random.integers(0, 9, 2), random.choice([1, 2, 2.5, 3, 4, 5]), random.integers(0, 9)) for _ in range(400)]
+    source = written(tmp_path, "in.csv", rows)
+    split = ["--min_items", "1", "--val_users", "0", "--test_users", "0", "--repeats", repeats, *options]
+    assert shard([str(source), str(tmp_path / "shards"), *split]) == 0
+    manifest = Manifest.load(tmp_path / "shards")
+    rule = manifest.positives
+    assert rule is not None and rule.missing is not None
+    trained = {user: set(items) for user, (items, _) in read_folder(tmp_path / "shards")["train"].items()}
+    table = load_items(tmp_path / "shards", manifest)
+    reading = Reading(missing=rule.missing)
+    columns, _ = history_columns([str(source)], reading, rule, {})
+    served: dict[int, set[int]] = {}
+    with open_histories(source, tmp_path, columns, reading, rule) as histories:
+        for block in histories.blocks(table, 3):
+            for u, user in enumerate(block.users.to_pylist()):
+                rows_of_user = block.rows.items[block.rows.indptr[u] : block.rows.indptr[u + 1]]
+                served[user] = {table.ids[int(i)].as_py() for i in rows_of_user}
+    assert served == trained
