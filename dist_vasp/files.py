@@ -18,8 +18,8 @@ import secrets
 import shutil
 import socket
 import stat
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -53,7 +53,7 @@ def new_file(
     with parents(target, option), sole_writer(target, option), _temporary_file(target, option) as (handle, temporary):
         check()  # another command may have written it until now
         yield handle
-        _finish(handle)
+        finish(handle)
         check()
         with _explained(target, option):
             _appear(temporary, target, replace=overwrite is not False)
@@ -102,9 +102,19 @@ def replacing(path: Path, remedy: str = "") -> Iterator[BinaryIO]:
     check_writable_file(path)
     with _temporary_file(path, "", remedy) as (handle, temporary):
         yield handle
-        _finish(handle)
+        finish(handle)
         with _explained(path, "", remedy):
             _appear(temporary, path, replace=True)
+
+
+@contextmanager
+def replacing_all(folder: Path, names: Sequence[str], remedy: str = "") -> Iterator[list[BinaryIO]]:
+    """Yield several files to write that belong together: none of them appears before all are on the disk."""
+    with ExitStack() as stack:
+        handles = [stack.enter_context(replacing(folder / name, remedy)) for name in reversed(names)][::-1]
+        yield handles
+        for handle in handles:
+            finish(handle)
 
 
 def replace_text(path: Path, text: str, remedy: str = "") -> None:
@@ -120,10 +130,16 @@ def open_append(path: Path, remedy: str = "") -> BinaryIO:
         if path.exists() and path.stat().st_nlink > 1:  # a copy of the folder made with hard links keeps its own content
             with _temporary_file(path, "", remedy) as (handle, temporary):
                 handle.write(path.read_bytes())
-                _finish(handle)
+                finish(handle)
                 _appear(temporary, path, replace=True)
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
         return io.BufferedWriter(_Raw(os.open(path, flags, 0o666), path, "", remedy))
+
+
+def finish(handle: BinaryIO) -> None:
+    """Bring what was written to the disk. Of outputs that belong together, finish all before the first appears."""
+    handle.flush()
+    os.fsync(handle.fileno())
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -133,10 +149,10 @@ def remove_leftovers(folder: Path) -> None:
             os.unlink(entry.path)
 
 
-def lock_or_owner(path: Path) -> int | str:
+def lock_or_owner(path: Path) -> io.FileIO | str:
     """Take the lock of a folder that this process will own until it ends, and write into `path` who owns it.
 
-    Returns the open file that holds the lock, which goes with the process; or, where another process holds it, what that
+    Returns the open file that holds the lock, which goes when it is closed or the process ends; or, where another process holds it, what that
     one has written there. The file is never a link. A filesystem without locks refuses nobody.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
@@ -154,7 +170,7 @@ def lock_or_owner(path: Path) -> int | str:
             raise
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
-    return descriptor
+    return io.FileIO(descriptor, "r+")
 
 
 def sync(path: Path) -> None:
@@ -263,12 +279,6 @@ def _temporary_file(path: Path, option: str, remedy: str = "") -> Iterator[tuple
             temporary.unlink()
         handle.given_up = True
         handle.raw.close()
-
-
-def _finish(handle: BinaryIO) -> None:
-    """Bring what was written to the disk."""
-    handle.flush()
-    os.fsync(handle.fileno())
 
 
 def _appear(temporary: Path, path: Path, replace: bool) -> None:

@@ -100,8 +100,9 @@ def check_folder(
     An existing folder needs `overwrite` (None: the command has no such option, and replaces no folder). It is replaced
     only where it holds no other files than `files_of` lists, which is a ValueError for a folder of another kind.
     """
-    what = _named(path, option)
-    path = Path(os.path.realpath(path)) if os.path.isdir(path) else Path(path)  # a link to a folder is that folder
+    path, what = Path(path), _named(path, option)
+    if path.is_symlink() and path.is_dir():  # a link to a folder is that folder
+        path = Path(os.path.realpath(path))
     found = _look(path, option, make_parents)
     if found is not None and not stat.S_ISDIR(found.st_mode):
         _check_regular(path, option, found)
@@ -150,6 +151,8 @@ def check_own_folder(path: Path) -> None:
 def check_run_folder(folder: Path) -> None:
     """ValueError unless a training may write into `folder`: it is new, or a run's, and nothing of it is a link."""
     check_belongs_to_nothing(folder, "run.dir")
+    if not folder.is_dir():
+        return
     for kind, telling, _ in _FOLDERS[1:]:
         if any((folder / name).exists() for name in telling):
             raise ValueError(f"run.dir {folder} holds {kind}; a run needs a folder of its own")

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 
 from dist_vasp.config import Config, make_parser, parse
 from dist_vasp.data.format import Manifest
-from dist_vasp.files import parents, replace_text, replacing, sole_writer
+from dist_vasp.files import parents, replace_text, replacing_all, sole_writer
 from dist_vasp.parallel.comm import init_ranks
 from dist_vasp.parallel.partition import Layout
 from dist_vasp.places import check_file, is_json
@@ -106,10 +106,10 @@ def _measure(config: Config, arguments: Any, world_sizes: list[int], modes: list
         "rows": rows,
     }
     table = _markdown(result, arguments.floor)
-    replace_text(folder / RESULT, json.dumps(result, indent=1) + "\n", _REMEDY)
-    replace_text(folder / "benchmark.md", table, _REMEDY)
-    with replacing(folder / "scaling.png", _REMEDY) as file:
-        _plot(rows, file)
+    with replacing_all(folder, (RESULT, "benchmark.md", "scaling.png"), _REMEDY) as (result_file, table_file, plot_file):
+        result_file.write((json.dumps(result, indent=1) + "\n").encode())
+        table_file.write(table.encode())
+        _plot(rows, plot_file)
     print(table)
 
 

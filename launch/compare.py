@@ -24,7 +24,7 @@ from dist_vasp.compare.jobs import Jobs, Stopped
 from dist_vasp.compare.report import markdown
 from dist_vasp.compare.runs import carry_out, count_runs, data_sha256, plan
 from dist_vasp.data.format import Manifest
-from dist_vasp.files import parents, replace_text, sole_writer
+from dist_vasp.files import parents, replacing_all, sole_writer
 from dist_vasp.parallel.partition import Layout
 from dist_vasp.places import begins_with, check_file, check_own_folder, is_json, unwritable
 from dist_vasp.text import printable
@@ -80,9 +80,10 @@ def _compare(comparison: Comparison, output: Path, data: str, ranks: int, comman
             raise
         print(f"error: {failed}; {error}", file=sys.stderr)
         return 1
-    replace_text(output / REPORT, json.dumps(found, indent=1, allow_nan=False) + "\n", _REMEDY)
-    replace_text(output / "report.md", printable(markdown(found)), _REMEDY)
-    write_per_user(output / "per_user.parquet", comparison, output, {failure.run.stem for failure in failures})
+    with replacing_all(output, (REPORT, "report.md", "per_user.parquet"), _REMEDY) as (report, text, per_user):
+        report.write((json.dumps(found, indent=1, allow_nan=False) + "\n").encode())
+        text.write(printable(markdown(found)).encode())
+        write_per_user(per_user, comparison, output, {failure.run.stem for failure in failures})
     _say(f"\n{found['verdict']}\n\n{output / 'report.md'}: {len(runs) - len(failures)} runs in {time.monotonic() - start:.0f} s")
     if failures:
         print(f"error: {failed}", file=sys.stderr)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 
 from dist_vasp.data.format import Manifest, load_items
-from dist_vasp.files import new_file
+from dist_vasp.files import finish, new_file
 from dist_vasp.parallel.comm import agreed, init_ranks
 from dist_vasp.places import check_file, is_json
 from dist_vasp.ranking.ensemble import load_ranker
@@ -78,6 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         metrics = found.result()
         if json_file:
             json_file.write((json.dumps({arguments.split: metrics}, indent=1) + "\n").encode())
+            finish(json_file)
     if ranks.is_main:
         print(f"{name} on {arguments.split}: {summary(metrics)}")
 

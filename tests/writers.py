@@ -193,10 +193,10 @@ def while_another_writes_it(writer: str, folder: Path, commands: Commands) -> st
 
 
 def _run_lock(path: Path) -> ExitStack:
-    descriptor = lock_or_owner(path)
-    assert isinstance(descriptor, int)
+    held = lock_or_owner(path)
+    assert not isinstance(held, str)
     stack = ExitStack()
-    stack.callback(os.close, descriptor)
+    stack.callback(held.close)
     return stack
 
 

@@ -8,9 +8,10 @@ import math
 import os
 import platform
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import fmean, median
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -20,7 +21,6 @@ from dist_vasp.compare.config import BASELINES, Comparison, Model, Run
 from dist_vasp.compare.runs import Failure
 from dist_vasp.compare.statistics import METRICS, Cost, Estimate, Scores, against_reference, paired, read_scores, verdict
 from dist_vasp.data.format import Manifest, load_items
-from dist_vasp.files import replacing
 from dist_vasp.ranking.per_user import THIRDS, popularity_thirds
 
 COLUMNS = (*METRICS, *(f"{metric}_{third}" for third in THIRDS for metric in METRICS))
@@ -158,20 +158,18 @@ def _data(shards: str, manifest: Manifest) -> dict[str, Any]:
     }
 
 
-def write_per_user(path: Path, comparison: Comparison, output: Path, failed: Mapping[str, Any] | set[str]) -> None:
-    """All per-user files in one Parquet file with columns `model` and `seed` before theirs, one run at a time."""
-    writer: pq.ParquetWriter | None = None
-    with replacing(path, "choose another --output") as file:
+def write_per_user(file: BinaryIO, comparison: Comparison, output: Path, failed: Mapping[str, Any] | set[str]) -> None:
+    """Write all per-user files as one Parquet file with columns `model` and `seed` before theirs, one run at a time."""
+    with ExitStack() as stack:
+        writer: pq.ParquetWriter | None = None
         for run in comparison.runs(output):
             if run.stem in failed:
                 continue
             table = pq.read_table(run.file("per_user.parquet"))
             table = table.add_column(0, "seed", pa.array(np.full(len(table), run.seed)))
             table = table.add_column(0, "model", pa.array([run.model.name] * len(table)))
-            writer = writer or pq.ParquetWriter(file, table.schema)
+            writer = writer or stack.enter_context(pq.ParquetWriter(file, table.schema))
             writer.write_table(table)
-        if writer is not None:
-            writer.close()
 
 
 def is_per_user_of_all(path: Path) -> bool:

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
-from dist_vasp.files import new_file
+from dist_vasp.files import finish, new_file
 from dist_vasp.places import Inputs, begins_with, check_file
 
 _ROWS_PER_GROUP = 1 << 18  # of a Parquet file: its list of row groups stays in memory until the end
@@ -122,7 +122,7 @@ class ListFile:
         with ExitStack() as files:
             file = files.enter_context(new_file(output, "--output", ours=_is_list, **self._options))
             self._writer: _Writer = self._guard(_WRITERS[output.suffix], file, schema)
-            self._files = files.pop_all()
+            self._files, self._written = files.pop_all(), [file]
 
     def write(self, table: pa.Table, skipped: pa.Array, reasons: pa.Array) -> None:
         """Add lists, and users without one, each with its reason."""
@@ -134,6 +134,7 @@ class ListFile:
         if len(skipped):
             if self._skipped is None:
                 file = self._files.enter_context(new_file(skipped_file(self.output), "", ours=_is_skipped, **self._options))
+                self._written.append(file)
                 self._skipped = pa_csv.CSVWriter(file, self._skipped_schema)
             self._skipped.write_table(pa.Table.from_arrays([skipped, reasons], schema=self._skipped_schema))
             self.n_skipped += len(skipped)
@@ -145,6 +146,8 @@ class ListFile:
         self._writer.close()
         if self._skipped is not None:
             self._skipped.close()
+        for file in self._written:
+            finish(file)
         self._files.close()
         if self._skipped is None:  # one that an earlier run left beside this output would not belong to it
             earlier = skipped_file(self.output)
