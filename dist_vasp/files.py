@@ -152,8 +152,8 @@ def remove_leftovers(folder: Path) -> None:
 def lock_or_owner(path: Path) -> io.FileIO | str:
     """Take the lock of a folder that this process will own until it ends, and write into `path` who owns it.
 
-    Returns the open file that holds the lock, which goes when it is closed or the process ends; or, where another process holds it, what that
-    one has written there. The file is never a link. A filesystem without locks refuses nobody.
+    Returns the open file that holds the lock, which goes when it is closed or the process ends; or, where another process
+    holds it, what that one has written there. The file is never a link. A filesystem without locks refuses nobody.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
     try:
