@@ -14,10 +14,12 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import psutil
+
+from tests.forks import Forked, Forks
 
 ROOT = Path(__file__).resolve().parent.parent
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -39,29 +41,40 @@ class Job:
     """`launch/train.py` on `ranks` ranks, under DeepSpeed's per-host launcher or, with `bare`, started rank by rank.
 
     Without a launcher each rank's exit status can be read, and no one ends the others when one fails. Use it as a context
-    manager: leaving it ends whatever is left.
+    manager: leaving it ends whatever is left. `variables` are added to the environment; `forks` starts launcher and ranks fast.
     """
 
-    def __init__(self, *arguments: str | Path, log: Path, ranks: int = 2, bare: bool = False, cwd: Path = ROOT) -> None:
+    def __init__(
+        self,
+        *arguments: str | Path,
+        log: Path,
+        ranks: int = 2,
+        bare: bool = False,
+        cwd: Path = ROOT,
+        variables: Mapping[str, str] = {},
+        forks: Forks | None = None,
+    ) -> None:
         self.log, port = log, free_port()
         train = [str(ROOT / "launch" / "train.py"), *map(str, arguments)]
         self._output = open(log, "ab")  # noqa: SIM115 - held as long as the job
         streams = {"stdin": subprocess.DEVNULL, "stdout": self._output, "stderr": subprocess.STDOUT, "cwd": cwd}
         if bare:
-            self.started: list[subprocess.Popen[bytes]] = []
+            self.started: list[subprocess.Popen[bytes] | Forked] = []
             for rank in range(ranks):
                 place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_SIZE": ranks, "MASTER_PORT": port}
-                env = environment(MASTER_ADDR="127.0.0.1", **{k: str(v) for k, v in place.items()})
+                env = environment(MASTER_ADDR="127.0.0.1", **{k: str(v) for k, v in place.items()}, **variables)
                 group = self.started[0].pid if self.started else 0
                 self.started.append(subprocess.Popen([sys.executable, *train], env=env, process_group=group, **streams))
         else:
             # what `deepspeed --num_accelerators N` runs on each host, without the seconds that its front end takes
             world = base64.urlsafe_b64encode(json.dumps({"localhost": list(range(ranks))}).encode()).decode()
             launcher = ["-m", "deepspeed.launcher.launch", f"--world_info={world}", f"--master_port={port}"]
-            self.started = [
-                subprocess.Popen([sys.executable, *launcher, *train], env=environment(), start_new_session=True, **streams)
-            ]
-        self.n_ranks, self.bare, self.group = ranks, bare, self.started[0].pid
+            env = environment(**variables)
+            if forks:
+                self.started = [forks.start([launcher[1], *launcher[2:], *train], env, log)]
+            else:
+                self.started = [subprocess.Popen([sys.executable, *launcher, *train], env=env, start_new_session=True, **streams)]
+        self.n_ranks, self.bare, self.forked, self.group = ranks, bare, forks is not None, self.started[0].pid
 
     def __enter__(self) -> Job:
         return self
@@ -94,16 +107,20 @@ class Job:
             return [p.pid for p in self.started]
         try:
             children = psutil.Process(self.started[0].pid).children()
+            if self.forked:  # all have one command line
+                return sorted(child.pid for child in children)
             named = {p.pid: p.cmdline() for p in children}
         except psutil.NoSuchProcess:
             return []
         places = {next((a for a in line if a.startswith("--local_rank=")), ""): pid for pid, line in named.items()}
         return [places[name] for name in sorted(places) if name]
 
-    def wait_until(self, condition: Callable[[], bool], what: str, every: float = 0.005) -> None:
-        """Come back when `condition()` holds; fail where the job ends first, or it takes for ever."""
+    def wait_until(self, condition: Callable[[], bool], what: str, every: float = 0.005, ended: bool = False) -> None:
+        """Come back when `condition()` holds; fail where it takes for ever, or the job ends first: unless `ended` is as good."""
         deadline = time.monotonic() + PATIENCE_S
         while not condition():
+            if ended and self.started[0].poll() is not None:
+                return
             assert self.started[0].poll() is None, f"the job ended before {what}:\n{self.output}"
             assert time.monotonic() < deadline, f"no sign of {what} after {PATIENCE_S:.0f} s:\n{self.output}"
             time.sleep(every)
