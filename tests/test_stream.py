@@ -308,6 +308,17 @@ def test_without_a_worker_that_was_killed_the_batches_are_the_same(folders, refe
     assert other not in children(), "it ended after its last batch"
 
 
+def test_where_no_process_can_be_started_the_batches_are_the_same(folders, reference, capfd, monkeypatch):
+    def refuse() -> int:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(os, "fork", refuse)
+    batches = TrainStream(folders / "16", **OPTIONS).batches(0, len(reference), 2)
+    assert [triples(batch) for batch in batches] == [step[0] for step in reference]
+    said = capfd.readouterr().err
+    assert said.startswith("warning: loader worker 1 of 2 cannot be started (Resource temporarily unavailable); training continues")
+
+
 def test_python_ends_while_an_iterator_lives(folders):
     """Its workers ignore SIGTERM, which Python would send to processes of multiprocessing and wait."""
     lines = [

@@ -34,19 +34,21 @@ class Worker:
 
     def __init__(self, compute: Callable[[int], Any], first: int, stop: int, stride: int, others: list[Worker]) -> None:
         rank_process = os.getpid()
-        self._receiver, sender = Pipe(duplex=False)
+        self._receiver, sender = Pipe(duplex=False)  # nothing of it is in /dev/shm, which may be full
         self.exit_code: int | None = None
         # A signal that arrives between the fork and the child's SIG_IGN waits, and is then ignored.
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _GROUP_SIGNALS)
         try:
             self.pid = os.fork()
             if self.pid == 0:
-                for receiver in (self._receiver, *(other._receiver for other in others)):
-                    receiver.close()
-                _work(compute, range(first, stop, stride), sender, rank_process)
+                inherited = [self._receiver, *(other._receiver for other in others)]
+                _work(compute, range(first, stop, stride), sender, inherited, rank_process)
+        except OSError:
+            self._receiver.close()
+            raise
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-        sender.close()
+            sender.close()
 
     def receive(self) -> Any | None:
         """The next batch; None where the worker is gone. `exit_code` is set then."""
@@ -81,20 +83,28 @@ class ReadAhead(Iterator[T]):
         self._compute, self._start, self._next, self._stop = compute, start, start, stop
         self._workers: list[Worker] = []
         for w in range(min(n_workers, stop - start)):
-            self._workers.append(Worker(compute, start + w, stop, n_workers, self._workers))
+            try:
+                self._workers.append(Worker(compute, start + w, stop, n_workers, self._workers))
+            except OSError as error:  # no memory, or a limit of processes or files
+                _warn(f"loader worker {w + 1} of {n_workers} cannot be started ({error.strerror})")
+                break
+        self._stride = n_workers
 
     def __next__(self) -> T:
         if self._next >= self._stop:
             self.close()
             raise StopIteration
         step, self._next = self._next, self._next + 1
-        worker = self._workers[(step - self._start) % len(self._workers)]
+        place = (step - self._start) % self._stride
+        if place >= len(self._workers):
+            return self._compute(step)
+        worker = self._workers[place]
         known = worker.exit_code is not None
         batch = worker.receive()
         if batch is None:
             batch = self._compute(step)
             if not known:
-                _report_lost(worker)
+                _warn(f"loader worker {worker.pid} {_how_it_ended(worker.exit_code or 0)}")
         return batch
 
     def close(self) -> None:
@@ -107,23 +117,25 @@ class ReadAhead(Iterator[T]):
         self.close()
 
 
-def _report_lost(worker: Worker) -> None:
-    code = worker.exit_code or 0
-    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
-    print(
-        f"warning: loader worker {worker.pid} {how}; training continues, and its batches are read without it",
-        file=sys.stderr,
-        flush=True,
-    )
+def _how_it_ended(code: int) -> str:
+    return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
+
+
+def _warn(what: str) -> None:
+    print(f"warning: {what}; training continues, and its batches are read without it", file=sys.stderr, flush=True)
 
 
 # --- in the worker ---------------------------------------------------------------------------------------------------
 
 
-def _work(compute: Callable[[int], Any], steps: range, sender: Connection, rank_process: int) -> NoReturn:
+def _work(
+    compute: Callable[[int], Any], steps: range, sender: Connection, inherited: list[Connection], rank_process: int
+) -> NoReturn:
     """Send a batch for each of `steps`, then end; never returns into the rank's code."""
     status = 1
     try:
+        for receiver in inherited:  # a pipe is closed for its writer when its last reader has gone
+            receiver.close()
         for number in _GROUP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)  # for every thread of the process
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _GROUP_SIGNALS)
