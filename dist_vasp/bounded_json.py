@@ -1,4 +1,4 @@
-"""Read JSON that others have written: its size is checked before it is read, its depth before it is used."""
+"""Read files, JSON above all, that others have written: the size is checked before reading, the depth before use."""
 
 from __future__ import annotations
 
@@ -19,6 +19,11 @@ def read_json(path: str | Path, largest: int = LARGEST, folder: int | None = Non
 
     OSError where the file cannot be read; ValueError where it is no regular file, too large, too deep or not JSON.
     """
+    return parse_json(read_bytes(path, largest, folder))
+
+
+def read_bytes(path: str | Path, largest: int, folder: int | None = None) -> bytes:
+    """Return the bytes of a regular file of at most `largest` bytes; OSError and ValueError as `read_json`."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
     with open(descriptor, "rb") as handle:
         kind = os.fstat(descriptor)
@@ -28,7 +33,7 @@ def read_json(path: str | Path, largest: int = LARGEST, folder: int | None = Non
             raise ValueError("it is not a regular file")
         if kind.st_size > largest:
             raise ValueError(f"it has {kind.st_size:,} bytes, expected at most {largest:,}")
-        return parse_json(handle.read(largest + 1))
+        return handle.read(largest + 1)
 
 
 def parse_json(data: bytes | str) -> Any:

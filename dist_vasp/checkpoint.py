@@ -341,6 +341,8 @@ def _check_header(header: dict[str, Any]) -> None:
     step, mu_product = (header["optimizer"][k] for k in ("step", "mu_product"))
     if not _is_number(step) or step != int(step) or not _is_number(mu_product) or mu_product > 1:
         raise ValueError(f"optimizer is at step {step!r} with mu_product {mu_product!r}")
+    if not all(isinstance(header.get(key, ""), str) for key in ("data_sha256", "shards_from_run")):
+        raise TypeError("data_sha256 or shards_from_run is not text")
     if len(header["files"]) > MOST_FILES:
         raise ValueError(f"files lists {len(header['files']):,} files, expected at most {MOST_FILES:,}")
     for name, digest in header["files"].items():

@@ -18,7 +18,14 @@ from typing import Any, Literal
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
 
+from dist_vasp.bounded_json import DEEPEST, read_bytes
+
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+
+LARGEST_YAML = 256 << 10  # bytes of a configuration
+MOST_VALUES = 20_000  # that a configuration stands for, aliases written out
+_LONGEST_WORD = 100  # of a choice or a number that is given as text
 
 
 @dataclass(frozen=True)
@@ -303,6 +310,8 @@ def check(config: Config) -> Config:
     }
     for key, value in not_negative.items():
         _require(0 <= value < math.inf, key, value, "0 or more, and finite", "raise it" if value < 0 else "lower it")
+    rows = d.batch_size * (2 if config.halves else 1)
+    _require(o.accumulation <= rows, "optimizer.accumulation", o.accumulation, f"at most the {rows} rows of a step", "lower it")
     no_password = re.search(r"://[^/]*@", r.mlflow) is None
     _require(
         no_password,
@@ -388,8 +397,13 @@ def read_yaml(path: str | Path, what: str) -> Any:
     `what` says in messages what was expected.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
-        _refuse_twice(yaml.compose(text, yaml.SafeLoader), str(path), "", set())
+        try:
+            text = read_bytes(path, LARGEST_YAML).decode()
+            node = yaml.compose(text, yaml.SafeLoader)
+        except RecursionError:
+            raise ValueError("it is nested too deeply") from None
+        _count_values(node, {}, 0)
+        _refuse_twice(node, str(path), "", set())
         return yaml.safe_load(text)
     except yaml.MarkedYAMLError as error:
         at = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
@@ -397,6 +411,37 @@ def read_yaml(path: str | Path, what: str) -> Any:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise ValueError(f"{path} cannot be read ({reason}); expected a YAML file with {what}") from None
+    except _DuplicateKeyError:
+        raise
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read ({error}); expected a YAML file with {what}") from None
+
+
+class _DuplicateKeyError(ValueError):
+    """A key that is there twice."""
+
+
+def _count_values(node: yaml.Node | None, counted: dict[int, int], depth: int) -> int:
+    """The number of values under `node` once every alias is written out; ValueError where they are too many or endless.
+
+    Aliases of aliases make a file of some lines stand for more values than memory holds.
+    """
+    if id(node) in counted:
+        if not counted[id(node)]:
+            raise ValueError("an alias stands for a value that holds the alias itself; write it out")
+        return counted[id(node)]
+    if depth > DEEPEST:
+        raise ValueError(f"it is nested deeper than {DEEPEST} levels")
+    if node is not None:
+        counted[id(node)] = 0  # being counted
+    children = [child for pair in node.value for child in pair] if isinstance(node, yaml.MappingNode) else []
+    children = list(node.value) if isinstance(node, yaml.SequenceNode) else children
+    n = 1 + sum(_count_values(child, counted, depth + 1) for child in children)
+    if n > MOST_VALUES:
+        raise ValueError(f"it stands for more than {MOST_VALUES:,} values once its aliases are written out")
+    if node is not None:
+        counted[id(node)] = n
+    return n
 
 
 def _refuse_twice(node: yaml.Node | None, path: str, prefix: str, seen: set[int]) -> None:
@@ -412,7 +457,9 @@ def _refuse_twice(node: yaml.Node | None, path: str, prefix: str, seen: set[int]
         for key, value in node.value:
             name, line = f"{prefix}{key.value}", key.start_mark.line + 1
             if key.value in lines:
-                raise ValueError(f"{path}: {name} is there twice, in line {lines[key.value]} and in line {line}; keep one of them")
+                raise _DuplicateKeyError(
+                    f"{path}: {name} is there twice, in line {lines[key.value]} and in line {line}; keep one of them"
+                )
             lines[str(key.value)] = line
             _refuse_twice(value, path, f"{name}.", seen)
 
@@ -463,6 +510,7 @@ def parse(parser: ArgumentParser, argv: Sequence[str] | None = None) -> tuple[Co
 
 def from_dict(raw: dict[str, Any]) -> Config:
     """The Config that `dataclasses.asdict` took apart; ValueError where it does not fit this version."""
+    _refuse_text(raw)
     parser = make_parser("config", "configuration")
     try:
         namespace = parser.parse_object(copy.deepcopy(raw))  # it writes into what it is given
@@ -471,6 +519,16 @@ def from_dict(raw: dict[str, Any]) -> Config:
     except Exception as error:
         raise ValueError(_readable(str(error))) from None
     return check(Config(**{f.name: getattr(made, f.name) for f in fields(Config)}))
+
+
+def _refuse_text(raw: dict[str, Any]) -> None:
+    """ValueError where text stands for a list or a table: the parser would read it as YAML, aliases and all."""
+    for section in fields(Config):
+        values, maker = raw.get(section.name), section.default_factory
+        types: dict[str, Any] = {f.name: f.type for f in fields(maker)} if isinstance(maker, type) else {}  # type: ignore[arg-type]
+        for name, value in values.items() if isinstance(values, dict) else ():
+            if isinstance(value, str) and len(value) > _LONGEST_WORD and types.get(name) != "str":
+                raise ValueError(f"{section.name}.{name:.40} is a text of {len(value):,} characters, expected {types.get(name)}")
 
 
 def _require_sections(namespace: Any) -> None:

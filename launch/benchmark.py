@@ -18,6 +18,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, BinaryIO
 
+from dist_vasp.bounded_json import read_json
 from dist_vasp.config import Config, make_parser, parse
 from dist_vasp.data.format import Manifest
 from dist_vasp.files import parents, replace_text, replacing_all, sole_writer
@@ -167,7 +168,7 @@ def _run_job(config: Config, arguments: Any, n: int, batch: int, threads: int, j
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.startswith("error:")] or done.stderr.splitlines()[-3:]
         raise ValueError(f"the job of {n} ranks failed: {' '.join(lines)}")
-    return [json.loads(path.read_text()) for path in sorted(job.glob("rank-*.json"))]
+    return [read_json(path) for path in sorted(job.glob("rank-*.json"))]
 
 
 def _free_port() -> int:

@@ -13,7 +13,7 @@ from dist_vasp.parallel.comm import agreed, init_ranks
 from dist_vasp.places import check_file, is_json
 from dist_vasp.ranking.ensemble import load_ranker
 from dist_vasp.ranking.evaluate import evaluate, popularity_scorer
-from dist_vasp.ranking.load import check_vocabulary
+from dist_vasp.ranking.load import check_vocabulary, shards_of
 from dist_vasp.ranking.per_user import PerUserFile, is_per_user
 from dist_vasp.training.progress import Progress
 from dist_vasp.training.train import summary
@@ -44,9 +44,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     ranks = init_ranks(device=arguments.device, interface=arguments.interface, shared=arguments.run or "")
     ranker = load_ranker(arguments.run, arguments.checkpoint, ranks) if arguments.run else None
     with agreed(ranks):
-        folder = arguments.shards or (ranker.config.data.shards if ranker else "")
-        if not folder:
-            raise ValueError(f"{arguments.run} does not say which data it was trained on; pass --shards DIR")
+        folder, remark = arguments.shards, ""
+        if ranker and not folder:
+            folder, remark = shards_of(ranker.members[0])
         manifest = Manifest.load(folder)
         if ranker:
             check_vocabulary(ranker.members[0], folder, manifest)
@@ -67,11 +67,20 @@ def main(argv: Sequence[str] | None = None) -> None:
                 items = load_items(folder, manifest)
                 file = PerUserFile(arguments.per_user, folder, arguments.split, manifest, items, denominator)
                 per_user = outputs.enter_context(file)
+        if remark and ranks.is_main:
+            print(remark)
         n_users = manifest.splits[arguments.split].users
         progress = Progress(f"evaluating {arguments.split}", n_users, "user", show=ranks.is_main)
         each_block = per_user.write if per_user else None
         found = evaluate(
-            scorer, folder, arguments.split, ranks, progress.update, recall_denominator=denominator, each_block=each_block
+            scorer,
+            folder,
+            arguments.split,
+            ranks,
+            progress.update,
+            recall_denominator=denominator,
+            each_block=each_block,
+            manifest=manifest,
         )
         progress.close()
         assert found is not None

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from dist_vasp.bounded_json import read_json
 from dist_vasp.config import make_parser, parse
 from dist_vasp.data.format import MANIFEST, Manifest
 from dist_vasp.files import new_file
@@ -109,7 +110,7 @@ def _rates(path: str) -> Rates:
     if not path:
         return Rates()
     try:
-        raw = json.loads(Path(path).read_text())
+        raw = read_json(path)
         return Rates(**{name: float(raw[name]) for name in ("flops", "copy", "gather", "network") if name in raw})
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(

@@ -64,6 +64,7 @@ WITHIN_BASE = {
     "dist_vasp.parallel.liveness": {"dist_vasp.parallel.secret", "dist_vasp.text"},
     "dist_vasp.data.format": {"dist_vasp.data.positives", "dist_vasp.bounded_json"},
     "dist_vasp.tensor_file": {"dist_vasp.bounded_json"},
+    "dist_vasp.config": {"dist_vasp.bounded_json"},
 }  # the only imports inside BASE
 SHARED_WITH_TOOLS = {
     f"dist_vasp.{name}" for name in ("data.format", "data.positives", "files", "places", "text", "console", "signals")

@@ -43,3 +43,73 @@ def test_a_rank_that_sees_another_folder(folders):
 def test_a_folder_that_rank_0_cannot_write(folders):
     said = run_ranks(_check, 2, folders[0] / "absent", folders[1])
     assert said[0] == said[1] and "cannot be written" in said[0]
+
+
+# --- metrics.jsonl ---------------------------------------------------------------------------------------------------
+
+STEPS = [b'{"step": %d, "loss": 0.5}' % step for step in range(1, 6)]
+
+
+def cut(tmp_path: Path, data: bytes, step: int) -> tuple[int, list[bytes], bytes]:
+    """(damaged lines, lines kept, what was put aside)."""
+    path, aside = tmp_path / "metrics.jsonl", tmp_path / "metrics.damaged.jsonl"
+    path.write_bytes(data)
+    n = run_dir.cut_after(path, step)
+    return n, path.read_bytes().splitlines(), aside.read_bytes() if aside.exists() else b""
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        b"not json",
+        b'{"loss": 1}',
+        b'{"step": "3"}',
+        b'{"step": true}',
+        b'{"step": -1}',
+        b"[1]",
+        b"\x00" * 300,
+        b"\xff\xfe{",
+        b'{"step": 2, "lo',
+        b"",
+        b'{"step": ' + b"[" * 5000 + b"}",
+        b'{"step": ' + b"9" * 5000 + b"}",
+    ],
+)
+@pytest.mark.parametrize("place", [0, 2, 5])
+def test_a_damaged_line_is_kept_aside_and_nothing_after_it_is_lost(tmp_path, damaged, place):
+    lines = [*STEPS[:place], damaged, *STEPS[place:]]
+    assert cut(tmp_path, b"\n".join(lines) + b"\n", 4) == (1, STEPS[:4], damaged + b"\n")
+
+
+def test_a_whole_line_behind_a_torn_one_is_kept(tmp_path):
+    torn = STEPS[2][:9]
+    assert cut(tmp_path, b"\n".join([*STEPS[:2], torn + STEPS[3], STEPS[4]]), 9) == (1, [*STEPS[:2], *STEPS[3:]], torn + b"\n")
+    zeros = bytes(5000)
+    n, kept, aside = cut(tmp_path, STEPS[0] + b"\n" + zeros + STEPS[1] + b"\n", 9)
+    assert (n, kept, aside) == (1, STEPS[:2], torn + b"\n" + zeros + b"\n"), "what was aside stays"
+
+
+def test_lines_of_an_undone_future_go(tmp_path):
+    assert cut(tmp_path, b"\n".join([*STEPS, STEPS[1]]) + b"\n", 2) == (0, [*STEPS[:2], STEPS[1]], b"")
+
+
+def test_an_endless_line_is_read_in_pieces(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_dir, "_LONGEST_LINE", 100)
+    n, kept, aside = cut(tmp_path, b"x" * 950 + b"\n" + STEPS[0] + b"\n", 9)
+    assert n == 10 and kept == [STEPS[0]] and aside.count(b"x") == 950
+
+
+def test_result_of_an_earlier_end(tmp_path):
+    """It stays only if it speaks of the checkpoint that would be reported now."""
+    run = run_dir.RunDir(tmp_path / "run")
+    path = run.folder / "result.json"
+    for text, unless, stays in (
+        ('{"checkpoint_sha256": "a"}', "a", True),
+        ('{"checkpoint_sha256": "a"}', "b", False),
+        ('{"checkpoint_sha256": "a"}', "", False),
+        ("{}", "a", False),
+        ("damaged", "a", False),
+    ):
+        path.write_text(text)
+        run.drop_result(unless)
+        assert path.exists() == stays, (text, unless)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import math
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from statistics import fmean, median
@@ -17,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dist_vasp.bounded_json import parse_json, read_json
 from dist_vasp.compare.config import BASELINES, Comparison, Model, Run
 from dist_vasp.compare.runs import Failure
 from dist_vasp.compare.statistics import METRICS, Cost, Estimate, Scores, against_reference, paired, read_scores, verdict
@@ -65,7 +65,7 @@ def gather(comparison: Comparison, output: Path, failures: Sequence[Failure], co
 
 
 def _model(model: Model, scores: Scores, reference: Scores, runs: Sequence[Run], cost: dict[str, Any]) -> dict[str, Any]:
-    coverage = [json.loads(run.file("test.json").read_text())["test"]["coverage@100"] for run in runs]
+    coverage = [read_json(run.file("test.json"))["test"]["coverage@100"] for run in runs]
     found: dict[str, Any] = {
         "name": model.name,
         "what": model.what,
@@ -100,14 +100,14 @@ def _number(value: float) -> float | None:
 
 def _cost(runs: Sequence[Run], model: Model, n_items: int) -> dict[str, Any]:
     """Of the fastest run the seconds, of the largest the memory (the sum of its ranks' peaks); None where nothing is trained."""
-    jobs = [json.loads(run.file("job.json").read_text()) for run in runs]
+    jobs = [read_json(run.file("job.json")) for run in runs]
     cost: dict[str, Any] = dict.fromkeys(
         ("seconds_training", "seconds_training_slowest", "seconds_job", "peak_memory", "users_per_second", "parameters", "epochs")
     )
     cost["ranks"] = sorted({job["ranks"] for job in jobs})
     if model.config is None:
         return cost
-    results = [json.loads((run.dir / "result.json").read_text()) for run in runs]
+    results = [read_json(run.dir / "result.json") for run in runs]
     rates = [rate for run in runs if (rate := _users_per_second(run.dir / "metrics.jsonl")) is not None]
     m = model.config.model
     seconds = [result["seconds_training"] for result in results]
@@ -122,7 +122,7 @@ def _cost(runs: Sequence[Run], model: Model, n_items: int) -> dict[str, Any]:
 
 def _sum(runs: Sequence[Run], model: Model, costs: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     """Of an ensemble: what its members' trainings took one after another, and the memory of ranking with all of them."""
-    jobs = [json.loads(run.file("job.json").read_text()) for run in runs]
+    jobs = [read_json(run.file("job.json")) for run in runs]
     members = [costs[name] for name, _ in model.members]
     summed = ("seconds_training", "seconds_training_slowest", "seconds_job", "parameters", "epochs")
     cost: dict[str, Any] = {key: sum(member[key] for member in members) for key in summed}
@@ -134,8 +134,19 @@ def _users_per_second(metrics: Path) -> float | None:
     """Median over the steps; None for a model that takes none."""
     if not metrics.is_file():
         return None
-    rates = [line["users_per_second"] for line in map(json.loads, metrics.read_text().splitlines()) if "users_per_second" in line]
+    rates = [line["users_per_second"] for line in _lines(metrics) if isinstance(line.get("users_per_second"), float)]
     return median(rates) if rates else None
+
+
+def _lines(metrics: Path) -> Iterator[dict[str, Any]]:
+    """The lines of metrics.jsonl that are objects; a damaged one is left out."""
+    for text in metrics.read_bytes().splitlines():
+        try:
+            line = parse_json(text)
+        except ValueError:
+            continue
+        if isinstance(line, dict):
+            yield line
 
 
 # --- data ------------------------------------------------------------------------------------------------------------

@@ -23,9 +23,10 @@ from typing import Any
 import yaml
 
 from dist_vasp import checkpoint_folder as folders
+from dist_vasp.bounded_json import read_json
 from dist_vasp.compare.config import Comparison, Run
 from dist_vasp.compare.jobs import Ended, Jobs, Stopped
-from dist_vasp.config import from_dict
+from dist_vasp.config import from_dict, read_yaml
 from dist_vasp.data.format import SPLITS, Manifest
 from dist_vasp.files import replace_text
 
@@ -78,8 +79,8 @@ def _members_of(run: Run) -> str:
 def _same_config(run: Run) -> bool:
     assert run.config is not None
     try:
-        found = asdict(from_dict(yaml.safe_load((run.dir / "config.yaml").read_text())))
-    except (OSError, ValueError, yaml.YAMLError):
+        found = asdict(from_dict(read_yaml(run.dir / "config.yaml", "the configuration of a run")))
+    except ValueError:
         return False
     wanted = asdict(run.config)
     for config in (found, wanted):
@@ -90,7 +91,7 @@ def _same_config(run: Run) -> bool:
 
 def _job(run: Run) -> dict[str, Any]:
     try:
-        found = json.loads(run.file("job.json").read_text())
+        found = read_json(run.file("job.json"))
         return found if isinstance(found, dict) else {}
     except (OSError, ValueError):
         return {}
@@ -140,7 +141,7 @@ def carry_out(
         took = time.monotonic() - start
         if failure is None:
             seconds.setdefault(run.model.name, []).append(took)
-            metrics = json.loads(run.file("test.json").read_text())["test"]
+            metrics = read_json(run.file("test.json"))["test"]
             say(f"[{place + 1}/{len(to_do)}] {run.stem}: done in {took:.0f} s, test NDCG@100 {_four(metrics['ndcg@100'])}")
         else:
             failures.append(failure)

@@ -14,7 +14,7 @@ from dist_vasp import checkpoint_folder as folders
 from dist_vasp.checkpoint import Checkpoint
 from dist_vasp.config import Config, from_dict
 from dist_vasp.data import positives
-from dist_vasp.data.format import ITEMS_FILE, ItemTable, Manifest, read_items_file
+from dist_vasp.data.format import ITEMS_FILE, MANIFEST, ItemTable, Manifest, read_items_file
 from dist_vasp.data.positives import PositiveRule
 from dist_vasp.model.trunk import Trunk
 from dist_vasp.model.vasp import VASP, make_trunk
@@ -149,3 +149,32 @@ def check_vocabulary(loaded: LoadedModel, folder: str | Path, manifest: Manifest
             f"was trained on {loaded.checkpoint.header['n_items']} (hash {loaded.checkpoint.header['vocabulary_sha256'][:12]}...); "
             "pass the shards it was trained on with --shards"
         )
+
+
+def shards_of(loaded: LoadedModel) -> tuple[str, str]:
+    """(the data folder that the model was trained on, what to say about it).
+
+    Where the folder that the configuration names is not there, as in a run that was moved with its data, the one that lies as it
+    lay from run.dir is taken, if it holds the same data. ValueError where neither does.
+    """
+    header, named = loaded.checkpoint.header, loaded.config.data.shards
+    run_dir = loaded.checkpoint.path.parent.parent
+    if not named:
+        raise ValueError(f"{loaded.checkpoint.path} does not say which data it was trained on; pass --shards DIR")
+    here = (Path(named) / MANIFEST).is_file()
+    expected = header.get("data_sha256")
+    if here and expected in (None, Manifest.load(named).data_sha256):
+        return named, ""
+    beside = os.path.normpath(run_dir / header.get("shards_from_run", named))
+    if expected and (Path(beside) / MANIFEST).is_file() and Manifest.load(beside).data_sha256 == expected:
+        return beside, f"data.shards {named} is not the data of this run here; {beside} is, and is used"
+    if here:
+        raise ValueError(
+            f"{named} is not the data that {run_dir} was trained on any more: it was prepared again; pass --shards {named} to use it "
+            "all the same, or --shards with the folder of the earlier data"
+        )
+    relative = "" if Path(named).is_absolute() else ", a path relative to the folder where training was started"
+    raise ValueError(
+        f"{run_dir} was trained on the shards in {named}{relative}: it holds no {MANIFEST} here; pass --shards DIR with the folder "
+        "where they are now"
+    )

@@ -12,6 +12,7 @@ Shapes: U users, I items, K list length.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -140,6 +141,7 @@ class Recommender:
     ) -> None:
         self._opened, self._items_file, self.model, self.items, self.positives = opened, items_file, model, items, rule
         self._alone = form_groups(0, Layout(1, 1, 1), torch.device("cpu"))
+        self._stamps = self._read_stamps()
 
     @staticmethod
     def load(folder: str | Path, checkpoint: str | None = None, verify: bool = True) -> Recommender:
@@ -148,6 +150,7 @@ class Recommender:
         `verify` holds every file against its SHA-256 and looks for numbers that are none, which reads all of them; without it
         only what is asked for is read. ValueError where the folder holds no model or a file is damaged.
         """
+        _answer_after_forks()
         opened = open_model(folder, checkpoint)
         if verify:
             checkpoints.verify(opened, form_groups(0, Layout(1, 1, 1), torch.device("cpu")))
@@ -171,11 +174,26 @@ class Recommender:
         `trunk` "torch_export" adds trunk.pt2, a program W1 x (B, H) -> d (B, H), z (B, L) for another runtime.
         `progress(bytes done, bytes in all)` is called on the way.
         """
+        self._check_unchanged()
         if trunk not in (None, "torch_export"):
             raise ValueError(f"trunk is {trunk!r}, expected torch_export or None")
         if trunk and self.model.trunk is None:
             raise ValueError(f"a model of kind {self.model.config.kind} has no trunk to export; leave trunk out")
         return exports.export(self._opened, self._items_file, folder, self.model.trunk if trunk else None, progress, self.positives)
+
+    def _read_stamps(self) -> dict[str, tuple[int, int]]:
+        """Size and time of change of every file that is mapped."""
+        found = {name: os.fstat(handle.fileno()) for name, handle in self._opened.handles.items()}
+        return {name: (stat.st_size, stat.st_mtime_ns) for name, stat in found.items()}
+
+    def _check_unchanged(self) -> None:
+        """ValueError where somebody wrote into a mapped file: a replaced or removed one is kept, but not a changed one."""
+        for name, stamp in self._read_stamps().items():
+            if stamp != self._stamps[name]:
+                raise ValueError(
+                    f"{self._opened.path / name} was changed while the model was in use; load it again, and never write into the "
+                    "files of a model: write a new folder"
+                )
 
     # --- lists ---------------------------------------------------------------------------------------------------------
 
@@ -203,6 +221,7 @@ class Recommender:
         for anything else, and where `restrict_to` has no known item.
         """
         _check_count("k", k)
+        self._check_unchanged()
         asked = {"user": user_column, "item": item_column, "rating": rating_column, "time": time_column}
         given = self._read(histories, asked, all_positive)
         rows = given.rows
@@ -229,6 +248,7 @@ class Recommender:
         rows of R, which is symmetric. The default is nease where the model has it. ValueError for an unknown item or path.
         """
         _check_count("k", k)
+        self._check_unchanged()
         row = self._known_item(item)
         paths = {"nease": self._shallow, "decoder": self._deep}
         by = by or ("nease" if self._shallow else "decoder")
@@ -247,6 +267,7 @@ class Recommender:
     def explain(self, history: Iterable[Id], item: Id, n: int = 5) -> Explanation:
         """Which of the past items speak for `item`, and what either path says. ValueError for an unknown item or no known history."""
         _check_count("n", n)
+        self._check_unchanged()
         row = self._known_item(item)
         refuse_frame(history, "history")
         rows = self._read([history]).rows
@@ -406,6 +427,20 @@ class Recommender:
         for part, R_JH in decoders:
             for lo, hi in part.blocks(_ROWS_AT_ONCE):
                 yield lo, torch.cosine_similarity(R_JH[lo - part.start : hi - part.start], wanted[None], dim=1)
+
+
+_prepared_for_forks = False
+
+
+def _answer_after_forks() -> None:
+    """Make children of this process compute with one thread: the threads of torch's pool do not live on in a fork.
+
+    A web server that loads the model and then forks its workers would otherwise wait for them for ever.
+    """
+    global _prepared_for_forks
+    if not _prepared_for_forks:
+        os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
+        _prepared_for_forks = True
 
 
 def _check_count(name: str, value: Any) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
+from dist_vasp.bounded_json import parse_json, read_json
+from dist_vasp.config import read_yaml
 
 _LARGEST = 1e18  # of a number that is drawn
 _LONGEST, _DEEPEST, _MOST_VALUES = 2000, 8, 50_000  # of a text, of the nesting, of a file's values
@@ -160,9 +160,9 @@ def _lines(path: Path) -> tuple[list[dict[str, Any]], int]:
     found, damaged = [], 0
     for line in text.splitlines():
         try:
-            record = json.loads(line)
+            record = parse_json(line)
             good = isinstance(record, dict) and _number(record.get("step")) and _number(record.get("epoch", 0))
-        except (ValueError, RecursionError):
+        except ValueError:
             good = False
         if good:
             found.append(record)
@@ -173,14 +173,14 @@ def _lines(path: Path) -> tuple[list[dict[str, Any]], int]:
 
 def _config(path: Path) -> dict[str, Any]:
     try:
-        found = _plain(yaml.safe_load(path.read_text(errors="replace")), [_MOST_VALUES])
-    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        found = _plain(read_yaml(path, "the configuration of a run"), [_MOST_VALUES])
+    except ValueError:
         return {}
     return found if isinstance(found, dict) else {}
 
 
 def _json(path: Path) -> Any:
     try:
-        return _plain(json.loads(path.read_text()), [_MOST_VALUES])
-    except (OSError, ValueError, RecursionError):
+        return _plain(read_json(path), [_MOST_VALUES])
+    except (OSError, ValueError):
         return None

@@ -8,6 +8,7 @@ the configuration are not used.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -228,6 +229,7 @@ def _save(
         "shards_sha256": manifest.shards_sha256,
         **positives.for_header(manifest.positives),
         "data_sha256": manifest.data_sha256,
+        "shards_from_run": os.path.relpath(config.data.shards, config.run.dir),
         "n_items": manifest.n_items,
         "layout": asdict(ranks.layout),
         "optimizer": {"step": 0, "mu_product": 1.0},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -122,6 +123,7 @@ class Saver:
             "shards_sha256": stream.manifest.shards_sha256,
             **positives.for_header(stream.manifest.positives),
             "data_sha256": stream.manifest.data_sha256,
+            "shards_from_run": os.path.relpath(config.data.shards, config.run.dir) if config.data.shards and config.run.dir else "",
             "n_items": stream.n_items,
             "layout": {**asdict(self.trainer.ranks.layout), "zero_stage": config.parallel.zero_stage},
             "optimizer": self.trainer.optimizer_scalars(),

@@ -20,6 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
+from dist_vasp.bounded_json import read_json
 from dist_vasp.config import Config
 from dist_vasp.files import replace_text
 from dist_vasp.text import one_line
@@ -207,7 +208,7 @@ _ONE_WRITER = threading.Lock()
 
 def _read_ids(path: Path) -> dict[str, str]:
     try:
-        found = json.loads(path.read_text())
+        found = read_json(path)
     except (OSError, ValueError):
         return {}
     return {k: v for k, v in found.items() if isinstance(v, str)} if isinstance(found, dict) else {}
