@@ -27,7 +27,7 @@ def test_json_within_bounds(tmp_path):
 
 @pytest.mark.parametrize("text", ["[" * 65 + "]" * 65, "[" * 100_000, '{"a":' * 500 + "1" + "}" * 500, "[" * 900 + "]" * 900])
 def test_json_that_is_too_deep(text):
-    with pytest.raises(ValueError, match="nested deeper than 64|Expecting|JSON"):
+    with pytest.raises(ValueError, match=r"nested deeper than 64|Expecting"):
         parse_json(text)
 
 
@@ -61,7 +61,7 @@ LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
         (LAUGHS, "stands for more than 20,000 values"),
         ("a: &a [*a]\n", "holds the alias itself"),
         ("a: &a {b: *a}\n", "holds the alias itself"),
-        ("[" * 5000, "nested too deeply|not YAML"),
+        ("[" * 5000, r"nested too deeply|not YAML"),
         ("[" * 70 + "]" * 70, "nested deeper than 64"),
         ("# " + "x" * LARGEST_YAML, "bytes, expected at most"),
     ],

@@ -67,6 +67,10 @@ _TEXTS = {
     "list.yaml": "- model\n- data\n",
     "text.yaml": "just a sentence\n",
     "merge.yaml": "model: &m {hidden: 8}\nloss:\n  <<: *m\n",
+    "laughs.yaml": "a: &a [x, x, x, x, x, x, x, x, x, x]\n"
+    + "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 10)}]\n" for a, b in zip("abcde", "bcdef", strict=True)),
+    "endless.yaml": "model: &m {hidden: *m}\n",
+    "deep.yaml": "model: " + "[" * 100 + "]" * 100 + "\n",
     "python.yaml": "model: !!python/object/apply:os.getcwd []\n",
     "nan.yaml": SMALL.replace("lr: 0.001", "lr: .nan"),
     "rates.json": '{"flops": "fast"}',
@@ -109,9 +113,17 @@ def prepare(folder: Path, commands: Commands) -> None:
         "python -m data_tools.shard rated.parquet rated-shards --val_users 10 --test_users 20 --users_per_shard 30",
         "python launch/train.py --config small.yaml --data.shards rated-shards --run.dir rated --model.kind ease --model.ease_lambda 9",
         "python launch/export.py --run run --output export",
-        "python launch/train.py --config small.yaml --data.shards other --run.dir elsewhere",
+        "python -m data_tools.shard less.parquet gone --min_items 1 --val_users 2 --test_users 2",
+        "python launch/train.py --config small.yaml --data.shards gone --run.dir elsewhere",
         "python launch/ensemble.py --members run flvae --output both",
     )
+    shutil.rmtree(folder / "gone")
+    (folder / "deep").mkdir()
+    (folder / "deep" / "manifest.json").write_text("[" * 5000)
+    (folder / "many").mkdir()
+    members = [{"run": "../run", "checkpoint": "", "weight": 1.0}] * 65
+    ensemble = {"format_version": 1, "vocabulary_sha256": "v", "n_items": 1, "members": members}
+    (folder / "many" / "ensemble.json").write_text(json.dumps(ensemble))
     shutil.copytree(folder / "run", folder / "untrained", ignore=shutil.ignore_patterns("checkpoints"))
     (folder / "taken").mkdir()
     (folder / "taken" / "diary.txt").write_text("mine\n")
