@@ -31,11 +31,12 @@ def drop_rare_items(data: Interactions, min_users: int, min_items: int, core: bo
         if core and counts.max() >= min_users:
             reason = f"no set of users and items has {min_items} items a user and {min_users} users an item; lower --min_items or --min_users"
         raise ValueError(f"the input has no interaction to keep: {reason}")
-    left_out = {
+    rest = data if kept.all() else without_items(data, ~kept)
+    return rest, {
         "items_below_min_users": int((~kept).sum()),
         "interactions_of_items_below_min_users": int(counts[~kept].sum()),
+        "users_of_these_items_alone": len(data.sizes) - len(rest.sizes),
     }
-    return (without_items(data, ~kept) if not kept.all() else data), left_out
 
 
 def _core(data: Interactions, min_users: int, min_items: int) -> np.ndarray:

@@ -155,6 +155,17 @@ def test_columns_without_a_header(tmp_path):
     assert notes == ["columns not used: 3"]
 
 
+def test_columns_of_movielens(tmp_path):
+    """Its files have no header, or one of their own; the shards may come from either, or from another table."""
+    header = "userId,movieId,rating,timestamp\n"
+    for name, content in (("ratings.dat", "1::2::5::9\n"), ("ratings.csv", header + "1,2,5,9\n")):
+        path = written(tmp_path, name, content)
+        for rule in (PositiveRule("userId", "movieId", "rating", None, 4.0), PositiveRule("user", "item", "rating", None, 4.0)):
+            columns, notes = history_columns([path], Reading(), rule, {})
+            assert (columns.user, columns.item, columns.rating) == ("userId", "movieId", "rating")
+            assert notes[-1] == "columns not used: timestamp" and len(notes) == (1 if rule.user_column == "userId" else 3)
+
+
 def test_columns_of_folders(tmp_path):
     (tmp_path / "uid=7").mkdir()
     written(tmp_path / "uid=7", "a.csv", "movie,stars\n1,5\n")

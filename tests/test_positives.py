@@ -168,6 +168,18 @@ def test_serving_without_ratings_says_so():
     assert found.rating is None and found.notes == ("columns not used: rating",)
 
 
+def test_serving_reads_rating_and_timestamp_where_the_remembered_names_are_not_there():
+    rule = PositiveRule(rating_column="stars", min_rating=4.0, time_column="when", repeats="last")
+    found = _chosen(["user", "item", "rating", "timestamp"], rule)
+    assert (found.rating, found.time) == ("rating", "timestamp")
+    assert found.notes == (
+        "h.csv has no column stars, which the shards were made from; column rating is read",
+        "h.csv has no column when, which the shards were made from; column timestamp is read",
+    )
+    found = _chosen(["user", "item", "stars:float", "rating", "when:float"], rule)
+    assert (found.rating, found.time) == ("stars:float", "when:float")
+
+
 def test_serving_by_time():
     rule = PositiveRule(rating_column="rating", min_rating=4.0, time_column="when", repeats="last")
     assert _chosen(["user", "item", "rating", "when"], rule).time == "when"

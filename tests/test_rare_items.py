@@ -110,7 +110,7 @@ def test_the_last_by_time(tmp_path, capsys, how):
     assert_equal_to_reference(read_folder(tmp_path / "out"), liang(left, **SPLIT))
     rule = Manifest.load(tmp_path / "out").positives
     assert rule is not None and rule.time_column == ("when" if how == "named" else "timestamp")
-    assert rule.user_column == ("userId" if how == "ratings.csv" else "user")
+    assert rule.user_column == ("userId" if how.startswith("ratings") else "user")
     assert f"the last by {rule.time_column} counts" in capsys.readouterr().out
 
 

@@ -182,6 +182,11 @@ def test_a_matrix_of_ratings(folder):
     ones.data[0] = np.nan
     with pytest.raises(ValueError, match="not finite"):
         r.recommend(ones, K)
+    with pytest.raises(ValueError, match="the matrix holds complex128, expected numbers"):
+        r.recommend(ones.astype(complex), K)
+    twice = scipy.sparse.coo_matrix(([2, 3, 1], ([0, 0, 0], [4, 4, 7])), shape=(1, N_ITEMS))
+    np.testing.assert_array_equal(r.recommend(twice, K).ids, r.recommend(twice.tocsr(), K).ids)
+    assert r.recommend(twice, K).read == Read(2, 1, 1, 0, 0, 0), "2 and 3 add up to a rating of 5"
 
 
 def test_an_export_keeps_the_rule(folder, tmp_path):

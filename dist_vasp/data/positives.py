@@ -252,10 +252,8 @@ def serving_columns(
     notes: list[str] = []
     columns: dict[str, str | None] = {}
     for role, remembered in (("user", rule and rule.user_column), ("item", rule and rule.item_column)):
-        name = asked.get(role) or remembered or role
-        if name not in names and not asked.get(role) and role in names:
-            notes.append(f"{where} has no column {name}, which the shards were made from; column {role} is read")
-            name = role
+        name, said = _there(names, asked.get(role), remembered or role, role, where)
+        notes += said
         columns[role] = _only(names, name, role, where, dashes)
     columns["rating"], said = _rating_column(names, rule, asked.get("rating"), where, all_positive, dashes)
     notes += said
@@ -276,10 +274,17 @@ def _only(names: Sequence[str], name: str, role: str, where: str, dashes: str) -
     raise ValueError(f"{where} {problem} {name!r}; its columns are {there}; pass {_option(dashes, role, alike)}")
 
 
-def _written(names: Sequence[str], name: str) -> str:
-    """Return the name as the table writes it: RecBole's files add a type, `rating:float`."""
-    typed = (f"{name}:float", f"{name}:token")
-    return next((other for other in names if other in typed), name) if name not in names else name
+def _there(names: Sequence[str], asked: str | None, remembered: str, plain: str, where: str) -> tuple[str, list[str]]:
+    """Return the name that was asked for or remembered, else `plain` where that is there; and a note on the latter.
+
+    RecBole's files add a type to a name, `rating:float`.
+    """
+    wanted = asked or remembered
+    typed = next((name for name in names if name in (f"{wanted}:float", f"{wanted}:token")), wanted)
+    name = wanted if wanted in names else typed
+    if name in names or asked or plain not in names:
+        return name, []
+    return plain, [f"{where} has no column {wanted}, which the shards were made from; column {plain} is read"]
 
 
 def _option(dashes: str, role: str, name: str) -> str:
@@ -309,9 +314,9 @@ def _rating_column(
             raise ValueError(f"{option} is {asked}, but the model was trained on every row, without ratings; leave it out")
         return None, []
     assert rule.rating_column is not None
-    name = _written(names, asked or rule.rating_column)
+    name, notes = _there(names, asked, rule.rating_column, "rating", where)
     if name in names or asked:
-        return _only(names, name, "rating", where, dashes), []
+        return _only(names, name, "rating", where, dashes), notes
     return None, [f"{where} has no column {name}: every row is taken as a like"]
 
 
@@ -322,10 +327,10 @@ def _time_column(
     needed = rule is not None and rule.repeats == "last" and rated
     if asked and not needed:
         raise ValueError(f"{dashes}time_column is {asked}, but no rating is chosen by its time here; leave it out")
-    name = asked or (rule.time_column if rule else None)
-    if not needed or not name:
+    remembered = rule.time_column if rule else None
+    if not needed or not (asked or remembered):
         return None, []
-    name = _written(names, name)
+    name, notes = _there(names, asked, remembered or "timestamp", "timestamp", where)
     if name in names or asked:
-        return _only(names, name, "time", where, dashes), []
+        return _only(names, name, "time", where, dashes), notes
     return None, [f"{where} has no column {name}: of several ratings of a user and an item the last row counts"]

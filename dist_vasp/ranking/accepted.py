@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-_FRAMES = ("pandas", "polars", "modin", "cudf", "dask", "vaex", "pyspark", "duckdb", "ibis", "datatable", "narwhals")
+_FRAMES = ("pandas", "polars", "modin", "cudf", "dask", "vaex", "pyspark", "duckdb", "_duckdb", "ibis", "datatable", "narwhals")
 _WAYS_OUT = {"pandas": "pyarrow.Table.from_pandas(frame)", "polars": "frame.to_arrow()"}
 
 
@@ -48,7 +48,7 @@ def id_list(ids: Any, what: str, remedy: str = "pass [id] for one") -> list[Any]
 
 def history_lists(histories: Any, n_items: int) -> list[list[Any]]:
     """Return lists of ids; ValueError where `histories` are something else."""
-    refuse_frame(histories, "histories")
+    refuse_frame(histories, "the argument histories")
     if isinstance(histories, str | bytes | dict) or not isinstance(histories, Iterable):
         raise ValueError(
             f"histories are {type(histories).__name__}, expected a list of lists of ids, a sparse matrix or a pyarrow.Table"

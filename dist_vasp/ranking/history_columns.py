@@ -21,7 +21,8 @@ def history_columns(
     user, item = (asked.get("user"), asked.get("item"))
     remembered = (user or (rule.user_column if rule else "user"), item or (rule.item_column if rule else "item"))
     plain = (user or "user", item or "item")
-    pairs = [remembered, plain, (remembered[0], plain[1]), (plain[0], remembered[1])]
+    of_format = (user or table.columns.user or "user", item or table.columns.item or "item")  # MovieLens has names of its own
+    pairs = [remembered, plain, (remembered[0], plain[1]), (plain[0], remembered[1]), of_format]
     names, unused = _look(table, list(dict.fromkeys(pairs)))
     notes = [
         f"{table.files[0].where} has no column {wanted}, which the shards were made from; column {names[role]} is read"

@@ -366,7 +366,13 @@ class Recommender:
         """Non-zero entries are seen items. They are ratings where the rule reads ratings and not all of them are 1."""
         if matrix.ndim != 2 or matrix.shape[1] != self.n_items:
             raise ValueError(f"the matrix has shape {matrix.shape}, expected (users, {self.n_items}): columns are item rows")
-        x = matrix.tocoo()
+        if matrix.dtype.kind not in "biuf":
+            raise ValueError(f"the matrix holds {matrix.dtype}, expected numbers; convert it first")
+        x = matrix.tocsr()
+        if not x.has_canonical_format:  # entries that are stored several times add up
+            x = x.copy()
+            x.sum_duplicates()
+        x = x.tocoo()
         stored = x.data != 0
         owner, item_rows, values = x.row[stored], x.col[stored], np.asarray(x.data[stored], np.float64)
         if not np.isfinite(values).all():
