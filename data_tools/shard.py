@@ -22,6 +22,7 @@ from data_tools.readers import FORMATS, Columns, Source, infer_format, open_sour
 from data_tools.split import GivenPlan, LiangPlan, Plan
 from data_tools.titles import read_titles
 from data_tools.writer import check_unique_keys, count_split, write_folder
+from dist_vasp.data import ids
 from dist_vasp.data.format import SPLITS, SplitEntry, default_users_per_shard, files_of
 from dist_vasp.data.positives import DEFAULT_MIN_RATING, REPEATS, PositiveRule, from_json, unused_columns
 from dist_vasp.data.tables.inputs import expand
@@ -120,6 +121,8 @@ def _plan(args: argparse.Namespace, source: Source, scratch: Path) -> tuple[Inte
         given = GivenPlan(data, args.validation_fraction, args.seed)
         plan, arguments = given, {"validation_fraction": given.fraction}
     check_unique_keys(data, plan)
+    for remark in ids.remarks("user", data.user_ids) + ids.remarks("item", data.item_ids):
+        print(remark)
     left_out = {
         **source.left_out,
         "rows_below_min_rating": counts.below_min_rating,

@@ -123,6 +123,15 @@ def test_columns_that_hold_no_ids(column, message):
         ids.of_column(column, [7, 8], "x")
 
 
+def test_odd_ids_are_kept_and_said():
+    found = ids.remarks("item", pa.array(["a", " 3", "b\t", "NaN", "n/a", "\\N"]))
+    assert found == [
+        "2 item ids, such as ' 3', begin or end with blanks, which belong to the id",
+        "3 item ids, such as 'NaN', look like a missing one; --missing leaves them out",
+    ]
+    assert ids.remarks("item", pa.array(["a", "nanny", "3"])) == ids.remarks("item", pa.array([3])) == []
+
+
 # --- shard and recommend on one file ---------------------------------------------------------------------------------
 
 CELLS = st.one_of(

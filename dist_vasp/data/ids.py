@@ -22,6 +22,7 @@ MAX_BYTES = 4096  # of one id
 _LARGEST = 2**63 - 1
 _INTEGER = re.compile("0|-?[1-9][0-9]{0,18}")
 _CANONICAL = "^(0|[1-9][0-9]{0,18})$"
+_LIKE_MISSING = r"^(null|nil|none|nan|nat|na|n/a|#n/a|<na>|\\n|undefined|missing|-|\?)$"
 _WHOLE_LIMIT = {16: 2.0**11, 32: 2.0**24, 64: 2.0**53}  # by width of the float: beyond, whole numbers are rounded
 
 
@@ -107,6 +108,23 @@ class IdIndex:
             self.ids = pa.concat_arrays([self.ids, pc.unique(ids.filter(pc.is_null(codes)))])
             codes = pc.index_in(ids, value_set=self.ids)
         return codes.cast(pa.uint32())
+
+
+def remarks(role: str, ids: pa.Array) -> list[str]:
+    """Lines on distinct ids that may not be what the user means: kept as they are, but said."""
+    if not is_text(ids.type):
+        return []
+    said = []
+    for pattern, problem in (
+        (r"^\s|\s$", "begin or end with blanks, which belong to the id"),
+        (_LIKE_MISSING, "look like a missing one; --missing leaves them out"),
+    ):
+        found = pc.match_substring_regex(ids, pattern, ignore_case=True)
+        n_found = pc.sum(found).as_py() or 0
+        if n_found:
+            example = ids[pc.index(found, True).as_py()].as_py()
+            said.append(f"{n_found:,} {role} ids, such as {example!r:.60}, {problem}")
+    return said
 
 
 # --- ids of a column -------------------------------------------------------------------------------------------------

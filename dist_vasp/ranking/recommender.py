@@ -28,6 +28,7 @@ from dist_vasp import checkpoint as checkpoints
 from dist_vasp.checkpoint import Checkpoint
 from dist_vasp.config import from_dict
 from dist_vasp.data.format import ITEMS_FILE, ItemTable, read_items_file
+from dist_vasp.data.ids import of_column
 from dist_vasp.data.positives import PositiveRule, serving_columns
 from dist_vasp.data.stream import Rows, indptr_of
 from dist_vasp.parallel.comm import form_groups
@@ -390,6 +391,8 @@ class Recommender:
             array = pa.array(ids, from_pandas=False)
         except (pa.ArrowException, TypeError, OverflowError):
             array = pa.nulls(1)
+        if pa.types.is_floating(array.type):
+            array = of_column(array, range(1, len(array) + 1), what, ())  # 17.0 is 17, 17.5 is no id
         if array.null_count or not (pa.types.is_integer(array.type) or pa.types.is_string(array.type)):
             raise ValueError(f"{what} must hold original ids, all whole numbers or all strings; some are of another kind")
         return find_items(array, self.items)

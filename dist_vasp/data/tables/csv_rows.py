@@ -38,7 +38,7 @@ class Dialect:
 
     def reader(self, lines: Sequence[str], strict: bool = True) -> Any:
         """Records of the lines; `line_num` of it counts the lines of those that were returned."""
-        csv.field_size_limit(MAX_ROW_BYTES)
+        csv.field_size_limit(2 * MAX_ROW_BYTES + BLOCK_BYTES)  # longer ones are refused as rows
         if len(self.delimiter) > 1:
             return _Split(lines, self.delimiter)
         if not self.quoting:

@@ -158,6 +158,8 @@ def walk(folder: Path, skipped: list[str]) -> Iterator[Path]:
             folders.clear()
             continue
         visited.add(os.path.realpath(root))
+        if "metadata" in folders:
+            _refuse_table(Path(root), folder)
         for name in sorted(n for n in folders if is_hidden(n)):
             _refuse_table(Path(root), folder)
             skipped.append(f"{Path(root, name)}/ (hidden)")

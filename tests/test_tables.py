@@ -1,0 +1,271 @@
+"""Which files are read, how they are unpacked and decoded, and what is refused before memory is spent."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import lzma
+import struct
+import zipfile
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from data_tools import shard
+from dist_vasp.data import ids
+from dist_vasp.data.tables import csv_header, csv_rows, parquet_file, streams
+from dist_vasp.data.tables.columns import Columns, Reading
+from dist_vasp.data.tables.read import open_table
+
+CSV = b"user,item,rating\n7,30,4\n2,x y,5\n"
+ROWS = [("7", "30"), ("2", "x y")]
+
+
+def pairs(*inputs, columns: Columns | None = None, kind: str | None = None, **reading) -> list[tuple[str, str]]:
+    """(user, item) of all rows, as texts."""
+    table = open_table(list(inputs), columns, Reading(**reading), kind)
+    found = []
+    for batch in table.batches():
+        found += zip(ids.as_text(batch["user"]).to_pylist(), ids.as_text(batch["item"]).to_pylist(), strict=True)
+    return found
+
+
+def zipped(path: Path, members: dict[str, bytes]) -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+    return path
+
+
+# --- packed, encoded, parted -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst", ".bz2", ".xz"])
+@pytest.mark.parametrize("twice", [False, True])
+def test_compressions(tmp_path, suffix, twice):
+    pack = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": pa.Codec("zstd").compress}[suffix]
+    data = bytes(pack(CSV[:30])) + bytes(pack(CSV[30:])) if twice else bytes(pack(CSV))
+    path = tmp_path / f"a.csv{suffix}"
+    path.write_bytes(bytes(data))
+    assert pairs(path) == ROWS
+    if suffix:
+        path.write_bytes(data[:-5])
+        with pytest.raises(ValueError, match="cannot be read"):
+            pairs(path)
+        path.write_bytes(b"no such thing at all, and longer than a header of any kind")
+        with pytest.raises(ValueError, match=r"a\.csv.* cannot be read"):
+            pairs(path)
+        (tmp_path / "b.csv").write_bytes(data)
+        with pytest.raises(ValueError, match=rf"b\.csv is {suffix.strip('.')[:2]}.* data; add \{suffix} to its name"):
+            pairs(tmp_path / "b.csv")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32", "latin-1", "cp1252", "utf-16-le", "cp932"])
+@pytest.mark.parametrize("block", [3, 1 << 20])
+def test_encodings(tmp_path, monkeypatch, encoding, block):
+    monkeypatch.setattr(csv_rows, "BLOCK_BYTES", block)
+    text = "user,item,name\n7,30,é\n2,x y,ü\n" if encoding != "cp932" else "user,item,name\n7,30,日\n2,x y,本\n"
+    path = tmp_path / "a.csv"
+    path.write_bytes(text.encode(encoding))
+    assert pairs(path, encoding=encoding) == ROWS
+    if encoding in ("latin-1", "cp1252", "cp932"):
+        with pytest.raises(ValueError, match=r"a\.csv, row 2: the byte 0x.. is not UTF-8 text; .*--encoding"):
+            pairs(path)
+    elif encoding == "utf-16-le":
+        with pytest.raises(ValueError, match=r"a\.csv.* NUL byte.*--encoding utf-16-le"):
+            pairs(path)
+    else:
+        assert pairs(path) == ROWS
+
+
+def test_a_wrong_encoding_is_said(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_bytes("user,item\n7,é\n".encode("utf-16"))
+    with pytest.raises(ValueError, match="begins with the mark of utf-16, but --encoding is cp1252"):
+        pairs(path, encoding="cp1252")
+    path.write_bytes("user,item\n7,é\n".encode())
+    with pytest.raises(ValueError, match=r"the bytes after \d+ are not ascii"):
+        pairs(path, encoding="ascii")
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|", "::"])
+@pytest.mark.parametrize("given", [False, True])
+def test_delimiters(tmp_path, delimiter, given):
+    path = tmp_path / "a.csv"
+    path.write_bytes(CSV.replace(b",", delimiter.encode()))
+    assert pairs(path, delimiter=delimiter if given else None) == ROWS
+    path.write_bytes(CSV.replace(b",", delimiter.encode()).split(b"\n", 1)[1])
+    by_number = Columns("1", "2", "3")
+    assert pairs(path, delimiter=delimiter, header=False, columns=by_number) == ROWS
+    assert pairs(path, header=False) == ROWS
+
+
+def test_headers(tmp_path):
+    path = tmp_path / "a.csv"
+    for header in (" user , item ,x", '"user","item","a ""b"""', "user_id:token,item_id:token,rating:float", "\n\nuser,item,x"):
+        path.write_text(f"{header}\n7,30,4\n2,x y,5\n")
+        assert pairs(path) == ROWS, header
+    path.write_text('user,item,"two\nlines"\n7,30,4\n2,x y,5\n')
+    assert pairs(path) == ROWS
+    path.write_text("item," + ",".join(f"column{i}" for i in range(20_000)) + ",user\n30" + "," * 20_000 + ",7\n")
+    assert pairs(path) == [("7", "30")]
+
+
+# --- which files -----------------------------------------------------------------------------------------------------
+
+
+def test_hidden_and_other_files_are_skipped_and_said(tmp_path):
+    for name in ("a.csv", "b/c.csv", ".ipynb_checkpoints/a-checkpoint.csv", "_temporary/0/a.csv", "._a.csv", "b/.hidden.csv"):
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).write_bytes(CSV)
+    (tmp_path / "README.txt").write_text("not a table")
+    table = open_table([tmp_path])
+    assert [Path(file.where).name for file in table.files] == ["a.csv", "c.csv"]
+    assert sorted(Path(text.split(" (")[0]).name for text in table.skipped) == [
+        "._a.csv", ".hidden.csv", ".ipynb_checkpoints", "README.txt", "_temporary",
+    ]  # fmt: skip
+    assert all(text in "\n".join(table.notes()) for text in table.skipped)
+
+
+def test_several_inputs_and_globs(tmp_path):
+    for n in range(3):
+        (tmp_path / f"part-{n}.csv").write_text(f"user,item\n{n},{n}\n")
+    assert pairs(tmp_path / "part-*.csv") == [("0", "0"), ("1", "1"), ("2", "2")]
+    assert pairs(tmp_path / "part-2.csv", tmp_path / "part-0.csv") == [("2", "2"), ("0", "0")]
+    table = open_table([tmp_path / "part-*.csv", tmp_path / "part-0.csv"])
+    assert len(table.files) == 3 and "part-0.csv (named twice)" in table.skipped[0]
+    (tmp_path / "part-3.csv").write_text("user,item,rating\n3,3,5\n")
+    with pytest.raises(ValueError, match=r"part-3\.csv has the columns user, item, rating, the files before it user, item"):
+        pairs(tmp_path / "part-*.csv")
+
+
+def test_a_link_to_a_folder_is_followed_once(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "a.csv").write_bytes(CSV)
+    (tmp_path / "in" / "link").symlink_to(tmp_path / "other")
+    (tmp_path / "in" / "again").symlink_to(tmp_path / "in")
+    assert pairs(tmp_path / "in") == ROWS
+
+
+def test_hive_partitions_are_columns(tmp_path):
+    for split, user in (("train", "7"), ("test", "a%2Fb"), ("train", "__HIVE_DEFAULT_PARTITION__")):
+        folder = tmp_path / f"split={split}" / f"user={user}"
+        folder.mkdir(parents=True)
+        pq.write_table(pa.table({"item": [1, 2]}), folder / "part-0.parquet")
+    table = open_table([tmp_path], Columns(split="split"))
+    rows = [row for batch in table.batches() for row in batch.to_pylist()]
+    assert [(str(r["user"]), r["item"], r["split"]) for r in rows] == [
+        ("a/b", 1, "test"), ("a/b", 2, "test"), ("7", 1, "train"), ("7", 2, "train"),
+    ]  # fmt: skip
+    assert (table.rows, table.left_out) == (6, {"rows_without_user": 2})
+
+
+@pytest.mark.parametrize("log", ["_delta_log/0.json", ".hoodie/hoodie.properties", "metadata/v1.metadata.json"])
+def test_tables_of_other_formats_are_refused(tmp_path, log):
+    (tmp_path / "t" / log).parent.mkdir(parents=True)
+    (tmp_path / "t" / log).write_text("{}")
+    pq.write_table(pa.table({"user": [1], "item": [2]}), tmp_path / "t" / "part-0.parquet")
+    for path in (tmp_path / "t", tmp_path / "t" / "part-0.parquet", tmp_path / "t" / "*.parquet", tmp_path):
+        with pytest.raises(ValueError, match=r"belongs to an? .* table .*export its present rows"):
+            pairs(path)
+
+
+# --- zips --------------------------------------------------------------------------------------------------------------
+
+
+def test_members_of_a_zip(tmp_path):
+    path = zipped(tmp_path / "a.zip", {"x/1.csv": CSV, "x/2.csv": CSV, "__MACOSX/x/._1.csv": b"\0", "x/about.txt": b"hello"})
+    assert pairs(path) == ROWS * 2
+    assert pairs(f"{path}/x/2.csv") == ROWS
+    assert pairs(f"{path}/x/*.csv") == ROWS * 2
+    assert sorted(text.split(", ")[1] for text in open_table([path]).skipped) == [
+        "__MACOSX/x/._1.csv (hidden)", "x/about.txt (no CSV by its name)",
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match=r"holds no CSV member 'y\.csv'; its members are"):
+        pairs(f"{path}/y.csv")
+    assert pairs(zipped(tmp_path / "b.zip", {"1.csv.gz": gzip.compress(CSV)})) == ROWS
+
+
+def test_what_a_zip_claims_is_bounded(tmp_path, monkeypatch):
+    path = zipped(tmp_path / "a.zip", {"a.csv": b"user,item\n" + b"1,2\n" * 100_000})
+    monkeypatch.setattr(streams, "FREE_BYTES", 1000)
+    monkeypatch.setattr(streams, "MAX_RATIO", 100)
+    with pytest.raises(ValueError, match=r"a\.zip, a\.csv unpacks to more than 100 times its size"):
+        pairs(path)
+    data = bytearray(path.read_bytes())
+    at = data.rindex(b"PK\x05\x06")
+    struct.pack_into("<I", data, at + 12, 1 << 30)
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="says that its directory of members has 1,073,741,824 bytes"):
+        pairs(path)
+    (tmp_path / "b.csv.zst").write_bytes(bytes(pa.Codec("zstd").compress(b"user,item\n" + b"1,2\n" * 1_000_000)))
+    with pytest.raises(ValueError, match=r"b\.csv\.zst unpacks to more than 100 times"):
+        pairs(tmp_path / "b.csv.zst")
+
+
+def test_lines_and_headers_are_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr(csv_rows, "MAX_ROW_BYTES", 1000)
+    monkeypatch.setattr(csv_rows, "BLOCK_BYTES", 100)
+    path = tmp_path / "a.csv"
+    for text, message in (
+        (f"user,item\n1,2\n1,{'x' * 5000}\n", "row 3: a line of more than 1,000 bytes"),
+        (
+            f'user,item\n1,2\n1,"{chr(10).join("y" * 50 for _ in range(99))}"\n',
+            "row 3: the quote that opens here does not close within 1,000",
+        ),
+        ("x" * 5000, "row 1: a line of more than 1,000 bytes"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            pairs(path)
+    monkeypatch.setattr(csv_header, "MAX_COLUMNS", 10)
+    path.write_text("user,item" + ",x" * 20 + "\n")
+    with pytest.raises(ValueError, match="the first row has more than 10 cells"):
+        pairs(path)
+
+
+def test_texts_of_a_parquet_file_are_bounded(tmp_path, monkeypatch):
+    """A long text that repeats is refused by its length in the dictionary, without a copy for every row."""
+    path = tmp_path / "a.parquet"
+    repeated = pa.DictionaryArray.from_arrays(pa.array([0] * 2000, pa.int32()), pa.array(["x" * 3_000_000]))
+    pq.write_table(pa.table({"user": repeated, "item": [1] * 2000}), path)
+    before = pa.total_allocated_bytes()
+    with pytest.raises(ValueError, match="row 1: the id has more than 4,096 bytes"):
+        pairs(path)
+    assert pa.total_allocated_bytes() - before < 100e6
+    pq.write_table(pa.table({"user": ["y" * 100_000] * 100, "item": [1] * 100}), path, use_dictionary=False, compression="zstd")
+    with pytest.raises(ValueError, match=r"column 'user' has .* bytes for 100 values in row group 0"):
+        pairs(path)
+    monkeypatch.setattr(parquet_file, "MAX_CHUNK_BYTES", 1000)
+    pq.write_table(pa.table({"user": range(1000), "item": range(1000)}), path)
+    with pytest.raises(ValueError, match=r"at most 1,000 bytes .* write smaller row groups"):
+        pairs(path)
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+def test_rows_read_are_those_used_and_left_out(tmp_path, capsys):
+    rows = "".join(f"{u},{i},{i % 5 + 1}\n" for u in range(30) for i in range(u, u + 12))
+    (tmp_path / "a.csv").write_text("user,item,rating\n" + rows + "NULL,3,5\n4,,5\n0,0,5\n")
+    assert shard.main([str(tmp_path / "a.csv"), "--seed", "3", str(tmp_path / "o")]) == 0
+    out = capsys.readouterr().out
+    assert "read 363 rows" in out and "1 rows without user" in out and "1 rows without item" in out
+
+
+def test_times_are_numbers(tmp_path):
+    for text, expected in (("5", 5.0), ("1970-01-02", 86_400e6), ("1970-01-01T00:00:01", 1e6), (" 2.5 ", 2.5)):
+        (tmp_path / "a.csv").write_text(f"user,item,when\n1,2,{text}\n")
+        (batch,) = open_table([tmp_path / "a.csv"], Columns(time="when")).batches()
+        assert batch["time"].to_pylist() == [expected], text
+    for column in (
+        pa.array([86_400], pa.timestamp("s")),
+        pa.array([1], pa.date32()),
+        pa.array([86_400 * 10**9], pa.timestamp("ns")),
+    ):
+        pq.write_table(pa.table({"user": [1], "item": [2], "when": column}), tmp_path / "a.parquet")
+        (batch,) = open_table([tmp_path / "a.parquet"], Columns(time="when")).batches()
+        assert batch["time"].to_pylist() == [86_400e6]
