@@ -66,7 +66,7 @@ _LINKED = [f"linked-{name}" for name in ("config.yaml", "metrics.jsonl", "result
 PROTECTED = {
     "synthesize": _PARQUET,
     "shard": (*_HOMES, "interactions.parquet", "spoilt-shards", "link.parquet", "pipe"),
-    "train": ("shards", "other", "export", "both", "taken/own", "small.yaml", "run/checkpoints/new", *_LINKED),
+    "train": ("shards", "other", "export", "both", "own", "small.yaml", "run/checkpoints/new", "linked-run", *_LINKED),
     "evaluate --json": _JSON,
     "evaluate --per_user": _PARQUET,
     "recommend csv": ("many.csv", "few.csv", "link.csv", "hard.csv", "latin.csv", "taken/../many.csv", "spoilt.csv"),
@@ -97,14 +97,9 @@ def set_up(folder: Path, commands: Commands) -> None:
     (folder / "notes.jsonl").write_text('{"a": 1}\n')
     (folder / "page.html").write_text("<!doctype html><html lang=en>mine")
     os.mkfifo(folder / "pipe")
-    for name in ("empty", "foreign", "taken/own", "linked-runs"):
+    for name in ("empty", "linked-runs"):
         (folder / name).mkdir()
-    for name in ("report.json", "benchmark.json", "ensemble.json"):
-        (folder / "foreign" / name).write_text('{"mine": 1}\n')
-    (folder / "taken" / "own" / "config.yaml").write_text("mine: 1\n")
     (folder / "linked-runs" / "runs").symlink_to("../empty")
-    shutil.copytree(folder / "shards", folder / "spoilt-shards")
-    (folder / "spoilt-shards" / "notes.txt").write_text("mine\n")
     for name in ("config.yaml", "metrics.jsonl", "result.json", "checkpoints", "tensorboard", ".lock"):
         copy, victim = folder / f"linked-{name}", folder / f"victim-{name}"
         shutil.copytree(folder / "run", copy, symlinks=True)

@@ -134,8 +134,24 @@ def prepare(folder: Path, commands: Commands) -> None:
         data = bytearray(trunk.read_bytes())
         data[-1] ^= 1
         trunk.write_bytes(data)
+    _not_ours(folder)
     shutil.copytree(folder / "shards", folder / "damaged-shards")
     (folder / "damaged-shards" / "train-000001.tar").unlink()
     shutil.copytree(folder / "shards", folder / "future-shards")
     manifest = json.loads((folder / "shards" / "manifest.json").read_text())
     (folder / "future-shards" / "manifest.json").write_text(json.dumps(manifest | {"format_version": 7}))
+
+
+def _not_ours(folder: Path) -> None:
+    """Files of somebody else where commands would write, and links."""
+    for name in ("foreign", "own"):
+        (folder / name).mkdir()
+    for name in ("report.json", "benchmark.json", "ensemble.json"):
+        (folder / "foreign" / name).write_text('{"mine": 1}\n')
+    (folder / "own" / "config.yaml").write_text("mine: 1\n")
+    (folder / "link.json").symlink_to("notes.txt")
+    shutil.copytree(folder / "shards", folder / "spoilt-shards")
+    (folder / "spoilt-shards" / "notes.txt").write_text("mine\n")
+    shutil.copytree(folder / "run", folder / "linked-run", symlinks=True)
+    (folder / "linked-run" / "metrics.jsonl").unlink()
+    (folder / "linked-run" / "metrics.jsonl").symlink_to("../notes.txt")
