@@ -239,6 +239,8 @@ def _check_inputs(path: Path, option: str, inputs: Inputs) -> None:
             kind = "folder" if real.is_dir() else "file"
             if real == place or (path.exists() and path.samefile(source)):
                 raise ValueError(f"{_named(path, option)} is the {kind} of {name}, which would be lost; choose another name")
+            if real in place.parents and path.is_file():
+                raise ValueError(f"{_named(path, option)} is a file of {name} {source}, which would be lost; choose another name")
             if place in real.parents and path.exists():
                 raise ValueError(f"{_named(path, option)} holds {source} of {name}, which would be lost; choose another")
 

@@ -176,6 +176,15 @@ def test_an_input_is_never_replaced(tmp_path, spelling):
     assert source.read_text() == "mine"
 
 
+def test_a_file_of_an_input_folder_is_never_replaced(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.csv").write_text("mine")
+    with pytest.raises(ValueError, match=r"a\.csv is a file of --histories .*in, which would be lost"):
+        write(tmp_path / "in" / "a.csv", overwrite=True, inputs=[("--histories", tmp_path / "in")])
+    write(tmp_path / "in" / "b.csv", inputs=[("--histories", tmp_path / "in")])
+    assert (tmp_path / "in" / "a.csv").read_text() == "mine"
+
+
 def test_names_of_a_run_and_of_data_are_protected(tmp_path):
     """The names are those that the modules use."""
     run, data, exported, both = (tmp_path / name for name in ("run", "data", "export", "both"))

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from tests.invoke import Commands
+from tests.invoke import ROOT, Commands
 from tests.writers import SITUATIONS, SLOW, WRITERS, complaint, line_of, set_up, state
 
 
@@ -56,3 +62,24 @@ def test_two_at_the_same_moment(writer, folder, commands, tmp_path_factory):
         for path in sorted(place.rglob("*"), reverse=True):
             path.rmdir() if path.is_dir() else path.unlink()
         place.rmdir()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("writer", ["shard", "recommend csv", "synthesize"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_leaves_nothing(writer, number, folder, commands):
+    """The signal comes once the temporary name is there."""
+    place = folder / f"stopped-{writer.split()[0]}-{number}"
+    place.mkdir()
+    line = line_of(writer, f"{place.name}/{WRITERS[writer][1]}").replace("2000", "900000").replace("40000", "40000000")
+    words = shlex.split(line)
+    words = [sys.executable, *(str(ROOT / word) if word.startswith("launch/") else word for word in words[1:])]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(words, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        while process.poll() is None and not any(name.endswith(".tmp") for name in os.listdir(place)):
+            time.sleep(0.001)
+        process.send_signal(number)
+        _, said = process.communicate(timeout=120)
+    assert process.returncode in (0, 128 + number), said  # 0: it came too late
+    assert "Traceback" not in said
+    assert process.returncode == 0 or not os.listdir(place)
