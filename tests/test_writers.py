@@ -1,4 +1,7 @@
-"""Every command that writes a file: full and read-only disks, outputs that are not its own, two at once (the cases of tests/writers.py)."""
+"""Commands that write a file: full and read-only disks, outputs that are not its own, two at once, signals.
+
+The cases are those of tests/writers.py. WRITERS=all runs every writer, else those that show each kind of output.
+"""
 
 from __future__ import annotations
 
@@ -29,22 +32,19 @@ def commands(folder):
         yield commands
 
 
-QUICK = ("synthesize", "evaluate --json", "recommend csv", "export", "ensemble", "plan --json")
-CASES = [
-    pytest.param(writer, situation, marks=() if writer in QUICK and situation != "disk that fills" else pytest.mark.slow)
-    for writer in WRITERS
-    for situation in SITUATIONS
-    if writer not in SLOW or situation == "not its own"
-]
+ALL = os.environ.get("WRITERS") == "all"  # else those that show each kind of output
+SHOWN = [writer for writer in WRITERS if ALL or writer in ("shard", "train", "evaluate --json", "recommend csv", "export")]
+CASES = [(writer, situation) for writer in SHOWN for situation in SITUATIONS]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("writer", "situation"), CASES)
 def test_writer(writer, situation, folder, commands):
     assert not SITUATIONS[situation](writer, folder, commands)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("writer", [w for w in WRITERS if w not in (*SLOW, "train", "compare", "benchmark")])
+@pytest.mark.parametrize("writer", [w for w in SHOWN if w not in (*SLOW, "train", "compare", "benchmark")])
 def test_two_at_the_same_moment(writer, folder, commands, tmp_path_factory):
     """One of them writes the whole output, the other says so, or comes later and finds or replaces it."""
     place = folder / "both-at-once"
