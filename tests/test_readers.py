@@ -95,6 +95,7 @@ def test_csv_ids_are_integers_only_where_every_one_is(tmp_path, other, role):
         (b"user,item,rating\n1,2,5\n1,3,good\n", "column 'rating', row 3: 'good' is not a number"),
         (b"user,item,rating\n1,2,5\n1,3,\n", "row 3: the rating is missing"),
         (b"user,item,rating\n1,2,5\n1,3,nan\n", "row 3: the rating is missing"),
+        (b"user,item,rating\n1,2,5\n1,3,1e999\n", "row 3: the rating is not a finite number"),
         (b"user,item\n1,2\n1\n", "row 3: 1 cells where the header has 2"),
         (b"user,item\n1,2\n1,2,3\n", "row 3: 3 cells where the header has 2"),
         (b"user,item\n1,2\n1,\x003\n", "row 3: there is a NUL byte"),

@@ -245,6 +245,24 @@ def test_texts_of_a_parquet_file_are_bounded(tmp_path, monkeypatch):
         pairs(path)
 
 
+@pytest.mark.parametrize("encoding", ["PLAIN", "DELTA_BYTE_ARRAY", "DELTA_LENGTH_BYTE_ARRAY", None])
+def test_encodings_of_a_parquet_file(tmp_path, monkeypatch, encoding):
+    monkeypatch.setattr(parquet_file, "DELTA_ROWS_PER_BATCH", 7)
+    users = [f"user-{n // 3}" for n in range(100)]
+    options = {"use_dictionary": False, "column_encoding": {"user": encoding}} if encoding else {}
+    pq.write_table(pa.table({"user": users, "item": range(100)}), tmp_path / "a.parquet", row_group_size=40, **options)
+    assert pairs(tmp_path / "a.parquet") == [(user, str(n)) for n, user in enumerate(users)]
+
+
+@pytest.mark.parametrize(
+    ("data", "what"), [(b'{"user": 1}\n', "is JSON"), (b"<!DOCTYPE html>", "an HTML page"), (b"PAR1", "a Parquet")]
+)
+def test_files_of_other_kinds_are_named(tmp_path, data, what):
+    (tmp_path / "a.csv").write_bytes(data)
+    with pytest.raises(ValueError, match=rf"a\.csv is .*{what.split()[-1]}"):
+        pairs(tmp_path / "a.csv")
+
+
 # --- the command -----------------------------------------------------------------------------------------------------
 
 

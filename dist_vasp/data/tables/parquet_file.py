@@ -18,6 +18,7 @@ from dist_vasp.data.tables.columns import ROLES, Columns, find_columns
 from dist_vasp.data.tables.csv_file import Facts, Raw
 
 ROWS_PER_BATCH = 1 << 17
+DELTA_ROWS_PER_BATCH = 1 << 10
 MAX_CHUNK_BYTES = 4 << 30  # of one column in one row group, unpacked
 MAX_MEAN_BYTES = 1 << 16  # of one value of a column
 
@@ -32,15 +33,28 @@ def parquet_pieces(path: Path, columns: Columns, constants: Collection[str], fac
         facts.names = {role: schema.names[i] for role, i in wanted.items()}
         facts.unused = [name for i, name in enumerate(schema.names) if i not in wanted.values()]
         names = list(dict.fromkeys(facts.names.values()))
-        text = [n for n in names if ids.is_text(schema.field(n).type) or pa.types.is_binary(schema.field(n).type)]
+        delta = _delta_encoded(file.metadata)
+        text = [n for n in names if n not in delta and _is_text(schema.field(n).type)]
+        n_rows = ROWS_PER_BATCH if delta.isdisjoint(names) else min(ROWS_PER_BATCH, DELTA_ROWS_PER_BATCH)
         _check_sizes(file.metadata, names, str(path))
     with pq.ParquetFile(
         path, read_dictionary=text, pre_buffer=False, buffer_size=1 << 20
     ) as file:  # buffered, all that was read stays
         row = 1
-        for batch in file.iter_batches(ROWS_PER_BATCH, columns=names, use_threads=False):
+        for batch in file.iter_batches(n_rows, columns=names, use_threads=False):
             yield Raw(range(row, row + len(batch)), {role: batch[name] for role, name in facts.names.items()})
             row += len(batch)
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return ids.is_text(kind) or pa.types.is_binary(kind)
+
+
+def _delta_encoded(metadata: pq.FileMetaData) -> set[str]:
+    """Columns whose texts are stored as differences: Arrow reads no dictionary of them, and few bytes may hold many."""
+    groups = (metadata.row_group(g) for g in range(metadata.num_row_groups))
+    chunks = (group.column(c) for group in groups for c in range(group.num_columns))
+    return {chunk.path_in_schema for chunk in chunks if any(e.startswith("DELTA_") and "BYTE" in e for e in chunk.encodings)}
 
 
 def _check_sizes(metadata: pq.FileMetaData, names: list[str], where: str) -> None:

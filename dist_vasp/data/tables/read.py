@@ -180,6 +180,7 @@ def _ratings(column: pa.Array, numbers: Sequence[int], where: str) -> pa.Array:
         where,
         "the rating is missing; give every row a number, or leave the column out",
     )
+    _refuse(pc.is_inf(values), numbers, where, "the rating is not a finite number; correct it")
     return values
 
 

@@ -36,6 +36,10 @@ _FOREIGN = {
     b"\xd0\xcf\x11\xe0": "an old Excel workbook; export the sheet as CSV",
     b"ARROW1": "an Arrow file; write it as Parquet",
     b"ORC": "an ORC file; write it as Parquet",
+    b'{"': "JSON; write it as CSV or Parquet",
+    b"[{": "JSON; write it as CSV or Parquet",
+    b"<!DOCTYPE": "an HTML page; fetch the file itself",
+    b"<html": "an HTML page; fetch the file itself",
     b"Obj\x01": "an Avro file; write it as Parquet",
 }
 
