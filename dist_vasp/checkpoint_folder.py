@@ -19,7 +19,7 @@ from dist_vasp.checkpoint import HEADER, Checkpoint, GoneError, header_of, open_
 from dist_vasp.parallel.comm import Ranks, agree, all_gather_bytes, any_rank
 
 BEST = "best"
-_OURS = re.compile(r"(step|best)-\d{8,}")
+_OURS = re.compile(r"(step|best)-([0-9]{8,15})")  # a copy under another name is not ours: never read unasked, never removed
 _TRIES, _PAUSE_S = 20, 0.05  # a link or a listing that is replaced while it is read
 _PATH_BYTES = 8192
 
@@ -42,34 +42,63 @@ def newest(folder: Path) -> Path | None:
 
 
 def newest_step(folder: Path) -> int:
-    """The step that the name of the newest step checkpoint says; 0 where there is none, or a name says nothing."""
+    """The step of the newest step checkpoint by its name; 0 where there is none."""
     path = newest(folder)
-    digits = path.name.removeprefix("step-") if path else ""
-    return int(digits) if digits.isascii() and digits.isdigit() else 0
+    return _number(path) if path else 0
 
 
 def _steps(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.glob("step-*") if (p / HEADER).is_file())
+    return sorted((p for p in _ours(folder, "step") if (p / HEADER).is_file()), key=_number)
+
+
+def _ours(folder: Path, kind: str) -> list[Path]:
+    return [p for p in folder.glob(f"{kind}-*") if _OURS.fullmatch(p.name)]
+
+
+def _number(path: Path) -> int:
+    return int(path.name.partition("-")[2])
+
+
+def open_named(path: Path) -> Checkpoint:
+    """Open a checkpoint; ValueError where its folder has been given the name of another step."""
+    opened = open_checkpoint(path)
+    if _OURS.fullmatch(path.name) and _number(path) != opened.step:
+        opened.close()
+        raise ValueError(f"{path} holds the checkpoint of step {opened.step}, not of step {_number(path)}; rename it back")
+    return opened
 
 
 def find(folder: Path, name: str | None = None) -> Path:
     """The checkpoint `name`, else the best one, else the newest; ValueError lists what there is.
 
-    A link is followed here, once: what it points at later is another checkpoint.
+    A link is followed here, once: what it points at later is another checkpoint. It never leads out of the folder.
     """
-    if name is not None:
-        path = _followed(folder / name)
-    else:
-        path = _followed(folder / BEST)
-        if not path.exists():
-            path = newest(folder) or path
-    if not (path / HEADER).is_file():
+    path = _followed(folder / (BEST if name is None else name))
+    if name is None and not path.exists():
+        if path != _followed(folder / BEST):
+            raise GoneError(f"{path} was replaced by another best checkpoint; start the same command again")
+        path = _best_without_link(folder) or path
+    plain = name is None or Path(name).name == name.removesuffix("/") != ".."
+    if not plain or not (path / HEADER).is_file():
         found = sorted(p.parent.name for p in folder.glob(f"[!.]*/{HEADER}"))
         if not found:
             raise ValueError(f"{folder.parent} holds no checkpoint; name the run.dir of a training run that has saved one")
-        text = f"{path} is not a checkpoint; {folder} holds {', '.join(found)}; name one of them"
+        what = path if plain else name
+        text = f"{what} is not a checkpoint; {folder} holds {', '.join(found)}; name one of them"
         raise GoneError(text) if name in (None, BEST) else ValueError(text)
+    if os.path.realpath(path.parent) != os.path.realpath(folder):
+        raise ValueError(
+            f"{folder / (name or BEST)} is a link to {path}, which is not a checkpoint of this run; remove the link, "
+            "or name the other run"
+        )
     return path
+
+
+def _best_without_link(folder: Path) -> Path | None:
+    """Where a copy of the run has lost the link: the best one that the newest step checkpoint names, else that itself."""
+    path = newest(folder)
+    header = header_of(path) if path else None
+    return (best_of(folder, header) if header else None) or path
 
 
 def _followed(path: Path) -> Path:
@@ -81,7 +110,7 @@ def _followed(path: Path) -> Path:
 
 def open_found(folder: Path, name: str | None = None) -> Checkpoint:
     """Open the checkpoint `name`, else the best, else the newest; look again where it was replaced meanwhile."""
-    return persist(lambda: open_checkpoint(find(folder, name)))
+    return persist(lambda: open_named(find(folder, name)))
 
 
 def persist(opening: Callable[[], Checkpoint]) -> Checkpoint:
@@ -149,7 +178,7 @@ def prune(folder: Path, keep: int) -> None:
     needed = {_followed(folder / BEST).name}
     for path in steps[-keep:]:
         needed |= _named_by(folder, path)
-    for old in folder.glob(f"{BEST}-*"):
+    for old in _ours(folder, BEST):
         if old.name not in needed:
             remove(old)
 
@@ -161,14 +190,14 @@ def _named_by(folder: Path, step: Path) -> set[str]:
         return set()
     if "best_checkpoint" not in header:  # of an earlier version, which did not name it
         last = best_path(folder, header["position"]["step"]).name
-        return {path.name for path in folder.glob(f"{BEST}-*") if path.name <= last}
+        return {path.name for path in _ours(folder, BEST) if path.name <= last}
     named = header["best_checkpoint"]
     return {best_path(folder, named["step"]).name} if named else set()
 
 
 def best_of(folder: Path, header: dict[str, Any]) -> Path | None:
     """The best checkpoint that the step checkpoint with this header names; None where that is not in the folder."""
-    for path in sorted(folder.glob(f"{BEST}*")):
+    for path in [folder / BEST, *sorted(_ours(folder, BEST))]:
         found = header_of(path) if not path.is_symlink() else None
         if found is None or header.get("best") is None:
             continue
@@ -197,7 +226,9 @@ def discard(folder: Path, *void: Path) -> None:
 
 
 def settle(folder: Path, best: Path | None) -> None:
-    """Make the folder hold what its newest step checkpoint stands for and nothing beyond: `best` is the only best one.
+    """Make the folder hold what its newest step checkpoint stands for and nothing beyond: `best` is the best one.
+
+    A best one that an older step checkpoint names stays, for a run that has to resume from there.
 
     Also removes what a killed process has left half-written. Safe to be killed: the next start does it again.
     """
@@ -214,8 +245,9 @@ def settle(folder: Path, best: Path | None) -> None:
         point_best_at(best)
     elif link.is_symlink() or link.exists():
         remove(link)
+    needed = set().union(*(_named_by(folder, path) for path in _steps(folder))) | ({best.name} if best else set())
     for path in folder.iterdir():
-        beyond = path.name.startswith(f"{BEST}-") and path.name != (best.name if best else "")
+        beyond = path.name.startswith(f"{BEST}-") and path.name not in needed
         if (_OURS.fullmatch(path.name) and (beyond or not (path / HEADER).is_file())) or (
             path.name.startswith(".") and path.name.endswith(".tmp")
         ):

@@ -143,7 +143,9 @@ def check_own_folder(path: Path) -> None:
     """ValueError unless a folder inside a folder of ours is absent or a real folder, not a link to one elsewhere."""
     found = _look(path, "", True)
     if found is not None and stat.S_ISLNK(found.st_mode):
-        raise ValueError(f"{path} is a link to {os.readlink(path)}, and nothing is written through a link; remove it")
+        raise ValueError(
+            f"{path} is a link to {os.readlink(path)}, and nothing is written through a link; put the folder itself there"
+        )
     if found is not None and not stat.S_ISDIR(found.st_mode):
         raise ValueError(f"{path} is not a folder; remove it")
 

@@ -66,8 +66,8 @@ def trunk_tensors() -> dict[str, torch.Tensor]:
     return {name: torch.randn(3, 5, generator=generator) for name in ("a.weight", "a.weight.exp_avg", "b.bias")}
 
 
-def save(path: Path, ranks: Ranks, step: int = 7, block_columns: int = 5) -> Path:
-    header = {**HEADER, "position": {**HEADER["position"], "step": step}}
+def save(path: Path, ranks: Ranks, step: int = 7, block_columns: int = 5, **more) -> Path:
+    header = {**HEADER, "position": {**HEADER["position"], "step": step}, **more}
     checkpoints.save(path, header, make_pieces(ranks, True, block_columns), trunk_tensors() if ranks.is_main else {}, ranks)
     return path
 
@@ -540,3 +540,57 @@ def test_a_resumed_trainer_goes_on_bitwise(tmp_path):
             assert whole.keys() == resumed.keys()
             for name, expected in whole.items():
                 assert np.array_equal(expected, resumed[name]), f"{case} {name}"
+
+
+def test_copies_under_other_names_are_neither_read_nor_removed(tmp_path):
+    for step in (1, 2):
+        save(tmp_path / f"step-{step:08d}", alone(), step)
+    for name in ("step-00000002.bak", "step-zzz", "step-1", "best-copy"):
+        shutil.copytree(tmp_path / "step-00000001", tmp_path / name)
+    save(tmp_path / "step-100000000", alone(), 100_000_000)  # a ninth digit
+    assert folders.newest(tmp_path) == tmp_path / "step-100000000"
+    assert folders.newest_step(tmp_path) == 100_000_000
+    folders.prune(tmp_path, 1)
+    folders.settle(tmp_path, None)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["best-copy", "step-00000002.bak", "step-1", "step-100000000", "step-zzz"]
+
+
+def test_a_checkpoint_under_the_name_of_another_step(tmp_path):
+    save(tmp_path / "step-00000001", alone(), 1)
+    (tmp_path / "step-00000001").rename(tmp_path / "step-00000009")
+    with pytest.raises(ValueError, match=r"step-00000009 holds the checkpoint of step 1, not of step 9; rename it back$"):
+        folders.open_found(tmp_path)
+
+
+def test_the_best_one_is_found_without_its_link(tmp_path):
+    for step in (2, 3):
+        save(tmp_path / f"best-{step:08d}", alone(), step, best={"ndcg@100": 0.5}, attempt=f"{step}")
+    named = {"step": 2, "attempt": "2"}
+    save(tmp_path / "step-00000005", alone(), 5, best={"ndcg@100": 0.5}, best_checkpoint=named)
+    assert folders.find(tmp_path) == tmp_path / "best-00000002"
+    (tmp_path / "best").symlink_to("best-00000009")  # dangling
+    assert folders.find(tmp_path) == tmp_path / "best-00000002"
+
+
+@pytest.mark.parametrize("name", ["..", ".", "", "/", "../other/best-00000001", "{other}/best-00000001"])
+def test_a_name_never_leads_to_another_run(tmp_path, name):
+    folder, other = tmp_path / "run", tmp_path / "other"
+    for run in (folder, other):
+        save(run / "best-00000001", alone(), 1)
+    with pytest.raises(ValueError, match=r"is not a checkpoint; .* holds best-00000001; name one of them$"):
+        folders.find(folder, name.format(other=other))
+
+
+@pytest.mark.parametrize("target", ["../other/best-00000001", "{other}/best-00000001"])
+def test_a_link_never_leads_to_another_run(tmp_path, target):
+    folder, other = tmp_path / "run", tmp_path / "other"
+    for run in (folder, other):
+        save(run / "best-00000001", alone(), 1)
+    (folder / "best").symlink_to(target.format(other=other))
+    for name in (None, "best"):
+        with pytest.raises(ValueError, match=r"run/best is a link to .*other/best-00000001, which is not a checkpoint of this run"):
+            folders.find(folder, name)
+    folders.point_best_at(folder / "best-00000001")
+    (folder / "best").unlink()
+    (folder / "best").symlink_to(folder / "best-00000001")  # by its whole path
+    assert folders.find(folder) == folder / "best-00000001"

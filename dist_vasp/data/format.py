@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 import math
+import os
 import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -371,6 +372,9 @@ def vocabulary_sha256(keys: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(keys, dtype="<u8").tobytes()).hexdigest()
 
 
+_RESTORE_ITEMS = "restore it from a copy: a data folder, its runs and their exports hold the same file"
+
+
 @dataclass(frozen=True)
 class ItemTable:
     """items.parquet: original ids, keys and training popularity by item row."""
@@ -406,9 +410,9 @@ def read_items_file(path: Path, n_items: int, expected_sha256: str) -> ItemTable
         _check_item_columns(table)
         columns = {name: table.column(name).combine_chunks() for name in ("item", "id", "key", "popularity")}
     except (OSError, KeyError, pa.ArrowException) as error:
-        raise ValueError(f"{path} cannot be read as the item table ({error}); shard the data again") from None
+        raise ValueError(f"{path} cannot be read as the item table ({_reason(error)}); {_RESTORE_ITEMS}") from None
     except ValueError as error:
-        raise ValueError(f"{path}: {error}; shard the data again") from None
+        raise ValueError(f"{path}: {error}; {_RESTORE_ITEMS}") from None
     rows, keys = np.asarray(columns["item"]), np.asarray(columns["key"]).astype(np.uint64)
     if not np.array_equal(rows, np.arange(n_items)) or vocabulary_sha256(keys) != expected_sha256:
         raise ValueError(
@@ -416,7 +420,7 @@ def read_items_file(path: Path, n_items: int, expected_sha256: str) -> ItemTable
             + _another_preparation(n_items, expected_sha256)
         )
     if not np.array_equal(keys_of_ids(columns["id"]), keys):  # the hash is of the keys: this carries it over to the ids
-        raise ValueError(f"{path}: the keys do not belong to the ids; restore the file or shard the data again")
+        raise ValueError(f"{path}: the keys do not belong to the ids; {_RESTORE_ITEMS}")
     titles = table.column("title").combine_chunks() if "title" in table.column_names else None
     return ItemTable(columns["id"], keys, np.asarray(columns["popularity"]), titles)
 
@@ -426,14 +430,19 @@ def _check_length(path: Path, n_items: int, expected_sha256: str) -> None:
     try:
         n_rows = pq.read_metadata(path).num_rows
     except (OSError, pa.ArrowException) as error:
-        raise ValueError(f"{path} cannot be read as the item table ({error}); shard the data again") from None
+        raise ValueError(f"{path} cannot be read as the item table ({_reason(error)}); {_RESTORE_ITEMS}") from None
     if n_rows != n_items:
         raise ValueError(f"{path} lists {n_rows} items of another vocabulary, " + _another_preparation(n_items, expected_sha256))
 
 
+def _reason(error: Exception) -> str:
+    """What went wrong, without the path that Arrow repeats."""
+    return os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
+
+
 def _another_preparation(n_items: int, expected_sha256: str) -> str:
     wanted = f"expected {n_items} items and {expected_sha256[:12]}..."
-    return f"{wanted}: it comes from another preparation; shard the data again or restore the file"
+    return f"{wanted}: it comes from another preparation; {_RESTORE_ITEMS}"
 
 
 def _check_item_columns(table: pa.Table) -> None:

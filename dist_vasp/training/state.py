@@ -184,7 +184,7 @@ def resume(trainer: Trainer, stream: TrainStream, folder: Path, ranks: Ranks) ->
 def newest_checkpoint(folder: Path) -> Checkpoint | None:
     """The newest step checkpoint of a folder, opened; None where there is none."""
     path = folders.newest(folder)
-    return None if path is None else checkpoints.open_checkpoint(path)
+    return None if path is None else folders.open_named(path)
 
 
 def _state_of(opened: Checkpoint, folder: Path, ranks: Ranks) -> RunState:
@@ -210,13 +210,19 @@ def check_same(opened: Checkpoint, matching: dict[str, Any], manifest: Manifest)
     before, now = _ABSENT | opened.header["must_match"], json.loads(json.dumps(matching))
     different = [key for key in now if before.get(key) != now[key]]
     if different:
-        changes = "; ".join(f"{key} was {before.get(key)!r} and is now {now[key]!r}" for key in different)
+        different = ["model.kind"] if "model.kind" in different else different  # other kinds have other keys
+        changes = "; ".join(f"{key} was {_short(before.get(key))} and is now {_short(now[key])}" for key in different)
         raise ValueError(f"{opened.path} cannot be resumed: {changes}; set it back, or start a new run.dir")
     if opened.header.get("data_sha256", manifest.data_sha256) != manifest.data_sha256:
         raise ValueError(
             f"{opened.path} cannot be resumed: the validation or test users of data.shards are others than it began with; "
             "restore the shards, or start a new run.dir"
         )
+
+
+def _short(value: Any) -> str:
+    """A value for a message; of a hash the beginning."""
+    return f"{value[:12]}..." if isinstance(value, str) and len(value) == 64 else repr(value)
 
 
 def _check_same_run(config: Config, stream: TrainStream, opened: Checkpoint) -> None:
