@@ -218,7 +218,7 @@ def test_recommend(run, tmp_path, call):
     histories.write_text("user,item\nann,1000\nann,1005\nbob,1001\nbob,99\neve,98\n")
     arguments = ["--run", run, "--histories", histories, "--k", 3, "--output", output, "--device", "cpu"]
     out = succeeds("recommend", *arguments)
-    assert "6 recommendations for 2 users; 2 interactions with unknown items ignored; 1 users without a known item" in out
+    assert "6 recommendations for 2 users; 1 users without a like among the known items" in out and "2 of unknown items" in out
     table = pa_csv.read_csv(output).to_pydict()
     assert table["user"] == ["ann"] * 3 + ["bob"] * 3
     assert table["rank"] == [1, 2, 3] * 2
@@ -311,7 +311,9 @@ def test_ranks_that_do_not_divide_the_lanes(shards, tmp_path):
 def test_evaluate_and_recommend_exit_with_2_and_one_line(tmp_path):
     assert "expected either --run RUN_DIR or --baseline popularity" in fails("evaluate")
     output = tmp_path / "o.csv"
-    line = fails("recommend", "--run", tmp_path, "--histories", "no.csv", "--output", output, "--device", "cpu")
+    histories = tmp_path / "h.csv"
+    histories.write_text("user,item\n1,2\n")
+    line = fails("recommend", "--run", tmp_path, "--histories", histories, "--output", output, "--device", "cpu")
     assert "holds no checkpoint" in line
     assert not output.exists()
 

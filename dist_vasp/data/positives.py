@@ -307,7 +307,7 @@ def _rating_column(
                 f"{option} is {asked}, but the model does not know which ratings are likes; leave it out, or train again"
             )
         return None, [
-            "warning: what made a positive in training is not known, every row is taken as a like; train again to keep it"
+            "warning: what made a positive in training is not known, every row is taken as a like; train or export again to keep it"
         ]
     if rule.is_implicit:
         if asked:
