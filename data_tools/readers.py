@@ -137,7 +137,7 @@ def open_source(inputs: Inputs, name: str | None = None, columns: Columns | None
     if name is None and inferred == "movielens" and not fixed:
         inferred = "csv"  # columns were named: it is read as they say
     if inferred in ("csv", "parquet"):
-        return TableSource(open_table(_paths(inputs), columns, reading, inferred))
+        return TableSource(open_table([inputs] if isinstance(inputs, str | Path) else inputs, columns, reading, inferred))
     if not fixed or (inferred == "netflix" and columns.time is not None):
         raise ValueError(
             f"the {inferred} format has fixed columns and no split; leave out --*_column, --delimiter and the like, "

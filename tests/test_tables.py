@@ -136,6 +136,10 @@ def test_several_inputs_and_globs(tmp_path):
     assert pairs(tmp_path / "part-2.csv", tmp_path / "part-0.csv") == [("2", "2"), ("0", "0")]
     table = open_table([tmp_path / "part-*.csv", tmp_path / "part-0.csv"])
     assert len(table.files) == 3 and "part-0.csv (named twice)" in table.skipped[0]
+    (tmp_path / "_temporary").mkdir()
+    (tmp_path / "_temporary" / "part-9.csv").write_text("user,item\n9,9\n")
+    table = open_table([tmp_path / "**" / "part-*.csv"])
+    assert len(table.files) == 3 and [Path(text).name for text in table.skipped] == ["part-9.csv (hidden)"]
     (tmp_path / "part-3.csv").write_text("user,item,rating\n3,3,5\n")
     with pytest.raises(ValueError, match=r"part-3\.csv has the columns user, item, rating, the files before it user, item"):
         pairs(tmp_path / "part-*.csv")

@@ -70,7 +70,7 @@ def find_files(inputs: Sequence[str | Path], kind: str | None = None) -> Found:
     files: list[File] = []
     skipped: list[str] = []
     for text in inputs:
-        for path in expand(str(text)):
+        for path in expand(str(text), skipped):
             files += _files_of(path, kind, skipped)
     seen: set[tuple[str, str]] = set()
     unique = []
@@ -84,8 +84,8 @@ def find_files(inputs: Sequence[str | Path], kind: str | None = None) -> Found:
     return Found(unique, skipped)
 
 
-def expand(text: str) -> list[Path]:
-    """The paths that an input names; ValueError where there is none, or where it is an address."""
+def expand(text: str, skipped: list[str] | None = None) -> list[Path]:
+    """The paths that an input names, without hidden ones that a glob matches; ValueError where there is none, or it is an address."""
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", text):
         scheme = text.split(":")[0]
         raise ValueError(
@@ -94,8 +94,12 @@ def expand(text: str) -> list[Path]:
     path = Path(text)
     if os.path.lexists(path) or _zip_above(path):
         return [path]
-    found = [Path(p) for p in sorted(glob.glob(text, recursive=True))] if glob.has_magic(text) else []
-    found = [p for p in found if not is_hidden(p.name)]
+    matched = [Path(p) for p in sorted(glob.glob(text, recursive=True))] if glob.has_magic(text) else []
+    fixed = next((n for n, part in enumerate(path.parts) if glob.has_magic(part)), 0)  # parts that are named as they are
+    asked = is_hidden(path.parts[fixed])  # _part-*.csv names hidden files itself
+    found = [p for p in matched if asked or not any(is_hidden(part) for part in p.parts[fixed:])]
+    if skipped is not None:
+        skipped += [f"{p} (hidden)" for p in matched if p not in found]
     if not found:
         what = "matches no file" if glob.has_magic(text) else "does not exist"
         raise ValueError(f"the input {text} {what}; name a file or folder")
