@@ -421,7 +421,7 @@ def test_export_refuses(runs, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("dist_vasp.ranking.export.write_safetensors", full)
-    with pytest.raises(ValueError, match=r"model could not be written \(.*No space left on device\); free some space"):
+    with pytest.raises(ValueError, match=r"model cannot be written \(No space left on device\); free some space"):
         r.export(tmp_path / "model")
     assert [p.name for p in tmp_path.iterdir()] == ["there"], "nothing is left behind"
 

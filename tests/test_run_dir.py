@@ -27,6 +27,47 @@ def folders(tmp_path) -> list[Path]:
     return [tmp_path / "a", tmp_path / "b"]
 
 
+@pytest.mark.parametrize("name", ["config.yaml", "environment.json", "metrics.jsonl", "result.json", "checkpoints", "tensorboard"])
+def test_nothing_is_written_through_a_link(tmp_path, name):
+    folder, victim = tmp_path / "run", tmp_path / "victim"
+    (folder / "checkpoints").mkdir(parents=True)
+    victim.mkdir() if "." not in name else victim.write_text("mine")
+    if name == "checkpoints":
+        (folder / name).rmdir()
+    (folder / name).symlink_to(victim)
+    with pytest.raises(ValueError, match=f"{name} is a link to .*victim, and nothing is written through a link"):
+        run_dir.RunDir(folder)
+    assert not (folder / ".lock").exists()
+    assert victim.is_dir() or victim.read_text() == "mine"
+
+
+def test_a_lock_that_is_a_link_is_not_written(tmp_path):
+    (tmp_path / "victim").write_text("mine")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").symlink_to("../victim")
+    with pytest.raises(ValueError, match="cannot be written"):
+        run_dir.RunDir(tmp_path / "run")
+    assert (tmp_path / "victim").read_text() == "mine"
+
+
+def test_one_training_at_a_time(tmp_path):
+    first = run_dir.RunDir(tmp_path / "run")
+    with pytest.raises(ValueError, match=r"run is in use by process \d+ on .*; wait for it to end or choose another run\.dir"):
+        run_dir.RunDir(tmp_path / "run")
+    first._lock.close()
+    (tmp_path / "run" / f".config.yaml.{'0' * 16}.tmp").touch()
+    run_dir.RunDir(tmp_path / "run")
+    assert [p.name for p in (tmp_path / "run").iterdir()] == [".lock"]
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "result.json", "items.parquet", "manifest.json", "export.json", "ensemble.json"])
+def test_a_folder_of_somebody_else(tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(ValueError, match=r"run\.dir .* a run needs a folder of its own"):
+        run_dir.RunDir(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+
+
 def test_ranks_that_share_a_folder(folders):
     assert run_ranks(_check, 2, folders[0], folders[0]) == ["shared", "shared"]
     assert not list(folders[0].iterdir())

@@ -6,6 +6,7 @@ RUN_DIR/config.yaml  environment.json  metrics.jsonl  items.parquet  checkpoints
 from __future__ import annotations
 
 import json
+import os
 import secrets
 import socket
 import time
@@ -63,7 +64,7 @@ class RunDir:
         n_damaged = cut_after(path, after_step) if path.exists() else 0
         with _writing(self.folder):
             _copy_items(config.data.shards, manifest, self.folder / ITEMS_FILE)
-            self._metrics = open(path, "a")  # noqa: SIM115
+            self._metrics = open(path, "a", opener=_no_link)  # noqa: SIM115
             self._board = Board(self.folder / "tensorboard", after_step)
         self._tracking, self._step = Tracking(self.folder, config), after_step
         return n_damaged
@@ -102,6 +103,10 @@ class RunDir:
             with _writing(self.folder / "metrics.jsonl"):
                 self._metrics.close()
                 self._board.close()
+
+
+def _no_link(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 @contextmanager
