@@ -121,8 +121,10 @@ def _plan(args: argparse.Namespace, source: Source, scratch: Path) -> tuple[Inte
         given = GivenPlan(data, args.validation_fraction, args.seed)
         plan, arguments = given, {"validation_fraction": given.fraction}
     check_unique_keys(data, plan)
-    for remark in ids.remarks("user", data.user_ids) + ids.remarks("item", data.item_ids):
-        print(remark)
+    names, _ = source.look()
+    for role, found in (("user", data.user_ids), ("item", data.item_ids)):
+        for remark in ids.remarks(role, found, names.get(role, role)):
+            print(remark)
     left_out = {
         **source.left_out,
         "rows_below_min_rating": counts.below_min_rating,

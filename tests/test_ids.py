@@ -124,12 +124,13 @@ def test_columns_that_hold_no_ids(column, message):
 
 
 def test_odd_ids_are_kept_and_said():
-    found = ids.remarks("item", pa.array(["a", " 3", "b\t", "NaN", "n/a", "\\N"]))
+    found = ids.remarks("item", pa.array(["a", " 3", "b\t", "NaN", "n/a", "\\N", "book"]), "book")
     assert found == [
+        "the item id 'book' is the name of a column; is a row of the input a header?",
         "2 item ids, such as ' 3', begin or end with blanks, which belong to the id",
         "3 item ids, such as 'NaN', look like a missing one; --missing leaves them out",
     ]
-    assert ids.remarks("item", pa.array(["a", "nanny", "3"])) == ids.remarks("item", pa.array([3])) == []
+    assert ids.remarks("item", pa.array(["a", "nanny", "3"]), "book") == ids.remarks("item", pa.array([3]), "book") == []
 
 
 # --- shard and recommend on one file ---------------------------------------------------------------------------------

@@ -110,11 +110,14 @@ class IdIndex:
         return codes.cast(pa.uint32())
 
 
-def remarks(role: str, ids: pa.Array) -> list[str]:
-    """Lines on distinct ids that may not be what the user means: kept as they are, but said."""
+def remarks(role: str, ids: pa.Array, column: str) -> list[str]:
+    """Lines on distinct ids of a column that may not be what the user means: kept as they are, but said."""
     if not is_text(ids.type):
         return []
     said = []
+    heading = next((name for name in (column, role) if pc.index(ids, pa.scalar(name, ids.type)).as_py() >= 0), None)
+    if heading is not None:
+        said.append(f"the {role} id {heading!r:.60} is the name of a column; is a row of the input a header?")
     for pattern, problem in (
         (r"^\s|\s$", "begin or end with blanks, which belong to the id"),
         (_LIKE_MISSING, "look like a missing one; --missing leaves them out"),
