@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -107,12 +108,21 @@ def resumes(arguments: list[str], run: RunFolder, whole: RunFolder, log: Path) -
 
 
 @pytest.mark.parametrize(
-    ("number", "to"), [(signal.SIGTERM, "rank 1"), (signal.SIGINT, "rank 0"), (signal.SIGTERM, "all"), (signal.SIGINT, "all")]
+    ("number", "to", "threads"),
+    [
+        (signal.SIGTERM, "rank 1", 1),
+        (signal.SIGINT, "rank 0", 1),
+        (signal.SIGTERM, "all", 2),
+        (signal.SIGINT, "all", 1),
+        (signal.SIGHUP, "rank 0", 2),
+        (signal.SIGHUP, "all", 2),
+    ],
 )
-def test_a_signal_saves_and_stops_every_rank(shards, whole, tmp_path, number, to):
-    """Ranks without a launcher, so that each one's status can be seen."""
+def test_a_signal_saves_and_stops_every_rank(shards, whole, tmp_path, number, to, threads):
+    """Ranks without a launcher, so that each one's status can be seen. To all: their loader workers too."""
     run = RunFolder(tmp_path / "run")
-    with Job(*training(shards, run.path), log=tmp_path / "log", bare=True) as job:
+    variables = {"OMP_NUM_THREADS": str(threads)}
+    with Job(*training(shards, run.path), log=tmp_path / "log", bare=True, variables=variables) as job:
         wait_for_step(job, run)
         if to == "all":
             job.signal_group(number)
@@ -122,9 +132,48 @@ def test_a_signal_saves_and_stops_every_rank(shards, whole, tmp_path, number, to
         stopped = re.search(r"stopped on request after step (\d+) of 40, saved in (.*); the same command", job.output)
         assert stopped, job.output
     assert run.saved_step() == run.step() == int(stopped[1])
-    assert_begins_as(run, whole)
+    if threads == 1:  # as many as the run left alone: sums in the same order
+        assert_begins_as(run, whole)
     if (number, to) in ((signal.SIGTERM, "rank 1"), (signal.SIGINT, "all")):
         resumes(training(shards, run.path), run, whole, tmp_path / "again")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_to_the_launcher_alone(shards, tmp_path, number):
+    """It passes TERM and INT on, one rank after another; HUP ends it, and its ranks notice."""
+    run = RunFolder(tmp_path / "run")
+    with Job(*training(shards, run.path, *ENDLESS), log=tmp_path / "log") as job:
+        wait_for_step(job, run)
+        os.kill(job.group, number)
+        statuses = ends(job, f"{number.name} to the launcher", STOP_WITHIN_S)
+        assert statuses == [-number if number == signal.SIGHUP else 1]
+        assert "stopped on request after step" in job.output
+    assert run.saved_step() == run.step()
+
+
+def test_a_loader_worker_that_is_killed_costs_nothing(shards, whole, tmp_path):
+    run = RunFolder(tmp_path / "run")
+    with Job(*training(shards, run.path, "--data.workers", "2"), log=tmp_path / "log") as job:
+        wait_for_step(job, run, 2)
+        for rank in job.ranks():
+            os.kill(psutil.Process(rank).children()[0].pid, signal.SIGKILL)
+        assert ends(job, "SIGKILL to a loader worker of each rank") == [0]
+        assert job.output.count("was killed by SIGKILL; training continues, and its batches are read without it") == 2
+    assert_same_run(run, whole)
+
+
+@pytest.mark.parametrize(("output", "status"), [("| head -n 1", 0), (">&- 2>&-", 0), ("> /dev/full", 1)])
+def test_a_training_whose_output_breaks_ends_with_its_result(shards, whole, tmp_path, output, status):
+    run = RunFolder(tmp_path / "run")
+    words = " ".join(map(shlex.quote, [sys.executable, str(ROOT / "launch" / "train.py"), *training(shards, run.path)]))
+    line = f"{words} --data.workers 2 {output}; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(
+        ["bash", "-c", line], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120, check=False
+    )
+    print(f"\noutput {output}: status {done.returncode}; {done.stderr}")
+    assert done.returncode == status, done.stderr
+    assert "Traceback" not in done.stderr
+    assert json.loads((run.path / "result.json").read_text())["test"]["n_users"] > 0
 
 
 def test_a_signal_to_the_group_with_its_launcher(shards, tmp_path):
