@@ -28,7 +28,7 @@ class SignalWatch:
     """
 
     def __init__(self, heard: Callable[[int], None], handler: Callable[[int, FrameType | None], None] | None = None) -> None:
-        self._heard, self._before = heard, {}
+        self._heard, self._handler, self._before = heard, handler or _do_nothing, {}
         if threading.current_thread() is not threading.main_thread():
             return
         self._read, self._write = socket.socketpair()
@@ -36,13 +36,13 @@ class SignalWatch:
         self._wakeup = signal.set_wakeup_fd(self._write.fileno(), warn_on_full_buffer=False)
         for number in STOPPING:
             if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
-                self._before[number] = signal.signal(number, handler or _do_nothing)
+                self._before[number] = signal.signal(number, self._handler)
         threading.Thread(target=self._listen, daemon=True).start()
 
     def _listen(self) -> None:
         while numbers := self._read.recv(16):
             for number in numbers:
-                if number in self._before:
+                if number in self._before and signal.getsignal(number) is self._handler:  # not taken over by a library
                     self._heard(number)
         self._read.close()
 

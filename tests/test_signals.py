@@ -78,6 +78,14 @@ def test_nohup_is_respected(tmp_path):
     process.communicate()
 
 
+def test_whoever_takes_a_signal_over_has_it_alone(tmp_path):
+    """Neither an exception nor an end after the patience."""
+    own = "def own():\n    signal.signal(signal.SIGTERM, lambda *_: print('own', flush=True))\n    time.sleep(0.5)\n    os.kill(os.getpid(), signal.SIGTERM)\n"
+    process = start(COMMAND.replace("def idle", own + "    time.sleep(0.5)\ndef idle"), "own", 0.1, tmp_path / "cleaned")
+    assert process.communicate(timeout=30) == ("own\n", "")
+    assert process.returncode == 0
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_training_is_asked_to_stop(number):
     before = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)]

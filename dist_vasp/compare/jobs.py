@@ -16,15 +16,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 
 import psutil
 
 from dist_vasp.files import open_append
+from dist_vasp.signals import SignalWatch
 
 _LOOK_EVERY_S = 0.1
 _LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Stopped(Exception):  # noqa: N818 - not an error
@@ -62,14 +61,13 @@ class Jobs:
 
     @contextmanager
     def stoppable(self) -> Iterator[None]:
-        before = {number: signal.signal(number, self._stop) for number in _SIGNALS}
+        watch = SignalWatch(self._stop)
         try:
             yield
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            watch.close()
 
-    def _stop(self, number: int, frame: FrameType | None) -> None:
+    def _stop(self, number: int) -> None:
         self._asked += 1
 
     def run(self, script: Path, arguments: Sequence[str], ranks: int, log: Path, device: str = "auto") -> Ended:

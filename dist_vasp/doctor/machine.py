@@ -132,7 +132,7 @@ def _shared_memory() -> Iterator[Finding]:
         yield warning(
             "/dev/shm",
             f"{size / 1e6:.0f} MB",
-            "start the container with --shm-size 2g: loader workers and NCCL hand data over there",
+            "start the container with --shm-size 2g: NCCL hands data over there",
         )
 
 
