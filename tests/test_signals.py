@@ -54,6 +54,7 @@ def test_a_command_ends_through_its_clean_up(tmp_path, number):
 
 def test_a_command_ends_although_its_main_thread_is_busy(tmp_path):
     process = start(COMMAND, "busy", 0.2, tmp_path / "cleaned")
+    time.sleep(0.5)  # until it is busy
     process.send_signal(signal.SIGTERM)
     assert process.communicate(timeout=30) == ("", "error: ended by SIGTERM\n")
     assert process.returncode == 128 + signal.SIGTERM
