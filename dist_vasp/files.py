@@ -81,9 +81,13 @@ def new_folder(
     with parents(target, option), sole_writer(target, option):
         check()  # another command may have written it until now
         temporary = _beside(target, f"{secrets.token_hex(8)}.tmp")
-        with _explained(target, option):
-            temporary.mkdir()
-        try:
+        taken = False
+        try:  # from before the folder is there: a signal may come at any moment
+            try:
+                temporary.mkdir()
+            except OSError as error:
+                taken = error.errno == errno.EEXIST
+                raise unwritable(error, target, option) from None
             with _explained(target, option, within=temporary):
                 yield temporary
                 for file in temporary.iterdir():
@@ -93,7 +97,8 @@ def new_folder(
             with _explained(target, option):
                 _replace_folder(temporary, target)
         finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            if not taken:
+                shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextmanager
@@ -205,13 +210,14 @@ def sole_writer(path: Path, option: str = "") -> Iterator[None]:
     the filesystem has no locks, two commands write under names of their own, and the later one stays.
     """
     lock = _beside(path, "lock")
-    with _explained(path, option):
-        descriptor, held = _lock(lock)
-    if descriptor is None:
-        raise ValueError(
-            f"{option} {path} is being written by another command; wait for it to end, or choose another name".lstrip()
-        )
+    descriptor, held = None, False
     try:
+        with _explained(path, option):
+            descriptor, held = _lock(lock)
+        if descriptor is None:
+            raise ValueError(
+                f"{option} {path} is being written by another command; wait for it to end, or choose another name".lstrip()
+            )
         if held:
             _clear(path)
         yield
@@ -219,7 +225,8 @@ def sole_writer(path: Path, option: str = "") -> Iterator[None]:
         if held:
             with suppress(OSError):
                 lock.unlink()
-        os.close(descriptor)
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 # --- inside ----------------------------------------------------------------------------------------------------------
@@ -269,16 +276,22 @@ def _explained(path: Path, option: str, remedy: str = "", within: Path | None = 
 def _temporary_file(path: Path, option: str, remedy: str = "") -> Iterator[tuple[BinaryIO, Path]]:
     temporary = _beside(path, f"{secrets.token_hex(8)}.tmp")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    with _explained(path, option, remedy):
-        raw = _Raw(os.open(temporary, flags, 0o666), path, option, remedy)
-    handle = _Output(raw, 1 << 16)
-    try:
+    taken, handle = False, None
+    try:  # from before the file is there: a signal may come at any moment
+        try:
+            raw = _Raw(os.open(temporary, flags, 0o666), path, option, remedy)
+        except OSError as error:
+            taken = error.errno == errno.EEXIST
+            raise unwritable(error, path, option, remedy) from None
+        handle = _Output(raw, 1 << 16)
         yield handle, temporary
     finally:
-        with suppress(OSError):
-            temporary.unlink()
-        handle.given_up = True
-        handle.raw.close()
+        if not taken:
+            with suppress(OSError):
+                temporary.unlink()
+        if handle is not None:
+            handle.given_up = True
+            handle.raw.close()
 
 
 def _appear(temporary: Path, path: Path, replace: bool) -> None:

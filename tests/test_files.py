@@ -64,6 +64,40 @@ def test_nothing_appears_when_the_work_fails(tmp_path, error, before):
     assert not before or (tmp_path / "a").read_bytes() == before
 
 
+@pytest.mark.parametrize("make", [new_file, new_folder])
+def test_a_signal_at_any_moment_leaves_nothing(tmp_path, make):
+    """An exception comes before each line of the module in turn, as a signal's handler would raise it."""
+    counted, limit = 0, 0
+
+    def trace(frame, event, argument):
+        nonlocal counted
+        if frame.f_code.co_filename != files.__file__:
+            return None
+        if event == "line":
+            counted += 1
+            if counted == limit:
+                raise KeyboardInterrupt
+        return trace
+
+    for moment in range(1, 200):
+        counted, limit = 0, moment
+        sys.settrace(trace)
+        try:
+            with make(tmp_path / "a"):
+                pass
+        except KeyboardInterrupt:
+            pass
+        else:
+            break
+        finally:
+            sys.settrace(None)
+        left = [name for name in names(tmp_path) if name != "a"]
+        assert not [name for name in left if name.endswith((".tmp", ".old"))], moment
+        for path in tmp_path.iterdir():
+            path.rmdir() if path.is_dir() else path.unlink()
+    assert 20 < moment < 199
+
+
 def test_the_folders_above_are_made_where_asked_and_go_again(tmp_path):
     write(tmp_path / "x" / "y" / "a", make_parents=True)
     assert (tmp_path / "x" / "y" / "a").read_bytes() == b"new"
