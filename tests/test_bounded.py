@@ -178,3 +178,15 @@ def test_files_of_a_checkpoint(tmp_path):
     with pytest.raises(ValueError, match="is damaged") as error:
         checkpoints.open_checkpoint(tmp_path)
     assert len(str(error.value)) < 600
+
+
+def test_blocks_of_columns_fit_a_file():
+    from types import SimpleNamespace
+
+    from dist_vasp.config import ParallelConfig
+    from dist_vasp.training.train import check_memory
+
+    ranks = SimpleNamespace(device=torch.device("cuda"), layout=SimpleNamespace(partitions=2))
+    check_memory(Config(), 100_000, ranks)
+    with pytest.raises(ValueError, match=r"parallel\.block_columns is 1, which cuts the W of 50,000 items into 50,000 blocks"):
+        check_memory(Config(parallel=ParallelConfig(block_columns=1)), 100_000, ranks)

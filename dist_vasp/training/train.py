@@ -18,11 +18,13 @@ from dist_vasp import checkpoint_folder as folders
 from dist_vasp.config import Config
 from dist_vasp.data.format import SPLITS, Manifest, read_shard
 from dist_vasp.data.stream import Batch, TrainStream
+from dist_vasp.model.item_layers import BLOCK_COLUMNS
 from dist_vasp.parallel.comm import AgreedError, Ranks, agreed, all_gather_bytes, all_gather_keys, any_rank
 from dist_vasp.parallel.launched import launched_world
 from dist_vasp.ranking.evaluate import Scorer, evaluate, model_scorer
 from dist_vasp.ranking.load import load_model
 from dist_vasp.ranking.metrics import RankingMetrics
+from dist_vasp.tensor_file import MOST_TENSORS
 from dist_vasp.training.engine import DivergedError, Trainer
 from dist_vasp.training.environment import Memory, describe
 from dist_vasp.training.fit_ease import start_from_ease
@@ -240,10 +242,20 @@ def check_shards(folder: str | Path, manifest: Manifest, ranks: Ranks) -> None:
 
 
 def check_memory(config: Config, n_items: int, ranks: Ranks) -> None:
-    """ValueError where the bare fp32 weights of this machine's ranks exceed its memory: `launch/plan.py` estimates the rest."""
+    """ValueError where the bare fp32 weights of this machine's ranks exceed its memory, or W has more blocks than a file may hold.
+
+    `launch/plan.py` estimates the rest.
+    """
+    m, owned = config.model, -(-n_items // ranks.layout.partitions)
+    columns = config.parallel.block_columns or BLOCK_COLUMNS
+    pieces = -(-owned // columns) * 4 if m.shallow else 0  # W, its moments and its start, in a file of each partition
+    if pieces > MOST_TENSORS // 2:
+        raise ValueError(
+            f"parallel.block_columns is {columns}, which cuts the W of {owned:,} items into {pieces // 4:,} blocks, expected at most "
+            f"{MOST_TENSORS // 8:,}; raise it"
+        )
     if ranks.device.type != "cpu":
         return
-    m, owned = config.model, -(-n_items // ranks.layout.partitions)
     needed = 4 * (m.item_parameters(n_items, owned) + m.trunk_parameters()) * launched_world()[3]
     there = psutil.virtual_memory().total
     if needed > there:
