@@ -245,7 +245,8 @@ def settle(folder: Path, best: Path | None) -> None:
         point_best_at(best)
     elif link.is_symlink() or link.exists():
         remove(link)
-    needed = set().union(*(_named_by(folder, path) for path in _steps(folder))) | ({best.name} if best else set())
+    headers = [header for path in _steps(folder) if (header := header_of(path))]
+    needed = {path.name for path in (best, *(best_of(folder, header) for header in headers)) if path}
     for path in folder.iterdir():
         beyond = path.name.startswith(f"{BEST}-") and path.name not in needed
         if (_OURS.fullmatch(path.name) and (beyond or not (path / HEADER).is_file())) or (
