@@ -34,6 +34,8 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             close = difflib.get_close_matches(unknown[1], self._option_string_actions, 1, 0.6)
             message = f"{unknown[1]} is not an option{f', did you mean {close[0]}?' if close else ''}"
+        if message.endswith("expected one argument"):
+            message += ", and one that begins with - is written --option=-1"
         raise ValueError(f"{message.removeprefix('argument ')}; `--help` lists all options")
 
 

@@ -14,7 +14,7 @@ from data_tools import archives, netflix
 from data_tools.netflix import NetflixSource
 from dist_vasp.data.tables import movielens
 from dist_vasp.data.tables.columns import Columns, Reading
-from dist_vasp.data.tables.inputs import check_file, expand, kind_of, names_in
+from dist_vasp.data.tables.inputs import check_file, expand, kind_of, names_in, one_kind, tables_among
 from dist_vasp.data.tables.read import Table, open_table
 from dist_vasp.data.tables.streams import readable
 
@@ -112,7 +112,9 @@ def _format_of(path: Path) -> str:
             return "netflix"
         if movielens.find(path) is not None:
             return "movielens"
-        return "parquet" if path.is_dir() and any(kind_of(n) == "parquet" for n in inside) else "csv"
+        tables = tables_among(inside, None if path.is_dir() else "csv")
+        one_kind(path, tables)
+        return next(iter(tables.values()), "csv")
     if netflix.holds_ratings([name]) or archives.is_tar(name):
         return "netflix"
     if path.is_file() and movielens.find(path) is not None:

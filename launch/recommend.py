@@ -37,6 +37,7 @@ def _parser() -> argparse.ArgumentParser:
         required=True,
         help="CSV or Parquet files, folders or globs with original ids; ratings follow the rule of the shards, everything seen is masked",
     )
+    add("--format", choices=("csv", "parquet"), help="of the histories; default: by their names")
     add("--user_column", metavar="NAME", help="default: that of the shards, else user")
     add("--item_column", metavar="NAME", help="default: that of the shards, else item")
     add("--rating_column", metavar="NAME", help="default: that of the shards; without it every row is a like")
@@ -94,12 +95,12 @@ def main(argv: Sequence[str] | None = None) -> None:
                 raise ValueError("--explain needs the shallow path, which model.kind flvae does not have; leave it out")
             reading = reading_of(arguments) if rule is None or rule.missing is None else reading_of(arguments, rule.missing)
             asked = {role: getattr(arguments, f"{role}_column") for role in ("user", "item", "rating", "time")}
-            columns, notes = history_columns(arguments.histories, reading, rule, asked, arguments.all_positive)
+            columns, notes = history_columns(arguments.histories, reading, rule, asked, arguments.all_positive, arguments.format)
             allowed, counted = allowed_items(
                 ranker.items, arguments.filter_items, arguments.restrict_to, columns.item or "item", reading
             )
             scratch = Path(arguments.output).parent
-            histories = stack.enter_context(open_histories(arguments.histories, scratch, columns, reading, rule))
+            histories = stack.enter_context(open_histories(arguments.histories, scratch, columns, reading, rule, arguments.format))
         if ranks.is_main:
             likes = [] if rule is None or columns.rating is None else [str(rule)]
             for note in [*histories.table.notes(), *notes, *likes, *counted]:

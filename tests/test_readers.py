@@ -67,7 +67,7 @@ def test_csv_columns(tmp_path):
     assert read(path, None, Columns("who", "what", "stars", "part"))[0] == [(7, 30, 4.0, "train"), (7, 10, 3.0, "1")]
     with pytest.raises(
         ValueError,
-        match="has no column 'user'; its columns, parted by ',', are 'when', 'who', 'what', 'stars', 'part'; pass --user_column",
+        match="has no column 'user'; its columns, separated by ',', are 'when', 'who', 'what', 'stars', 'part'; pass --user_column",
     ):
         read(path)
     with pytest.raises(ValueError, match="has no column 'score'"):

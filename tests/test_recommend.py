@@ -153,7 +153,7 @@ def test_a_late_change_of_type_is_text_throughout(tmp_path):
         (
             "h.csv",
             b"user,movie\n1,2\n",
-            r"has no column 'item'; its columns, parted by ',', are 'user', 'movie'; pass --item_column",
+            r"has no column 'item'; its columns, separated by ',', are 'user', 'movie'; pass --item_column",
         ),
         ("h.csv", b"user,item\n1,\xff\n", r"h\.csv, row 2: the byte 0xff is not UTF-8 text; .*--encoding"),
         ("h.csv.gz", b"user,item\n1,1000\n", r"h\.csv\.gz cannot be read"),

@@ -23,6 +23,7 @@ import numpy as np
 
 REPEATS = ("first", "last", "max")
 DEFAULT_MIN_RATING = 4.0
+_SHOWN = 20  # names of columns in a line
 
 # Names of columns, in lower case and without `_`, that suggest a role.
 _NAMES = {
@@ -215,7 +216,9 @@ def unused_columns(names: Sequence[str], used: Iterable[str], options: Sequence[
                 hints.append(f"--protocol given {option} follows it")
             else:
                 hints.append(f"{option} reads {role}s from it")
-    return [f"columns not used: {', '.join(unused)}" + "".join(f"; {hint}" for hint in hints)]
+    shown = [name or "(without a name)" for name in unused[:_SHOWN]]
+    more = f" and {len(unused) - _SHOWN:,} more" if len(unused) > _SHOWN else ""
+    return [f"columns not used: {', '.join(shown)}{more}" + "".join(f"; {hint}" for hint in hints)]
 
 
 def role_of(name: str) -> str | None:

@@ -17,7 +17,7 @@ from dist_vasp.data.tables.columns import Columns, Reading
 from dist_vasp.data.tables.read import Table, open_table
 from dist_vasp.data.tables.streams import unpacked_name
 
-_ONE_CELL = "\x1f"  # a unit separator parts nothing that people write
+_ONE_CELL = "\x1f"  # a unit separator, which people do not write
 
 
 def allowed_items(

@@ -10,14 +10,19 @@ from dist_vasp.data.tables.read import Table, open_table
 
 
 def history_columns(
-    inputs: Sequence[str], reading: Reading, rule: PositiveRule | None, asked: Mapping[str, str | None], all_positive: bool = False
+    inputs: Sequence[str],
+    reading: Reading,
+    rule: PositiveRule | None,
+    asked: Mapping[str, str | None],
+    all_positive: bool = False,
+    kind: str | None = None,
 ) -> tuple[Columns, list[str]]:
     """The columns to read, and lines for the user on what was chosen.
 
     asked: by role, what the user named. The rest is what the rule remembers; where a file has no such
     user or item column, `user` and `item`. ValueError where a column is not there.
     """
-    table = open_table(inputs, None, reading)
+    table = open_table(inputs, None, reading, kind)
     user, item = (asked.get("user"), asked.get("item"))
     remembered = (user or (rule.user_column if rule else "user"), item or (rule.item_column if rule else "item"))
     plain = (user or "user", item or "item")
@@ -29,7 +34,7 @@ def history_columns(
         for role, wanted in zip(("user", "item"), remembered, strict=True)
         if not asked.get(role) and rule is not None and wanted not in (names[role], names[role].split(":")[0]) and reading.header
     ]
-    there = [*names.values(), *unused]
+    there = list(dict.fromkeys([*names.values(), *unused]))
     found = {**asked, "user": names["user"], "item": names["item"]}
     chosen = serving_columns(there, rule, found, table.files[0].where, all_positive)
     columns = Columns(names["user"], names["item"], chosen.rating, time=chosen.time, optional_rating=False)

@@ -40,14 +40,15 @@ def open_histories(
     columns: Columns | None = None,
     reading: Reading | None = None,
     rule: PositiveRule | None = None,
+    kind: str | None = None,
 ) -> Iterator[HistoryFile]:
     """The histories in files, folders or globs, checked; ValueError if they cannot be used.
 
-    columns: default user and item alone. With a column of ratings `rule` says which rows are likes.
+    columns: default user and item alone. kind: csv or parquet, None: by the names. With a column of ratings `rule` says which rows are likes.
     Where the rows of a user do not lie together, DuckDB sorts in a folder of its own under `scratch`, gone at the end.
     """
     named = [inputs] if isinstance(inputs, str | Path) else list(inputs)
-    table = open_table(named, columns or Columns(optional_rating=False), reading)
+    table = open_table(named, columns or Columns(optional_rating=False), reading, kind)
     seen = _look_through(table)
     name = Path(str(named[0])).name
     if seen.ascending:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 
 from dist_vasp.data import ids
 
@@ -40,7 +40,22 @@ class Reading:
     missing: tuple[str, ...] = ids.MISSING  # texts that stand for no id, besides the empty one
 
 
-def find_columns(names: Sequence[str], columns: Columns, where: str, header: bool = True, hint: str = "") -> dict[str, int]:
+class MissingColumnError(ValueError):
+    """A column that is read is not there."""
+
+    def __init__(self, text: str, name: str) -> None:
+        super().__init__(text)
+        self.name = name
+
+
+def without_constants(columns: Columns, constants: Collection[str], names: Sequence[str]) -> Columns:
+    """Return the columns to look for among `names`, without those that only the names of folders (`constants`) give."""
+    given = set(constants) - {name.strip() for name in names}
+    absent = {role: None for role in ROLES if getattr(columns, role) in given}
+    return replace(columns, **absent, optional_rating=columns.optional_rating and "rating" not in given)
+
+
+def find_columns(names: Sequence[str], columns: Columns, where: str, header: bool = True) -> dict[str, int]:
     """Positions among `names` by role; ValueError that names what is missing, what there is, and the option that helps.
 
     A name matches exactly or, where that is unambiguous, without the blanks around it.
@@ -64,8 +79,18 @@ def find_columns(names: Sequence[str], columns: Columns, where: str, header: boo
         if len(places) == 1:
             found[role] = places[0]
         elif not optional or places:
-            raise ValueError(f"{where} {_problem(role, name, len(places), plain, header)}{hint}")
+            text = f"{where} {_problem(role, name, len(places), plain, header)}"
+            raise ValueError(text) if places else MissingColumnError(text, name)
+    _check_apart(found, names, where)
     return found
+
+
+def _check_apart(found: dict[str, int], names: Sequence[str], where: str) -> None:
+    """ValueError where one column is to be two things."""
+    for role, place in found.items():
+        other = next((r for r, p in found.items() if p == place and r != role), None)
+        if other is not None:
+            raise ValueError(f"{where}: column {names[place]!r} is named as {role} and as {other}; name another for one of them")
 
 
 def shown(names: Sequence[str]) -> str:

@@ -53,7 +53,7 @@ def csv_pieces(
 
 
 def csv_names(opener: Callable[[], Any], where: str, reading: Reading) -> list[str]:
-    """The names of the file's columns, parted by the delimiter that gives the most of them."""
+    """The names of the file's columns, separated by the delimiter that gives the most of them."""
     found: list[str] = []
     for delimiter in DELIMITERS if reading.delimiter is None else (reading.delimiter,):
         stream = opener()

@@ -1,12 +1,12 @@
-"""The header of a CSV file and what parts its cells: --delimiter, or the delimiter with which the wanted columns are there."""
+"""The header of a CSV file and what separates its cells: --delimiter, or the delimiter with which the wanted columns are there."""
 
 from __future__ import annotations
 
 import csv
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from dist_vasp.data.tables.columns import ROLES, Columns, Reading, find_columns, shown
+from dist_vasp.data.tables.columns import Columns, MissingColumnError, Reading, find_columns, shown, without_constants
 from dist_vasp.data.tables.csv_rows import MAX_COLUMNS, MAX_ROW_BYTES, Blocks, Dialect, check_text, lines_of
 
 DELIMITERS = (",", "\t", ";", "|", "::")
@@ -26,7 +26,7 @@ def check_delimiter(text: str) -> str:
     """The delimiter that --delimiter names; ValueError where it cannot be one."""
     delimiter = _NAMED.get(text, text)
     if delimiter != "::" and (len(delimiter) != 1 or delimiter.isalnum() or delimiter in '"\r\n\0.-+'):
-        raise ValueError(f"--delimiter {text!r} cannot part cells; pass one character such as ';', tab or space, or '::'")
+        raise ValueError(f"--delimiter {text!r} cannot separate cells; pass one character such as ';', tab or space, or '::'")
     return delimiter
 
 
@@ -35,8 +35,6 @@ def read_header(blocks: Blocks, columns: Columns, reading: Reading, constants: C
 
     ValueError where the file is empty or no delimiter gives the wanted columns.
     """
-    absent = {role: None for role in ROLES if getattr(columns, role) in constants}
-    columns = replace(columns, **absent, optional_rating=columns.optional_rating and "rating" not in constants)
     block = _skip_blank_lines(blocks)
     if not block:
         expected = "a header line with the names of the columns" if reading.header else "rows"
@@ -48,7 +46,7 @@ def read_header(blocks: Blocks, columns: Columns, reading: Reading, constants: C
         try:
             names, n_lines, n_bytes, block = _first_record(blocks, block, dialect, where)
             labels = names if reading.header else _labels(len(names), reading, where)
-            wanted = find_columns(labels, columns, where, reading.header)
+            wanted = find_columns(labels, without_constants(columns, constants, labels), where, reading.header)
         except ValueError as error:
             errors[delimiter] = error
             continue
@@ -62,7 +60,7 @@ def read_header(blocks: Blocks, columns: Columns, reading: Reading, constants: C
     first = _lines(_beginning(block, _HEAD_BYTES))[0]
     likely = max(candidates, key=lambda d: (first.count(d), -candidates.index(d)))
     check_text(block, Dialect(likely, reading.quoting), blocks.row, where)
-    raise _explained(errors[likely], likely, first, columns, reading, where)
+    raise _explained(errors[likely], likely, first, reading, where)
 
 
 def _lines(block: bytes) -> list[str]:
@@ -130,27 +128,26 @@ def _check_unambiguous(cells: list[str], delimiter: str, where: str) -> None:
     others = [d for d in DELIMITERS if any(d in cell for cell in cells)]
     if others:
         raise ValueError(
-            f"{where}: the first line holds both {delimiter!r} and {others[0]!r}; pass the one that parts cells as --delimiter"
+            f"{where}: the first line holds both {delimiter!r} and {others[0]!r}; pass the one that separates the cells as --delimiter"
         )
 
 
-def _explained(error: ValueError, delimiter: str, first: str, columns: Columns, reading: Reading, where: str) -> ValueError:
+def _explained(error: ValueError, delimiter: str, first: str, reading: Reading, where: str) -> ValueError:
     """The error with the delimiter that was seen, or what else the first line looks like."""
-    text = str(error)
-    if "has no column" not in text:
+    if not isinstance(error, MissingColumnError):
         return error
     cells: list[str] = next(iter(Dialect(delimiter, reading.quoting).reader([first], strict=False)), [])
     if reading.header and sum(_is_number(cell) for cell in cells) * 2 > len(cells):
         return ValueError(
-            f"{where} has no column {columns.user or columns.item!r}; its first line, {shown(cells)}, looks like data: "
+            f"{where} has no column {error.name!r}; its first line, {shown(cells)}, looks like data: "
             "pass --no_header, then --user_column 1 --item_column 2 name columns by number"
         )
     if len(cells) < 2:
-        name = columns.user or columns.item
         return ValueError(
-            f"{where} has no column {name!r}; its first line is one cell, {shown(cells)}; pass what parts cells as --delimiter"
+            f"{where} has no column {error.name!r}; its first line is one cell, {shown(cells)}; "
+            "pass the character that separates the cells as --delimiter"
         )
-    return ValueError(text.replace("its columns are", f"its columns, parted by {delimiter!r}, are"))
+    return ValueError(str(error).replace("its columns are", f"its columns, separated by {delimiter!r}, are"))
 
 
 def _is_number(cell: str) -> bool:

@@ -93,8 +93,9 @@ class Blocks:
 def check_text(block: bytes, dialect: Dialect, row: int, where: str) -> None:
     """ValueError that names the row where the block, which begins with `row`, holds a NUL or is not UTF-8."""
     at, problem = block.find(b"\0"), "there is a NUL byte, which is no text"
-    if at >= 0 and block[1:8:2].count(0) > 1:
-        problem += " (if it is UTF-16 without its mark, pass --encoding utf-16-le)"
+    if at >= 0 and max(block[0:8:2].count(0), block[1:8:2].count(0)) > 1:
+        order = "be" if block[0:8:2].count(0) > 1 else "le"
+        problem += f" (if it is UTF-16 without its mark, pass --encoding utf-16-{order})"
     if at < 0 and not block.isascii():
         try:
             block.decode()
@@ -235,7 +236,7 @@ class Rows:
         delimiter = self._dialect.delimiter
         if any(line.count(delimiter) != self._n_columns - 1 for line in lines) or self._n_columns < 2:
             return
-        cells = [line.rstrip("\r\n").split(delimiter) for line in lines]
+        cells = [[cell.strip('"') for cell in line.rstrip("\r\n").split(delimiter)] for line in lines]
         numeric = bool(self.id_columns) and all(_is_number(line[i]) for line in cells for i in self.id_columns)
         if numeric or (len(lines) > 3 and self._n_columns > 2):
             raise ValueError(

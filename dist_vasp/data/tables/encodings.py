@@ -15,6 +15,7 @@ _MARKS = {  # the longer ones first: UTF-32 begins with the mark of UTF-16
     codecs.BOM_UTF16_BE: "utf-16",
 }
 _LARGEST_HEAD = 16
+_NO_FILES = {"idna", "punycode", "unicode_escape", "raw_unicode_escape"}  # encodings of names and of program texts
 
 
 def check_encoding(name: str) -> str:
@@ -24,7 +25,7 @@ def check_encoding(name: str) -> str:
         "".encode(name)
     except (LookupError, UnicodeError, ValueError):
         known = None
-    if known is None or not getattr(known, "_is_text_encoding", True):
+    if known is None or not getattr(known, "_is_text_encoding", True) or known.name.replace("-", "_") in _NO_FILES:
         raise ValueError(f"--encoding {name!r} is not known; name one such as utf-8, utf-16, latin-1, cp1252 or cp932")
     return known.name
 

@@ -54,7 +54,7 @@ def kind_of(name: str) -> str | None:
     return "csv" if unpacked_name(name).endswith(CSV_SUFFIXES + OTHER_CSV_SUFFIXES) else None
 
 
-def _tables_among(names: Sequence[str], kind: str | None) -> dict[str, str]:
+def tables_among(names: Sequence[str], kind: str | None) -> dict[str, str]:
     """The names that are those of tables, with their kind."""
     kinds = {name: kind_of(name) for name in names if not unpacked_name(name.lower()).endswith(OTHER_CSV_SUFFIXES)}
     return {name: found for name, found in kinds.items() if found is not None and kind in (None, found)}
@@ -86,6 +86,8 @@ def find_files(inputs: Sequence[str | Path], kind: str | None = None) -> Found:
 
 def expand(text: str, skipped: list[str] | None = None) -> list[Path]:
     """The paths that an input names, without hidden ones that a glob matches; ValueError where there is none, or it is an address."""
+    if not text:
+        raise ValueError("the input is an empty text; name a file or folder")
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", text):
         scheme = text.split(":")[0]
         raise ValueError(
@@ -145,13 +147,22 @@ def _partitions(parts: Iterable[str]) -> dict[str, str | None]:
 def _files_below(folder: Path, kind: str | None, skipped: list[str]) -> list[File]:
     _refuse_table(folder, folder)
     paths = list(walk(folder, skipped))
-    tables = _tables_among([str(path) for path in paths], kind)
-    skipped += [f"{path} (no {kind or 'table'} by its name)" for path in paths if str(path) not in tables]
+    tables = tables_among([str(path) for path in paths], kind)
+    skipped += [f"{path} (no {_named(kind)} file by its name)" for path in paths if str(path) not in tables]
     if not tables:
-        raise ValueError(f"the folder {folder} holds no {kind or 'CSV or Parquet'} file that is not hidden; name another")
+        raise ValueError(f"the folder {folder} holds no {_named(kind)} file that is not hidden; name another")
+    one_kind(folder, tables)
+    return [_file(path, tables[str(path)], path) for path in paths if str(path) in tables]
+
+
+def one_kind(folder: Path, tables: dict[str, str]) -> None:
+    """ValueError where a folder holds tables of both kinds."""
     if len(set(tables.values())) > 1:
         raise ValueError(f"the folder {folder} holds both CSV and Parquet files; pass --format csv or --format parquet")
-    return [_file(path, tables[str(path)], path) for path in paths if str(path) in tables]
+
+
+def _named(kind: str | None) -> str:
+    return {"csv": "CSV", "parquet": "Parquet", None: "CSV or Parquet"}[kind]
 
 
 def walk(folder: Path, skipped: list[str]) -> Iterator[Path]:
@@ -162,10 +173,9 @@ def walk(folder: Path, skipped: list[str]) -> Iterator[Path]:
             folders.clear()
             continue
         visited.add(os.path.realpath(root))
-        if "metadata" in folders:
+        if any(is_hidden(n) or n == "metadata" for n in folders):
             _refuse_table(Path(root), folder)
         for name in sorted(n for n in folders if is_hidden(n)):
-            _refuse_table(Path(root), folder)
             skipped.append(f"{Path(root, name)}/ (hidden)")
         folders[:] = sorted(n for n in folders if not is_hidden(n))
         for path in (Path(root, name) for name in sorted(names)):
@@ -216,10 +226,10 @@ def _members_of(path: Path, wanted: str | None, skipped: list[str]) -> list[File
         names = sorted(n for n in archive.namelist() if not n.endswith("/"))
     if len(set(names)) < len(names):
         raise ValueError(f"{path} holds two members of one name; pack it again")
-    chosen = [n for n in names if wanted is None or fnmatch(n, wanted)]
+    chosen = [wanted] if wanted in names else [n for n in names if wanted is None or fnmatch(n, wanted)]
     hidden = [n for n in chosen if any(is_hidden(part) for part in PurePosixPath(n).parts)]
     visible = [n for n in chosen if n not in set(hidden)]
-    members = visible if wanted is not None else list(_tables_among(visible, "csv"))
+    members = visible if wanted is not None else list(tables_among(visible, "csv"))
     skipped += [f"{path}, {n} ({'hidden' if n in hidden else 'no CSV by its name'})" for n in chosen if n not in set(members)]
     if not members:
         about = f"no CSV member {wanted!r}" if wanted else "no CSV member that is not hidden"

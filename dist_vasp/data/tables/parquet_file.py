@@ -7,14 +7,13 @@ one long text that repeats is held once and refused for its length.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dist_vasp.data import ids
-from dist_vasp.data.tables.columns import ROLES, Columns, find_columns
+from dist_vasp.data.tables.columns import Columns, find_columns, without_constants
 from dist_vasp.data.tables.csv_file import Facts, Raw
 
 ROWS_PER_BATCH = 1 << 17
@@ -25,11 +24,9 @@ MAX_MEAN_BYTES = 1 << 16  # of one value of a column
 
 def parquet_pieces(path: Path, columns: Columns, constants: Collection[str], facts: Facts) -> Iterator[Raw]:
     """Batches of the file, in its own types; dictionaries are left encoded. ValueError names the file."""
-    absent = {role: None for role in ROLES if getattr(columns, role) in constants}
-    columns = replace(columns, **absent, optional_rating=columns.optional_rating and "rating" not in constants)
     with pq.ParquetFile(path, memory_map=False) as file:
         schema = file.schema_arrow
-        wanted = find_columns(schema.names, columns, str(path))
+        wanted = find_columns(schema.names, without_constants(columns, constants, schema.names), str(path))
         facts.names = {role: schema.names[i] for role, i in wanted.items()}
         facts.unused = [name for i, name in enumerate(schema.names) if i not in wanted.values()]
         names = list(dict.fromkeys(facts.names.values()))

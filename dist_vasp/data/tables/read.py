@@ -29,6 +29,7 @@ from dist_vasp.data.tables.inputs import File, expand, find_files
 from dist_vasp.data.tables.parquet_file import parquet_pieces
 from dist_vasp.data.tables.streams import readable
 
+_ZONE = r":[0-9]{2}(\.[0-9]+)?(Z|[+-][0-9]{2}(:?[0-9]{2})?)$"  # the end of a time
 _NAMED = 10  # of the files that are skipped
 
 
@@ -60,15 +61,11 @@ class Table:
         for file in self.files:
             facts = Facts()
             for raw in self._pieces(file, facts):
+                roles = self._same_roles(file, facts, roles)
                 batch = self._batch(raw, file, facts)
-                if roles is not None and batch.schema.names != roles:
-                    raise ValueError(
-                        f"{file.where} has the columns {', '.join(batch.schema.names)}, the files before it {', '.join(roles)}; "
-                        "name files of one kind"
-                    )
-                roles = batch.schema.names
                 if len(batch):
                     yield batch
+            roles = self._same_roles(file, facts, roles)  # a file without rows has columns, too
             self.unused += [name for name in facts.unused if name not in self.unused]
             self.n_broken += facts.n_broken
         if self.rows and self.rows == sum(self.left_out.values()):
@@ -77,6 +74,15 @@ class Table:
                 f"{self.files[0].where}: all {self.rows:,} rows are without a user or an item; "
                 f"empty cells and {named or 'no other text'} stand for a missing id, name others with --missing"
             )
+
+    def _same_roles(self, file: File, facts: Facts, before: list[str] | None) -> list[str]:
+        """The roles that the file has columns of; ValueError where the files before it have others."""
+        roles = [role for role in ROLES if role in facts.names or self._name(role) in file.partitions]
+        if before is not None and roles != before:
+            raise ValueError(
+                f"{file.where} has the columns {', '.join(roles)}, the files before it {', '.join(before)}; name files of one kind"
+            )
+        return roles
 
     def look(self) -> tuple[dict[str, str], list[str]]:
         """Names of the first file's columns that are read, by role, and of the others; ValueError where one is missing."""
@@ -116,8 +122,12 @@ class Table:
         columns, names = dict(raw.columns), dict(facts.names)
         for role in ROLES:
             name = self._name(role)
-            if role not in columns and name in file.partitions:
-                columns[role], names[role] = pa.repeat(pa.scalar(file.partitions[name], pa.string()), len(raw.numbers)), name
+            if name in file.partitions:
+                constant = pa.repeat(pa.scalar(file.partitions[name], pa.string()), len(raw.numbers))
+                if role in columns:
+                    self._check_folder(role, columns[role], constant, raw.numbers, f"{file.where}: column {name!r}")
+                else:
+                    columns[role], names[role] = constant, name
         where = {role: f"{file.where}: column {name!r}" for role, name in names.items()}
         self.rows += len(raw.numbers)
         kept: Any = None
@@ -133,6 +143,23 @@ class Table:
             columns[role] = _CONVERT[role](columns[role], numbers, where[role])
         ordered = {role: columns[role] for role in ROLES if role in columns}
         return pa.RecordBatch.from_arrays(list(ordered.values()), list(ordered))
+
+    def _check_folder(self, role: str, column: pa.Array, constant: pa.Array, numbers: Sequence[int], where: str) -> None:
+        """ValueError where a column holds another value than the name of the folder says."""
+        both = []
+        for values in (column, constant):
+            if role in ("user", "item"):
+                texts = ids.as_text(ids.of_column(values, numbers, where, self.reading.missing))
+            else:
+                texts = _CONVERT[role](values, numbers, where).cast(pa.string())
+            both.append(pc.fill_null(texts, ""))
+        differs = pc.not_equal(*both)
+        if pc.any(differs, min_count=0).as_py():
+            at = pc.index(differs, True).as_py()
+            raise ValueError(
+                f"{where}, row {numbers[at]}: {both[0][at].as_py()!r} where the name of the folder says {both[1][at].as_py()!r}; "
+                "move the row to its folder, or rename one of the two"
+            )
 
     def _count_missing(self, role: str, column: pa.Array, kept: Any) -> Any:
         """The rows to keep so far, None for all of them, with those of a missing id counted once."""
@@ -203,21 +230,37 @@ def _splits(column: pa.Array, numbers: Sequence[int], where: str) -> pa.Array:
 def _times(column: pa.Array, numbers: Sequence[int], where: str) -> pa.Array:
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
-    if pa.types.is_temporal(column.type):
-        values = column.cast(pa.timestamp("us"), safe=False).cast(pa.int64()).cast(pa.float64(), safe=False)
+    if pa.types.is_timestamp(column.type) or pa.types.is_date(column.type):
+        values = _microseconds(column)
     elif ids.is_text(column.type) and _is_date(column):
-        try:
-            values = pc.utf8_trim_whitespace(column).cast(pa.timestamp("us")).cast(pa.int64()).cast(pa.float64(), safe=False)
-        except pa.ArrowInvalid as error:
-            raise ValueError(
-                f"{where} holds a time that is no date ({str(error).splitlines()[0]}); write 2026-01-31 12:00:00, or numbers"
-            ) from None
+        values = _dates(pc.utf8_trim_whitespace(column), where)
     else:
         values = _numbers(column, numbers, where)
     _refuse(
         pc.is_null(values, nan_is_null=True), numbers, where, "the time is missing; give every row one, or do not name the column"
     )
     return values
+
+
+def _microseconds(column: pa.Array) -> pa.Array:
+    """float64 since 1970, of times or of the texts of times. A text may have more digits than microseconds need."""
+    if ids.is_text(column.type):
+        column = pc.replace_substring_regex(column, r"(\.[0-9]{6})[0-9]+", r"\1")
+        column = pc.replace_substring_regex(column, r"\s*(UTC|Z)$", "Z")
+    kind = pa.timestamp("us")
+    if ids.is_text(column.type) and pc.all(pc.match_substring_regex(column, _ZONE), min_count=0).as_py():
+        kind = pa.timestamp("us", "UTC")
+    return column.cast(kind, safe=False).cast(pa.int64()).cast(pa.float64(), safe=False)
+
+
+def _dates(column: pa.Array, where: str) -> pa.Array:
+    try:
+        return _microseconds(column)
+    except pa.ArrowInvalid as error:
+        raise ValueError(
+            f"{where} holds a time that is no date ({str(error).splitlines()[0].rstrip('.')}); "
+            "write all as 2026-01-31 12:00:00, all with an offset such as +02:00 or Z, or all as numbers"
+        ) from None
 
 
 def _is_date(column: pa.Array) -> bool:

@@ -41,6 +41,7 @@ _FOREIGN = {
     b"<!DOCTYPE": "an HTML page; fetch the file itself",
     b"<html": "an HTML page; fetch the file itself",
     b"Obj\x01": "an Avro file; write it as Parquet",
+    b"version https://git-lfs": "a pointer of Git LFS, not the file itself; fetch that with git lfs pull",
 }
 
 
@@ -67,9 +68,11 @@ def readable(where: str) -> Iterator[None]:
     ) as error:
         text = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         hint = ""
-        if "incorrect header check" in text:
-            hint = "; it is not compressed with gzip, drop the .gz from its name"
-        elif re.search("runcated|ended before|unexpected end|CRC|magic bytes|orrupt", text):
+        if re.search("incorrect header check|unknown compression method", text):
+            hint = "; it is not compressed with gzip, or something follows the data: correct its name, or compress it again"
+        elif "magic bytes" in text:
+            hint = "; it is cut off, damaged, or no Parquet file: fetch it again, or correct its name"
+        elif re.search("runcated|ended before|unexpected end|CRC|data check|orrupt|thrift|smaller than|is 0 bytes", text):
             hint = "; the file is cut off or damaged, fetch it again"
         elif re.search("not a zip file|not a bzip2|format not supported by decoder|nknown frame", text):
             hint = "; it is not what its name says, correct the name"
