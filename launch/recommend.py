@@ -24,6 +24,8 @@ from dist_vasp.text import one_line
 from dist_vasp.training.progress import Progress
 from launch.cli import make_argument_parser, run
 
+_MOST_REASONS = 1000  # past items of a row, each with two columns
+
 
 def _parser() -> argparse.ArgumentParser:
     parser = make_argument_parser("recommend.py", __doc__ or "")
@@ -65,8 +67,8 @@ def _check(arguments: argparse.Namespace) -> list[tuple[str, str | Path]]:
     """The files that are read, by option; ValueError where a number is out of range or the output is one of them."""
     if arguments.k < 1:
         raise ValueError(f"--k is {arguments.k}, expected at least 1")
-    if arguments.explain < 0:
-        raise ValueError(f"--explain is {arguments.explain}, expected 0 or more past items")
+    if not 0 <= arguments.explain <= _MOST_REASONS:
+        raise ValueError(f"--explain is {arguments.explain}, expected 0 to {_MOST_REASONS:,} past items")
     if arguments.show < 0:
         raise ValueError(f"--show is {arguments.show}, expected 0 or more users")
     inputs: list[tuple[str, str | Path]] = [("--histories", path) for text in arguments.histories for path in expand(text)]

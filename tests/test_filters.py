@@ -146,6 +146,20 @@ def test_columns_of_a_file(tmp_path, header, asked, expected, note):
     assert any(note in one for one in notes) if note else notes == []
 
 
+def test_a_name_with_and_without_blanks(tmp_path):
+    path = written(tmp_path, "h.csv", "user, user,item\n1,9,2\n")
+    columns, _ = history_columns([path], Reading(), None, {})
+    assert (columns.user, columns.item) == ("user", "item")
+
+
+def test_a_format_can_be_named(tmp_path):
+    path = written(tmp_path, "histories", "user,item\n1,2\n")
+    columns, _ = history_columns([path], Reading(), None, {}, kind="csv")
+    assert (columns.user, columns.item) == ("user", "item")
+    with pytest.raises(ValueError, match="cannot tell the format"):
+        history_columns([path], Reading(), None, {})
+
+
 def test_columns_without_a_header(tmp_path):
     path = written(tmp_path, "h.csv", "7,8,5\n")
     columns, notes = history_columns([path], Reading(header=False), RULE, {"user": "1", "item": "2", "rating": "3"})

@@ -129,6 +129,18 @@ def test_names_that_suggest_a_role(name, role):
     assert role_of(name) == role
 
 
+def test_many_columns_that_are_not_used_are_counted():
+    names = ["", *(f"c{i}" for i in range(30))]
+    assert unused_columns(names, [], []) == [
+        f"columns not used: (without a name), {', '.join(f'c{i}' for i in range(19))} and 11 more"
+    ]
+
+
+def test_one_column_is_not_user_and_item():
+    with pytest.raises(ValueError, match="column 'id' is named as user and as item"):
+        serving_columns(["id"], None, {"user": "id", "item": "id"}, "the table")
+
+
 def test_columns_that_are_not_used_are_named():
     assert unused_columns(["user", "item"], ["user", "item"], ["rating"]) == []
     assert unused_columns(["user", "item", "Stars", "genre"], ["user", "item"], ["rating"]) == [

@@ -265,7 +265,7 @@ def test_lists(tmp_path, pairs, small_blocks, name):
     assert list(by_user) == list(range(1, 12))
     skipped = pa_csv.read_csv(skipped_file(tmp_path / name))
     assert skipped.to_pydict() == {"user": [50, 51], "reason": ["no item of the history is in the vocabulary"] * 2}
-    assert f"{len(found)} recommendations for 11 users; 2 users without a like" in report and "4 of unknown items" in report
+    assert f"{len(found)} recommendations for 11 users; 2 users without a list" in report and "4 of unknown items" in report
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["histories.parquet", name, "lists.skipped.csv"])
 
 
@@ -393,3 +393,28 @@ def test_the_histories_are_not_taken_for_the_skipped_users_of_before(tmp_path):
     path.write_text("user,reason\n")
     with pytest.raises(ValueError, match="is the file of --histories, which would be lost"):
         check_output(tmp_path / "lists.csv", True, [("--histories", path)])
+
+
+@pytest.mark.parametrize("name", ["o.csv", "o.parquet", "o.jsonl"])
+def test_who_has_seen_everything_is_told_with_the_reason(tmp_path, small_blocks, name):
+    rows = [(7, 1000 + i) for i in range(13)] + [(8, 1000), (9, 5)]
+    path = write(tmp_path / "h.csv", *map(list, zip(*rows, strict=True)))
+    report = to_file(constant_scorer, path, NUMBERED, 3, tmp_path / name)
+    assert "3 recommendations for 1 users; 2 users without a list are in" in report
+    skipped = pa_csv.read_csv(skipped_file(tmp_path / name)).to_pylist()
+    assert {row["user"]: row["reason"][:22] for row in skipped} == {9: "no item of the history", 7: "no item is left to lis"}
+    assert "26 recommendations for 2 users; 1 users" in to_file(
+        constant_scorer, path, NUMBERED, 13, tmp_path / name, keep_seen=True
+    )
+
+
+def test_nobody_has_an_unseen_item(tmp_path):
+    path = write(tmp_path / "h.csv", [7, 8], [1000, 1000])
+    allowed = np.arange(13) == 0
+    with pytest.raises(
+        ValueError, match="2 users have seen every item that may be listed, so that nobody gets a list; pass --keep_"
+    ):
+        to_file(constant_scorer, path, NUMBERED, 3, tmp_path / "o.csv", allowed=allowed)
+    assert "2 recommendations for 2" in to_file(
+        constant_scorer, path, NUMBERED, 3, tmp_path / "o.csv", allowed=allowed, keep_seen=True
+    )

@@ -289,7 +289,11 @@ def test_overwrite_spares_an_input(tmp_path, source, capsys):
     ("text", "arguments", "message"),
     [
         ("user,thing,rating\n1,2,5\n", [], "has no column 'item'; its columns, separated by ',', are 'user', 'thing', 'rating'"),
-        ("user,item\n1,2\n", ["--rating_column", "stars"], "has no column 'stars'; its columns, separated by ',', are 'user', 'item'"),
+        (
+            "user,item\n1,2\n",
+            ["--rating_column", "stars"],
+            "has no column 'stars'; its columns, separated by ',', are 'user', 'item'",
+        ),
         ("", [], "is empty"),
         ("user,item,rating\n", [], "it holds no rows"),
         ("user,item,rating\n1,2,3\n1,3,2\n", [], "all 2 rows have a rating below 4; lower --min_rating"),

@@ -291,3 +291,144 @@ def test_times_are_numbers(tmp_path):
         pq.write_table(pa.table({"user": [1], "item": [2], "when": column}), tmp_path / "a.parquet")
         (batch,) = open_table([tmp_path / "a.parquet"], Columns(time="when")).batches()
         assert batch["time"].to_pylist() == [86_400e6]
+
+
+# --- what contradicts itself -------------------------------------------------------------------------------------------
+
+
+def test_a_column_of_a_file_and_its_folder_must_agree(tmp_path):
+    folder = tmp_path / "user=7"
+    folder.mkdir()
+    (folder / "a.csv").write_text("user,item\n7,30\n7,40\n")
+    pq.write_table(pa.table({"user": [7], "item": [50]}), folder / "b.parquet")
+    assert pairs(folder / "a.csv", folder / "b.parquet") == [("7", "30"), ("7", "40"), ("7", "50")]
+    (folder / "a.csv").write_text("user,item\n7,30\n07,40\n")
+    with pytest.raises(ValueError, match="row 3: '07' where the name of the folder says '7'; move the row"):
+        pairs(folder / "a.csv")
+
+
+def test_a_rating_of_a_file_and_its_folder_must_agree(tmp_path):
+    folder = tmp_path / "rating=5"
+    folder.mkdir()
+    (folder / "a.csv").write_text("user,item,rating\n7,30,5.0\n")
+    assert pairs(folder) == [("7", "30")]
+    (folder / "a.csv").write_text("user,item,rating\n7,30,5\n7,31,4\n")
+    with pytest.raises(ValueError, match="row 3: '4' where the name of the folder says '5'"):
+        pairs(folder)
+
+
+@pytest.mark.parametrize("first", ["user,item\n", "user,item,rating\n"])
+def test_a_file_without_rows_has_columns_too(tmp_path, first):
+    (tmp_path / "a.csv").write_text(first)
+    (tmp_path / "b.csv").write_text("user,item,rating\n7,30,4\n")
+    if "rating" in first:
+        assert pairs(tmp_path) == [("7", "30")]
+        return
+    with pytest.raises(ValueError, match=r"b\.csv has the columns user, item, rating, the files before it user, item;"):
+        pairs(tmp_path)
+
+
+def test_one_column_is_not_two_things(tmp_path):
+    (tmp_path / "a.csv").write_text("user,item\n7,30\n")
+    for columns in (Columns("user", "user"), Columns(rating="item")):
+        with pytest.raises(ValueError, match=r"a\.csv: column '.*' is named as .* and as .*; name another for one of them"):
+            pairs(tmp_path / "a.csv", columns=columns)
+
+
+def test_a_folder_of_both_kinds_needs_a_format(tmp_path, capsys):
+    folder = tmp_path / "both"
+    folder.mkdir()
+    (folder / "a.csv").write_bytes(CSV)
+    pq.write_table(pa.table({"user": [7], "item": [50]}), folder / "b.parquet")
+    assert shard.main([str(folder), str(tmp_path / "out")]) == 2
+    assert "holds both CSV and Parquet files; pass --format" in capsys.readouterr().err
+    assert pairs(folder, kind="csv") == ROWS
+
+
+def test_a_stray_quote_between_numbers_is_found(tmp_path):
+    (tmp_path / "a.csv").write_text('user,item\n1,"2\n1,3"\n1,4\n')
+    with pytest.raises(ValueError, match="row 2: a quote opens here and the cell holds 1 lines that look like rows"):
+        pairs(tmp_path / "a.csv")
+
+
+# --- what is no table, or none that is meant ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("a.csv", b"user\n7\n", "has no column 'item'; its first line is one cell, 'user'; pass the character"),
+        ("a.csv", b"7,30\n", "has no column 'user'; its first line, '7', '30', looks like data"),
+        ("a.csv", "user,item\n7,30\n".encode("utf-16-be"), "NUL byte.* pass --encoding utf-16-be"),
+        ("a.csv", b"version https://git-lfs.github.com/spec/v1\n", "a pointer of Git LFS"),
+        ("a.csv.gz", gzip.compress(CSV) + b"rest", "not compressed with gzip, or something follows the data"),
+        ("a.csv.gz", gzip.compress(CSV)[:-8] + b"wrongsum", "incorrect data check; the file is cut off or damaged"),
+        ("a.parquet", CSV, "cut off, damaged, or no Parquet file"),
+        ("a.parquet", b"", "0 bytes; the file is cut off or damaged"),
+    ],
+)
+def test_files_that_are_not_what_they_seem(tmp_path, name, data, message):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(ValueError, match=rf"{name}.*{message}"):
+        pairs(tmp_path / name)
+
+
+def test_an_empty_name_is_not_the_present_folder(tmp_path, monkeypatch):
+    (tmp_path / "a.csv").write_bytes(CSV)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="the input is an empty text"):
+        pairs("")
+
+
+def test_a_member_of_a_zip_may_have_any_name(tmp_path):
+    path = zipped(tmp_path / "a.zip", {"b[1].csv": CSV, "b1.csv": b"user,item\n1,1\n"})
+    assert pairs(path / "b[1].csv") == ROWS
+
+
+@pytest.mark.parametrize("name", ["idna", "punycode", "unicode_escape", "raw_unicode_escape"])
+def test_encodings_that_are_not_of_files(tmp_path, capsys, name):
+    (tmp_path / "a.csv").write_bytes(CSV)
+    assert shard.main([str(tmp_path / "a.csv"), str(tmp_path / "out"), "--encoding", name]) == 2
+    assert f"--encoding '{name}' is not known" in capsys.readouterr().err
+
+
+# --- ratings and times -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rating", ["inf", "-Infinity", "1e400"])
+def test_ratings_are_finite(tmp_path, rating):
+    (tmp_path / "a.csv").write_text(f"user,item,rating\n7,30,4\n7,31,{rating}\n")
+    with pytest.raises(ValueError, match="row 3: the rating is infinite"):
+        pairs(tmp_path / "a.csv")
+
+
+def times(path: Path) -> list[float]:
+    return [t for batch in open_table([path], Columns(time="time")).batches() for t in batch["time"].to_pylist()]
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        ["2024-01-02T00:00:00Z", "2024-01-02T01:00:00+01:00", "2024-01-01 23:00:00-0100"],
+        ["2024-01-02 00:00:00 UTC", "2024-01-02 00:00:00.000000999 UTC"],
+        ["2024-01-02", "2024-01-02 00:00", " 2024-01-02 00:00:00.0000009"],
+    ],
+)
+def test_dates_with_and_without_an_offset(tmp_path, texts):
+    (tmp_path / "a.csv").write_text("user,item,time\n" + "".join(f"1,{i},{text}\n" for i, text in enumerate(texts)))
+    assert set(times(tmp_path / "a.csv")) == {1704153600e6}
+
+
+@pytest.mark.parametrize("texts", [["2024-01-02", "2024-01-02T00:00:00Z"], ["2024-01-02", "1704153600"], ["2024-13-01"]])
+def test_dates_of_several_kinds_are_refused(tmp_path, texts):
+    (tmp_path / "a.csv").write_text("user,item,time\n" + "".join(f"1,{i},{text}\n" for i, text in enumerate(texts)))
+    with pytest.raises(ValueError, match=r"holds a time that is no date .*; write all as 2026-01-31 12:00:00, all with an offset"):
+        times(tmp_path / "a.csv")
+
+
+@pytest.mark.parametrize("kind", [pa.time64("us"), pa.duration("s"), pa.list_(pa.int64())])
+def test_times_that_are_none(tmp_path, kind):
+    column = pa.array([[1]], kind) if pa.types.is_list(kind) else pa.array([1], pa.int64()).cast(kind)
+    pq.write_table(pa.table({"user": [1], "item": [1], "time": column}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"column 'time' of type .* holds no numbers"):
+        times(tmp_path / "a.parquet")

@@ -258,6 +258,8 @@ def serving_columns(
         name, said = _there(names, asked.get(role), remembered or role, role, where)
         notes += said
         columns[role] = _only(names, name, role, where, dashes)
+    if columns["user"] == columns["item"]:
+        raise ValueError(f"{where}: column {columns['user']!r} is named as user and as item; name another for one of them")
     columns["rating"], said = _rating_column(names, rule, asked.get("rating"), where, all_positive, dashes)
     notes += said
     columns["time"], said = _time_column(names, rule, asked.get("time"), where, columns["rating"] is not None, dashes)

@@ -20,6 +20,7 @@ from dist_vasp.data.stream import Rows, indptr_of
 from dist_vasp.data.tables.read import of_memory
 
 NO_KNOWN_ITEM = "no item of the history is in the vocabulary"
+NO_ITEM_LEFT = "no item is left to list: the user has seen all that may be listed"
 NO_LIKE = "no known item of the history is a positive of the rule the model was trained with"
 
 

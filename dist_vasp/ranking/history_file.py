@@ -125,11 +125,16 @@ class HistoryFile:
             for first in range(0, len(starts) - 1, users_per_block):
                 yield self._histories(rows, starts[first], starts[min(first + users_per_block, len(starts) - 1)], len(items.keys))
 
-    def no_list(self, items: ItemTable, n_known: int) -> ValueError:
+    def no_list(self, items: ItemTable, n_known: int, n_ended: int = 0) -> ValueError:
         """What to say where nobody has a list, and `n_known` rows are of known items.
 
-        Without such rows: how ids are written here and there.
+        Without such rows: how ids are written here and there. n_ended: users who have seen all that may be listed.
         """
+        if n_ended:
+            return ValueError(
+                f"{self.name}: {n_ended:,} users have seen every item that may be listed, so that nobody gets a list; "
+                "pass --keep_seen to list seen items, too, or allow more items"
+            )
         if n_known:
             return ValueError(
                 f"{self.name}: {n_known:,} rows are of items that the model knows, and none is a like, so that nobody gets a list "

@@ -1,6 +1,6 @@
 """Top-N lists with original ids, block by block: histories in, user, rank, item, score out, explained where asked for.
 
-Users without a like among the known items are listed in `<output stem>.skipped.csv` with the reason, never dropped silently.
+Users without a list are in `<output stem>.skipped.csv` with the reason, never dropped silently.
 
 Shapes: U users of a block, K list length, E recommendations of a block, N reasons for each.
 """
@@ -21,7 +21,7 @@ from dist_vasp.parallel.comm import Ranks, agree
 from dist_vasp.places import Inputs
 from dist_vasp.ranking.evaluate import Scorer, to_item_rows, top_items
 from dist_vasp.ranking.explain import Explainer, Reasons
-from dist_vasp.ranking.histories import Histories
+from dist_vasp.ranking.histories import NO_ITEM_LEFT, Histories
 from dist_vasp.ranking.history_file import HistoryFile
 from dist_vasp.ranking.writers import ListFile, skipped_file
 from dist_vasp.text import one_line
@@ -64,7 +64,7 @@ def recommend_to_file(
     False they are not), any other file and `inputs` never are.
     """
     output, file, error = Path(output), None, None
-    n_users = done = n_skipped = 0
+    done = n_skipped = n_ended = 0  # users; n_ended: with likes, but no item is left to list
     read = histories.left_out
     if allowed is not None:
         scorer = restricted(scorer, allowed, ranks)
@@ -82,25 +82,36 @@ def recommend_to_file(
             reasons = None
             if explainer is not None and n_reasons:
                 reasons = explain_lists(explainer, block, scores, rows, n_reasons, len(items.keys), ranks)
+            skipped, why = _without_list(block, rows)
             if file is not None:
-                file.write(list_table(block.users, to_score(scores), rows, items, reasons), block.skipped, block.reasons)
-            for u in range(min(block.n_users, show - n_users)):
+                file.write(list_table(block.users, to_score(scores), rows, items, reasons), skipped, why)
+            for u in range(min(block.n_users, show - len(examples))):
                 examples.append(_example(block, u, to_score(scores[u]), rows[u], items))
-            n_users, n_skipped, read = n_users + block.n_users, n_skipped + len(block.skipped), read + block.read
+            n_ended += len(skipped) - len(block.skipped)
+            n_skipped, read = n_skipped + len(skipped), read + block.read
             done += block.n_users + len(block.skipped)
             if progress:
                 progress(done)
         n_known = read.rows - read.missing - read.unknown
-        agree(histories.no_list(items, n_known) if n_skipped and not n_users else None, ranks)
+        agree(histories.no_list(items, n_known, n_ended) if n_skipped == done > 0 else None, ranks)
         if file is not None:
             file.finish()
     finally:
         if file is not None:
             file.discard()
-    skipped = f"; {n_skipped:,} users without a like among the known items listed in {skipped_file(output)}" if n_skipped else ""
+    others = f"; {n_skipped:,} users without a list are in {skipped_file(output)}, with the reason" if n_skipped else ""
     examples.append("")
     n_rows = file.n_rows if file is not None else 0
-    return "\n".join(examples) + f"{output}: {n_rows:,} recommendations for {n_users:,} users{skipped}\n{read.line(keep_seen)}"
+    return (
+        "\n".join(examples) + f"{output}: {n_rows:,} recommendations for {done - n_skipped:,} users{others}\n{read.line(keep_seen)}"
+    )
+
+
+def _without_list(block: Histories, rows: np.ndarray) -> tuple[pa.Array, pa.Array]:
+    """The users of a block who get no list, and why: no like, or no item that may be listed is unseen. rows: (U, K)."""
+    ended = block.users.filter(pa.array(~(rows >= 0).any(axis=1)))
+    reasons = pa.repeat(pa.scalar(NO_ITEM_LEFT, pa.string()), len(ended))
+    return pa.concat_arrays([block.skipped, ended]), pa.concat_arrays([block.reasons, reasons])
 
 
 def restricted(scorer: Scorer, allowed: np.ndarray, ranks: Ranks) -> Scorer:

@@ -14,7 +14,7 @@ _MARKS = {  # the longer ones first: UTF-32 begins with the mark of UTF-16
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
-_LARGEST_HEAD = 16
+_LARGEST_HEAD = 32
 _NO_FILES = {"idna", "punycode", "unicode_escape", "raw_unicode_escape"}  # encodings of names and of program texts
 
 
