@@ -218,7 +218,7 @@ def test_recommend(run, tmp_path, call):
     histories.write_text("user,item\nann,1000\nann,1005\nbob,1001\nbob,99\neve,98\n")
     arguments = ["--run", run, "--histories", histories, "--k", 3, "--output", output, "--device", "cpu"]
     out = succeeds("recommend", *arguments)
-    assert "6 recommendations for 2 users; 1 users without a like among the known items" in out and "2 of unknown items" in out
+    assert "6 recommendations for 2 users; 1 users without a list are in" in out and "2 of unknown items" in out
     table = pa_csv.read_csv(output).to_pydict()
     assert table["user"] == ["ann"] * 3 + ["bob"] * 3
     assert table["rank"] == [1, 2, 3] * 2

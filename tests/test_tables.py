@@ -398,7 +398,7 @@ def test_encodings_that_are_not_of_files(tmp_path, capsys, name):
 @pytest.mark.parametrize("rating", ["inf", "-Infinity", "1e400"])
 def test_ratings_are_finite(tmp_path, rating):
     (tmp_path / "a.csv").write_text(f"user,item,rating\n7,30,4\n7,31,{rating}\n")
-    with pytest.raises(ValueError, match="row 3: the rating is infinite"):
+    with pytest.raises(ValueError, match="row 3: the rating is not a finite number"):
         pairs(tmp_path / "a.csv")
 
 
