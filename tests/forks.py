@@ -78,6 +78,7 @@ class Forked:
 
 
 def _serve() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
     for name in LOADED:
         importlib.import_module(name)
     statuses: dict[int, str] = {}

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -55,9 +56,16 @@ class Job:
         forks: Forks | None = None,
     ) -> None:
         self.log, port = log, free_port()
+        hear_hangups = partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
         train = [str(ROOT / "launch" / "train.py"), *map(str, arguments)]
         self._output = open(log, "ab")  # noqa: SIM115 - held as long as the job
-        streams = {"stdin": subprocess.DEVNULL, "stdout": self._output, "stderr": subprocess.STDOUT, "cwd": cwd}
+        streams = {
+            "stdin": subprocess.DEVNULL,
+            "stdout": self._output,
+            "stderr": subprocess.STDOUT,
+            "cwd": cwd,
+            "preexec_fn": hear_hangups,
+        }
         if bare:
             self.started: list[subprocess.Popen[bytes] | Forked] = []
             for rank in range(ranks):

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -38,7 +39,9 @@ except EndedBySignal as ended:
 def start(code: str, *arguments: str | Path, **options) -> subprocess.Popen[str]:
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    process = subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], env=env, text=True, **pipes, **options)
+    hear_hangups = partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    process = subprocess.Popen(command, env=env, text=True, preexec_fn=hear_hangups, **pipes, **options)
     assert process.stdout and process.stdout.readline() == "here\n"
     return process
 
@@ -89,6 +92,7 @@ def test_whoever_takes_a_signal_over_has_it_alone(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_training_is_asked_to_stop(number):
+    hangup = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     before = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)]
     stop = StopRequest()
     assert not stop.requested
@@ -100,6 +104,7 @@ def test_a_training_is_asked_to_stop(number):
     stop.close()
     assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)] == before
     assert signal.set_wakeup_fd(-1) == -1, "the wake-up descriptor is given back"
+    signal.signal(signal.SIGHUP, hangup)
 
 
 @pytest.mark.parametrize("front_end", [True, False])
