@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 from tqdm import tqdm
 
 from dist_vasp.console import final_status, guard
+from dist_vasp.places import path_error
 from dist_vasp.signals import EndedBySignal, ending_on_signals
 from dist_vasp.text import one_line
 
@@ -57,7 +58,8 @@ def run(parser: Parser, command: Callable[[argparse.Namespace], int], argv: Sequ
     except MemoryError as error:
         return _report(MemoryError(f"not enough memory ({error}); ask for less, or use a larger machine"), 2, debug)
     except OSError as error:
-        return _report(error, 1, debug)
+        said = path_error(error)
+        return _report(ValueError(said) if said else error, 2 if said else 1, debug)
     except EndedBySignal as ended:
         return _report(ended, ended.status, False)
     return final_status(status)

@@ -42,6 +42,12 @@ def parse_json(data: bytes | str) -> Any:
         value = json.loads(data)
     except RecursionError:
         raise ValueError(f"it is nested deeper than {DEEPEST} levels") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"line {error.lineno} is not JSON" if data.strip() else "it is empty") from None
+    except UnicodeDecodeError:
+        raise ValueError("it is not UTF-8 text") from None
+    except ValueError:
+        raise ValueError("it holds a number of more digits than any of ours") from None
     level = [value]
     for _ in range(DEEPEST):
         level = [child for parent in level for child in _children(parent)]
@@ -54,3 +60,12 @@ def _children(value: Any) -> Any:
     if isinstance(value, dict):
         return value.values()
     return value if isinstance(value, list) else ()
+
+
+def reason(error: Exception) -> str:
+    """What is wrong with a JSON file, in words: an error of `read_json`, or one of looking into its value."""
+    if isinstance(error, KeyError):
+        return f"the key {error} is missing"
+    if isinstance(error, TypeError | AttributeError) and ("object" in str(error) or "indices" in str(error)):
+        return "a value is of another kind than expected"
+    return str(error)

@@ -33,7 +33,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from dist_vasp.bounded_json import read_json
+from dist_vasp.bounded_json import read_json, reason
 from dist_vasp.data import positives
 from dist_vasp.files import sync
 from dist_vasp.model.item_layers import NEASE_WEIGHT, ItemSlice
@@ -318,8 +318,8 @@ def read_header(
             check(header)
             if header["header_sha256"] != header_sha256(header):
                 raise ValueError("header_sha256 is not that of its content")
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{file} is damaged ({error!r:.300}); {remedy}") from None
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
+        raise ValueError(f"{file} is damaged ({reason(error):.300}); {remedy}") from None
     if found != version:
         raise ValueError(f"{file} has format_version {found!r:.20}, this version reads {version}; use the version that wrote it")
     return header
@@ -364,7 +364,9 @@ def is_count(value: Any) -> bool:
 
 def _is_number(value: Any) -> bool:
     """A finite number of 0 or more."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
+    return (
+        isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e300
+    )  # JSON has longer numbers than a float
 
 
 def verify(checkpoint: Checkpoint, ranks: Ranks) -> None:

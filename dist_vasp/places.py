@@ -34,6 +34,16 @@ _FOLDERS = (  # what a folder is, the names that tell, and the names of what bel
 )
 _DEPTH = 4  # folders above an output that are looked at: RUN/checkpoints/best/file is deep enough
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_OF_THE_PATH = (
+    errno.ENAMETOOLONG,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ELOOP,
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EISDIR,
+)
 _KINDS = (
     (stat.S_ISFIFO, "a pipe"),
     (stat.S_ISCHR, "a device"),
@@ -51,6 +61,13 @@ def unwritable(error: OSError, path: str | Path, option: str = "", remedy: str =
     if error.errno not in _NO_SPACE:
         remedy = remedy.removeprefix("free some space or ")
     return ValueError(f"{_named(path, option)} cannot be written ({error.strerror or error}); {remedy}")
+
+
+def path_error(error: Exception) -> str:
+    """Return one line on an error about a path that cannot be used as it is; "" for any other error."""
+    if not isinstance(error, OSError) or error.errno not in _OF_THE_PATH or not isinstance(error.filename, str | bytes):
+        return ""
+    return f"{os.fsdecode(error.filename):.300} cannot be used ({error.strerror}); correct that, or name another place"
 
 
 def check_file(

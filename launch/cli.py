@@ -29,6 +29,7 @@ from dist_vasp.parallel.comm import (
     shut_down,
 )
 from dist_vasp.parallel.launched import launched_world
+from dist_vasp.places import path_error
 from dist_vasp.signals import EndedBySignal, ending_on_signals
 from dist_vasp.text import one_line
 from dist_vasp.training.engine import DivergedError
@@ -66,9 +67,13 @@ def run(main: Callable[[Sequence[str] | None], int | None]) -> NoReturn:
         status = 1
         lost_peer = isinstance(error, RuntimeError) and is_lost_peer(error)
         no_memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-        if "--debug" in sys.argv or not (lost_peer or no_memory):
+        of_a_path = path_error(error)
+        if "--debug" in sys.argv or not (lost_peer or no_memory or of_a_path):
             traceback.print_exc()
-        if no_memory:
+        if of_a_path:
+            failed, status = one_line(of_a_path), 2
+            print(f"error: {failed}", file=sys.stderr, flush=True)
+        elif no_memory:
             failed = (
                 f"not enough memory ({one_line(str(error))}); python launch/plan.py says what a rank needs, and on how many it fits"
             )

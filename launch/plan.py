@@ -111,6 +111,8 @@ def _rates(path: str) -> Rates:
         return Rates()
     try:
         raw = read_json(path)
+        if not isinstance(raw, dict) or not raw.keys() & {"flops", "copy", "gather", "network"}:
+            raise ValueError("it names none of them")
         return Rates(**{name: float(raw[name]) for name in ("flops", "copy", "gather", "network") if name in raw})
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(

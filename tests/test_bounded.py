@@ -27,7 +27,7 @@ def test_json_within_bounds(tmp_path):
 
 @pytest.mark.parametrize("text", ["[" * 65 + "]" * 65, "[" * 100_000, '{"a":' * 500 + "1" + "}" * 500, "[" * 900 + "]" * 900])
 def test_json_that_is_too_deep(text):
-    with pytest.raises(ValueError, match=r"nested deeper than 64|Expecting"):
+    with pytest.raises(ValueError, match=r"nested deeper than 64|is not JSON"):
         parse_json(text)
 
 
@@ -190,3 +190,36 @@ def test_blocks_of_columns_fit_a_file():
     check_memory(Config(), 100_000, ranks)
     with pytest.raises(ValueError, match=r"parallel\.block_columns is 1, which cuts the W of 50,000 items into 50,000 blocks"):
         check_memory(Config(parallel=ParallelConfig(block_columns=1)), 100_000, ranks)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "it is empty"),
+        (bytes(50), "it is not UTF-8 text"),
+        (b'{"a":\n[1,}', "line 2 is not JSON"),
+        (b"\xff\xfe{", "it is not UTF-8 text"),
+        (b"9" * 6000, "it holds a number of more digits than any of ours"),
+        (b"[1]", "a value is of another kind than expected"),
+        (b"7", "a value is of another kind than expected"),
+        (b"null", "a value is of another kind than expected"),
+        (b"{}", "the key 'format_version' is missing"),
+        (b'{"format_version": 1}', "the key '.*' is missing"),
+    ],
+)
+def test_what_is_wrong_with_a_json_file_is_said_in_words(tmp_path, data, message):
+    for name in (checkpoints.HEADER, "ensemble.json", "manifest.json"):
+        (tmp_path / name).write_bytes(data)
+    for load_it in (checkpoints.open_checkpoint, read_ensemble, Manifest.load):
+        with pytest.raises(ValueError, match=rf"\.json is (damaged \(|not a manifest of this project: ){message}\b"):
+            load_it(tmp_path)
+
+
+@pytest.mark.parametrize("weight", [0, -1, 10**400, float("inf"), True, "1"])
+def test_the_weights_of_an_ensemble_are_numbers_above_0(tmp_path, weight):
+    content = {"format_version": 1, "vocabulary_sha256": "v", "n_items": 3}
+    content["members"] = [{"run": "a", "checkpoint": "", "weight": weight}]
+    content["header_sha256"] = checkpoints.header_sha256(content)
+    (tmp_path / "ensemble.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"the weight of a member is not a number above 0"):
+        read_ensemble(tmp_path)

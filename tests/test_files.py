@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import re
 import secrets
 import signal
 import socket
@@ -451,3 +452,16 @@ def test_errors_of_the_work_are_not_taken_for_those_of_the_disk(tmp_path):
     with pytest.raises(ValueError, match="cannot be written"), new_folder(tmp_path / "a") as inside:
         (inside / "b" / "c").write_text("")
     assert not names(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "file/below", "loop"])
+def test_a_path_that_cannot_be_used_is_said_in_one_line(tmp_path, name):
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(OSError) as raised:
+        (tmp_path / name).read_bytes()
+    assert re.fullmatch(
+        rf"{tmp_path}/\w.* cannot be used \(.+\); correct that, or name another place", places.path_error(raised.value)
+    )
+    assert len(places.path_error(raised.value)) < 400
+    assert not places.path_error(OSError("an error of ours")) and not places.path_error(KeyError("x"))

@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from webdataset.tariterators import group_by_keys
 
-from dist_vasp.bounded_json import LARGEST_MANIFEST, read_json
+from dist_vasp.bounded_json import LARGEST_MANIFEST, read_json, reason
 from dist_vasp.data import positives
 from dist_vasp.data.positives import PositiveRule
 
@@ -245,8 +245,7 @@ class Manifest:
         except OSError as error:
             raise ValueError(f"{path} cannot be read ({error.strerror}); correct that, or shard the data again") from None
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            detail = f"the key {error} is missing" if isinstance(error, KeyError) else str(error)
-            raise ValueError(f"{path} is not a manifest of this project: {detail}") from None
+            raise ValueError(f"{path} is not a manifest of this project: {reason(error)}") from None
         return manifest
 
 

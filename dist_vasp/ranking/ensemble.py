@@ -14,7 +14,6 @@ Shapes: G rows of the partition group, C columns of a block.
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -34,6 +33,7 @@ from dist_vasp.ranking.load import ENSEMBLE, LoadedModel, load_model, open_model
 
 FORMAT_VERSION = 1
 MOST_MEMBERS = 64
+_LARGEST = 1e300  # weight; a longer number of JSON is no float
 
 
 @dataclass(frozen=True)
@@ -150,8 +150,8 @@ def _check_header(header: dict[str, Any]) -> None:
         member = Member(**raw)
         if not isinstance(member.run, str) or not isinstance(member.checkpoint, str):
             raise TypeError("run and checkpoint of a member are text")
-        if isinstance(member.weight, bool) or not isinstance(member.weight, int | float) or not math.isfinite(member.weight):
-            raise TypeError("the weight of a member is a finite number")
+        if isinstance(member.weight, bool) or not isinstance(member.weight, int | float) or not 0 < member.weight <= _LARGEST:
+            raise ValueError("the weight of a member is not a number above 0")
 
 
 def describe_ensemble(folder: str | Path, runs: Sequence[str | Path], weights: Sequence[float]) -> str:
@@ -163,7 +163,7 @@ def describe_ensemble(folder: str | Path, runs: Sequence[str | Path], weights: S
         raise ValueError(f"{len(weights)} weights were given for {len(runs)} members; give one for each, in the same order")
     if len(runs) > MOST_MEMBERS:
         raise ValueError(f"{len(runs)} members were given, expected at most {MOST_MEMBERS}; all of them are held in memory to rank")
-    if any(not math.isfinite(weight) or weight <= 0 for weight in weights):
+    if not all(0 < weight <= _LARGEST for weight in weights):
         raise ValueError(f"the weights are {list(weights)}, expected finite numbers above 0; a member without weight is left out")
     opened = [open_model(run) for run in runs]
     headers = [one.header for one in opened]

@@ -18,7 +18,7 @@ from typing import Any
 
 from dist_vasp import checkpoint as checkpoints
 from dist_vasp import checkpoint_folder as folders
-from dist_vasp.bounded_json import read_json
+from dist_vasp.bounded_json import read_json, reason
 from dist_vasp.config import Config
 from dist_vasp.data import positives
 from dist_vasp.data.format import Manifest
@@ -206,7 +206,7 @@ def _seconds(result: Path) -> float:
     try:
         return float(read_json(result)["seconds_training"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{result} cannot be read ({error!r}); remove it, and the same command goes on with the search") from None
+        raise ValueError(f"{result} cannot be read ({reason(error)}); remove it, and the same command resumes the search") from None
 
 
 def _save(
