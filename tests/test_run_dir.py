@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -154,3 +155,17 @@ def test_result_of_an_earlier_end(tmp_path):
         path.write_text(text)
         run.drop_result(unless)
         assert path.exists() == stays, (text, unless)
+
+
+def test_an_evaluation_that_is_made_again_is_told_once(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = [
+        {"step": 1, "loss": 1.0},
+        {"step": 1, "split": "validation"},
+        {"step": 2, "loss": 1.0},
+        {"step": 2, "split": "validation"},
+    ]
+    for due, kept in ((False, lines), (True, lines[:3])):
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        assert run_dir.cut_after(path, 2, due) == 0
+        assert [json.loads(line) for line in path.read_text().splitlines()] == kept

@@ -50,7 +50,9 @@ class RunDir:
             raise ValueError(f"run.dir {folder} is in use by {owner}; wait for it to end or choose another run.dir")
         remove_leftovers(self.folder)
 
-    def open(self, config: Config, manifest: Manifest, after_step: int, environment: dict[str, Any]) -> int:
+    def open(
+        self, config: Config, manifest: Manifest, after_step: int, environment: dict[str, Any], evaluation_due: bool = False
+    ) -> int:
         """Write the resolved config, add `environment` to those of earlier starts, and continue metrics after `after_step`.
 
         Later lines belong to a future that is undone. Returns how many lines were damaged and are kept in metrics.damaged.jsonl.
@@ -61,7 +63,7 @@ class RunDir:
         starts = [*earlier_starts(path), {"after_step": after_step, **environment}]
         write_atomically(path, json.dumps({"starts": starts}, indent=1) + "\n")
         path = self.folder / "metrics.jsonl"
-        n_damaged = cut_after(path, after_step) if path.exists() else 0
+        n_damaged = cut_after(path, after_step, evaluation_due) if path.exists() else 0
         with _writing(self.folder):
             _copy_items(config.data.shards, manifest, self.folder / ITEMS_FILE)
             self._metrics = open(path, "a", opener=_no_link)  # noqa: SIM115
@@ -158,8 +160,9 @@ def earlier_starts(path: Path) -> list[dict[str, Any]]:
     return [start for start in starts if isinstance(start, dict)] if isinstance(starts, list) else []
 
 
-def cut_after(path: Path, step: int) -> int:
-    """Keep the lines of metrics.jsonl that belong to steps up to `step`; move damaged ones to metrics.damaged.jsonl, and count
+def cut_after(path: Path, step: int, evaluation_due: bool = False) -> int:
+    """Keep the lines of metrics.jsonl that belong to steps up to `step`, without the evaluation of `step` where that is still to be
+    made and told (an earlier attempt may have told it and then been stopped); move damaged ones to metrics.damaged.jsonl, and count
     them. A line after a damaged one is kept like any other."""
     n_damaged = 0
     with ExitStack() as stack:
@@ -179,7 +182,8 @@ def cut_after(path: Path, step: int) -> int:
                     damaged = stack.enter_context(open_append(path.with_name("metrics.damaged.jsonl"), _REMEDY))
                 damaged.write(broken + b"\n")
                 n_damaged += 1
-            if found is not None and found <= step:
+            told_again = evaluation_due and found == step and b'"split":' in line
+            if found is not None and found <= step and not told_again:
                 kept.write(line + b"\n")
     return n_damaged
 

@@ -184,7 +184,7 @@ def _begin(
     kept = folders.best_path(folder, state.best_checkpoint["step"]) if state.best_checkpoint else folders.step_path(folder, last)
     header = checkpoints.header_of(kept) if finished else None
     run_dir.drop_result(unless=header["header_sha256"] if header else "")
-    n_damaged = run_dir.open(config, manifest, state.step, environment)
+    n_damaged = run_dir.open(config, manifest, state.step, environment, state.evaluation_due)
     if n_damaged:
         progress.say(f"{n_damaged} damaged lines of metrics.jsonl are kept in metrics.damaged.jsonl")
     if state.lost_best:
