@@ -404,6 +404,29 @@ def test_the_trunk_as_a_program(runs, tmp_path):
     assert not (tmp_path / "none").exists()
 
 
+def test_an_export_holds_the_items_of_its_weights(runs, tmp_path, monkeypatch):
+    path, _ = a_run(runs, "vasp")
+    monkeypatch.chdir(path.parent)
+    r = Recommender.load(path.name)
+    monkeypatch.chdir(tmp_path)
+    r.export("model")
+    assert Recommender.load("model").items.ids.equals(r.items.ids)
+    other, _ = a_run(runs, "vasp", ids=NAMES)
+    shutil.copy(other / "items.parquet", path)
+    with pytest.raises(ValueError, match=rf"{path}/items\.parquet lists .* it comes from another preparation"):
+        r.export("swapped")
+    (path / "items.parquet").unlink()
+    with pytest.raises(ValueError, match=r"items\.parquet cannot be read \(No such file or directory\).*load the model again"):
+        r.export("gone")
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("arguments", [(None,), (7,), (b"export",), (["run"],), ("run", 7), ("x" * 5000,)])
+def test_what_is_no_folder_is_a_value_error(arguments):
+    with pytest.raises(ValueError, match=r"expected the path of a folder|is not a folder"):
+        Recommender.load(*arguments)
+
+
 def test_export_refuses(runs, tmp_path, monkeypatch):
     path, _ = a_run(runs, "vasp")
     r = Recommender.load(path)

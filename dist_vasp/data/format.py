@@ -401,8 +401,16 @@ def load_items(folder: str | Path, manifest: Manifest) -> ItemTable:
     return read_items_file(path, manifest.n_items, manifest.vocabulary_sha256)
 
 
-def read_items_file(path: Path, n_items: int, expected_sha256: str) -> ItemTable:
-    """Read an items.parquet that must hold the vocabulary with this hash; ValueError where it does not."""
+def read_items_file(path: Path, n_items: int, expected_sha256: str, source: Path | None = None) -> ItemTable:
+    """Read an items.parquet that must hold the vocabulary with this hash; ValueError where it does not.
+
+    `source`: the file that it is a copy of, which the error then names.
+    """
+    if source is not None:
+        try:
+            return read_items_file(path, n_items, expected_sha256)
+        except ValueError as error:
+            raise ValueError(str(error).replace(str(path), str(source))) from None
     _check_length(path, n_items, expected_sha256)
     try:
         table = pq.read_table(path)

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from dist_vasp import checkpoint as checkpoints
 from dist_vasp.checkpoint import Checkpoint
 from dist_vasp.data import positives
-from dist_vasp.data.format import ITEMS_FILE
+from dist_vasp.data.format import ITEMS_FILE, read_items_file
 from dist_vasp.data.positives import PositiveRule
 from dist_vasp.files import new_folder
 from dist_vasp.model.trunk import Trunk
@@ -86,7 +86,9 @@ def export(
     """
     output = check_folder(output)
     files = {name: _weights(opened, name) for name in sorted(opened.header["files"]) if name.endswith(".safetensors")}
-    needed = sum(4 * t.numel() for tensors in files.values() for t in tensors.values()) + items_file.stat().st_size
+    remedy = "restore it, and load the model again"
+    with checkpoints.readable(items_file, remedy):
+        needed = sum(4 * t.numel() for tensors in files.values() for t in tensors.values()) + items_file.stat().st_size
     if trunk is not None:
         needed += sum(4 * p.numel() for p in trunk.parameters())
     free = shutil.disk_usage(output.parent).free
@@ -106,7 +108,11 @@ def export(
         digests = {name: write_safetensors(temporary / name, tensors, count) for name, tensors in files.items()}
         if trunk is not None:
             digests[PROGRAM] = write_program(trunk, temporary / PROGRAM)
-        digests[ITEMS_FILE] = _copy(items_file, temporary / ITEMS_FILE)
+        with checkpoints.readable(items_file, remedy):
+            data = items_file.read_bytes()
+        digests[ITEMS_FILE] = _write(data, temporary / ITEMS_FILE)
+        # It may have been replaced since the model was loaded.
+        read_items_file(temporary / ITEMS_FILE, opened.header["n_items"], opened.header["vocabulary_sha256"], items_file)
         _write_header(temporary / HEADER, opened, digests, rule)
     return f"{output}: {opened.header['n_items']:,} items, {needed / 1e6:,.1f} MB, from {opened.name}"
 
@@ -147,8 +153,7 @@ def write_program(trunk: Trunk, file: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def _copy(source: Path, target: Path) -> str:
-    data = source.read_bytes()
+def _write(data: bytes, target: Path) -> str:
     with open(target, "wb") as handle:
         handle.write(data)
         handle.flush()

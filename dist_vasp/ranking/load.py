@@ -77,8 +77,12 @@ def load_model(run_dir: str | Path, name: str | None, ranks: Ranks, block_column
 
 def open_model(folder: str | Path, name: str | None = None) -> Checkpoint:
     """Open an exported folder, or a run's checkpoint `name` (else its best, else its newest)."""
+    if not isinstance(folder, str | os.PathLike) or not isinstance(name, str | None):
+        raise ValueError(
+            f"the model is {folder!r:.80}, its checkpoint {name!r:.80}; expected the path of a folder, and a name or None"
+        )
     folder = Path(folder)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise ValueError(f"{folder} is not a folder; pass the run.dir of a training run, or a folder of launch/export.py")
     if (folder / ENSEMBLE).is_file():
         raise ValueError(f"{folder} is an ensemble, which evaluate.py and recommend.py take; pass the folder of one of its members")

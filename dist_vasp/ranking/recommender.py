@@ -155,7 +155,7 @@ class Recommender:
         opened = open_model(folder, checkpoint)
         if verify:
             checkpoints.verify(opened, form_groups(0, Layout(1, 1, 1), torch.device("cpu")))
-        items_file = Path(folder) / ITEMS_FILE
+        items_file = Path(folder).absolute() / ITEMS_FILE  # `export` finds it after a change of folder, too
         items = read_items_file(items_file, opened.header["n_items"], opened.header["vocabulary_sha256"])
         config = from_dict(opened.header["config"])
         check_size(opened, config)
