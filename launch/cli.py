@@ -28,7 +28,7 @@ from dist_vasp.parallel.comm import (
     lost_rank,
     shut_down,
 )
-from dist_vasp.parallel.launched import launched_world
+from dist_vasp.parallel.launched import launched_world, meeting_point
 from dist_vasp.places import path_error
 from dist_vasp.signals import EndedBySignal, ending_on_signals
 from dist_vasp.text import one_line
@@ -47,7 +47,10 @@ def run(main: Callable[[Sequence[str] | None], int | None]) -> NoReturn:
     rank = 0
     try:
         with ending_on_signals(_PATIENCE_S):
-            rank = launched_world()[0]
+            found, world = launched_world()[:2]
+            if world > 1:
+                meeting_point(world)
+            rank = found  # from here on rank 0 speaks for all; what is wrong with its own environment, each rank says
             status = main(None) or 0
     except EndedBySignal as ended:
         print(f"error: {ended}", file=sys.stderr, flush=True)
