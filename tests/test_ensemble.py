@@ -189,5 +189,5 @@ def test_an_ensemble_has_no_checkpoint_and_no_export(made):
 
 
 def test_evaluate_asks_for_shards(made):
-    with pytest.raises(ValueError, match=r"all does not say which data it was trained on; pass --shards DIR"):
+    with pytest.raises(ValueError, match=r"run0/checkpoints/\S+ does not say which data it was trained on; pass --shards DIR"):
         evaluate_main(["--run", str(made[0] / "all"), "--device", "cpu"])
