@@ -272,7 +272,8 @@ def test_the_search_finds_the_lambda_that_is_best_on_validation(run):
 
 def test_files_and_result_of_a_run(run):
     result = json.loads((run / "result.json").read_text())
-    names = ["validation", "test", "seconds_training", "epochs", "world_size", "checkpoint", "ease_lambda"]
+    names = ["validation", "test", "seconds_training", "epochs", "world_size", "checkpoint", "checkpoint_sha256"]
+    names.append("ease_lambda")
     assert list(result) == names
     assert {p.name for p in (run / "checkpoints").iterdir()} == {"best", result["checkpoint"]}
     assert (run / "checkpoints" / "best").resolve().name == result["checkpoint"]
