@@ -522,7 +522,7 @@ def test_mistakes_are_readable(runs, tmp_path):
         (lambda: r.recommend("i1", 3), r"histories are str, expected a list of lists of ids"),
         (lambda: r.recommend(7, 3), r"histories are int, expected"),
         (lambda: r.recommend([[1000, "x"]], 3), r"the histories must hold original ids, all whole numbers or all strings"),
-        (lambda: r.recommend([[1.5]], 3), r"the histories must hold original ids"),
+        (lambda: r.recommend([[1.5]], 3), r"the histories, row 1: the id 1\.5 is not a whole number from 0 to 2\^53-1"),
         (lambda: r.recommend([[1000, None]], 3), r"the histories must hold original ids"),
         (lambda: r.recommend(scipy.sparse.csr_matrix((2, 5)), 3), r"has shape \(2, 5\), expected \(users, 37\)"),
         (lambda: r.recommend(table, 3), r"the table has no column 'item'; its columns are user, thing; pass item_column="),
@@ -551,7 +551,7 @@ def test_commands_exit_with_2(runs, tmp_path):
         (["export", "--run", tmp_path / "no", "--output", tmp_path / "model"], "no is not a folder"),
         (["export", "--run", path, "--output", tmp_path], "exists; name another folder"),
         ([*recommend, "--explain", "2"], "--explain needs the shallow path"),
-        ([*recommend, "--explain", "-1"], "--explain is -1, expected 0 or more"),
+        ([*recommend, "--explain", "-1"], "--explain is -1, expected 0 to 1,000 past items"),
     ):
         with pytest.raises(ValueError, match=message):
             importlib.import_module(f"launch.{arguments[0]}").main([*map(str, arguments[1:]), "--device", "cpu"])

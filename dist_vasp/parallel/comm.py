@@ -294,11 +294,11 @@ def barrier(group: Group) -> None:
 def all_gather_bytes(message: bytes, group: Group, device: torch.device, capacity: int = _MESSAGE_BYTES) -> list[bytes]:
     """Every rank's message, cut off at `capacity` bytes; nothing is pickled."""
     message = message[:capacity]
-    padded = torch.zeros(8 + capacity, dtype=torch.uint8)
-    padded[:8] = torch.tensor(list(len(message).to_bytes(8, "little")), dtype=torch.uint8)
-    padded[8 : 8 + len(message)] = torch.tensor(list(message), dtype=torch.uint8)
+    sizes = all_gather(torch.tensor([len(message)], device=device), group).tolist()
+    padded = torch.zeros(max(1, *sizes), dtype=torch.uint8)
+    padded[: len(message)] = torch.tensor(list(message), dtype=torch.uint8)
     rows = all_gather(padded[None].to(device), group).cpu().numpy()
-    return [bytes(row[8 : 8 + int.from_bytes(bytes(row[:8]), "little")]) for row in rows]
+    return [bytes(row[:n]) for row, n in zip(rows, sizes, strict=True)]
 
 
 def any_rank(flag: bool, ranks: Ranks) -> bool:
