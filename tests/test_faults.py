@@ -262,7 +262,7 @@ def test_a_rank_that_fails_is_named_with_its_error():
     """A bug on one rank: its traceback, then one line; it ends at once, whatever else still runs in it."""
     code = "import threading, time\nfrom launch.cli import run\n"
     code += "def main(_):\n    threading.Thread(target=time.sleep, args=(600,)).start()\n    [][3]\nrun(main)"
-    env = environment(RANK="1", WORLD_SIZE="2")
+    env = environment(RANK="1", WORLD_SIZE="2", LOCAL_RANK="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="29677")
     done = subprocess.run([sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 1
     assert "Traceback" in done.stderr and done.stderr.endswith("error: rank 1: IndexError: list index out of range\n")
