@@ -12,6 +12,13 @@ from dist_vasp.training.optimizer import InPlaceAdam
 from tests.rounding import bounded, within
 
 
+@pytest.fixture(autouse=True)
+def configured(monkeypatch, tmp_path):
+    """As `kernels` does it. torch's graph cache would hand out code made for other vector units."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "kernels"))
+    module._configure()
+
+
 def case(rows: int, columns: int, n_paths: int):
     generator = torch.Generator().manual_seed(rows + columns)
     logits = [torch.randn(rows, columns, generator=generator) * 4 for _ in range(n_paths)]
