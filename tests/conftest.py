@@ -16,10 +16,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def pytest_addoption(parser):
     parser.addoption("--data", default=str(ROOT.parent / "shared" / "data"), help="folder with ml-1m/ and gowalla/")
-    parser.addoption("--fuzz", type=int, default=400, help="mutated files of tests/test_fuzz.py (2000 before a release)")
+    parser.addoption("--fuzz", type=int, default=300, help="mutated files of tests/test_fuzz.py (2000 before a release)")
     parser.addoption("--rounding", help="write every error over its bound (tests/rounding.py) to this file")
     parser.addoption("--loads", type=int, default=0, help="loads of tests/test_readers_beside.py (200 before a release)")
-    parser.addoption("--kills", type=int, default=6, help="SIGKILLs of tests/test_kill.py (50 before a release)")
+    parser.addoption("--kills", type=int, default=4, help="SIGKILLs of tests/test_kill.py (50 before a release)")
 
 
 @pytest.fixture(scope="session")
