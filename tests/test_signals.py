@@ -68,8 +68,9 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path):
     while process.poll() is None:
         process.send_signal(signal.SIGINT)
         time.sleep(0.05)
-    assert process.communicate(timeout=30) == ("", "")
-    assert process.returncode == 130
+    said, errors = process.communicate(timeout=30)
+    assert said in ("", "ended by SIGINT\n"), "the second one may come when the first has done its work"
+    assert (errors, process.returncode) == ("", 130)
 
 
 def test_nohup_is_respected(tmp_path):
