@@ -95,7 +95,6 @@ def test_whoever_takes_a_signal_over_has_it_alone(tmp_path):
 def test_a_training_is_asked_to_stop(number):
     hangup = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     before = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)]
-    signal.set_wakeup_fd(-1)  # a training that failed in a test before may have left one
     stop = StopRequest()
     assert not stop.requested
     os.kill(os.getpid(), number)

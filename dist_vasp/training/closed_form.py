@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -45,7 +46,11 @@ def solve(config: Config, ranks: Ranks) -> dict[str, Any] | None:
 
     Raises AgreedError for what a user can mend, a matrix that is singular in its precision included.
     """
-    stop = StopRequest()
+    with closing(StopRequest()) as stop:
+        return _solve(config, ranks, stop)
+
+
+def _solve(config: Config, ranks: Ranks, stop: StopRequest) -> dict[str, Any] | None:
     manifest = _open(config, ranks)
     check_shards(config.data.shards, manifest, ranks)
     run_dir: RunDir | None = None
@@ -85,7 +90,6 @@ def solve(config: Config, ranks: Ranks) -> dict[str, Any] | None:
         if result is None:
             say("stopped on request; the same command goes on behind the best lambda that is saved")
         run_dir.close()
-    stop.close()
     return result
 
 

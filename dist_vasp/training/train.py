@@ -45,13 +45,12 @@ def train(config: Config, ranks: Ranks, init_from: str | None = None) -> dict[st
     None when a signal stopped the run: it is saved then, and the same call goes on. Raises AgreedError for what a user can
     mend, DivergedError when the loss is no longer finite.
     """
-    with ExitStack() as workers:  # the loader's end with the run, however it ends
-        return _train(config, ranks, init_from, workers)
+    with ExitStack() as workers, closing(StopRequest()) as stop:  # however the run ends
+        return _train(config, ranks, init_from, workers, stop)
 
 
-def _train(config: Config, ranks: Ranks, init_from: str | None, workers: ExitStack) -> dict[str, Any] | None:
+def _train(config: Config, ranks: Ranks, init_from: str | None, workers: ExitStack, stop: StopRequest) -> dict[str, Any] | None:
     # Check everything that is cheap to check.
-    stop = StopRequest()
     stream = open_stream(config, ranks)
     check_shards(config.data.shards, stream.manifest, ranks)
     run_dir: RunDir | None = None
@@ -160,7 +159,6 @@ def _train(config: Config, ranks: Ranks, init_from: str | None, workers: ExitSta
                 f"stopped on request after step {state.step} of {last}, saved in {folder}; the same command goes on from there"
             )
         run_dir.close()
-    stop.close()
     return result
 
 
