@@ -28,7 +28,15 @@ setup(
         "setuptools",
     ],
     extras_require={
-        "dev": ["pytest>=8", "hypothesis>=6", "ruff>=0.11", "mypy>=1.15", "types-PyYAML", "types-psutil", "types-tqdm"],
+        "dev": [
+            "pytest>=8",
+            "hypothesis>=6",
+            "ruff>=0.11",
+            "mypy>=1.15",
+            "types-PyYAML",
+            "types-psutil",
+            "types-tqdm",
+        ],
         "docs": ["mkdocs-material==9.8.2"],
     },
 )

@@ -34,13 +34,17 @@ class Parser(argparse.ArgumentParser):
         unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
         if unknown:
             close = difflib.get_close_matches(unknown[1], self._option_string_actions, 1, 0.6)
-            message = f"{unknown[1]} is not an option{f', did you mean {close[0]}?' if close else ''}"
+            message = (
+                f"{unknown[1]} is not an option{f', did you mean {close[0]}?' if close else ''}"
+            )
         if message.endswith("expected one argument"):
             message += ", and one that begins with - is written --option=-1"
         raise ValueError(f"{message.removeprefix('argument ')}; `--help` lists all options")
 
 
-def run(parser: Parser, command: Callable[[argparse.Namespace], int], argv: Sequence[str] | None = None) -> int:
+def run(
+    parser: Parser, command: Callable[[argparse.Namespace], int], argv: Sequence[str] | None = None
+) -> int:
     """Parse `argv`, run `command`, and return the exit status: 0 done, 2 bad input, 1 anything else.
 
     A ValueError is the user's to mend and becomes one line, as does an OSError (a full disk); any other exception is
@@ -56,7 +60,11 @@ def run(parser: Parser, command: Callable[[argparse.Namespace], int], argv: Sequ
     except ValueError as error:
         return _report(error, 2, debug)
     except MemoryError as error:
-        return _report(MemoryError(f"not enough memory ({error}); ask for less, or use a larger machine"), 2, debug)
+        return _report(
+            MemoryError(f"not enough memory ({error}); ask for less, or use a larger machine"),
+            2,
+            debug,
+        )
     except OSError as error:
         said = path_error(error)
         return _report(ValueError(said) if said else error, 2 if said else 1, debug)
@@ -78,7 +86,11 @@ class Progress:
     def __init__(self, what: str, unit: str, total: int | None = None):
         self.what, self.unit, self.total, self.done = what, unit, total, 0
         self._began = self._spoke = time.monotonic()
-        self._bar = tqdm(desc=what, unit=f" {unit}", total=total, unit_scale=True, leave=False) if sys.stderr.isatty() else None
+        self._bar = (
+            tqdm(desc=what, unit=f" {unit}", total=total, unit_scale=True, leave=False)
+            if sys.stderr.isatty()
+            else None
+        )
 
     def add(self, n: int) -> None:
         self.done += n
@@ -90,8 +102,15 @@ class Progress:
             of, left = "", ""
             if self.total and rate:
                 seconds = int(max(0, self.total - self.done) / rate)
-                of, left = f" of {self.total:,}", f", {seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d} left"
-            print(f"{self.what}: {self.done:,}{of} {self.unit}, {rate:,.0f}/s{left}", file=sys.stderr, flush=True)
+                of, left = (
+                    f" of {self.total:,}",
+                    f", {seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d} left",
+                )
+            print(
+                f"{self.what}: {self.done:,}{of} {self.unit}, {rate:,.0f}/s{left}",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def close(self) -> None:
         if self._bar is not None:

@@ -29,7 +29,10 @@ ROWS_PER_BATCH = 1 << 19
 SPLIT_VALUES = pa.array(["0", "train", "1", "test", "2", "validation"])
 TRAIN, TEST, VALIDATION = 0, 1, 2
 _SORTED = [("user", pa.uint32()), ("item", pa.uint32()), ("position", pa.uint64())]
-_EXTRA = {"split": pa.uint8(), "rating": pa.float64()}  # columns that are sorted along where they are needed
+_EXTRA = {
+    "split": pa.uint8(),
+    "rating": pa.float64(),
+}  # columns that are sorted along where they are needed
 
 
 def _ascending(index: IdIndex) -> tuple[pa.Array, np.ndarray]:
@@ -67,7 +70,11 @@ class Interactions:
         self, users: np.ndarray, sizes: Sequence[int] | None = None
     ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
         """Of `users`, in this order: (users (B,), indptr (B+1,) int64, items (E,) uint32, splits (E,) uint8), B by `sizes`."""
-        bounds = np.cumsum([0, *sizes]) if sizes is not None else np.append(np.arange(0, len(users), 4096), len(users))
+        bounds = (
+            np.cumsum([0, *sizes])
+            if sizes is not None
+            else np.append(np.arange(0, len(users), 4096), len(users))
+        )
         items = os.open(self.folder / "items", os.O_RDONLY)
         splits = os.open(self.folder / "splits", os.O_RDONLY) if self.has_splits else -1
         try:
@@ -91,11 +98,20 @@ def _read(handle: int, starts: np.ndarray, sizes: np.ndarray, width: int) -> byt
     ends = starts + sizes
     if len(starts) and np.array_equal(starts[1:], ends[:-1]):  # neighbours in the file: one read
         starts, sizes = starts[:1], np.array([ends[-1] - starts[0]])
-    return b"".join([os.pread(handle, n * width, s * width) for s, n in zip(starts.tolist(), sizes.tolist(), strict=True)])
+    return b"".join(
+        [
+            os.pread(handle, n * width, s * width)
+            for s, n in zip(starts.tolist(), sizes.tolist(), strict=True)
+        ]
+    )
 
 
 def collect(
-    batches: Iterable[pa.RecordBatch], folder: Path, min_rating: float, memory_limit: str, repeats: str = "first"
+    batches: Iterable[pa.RecordBatch],
+    folder: Path,
+    min_rating: float,
+    memory_limit: str,
+    repeats: str = "first",
 ) -> Interactions:
     """Group the positives of `batches` by user, with scratch files in `folder`.
 
@@ -109,7 +125,11 @@ def collect(
         raise ValueError(
             "--repeats max takes the highest rating of a pair, and no rating column was read; pass --rating_column NAME"
         )
-    rule = PositiveRule(rating_column="rating", min_rating=min_rating, repeats=repeats) if "rating" in names else None
+    rule = (
+        PositiveRule(rating_column="rating", min_rating=min_rating, repeats=repeats)
+        if "rating" in names
+        else None
+    )
     rule = rule or PositiveRule(repeats=repeats)
     extra = [name for name in ("split", "time") if name in names]
     if "rating" in names and repeats != "first":
@@ -130,16 +150,24 @@ def collect(
             raise
 
     folder.mkdir(parents=True, exist_ok=True)
-    connection = duckdb.connect(config={"temp_directory": str(folder / "spill"), "preserve_insertion_order": False})
+    connection = duckdb.connect(
+        config={"temp_directory": str(folder / "spill"), "preserve_insertion_order": False}
+    )
     try:
         try:
-            connection.execute("SET threads = 1")  # the reader feeds it from one thread; more only cost memory
+            connection.execute(
+                "SET threads = 1"
+            )  # the reader feeds it from one thread; more only cost memory
             connection.execute("SET memory_limit = ?", [memory_limit])
-            kinds = _EXTRA | {"time": first["time"].type if first is not None and "time" in names else None}
+            kinds = _EXTRA | {
+                "time": first["time"].type if first is not None and "time" in names else None
+            }
             schema = pa.schema([*_SORTED, *((name, kinds[name]) for name in extra)])
             connection.register("rows", pa.RecordBatchReader.from_batches(schema, encoded()))
             columns = ", ".join(["user", "item", *extra])
-            stream = connection.sql(f"SELECT {columns} FROM rows ORDER BY user, position").to_arrow_reader(ROWS_PER_BATCH)
+            stream = connection.sql(
+                f"SELECT {columns} FROM rows ORDER BY user, position"
+            ).to_arrow_reader(ROWS_PER_BATCH)
             starts, sizes = _write_scratch(stream, folder, encoder)
         except Exception as error:
             if failure:
@@ -168,7 +196,14 @@ def collect(
     order = np.argsort(user_rank)
     has_ratings = "rating" in names
     data = Interactions(
-        user_ids, _ascending(items)[0], starts[order], sizes[order], "split" in names, folder, has_ratings, encoder.counts
+        user_ids,
+        _ascending(items)[0],
+        starts[order],
+        sizes[order],
+        "split" in names,
+        folder,
+        has_ratings,
+        encoder.counts,
     )
     if repeats == "last" and has_ratings:  # what only rows of low ratings have named
         return without_items(data, item_counts(data) == 0)
@@ -186,7 +221,9 @@ class _Encoder:
     def encode(self, batch: pa.RecordBatch) -> pa.RecordBatch:
         self.counts.rows += len(batch)
         kept = batch
-        if self.rule.min_rating is not None and self.rule.repeats != "last":  # the last row may be a low one
+        if (
+            self.rule.min_rating is not None and self.rule.repeats != "last"
+        ):  # the last row may be a low one
             kept = batch.filter(pc.greater_equal(batch["rating"], self.rule.min_rating))
             self.counts.below_min_rating += len(batch) - len(kept)
         positions = np.arange(self._position, self._position + len(kept), dtype=np.uint64)
@@ -196,7 +233,10 @@ class _Encoder:
             "item": self.items.encode(kept["item"]),
             "position": pa.array(positions),
         }
-        columns |= {name: _split_codes(kept["split"]) if name == "split" else kept[name] for name in self.extra}
+        columns |= {
+            name: _split_codes(kept["split"]) if name == "split" else kept[name]
+            for name in self.extra
+        }
         return pa.record_batch(columns)
 
 
@@ -204,16 +244,24 @@ def _split_codes(splits: pa.Array) -> pa.Array:
     codes = pc.index_in(splits, value_set=SPLIT_VALUES)
     if codes.null_count:
         bad = splits.filter(pc.is_null(codes))[0].as_py()
-        raise ValueError(f"the split column holds {bad!r}; expected 0 or train, 1 or test, 2 or validation")
+        raise ValueError(
+            f"the split column holds {bad!r}; expected 0 or train, 1 or test, 2 or validation"
+        )
     return pa.array((np.asarray(codes) // 2).astype(np.uint8))
 
 
-def _write_scratch(stream: Iterable[pa.RecordBatch], folder: Path, encoder: _Encoder) -> tuple[np.ndarray, np.ndarray]:
+def _write_scratch(
+    stream: Iterable[pa.RecordBatch], folder: Path, encoder: _Encoder
+) -> tuple[np.ndarray, np.ndarray]:
     """Write the positives to `folder`; starts and sizes of every user, both (U,) int64, by user code."""
     sizes: list[np.ndarray] = []
     item_rank: np.ndarray | None = None
     item_path, split_path = folder / "items", folder / "splits"
-    with open(item_path, "wb") as item_file, open(split_path, "wb") as split_file, Progress("grouping", "rows") as progress:
+    with (
+        open(item_path, "wb") as item_file,
+        open(split_path, "wb") as split_file,
+        Progress("grouping", "rows") as progress,
+    ):
         for rows in _whole_users(stream, ["user", "item", *encoder.extra]):
             if item_rank is None:  # the sort has consumed all input, so the index is complete
                 item_rank = _ascending(encoder.items)[1]
@@ -223,7 +271,11 @@ def _write_scratch(stream: Iterable[pa.RecordBatch], folder: Path, encoder: _Enc
             n_users = int(local[-1]) + 1
             pairs = local.astype(np.int64) * len(item_rank) + item
             kept = positive_rows(encoder.rule, pairs, rows.get("rating"), rows.get("time"))
-            n_pairs = len(np.unique(pairs)) if encoder.rule.repeats == "last" and not encoder.rule.is_implicit else len(kept)
+            n_pairs = (
+                len(np.unique(pairs))
+                if encoder.rule.repeats == "last" and not encoder.rule.is_implicit
+                else len(kept)
+            )
             encoder.counts.duplicates += len(user) - n_pairs
             encoder.counts.below_min_rating += n_pairs - len(kept)
             item_file.write(item_rank[item[kept]].tobytes())
@@ -234,7 +286,9 @@ def _write_scratch(stream: Iterable[pa.RecordBatch], folder: Path, encoder: _Enc
     return np.cumsum(size) - size, size
 
 
-def _whole_users(stream: Iterable[pa.RecordBatch], names: Sequence[str]) -> Iterator[dict[str, np.ndarray]]:
+def _whole_users(
+    stream: Iterable[pa.RecordBatch], names: Sequence[str]
+) -> Iterator[dict[str, np.ndarray]]:
     """The columns `names` of `stream`, cut where the user changes, so that no user is in two pieces."""
     held: list[dict[str, np.ndarray]] = []
 
@@ -276,7 +330,10 @@ def without_items(data: Interactions, dropped: np.ndarray) -> Interactions:
     The scratch file is written anew; `data` can no longer be read.
     """
     rank = np.cumsum(~dropped, dtype=np.int64) - 1
-    sizes, fresh = np.zeros(len(data.sizes), np.int64), {name: data.folder / f"{name}.next" for name in ("items", "splits")}
+    sizes, fresh = (
+        np.zeros(len(data.sizes), np.int64),
+        {name: data.folder / f"{name}.next" for name in ("items", "splits")},
+    )
     order = np.argsort(data.starts, kind="stable")  # as they lie in the file
     with open(fresh["items"], "wb") as item_file, open(fresh["splits"], "wb") as split_file:
         for users, indptr, items, splits in data.blocks(order):

@@ -23,9 +23,13 @@ from dist_vasp.data.tables.streams import open_file, readable
 _RATINGS = re.compile(r"(combined_data_\d+|mv_\d+)\.txt$")
 _TITLES = re.compile(r"movie_titles\.(csv|txt)$")
 _LINE = re.compile(rb"\d{1,9}:|\d{1,18},\d+(\.\d+)?(,[^,]*)?")
-_READ = pa.csv.ReadOptions(use_threads=False, block_size=2 * BLOCK_BYTES, column_names=["user", "rating", "date"])
+_READ = pa.csv.ReadOptions(
+    use_threads=False, block_size=2 * BLOCK_BYTES, column_names=["user", "rating", "date"]
+)
 _CONVERT = pa.csv.ConvertOptions(
-    column_types={"user": pa.int64(), "rating": pa.float64()}, include_columns=["user", "rating"], null_values=[""]
+    column_types={"user": pa.int64(), "rating": pa.float64()},
+    include_columns=["user", "rating"],
+    null_values=[""],
 )
 
 
@@ -71,7 +75,9 @@ class NetflixSource:
             if block:
                 yield _parse(block, movie)[0]
             elif movie == -1:
-                raise ValueError(f"{self.path} holds no line of combined_data_*.txt or mv_*.txt; expected the Netflix Prize data")
+                raise ValueError(
+                    f"{self.path} holds no line of combined_data_*.txt or mv_*.txt; expected the Netflix Prize data"
+                )
 
     def _pieces(self) -> Iterator[_Piece]:
         for member, stream in archives.members(self.path):
@@ -108,7 +114,11 @@ class NetflixSource:
 def _parse_titles(text: str) -> dict[int, str]:
     """Lines `ID,YEAR,TITLE`; a title may hold commas."""
     rows = (line.split(",", 2) for line in text.splitlines())
-    return {int(row[0]): row[2] for row in rows if len(row) == 3 and row[0].isascii() and row[0].isdecimal()}
+    return {
+        int(row[0]): row[2]
+        for row in rows
+        if len(row) == 3 and row[0].isascii() and row[0].isdecimal()
+    }
 
 
 def _parse(block: list[_Piece], movie: int) -> tuple[pa.RecordBatch, int]:
@@ -123,11 +133,27 @@ def _parse(block: list[_Piece], movie: int) -> tuple[pa.RecordBatch, int]:
     bounds = np.concatenate([starts[headers], [len(data)]])
     cuts = np.concatenate([[0], ends[headers] + 1])
     body = b"".join(data[a:b] for a, b in zip(cuts.tolist(), bounds.tolist(), strict=True))
-    sizes = np.diff(np.concatenate([[-1], headers, [len(ends)]])) - 1  # ratings before, between and after the headers
+    sizes = (
+        np.diff(np.concatenate([[-1], headers, [len(ends)]])) - 1
+    )  # ratings before, between and after the headers
     try:
-        movies = [movie, *(int(data[a:b]) for a, b in zip(starts[headers].tolist(), (ends[headers] - 1).tolist(), strict=True))]
-        rated = pa.csv.read_csv(pa.BufferReader(body), _READ, convert_options=_CONVERT) if body else _CONVERT_EMPTY
-        if rated.num_rows != sizes.sum() or min(movies[1:], default=0) < 0 or (movie < 0 and sizes[0]):
+        movies = [
+            movie,
+            *(
+                int(data[a:b])
+                for a, b in zip(starts[headers].tolist(), (ends[headers] - 1).tolist(), strict=True)
+            ),
+        ]
+        rated = (
+            pa.csv.read_csv(pa.BufferReader(body), _READ, convert_options=_CONVERT)
+            if body
+            else _CONVERT_EMPTY
+        )
+        if (
+            rated.num_rows != sizes.sum()
+            or min(movies[1:], default=0) < 0
+            or (movie < 0 and sizes[0])
+        ):
             raise ValueError("lines are not all ratings")
         if (
             rated["user"].null_count
@@ -140,7 +166,9 @@ def _parse(block: list[_Piece], movie: int) -> tuple[pa.RecordBatch, int]:
         raise _explain(block, movie, error) from None
     item = pa.array(np.repeat(np.array(movies, np.int64), sizes))
     columns = {name: rated[name].combine_chunks() for name in ("user", "rating")}
-    return pa.record_batch({"user": columns["user"], "item": item, "rating": columns["rating"]}), movies[-1]
+    return pa.record_batch(
+        {"user": columns["user"], "item": item, "rating": columns["rating"]}
+    ), movies[-1]
 
 
 _CONVERT_EMPTY = pa.table({"user": pa.array([], pa.int64()), "rating": pa.array([], pa.float64())})
@@ -151,9 +179,13 @@ def _explain(block: list[_Piece], movie: int, error: ValueError) -> ValueError:
         for number, line in enumerate(piece.data.splitlines(), piece.line):
             seen = line.decode("latin-1")[:80]
             if not _LINE.fullmatch(line):
-                return ValueError(f"{piece.name}, line {number}: {seen!r} is neither 'MOVIE:' nor 'USER,RATING,DATE'")
+                return ValueError(
+                    f"{piece.name}, line {number}: {seen!r} is neither 'MOVIE:' nor 'USER,RATING,DATE'"
+                )
             if line.endswith(b":"):
                 movie = int(line[:-1])
             elif movie < 0:
-                return ValueError(f"{piece.name}, line {number}: the rating {seen!r} comes before any 'MOVIE:' line")
+                return ValueError(
+                    f"{piece.name}, line {number}: the rating {seen!r} comes before any 'MOVIE:' line"
+                )
     return ValueError(f"{block[0].name} from line {block[0].line}: {error}")

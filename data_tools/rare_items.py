@@ -15,7 +15,9 @@ from data_tools.cli import Progress
 from data_tools.interactions import Interactions, item_counts, without_items
 
 
-def drop_rare_items(data: Interactions, min_users: int, min_items: int, core: bool) -> tuple[Interactions, dict[str, int]]:
+def drop_rare_items(
+    data: Interactions, min_users: int, min_items: int, core: bool
+) -> tuple[Interactions, dict[str, int]]:
     """Drop items with fewer than `min_users` users; returns the rest and what was left out.
 
     With `core` the users who keep fewer than `min_items` items do not count, until nothing changes;
@@ -49,7 +51,9 @@ def _core(data: Interactions, min_users: int, min_items: int) -> np.ndarray:
                 owner = np.repeat(np.arange(len(users)), np.diff(indptr))
                 among_kept = kept[items]
                 sizes = np.bincount(owner[among_kept], minlength=len(users))
-                counts += np.bincount(items[among_kept & (sizes >= min_items)[owner]], minlength=len(kept))
+                counts += np.bincount(
+                    items[among_kept & (sizes >= min_items)[owner]], minlength=len(kept)
+                )
             progress.add(1)
             smaller = kept & (counts >= min_users)
             if np.array_equal(smaller, kept):

@@ -14,7 +14,14 @@ from data_tools import archives, netflix
 from data_tools.netflix import NetflixSource
 from dist_vasp.data.tables import movielens
 from dist_vasp.data.tables.columns import Columns, Reading
-from dist_vasp.data.tables.inputs import check_file, expand, kind_of, names_in, one_kind, tables_among
+from dist_vasp.data.tables.inputs import (
+    check_file,
+    expand,
+    kind_of,
+    names_in,
+    one_kind,
+    tables_among,
+)
 from dist_vasp.data.tables.read import Table, open_table
 from dist_vasp.data.tables.streams import readable
 
@@ -67,7 +74,9 @@ class TableSource:
 
     def look(self) -> tuple[dict[str, str], list[str]]:
         names, unused = self.table.look()
-        later = [name for name in self.table.unused if name not in names.values()]  # of the files after the first
+        later = [
+            name for name in self.table.unused if name not in names.values()
+        ]  # of the files after the first
         return names, list(dict.fromkeys([*unused, *later]))
 
     def read_times(self) -> str | None:
@@ -93,7 +102,9 @@ def infer_format(inputs: Inputs) -> str:
     paths = _paths(inputs)
     formats = {_format_of(path) for path in paths}
     if len(formats) > 1:
-        raise ValueError(f"the inputs are {' and '.join(sorted(formats))} by their names; pass --format, or name files of one kind")
+        raise ValueError(
+            f"the inputs are {' and '.join(sorted(formats))} by their names; pass --format, or name files of one kind"
+        )
     return formats.pop()
 
 
@@ -108,7 +119,9 @@ def _format_of(path: Path) -> str:
     if path.is_dir() or (archives.is_zip(name) and path.is_file()):
         with readable(str(path)):
             inside = names_in(path)
-        if netflix.holds_ratings(inside) or any(archives.base_name(n) == "training_set.tar" for n in inside):
+        if netflix.holds_ratings(inside) or any(
+            archives.base_name(n) == "training_set.tar" for n in inside
+        ):
             return "netflix"
         if movielens.find(path) is not None:
             return "movielens"
@@ -123,11 +136,18 @@ def _format_of(path: Path) -> str:
     if kind is None:
         if os.path.lexists(path):
             check_file(path)
-        raise ValueError(f"cannot tell the format of {path} from its name; pass --format, one of {', '.join(FORMATS)}")
+        raise ValueError(
+            f"cannot tell the format of {path} from its name; pass --format, one of {', '.join(FORMATS)}"
+        )
     return kind
 
 
-def open_source(inputs: Inputs, name: str | None = None, columns: Columns | None = None, reading: Reading | None = None) -> Source:
+def open_source(
+    inputs: Inputs,
+    name: str | None = None,
+    columns: Columns | None = None,
+    reading: Reading | None = None,
+) -> Source:
     """The reader of `inputs` in format `name` (None: inferred); ValueError where there is none, or columns do not apply."""
     columns, reading = columns or Columns(), reading or Reading()
     fixed = (
@@ -139,7 +159,11 @@ def open_source(inputs: Inputs, name: str | None = None, columns: Columns | None
     if name is None and inferred == "movielens" and not fixed:
         inferred = "csv"  # columns were named: it is read as they say
     if inferred in ("csv", "parquet"):
-        return TableSource(open_table([inputs] if isinstance(inputs, str | Path) else inputs, columns, reading, inferred))
+        return TableSource(
+            open_table(
+                [inputs] if isinstance(inputs, str | Path) else inputs, columns, reading, inferred
+            )
+        )
     if not fixed or (inferred == "netflix" and columns.time is not None):
         raise ValueError(
             f"the {inferred} format has fixed columns and no split; leave out --*_column, --delimiter and the like, "
@@ -147,7 +171,9 @@ def open_source(inputs: Inputs, name: str | None = None, columns: Columns | None
         )
     paths = _paths(inputs)
     if len(paths) != 1:
-        raise ValueError(f"the {inferred} format is read from one file, folder or archive, {len(paths)} are named; name one")
+        raise ValueError(
+            f"the {inferred} format is read from one file, folder or archive, {len(paths)} are named; name one"
+        )
     if not paths[0].is_dir():
         check_file(paths[0])
     if inferred == "netflix":
@@ -156,6 +182,12 @@ def open_source(inputs: Inputs, name: str | None = None, columns: Columns | None
     if ratings is None and paths[0].is_file() and not archives.is_zip(paths[0].name):
         ratings = movielens.MovieLens(paths[0].parent, paths[0].name)
     if ratings is None:
-        raise ValueError(f"{paths[0]} holds no {', '.join(movielens.RATINGS)}; expected a MovieLens data set")
-    table = Table([ratings.file()], ratings.columns(columns.time is not None), ratings.reading(reading.missing))
+        raise ValueError(
+            f"{paths[0]} holds no {', '.join(movielens.RATINGS)}; expected a MovieLens data set"
+        )
+    table = Table(
+        [ratings.file()],
+        ratings.columns(columns.time is not None),
+        ratings.reading(reading.missing),
+    )
     return TableSource(table, ratings)

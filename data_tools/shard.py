@@ -24,13 +24,27 @@ from data_tools.titles import read_titles
 from data_tools.writer import check_unique_keys, count_split, write_folder
 from dist_vasp.data import ids
 from dist_vasp.data.format import SPLITS, SplitEntry, default_users_per_shard, files_of
-from dist_vasp.data.positives import DEFAULT_MIN_RATING, REPEATS, PositiveRule, from_json, unused_columns
+from dist_vasp.data.positives import (
+    DEFAULT_MIN_RATING,
+    REPEATS,
+    PositiveRule,
+    from_json,
+    unused_columns,
+)
 from dist_vasp.data.tables.inputs import expand
 from dist_vasp.data.tables.options import add_reading_options, reading_of
 from dist_vasp.files import new_folder
 from dist_vasp.places import check_folder
 
-_LIANG_ONLY = ("rating_column", "min_rating", "min_items", "min_users", "core", "val_users", "test_users")
+_LIANG_ONLY = (
+    "rating_column",
+    "min_rating",
+    "min_items",
+    "min_users",
+    "core",
+    "val_users",
+    "test_users",
+)
 _GIVEN_ONLY = ("split_column", "validation_fraction")
 
 
@@ -43,53 +57,130 @@ def _fraction(text: str) -> float:
 
 def _memory(text: str) -> str:
     if not re.fullmatch(r"\d+(\.\d+)?\s*([KMGT]i?B)", text, re.IGNORECASE):
-        raise argparse.ArgumentTypeError(f"{text!r} is not an amount of memory; write 1GB, 500MB, ...")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not an amount of memory; write 1GB, 500MB, ..."
+        )
     return text
 
 
 def _parser() -> cli.Parser:
-    parser = cli.Parser(prog="python -m data_tools.shard", description="Turn raw interactions into shards.")
+    parser = cli.Parser(
+        prog="python -m data_tools.shard", description="Turn raw interactions into shards."
+    )
     add = parser.add_argument
-    add("inputs", nargs="+", metavar="INPUT", help="files, folders, globs or archives of interactions")
-    add("output", type=Path, metavar="OUT_DIR", help="folder to write; it appears whole or not at all")
+    add(
+        "inputs",
+        nargs="+",
+        metavar="INPUT",
+        help="files, folders, globs or archives of interactions",
+    )
+    add(
+        "output",
+        type=Path,
+        metavar="OUT_DIR",
+        help="folder to write; it appears whole or not at all",
+    )
     add("--format", choices=FORMATS, help="default: by the name of INPUT")
     add("--user_column", metavar="NAME", help="csv, parquet: default user")
     add("--item_column", metavar="NAME", help="csv, parquet: default item")
-    add("--rating_column", metavar="NAME", help="liang: default rating; where there is none, every row counts (implicit feedback)")
     add(
-        "--time_column", metavar="NAME", help="orders the rows of a user and an item; default for --repeats last: timestamp, if any"
+        "--rating_column",
+        metavar="NAME",
+        help="liang: default rating; where there is none, every row counts (implicit feedback)",
     )
-    add("--split_column", metavar="NAME", help="given: default split; 0 or train, 1 or test, 2 or validation")
-    add("--protocol", choices=("liang", "given"), default="liang", help="liang splits users, given follows a column; default liang")
-    add("--min_rating", type=cli.number, help="liang: keep ratings of at least this; default 4")
-    add("--repeats", choices=REPEATS, default="first", help="which of several rows of a user and an item counts; default first")
-    add("--min_items", type=cli.at_least(1), help="liang: keep users with at least so many items; default 5")
-    add("--min_users", type=cli.at_least(1), help="liang: keep items with at least so many users; default 1")
-    add("--core", action="store_true", default=None, help="liang: apply --min_items and --min_users until nothing changes")
-    add("--val_users", type=cli.at_least(0), help="liang: default a tenth of the users, at most 10,000")
-    add("--test_users", type=cli.at_least(0), help="liang: default a tenth of the users, at most 10,000")
-    add("--validation_fraction", type=_fraction, help="given: share of train items moved to validation; default 0.1, 0 moves none")
     add(
-        "--titles", type=Path, metavar="FILE", help="CSV or Parquet with the item column and title; default: those of INPUT, if any"
+        "--time_column",
+        metavar="NAME",
+        help="orders the rows of a user and an item; default for --repeats last: timestamp, if any",
+    )
+    add(
+        "--split_column",
+        metavar="NAME",
+        help="given: default split; 0 or train, 1 or test, 2 or validation",
+    )
+    add(
+        "--protocol",
+        choices=("liang", "given"),
+        default="liang",
+        help="liang splits users, given follows a column; default liang",
+    )
+    add("--min_rating", type=cli.number, help="liang: keep ratings of at least this; default 4")
+    add(
+        "--repeats",
+        choices=REPEATS,
+        default="first",
+        help="which of several rows of a user and an item counts; default first",
+    )
+    add(
+        "--min_items",
+        type=cli.at_least(1),
+        help="liang: keep users with at least so many items; default 5",
+    )
+    add(
+        "--min_users",
+        type=cli.at_least(1),
+        help="liang: keep items with at least so many users; default 1",
+    )
+    add(
+        "--core",
+        action="store_true",
+        default=None,
+        help="liang: apply --min_items and --min_users until nothing changes",
+    )
+    add(
+        "--val_users",
+        type=cli.at_least(0),
+        help="liang: default a tenth of the users, at most 10,000",
+    )
+    add(
+        "--test_users",
+        type=cli.at_least(0),
+        help="liang: default a tenth of the users, at most 10,000",
+    )
+    add(
+        "--validation_fraction",
+        type=_fraction,
+        help="given: share of train items moved to validation; default 0.1, 0 moves none",
+    )
+    add(
+        "--titles",
+        type=Path,
+        metavar="FILE",
+        help="CSV or Parquet with the item column and title; default: those of INPUT, if any",
     )
     add_reading_options(parser)
     add("--seed", type=cli.seed, default=98765, help="default 98765")
     add("--users_per_shard", type=cli.at_least(1), help="default min(4096, train users / 64)")
-    add("--memory_limit", type=_memory, default="800MB", help="of the out-of-core sort, which spills to disk; default 800MB")
-    add("--overwrite", action="store_true", help="replace OUT_DIR if it is a folder that this command wrote")
+    add(
+        "--memory_limit",
+        type=_memory,
+        default="800MB",
+        help="of the out-of-core sort, which spills to disk; default 800MB",
+    )
+    add(
+        "--overwrite",
+        action="store_true",
+        help="replace OUT_DIR if it is a folder that this command wrote",
+    )
     add("--dry_run", action="store_true", help="print what would be written, write nothing")
     return parser
 
 
 def _check_protocol(args: argparse.Namespace) -> None:
     if args.protocol == "given" and args.repeats == "max":
-        raise ValueError("--repeats max takes ratings, which --protocol given does not read; pass first or last")
+        raise ValueError(
+            "--repeats max takes ratings, which --protocol given does not read; pass first or last"
+        )
     if args.repeats == "max" and args.time_column is not None:
-        raise ValueError("--time_column orders the rows for --repeats first and last, but it is max; leave one of them out")
+        raise ValueError(
+            "--time_column orders the rows for --repeats first and last, but it is max; leave one of them out"
+        )
     for name in _LIANG_ONLY if args.protocol == "given" else _GIVEN_ONLY:
         if getattr(args, name) is not None:
             other = "given" if args.protocol == "liang" else "liang"
-            raise ValueError(f"--{name} belongs to --protocol {other}, but the protocol is {args.protocol}; leave one of them out")
+            raise ValueError(
+                f"--{name} belongs to --protocol {other}, but the protocol is {args.protocol}; leave one of them out"
+            )
 
 
 @contextmanager
@@ -98,7 +189,9 @@ def _scratch_in(folder: Path) -> Iterator[Path]:
         yield Path(scratch)
 
 
-def _plan(args: argparse.Namespace, source: Source, scratch: Path) -> tuple[Interactions, Plan, dict[str, Any]]:
+def _plan(
+    args: argparse.Namespace, source: Source, scratch: Path
+) -> tuple[Interactions, Plan, dict[str, Any]]:
     """The interactions, who goes where, and what the manifest says of it."""
     dropped: dict[str, int] = {}
     if args.protocol == "liang":
@@ -114,7 +207,10 @@ def _plan(args: argparse.Namespace, source: Source, scratch: Path) -> tuple[Inte
             "min_users": min_users,
             "core": bool(args.core),
         }
-        arguments |= {"val_users": len(plan.users["validation"]), "test_users": len(plan.users["test"])}
+        arguments |= {
+            "val_users": len(plan.users["validation"]),
+            "test_users": len(plan.users["test"]),
+        }
     else:
         data = collect(source.batches(), scratch, float("-inf"), args.memory_limit, args.repeats)
         counts = data.counts
@@ -152,7 +248,9 @@ def _rule(args: argparse.Namespace, data: Interactions, source: Source) -> Posit
         names.get("item", "item"),
         names.get("rating", "rating") if rated else None,
         names.get("time"),
-        min_rating=(DEFAULT_MIN_RATING if args.min_rating is None else args.min_rating) if rated else None,
+        min_rating=(DEFAULT_MIN_RATING if args.min_rating is None else args.min_rating)
+        if rated
+        else None,
         repeats=args.repeats,
         missing=reading_of(args).missing,
     )
@@ -180,7 +278,9 @@ def _summary(
     print(f"{args.output}{' would hold' if args.dry_run else ''}: {len(plan.vocabulary):,} items")
     for name, split in splits.items():
         heldout = f", {split.heldout:,} held out" if name != "train" else ""
-        print(f"  {name:<10} {split.users:,} users, {split.interactions:,} interactions{heldout}, {len(split.shards)} shards")
+        print(
+            f"  {name:<10} {split.users:,} users, {split.interactions:,} interactions{heldout}, {len(split.shards)} shards"
+        )
     for note in (from_json(preparation["positives"]), *notes):
         print(f"  {note}")
     left_out, n_read = preparation["left_out"], preparation["rows_read"]
@@ -192,7 +292,11 @@ def _summary(
         print(f"    {count:,} {reason.replace('_', ' ')}")
     if not rows:
         print("    nothing")
-    others = [f"{n:,} {reason.replace('_', ' ')}" for reason, n in left_out.items() if n and not _counts_rows(reason)]
+    others = [
+        f"{n:,} {reason.replace('_', ' ')}"
+        for reason, n in left_out.items()
+        if n and not _counts_rows(reason)
+    ]
     if others:
         print(f"  with them {', '.join(others)}")
 
@@ -205,19 +309,29 @@ def _counts_rows(reason: str) -> bool:
 def _used(protocol: str, splits: dict[str, SplitEntry]) -> int:
     """The rows that the shards hold; in `given` the fold-in of a user is his train row again."""
     held_out = splits["validation"].heldout + splits["test"].heldout
-    fold_in = 0 if protocol == "given" else splits["validation"].interactions + splits["test"].interactions
+    fold_in = (
+        0
+        if protocol == "given"
+        else splits["validation"].interactions + splits["test"].interactions
+    )
     return splits["train"].interactions + fold_in + held_out
 
 
 def _command(args: argparse.Namespace) -> int:
     start = time.monotonic()
     _check_protocol(args)
-    inputs = [*(("INPUT", path) for text in args.inputs for path in expand(text)), ("--titles", args.titles)]
+    inputs = [
+        *(("INPUT", path) for text in args.inputs for path in expand(text)),
+        ("--titles", args.titles),
+    ]
     check_folder(args.output, "", args.overwrite, files_of, inputs, make_parents=True)
     split_column = (args.split_column or "split") if args.protocol == "given" else None
     fixed = args.user_column is None and args.item_column is None and args.rating_column is None
     rating_column = args.rating_column
-    if args.min_rating is not None and (args.format or infer_format(args.inputs)) in ("csv", "parquet"):
+    if args.min_rating is not None and (args.format or infer_format(args.inputs)) in (
+        "csv",
+        "parquet",
+    ):
         rating_column = rating_column or "rating"  # who asks for a rating has a column of them
     columns = Columns(
         args.user_column or "user",
@@ -248,7 +362,9 @@ def _command(args: argparse.Namespace) -> int:
             data, plan, preparation = _plan(args, source, scratch_folder)
             per_shard = args.users_per_shard or default_users_per_shard(len(plan.users["train"]))
             preparation["arguments"]["users_per_shard"] = per_shard
-            splits = write_folder(folder, data, plan, titles or source.titles(), per_shard, preparation).splits
+            splits = write_folder(
+                folder, data, plan, titles or source.titles(), per_shard, preparation
+            ).splits
     for note in source.notes:
         print(note)
     _summary(args, plan, splits, preparation, time.monotonic() - start, _unused(args, source))

@@ -51,10 +51,14 @@ def _rows_of_items(vocabulary: np.ndarray, n_items: int) -> np.ndarray:
     return rows
 
 
-def _csr(user: np.ndarray, row: np.ndarray, n_users: int, n_rows: int) -> tuple[np.ndarray, np.ndarray]:
+def _csr(
+    user: np.ndarray, row: np.ndarray, n_users: int, n_rows: int
+) -> tuple[np.ndarray, np.ndarray]:
     """indptr (B+1,) and item rows (E,) int32, ascending within a user; `user` (E,) ascending in [0, B)."""
     pairs = np.sort(user * n_rows + row)
-    indptr = np.concatenate([np.zeros(1, np.int64), np.cumsum(np.bincount(user, minlength=n_users))])
+    indptr = np.concatenate(
+        [np.zeros(1, np.int64), np.cumsum(np.bincount(user, minlength=n_users))]
+    )
     return indptr, (pairs - user * n_rows).astype(np.int32)
 
 
@@ -69,9 +73,15 @@ def liang_users(n_users: int, val_users: int, test_users: int, seed: int) -> dic
             f"--val_users {val_users} and --test_users {test_users} leave no train user of {n_users} users (after filtering); "
             f"together they must stay below {n_users}"
         )
-    order = np.random.RandomState(seed).permutation(n_users)  # the stream of numpy.random.seed, without its global state
+    order = np.random.RandomState(seed).permutation(
+        n_users
+    )  # the stream of numpy.random.seed, without its global state
     n_train = n_users - val_users - test_users
-    return {"train": order[:n_train], "validation": order[n_train : n_train + val_users], "test": order[n_train + val_users :]}
+    return {
+        "train": order[:n_train],
+        "validation": order[n_train : n_train + val_users],
+        "test": order[n_train + val_users :],
+    }
 
 
 class HeldOutDraw:
@@ -86,7 +96,9 @@ class HeldOutDraw:
         start = 0
         for n in sizes.tolist():
             if n >= MIN_ITEMS_TO_HOLD_OUT:
-                mask[start + self._random.choice(n, size=int(HELD_OUT_SHARE * n), replace=False)] = True
+                mask[
+                    start + self._random.choice(n, size=int(HELD_OUT_SHARE * n), replace=False)
+                ] = True
             start += n
         return mask
 
@@ -94,7 +106,14 @@ class HeldOutDraw:
 class LiangPlan:
     """Protocol `liang`: validation and test users are not seen in training; a fifth of their items is held out."""
 
-    def __init__(self, data: Interactions, min_items: int, val_users: int | None, test_users: int | None, seed: int):
+    def __init__(
+        self,
+        data: Interactions,
+        min_items: int,
+        val_users: int | None,
+        test_users: int | None,
+        seed: int,
+    ):
         """`val_users` and `test_users` None: a tenth of the users each, at most 10,000."""
         kept = np.flatnonzero(data.sizes >= min_items)
         if not len(kept):
@@ -105,10 +124,16 @@ class LiangPlan:
         self._keys = keys_of_ids(data.user_ids)
         tenth = min(10_000, len(kept) // 10)
         chosen = liang_users(
-            len(kept), tenth if val_users is None else val_users, tenth if test_users is None else test_users, seed
+            len(kept),
+            tenth if val_users is None else val_users,
+            tenth if test_users is None else test_users,
+            seed,
         )
         # held-out users ascend, as the draw needs it; train users stay permuted, so that a shard is a random sample
-        self.users = {split: kept[order] if split == "train" else np.sort(kept[order]) for split, order in chosen.items()}
+        self.users = {
+            split: kept[order] if split == "train" else np.sort(kept[order])
+            for split, order in chosen.items()
+        }
 
         counts = np.zeros(len(data.item_ids), np.int64)
         for _, _, items, _ in data.blocks(np.sort(self.users["train"])):
@@ -125,7 +150,9 @@ class LiangPlan:
 
     def _outside_vocabulary(self) -> int:
         users = np.concatenate([self.users["validation"], self.users["test"]])
-        return sum(int((self._rows[items] < 0).sum()) for _, _, items, _ in self._data.blocks(users))
+        return sum(
+            int((self._rows[items] < 0).sum()) for _, _, items, _ in self._data.blocks(users)
+        )
 
     def blocks(self, split: str, sizes: Sequence[int]) -> Iterator[Block]:
         draw = HeldOutDraw(self._seed)  # reseeded for every split, as in the notebook
@@ -139,7 +166,11 @@ class LiangPlan:
                 continue
             held = draw.mask(np.bincount(user, minlength=len(users)))
             fold_in = _csr(user[~held], row[~held], len(users), len(self.vocabulary))
-            yield Block(self._keys[users], *fold_in, *_csr(user[held], row[held], len(users), len(self.vocabulary)))
+            yield Block(
+                self._keys[users],
+                *fold_in,
+                *_csr(user[held], row[held], len(users), len(self.vocabulary)),
+            )
 
 
 # --- given -----------------------------------------------------------------------------------------------------------
@@ -159,13 +190,17 @@ def pair_hash(user_keys: np.ndarray, item_keys: np.ndarray, seed: int) -> np.nda
     return _mix(_mix(_mix(user_keys + step) ^ state) + step ^ _mix(item_keys ^ step))
 
 
-def moved_to_validation(user: np.ndarray, hashes: np.ndarray, n_users: int, fraction: float) -> np.ndarray:
+def moved_to_validation(
+    user: np.ndarray, hashes: np.ndarray, n_users: int, fraction: float
+) -> np.ndarray:
     """(E,) bool: of each user with at least 5 train items the int(fraction * n), at least 1, of smallest hash.
 
     `user` (E,) ascending in [0, B); depends on keys alone, not on the order of input, blocks or users.
     """
     sizes = np.bincount(user, minlength=n_users)
-    take = np.where(sizes >= MIN_ITEMS_TO_HOLD_OUT, np.maximum(1, (fraction * sizes).astype(np.int64)), 0) * (fraction > 0)
+    take = np.where(
+        sizes >= MIN_ITEMS_TO_HOLD_OUT, np.maximum(1, (fraction * sizes).astype(np.int64)), 0
+    ) * (fraction > 0)
     order = np.lexsort((hashes, user))
     rank = np.empty(len(user), np.int64)
     rank[order] = np.arange(len(user)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
@@ -198,7 +233,9 @@ class GivenPlan:
         validated = (of_split[VALIDATION] > 0) & trained
         targets = np.zeros(n_items, np.int64)
         for users, _, user, items, splits in self._columns(np.flatnonzero(trained)):
-            in_vocabulary[items[splits == TRAIN]] = True  # before the move, so that the fraction does not shape the vocabulary
+            in_vocabulary[items[splits == TRAIN]] = (
+                True  # before the move, so that the fraction does not shape the vocabulary
+            )
             targets += np.bincount(items[splits != TRAIN], minlength=n_items)
             moved = self._move(users, user, items, splits)
             validated[users[user[moved]]] = True
@@ -233,12 +270,22 @@ class GivenPlan:
         self, users: np.ndarray, sizes: Sequence[int] | None = None
     ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
         for block, indptr, items, splits in self._data.blocks(users, sizes):
-            yield block, indptr, np.repeat(np.arange(len(block)), np.diff(indptr)), items, splits.copy()
+            yield (
+                block,
+                indptr,
+                np.repeat(np.arange(len(block)), np.diff(indptr)),
+                items,
+                splits.copy(),
+            )
 
-    def _move(self, users: np.ndarray, user: np.ndarray, items: np.ndarray, splits: np.ndarray) -> np.ndarray:
+    def _move(
+        self, users: np.ndarray, user: np.ndarray, items: np.ndarray, splits: np.ndarray
+    ) -> np.ndarray:
         """Turn the train interactions chosen by hash into validation ones, in place; their positions."""
         train = np.flatnonzero(splits == TRAIN)
-        hashes = pair_hash(self._user_keys[users[user[train]]], self._item_keys[items[train]], self._seed)
+        hashes = pair_hash(
+            self._user_keys[users[user[train]]], self._item_keys[items[train]], self._seed
+        )
         moved = train[moved_to_validation(user[train], hashes, len(users), self.fraction)]
         splits[moved] = VALIDATION
         return moved

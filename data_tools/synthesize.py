@@ -46,7 +46,11 @@ def activity(users: int, items: int, interactions: int, rng: np.random.Generator
         large *= 2
     for _ in range(100):
         middle = (small + large) / 2
-        small, large = (middle, large) if np.clip(shape * middle, low, items).sum() < interactions else (small, middle)
+        small, large = (
+            (middle, large)
+            if np.clip(shape * middle, low, items).sum() < interactions
+            else (small, middle)
+        )
     counts = np.clip(shape * large, low, items).astype(np.int64)
     order = rng.permutation(users)
     while (missing := interactions - int(counts.sum())) != 0:
@@ -74,7 +78,9 @@ class Tastes:
         probability /= probability.sum(1, keepdims=True)
         cumulative = np.cumsum(probability, 1)
         cumulative /= cumulative[:, -1:]
-        return Tastes((cumulative + np.arange(N_TASTES + 1)[:, None]).ravel(), probability.astype(np.float32))
+        return Tastes(
+            (cumulative + np.arange(N_TASTES + 1)[:, None]).ravel(), probability.astype(np.float32)
+        )
 
     def sample(self, taste: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """One item for every entry of `taste`, (E,) int64."""
@@ -93,7 +99,9 @@ def mixtures(users: int, rng: np.random.Generator) -> np.ndarray:
     return mixture
 
 
-def draw_block(counts: np.ndarray, tastes: Tastes, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def draw_block(
+    counts: np.ndarray, tastes: Tastes, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
     """Users (positions in `counts`, ascending) and items of `counts.sum()` distinct pairs, each (E,) int64.
 
     Draw with replacement, drop what a user has already, again for what is missing: the same distribution as drawing
@@ -108,7 +116,9 @@ def draw_block(counts: np.ndarray, tastes: Tastes, rng: np.random.Generator) -> 
         if not missing.any():
             break
         user = np.repeat(np.arange(len(counts)), missing + (missing > 0))
-        taste = np.searchsorted(cumulative, user + rng.random(len(user)), side="right") - user * (N_TASTES + 1)
+        taste = np.searchsorted(cumulative, user + rng.random(len(user)), side="right") - user * (
+            N_TASTES + 1
+        )
         fresh = user * items + tastes.sample(np.minimum(taste, N_TASTES), rng)
         _, first = np.unique(fresh, return_index=True)
         fresh = fresh[np.sort(first)]
@@ -121,7 +131,10 @@ def draw_block(counts: np.ndarray, tastes: Tastes, rng: np.random.Generator) -> 
     missing = counts - np.bincount(pairs // items, minlength=len(counts))
     rest = [pairs]
     for one in np.flatnonzero(missing):
-        taken = pairs[np.searchsorted(pairs, one * items) : np.searchsorted(pairs, (one + 1) * items)] - one * items
+        taken = (
+            pairs[np.searchsorted(pairs, one * items) : np.searchsorted(pairs, (one + 1) * items)]
+            - one * items
+        )
         gumbel = np.log(mixture[one] @ tastes.probability) + rng.gumbel(size=items)
         gumbel[taken] = -np.inf
         rest.append(one * items + np.argpartition(-gumbel, missing[one] - 1)[: missing[one]])
@@ -136,11 +149,17 @@ def blocks(users: int, items: int, interactions: int, seed: int) -> Iterator[pa.
     tastes = Tastes.draw(items, rng)
     user_ids, item_ids = rng.permutation(users) + 1, rng.permutation(items) + 1
     for block, start in enumerate(range(0, users, USERS_PER_BLOCK)):
-        user, item = draw_block(counts[start : start + USERS_PER_BLOCK], tastes, np.random.default_rng([seed, 1, block]))
-        yield pa.record_batch([pa.array(user_ids[start + user]), pa.array(item_ids[item])], schema=SCHEMA)
+        user, item = draw_block(
+            counts[start : start + USERS_PER_BLOCK], tastes, np.random.default_rng([seed, 1, block])
+        )
+        yield pa.record_batch(
+            [pa.array(user_ids[start + user]), pa.array(item_ids[item])], schema=SCHEMA
+        )
 
 
-def synthesize(path: Path, users: int, items: int, interactions: int, seed: int, overwrite: bool = False) -> None:
+def synthesize(
+    path: Path, users: int, items: int, interactions: int, seed: int, overwrite: bool = False
+) -> None:
     """Write the Parquet file; ValueError where so many interactions do not fit or do not suffice."""
     if interactions > users * items:
         raise ValueError(
@@ -148,7 +167,9 @@ def synthesize(path: Path, users: int, items: int, interactions: int, seed: int,
             f"pass at most {users * items}"
         )
     if interactions < users:
-        raise ValueError(f"--interactions {interactions} leaves some of the {users} users without any; pass at least {users}")
+        raise ValueError(
+            f"--interactions {interactions} leaves some of the {users} users without any; pass at least {users}"
+        )
     progress = cli.Progress("drawing", "interactions", interactions)
     opened = new_file(path, "", overwrite, _ours, make_parents=True)
     with opened as file, progress, pq.ParquetWriter(file, SCHEMA) as writer:
@@ -162,11 +183,24 @@ def _ours(path: Path) -> bool:
 
 
 def _parser() -> cli.Parser:
-    parser = cli.Parser(prog="python -m data_tools.synthesize", description="Write synthetic implicit feedback.")
-    parser.add_argument("output", type=Path, metavar="OUT.parquet", help="file to write: columns user, item")
-    parser.add_argument("--users", type=cli.at_least(1), required=True, help="every one of them has an interaction")
-    parser.add_argument("--items", type=cli.at_least(1), required=True, help="size of the catalogue; the rarest may stay unused")
-    parser.add_argument("--interactions", type=cli.at_least(1), required=True, help="exactly so many distinct pairs")
+    parser = cli.Parser(
+        prog="python -m data_tools.synthesize", description="Write synthetic implicit feedback."
+    )
+    parser.add_argument(
+        "output", type=Path, metavar="OUT.parquet", help="file to write: columns user, item"
+    )
+    parser.add_argument(
+        "--users", type=cli.at_least(1), required=True, help="every one of them has an interaction"
+    )
+    parser.add_argument(
+        "--items",
+        type=cli.at_least(1),
+        required=True,
+        help="size of the catalogue; the rarest may stay unused",
+    )
+    parser.add_argument(
+        "--interactions", type=cli.at_least(1), required=True, help="exactly so many distinct pairs"
+    )
     parser.add_argument("--seed", type=cli.seed, default=0, help="default 0")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT.parquet if it exists")
     return parser
@@ -176,7 +210,9 @@ def _command(args: argparse.Namespace) -> int:
     start = time.monotonic()
     synthesize(args.output, args.users, args.items, args.interactions, args.seed, args.overwrite)
     seconds = time.monotonic() - start
-    print(f"{args.output}: {args.interactions:,} interactions of {args.users:,} users with {args.items:,} items, {seconds:.1f} s")
+    print(
+        f"{args.output}: {args.interactions:,} interactions of {args.users:,} users with {args.items:,} items, {seconds:.1f} s"
+    )
     return 0
 
 

@@ -61,9 +61,13 @@ def faults(folder: Path) -> Iterator[str]:
     except ValueError as error:
         yield str(error)
     seen = {}
-    with cli.Progress("verifying", "users", sum(s.users for s in manifest.splits.values())) as progress:
+    with cli.Progress(
+        "verifying", "users", sum(s.users for s in manifest.splits.values())
+    ) as progress:
         for split in SPLITS:
-            known = len(items.ids) if items is not None else 0  # the manifest's number may be absurd
+            known = (
+                len(items.ids) if items is not None else 0
+            )  # the manifest's number may be absurd
             seen[split] = _Seen(popularity=np.zeros(known, np.int64))
             yield from _shards(folder, manifest, split, seen[split], progress)
     if items is not None:
@@ -74,7 +78,11 @@ def faults(folder: Path) -> Iterator[str]:
 
 
 def _foreign_files(folder: Path, manifest: Manifest) -> Iterator[str]:
-    listed = {MANIFEST, *manifest.files, *(shard.name for split in manifest.splits.values() for shard in split.shards)}
+    listed = {
+        MANIFEST,
+        *manifest.files,
+        *(shard.name for split in manifest.splits.values() for shard in split.shards),
+    }
     for path in sorted(folder.iterdir()):
         if path.name not in listed:
             yield f"{path}: {MANIFEST} does not list it; remove it"
@@ -97,7 +105,9 @@ def _changed_files(folder: Path, manifest: Manifest) -> Iterator[str]:
             yield f"{folder / name}: SHA-256 is {found[:12]}..., {MANIFEST} says {manifest.files[name][:12]}..."
 
 
-def _shards(folder: Path, manifest: Manifest, split: str, seen: _Seen, progress: cli.Progress) -> Iterator[str]:
+def _shards(
+    folder: Path, manifest: Manifest, split: str, seen: _Seen, progress: cli.Progress
+) -> Iterator[str]:
     for entry in manifest.splits[split].shards:
         progress.add(entry.users)
         try:
@@ -170,7 +180,14 @@ def _users(path: Path, split: str, seen: _Seen) -> Iterator[str]:
 
 
 def _ids_and_keys(path: Path, kind: str, ids: pa.Array, keys: np.ndarray) -> Iterator[str]:
-    if not (pa.types.is_int64(ids.type) or pa.types.is_string(ids.type) or pa.types.is_large_string(ids.type)) or ids.null_count:
+    if (
+        not (
+            pa.types.is_int64(ids.type)
+            or pa.types.is_string(ids.type)
+            or pa.types.is_large_string(ids.type)
+        )
+        or ids.null_count
+    ):
         yield f"{path}: {kind} ids are {ids.type} with {ids.null_count} missing; expected int64 or string, none missing"
         return
     if pc.count_distinct(ids).as_py() != len(ids):
@@ -203,13 +220,17 @@ def _repeated(keys: np.ndarray) -> np.ndarray:
 
 def _some(kind: str, keys: np.ndarray) -> str:
     """`2 users (keys 5, 9)`, with a few examples."""
-    examples = ", ".join(str(k) for k in keys[:MAX_EXAMPLES]) + (", ..." if len(keys) > MAX_EXAMPLES else "")
+    examples = ", ".join(str(k) for k in keys[:MAX_EXAMPLES]) + (
+        ", ..." if len(keys) > MAX_EXAMPLES else ""
+    )
     return f"{len(keys)} {kind}{'s' if len(keys) != 1 else ''} (key{'s' if len(keys) != 1 else ''} {examples})"
 
 
 def _command(args: argparse.Namespace) -> int:
     if not args.folder.is_dir():
-        raise ValueError(f"{args.folder} is not a folder; pass one that `python -m data_tools.shard` wrote")
+        raise ValueError(
+            f"{args.folder} is not a folder; pass one that `python -m data_tools.shard` wrote"
+        )
     found = 0
     for fault in faults(args.folder):
         found += 1
@@ -224,8 +245,12 @@ def _command(args: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = cli.Parser(prog="python -m data_tools.verify", description="Check a data folder; name every fault.")
-    parser.add_argument("folder", type=Path, metavar="OUT_DIR", help="written by python -m data_tools.shard")
+    parser = cli.Parser(
+        prog="python -m data_tools.verify", description="Check a data folder; name every fault."
+    )
+    parser.add_argument(
+        "folder", type=Path, metavar="OUT_DIR", help="written by python -m data_tools.shard"
+    )
     return cli.run(parser, _command, argv)
 
 

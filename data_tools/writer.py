@@ -66,7 +66,9 @@ def write_split(folder: Path, plan: Plan, split: str, users_per_shard: int) -> S
     """Write the tars of one split; the same plan gives the same bytes."""
     entries: list[ShardEntry] = []
     with Progress(f"writing {split}", "users", len(plan.users[split])) as progress:
-        for index, blocks in groupby(_blocks_by_shard(plan, split, users_per_shard), key=lambda pair: pair[0]):
+        for index, blocks in groupby(
+            _blocks_by_shard(plan, split, users_per_shard), key=lambda pair: pair[0]
+        ):
             name = shard_name(split, index)
             users = interactions = heldout = 0
             with open(folder / name, "wb") as raw:
@@ -78,22 +80,34 @@ def write_split(folder: Path, plan: Plan, split: str, users_per_shard: int) -> S
                         interactions += len(block.items)
                         heldout += 0 if block.heldout_items is None else len(block.heldout_items)
                         progress.add(block.n_users)
-            entries.append(ShardEntry(name, users, interactions, heldout, file.bytes, file.sha256()))
+            entries.append(
+                ShardEntry(name, users, interactions, heldout, file.bytes, file.sha256())
+            )
     return split_entry(entries)
 
 
 def count_split(plan: Plan, split: str, users_per_shard: int) -> SplitEntry:
     """What `write_split` would return, but for sizes and checksums of tars that are not written."""
     entries = []
-    for index, pairs in groupby(_blocks_by_shard(plan, split, users_per_shard), key=lambda pair: pair[0]):
-        blocks = [(b.n_users, len(b.items), 0 if b.heldout_items is None else len(b.heldout_items)) for _, b in pairs]
+    for index, pairs in groupby(
+        _blocks_by_shard(plan, split, users_per_shard), key=lambda pair: pair[0]
+    ):
+        blocks = [
+            (b.n_users, len(b.items), 0 if b.heldout_items is None else len(b.heldout_items))
+            for _, b in pairs
+        ]
         users, interactions, heldout = (sum(column) for column in zip(*blocks, strict=True))
         entries.append(ShardEntry(shard_name(split, index), users, interactions, heldout, 0, ""))
     return split_entry(entries)
 
 
 def split_entry(shards: list[ShardEntry]) -> SplitEntry:
-    return SplitEntry(sum(s.users for s in shards), sum(s.interactions for s in shards), sum(s.heldout for s in shards), shards)
+    return SplitEntry(
+        sum(s.users for s in shards),
+        sum(s.interactions for s in shards),
+        sum(s.heldout for s in shards),
+        shards,
+    )
 
 
 def check_unique_keys(data: Interactions, plan: Plan) -> None:
@@ -109,11 +123,18 @@ def _check_keys(kind: str, ids: pa.Array, keys: np.ndarray) -> None:
     same = np.flatnonzero(keys[order][1:] == keys[order][:-1])
     if len(same):
         one, other = (ids[int(order[same[0] + i])].as_py() for i in (0, 1))
-        raise ValueError(f"{kind} ids {one!r} and {other!r} have the same 64-bit key; rename one of them in the input")
+        raise ValueError(
+            f"{kind} ids {one!r} and {other!r} have the same 64-bit key; rename one of them in the input"
+        )
 
 
 def write_folder(
-    folder: Path, data: Interactions, plan: Plan, titles: dict[Any, str] | None, users_per_shard: int, preparation: dict[str, Any]
+    folder: Path,
+    data: Interactions,
+    plan: Plan,
+    titles: dict[Any, str] | None,
+    users_per_shard: int,
+    preparation: dict[str, Any],
 ) -> Manifest:
     """Fill `folder` and return the manifest, which is written last."""
     item_ids = data.item_ids.take(pa.array(plan.vocabulary))
@@ -130,8 +151,16 @@ def write_folder(
     pq.write_table(pa.table(items), folder / ITEMS_FILE)
     for split in SPLITS:
         users = plan.users[split]
-        pq.write_table(pa.table({"key": user_keys[users], "id": data.user_ids.take(pa.array(users))}), folder / users_file(split))
-    files = {name: sha256_of((folder / name).read_bytes()) for name in (ITEMS_FILE, *map(users_file, SPLITS))}
-    manifest = Manifest(len(plan.vocabulary), vocabulary_sha256(item_keys), splits, files, preparation)
+        pq.write_table(
+            pa.table({"key": user_keys[users], "id": data.user_ids.take(pa.array(users))}),
+            folder / users_file(split),
+        )
+    files = {
+        name: sha256_of((folder / name).read_bytes())
+        for name in (ITEMS_FILE, *map(users_file, SPLITS))
+    }
+    manifest = Manifest(
+        len(plan.vocabulary), vocabulary_sha256(item_keys), splits, files, preparation
+    )
     (folder / MANIFEST).write_text(manifest.to_json())
     return manifest

@@ -43,7 +43,9 @@ def parse_json(data: bytes | str) -> Any:
     except RecursionError:
         raise ValueError(f"it is nested deeper than {DEEPEST} levels") from None
     except json.JSONDecodeError as error:
-        raise ValueError(f"line {error.lineno} is not JSON" if data.strip() else "it is empty") from None
+        raise ValueError(
+            f"line {error.lineno} is not JSON" if data.strip() else "it is empty"
+        ) from None
     except UnicodeDecodeError:
         raise ValueError("it is not UTF-8 text") from None
     except ValueError:
@@ -66,6 +68,8 @@ def reason(error: Exception) -> str:
     """What is wrong with a JSON file, in words: an error of `read_json`, or one of looking into its value."""
     if isinstance(error, KeyError):
         return f"the key {error} is missing"
-    if isinstance(error, TypeError | AttributeError) and ("object" in str(error) or "indices" in str(error)):
+    if isinstance(error, TypeError | AttributeError) and (
+        "object" in str(error) or "indices" in str(error)
+    ):
         return "a value is of another kind than expected"
     return str(error)

@@ -75,12 +75,20 @@ class Checkpoint:
     @property
     def name(self) -> str:
         """The name of its folder; that of a copied `best`, which is no link any more, by its step."""
-        return f"best-{self.step:08d}" if self.path.name == "best" and "position" in self.header else self.path.name
+        return (
+            f"best-{self.step:08d}"
+            if self.path.name == "best" and "position" in self.header
+            else self.path.name
+        )
 
     @property
     def remedy(self) -> str:
         """What to do about a damaged file."""
-        return "remove this checkpoint and resume from another" if self.header_name == HEADER else "export the run again"
+        return (
+            "remove this checkpoint and resume from another"
+            if self.header_name == HEADER
+            else "export the run again"
+        )
 
     def tensors(self, name: str) -> TensorFile:
         """A safetensors file that the header lists; ValueError where it is none."""
@@ -99,7 +107,13 @@ def items_file(index: int, partitions: int) -> str:
 # --- writing ---------------------------------------------------------------------------------------------------------
 
 
-def save(path: Path, header: dict[str, Any], pieces: list[ItemSlice], trunk: dict[str, Tensor], ranks: Ranks) -> None:
+def save(
+    path: Path,
+    header: dict[str, Any],
+    pieces: list[ItemSlice],
+    trunk: dict[str, Tensor],
+    ranks: Ranks,
+) -> None:
     """Write a checkpoint from all ranks together, in the foreground; see `Save`."""
     pending = Save(path, header, pieces, trunk, ranks)
     pending.write()
@@ -113,9 +127,18 @@ class Save:
     behind, when the disk is too small or a file cannot be written.
     """
 
-    def __init__(self, path: Path, header: dict[str, Any], pieces: list[ItemSlice], trunk: dict[str, Tensor], ranks: Ranks) -> None:
+    def __init__(
+        self,
+        path: Path,
+        header: dict[str, Any],
+        pieces: list[ItemSlice],
+        trunk: dict[str, Tensor],
+        ranks: Ranks,
+    ) -> None:
         self.path, self.header, self.ranks = path, header, ranks
-        token = all_gather_bytes(secrets.token_hex(8).encode(), ranks.world, ranks.device)[0].decode()
+        token = all_gather_bytes(secrets.token_hex(8).encode(), ranks.world, ranks.device)[
+            0
+        ].decode()
         self.temporary = path.with_name(f".{path.name}.{token}.tmp")
         self._digests: dict[str, str] = {}
         self._error: Exception | None = None
@@ -127,12 +150,21 @@ class Save:
         if layout.replica_of(ranks.rank) == 0:
             name = items_file(layout.partition_of(ranks.rank), layout.partitions)
             self.files[name] = {f"{p.name}[{p.lo}:{p.hi}]": p.tensor for p in pieces}
-        self.n_bytes = sum(t.numel() * t.element_size() for tensors in self.files.values() for t in tensors.values())
+        self.n_bytes = sum(
+            t.numel() * t.element_size()
+            for tensors in self.files.values()
+            for t in tensors.values()
+        )
         self._prepare()
 
     def _prepare(self) -> None:
         """An empty temporary directory on a disk that is large enough."""
-        needed = int(all_reduce(torch.tensor(float(self.n_bytes), dtype=torch.float64, device=self.ranks.device), self.ranks.world))
+        needed = int(
+            all_reduce(
+                torch.tensor(float(self.n_bytes), dtype=torch.float64, device=self.ranks.device),
+                self.ranks.world,
+            )
+        )
         error: Exception | None = None
         if self.ranks.is_main:
             try:
@@ -155,7 +187,9 @@ class Save:
                 self._digests[name] = write_safetensors(self.temporary / name, tensors)
         except OSError as raised:
             self._error = self._unwritable(raised)
-        except Exception as raised:  # a bug in the thread must not let `commit` call half a checkpoint whole
+        except (
+            Exception
+        ) as raised:  # a bug in the thread must not let `commit` call half a checkpoint whole
             self._error = raised
         self.files = {}
 
@@ -163,10 +197,16 @@ class Save:
         """Copy this rank's tensors and write them from a thread, if every rank has the memory for a copy; else say False."""
         local_world = launched_world()[3]
         fits = self.n_bytes * local_world < psutil.virtual_memory().available / 2
-        if all_reduce(torch.tensor(float(not fits), device=self.ranks.device), self.ranks.world, "max") > 0:
+        if (
+            all_reduce(
+                torch.tensor(float(not fits), device=self.ranks.device), self.ranks.world, "max"
+            )
+            > 0
+        ):
             return False
         self.files = {
-            name: {k: t.detach().to("cpu", copy=True) for k, t in tensors.items()} for name, tensors in self.files.items()
+            name: {k: t.detach().to("cpu", copy=True) for k, t in tensors.items()}
+            for name, tensors in self.files.items()
         }
         self._thread = threading.Thread(target=self.write, name=f"checkpoint {self.path.name}")
         self._thread.start()
@@ -191,8 +231,16 @@ class Save:
             agree(self._error, ranks)
             if ranks.is_main:
                 try:
-                    sha256 = {name: digest for message in messages for name, digest in json.loads(message).items()}
-                    whole = {"format_version": FORMAT_VERSION, **self.header, "files": dict(sorted(sha256.items()))}
+                    sha256 = {
+                        name: digest
+                        for message in messages
+                        for name, digest in json.loads(message).items()
+                    }
+                    whole = {
+                        "format_version": FORMAT_VERSION,
+                        **self.header,
+                        "files": dict(sorted(sha256.items())),
+                    }
                     whole["header_sha256"] = header_sha256(whole)
                     with open(self.temporary / HEADER, "w") as handle:
                         handle.write(json.dumps(whole, indent=1) + "\n")
@@ -244,7 +292,9 @@ def remove(path: Path) -> None:
 
 def open_checkpoint(path: Path) -> Checkpoint:
     """Read the header and open the files. ValueError if it is damaged or of another version, GoneError if it is not there."""
-    return open_files(path, HEADER, FORMAT_VERSION, _check_header, "use another checkpoint of the run")
+    return open_files(
+        path, HEADER, FORMAT_VERSION, _check_header, "use another checkpoint of the run"
+    )
 
 
 def header_of(path: Path) -> dict[str, Any] | None:
@@ -255,7 +305,9 @@ def header_of(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def open_files(path: Path, header_name: str, version: int, check: Callable[[dict[str, Any]], None], remedy: str) -> Checkpoint:
+def open_files(
+    path: Path, header_name: str, version: int, check: Callable[[dict[str, Any]], None], remedy: str
+) -> Checkpoint:
     """Open the folder, its header and every file that this lists, so that all of them are of one moment."""
     try:
         folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -292,7 +344,10 @@ def _allow_open_files(n: int) -> None:
     wanted = 2 * n + 256
     if soft != resource.RLIM_INFINITY and soft < wanted:
         with suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
+            resource.setrlimit(
+                resource.RLIMIT_NOFILE,
+                (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard),
+            )
 
 
 def _unreadable(file: Path, error: OSError, remedy: str) -> ValueError:
@@ -305,7 +360,11 @@ def _unreadable(file: Path, error: OSError, remedy: str) -> ValueError:
 
 
 def read_header(
-    file: Path, version: int, check: Callable[[dict[str, Any]], None], remedy: str, folder: int | None = None
+    file: Path,
+    version: int,
+    check: Callable[[dict[str, Any]], None],
+    remedy: str,
+    folder: int | None = None,
 ) -> dict[str, Any]:
     """The JSON of `file`, which `check` and its own checksum found in order; ValueError if it is damaged or of another version.
 
@@ -318,16 +377,34 @@ def read_header(
             check(header)
             if header["header_sha256"] != header_sha256(header):
                 raise ValueError("header_sha256 is not that of its content")
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        RecursionError,
+        OverflowError,
+    ) as error:
         raise ValueError(f"{file} is damaged ({reason(error):.300}); {remedy}") from None
     if found != version:
-        raise ValueError(f"{file} has format_version {found!r:.20}, this version reads {version}; use the version that wrote it")
+        raise ValueError(
+            f"{file} has format_version {found!r:.20}, this version reads {version}; use the version that wrote it"
+        )
     return header
 
 
 def _check_header(header: dict[str, Any]) -> None:
     """Raise unless everything a reader relies on is there and of its kind: a checksum only says that it is what was written."""
-    for key in ("position", "config", "must_match", "vocabulary_sha256", "shards_sha256", "n_items", "optimizer", "files"):
+    for key in (
+        "position",
+        "config",
+        "must_match",
+        "vocabulary_sha256",
+        "shards_sha256",
+        "n_items",
+        "optimizer",
+        "files",
+    ):
         header[key]
     if not all(is_count(header["position"][k]) for k in ("epoch", "step_in_epoch", "step")):
         raise TypeError("position does not hold three whole numbers")
@@ -344,17 +421,23 @@ def _check_header(header: dict[str, Any]) -> None:
     if not all(isinstance(header.get(key, ""), str) for key in ("data_sha256", "shards_from_run")):
         raise TypeError("data_sha256 or shards_from_run is not text")
     if len(header["files"]) > MOST_FILES:
-        raise ValueError(f"files lists {len(header['files']):,} files, expected at most {MOST_FILES:,}")
+        raise ValueError(
+            f"files lists {len(header['files']):,} files, expected at most {MOST_FILES:,}"
+        )
     for name, digest in header["files"].items():
         if not _FILE.fullmatch(name) or not isinstance(digest, str):
             raise ValueError(f"files lists {name!r}, which is no file of a checkpoint")
     best = header.get("best")
-    if not _is_number(header.get("seconds_training", 0.0)) or not isinstance(header.get("evaluation_due", False), bool):
+    if not _is_number(header.get("seconds_training", 0.0)) or not isinstance(
+        header.get("evaluation_due", False), bool
+    ):
         raise TypeError("seconds_training or evaluation_due is of another kind")
     if best is not None and not all(v is None or _is_number(v) for v in best.values()):
         raise TypeError("best does not hold metrics")
     for which in (header.get("best_checkpoint"), {"step": 0, "attempt": header.get("attempt", "")}):
-        if which is not None and not (is_count(which["step"]) and _ATTEMPT.fullmatch(which["attempt"])):
+        if which is not None and not (
+            is_count(which["step"]) and _ATTEMPT.fullmatch(which["attempt"])
+        ):
             raise ValueError("attempt or best_checkpoint is of another kind")
 
 
@@ -405,7 +488,9 @@ def readable(file: Path, remedy: str) -> Iterator[None]:
 def read_trunk(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """Every tensor of trunk.safetensors, on the CPU."""
     if TRUNK not in checkpoint.header["files"]:
-        raise ValueError(f"{checkpoint.path / checkpoint.header_name} lists no {TRUNK}; {checkpoint.remedy}")
+        raise ValueError(
+            f"{checkpoint.path / checkpoint.header_name} lists no {TRUNK}; {checkpoint.remedy}"
+        )
     stored = checkpoint.tensors(TRUNK)
     with readable(stored.path, checkpoint.remedy):
         return {name: stored.read(name) for name in stored}
@@ -415,7 +500,9 @@ def parse_piece(key: str, file: Path | str = "the file") -> tuple[str, int, int]
     """`NAME[lo:hi]` -> (NAME, lo, hi)."""
     match = _PIECE.match(key)
     if not match:
-        raise ValueError(f"{file} holds a tensor {key!r:.80}, expected names like output.nease.weight[0:256]")
+        raise ValueError(
+            f"{file} holds a tensor {key!r:.80}, expected names like output.nease.weight[0:256]"
+        )
     return match[1], int(match[2]), int(match[3])
 
 
@@ -430,20 +517,26 @@ def _stored_items(checkpoint: Checkpoint) -> Iterator[tuple[TensorFile, str, str
                 yield stored, key, name, lo, hi
 
 
-def stored_pieces(checkpoint: Checkpoint, names: set[str]) -> Iterator[tuple[str, int, int, int, Tensor]]:
+def stored_pieces(
+    checkpoint: Checkpoint, names: set[str]
+) -> Iterator[tuple[str, int, int, int, Tensor]]:
     """(name, item_dim, lo, hi, tensor) of every stored piece of the weights `names`, one at a time.
 
     Raises ValueError when all have passed, where a weight was not there for every item once.
     """
     n_items = checkpoint.header["n_items"]
-    filled: dict[tuple[str, int, int], list[tuple[int, int]]] = {(name, 0, n_items): [] for name in names}
+    filled: dict[tuple[str, int, int], list[tuple[int, int]]] = {
+        (name, 0, n_items): [] for name in names
+    }
     for stored, key, name, lo, hi in _stored_items(checkpoint):
         if name in names:
             item_dim = 1 if name == NEASE_WEIGHT else 0
             with readable(stored.path, checkpoint.remedy):
                 shape = stored.shape(key)
                 if len(shape) <= item_dim or shape[item_dim] != hi - lo or hi > n_items:
-                    raise ValueError(f"{stored.path}: {key} has shape {list(shape)} among {n_items} items")
+                    raise ValueError(
+                        f"{stored.path}: {key} has shape {list(shape)} among {n_items} items"
+                    )
                 tensor = stored.read(key)
             filled[(name, 0, n_items)].append((lo, hi))
             yield name, item_dim, lo, hi, tensor
@@ -452,7 +545,9 @@ def stored_pieces(checkpoint: Checkpoint, names: set[str]) -> Iterator[tuple[str
 
 def read_items(checkpoint: Checkpoint, pieces: list[ItemSlice]) -> None:
     """Fill this rank's pieces from whichever files hold their items; only the overlapping parts are read."""
-    filled: dict[tuple[str, int, int], list[tuple[int, int]]] = {(p.name, p.lo, p.hi): [] for p in pieces}
+    filled: dict[tuple[str, int, int], list[tuple[int, int]]] = {
+        (p.name, p.lo, p.hi): [] for p in pieces
+    }
     for stored, key, name, lo, hi in _stored_items(checkpoint):
         for piece in pieces:
             first, last = max(lo, piece.lo), min(hi, piece.hi)
@@ -463,14 +558,18 @@ def read_items(checkpoint: Checkpoint, pieces: list[ItemSlice]) -> None:
     _check_filled(checkpoint, filled)
 
 
-def _check_filled(checkpoint: Checkpoint, filled: dict[tuple[str, int, int], list[tuple[int, int]]]) -> None:
+def _check_filled(
+    checkpoint: Checkpoint, filled: dict[tuple[str, int, int], list[tuple[int, int]]]
+) -> None:
     """ValueError unless the ranges of every (name, lo, hi) make up its items, each once."""
     for (name, lo, hi), ranges in filled.items():
         end = lo
         for first, last in sorted(ranges):
             end = last if first == end else -1  # a gap, or items that are stored twice
         if end != hi:
-            raise ValueError(f"{checkpoint.path} does not hold {name} for all items {lo} to {hi - 1} once; {checkpoint.remedy}")
+            raise ValueError(
+                f"{checkpoint.path} does not hold {name} for all items {lo} to {hi - 1} once; {checkpoint.remedy}"
+            )
 
 
 def check_numbers(checkpoint: Checkpoint, tensors: Iterable[tuple[str, Tensor]]) -> None:
@@ -481,10 +580,14 @@ def check_numbers(checkpoint: Checkpoint, tensors: Iterable[tuple[str, Tensor]])
             continue
         low, high = torch.aminmax(tensor.detach())  # NaN if any is; no copy of the tensor
         if not (torch.isfinite(low) and torch.isfinite(high)):
-            raise ValueError(f"{checkpoint.path}: {name} holds NaN or infinite numbers; {checkpoint.remedy}")
+            raise ValueError(
+                f"{checkpoint.path}: {name} holds NaN or infinite numbers; {checkpoint.remedy}"
+            )
         if name.endswith(".exp_avg_sq"):
             if low < 0:
-                raise ValueError(f"{checkpoint.path}: {name} holds negative numbers; {checkpoint.remedy}")
+                raise ValueError(
+                    f"{checkpoint.path}: {name} holds negative numbers; {checkpoint.remedy}"
+                )
         elif not torch.isfinite(torch.maximum(-low, high).square()):
             raise ValueError(
                 f"{checkpoint.path}: {name} holds numbers from {low.item():.3g} to {high.item():.3g}, beyond what fp32 can compute "
@@ -492,7 +595,9 @@ def check_numbers(checkpoint: Checkpoint, tensors: Iterable[tuple[str, Tensor]])
             )
 
 
-def _copy_range(stored: TensorFile, key: str, piece: ItemSlice, lo: int, hi: int, first: int, last: int) -> None:
+def _copy_range(
+    stored: TensorFile, key: str, piece: ItemSlice, lo: int, hi: int, first: int, last: int
+) -> None:
     """Copy the items first to last of a stored tensor of items lo to hi, some rows at a time."""
     expected = list(piece.tensor.shape)
     expected[piece.item_dim] = hi - lo
@@ -507,4 +612,6 @@ def _copy_range(stored: TensorFile, key: str, piece: ItemSlice, lo: int, hi: int
     for start in range(*rows, at_once):
         stop = min(start + at_once, rows[1])
         found = stored.read(key, start, stop)
-        target[start - rows[0] : stop - rows[0]] = (found[:, columns] if piece.item_dim else found).to(target)
+        target[start - rows[0] : stop - rows[0]] = (
+            found[:, columns] if piece.item_dim else found
+        ).to(target)

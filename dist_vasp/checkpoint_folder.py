@@ -19,7 +19,9 @@ from dist_vasp.checkpoint import HEADER, Checkpoint, GoneError, header_of, open_
 from dist_vasp.parallel.comm import Ranks, agree, all_gather_bytes, any_rank
 
 BEST = "best"
-_OURS = re.compile(r"(step|best)-([0-9]{8,15})")  # a copy under another name is not ours: never read unasked, never removed
+_OURS = re.compile(
+    r"(step|best)-([0-9]{8,15})"
+)  # a copy under another name is not ours: never read unasked, never removed
 _TRIES, _PAUSE_S = 20, 0.05  # a link or a listing that is replaced while it is read
 _PATH_BYTES = 8192
 
@@ -64,7 +66,9 @@ def open_named(path: Path) -> Checkpoint:
     opened = open_checkpoint(path)
     if _OURS.fullmatch(path.name) and _number(path) != opened.step:
         opened.close()
-        raise ValueError(f"{path} holds the checkpoint of step {opened.step}, not of step {_number(path)}; rename it back")
+        raise ValueError(
+            f"{path} holds the checkpoint of step {opened.step}, not of step {_number(path)}; rename it back"
+        )
     return opened
 
 
@@ -76,13 +80,17 @@ def find(folder: Path, name: str | None = None) -> Path:
     path = _followed(folder / (BEST if name is None else name))
     if name is None and not path.exists():
         if path != _followed(folder / BEST):
-            raise GoneError(f"{path} was replaced by another best checkpoint; start the same command again")
+            raise GoneError(
+                f"{path} was replaced by another best checkpoint; start the same command again"
+            )
         path = _best_without_link(folder) or path
     plain = name is None or Path(name).name == name.removesuffix("/") != ".."
     if not plain or not (path / HEADER).is_file():
         found = sorted(p.parent.name for p in folder.glob(f"[!.]*/{HEADER}"))
         if not found:
-            raise ValueError(f"{folder.parent} holds no checkpoint; name the run.dir of a training run that has saved one")
+            raise ValueError(
+                f"{folder.parent} holds no checkpoint; name the run.dir of a training run that has saved one"
+            )
         what = path if plain else name
         text = f"{what} is not a checkpoint; {folder} holds {', '.join(found)}; name one of them"
         raise GoneError(text) if name in (None, BEST) else ValueError(text)
@@ -124,7 +132,9 @@ def persist(opening: Callable[[], Checkpoint]) -> Checkpoint:
 
 
 def open_together(
-    opening: Callable[[], Checkpoint | None], ranks: Ranks, reopening: Callable[[Path], Checkpoint] = open_checkpoint
+    opening: Callable[[], Checkpoint | None],
+    ranks: Ranks,
+    reopening: Callable[[Path], Checkpoint] = open_checkpoint,
 ) -> Checkpoint | None:
     """Open on every rank what `opening` finds on rank 0, by the path it has there; None where it finds nothing.
 
@@ -138,7 +148,11 @@ def open_together(
             error = raised
         agree(error, ranks)
         said = "" if opened is None else f"{opened.header['header_sha256']} {opened.path}"
-        digest, _, path = all_gather_bytes(said.encode(), ranks.world, ranks.device, _PATH_BYTES)[0].decode().partition(" ")
+        digest, _, path = (
+            all_gather_bytes(said.encode(), ranks.world, ranks.device, _PATH_BYTES)[0]
+            .decode()
+            .partition(" ")
+        )
         if not path:
             return None
         gone = False
@@ -146,7 +160,9 @@ def open_together(
             opened = opened or reopening(Path(path))
             gone = opened.header["header_sha256"] != digest
             if gone:
-                error = GoneError(f"{path} is not on every host what rank 0 sees; start the same command again")
+                error = GoneError(
+                    f"{path} is not on every host what rank 0 sees; start the same command again"
+                )
         except GoneError as raised:
             gone, error = True, raised
         except ValueError as raised:
@@ -205,7 +221,10 @@ def best_of(folder: Path, header: dict[str, Any]) -> Path | None:
             named, step = header["best_checkpoint"], found["position"]["step"]
             same = named == {"step": step, "attempt": found.get("attempt", "")}
         else:  # of an earlier version
-            same = found.get("best") == header["best"] and found["position"]["step"] <= header["position"]["step"]
+            same = (
+                found.get("best") == header["best"]
+                and found["position"]["step"] <= header["position"]["step"]
+            )
         if same:
             return path
     return None
@@ -235,7 +254,9 @@ def settle(folder: Path, best: Path | None) -> None:
     if not folder.is_dir():
         return
     link = folder / BEST
-    if best is not None and best == link:  # a copy of the run that followed the link, and has nothing else
+    if (
+        best is not None and best == link
+    ):  # a copy of the run that followed the link, and has nothing else
         named = header_of(best)
         assert named is not None
         best = best_path(folder, named["position"]["step"])
@@ -246,7 +267,9 @@ def settle(folder: Path, best: Path | None) -> None:
     elif link.is_symlink() or link.exists():
         remove(link)
     headers = [header for path in _steps(folder) if (header := header_of(path))]
-    needed = {path.name for path in (best, *(best_of(folder, header) for header in headers)) if path}
+    needed = {
+        path.name for path in (best, *(best_of(folder, header) for header in headers)) if path
+    }
     for path in folder.iterdir():
         beyond = path.name.startswith(f"{BEST}-") and path.name not in needed
         if (_OURS.fullmatch(path.name) and (beyond or not (path / HEADER).is_file())) or (

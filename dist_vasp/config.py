@@ -166,7 +166,9 @@ class OptimizerConfig:
     """Micro-batches per optimizer step; changes memory, not the result."""
     reset_on_stage: bool = False
     """Forget the moments where the learning rate changes, as the authors' code does."""
-    schedule: list[Stage] = field(default_factory=lambda: [Stage(50, 5e-5), Stage(20, 1e-5), Stage(20, 1e-6)])
+    schedule: list[Stage] = field(
+        default_factory=lambda: [Stage(50, 5e-5), Stage(20, 1e-5), Stage(20, 1e-6)]
+    )
     """Stages of the learning rate; their epochs add up to the run."""
 
 
@@ -263,8 +265,14 @@ def _require(ok: bool, key: str, value: Any, expected: str, action: str) -> None
 
 
 _SECTIONS = ("data", "model", "loss", "optimizer", "parallel", "run")
-_LOSSES = {"vasp": ("focal",), "flvae": ("focal", "multinomial"), "nease": ("focal", "cosine", "mse", "bce")}
-_LOSSES["ease"] = tuple(sorted({loss for losses in _LOSSES.values() for loss in losses}))  # none of them is used
+_LOSSES = {
+    "vasp": ("focal",),
+    "flvae": ("focal", "multinomial"),
+    "nease": ("focal", "cosine", "mse", "bce"),
+}
+_LOSSES["ease"] = tuple(
+    sorted({loss for losses in _LOSSES.values() for loss in losses})
+)  # none of them is used
 
 
 def check(config: Config) -> Config:
@@ -272,7 +280,13 @@ def check(config: Config) -> Config:
     for section in _SECTIONS:
         for key, value in asdict(getattr(config, section)).items():
             given = value is not None or (section, key) == ("data", "halves")
-            _require(given, f"{section}.{key}", value, "a value", "set it, or leave the key out for its default")
+            _require(
+                given,
+                f"{section}.{key}",
+                value,
+                "a value",
+                "set it, or leave the key out for its default",
+            )
     d, m, o, p, r = config.data, config.model, config.optimizer, config.parallel, config.run
     positive = {
         "data.batch_size": d.batch_size,
@@ -289,7 +303,13 @@ def check(config: Config) -> Config:
         _require(value >= 1, key, value, "at least 1", "raise it")
     for key, value in (("model.hidden", m.hidden), ("model.latent", m.latent)):
         _require(value < 1 << 31, key, value, "less than 2^31", "lower it")
-    _require(d.workers <= 256, "data.workers", d.workers, "at most 256 processes a rank", "one or two keep up with training")
+    _require(
+        d.workers <= 256,
+        "data.workers",
+        d.workers,
+        "at most 256 processes a rank",
+        "one or two keep up with training",
+    )
     not_negative = {
         "data.workers": d.workers,
         "loss.gamma": config.loss.gamma,
@@ -309,9 +329,21 @@ def check(config: Config) -> Config:
         "run.evaluate_every_epochs": r.evaluate_every_epochs,
     }
     for key, value in not_negative.items():
-        _require(0 <= value < math.inf, key, value, "0 or more, and finite", "raise it" if value < 0 else "lower it")
+        _require(
+            0 <= value < math.inf,
+            key,
+            value,
+            "0 or more, and finite",
+            "raise it" if value < 0 else "lower it",
+        )
     rows = d.batch_size * (2 if config.halves else 1)
-    _require(o.accumulation <= rows, "optimizer.accumulation", o.accumulation, f"at most the {rows} rows of a step", "lower it")
+    _require(
+        o.accumulation <= rows,
+        "optimizer.accumulation",
+        o.accumulation,
+        f"at most the {rows} rows of a step",
+        "lower it",
+    )
     no_password = re.search(r"://[^/]*@", r.mlflow) is None
     _require(
         no_password,
@@ -323,13 +355,45 @@ def check(config: Config) -> Config:
     _require(r.seed < 1 << 63, "run.seed", r.seed, "less than 2^63", "lower it")
     for key, value in (("optimizer.beta1", o.beta1), ("optimizer.beta2", o.beta2)):
         _require(0 <= value < 1, key, value, "0 <= beta < 1", "the usual values are 0.9 and 0.999")
-    _require(0 < o.eps < math.inf, "optimizer.eps", o.eps, "a positive number", "the usual value is 1e-7")
-    _require(0 <= config.loss.alpha <= 1, "loss.alpha", config.loss.alpha, "0 to 1", "the paper uses 0.25")
-    _require(len(o.schedule) > 0, "optimizer.schedule", o.schedule, "at least one {epochs, lr}", "add a stage")
+    _require(
+        0 < o.eps < math.inf, "optimizer.eps", o.eps, "a positive number", "the usual value is 1e-7"
+    )
+    _require(
+        0 <= config.loss.alpha <= 1,
+        "loss.alpha",
+        config.loss.alpha,
+        "0 to 1",
+        "the paper uses 0.25",
+    )
+    _require(
+        len(o.schedule) > 0,
+        "optimizer.schedule",
+        o.schedule,
+        "at least one {epochs, lr}",
+        "add a stage",
+    )
     for i, stage in enumerate(o.schedule):
-        _require(stage.epochs >= 1, f"optimizer.schedule[{i}].epochs", stage.epochs, "at least 1", "raise it or drop the stage")
-        _require(0 <= stage.lr < 1e3, f"optimizer.schedule[{i}].lr", stage.lr, "a rate of 0 or more", "the paper starts at 5e-5")
-    _require(0 <= d.input_dropout < 1, "data.input_dropout", d.input_dropout, "0 <= share < 1", "0.3 did well on MovieLens 1M")
+        _require(
+            stage.epochs >= 1,
+            f"optimizer.schedule[{i}].epochs",
+            stage.epochs,
+            "at least 1",
+            "raise it or drop the stage",
+        )
+        _require(
+            0 <= stage.lr < 1e3,
+            f"optimizer.schedule[{i}].lr",
+            stage.lr,
+            "a rate of 0 or more",
+            "the paper starts at 5e-5",
+        )
+    _require(
+        0 <= d.input_dropout < 1,
+        "data.input_dropout",
+        d.input_dropout,
+        "0 <= share < 1",
+        "0.3 did well on MovieLens 1M",
+    )
     _check_ease(m, o)
     _require(
         config.loss.kind in _LOSSES[m.kind],
@@ -345,7 +409,13 @@ def check(config: Config) -> Config:
         f"0 with {o.name}",
         "use optimizer.name adamw",
     )
-    _require(p.zero_stage in (0, 1, 2, 3), "parallel.zero_stage", p.zero_stage, "0, 1, 2 or 3", "1 suits most clusters")
+    _require(
+        p.zero_stage in (0, 1, 2, 3),
+        "parallel.zero_stage",
+        p.zero_stage,
+        "0, 1, 2 or 3",
+        "1 suits most clusters",
+    )
     _require(
         p.trunk_dtype == "fp32" or p.zero_stage > 0,
         "parallel.trunk_dtype",
@@ -360,32 +430,80 @@ def check(config: Config) -> Config:
         f"at most data.batch_size = {d.batch_size}",
         "lower it or raise the batch",
     )
-    _require(config.device in ("auto", "cuda", "cpu"), "device", config.device, "auto, cuda or cpu", "choose one of them")
+    _require(
+        config.device in ("auto", "cuda", "cpu"),
+        "device",
+        config.device,
+        "auto, cuda or cpu",
+        "choose one of them",
+    )
     return config
 
 
 def _check_ease(m: ModelConfig, o: OptimizerConfig) -> None:
     """The keys of the closed form, and of a NEASE that starts from it; a run of the closed form itself uses none of the latter."""
-    _require(0 <= m.ease_dropout < 1, "model.ease_dropout", m.ease_dropout, "0 <= share < 1", "0.45 did well on MovieLens 1M")
-    exponent, action = m.ease_user_exponent, "0 weighs all users the same, -0.5 did well on MovieLens 1M"
+    _require(
+        0 <= m.ease_dropout < 1,
+        "model.ease_dropout",
+        m.ease_dropout,
+        "0 <= share < 1",
+        "0.45 did well on MovieLens 1M",
+    )
+    exponent, action = (
+        m.ease_user_exponent,
+        "0 weighs all users the same, -0.5 did well on MovieLens 1M",
+    )
     _require(-4 <= exponent <= 4, "model.ease_user_exponent", exponent, "-4 to 4", action)
-    _require(math.isfinite(m.nease_offset), "model.nease_offset", m.nease_offset, "a finite number", "the default is 0")
+    _require(
+        math.isfinite(m.nease_offset),
+        "model.nease_offset",
+        m.nease_offset,
+        "a finite number",
+        "the default is 0",
+    )
     if m.linear:
         return
     start, started = "model.init_from_ease", bool(m.init_from_ease)
-    _require(m.shallow or not started, start, m.init_from_ease, f"nothing with model.kind {m.kind}", "leave it out")
+    _require(
+        m.shallow or not started,
+        start,
+        m.init_from_ease,
+        f"nothing with model.kind {m.kind}",
+        "leave it out",
+    )
     computed = m.init_from_ease == "closed_form"
     action = "set it; a run of model.kind ease finds a good one on validation"
-    _require(not computed or m.ease_lambda > 0, "model.ease_lambda", m.ease_lambda, f"more than 0 with {start} closed_form", action)
-    unused = {"model.nease_scale": (m.nease_scale, 1.0), "optimizer.nease_decay": (o.nease_decay, 0.0)}
+    _require(
+        not computed or m.ease_lambda > 0,
+        "model.ease_lambda",
+        m.ease_lambda,
+        f"more than 0 with {start} closed_form",
+        action,
+    )
+    unused = {
+        "model.nease_scale": (m.nease_scale, 1.0),
+        "optimizer.nease_decay": (o.nease_decay, 0.0),
+    }
     for key, (value, plain) in unused.items():
-        _require(started or value == plain, key, value, f"{plain:g} without {start}", f"set {start} too")
+        _require(
+            started or value == plain, key, value, f"{plain:g} without {start}", f"set {start} too"
+        )
     possible = m.nease == "trained" or (started and m.kind == "vasp")
     _require(
-        possible, "model.nease", m.nease, f"trained, unless model.kind is vasp and {start} is set", "set both, or leave it out"
+        possible,
+        "model.nease",
+        m.nease,
+        f"trained, unless model.kind is vasp and {start} is set",
+        "set both, or leave it out",
     )
     decay = o.nease_decay
-    _require(m.nease == "trained" or not decay, "optimizer.nease_decay", decay, f"0 with model.nease {m.nease}", "leave it out")
+    _require(
+        m.nease == "trained" or not decay,
+        "optimizer.nease_decay",
+        decay,
+        f"0 with model.nease {m.nease}",
+        "leave it out",
+    )
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -410,11 +528,15 @@ def read_yaml(path: str | Path, what: str) -> Any:
         raise ValueError(f"{path}{at} is not YAML ({error.problem}); expected {what}") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise ValueError(f"{path} cannot be read ({reason}); expected a YAML file with {what}") from None
+        raise ValueError(
+            f"{path} cannot be read ({reason}); expected a YAML file with {what}"
+        ) from None
     except _DuplicateKeyError:
         raise
     except ValueError as error:
-        raise ValueError(f"{path} cannot be read ({error}); expected a YAML file with {what}") from None
+        raise ValueError(
+            f"{path} cannot be read ({error}); expected a YAML file with {what}"
+        ) from None
 
 
 class _DuplicateKeyError(ValueError):
@@ -428,17 +550,25 @@ def _count_values(node: yaml.Node | None, counted: dict[int, int], depth: int) -
     """
     if id(node) in counted:
         if not counted[id(node)]:
-            raise ValueError("an alias stands for a value that holds the alias itself; write it out")
+            raise ValueError(
+                "an alias stands for a value that holds the alias itself; write it out"
+            )
         return counted[id(node)]
     if depth > DEEPEST:
         raise ValueError(f"it is nested deeper than {DEEPEST} levels")
     if node is not None:
         counted[id(node)] = 0  # being counted
-    children = [child for pair in node.value for child in pair] if isinstance(node, yaml.MappingNode) else []
+    children = (
+        [child for pair in node.value for child in pair]
+        if isinstance(node, yaml.MappingNode)
+        else []
+    )
     children = list(node.value) if isinstance(node, yaml.SequenceNode) else children
     n = 1 + sum(_count_values(child, counted, depth + 1) for child in children)
     if n > MOST_VALUES:
-        raise ValueError(f"it stands for more than {MOST_VALUES:,} values once its aliases are written out")
+        raise ValueError(
+            f"it stands for more than {MOST_VALUES:,} values once its aliases are written out"
+        )
     if node is not None:
         counted[id(node)] = n
     return n
@@ -467,11 +597,15 @@ def _refuse_twice(node: yaml.Node | None, path: str, prefix: str, seen: set[int]
 class _ConfigFile(ActionConfigFile):
     """`--config FILE`, looked through before it is taken."""
 
-    def __call__(self, parser: Any, namespace: Any, value: Any, option_string: str | None = None) -> None:
+    def __call__(
+        self, parser: Any, namespace: Any, value: Any, option_string: str | None = None
+    ) -> None:
         try:
             raw = read_yaml(value, "the sections of a configuration, such as configs/demo.yaml")
             if not isinstance(raw, dict):
-                raise ValueError(f"{value} holds {raw!r:.40}, expected sections with keys, such as configs/demo.yaml")
+                raise ValueError(
+                    f"{value} holds {raw!r:.40}, expected sections with keys, such as configs/demo.yaml"
+                )
         except ValueError as error:
             raise _FileError(str(error)) from None
         super().__call__(parser, namespace, value, option_string)
@@ -487,10 +621,16 @@ class _FileError(ValueError):
 def make_parser(prog: str, description: str) -> ArgumentParser:
     """A parser with `--config FILE` and one `--section.key` for every field of Config; add further arguments to it."""
     parser = ArgumentParser(prog=prog, description=description, exit_on_error=False)
-    parser.add_argument("--config", action=_ConfigFile, help="YAML file with the sections below; command-line values win over it")
+    parser.add_argument(
+        "--config",
+        action=_ConfigFile,
+        help="YAML file with the sections below; command-line values win over it",
+    )
     parser.add_class_arguments(Config, None)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    parser.add_argument("--local_rank", type=int, default=None, help="set by the deepspeed launcher; ignored")
+    parser.add_argument(
+        "--local_rank", type=int, default=None, help="set by the deepspeed launcher; ignored"
+    )
     return parser
 
 
@@ -525,17 +665,25 @@ def _refuse_text(raw: dict[str, Any]) -> None:
     """ValueError where text stands for a list or a table: the parser would read it as YAML, aliases and all."""
     for section in fields(Config):
         values, maker = raw.get(section.name), section.default_factory
-        types: dict[str, Any] = {f.name: f.type for f in fields(maker)} if isinstance(maker, type) else {}  # type: ignore[arg-type]
+        types: dict[str, Any] = (
+            {f.name: f.type for f in fields(maker)} if isinstance(maker, type) else {}
+        )  # type: ignore[arg-type]
         for name, value in values.items() if isinstance(values, dict) else ():
             if isinstance(value, str) and len(value) > _LONGEST_WORD and types.get(name) != "str":
-                raise ValueError(f"{section.name}.{name:.40} is a text of {len(value):,} characters, expected {types.get(name)}")
+                raise ValueError(
+                    f"{section.name}.{name:.40} is a text of {len(value):,} characters, expected {types.get(name)}"
+                )
 
 
 def _require_sections(namespace: Any) -> None:
     for section in _SECTIONS:
         value = getattr(namespace, section)
         _require(
-            isinstance(value, Namespace), section, value, "a section of keys", f"write `{section}:` with its keys indented below"
+            isinstance(value, Namespace),
+            section,
+            value,
+            "a section of keys",
+            f"write `{section}:` with its keys indented below",
         )
 
 
@@ -544,12 +692,22 @@ def known_keys() -> list[str]:
     keys = []
     for section in fields(Config):
         maker = section.default_factory
-        keys += [f"{section.name}.{f.name}" for f in fields(maker)] if isinstance(maker, type) else [section.name]  # type: ignore[arg-type]
+        keys += (
+            [f"{section.name}.{f.name}" for f in fields(maker)]
+            if isinstance(maker, type)
+            else [section.name]
+        )  # type: ignore[arg-type]
     return keys
 
 
 def _readable(message: str) -> str:
-    message = " ".join(message.split()).replace("Parser key ", "").replace("<class '", "").replace("'>", "").replace("typing.", "")
+    message = (
+        " ".join(message.split())
+        .replace("Parser key ", "")
+        .replace("<class '", "")
+        .replace("'>", "")
+        .replace("typing.", "")
+    )
     unknown = (
         re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message)
         or re.search(r"unrecognized arguments: --()([^\s=]+)", message)
@@ -563,7 +721,12 @@ def _readable(message: str) -> str:
     return f"{_of_type(message)}; `--help` lists every key with its type, default and meaning"
 
 
-_TYPES = {"int": "a whole number", "float": "a number", "bool": "true or false", "list": "a list of {epochs, lr}"}
+_TYPES = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "list": "a list of {epochs, lr}",
+}
 
 
 def _of_type(message: str) -> str:
@@ -591,7 +754,11 @@ def _of_type(message: str) -> str:
 
 def _name(key: str) -> str:
     """A key of the configuration as it is, an option of a command with its dashes."""
-    return key if "." in key or key in {f.name for f in fields(Config)} | {f.name for f in fields(Stage)} else f"--{key}"
+    return (
+        key
+        if "." in key or key in {f.name for f in fields(Config)} | {f.name for f in fields(Stage)}
+        else f"--{key}"
+    )
 
 
 def load(path: str | Path) -> Config:

@@ -40,7 +40,10 @@ class _Descriptor(io.RawIOBase):
                 self._works = False
                 if self._descriptor == 1:
                     _lost.append(error)
-                    print(f"warning: standard output cannot be written ({error.strerror}); the command continues", file=sys.stderr)
+                    print(
+                        f"warning: standard output cannot be written ({error.strerror}); the command continues",
+                        file=sys.stderr,
+                    )
         return len(data)
 
     def writable(self) -> bool:
@@ -62,7 +65,12 @@ class _Stream(io.TextIOWrapper):
 
     def write(self, text: str) -> int:
         if self.fileno() == 2:
-            super().write("".join(part if _CURSOR.fullmatch(part) else printable(part) for part in _CURSOR.split(text)))
+            super().write(
+                "".join(
+                    part if _CURSOR.fullmatch(part) else printable(part)
+                    for part in _CURSOR.split(text)
+                )
+            )
         else:
             super().write(printable(text))
         return len(text)
@@ -99,7 +107,10 @@ def _restart_in_utf8() -> None:
     libraries, which expect UTF-8, fail in ways of their own.
     """
     script = Path(getattr(sys.modules["__main__"], "__file__", None) or "")
-    ours = script.resolve().parent.name in ("launch", "data_tools")  # not a test that calls a command
+    ours = script.resolve().parent.name in (
+        "launch",
+        "data_tools",
+    )  # not a test that calls a command
     if ours and sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
         os.environ["PYTHONUTF8"] = "1"
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
@@ -109,7 +120,11 @@ def _move_handlers(before: TextIO, now: TextIO) -> None:
     """What libraries log at `before` goes to `now`."""
     loggers = [
         logging.getLogger(),
-        *(found for found in logging.root.manager.loggerDict.values() if isinstance(found, logging.Logger)),
+        *(
+            found
+            for found in logging.root.manager.loggerDict.values()
+            if isinstance(found, logging.Logger)
+        ),
     ]
     for logger in loggers:
         for handler in logger.handlers:

@@ -26,8 +26,18 @@ from typing import Any, BinaryIO
 from dist_vasp.places import Inputs, check_file, check_folder, check_writable_file, unwritable
 
 _LEFTOVER = re.compile(r"\..+\.[0-9a-f]{16}\.(tmp|old)")
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF)  # of filesystems without flock
-_NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK)  # of filesystems without hard links
+_NO_LOCKS = (
+    errno.ENOLCK,
+    errno.ENOSYS,
+    errno.EOPNOTSUPP,
+    errno.EBADF,
+)  # of filesystems without flock
+_NO_LINKS = (
+    errno.EPERM,
+    errno.ENOSYS,
+    errno.EOPNOTSUPP,
+    errno.EMLINK,
+)  # of filesystems without hard links
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
@@ -50,7 +60,11 @@ def new_file(
         return check_file(path, option, overwrite, ours, inputs, make_parents=make_parents)
 
     target = check()
-    with parents(target, option), sole_writer(target, option), _temporary_file(target, option) as (handle, temporary):
+    with (
+        parents(target, option),
+        sole_writer(target, option),
+        _temporary_file(target, option) as (handle, temporary),
+    ):
         check()  # another command may have written it until now
         yield handle
         finish(handle)
@@ -116,7 +130,9 @@ def replacing(path: Path, remedy: str = "") -> Iterator[BinaryIO]:
 def replacing_all(folder: Path, names: Sequence[str], remedy: str = "") -> Iterator[list[BinaryIO]]:
     """Yield several files to write that belong together: none of them appears before all are on the disk."""
     with ExitStack() as stack:
-        handles = [stack.enter_context(replacing(folder / name, remedy)) for name in reversed(names)][::-1]
+        handles = [
+            stack.enter_context(replacing(folder / name, remedy)) for name in reversed(names)
+        ][::-1]
         yield handles
         for handle in handles:
             finish(handle)
@@ -132,7 +148,9 @@ def open_append(path: Path, remedy: str = "") -> BinaryIO:
     """Open a file inside a folder that this process owns to write at its end; never through a link."""
     check_writable_file(path)
     with _explained(path, "", remedy):
-        if path.exists() and path.stat().st_nlink > 1:  # a copy of the folder made with hard links keeps its own content
+        if (
+            path.exists() and path.stat().st_nlink > 1
+        ):  # a copy of the folder made with hard links keeps its own content
             with _temporary_file(path, "", remedy) as (handle, temporary):
                 handle.write(path.read_bytes())
                 finish(handle)
@@ -160,7 +178,9 @@ def lock_or_owner(path: Path) -> io.FileIO | str:
     Returns the open file that holds the lock, which goes when it is closed or the process ends; or, where another process
     holds it, what that one has written there. The file is never a link. A filesystem without locks refuses nobody.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    descriptor = os.open(
+        path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666
+    )
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise OSError(errno.EEXIST, f"{path} is not a regular file", str(path))
@@ -260,13 +280,17 @@ class _Output(io.BufferedWriter):
 
 
 @contextmanager
-def _explained(path: Path, option: str, remedy: str = "", within: Path | None = None) -> Iterator[None]:
+def _explained(
+    path: Path, option: str, remedy: str = "", within: Path | None = None
+) -> Iterator[None]:
     """Turn an OSError into the user's error. With `within`, only one that is about writing into that folder."""
     try:
         yield
     except OSError as error:
         of_the_disk = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
-        of_the_folder = isinstance(error.filename, str) and within is not None and str(within) in error.filename
+        of_the_folder = (
+            isinstance(error.filename, str) and within is not None and str(within) in error.filename
+        )
         if within is None or of_the_disk or of_the_folder:
             raise unwritable(error, path, option, remedy) from None
         raise
@@ -315,7 +339,9 @@ def _replace_folder(temporary: Path, path: Path) -> None:
     elif _exchange(temporary, path):
         shutil.rmtree(temporary, ignore_errors=True)  # the earlier one now
     else:
-        old = _beside(path, f"{secrets.token_hex(8)}.old")  # if we are killed here, `_clear` gives it its name back
+        old = _beside(
+            path, f"{secrets.token_hex(8)}.old"
+        )  # if we are killed here, `_clear` gives it its name back
         os.rename(path, old)
         try:
             os.rename(temporary, path)
@@ -344,7 +370,9 @@ def _beside(path: Path, ending: str) -> Path:
 def _lock(lock: Path) -> tuple[int | None, bool]:
     """The open lock file and whether it is locked (a filesystem may have no locks); None where another has the lock."""
     while True:
-        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+        descriptor = os.open(
+            lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666
+        )
         try:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 raise OSError(errno.EEXIST, "its lock file is not a regular file", str(lock))
@@ -368,7 +396,11 @@ def _clear(path: Path) -> None:
     start = _beside(path, "").name
     for entry in sorted(os.scandir(path.parent), key=lambda entry: entry.name):
         ending = entry.name.removeprefix(start)
-        mine = entry.stat(follow_symlinks=False).st_uid == os.geteuid() if entry.name.startswith(start) else False
+        mine = (
+            entry.stat(follow_symlinks=False).st_uid == os.geteuid()
+            if entry.name.startswith(start)
+            else False
+        )
         if not mine or not re.fullmatch(r"[0-9a-f]{16}\.(tmp|old)", ending):
             continue
         with suppress(OSError):

@@ -15,7 +15,9 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-Inputs = Sequence[tuple[str, str | Path | None]]  # what a command reads: the option that names it, and the path
+Inputs = Sequence[
+    tuple[str, str | Path | None]
+]  # what a command reads: the option that names it, and the path
 RUN_FILES = (
     r"config\.yaml|environment\.json|metrics\..*|result\.json|items\.parquet|tracking\.json|\.lock|"
     r"diverged-step-\d+\.json|checkpoints|tensorboard"
@@ -60,12 +62,18 @@ def unwritable(error: OSError, path: str | Path, option: str = "", remedy: str =
         remedy = f"free some space or {remedy}"
     if error.errno not in _NO_SPACE:
         remedy = remedy.removeprefix("free some space or ")
-    return ValueError(f"{_named(path, option)} cannot be written ({error.strerror or error}); {remedy}")
+    return ValueError(
+        f"{_named(path, option)} cannot be written ({error.strerror or error}); {remedy}"
+    )
 
 
 def path_error(error: Exception) -> str:
     """Return one line on an error about a path that cannot be used as it is; "" for any other error."""
-    if not isinstance(error, OSError) or error.errno not in _OF_THE_PATH or not isinstance(error.filename, str | bytes):
+    if (
+        not isinstance(error, OSError)
+        or error.errno not in _OF_THE_PATH
+        or not isinstance(error.filename, str | bytes)
+    ):
         return ""
     return f"{os.fsdecode(error.filename):.300} cannot be used ({error.strerror}); correct that, or name another place"
 
@@ -88,7 +96,9 @@ def check_file(
     if len(endings) == 1 and path.suffix not in endings:
         raise ValueError(f"{what} does not end in {''.join(endings)}; name such a file")
     if endings and path.suffix not in endings:
-        raise ValueError(f"{what} ends in {path.suffix or 'nothing'}, expected one of {', '.join(endings)}")
+        raise ValueError(
+            f"{what} ends in {path.suffix or 'nothing'}, expected one of {', '.join(endings)}"
+        )
     found = _look(path, option, make_parents)
     _check_inputs(path, option, inputs)
     if found is not None:
@@ -98,9 +108,13 @@ def check_file(
     check_belongs_to_nothing(path, option)
     if found is not None:
         if overwrite is False:
-            raise ValueError(f"{what} exists; pass --overwrite to replace it, or choose another name")
+            raise ValueError(
+                f"{what} exists; pass --overwrite to replace it, or choose another name"
+            )
         if found.st_size and ours is not None and not _recognised(ours, path):
-            raise ValueError(f"{what} exists and was not written by this command; choose another name, or remove it yourself")
+            raise ValueError(
+                f"{what} exists and was not written by this command; choose another name, or remove it yourself"
+            )
     return path
 
 
@@ -127,7 +141,9 @@ def check_folder(
     if found is not None and overwrite is None:
         raise ValueError(f"{what} exists; name another folder, or remove it yourself")
     if found is not None and not overwrite:
-        raise ValueError(f"{what} exists already; name another output folder, or pass --overwrite to replace it")
+        raise ValueError(
+            f"{what} exists already; name another output folder, or pass --overwrite to replace it"
+        )
     _check_inputs(path, option, inputs)
     check_belongs_to_nothing(path, option)
     if found is not None and files_of is not None:
@@ -136,7 +152,9 @@ def check_folder(
         except OSError as error:
             raise unwritable(error, path, option) from None
         known = files_of(path) if entries else ()
-        foreign = [e.name for e in entries if e.name not in known or not e.is_file(follow_symlinks=False)]
+        foreign = [
+            e.name for e in entries if e.name not in known or not e.is_file(follow_symlinks=False)
+        ]
         if foreign:
             more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
             raise ValueError(
@@ -175,8 +193,17 @@ def check_run_folder(folder: Path) -> None:
     for kind, telling, _ in _FOLDERS[1:]:
         if any((folder / name).exists() for name in telling):
             raise ValueError(f"run.dir {folder} holds {kind}; a run needs a folder of its own")
-    began = any(os.path.lexists(folder / name) for name in (".lock", "environment.json", *_FOLDERS[0][1]))
-    for name in ("config.yaml", "environment.json", "items.parquet", "metrics.jsonl", "result.json", "tracking.json"):
+    began = any(
+        os.path.lexists(folder / name) for name in (".lock", "environment.json", *_FOLDERS[0][1])
+    )
+    for name in (
+        "config.yaml",
+        "environment.json",
+        "items.parquet",
+        "metrics.jsonl",
+        "result.json",
+        "tracking.json",
+    ):
         check_writable_file(folder / name)
         if not began and (folder / name).exists():
             raise ValueError(
@@ -229,8 +256,12 @@ def _look(path: Path, option: str, make_parents: bool) -> os.stat_result | None:
     try:
         if not make_parents and not path.parent.is_dir():
             if path.parent.exists():
-                raise ValueError(f"{_named(path, option)}: {path.parent} is not a folder; choose another place")
-            raise ValueError(f"{_named(path, option)}: the folder {path.parent} does not exist; create it first")
+                raise ValueError(
+                    f"{_named(path, option)}: {path.parent} is not a folder; choose another place"
+                )
+            raise ValueError(
+                f"{_named(path, option)}: the folder {path.parent} does not exist; create it first"
+            )
         return path.lstat()
     except FileNotFoundError:
         return None
@@ -246,7 +277,9 @@ def _check_regular(path: Path, option: str, found: os.stat_result) -> None:
         )
     for is_kind, kind in _KINDS:
         if is_kind(found.st_mode):
-            raise ValueError(f"{_named(path, option)} is {kind}, expected a regular file; choose another name")
+            raise ValueError(
+                f"{_named(path, option)} is {kind}, expected a regular file; choose another name"
+            )
 
 
 def _check_inputs(path: Path, option: str, inputs: Inputs) -> None:
@@ -257,11 +290,17 @@ def _check_inputs(path: Path, option: str, inputs: Inputs) -> None:
             real = Path(os.path.realpath(source))
             kind = "folder" if real.is_dir() else "file"
             if real == place or (path.exists() and path.samefile(source)):
-                raise ValueError(f"{_named(path, option)} is the {kind} of {name}, which would be lost; choose another name")
+                raise ValueError(
+                    f"{_named(path, option)} is the {kind} of {name}, which would be lost; choose another name"
+                )
             if real in place.parents and path.is_file():
-                raise ValueError(f"{_named(path, option)} is a file of {name} {source}, which would be lost; choose another name")
+                raise ValueError(
+                    f"{_named(path, option)} is a file of {name} {source}, which would be lost; choose another name"
+                )
             if place in real.parents and path.exists():
-                raise ValueError(f"{_named(path, option)} holds {source} of {name}, which would be lost; choose another")
+                raise ValueError(
+                    f"{_named(path, option)} holds {source} of {name}, which would be lost; choose another"
+                )
 
 
 def check_belongs_to_nothing(path: Path, option: str) -> None:

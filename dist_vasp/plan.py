@@ -16,13 +16,19 @@ import numpy as np
 from dist_vasp.config import Config
 
 FLOAT = 4
-PROCESS_BASE = {"cpu": 0.47e9, "cuda": 1.2e9}  # interpreter, torch, deepspeed and gloo, with next to no model (docs/experiments.md)
+PROCESS_BASE = {
+    "cpu": 0.47e9,
+    "cuda": 1.2e9,
+}  # interpreter, torch, deepspeed and gloo, with next to no model (docs/experiments.md)
 # a loader process beside what it shares with its rank: estimated, 50 decoded shards of 2 MB and what it writes to
 LOADER_BASE = 0.15e9
 BLOCK_COLUMNS = {"cpu": 256, "cuda": 2048}  # parallel.block_columns 0
 GRADIENT_ROWS = 1024
 IDS_BYTES = 80  # an interaction of a row: int64 as it came, sorted by item and its row, of x and of y; int32 on its way
-ROW_STATS = {"cosine": 3, "multinomial": 2}  # floats of a row that a loss sums over the partitions first
+ROW_STATS = {
+    "cosine": 3,
+    "multinomial": 2,
+}  # floats of a row that a loss sums over the partitions first
 # by ZeRO stage, how often the trunk passes each link of a ring: DeepSpeed all-reduces gradients (2) and gathers parameters (1);
 # stage 3 scatters gradients (1) and gathers what is not small twice (2)
 ZERO_MESSAGES = {0: 2, 1: 3, 2: 3, 3: 3}
@@ -75,7 +81,9 @@ class Plan:
         return sum(self.seconds.values())
 
 
-def make_plan(config: Config, sizes: Sizes, partitions: int, replicas: int, rates: Rates, device: str = "cpu") -> Plan:
+def make_plan(
+    config: Config, sizes: Sizes, partitions: int, replicas: int, rates: Rates, device: str = "cpu"
+) -> Plan:
     """The estimate for one rank of a `replicas` x `partitions` world."""
     if config.model.linear:
         return _ease_plan(config, sizes, partitions, replicas, rates, device)
@@ -117,7 +125,10 @@ def make_plan(config: Config, sizes: Sizes, partitions: int, replicas: int, rate
         "trunk weights": FLOAT * held + master,
         "trunk buckets": FLOAT * min(n_trunk, ZERO_BUCKET) * (p.zero_stage > 0),
         "trunk moments": 2 * FLOAT * n_trunk / trunk_share,
-        "trunk activations": FLOAT * deep * B * (H * (3 * (m.encoder_layers + m.decoder_layers) + 3) + 8 * L),
+        "trunk activations": FLOAT
+        * deep
+        * B
+        * (H * (3 * (m.encoder_layers + m.decoder_layers) + 3) + 8 * L),
         "rows of the group": FLOAT * deep * 3 * G * (H + L) + IDS_BYTES * G * E,
         "one block, or trunk gradients": max(one_block, trunk_gradients),
     }
@@ -132,10 +143,24 @@ def make_plan(config: Config, sizes: Sizes, partitions: int, replicas: int, rate
         "input: pre-activations and their gradient": FLOAT * deep * others * micro * B * 2 * H,
         "output: d, z and their gradient": FLOAT * deep * others * micro * B * 2 * (H + L),
         "output: statistics of rows": FLOAT * others * micro * G * stats * passes,
-        "replicas: item gradients": FLOAT * 2 * (replicas - 1) / replicas * n_trained * (passes if micro == 1 else 1),
-        "trunk under ZeRO": FLOAT * deep * (world - 1) / world * n_trunk * ZERO_MESSAGES[p.zero_stage],
+        "replicas: item gradients": FLOAT
+        * 2
+        * (replicas - 1)
+        / replicas
+        * n_trained
+        * (passes if micro == 1 else 1),
+        "trunk under ZeRO": FLOAT
+        * deep
+        * (world - 1)
+        / world
+        * n_trunk
+        * ZERO_MESSAGES[p.zero_stage],
         # five words in float64, and three of each path of the loss
-        "loss, norm and statistics": 8 * (5 + 3 * (n_paths - (shallow and m.nease == "apart"))) * 2 * (world - 1) / world,
+        "loss, norm and statistics": 8
+        * (5 + 3 * (n_paths - (shallow and m.nease == "apart")))
+        * 2
+        * (world - 1)
+        / world,
     }
 
     # Arithmetic of one rank in one step: three products per weight and row (forward, two backward).
@@ -166,15 +191,21 @@ def padded_users(n_users: int, batch_size: int, lanes: int, world: int) -> float
     phase, users = lane * steps // lanes, np.diff(np.arange(lanes + 1) * n_users // lanes)
     step = np.arange(min(steps, SAMPLED_STEPS) + 1)[:, None]
     given = (step * users + phase) // steps
-    return float(np.diff(given, axis=0).reshape(len(step) - 1, world, -1).sum(axis=2).max(axis=1).mean())
+    return float(
+        np.diff(given, axis=0).reshape(len(step) - 1, world, -1).sum(axis=2).max(axis=1).mean()
+    )
 
 
-def _ease_plan(config: Config, sizes: Sizes, partitions: int, replicas: int, rates: Rates, device: str) -> Plan:
+def _ease_plan(
+    config: Config, sizes: Sizes, partitions: int, replicas: int, rates: Rates, device: str
+) -> Plan:
     """The closed form for one lambda (model/ease.py): its Gram matrix and its inverse are what a step is elsewhere."""
     I, J, C = sizes.n_items, math.ceil(sizes.n_items / partitions), EASE_COLUMNS
     word = {"fp32": 4, "fp64": 8}[config.model.ease_dtype]
     interactions = sizes.n_users * sizes.items_per_user
-    together = min(interactions, EASE_INTERACTIONS_PER_ITEM * I)  # interactions of users whose sums are made at once
+    together = min(
+        interactions, EASE_INTERACTIONS_PER_ITEM * I
+    )  # interactions of users whose sums are made at once
     memory = {
         "process": PROCESS_BASE[device],
         "item weights": word * I * J,
@@ -195,7 +226,9 @@ def _ease_plan(config: Config, sizes: Sizes, partitions: int, replicas: int, rat
     return Plan(partitions, replicas, memory, traffic, arithmetic, seconds)
 
 
-def smallest_that_fits(config: Config, sizes: Sizes, device_memory: float, rates: Rates, device: str) -> Plan | None:
+def smallest_that_fits(
+    config: Config, sizes: Sizes, device_memory: float, rates: Rates, device: str
+) -> Plan | None:
     """The plan with the fewest partitions (one replica) whose memory fits; None where even one item a rank does not."""
     partitions = 1
     while partitions <= min(sizes.n_items, 1 << 16):

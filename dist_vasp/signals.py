@@ -27,7 +27,11 @@ class SignalWatch:
     handler can be set, and nothing is heard.
     """
 
-    def __init__(self, heard: Callable[[int], None], handler: Callable[[int, FrameType | None], None] | None = None) -> None:
+    def __init__(
+        self,
+        heard: Callable[[int], None],
+        handler: Callable[[int, FrameType | None], None] | None = None,
+    ) -> None:
         self._heard, self._handler, self._before = heard, handler or _do_nothing, {}
         if threading.current_thread() is not threading.main_thread():
             return
@@ -42,7 +46,9 @@ class SignalWatch:
     def _listen(self) -> None:
         while numbers := self._read.recv(16):
             for number in numbers:
-                if number in self._before and signal.getsignal(number) is self._handler:  # not taken over by a library
+                if (
+                    number in self._before and signal.getsignal(number) is self._handler
+                ):  # not taken over by a library
                     self._heard(number)
         self._read.close()
 

@@ -65,7 +65,9 @@ class TensorFile:
         if tensor.numel():
             view = tensor.numpy().reshape(-1).view("u1").data
             while start < end:
-                n_bytes = os.preadv(self._handle.fileno(), [view[len(view) - (end - start) :]], start)
+                n_bytes = os.preadv(
+                    self._handle.fileno(), [view[len(view) - (end - start) :]], start
+                )
                 if not n_bytes:
                     raise ValueError(f"{self.path} ends at byte {start:,}, expected {end:,}")
                 start += n_bytes
@@ -78,8 +80,14 @@ class TensorFile:
         for name, stored in self.stored.items():
             n = math.prod(stored.shape)
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", UserWarning)  # "the buffer is not writable": nothing here writes
-                flat = torch.frombuffer(pages, dtype=torch.float32, count=n, offset=stored.start) if n else torch.zeros(0)
+                warnings.simplefilter(
+                    "ignore", UserWarning
+                )  # "the buffer is not writable": nothing here writes
+                flat = (
+                    torch.frombuffer(pages, dtype=torch.float32, count=n, offset=stored.start)
+                    if n
+                    else torch.zeros(0)
+                )
             tensors[name] = flat.view(stored.shape)
         return tensors, pages
 
@@ -89,7 +97,9 @@ def _parse_header(descriptor: int) -> dict[str, Stored]:
     size = os.fstat(descriptor).st_size
     length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
     if length > min(size - 8, _LARGEST_HEADER):
-        raise ValueError(f"its header has {length:,} bytes, the file {size:,}; expected at most {_LARGEST_HEADER:,}")
+        raise ValueError(
+            f"its header has {length:,} bytes, the file {size:,}; expected at most {_LARGEST_HEADER:,}"
+        )
     header = parse_json(os.pread(descriptor, length, 8))
     if not isinstance(header, dict):
         raise ValueError("its header is not a table of tensors")
@@ -100,7 +110,9 @@ def _parse_header(descriptor: int) -> dict[str, Stored]:
     end = 8 + length
     for stored in sorted(found.values(), key=lambda stored: (stored.start, stored.end)):
         if stored.start != end:
-            raise ValueError(f"a tensor begins at byte {stored.start:,}, the one before ends at {end:,}")
+            raise ValueError(
+                f"a tensor begins at byte {stored.start:,}, the one before ends at {end:,}"
+            )
         end = stored.end
     if end != size or end % 4:
         raise ValueError(f"its tensors end at byte {end:,}, the file at {size:,}")
@@ -119,11 +131,15 @@ def _stored(name: str, entry: Any, begin: int) -> Stored:
         raise ValueError(f"{name:.80} has shape {shape!r:.80} at {offsets!r:.80}")
     start, end = offsets
     if end - start != 4 * math.prod(shape) or (begin + start) % 4:
-        raise ValueError(f"{name:.80} of shape {shape} lies in bytes {start} to {end}, expected {4 * math.prod(shape):,} of them")
+        raise ValueError(
+            f"{name:.80} of shape {shape} lies in bytes {start} to {end}, expected {4 * math.prod(shape):,} of them"
+        )
     return Stored(tuple(shape), begin + start, begin + end)
 
 
-def write_safetensors(path: Path, tensors: dict[str, Tensor], progress: Callable[[int], None] | None = None) -> str:
+def write_safetensors(
+    path: Path, tensors: dict[str, Tensor], progress: Callable[[int], None] | None = None
+) -> str:
     """Write fp32 tensors as a new safetensors file, one after the other; return its SHA-256.
 
     The library's own writer wants all of them in memory at once. `progress` is told the bytes of each tensor written.

@@ -6,7 +6,9 @@ import html
 import re
 
 # Control characters (C0, C1, DEL), line and paragraph separators, and what changes the direction of text. Not \n, not \t.
-_UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufff9-\ufffb]")
+_UNSAFE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufff9-\ufffb]"
+)
 
 
 def printable(text: str) -> str:
@@ -21,4 +23,7 @@ def escape(text: str) -> str:
 
 def one_line(text: str) -> str:
     """`text` for one line of a terminal or a table: no line breaks, no control characters."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.split()))
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode()
+        for c in " ".join(text.split())
+    )

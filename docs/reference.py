@@ -21,21 +21,50 @@ _SECTIONS = {
     "ParallelConfig": "parallel",
     "RunConfig": "run",
 }
-_TYPES = {"int": "whole number", "float": "number", "str": "text", "bool": "true, false", "bool | None": "true, false, null"}
+_TYPES = {
+    "int": "whole number",
+    "float": "number",
+    "str": "text",
+    "bool": "true, false",
+    "bool | None": "true, false, null",
+}
 
 
 def configuration() -> str:
     """A table of keys for every section, in the order of config.py."""
-    classes = {node.name: node for node in _tree("dist_vasp/config.py").body if isinstance(node, ast.ClassDef)}
+    classes = {
+        node.name: node
+        for node in _tree("dist_vasp/config.py").body
+        if isinstance(node, ast.ClassDef)
+    }
     unknown = [n for n in classes if n.endswith("Config") and n not in (*_SECTIONS, "Config")]
     assert not unknown, f"docs/reference.py does not know the section of {unknown}"
     parts = []
     for name, section in _SECTIONS.items():
         title = (ast.get_docstring(classes[name]) or "").partition(": ")[2]
-        parts += [f"## {section}", "", title[:1].upper() + title[1:], "", *_table(classes[name], f"{section}."), ""]
+        parts += [
+            f"## {section}",
+            "",
+            title[:1].upper() + title[1:],
+            "",
+            *_table(classes[name], f"{section}."),
+            "",
+        ]
     stages = _table(classes["Stage"], "")
     alone = [row for row in _table(classes["Config"], "") if row.startswith("| `device`")]
-    return "\n".join([*parts, "## A stage of optimizer.schedule", "", *stages, "", "## device", "", *stages[:2], *alone])
+    return "\n".join(
+        [
+            *parts,
+            "## A stage of optimizer.schedule",
+            "",
+            *stages,
+            "",
+            "## device",
+            "",
+            *stages[:2],
+            *alone,
+        ]
+    )
 
 
 def _table(node: ast.ClassDef, prefix: str) -> list[str]:
@@ -47,7 +76,11 @@ def _table(node: ast.ClassDef, prefix: str) -> list[str]:
         assert isinstance(text.value, ast.Constant)
         kind, value = ast.unparse(field.annotation), _default(field.value)
         choices = re.fullmatch(r"Literal\[(.*)\]", kind)
-        words = choices[1].replace("'", "") if choices else _TYPES.get(kind, "list of {epochs, lr}" if "Stage" in kind else kind)
+        words = (
+            choices[1].replace("'", "")
+            if choices
+            else _TYPES.get(kind, "list of {epochs, lr}" if "Stage" in kind else kind)
+        )
         meaning = " ".join(str(text.value.value).split()).replace("|", "\\|")
         rows.append(f"| `{prefix}{ast.unparse(field.target)}` | {words} | {value} | {meaning} |")
     return rows
@@ -71,12 +104,29 @@ def python() -> str:
         if not isinstance(node, ast.ClassDef):
             continue
         parts += [f"## {node.name}", "", _text(node), ""]
-        fields = [f for f in node.body if isinstance(f, ast.AnnAssign) and not ast.unparse(f.target).startswith("_")]
+        fields = [
+            f
+            for f in node.body
+            if isinstance(f, ast.AnnAssign) and not ast.unparse(f.target).startswith("_")
+        ]
         if fields:
             parts += ["```python", *(ast.unparse(f) for f in fields), "```", ""]
         for method in node.body:
-            if isinstance(method, ast.FunctionDef) and not method.name.startswith("_") and ast.get_docstring(method):
-                parts += [f"### {node.name}.{method.name}", "", "```python", _signature(method), "```", "", _text(method), ""]
+            if (
+                isinstance(method, ast.FunctionDef)
+                and not method.name.startswith("_")
+                and ast.get_docstring(method)
+            ):
+                parts += [
+                    f"### {node.name}.{method.name}",
+                    "",
+                    "```python",
+                    _signature(method),
+                    "```",
+                    "",
+                    _text(method),
+                    "",
+                ]
     return "\n".join(parts)
 
 

@@ -36,7 +36,9 @@ from dist_vasp.training.engine import DivergedError
 
 _VERDICT_S = 3.0  # a collective may fail a little before the lost rank is known
 _PATIENCE_S = 5.0  # between a signal and the end of a command that does not save
-_LINGER_S = 1.0  # the launcher ends all ranks when the first one exits: rank 0 must have spoken by then
+_LINGER_S = (
+    1.0  # the launcher ends all ranks when the first one exits: rank 0 must have spoken by then
+)
 
 
 def run(main: Callable[[Sequence[str] | None], int | None]) -> NoReturn:
@@ -60,7 +62,9 @@ def run(main: Callable[[Sequence[str] | None], int | None]) -> NoReturn:
             traceback.print_exc()
         everywhere = isinstance(error, AgreedError | DivergedError) or not is_initialized()
         if rank == 0 or not everywhere:
-            where = "" if everywhere or os.environ.get("WORLD_SIZE", "1") == "1" else f"rank {rank}: "
+            where = (
+                "" if everywhere or os.environ.get("WORLD_SIZE", "1") == "1" else f"rank {rank}: "
+            )
             print(f"error: {where}{one_line(str(error))}", file=sys.stderr, flush=True)
         failed = "" if everywhere else one_line(str(error))
         if rank != 0:
@@ -69,7 +73,9 @@ def run(main: Callable[[Sequence[str] | None], int | None]) -> NoReturn:
     except Exception as error:
         status = 1
         lost_peer = isinstance(error, RuntimeError) and is_lost_peer(error)
-        no_memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+        no_memory = isinstance(
+            error, MemoryError | torch.OutOfMemoryError
+        ) or "can't allocate memory" in str(error)
         of_a_path = path_error(error)
         if "--debug" in sys.argv or not (lost_peer or no_memory or of_a_path):
             traceback.print_exc()
@@ -77,9 +83,7 @@ def run(main: Callable[[Sequence[str] | None], int | None]) -> NoReturn:
             failed, status = one_line(of_a_path), 2
             print(f"error: {failed}", file=sys.stderr, flush=True)
         elif no_memory:
-            failed = (
-                f"not enough memory ({one_line(str(error))}); python launch/plan.py says what a rank needs, and on how many it fits"
-            )
+            failed = f"not enough memory ({one_line(str(error))}); python launch/plan.py says what a rank needs, and on how many it fits"
             print(f"error: rank {rank}: {failed}", file=sys.stderr, flush=True)
         elif not lost_peer:
             failed = f"{type(error).__name__}: {one_line(str(error))}"
@@ -105,6 +109,13 @@ def make_argument_parser(prog: str, description: str) -> Parser:
     """A parser with what every launch script without a config takes."""
     parser = Parser(prog=prog, description=description)
     parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto")
-    parser.add_argument("--interface", default="", metavar="NAME", help="network interface; default: loopback on one machine")
-    parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
+    parser.add_argument(
+        "--interface",
+        default="",
+        metavar="NAME",
+        help="network interface; default: loopback on one machine",
+    )
+    parser.add_argument(
+        "--local_rank", type=int, default=None, help=argparse.SUPPRESS
+    )  # the deepspeed launcher adds it
     return parser

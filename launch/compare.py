@@ -35,12 +35,34 @@ _REMEDY = "choose another --output"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = Parser(prog="compare.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file of a comparison, such as configs/compare.yaml")
-    parser.add_argument("--output", required=True, metavar="DIR", help="folder for the runs and the report; the same one goes on")
+    parser = Parser(
+        prog="compare.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--config",
+        required=True,
+        metavar="FILE",
+        help="YAML file of a comparison, such as configs/compare.yaml",
+    )
+    parser.add_argument(
+        "--output",
+        required=True,
+        metavar="DIR",
+        help="folder for the runs and the report; the same one goes on",
+    )
     parser.add_argument("--shards", metavar="DIR", help="data folder in place of the file's")
-    parser.add_argument("--ranks", type=int, default=1, metavar="N", help="ranks of each training and evaluation (default 1)")
-    parser.add_argument("--dry_run", action="store_true", help="check the configurations, say what would be trained, and stop")
+    parser.add_argument(
+        "--ranks",
+        type=int,
+        default=1,
+        metavar="N",
+        help="ranks of each training and evaluation (default 1)",
+    )
+    parser.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="check the configurations, say what would be trained, and stop",
+    )
     argv = list(sys.argv[1:] if argv is None else argv)
     arguments, rest = parser.parse_known_args(argv)
     more = _overrides(rest) | ({"shards": arguments.shards} if arguments.shards else {})
@@ -49,7 +71,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ValueError(f"--ranks is {arguments.ranks}, expected at least 1")
     for model in comparison.models:
         if model.config:
-            Layout.of(arguments.ranks, model.config.parallel.partitions, model.config.parallel.replicas)
+            Layout.of(
+                arguments.ranks, model.config.parallel.partitions, model.config.parallel.replicas
+            )
     output, data = Path(arguments.output), data_sha256(Manifest.load(comparison.shards))
     if arguments.dry_run:
         print(plan(comparison, output, data))
@@ -57,7 +81,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     _check(output, arguments.config)
     with parents(output / REPORT, "--output"), sole_writer(output / REPORT, "--output"):
-        return _compare(comparison, output, data, arguments.ranks, shlex.join(["python", "launch/compare.py", *argv]))
+        return _compare(
+            comparison,
+            output,
+            data,
+            arguments.ranks,
+            shlex.join(["python", "launch/compare.py", *argv]),
+        )
 
 
 def _compare(comparison: Comparison, output: Path, data: str, ranks: int, command: str) -> int:
@@ -72,7 +102,9 @@ def _compare(comparison: Comparison, output: Path, data: str, ranks: int, comman
     except Stopped:
         _say("stopped on request; the same command goes on from here")
         return 1
-    failed = f"{count_runs(len(failures))} failed: {', '.join(failure.run.stem for failure in failures)}"
+    failed = (
+        f"{count_runs(len(failures))} failed: {', '.join(failure.run.stem for failure in failures)}"
+    )
     try:
         found = gather(comparison, output, failures, command)
     except ValueError as error:
@@ -80,11 +112,17 @@ def _compare(comparison: Comparison, output: Path, data: str, ranks: int, comman
             raise
         print(f"error: {failed}; {error}", file=sys.stderr)
         return 1
-    with replacing_all(output, (REPORT, "report.md", "per_user.parquet"), _REMEDY) as (report, text, per_user):
+    with replacing_all(output, (REPORT, "report.md", "per_user.parquet"), _REMEDY) as (
+        report,
+        text,
+        per_user,
+    ):
         report.write((json.dumps(found, indent=1, allow_nan=False) + "\n").encode())
         text.write(printable(markdown(found)).encode())
         write_per_user(per_user, comparison, output, {failure.run.stem for failure in failures})
-    _say(f"\n{found['verdict']}\n\n{output / 'report.md'}: {len(runs) - len(failures)} runs in {time.monotonic() - start:.0f} s")
+    _say(
+        f"\n{found['verdict']}\n\n{output / 'report.md'}: {len(runs) - len(failures)} runs in {time.monotonic() - start:.0f} s"
+    )
     if failures:
         print(f"error: {failed}", file=sys.stderr)
     return 1 if failures else 0
@@ -97,7 +135,11 @@ def _say(text: str) -> None:
 def _check(folder: Path, config: str) -> None:
     """ValueError unless the reports are new, or take the place of those of an earlier comparison."""
     inputs = [("--config", config)]
-    recognised = {REPORT: _is_report, "report.md": begins_with(b"# Comparison on "), "per_user.parquet": is_per_user_of_all}
+    recognised = {
+        REPORT: _is_report,
+        "report.md": begins_with(b"# Comparison on "),
+        "per_user.parquet": is_per_user_of_all,
+    }
     for name, ours in recognised.items():
         check_file(folder / name, "--output", ours=ours, inputs=inputs, make_parents=True)
     check_own_folder(folder / "runs")
@@ -120,7 +162,9 @@ def _overrides(rest: Sequence[str]) -> dict[str, Any]:
     while waiting:
         name, given, value = waiting.pop(0).partition("=")
         if not name.startswith("--") or ("." not in name and name != "--device"):
-            raise ValueError(f"{name} is not an option; `--help` lists them, and a key of every model is --section.key value")
+            raise ValueError(
+                f"{name} is not an option; `--help` lists them, and a key of every model is --section.key value"
+            )
         if not given:
             if not waiting:
                 raise ValueError(f"{name} has no value; write {name} VALUE")
@@ -128,7 +172,9 @@ def _overrides(rest: Sequence[str]) -> dict[str, Any]:
         try:
             found[name.removeprefix("--")] = yaml.safe_load(value)
         except yaml.YAMLError:
-            raise ValueError(f"{name} is {value!r}, which is not a value in YAML; correct it") from None
+            raise ValueError(
+                f"{name} is {value!r}, which is not a value in YAML; correct it"
+            ) from None
     return found
 
 

@@ -27,7 +27,10 @@ try:
     from dist_vasp.training.progress import counting
     from launch.cli import run
 except ImportError as missing:
-    print(f"error    imports  {missing}\n         -> pip install -c constraints.txt -e .", file=sys.stderr)
+    print(
+        f"error    imports  {missing}\n         -> pip install -c constraints.txt -e .",
+        file=sys.stderr,
+    )
     sys.exit(1)
 
 _CAPACITY = 1 << 16
@@ -36,21 +39,38 @@ _CAPACITY = 1 << 16
 def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser("doctor.py", __doc__ or "")
     parser.add_argument(
-        "--ranks", type=int, default=0, help="ranks of the job; default: those of the launcher, else one per GPU, else 2"
+        "--ranks",
+        type=int,
+        default=0,
+        help="ranks of the job; default: those of the launcher, else one per GPU, else 2",
     )
-    parser.add_argument("--shards", default="", metavar="DIR", help="data folder, in place of data.shards")
+    parser.add_argument(
+        "--shards", default="", metavar="DIR", help="data folder, in place of data.shards"
+    )
     parser.add_argument("--checksums", action="store_true", help="read every byte of the shards")
     parser.add_argument(
-        "--json", nargs="?", const="-", default="", metavar="FILE", help="the findings as JSON, to FILE or in place of the table"
+        "--json",
+        nargs="?",
+        const="-",
+        default="",
+        metavar="FILE",
+        help="the findings as JSON, to FILE or in place of the table",
     )
-    parser.add_argument("--round_trip", action="store_true", help="internal: one rank of the round trip")
+    parser.add_argument(
+        "--round_trip", action="store_true", help="internal: one rank of the round trip"
+    )
     config, arguments = parse(parser, argv)
     if arguments.ranks < 0:
         raise ValueError(f"--ranks is {arguments.ranks}, expected at least 1")
     if arguments.json not in ("", "-"):
         check_file(arguments.json, "--json", ours=_are_findings)
     if arguments.shards:
-        config = Config(**{**vars(config), "data": type(config.data)(**{**vars(config.data), "shards": arguments.shards})})
+        config = Config(
+            **{
+                **vars(config),
+                "data": type(config.data)(**{**vars(config.data), "shards": arguments.shards}),
+            }
+        )
     if arguments.round_trip:
         print(json.dumps(measure(init_ranks(device=config.device))))
         return 0
@@ -58,9 +78,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     _, world, local_rank, local_world = launched_world()
     gpus = torch.cuda.device_count() if config.device != "cpu" and torch.cuda.is_available() else 0
     n = arguments.ranks or (world if world > 1 else gpus or 2)
-    ranks = init_ranks(device=config.device, interface=config.parallel.interface) if world > 1 else None
+    ranks = (
+        init_ranks(device=config.device, interface=config.parallel.interface) if world > 1 else None
+    )
     is_main = ranks is None or ranks.is_main
-    findings = list(check_machine(config.device, config.parallel.compile == "always")) if local_rank == 0 else []
+    findings = (
+        list(check_machine(config.device, config.parallel.compile == "always"))
+        if local_rank == 0
+        else []
+    )
     if ranks:
         findings = [*_of_all_hosts(findings, ranks), judge(measure(ranks))]
     else:
@@ -86,8 +112,16 @@ def _of_all_hosts(findings: list[Finding], ranks: Ranks) -> list[Finding]:
         try:
             found = [Finding(**f) for f in json.loads(text)]
         except (ValueError, TypeError):
-            found = [error("hosts", "more findings than fit a message", "start doctor.py on that host alone")]
-        findings += [Finding(f.check, f.level, f"on the host of rank {rank}: {f.text}", f.do) for f in found]
+            found = [
+                error(
+                    "hosts",
+                    "more findings than fit a message",
+                    "start doctor.py on that host alone",
+                )
+            ]
+        findings += [
+            Finding(f.check, f.level, f"on the host of rank {rank}: {f.text}", f.do) for f in found
+        ]
     return findings
 
 
@@ -102,7 +136,9 @@ def _tell(findings: list[Finding], where: str) -> None:
     print(table(findings))
 
 
-_are_findings = is_json(lambda found: all(set(finding) == {"check", "level", "text", "do"} for finding in found))
+_are_findings = is_json(
+    lambda found: all(set(finding) == {"check", "level", "text", "do"} for finding in found)
+)
 
 
 if __name__ == "__main__":

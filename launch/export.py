@@ -12,10 +12,18 @@ from launch.cli import make_argument_parser, run
 def main(argv: Sequence[str] | None = None) -> None:
     parser = make_argument_parser("export.py", __doc__ or "")
     parser.add_argument("--run", metavar="RUN_DIR", required=True, help="folder of a training run")
-    parser.add_argument("--checkpoint", metavar="NAME", help="a folder under RUN_DIR/checkpoints; default: best, else the newest")
-    parser.add_argument("--output", metavar="DIR", required=True, help="folder to write; it must not exist")
     parser.add_argument(
-        "--trunk", choices=["torch_export"], help="add trunk.pt2, the trunk as a torch.export program (nothing here loads it)"
+        "--checkpoint",
+        metavar="NAME",
+        help="a folder under RUN_DIR/checkpoints; default: best, else the newest",
+    )
+    parser.add_argument(
+        "--output", metavar="DIR", required=True, help="folder to write; it must not exist"
+    )
+    parser.add_argument(
+        "--trunk",
+        choices=["torch_export"],
+        help="add trunk.pt2, the trunk as a torch.export program (nothing here loads it)",
     )
     arguments = parser.parse_args(argv)
     recommender = Recommender.load(arguments.run, arguments.checkpoint)

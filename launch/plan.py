@@ -21,14 +21,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser("plan.py", __doc__ or "")
     parser.add_argument("--ranks", type=int, default=1, help="ranks of the world")
     parser.add_argument(
-        "--device_memory_gb", type=float, default=0.0, help="memory of one rank; the smallest partitioning that fits is named"
+        "--device_memory_gb",
+        type=float,
+        default=0.0,
+        help="memory of one rank; the smallest partitioning that fits is named",
     )
-    parser.add_argument("--items", type=int, default=0, help="items of the catalogue; default: those of data.shards")
     parser.add_argument(
-        "--items_per_user", type=float, default=0.0, help="mean interactions of a user; default: those of data.shards, else 100"
+        "--items", type=int, default=0, help="items of the catalogue; default: those of data.shards"
     )
     parser.add_argument(
-        "--rates", default="", metavar="FILE", help="JSON of `launch/benchmark.py --floor`; default: those of a small CPU machine"
+        "--items_per_user",
+        type=float,
+        default=0.0,
+        help="mean interactions of a user; default: those of data.shards, else 100",
+    )
+    parser.add_argument(
+        "--rates",
+        default="",
+        metavar="FILE",
+        help="JSON of `launch/benchmark.py --floor`; default: those of a small CPU machine",
     )
     parser.add_argument("--json", default="", metavar="FILE", help="write the plan to this file")
     config, arguments = parse(parser, argv)
@@ -36,8 +47,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError(f"--ranks is {arguments.ranks}, expected at least 1")
     for option in ("items", "items_per_user", "device_memory_gb"):
         if not 0 <= arguments[option] < math.inf:
-            raise ValueError(f"--{option} is {arguments[option]}, expected 0 or more, and finite; correct it")
-    inputs = [("--rates", arguments.rates), *(("--config", str(path)) for path in arguments.config or ())]
+            raise ValueError(
+                f"--{option} is {arguments[option]}, expected 0 or more, and finite; correct it"
+            )
+    inputs = [
+        ("--rates", arguments.rates),
+        *(("--config", str(path)) for path in arguments.config or ()),
+    ]
     if arguments.json:
         check_file(arguments.json, "--json", ours=_is_plan, inputs=inputs)
     sizes = _sizes(config.data.shards, arguments["items"], arguments["items_per_user"])
@@ -45,13 +61,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     layout = Layout.of(arguments.ranks, config.parallel.partitions, config.parallel.replicas)
     device = "cuda" if config.device == "cuda" else "cpu"
     plan = make_plan(config, sizes, layout.partitions, layout.replicas, rates, device)
-    print(f"{config.model.kind}, {sizes.n_items:,} items, {sizes.items_per_user:.0f} items a user, {arguments.ranks} ranks")
+    print(
+        f"{config.model.kind}, {sizes.n_items:,} items, {sizes.items_per_user:.0f} items a user, {arguments.ranks} ranks"
+    )
     closed = config.model.linear
     if closed:
-        print("a step is the closed form for one lambda: Gram matrix and inverse, evaluation excluded")
+        print(
+            "a step is the closed form for one lambda: Gram matrix and inverse, evaluation excluded"
+        )
     print(describe(plan, 0 if closed else config.data.batch_size))
     other = "numpy.linalg.inv in float64" if closed else "plain dense torch"
-    print(f"{other} would hold about {dense_reference_memory(config, sizes) / 1e9:.1f} GB on one device")
+    print(
+        f"{other} would hold about {dense_reference_memory(config, sizes) / 1e9:.1f} GB on one device"
+    )
     if arguments.device_memory_gb:
         fits = smallest_that_fits(config, sizes, arguments.device_memory_gb * 1e9, rates, device)
         if fits is None:
@@ -84,11 +106,17 @@ _is_plan = is_json(lambda found: {"partitions", "memory_total", "traffic_total"}
 def describe(plan: Plan, users: int) -> str:
     """The plan as a table for people; `users` of a step, 0 where its speed is not counted in them."""
     speed = f"   ({users / plan.step_seconds:,.0f} users/s)" if users else ""
-    lines = [f"{plan.partitions} partitions x {plan.replicas} replicas; for one rank:", "  memory at the peak of a step, GB"]
+    lines = [
+        f"{plan.partitions} partitions x {plan.replicas} replicas; for one rank:",
+        "  memory at the peak of a step, GB",
+    ]
     lines += [f"    {kind:<44}{value / 1e9:10.3f}" for kind, value in plan.memory.items() if value]
     lines += [f"    {'in all':<44}{plan.memory_total / 1e9:10.3f}", "  on the wire in a step, MB"]
     lines += [f"    {kind:<44}{value / 1e6:10.3f}" for kind, value in plan.traffic.items() if value]
-    lines += [f"    {'in all':<44}{plan.traffic_total / 1e6:10.3f}", "  time of a step without overlap, s"]
+    lines += [
+        f"    {'in all':<44}{plan.traffic_total / 1e6:10.3f}",
+        "  time of a step without overlap, s",
+    ]
     lines += [f"    {kind:<44}{value:10.3f}" for kind, value in plan.seconds.items() if value]
     lines += [f"    {'in all':<44}{plan.step_seconds:10.3f}{speed}"]
     return "\n".join(lines)
@@ -102,7 +130,9 @@ def _sizes(shards: str, items: int, items_per_user: float) -> Sizes:
         items, n_users = items or manifest.n_items, train.users
         items_per_user = items_per_user or train.interactions / max(train.users, 1)
     if items < 1:
-        raise ValueError("the size of the catalogue is not known: pass --items N, or data.shards with a data folder")
+        raise ValueError(
+            "the size of the catalogue is not known: pass --items N, or data.shards with a data folder"
+        )
     return Sizes(items, items_per_user or 100.0, n_users)
 
 
@@ -113,7 +143,13 @@ def _rates(path: str) -> Rates:
         raw = read_json(path)
         if not isinstance(raw, dict) or not raw.keys() & {"flops", "copy", "gather", "network"}:
             raise ValueError("it names none of them")
-        return Rates(**{name: float(raw[name]) for name in ("flops", "copy", "gather", "network") if name in raw})
+        return Rates(
+            **{
+                name: float(raw[name])
+                for name in ("flops", "copy", "gather", "network")
+                if name in raw
+            }
+        )
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(
             f"--rates {path} cannot be read ({error}); expected JSON with flops, copy, gather, network per second"

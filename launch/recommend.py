@@ -30,8 +30,17 @@ _MOST_REASONS = 1000  # past items of a row, each with two columns
 def _parser() -> argparse.ArgumentParser:
     parser = make_argument_parser("recommend.py", __doc__ or "")
     add = parser.add_argument
-    add("--run", metavar="DIR", required=True, help="folder of a training run, an export, or an ensemble")
-    add("--checkpoint", metavar="NAME", help="a folder under RUN_DIR/checkpoints; default: best, else the newest")
+    add(
+        "--run",
+        metavar="DIR",
+        required=True,
+        help="folder of a training run, an export, or an ensemble",
+    )
+    add(
+        "--checkpoint",
+        metavar="NAME",
+        help="a folder under RUN_DIR/checkpoints; default: best, else the newest",
+    )
     add(
         "--histories",
         metavar="FILE",
@@ -42,22 +51,47 @@ def _parser() -> argparse.ArgumentParser:
     add("--format", choices=("csv", "parquet"), help="of the histories; default: by their names")
     add("--user_column", metavar="NAME", help="default: that of the shards, else user")
     add("--item_column", metavar="NAME", help="default: that of the shards, else item")
-    add("--rating_column", metavar="NAME", help="default: that of the shards; without it every row is a like")
-    add("--time_column", metavar="NAME", help="default: that of the shards, where the last rating of an item counts")
+    add(
+        "--rating_column",
+        metavar="NAME",
+        help="default: that of the shards; without it every row is a like",
+    )
+    add(
+        "--time_column",
+        metavar="NAME",
+        help="default: that of the shards, where the last rating of an item counts",
+    )
     add("--all_positive", action="store_true", help="every row is a like, whatever its rating")
     add("--k", type=int, default=20, help="items per user (default 20)")
-    add("--output", metavar="FILE", required=True, help=".csv, .parquet or .jsonl: user, rank, item, score")
+    add(
+        "--output",
+        metavar="FILE",
+        required=True,
+        help=".csv, .parquet or .jsonl: user, rank, item, score",
+    )
     add(
         "--filter_items",
         metavar="FILE",
         help="never list these items: CSV or Parquet with the item column, or .txt with one id a line",
     )
-    add("--restrict_to", metavar="FILE", help="list these items alone; a file as for --filter_items")
+    add(
+        "--restrict_to", metavar="FILE", help="list these items alone; a file as for --filter_items"
+    )
     add("--keep_seen", action="store_true", help="list items that the user has seen, too")
     add(
-        "--explain", type=int, default=0, metavar="N", help="add the paths' factors of the score and the N past items that add most"
+        "--explain",
+        type=int,
+        default=0,
+        metavar="N",
+        help="add the paths' factors of the score and the N past items that add most",
     )
-    add("--show", type=int, default=0, metavar="N", help="print the first N users with their histories and lists")
+    add(
+        "--show",
+        type=int,
+        default=0,
+        metavar="N",
+        help="print the first N users with their histories and lists",
+    )
     add("--overwrite", action="store_true", help="replace an existing output file")
     add_reading_options(parser)
     return parser
@@ -68,14 +102,20 @@ def _check(arguments: argparse.Namespace) -> list[tuple[str, str | Path]]:
     if arguments.k < 1:
         raise ValueError(f"--k is {arguments.k}, expected at least 1")
     if not 0 <= arguments.explain <= _MOST_REASONS:
-        raise ValueError(f"--explain is {arguments.explain}, expected 0 to {_MOST_REASONS:,} past items")
+        raise ValueError(
+            f"--explain is {arguments.explain}, expected 0 to {_MOST_REASONS:,} past items"
+        )
     if arguments.show < 0:
         raise ValueError(f"--show is {arguments.show}, expected 0 or more users")
-    inputs: list[tuple[str, str | Path]] = [("--histories", path) for text in arguments.histories for path in expand(text)]
+    inputs: list[tuple[str, str | Path]] = [
+        ("--histories", path) for text in arguments.histories for path in expand(text)
+    ]
     for option in ("filter_items", "restrict_to"):
         named = getattr(arguments, option)
         if named == "":
-            raise ValueError(f"--{option} is empty, expected a file of item ids; name one, or leave the option out")
+            raise ValueError(
+                f"--{option} is empty, expected a file of item ids; name one, or leave the option out"
+            )
         if named is not None:
             inputs.append((f"--{option}", named))
     check_output(arguments.output, arguments.overwrite, inputs)
@@ -84,7 +124,9 @@ def _check(arguments: argparse.Namespace) -> list[tuple[str, str | Path]]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = _parser().parse_args(argv)
-    reading_of(arguments)  # a delimiter or an encoding that cannot be is said before the model is loaded
+    reading_of(
+        arguments
+    )  # a delimiter or an encoding that cannot be is said before the model is loaded
     inputs = _check(arguments)
     ranks = init_ranks(device=arguments.device, interface=arguments.interface, shared=arguments.run)
     ranker = load_ranker(arguments.run, arguments.checkpoint, ranks)
@@ -92,22 +134,46 @@ def main(argv: Sequence[str] | None = None) -> None:
     with ExitStack() as stack:
         with agreed(ranks):
             if arguments.explain and loaded is None:
-                raise ValueError(f"--explain takes the paths of one model, and {arguments.run} is an ensemble; leave it out")
+                raise ValueError(
+                    f"--explain takes the paths of one model, and {arguments.run} is an ensemble; leave it out"
+                )
             if arguments.explain and not ranker.config.model.shallow:
-                raise ValueError("--explain needs the shallow path, which model.kind flvae does not have; leave it out")
-            reading = reading_of(arguments) if rule is None or rule.missing is None else reading_of(arguments, rule.missing)
-            asked = {role: getattr(arguments, f"{role}_column") for role in ("user", "item", "rating", "time")}
-            columns, notes = history_columns(arguments.histories, reading, rule, asked, arguments.all_positive, arguments.format)
+                raise ValueError(
+                    "--explain needs the shallow path, which model.kind flvae does not have; leave it out"
+                )
+            reading = (
+                reading_of(arguments)
+                if rule is None or rule.missing is None
+                else reading_of(arguments, rule.missing)
+            )
+            asked = {
+                role: getattr(arguments, f"{role}_column")
+                for role in ("user", "item", "rating", "time")
+            }
+            columns, notes = history_columns(
+                arguments.histories, reading, rule, asked, arguments.all_positive, arguments.format
+            )
             allowed, counted = allowed_items(
-                ranker.items, arguments.filter_items, arguments.restrict_to, columns.item or "item", reading
+                ranker.items,
+                arguments.filter_items,
+                arguments.restrict_to,
+                columns.item or "item",
+                reading,
             )
             scratch = Path(arguments.output).parent
-            histories = stack.enter_context(open_histories(arguments.histories, scratch, columns, reading, rule, arguments.format))
+            histories = stack.enter_context(
+                open_histories(
+                    arguments.histories, scratch, columns, reading, rule, arguments.format
+                )
+            )
         if ranks.is_main:
             likes = [] if rule is None or columns.rating is None else [str(rule)]
             for note in [*histories.table.notes(), *notes, *likes, *counted]:
                 print(one_line(note))
-        progress, start = Progress("recommending", histories.n_users, "user", show=ranks.is_main), time.monotonic()
+        progress, start = (
+            Progress("recommending", histories.n_users, "user", show=ranks.is_main),
+            time.monotonic(),
+        )
         report = recommend_to_file(
             ranker.scorer(),
             histories,

@@ -29,7 +29,10 @@ from dist_vasp.training.closed_form import training_users
 def gram(shards: str, value: float, dtype: torch.dtype, ranks: Ranks) -> SymmetricColumns:
     manifest = Manifest.load(shards)
     n = manifest.n_items
-    columns = [torch.zeros((n, hi - lo), dtype=dtype) for lo, hi in ranks.partition_of_items(n).blocks(SWEEP_COLUMNS)]
+    columns = [
+        torch.zeros((n, hi - lo), dtype=dtype)
+        for lo, hi in ranks.partition_of_items(n).blocks(SWEEP_COLUMNS)
+    ]
     G = SymmetricColumns(columns, n, ranks, SWEEP_COLUMNS)
     for rows in training_users(shards, manifest):
         add_gram(G, to_item_rows(rows, rows.n_rows, n, ranks.device))
@@ -96,7 +99,9 @@ def main() -> None:
     parser.add_argument("--value", type=float, default=600.0, help="lambda")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--conditioning", action="store_true")
-    parser.add_argument("--side", choices=["ours", "numpy"], help="internal: one measurement, as JSON")
+    parser.add_argument(
+        "--side", choices=["ours", "numpy"], help="internal: one measurement, as JSON"
+    )
     arguments = parser.parse_args()
     if arguments.side:
         print(json.dumps(one(arguments.side, arguments.shards, arguments.value)))
@@ -105,18 +110,37 @@ def main() -> None:
         conditioning(arguments.shards)
         return
     found: dict[str, list[dict[str, Any]]] = {"ours": [], "numpy": []}
-    command = [sys.executable, "-m", "tests.bench_ease", "--shards", arguments.shards, "--value", str(arguments.value)]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.bench_ease",
+        "--shards",
+        arguments.shards,
+        "--value",
+        str(arguments.value),
+    ]
     for _ in range(arguments.rounds):
         for side, measured in found.items():
-            out = subprocess.run([*command, "--side", side], capture_output=True, text=True, check=True).stdout
+            out = subprocess.run(
+                [*command, "--side", side], capture_output=True, text=True, check=True
+            ).stdout
             measured.append(json.loads(out.splitlines()[-1]))
     for side, measured in found.items():
-        seconds, peak, grew = (median(m[name] for m in measured) for name in ("seconds", "peak", "grew"))
-        print(f"{side}: {seconds:.2f} s, peak of the process {peak:.3f} GB, {grew:.3f} GB of it for the inverse", flush=True)
-    ratio = median(n["seconds"] / o["seconds"] for o, n in zip(found["ours"], found["numpy"], strict=True))
+        seconds, peak, grew = (
+            median(m[name] for m in measured) for name in ("seconds", "peak", "grew")
+        )
+        print(
+            f"{side}: {seconds:.2f} s, peak of the process {peak:.3f} GB, {grew:.3f} GB of it for the inverse",
+            flush=True,
+        )
+    ratio = median(
+        n["seconds"] / o["seconds"] for o, n in zip(found["ours"], found["numpy"], strict=True)
+    )
     ours, numpys = (np.array(found[side][0]["entries"]) for side in ("ours", "numpy"))
     error = np.linalg.norm(ours - numpys) / np.linalg.norm(numpys)
-    print(f"numpy takes {ratio:.2f} times as long; {ours.size} entries of P differ by {error:.1e} in their norm")
+    print(
+        f"numpy takes {ratio:.2f} times as long; {ours.size} entries of P differ by {error:.1e} in their norm"
+    )
 
 
 if __name__ == "__main__":

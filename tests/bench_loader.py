@@ -21,7 +21,9 @@ def main() -> None:
     rates = []
     for epoch in range(arguments.rounds):
         start = time.perf_counter()
-        stream = TrainStream(arguments.shards, arguments.batch_size, arguments.lanes, 0, not arguments.no_halves)
+        stream = TrainStream(
+            arguments.shards, arguments.batch_size, arguments.lanes, 0, not arguments.no_halves
+        )
         first = epoch * stream.steps_per_epoch
         users = items = 0
         for batch in stream.batches(first, first + stream.steps_per_epoch, arguments.workers):
@@ -30,8 +32,13 @@ def main() -> None:
         seconds = time.perf_counter() - start
         assert users == stream.n_users, (users, stream.n_users)
         rates.append(users / seconds)
-        print(f"epoch {epoch}: {users:,} users, {items:,} input items, {seconds:.2f} s, {users / seconds:,.0f} users/s", flush=True)
-    print(f"{arguments.workers} workers, batches of {arguments.batch_size}: median {median(rates):,.0f} users/s")
+        print(
+            f"epoch {epoch}: {users:,} users, {items:,} input items, {seconds:.2f} s, {users / seconds:,.0f} users/s",
+            flush=True,
+        )
+    print(
+        f"{arguments.workers} workers, batches of {arguments.batch_size}: median {median(rates):,.0f} users/s"
+    )
 
 
 if __name__ == "__main__":

@@ -27,7 +27,9 @@ def _log_sigmoid(a: np.ndarray) -> np.ndarray:
     return np.minimum(a, 0) - np.log1p(np.exp(-np.abs(a)))
 
 
-def numpy_lists(loaded: LoadedModel, weights: dict[str, np.ndarray], block: EvalBlock, k: int) -> np.ndarray:
+def numpy_lists(
+    loaded: LoadedModel, weights: dict[str, np.ndarray], block: EvalBlock, k: int
+) -> np.ndarray:
     """(U, k) item rows: dense x, dense matrix products, every score held, argpartition then sort."""
     x = np.zeros((block.fold_in.n_rows, len(loaded.items.keys)), np.float32)
     rows = np.repeat(np.arange(block.fold_in.n_rows), block.fold_in.lengths)
@@ -38,8 +40,12 @@ def numpy_lists(loaded: LoadedModel, weights: dict[str, np.ndarray], block: Eval
             d, z, _ = loaded.trunk(torch.from_numpy(x @ weights["input.weight"]), None)
         for name, source in (("output.decoder", d.numpy()), ("output.latent", z.numpy())):
             if f"{name}.weight" in weights:
-                scores += _log_sigmoid(source @ weights[f"{name}.weight"].T + weights[f"{name}.bias"])
-    for piece in loaded.model.slices():  # block by block as it is stored: a copy of W in one piece would not fit beside it
+                scores += _log_sigmoid(
+                    source @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
+                )
+    for piece in (
+        loaded.model.slices()
+    ):  # block by block as it is stored: a copy of W in one piece would not fit beside it
         if piece.name == "output.nease.weight":
             scores[:, piece.lo : piece.hi] += _log_sigmoid(x @ piece.tensor.numpy())
     scores[rows, block.fold_in.items] = -np.inf
@@ -66,13 +72,19 @@ class Measured:
 
 def _status(field: str) -> int:
     """Bytes of a line of /proc/self/status."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    line = next(
+        line
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith(field)
+    )
     return int(line.split()[1]) * 1024
 
 
 def _joined(blocks: list[EvalBlock]) -> EvalBlock:
     keys = np.concatenate([b.user_keys for b in blocks])
-    return EvalBlock(keys, *(concatenate_rows([getattr(b, n) for b in blocks]) for n in ("fold_in", "held_out")))
+    return EvalBlock(
+        keys, *(concatenate_rows([getattr(b, n) for b in blocks]) for n in ("fold_in", "held_out"))
+    )
 
 
 def main() -> None:
@@ -80,8 +92,12 @@ def main() -> None:
     parser.add_argument("--run", required=True)
     parser.add_argument("--shards", default="", help="default: those of the run")
     parser.add_argument("--split", default="test")
-    parser.add_argument("--users", type=int, default=1 << 30, help="users that we rank; default: all of the split")
-    parser.add_argument("--numpy_users", type=int, default=2048, help="users that numpy ranks, all at once")
+    parser.add_argument(
+        "--users", type=int, default=1 << 30, help="users that we rank; default: all of the split"
+    )
+    parser.add_argument(
+        "--numpy_users", type=int, default=2048, help="users that numpy ranks, all at once"
+    )
     parser.add_argument("--users_per_block", type=int, default=USERS_PER_BLOCK)
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
@@ -89,12 +105,26 @@ def main() -> None:
     loaded = load_model(arguments.run, None, ranks)
     weights = {p.name: p.tensor.numpy() for p in loaded.model.slices() if p.item_dim == 0}
     shards = arguments.shards or loaded.config.data.shards
-    blocks = list(evaluation_blocks(shards, arguments.split, arguments.users_per_block, 0, arguments.users))
-    few = _joined(list(evaluation_blocks(shards, arguments.split, USERS_PER_BLOCK, 0, min(arguments.users, arguments.numpy_users))))
+    blocks = list(
+        evaluation_blocks(shards, arguments.split, arguments.users_per_block, 0, arguments.users)
+    )
+    few = _joined(
+        list(
+            evaluation_blocks(
+                shards,
+                arguments.split,
+                USERS_PER_BLOCK,
+                0,
+                min(arguments.users, arguments.numpy_users),
+            )
+        )
+    )
     scorer, n_items = model_scorer(loaded.model, loaded.trunk), len(loaded.items.keys)
 
     def ours() -> np.ndarray:
-        return np.concatenate([top_items(scorer, block.fold_in, K, n_items, ranks)[1] for block in blocks])
+        return np.concatenate(
+            [top_items(scorer, block.fold_in, K, n_items, ranks)[1] for block in blocks]
+        )
 
     sides = {"ours": Measured(), "numpy": Measured()}
     for _ in range(arguments.rounds):
@@ -108,7 +138,9 @@ def main() -> None:
         print(
             f"{side}: {n[side]} users in {median(measured.seconds):.2f} s, {rate[side]:.0f} users/s, grew {measured.grew / 1e9:.3f} GB"
         )
-    print(f"ratio of users/s {rate['ours'] / rate['numpy']:.1f}; of memory {sides['ours'].grew / sides['numpy'].grew:.3f}")
+    print(
+        f"ratio of users/s {rate['ours'] / rate['numpy']:.1f}; of memory {sides['ours'].grew / sides['numpy'].grew:.3f}"
+    )
 
 
 if __name__ == "__main__":

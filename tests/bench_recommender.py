@@ -78,10 +78,14 @@ def random_run(folder: Path, n_items: int, hidden: int, latent: int) -> None:
     ]
     for lo in range(0, n_items, 256):
         hi = min(lo + 256, n_items)
-        pieces.append(ItemSlice("output.nease.weight", lo, hi, 1, window(n_items, hi - lo, 3001 + 7 * lo)))
+        pieces.append(
+            ItemSlice("output.nease.weight", lo, hi, 1, window(n_items, hi - lo, 3001 + 7 * lo))
+        )
     trunk = {name: p.detach() for name, p in make_trunk(config.model, 0).named_parameters()}
     folder.mkdir(parents=True)
-    write_checkpoint(folder, config, n_items, write_items(folder, list(range(1, n_items + 1))), trunk, [pieces])
+    write_checkpoint(
+        folder, config, n_items, write_items(folder, list(range(1, n_items + 1))), trunk, [pieces]
+    )
 
 
 def forget(folder: Path) -> None:
@@ -106,11 +110,15 @@ def of_a_run(arguments: argparse.Namespace) -> None:
     model, table = arguments.folder / "model", pq.read_table(arguments.histories)
     arguments.folder.mkdir(parents=True, exist_ok=True)
     n_users = pc.count_distinct(table["user"]).as_py()
-    print(f"{torch.get_num_threads()} threads, {n_users:,} users, {len(table):,} interactions; at rest {resident()}")
+    print(
+        f"{torch.get_num_threads()} threads, {n_users:,} users, {len(table):,} interactions; at rest {resident()}"
+    )
     try:
         timed("export the run", lambda: Recommender.load(arguments.run, verify=False).export(model))
         forget(model)
-        r = timed("load the export from disk, checksums and numbers", lambda: Recommender.load(model))
+        r = timed(
+            "load the export from disk, checksums and numbers", lambda: Recommender.load(model)
+        )
         for again in ("first", "again"):
             lists = timed(f"recommend, {again}", lambda: r.recommend(table, arguments.k), n_users)
             print(f"lists: {lists.ids.shape}, {int((lists.ids < 0).sum())} places empty")
@@ -128,17 +136,26 @@ def main() -> None:
     parser.add_argument("--latent", type=int, default=256)
     parser.add_argument("--k", type=int, default=20)
     parser.add_argument("--users_per_pass", type=int, nargs="+", default=[512, 4096, 16384])
-    parser.add_argument("--run", type=Path, help="a trained run in place of random weights; it is only read")
-    parser.add_argument("--histories", type=Path, help="Parquet with columns user and item; needs --run")
+    parser.add_argument(
+        "--run", type=Path, help="a trained run in place of random weights; it is only read"
+    )
+    parser.add_argument(
+        "--histories", type=Path, help="Parquet with columns user and item; needs --run"
+    )
     arguments = parser.parse_args()
     if arguments.run:
         of_a_run(arguments)
         return
     run, model = arguments.folder / "run", arguments.folder / "model"
-    table = pa.Table.from_batches(list(blocks(arguments.users, arguments.items, arguments.interactions, 0)))
+    table = pa.Table.from_batches(
+        list(blocks(arguments.users, arguments.items, arguments.interactions, 0))
+    )
     print(f"{torch.get_num_threads()} threads; at rest {resident()}")
     try:
-        timed("write a run", lambda: random_run(run, arguments.items, arguments.hidden, arguments.latent))
+        timed(
+            "write a run",
+            lambda: random_run(run, arguments.items, arguments.hidden, arguments.latent),
+        )
         r = timed("load the run, checksums and numbers", lambda: Recommender.load(run))
         timed("export", lambda: r.export(model))
         del r
@@ -150,7 +167,9 @@ def main() -> None:
         for users in arguments.users_per_pass:
             module.USERS_PER_PASS = users
             ids, _ = timed(
-                f"recommend, {users} users per pass, page cache", lambda: r.recommend(table, arguments.k), arguments.users
+                f"recommend, {users} users per pass, page cache",
+                lambda: r.recommend(table, arguments.k),
+                arguments.users,
             )
         one = [np.asarray(table["item"])[:34].tolist()]
         for what, work in {

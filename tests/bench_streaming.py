@@ -35,23 +35,40 @@ def main() -> None:
     parser.add_argument("--interactions", type=int, default=20_000_000)
     parser.add_argument("--output", default="lists.parquet", help="its ending is the format")
     parser.add_argument("--explain", type=int, default=0)
-    parser.add_argument("--shuffle", action="store_true", help="scatter the rows of every user over the file")
+    parser.add_argument(
+        "--shuffle", action="store_true", help="scatter the rows of every user over the file"
+    )
     arguments = parser.parse_args()
     folder: Path = arguments.folder
     folder.mkdir(parents=True)
     try:
-        synthesize(folder / "histories.parquet", arguments.users, arguments.items, arguments.interactions, 0)
+        synthesize(
+            folder / "histories.parquet",
+            arguments.users,
+            arguments.items,
+            arguments.interactions,
+            0,
+        )
         if arguments.shuffle:
             table = pq.read_table(folder / "histories.parquet")
             order = np.random.default_rng(0).permutation(len(table))
             pq.write_table(table.take(pa.array(order)), folder / "histories.parquet")
             del table, order
         random_run(folder / "run", arguments.items, 128, 64)
-        line = ["--run", folder / "run", "--histories", folder / "histories.parquet", "--output", folder / arguments.output]
+        line = [
+            "--run",
+            folder / "run",
+            "--histories",
+            folder / "histories.parquet",
+            "--output",
+            folder / arguments.output,
+        ]
         line += ["--k", 20, "--explain", arguments.explain, "--device", "cpu"]
         command = [sys.executable, "-u", str(ROOT / "launch" / "recommend.py"), *map(str, line)]
         start = time.monotonic()
-        job = subprocess.Popen(command, env=environment(PYTHONPATH=str(ROOT)), stdout=subprocess.PIPE, text=True)
+        job = subprocess.Popen(
+            command, env=environment(PYTHONPATH=str(ROOT)), stdout=subprocess.PIPE, text=True
+        )
         process, lines, memory = psutil.Process(job.pid), [], []
 
         def watch() -> None:
@@ -70,11 +87,15 @@ def main() -> None:
         assert job.wait() == 0
         watcher.join()
         (t0, f0), (t1, f1) = lines[0], lines[1]
-        lines.insert(0, (t0 - f0 * (t1 - t0) / (f1 - f0), 0.0))  # progress is told every ten seconds; between them it is even
+        lines.insert(
+            0, (t0 - f0 * (t1 - t0) / (f1 - f0), 0.0)
+        )  # progress is told every ten seconds; between them it is even
         memory = [pair for pair in memory if pair[0] <= lines[-1][0]]  # later it is on its way out
         share = np.interp([t for t, _ in memory], *zip(*lines, strict=True))
         for percent in (10, 25, 50, 75, 100):
-            print(f"resident at {percent}%: {memory[int(np.searchsorted(share, min(percent / 100, share[-1])))][1]:.0f} MB")
+            print(
+                f"resident at {percent}%: {memory[int(np.searchsorted(share, min(percent / 100, share[-1])))][1]:.0f} MB"
+            )
         print(f"{os.path.getsize(folder / arguments.output) / 1e6:,.0f} MB written")
     finally:
         shutil.rmtree(folder)

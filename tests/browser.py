@@ -17,8 +17,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
-WHY_NOT = "no chromium, chromium-browser or google-chrome on the PATH (Debian: apt-get install chromium)"
+CHROMIUM = next(
+    (
+        path
+        for name in ("chromium", "chromium-browser", "google-chrome")
+        if (path := shutil.which(name))
+    ),
+    None,
+)
+WHY_NOT = (
+    "no chromium, chromium-browser or google-chrome on the PATH (Debian: apt-get install chromium)"
+)
 _PATIENCE_S = 60.0
 
 
@@ -49,7 +58,12 @@ class Browser:
             "--no-first-run",
             "--disable-gpu",
         ]
-        flags += ["--hide-scrollbars", "--disable-dev-shm-usage", *(["--no-sandbox"] if os.getuid() == 0 else []), "about:blank"]
+        flags += [
+            "--hide-scrollbars",
+            "--disable-dev-shm-usage",
+            *(["--no-sandbox"] if os.getuid() == 0 else []),
+            "about:blank",
+        ]
         self._process = subprocess.Popen(
             ["bash", "-c", command, CHROMIUM, *flags],
             pass_fds=(to_read, to_write),
@@ -73,14 +87,33 @@ class Browser:
         os.close(self._write)
         self._profile.cleanup()
 
-    def visit(self, file: Path, width: int, scheme: str, questions: dict[str, str], height: int = 900, full: bool = True) -> Page:
+    def visit(
+        self,
+        file: Path,
+        width: int,
+        scheme: str,
+        questions: dict[str, str],
+        height: int = 900,
+        full: bool = True,
+    ) -> Page:
         """Open a file; `questions` are expressions that are evaluated in it."""
         target = self._call("Target.createTarget", url="about:blank")["targetId"]
         tab = self._call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Network", "Log", "Runtime"):
             self._call(f"{domain}.enable", tab)
-        self._call("Emulation.setDeviceMetricsOverride", tab, width=width, height=height, deviceScaleFactor=1, mobile=width < 600)
-        self._call("Emulation.setEmulatedMedia", tab, features=[{"name": "prefers-color-scheme", "value": scheme}])
+        self._call(
+            "Emulation.setDeviceMetricsOverride",
+            tab,
+            width=width,
+            height=height,
+            deviceScaleFactor=1,
+            mobile=width < 600,
+        )
+        self._call(
+            "Emulation.setEmulatedMedia",
+            tab,
+            features=[{"name": "prefers-color-scheme", "value": scheme}],
+        )
         self._events.clear()
         self._call("Page.navigate", tab, url=file.resolve().as_uri())
         self._wait_for("Page.loadEventFired")
@@ -88,7 +121,11 @@ class Browser:
         for name, expression in questions.items():
             said = self._call("Runtime.evaluate", tab, expression=expression, returnByValue=True)
             page.values[name] = said["result"].get("value")
-        page.image = base64.b64decode(self._call("Page.captureScreenshot", tab, format="png", captureBeyondViewport=full)["data"])
+        page.image = base64.b64decode(
+            self._call("Page.captureScreenshot", tab, format="png", captureBeyondViewport=full)[
+                "data"
+            ]
+        )
         for method, found in self._events:
             if method == "Network.requestWillBeSent":
                 page.requests.append(found["request"]["url"])
@@ -101,7 +138,9 @@ class Browser:
 
     def _call(self, method: str, tab: str | None = None, **arguments: Any) -> dict[str, Any]:
         self._number += 1
-        message = {"id": self._number, "method": method, "params": arguments} | ({"sessionId": tab} if tab else {})
+        message = {"id": self._number, "method": method, "params": arguments} | (
+            {"sessionId": tab} if tab else {}
+        )
         os.write(self._write, json.dumps(message).encode() + b"\0")
         while True:
             answer = self._next()

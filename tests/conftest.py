@@ -15,11 +15,29 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def pytest_addoption(parser):
-    parser.addoption("--data", default=str(ROOT.parent / "shared" / "data"), help="folder with ml-1m/ and gowalla/")
-    parser.addoption("--fuzz", type=int, default=300, help="mutated files of tests/test_fuzz.py (2000 before a release)")
-    parser.addoption("--rounding", help="write every error over its bound (tests/rounding.py) to this file")
-    parser.addoption("--loads", type=int, default=0, help="loads of tests/test_readers_beside.py (200 before a release)")
-    parser.addoption("--kills", type=int, default=4, help="SIGKILLs of tests/test_kill.py (50 before a release)")
+    parser.addoption(
+        "--data",
+        default=str(ROOT.parent / "shared" / "data"),
+        help="folder with ml-1m/ and gowalla/",
+    )
+    parser.addoption(
+        "--fuzz",
+        type=int,
+        default=300,
+        help="mutated files of tests/test_fuzz.py (2000 before a release)",
+    )
+    parser.addoption(
+        "--rounding", help="write every error over its bound (tests/rounding.py) to this file"
+    )
+    parser.addoption(
+        "--loads",
+        type=int,
+        default=0,
+        help="loads of tests/test_readers_beside.py (200 before a release)",
+    )
+    parser.addoption(
+        "--kills", type=int, default=4, help="SIGKILLs of tests/test_kill.py (50 before a release)"
+    )
 
 
 @pytest.fixture(scope="session")
@@ -33,12 +51,21 @@ def data_dir(request) -> Path:
 
 def pytest_terminal_summary(terminalreporter, config):
     """Say how many of the tests that need real data ran."""
-    reports = [r for kind in ("passed", "failed", "skipped") for r in terminalreporter.stats.get(kind, []) if "data" in r.keywords]
+    reports = [
+        r
+        for kind in ("passed", "failed", "skipped")
+        for r in terminalreporter.stats.get(kind, [])
+        if "data" in r.keywords
+    ]
     ran = sum(r.when == "call" for r in reports)
-    terminalreporter.write_line(f"real-data tests: {ran} ran, {len({r.nodeid for r in reports}) - ran} skipped")
+    terminalreporter.write_line(
+        f"real-data tests: {ran} ran, {len({r.nodeid for r in reports}) - ran} skipped"
+    )
     if RATIOS:
         ratio, what = max(RATIOS)
-        terminalreporter.write_line(f"rounding: {len(RATIOS)} comparisons, the largest error is {ratio:.2f} of its bound ({what})")
+        terminalreporter.write_line(
+            f"rounding: {len(RATIOS)} comparisons, the largest error is {ratio:.2f} of its bound ({what})"
+        )
     if config.getoption("--rounding"):
         lines = "".join(f"{ratio:.6f} {what}\n" for ratio, what in sorted(RATIOS, reverse=True))
         Path(config.getoption("--rounding")).write_text(lines)
@@ -48,8 +75,12 @@ def pytest_terminal_summary(terminalreporter, config):
 def pytest_sessionfinish(session):
     """Nothing that a test started is still at work, or the interpreter would wait for it at its end, perhaps for ever."""
     left = [str(process) for process in multiprocessing.active_children()]
-    threads = [t for t in threading.enumerate() if not t.daemon and t is not threading.main_thread()]
-    left += [str(t) for t in threads if not t.name.startswith("ThreadPoolExecutor")]  # the compiler's: told to end at the exit
+    threads = [
+        t for t in threading.enumerate() if not t.daemon and t is not threading.main_thread()
+    ]
+    left += [
+        str(t) for t in threads if not t.name.startswith("ThreadPoolExecutor")
+    ]  # the compiler's: told to end at the exit
     if left:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
         print(f"\nleft running by the tests: {'; '.join(left)}")

@@ -14,7 +14,23 @@ import pyarrow as pa
 
 from dist_vasp.data.tables.columns import Columns, Reading
 
-_PIECES = ["7", "0", "12", "007", "a", "B", "é", "ü", "x y", " ", "-", "1e3", "9223372036854775807", "NULL", ""]
+_PIECES = [
+    "7",
+    "0",
+    "12",
+    "007",
+    "a",
+    "B",
+    "é",
+    "ü",
+    "x y",
+    " ",
+    "-",
+    "1e3",
+    "9223372036854775807",
+    "NULL",
+    "",
+]
 _RARE = [
     '"',
     '""',
@@ -74,7 +90,9 @@ class Expected:
 def generate(seed: int, folder: Path) -> CsvFile:
     """File number `seed`: the same one every time."""
     draw = random.Random(seed)
-    encoding = draw.choice(["utf-8"] * 5 + ["utf-8-sig", "utf-16", "utf-16-le", "latin-1", "cp1252"])
+    encoding = draw.choice(
+        ["utf-8"] * 5 + ["utf-8-sig", "utf-16", "utf-16-le", "latin-1", "cp1252"]
+    )
     quoting = draw.random() > 0.1
     delimiter = draw.choice([",", ",", ",", ";", "\t", "|"])
     end = draw.choice(["\n", "\n", "\r\n", "\r\n", "\r"])
@@ -91,10 +109,23 @@ def generate(seed: int, folder: Path) -> CsvFile:
         return text if quoting else "".join(c for c in text if c not in f'"\r\n{delimiter}')
 
     buffer = io.StringIO()
-    style = draw.choice([csv.QUOTE_MINIMAL, csv.QUOTE_MINIMAL, csv.QUOTE_ALL, csv.QUOTE_NONNUMERIC]) if quoting else csv.QUOTE_NONE
-    writer = csv.writer(buffer, delimiter=delimiter, lineterminator=end, quoting=style, escapechar=None, quotechar='"')
+    style = (
+        draw.choice([csv.QUOTE_MINIMAL, csv.QUOTE_MINIMAL, csv.QUOTE_ALL, csv.QUOTE_NONNUMERIC])
+        if quoting
+        else csv.QUOTE_NONE
+    )
+    writer = csv.writer(
+        buffer,
+        delimiter=delimiter,
+        lineterminator=end,
+        quoting=style,
+        escapechar=None,
+        quotechar='"',
+    )
     if not quoting:
-        writer = csv.writer(buffer, delimiter=delimiter, lineterminator=end, quoting=csv.QUOTE_NONE, quotechar=None)
+        writer = csv.writer(
+            buffer, delimiter=delimiter, lineterminator=end, quoting=csv.QUOTE_NONE, quotechar=None
+        )
     writer.writerow(padded)
     head = len(buffer.getvalue())
     for _ in range(draw.choice([0, 1, 3, 20, 60])):
@@ -108,13 +139,28 @@ def generate(seed: int, folder: Path) -> CsvFile:
     if damaged:
         for _ in range(draw.choice([1, 1, 2, 3])):
             at = draw.randrange(head, len(text) + 1)
-            damage = draw.choice(['"', '"', '"', delimiter, end, "\0", f"a{delimiter}b{end}", '"\n', "x"])
+            damage = draw.choice(
+                ['"', '"', '"', delimiter, end, "\0", f"a{delimiter}b{end}", '"\n', "x"]
+            )
             text = text[:at] + damage + text[at + draw.choice([0, 0, 1]) :]
     data = text.encode(encoding)
     named = None if encoding in ("utf-8", "utf-8-sig", "utf-16") else encoding
-    reading = Reading(delimiter if draw.random() < 0.5 else None, named, quoting=quoting, missing=())
-    path = _packed(folder / f"{seed}.csv", data, draw.choice(["", "", "", "", ".gz", ".zst", ".zip"]))
-    return CsvFile(path, data, encoding, delimiter, Columns(title="title"), reading, draw.randrange(1, 120), damaged)
+    reading = Reading(
+        delimiter if draw.random() < 0.5 else None, named, quoting=quoting, missing=()
+    )
+    path = _packed(
+        folder / f"{seed}.csv", data, draw.choice(["", "", "", "", ".gz", ".zst", ".zip"])
+    )
+    return CsvFile(
+        path,
+        data,
+        encoding,
+        delimiter,
+        Columns(title="title"),
+        reading,
+        draw.randrange(1, 120),
+        damaged,
+    )
 
 
 def _packed(path: Path, data: bytes, suffix: str) -> Path:

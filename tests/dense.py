@@ -39,7 +39,9 @@ class DenseVASP:
     gradients: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.parameters = {name: p.detach().clone().requires_grad_() for name, p in self.parameters.items()}
+        self.parameters = {
+            name: p.detach().clone().requires_grad_() for name, p in self.parameters.items()
+        }
 
     def _stack(self, name: str, first: Tensor, n_layers: int) -> Tensor:
         p = self.parameters
@@ -48,7 +50,10 @@ class DenseVASP:
             if k == 0:
                 a = first
             else:
-                a = outputs[-1] @ p[f"trunk.{name}.layers.{k - 1}.weight"].T + p[f"trunk.{name}.layers.{k - 1}.bias"]
+                a = (
+                    outputs[-1] @ p[f"trunk.{name}.layers.{k - 1}.weight"].T
+                    + p[f"trunk.{name}.layers.{k - 1}.bias"]
+                )
                 for earlier in outputs:
                     a = a + earlier
             swish = a * torch.sigmoid(a)
@@ -62,11 +67,17 @@ class DenseVASP:
         """The logits of each path (rows, I) and the KL divergence of each row."""
         p, paths, kl = self.parameters, [], torch.zeros(len(x), dtype=x.dtype)
         if self.kind != "nease":
-            e = self._stack("encoder", x @ p["input.weight"] + p["trunk.input_bias"], self.encoder_layers)
+            e = self._stack(
+                "encoder", x @ p["input.weight"] + p["trunk.input_bias"], self.encoder_layers
+            )
             mu = e @ p["trunk.mu.weight"].T + p["trunk.mu.bias"]
             logvar = e @ p["trunk.logvar.weight"].T + p["trunk.logvar.bias"]
             z = mu if noise is None else mu + torch.exp(logvar / 2) * noise
-            d = self._stack("decoder", z @ p["trunk.from_latent.weight"].T + p["trunk.from_latent.bias"], self.decoder_layers)
+            d = self._stack(
+                "decoder",
+                z @ p["trunk.from_latent.weight"].T + p["trunk.from_latent.bias"],
+                self.decoder_layers,
+            )
             paths.append(d @ p["output.decoder.weight"].T + p["output.decoder.bias"])
             if self.latent_head:
                 paths.append(z @ p["output.latent.weight"].T + p["output.latent.bias"])
@@ -93,7 +104,13 @@ class DenseVASP:
         return every | ({"p_flvae": torch.stack(p[:-1]).prod(0)} if self.kind == "vasp" else {})
 
     def loss(
-        self, x: Tensor, y: Tensor, noise: Tensor | None, kind: str, alpha: float = 0.25, gamma: float = 2.0
+        self,
+        x: Tensor,
+        y: Tensor,
+        noise: Tensor | None,
+        kind: str,
+        alpha: float = 0.25,
+        gamma: float = 2.0,
     ) -> tuple[Tensor, Tensor]:
         """(reconstruction, KL), both averaged over rows."""
         paths, kl = self.forward(x, noise)
@@ -104,7 +121,9 @@ class DenseVASP:
             p = p * torch.sigmoid(path)
         nothing = (x.sum(1) == 0) | (y.sum(1) == 0)
         if kind == "focal":
-            per_item = torch.where(y == 1, -alpha * (1 - p) ** gamma * p.log(), -(1 - alpha) * p**gamma * (1 - p).log())
+            per_item = torch.where(
+                y == 1, -alpha * (1 - p) ** gamma * p.log(), -(1 - alpha) * p**gamma * (1 - p).log()
+            )
             per_row = per_item.sum(1)
         elif kind == "bce":
             per_row = torch.where(y == 1, -p.log(), -(1 - p).log()).sum(1)
@@ -117,7 +136,15 @@ class DenseVASP:
             per_row = torch.where(nothing, 0.0, -(y * torch.log_softmax(sum(paths), dim=1)).sum(1))
         return per_row.mean(), kl.mean()
 
-    def step(self, x, y, noise, kind: str, optimizer: torch.optim.Optimizer | None, kl_weight: float = 1.0) -> tuple[float, float]:
+    def step(
+        self,
+        x,
+        y,
+        noise,
+        kind: str,
+        optimizer: torch.optim.Optimizer | None,
+        kl_weight: float = 1.0,
+    ) -> tuple[float, float]:
         """Loss, gradients (kept in `gradients`, W's diagonal zeroed) and, with an optimizer, one update."""
         for p in self.parameters.values():
             p.grad = None
@@ -126,7 +153,9 @@ class DenseVASP:
         W = self.parameters.get("output.nease.weight")
         if W is not None and W.grad is not None:
             W.grad.fill_diagonal_(0)
-        self.gradients = {name: p.grad.clone() for name, p in self.parameters.items() if p.grad is not None}
+        self.gradients = {
+            name: p.grad.clone() for name, p in self.parameters.items() if p.grad is not None
+        }
         if optimizer is not None:
             optimizer.step()
         return float(reconstruction.detach()), float(kl.detach())

@@ -23,7 +23,11 @@ from typing import Any
 LOADED = (
     "launch.train",
     "deepspeed.launcher.launch",
-    *("torch._dynamo", "torch._inductor.compile_fx", "deepspeed.runtime.zero.muon.original_muon"),  # with the first optimizer
+    *(
+        "torch._dynamo",
+        "torch._inductor.compile_fx",
+        "deepspeed.runtime.zero.muon.original_muon",
+    ),  # with the first optimizer
 )
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -34,10 +38,18 @@ class Forks:
     def __init__(self) -> None:
         environment = os.environ | {"ARROW_DEFAULT_MEMORY_POOL": "system"}  # jemalloc has a thread
         environment |= {"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        environment |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}  # more threads than cores
+        environment |= {
+            "OMP_WAIT_POLICY": "PASSIVE",
+            "GOMP_SPINCOUNT": "0",
+        }  # more threads than cores
         command = [sys.executable, "-m", "tests.forks"]
         self._server = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            command,
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
 
     def start(self, launcher: list[str], environment: dict[str, str], log: Path) -> Forked:
@@ -122,7 +134,9 @@ def _launch(request: dict[str, Any]) -> None:
         with contextlib.suppress(OSError):
             os.setpgid(0, 0)
         log = os.open(request["log"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-        for descriptor, file in zip((0, 1, 2), (os.open(os.devnull, os.O_RDONLY), log, log), strict=True):
+        for descriptor, file in zip(
+            (0, 1, 2), (os.open(os.devnull, os.O_RDONLY), log, log), strict=True
+        ):
             os.dup2(file, descriptor)
         _set_environment(request["env"])
         sys.argv = request["argv"]
@@ -152,7 +166,10 @@ class _Rank:
         self.pid = os.fork()
         if self.pid == 0:
             for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+                signal.signal(
+                    number,
+                    signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL,
+                )
             _set_environment(env)
             sys.argv = cmd[cmd.index("-u") + 1 :]
             import launch.cli

@@ -24,7 +24,9 @@ import torch
 from dist_vasp.checkpoint import HEADER, header_sha256
 from dist_vasp.data.format import MANIFEST, sha256_of
 
-CANARY = "canary"  # a file in the working directory: whoever unpickles or evaluates a payload creates it
+CANARY = (
+    "canary"  # a file in the working directory: whoever unpickles or evaluates a payload creates it
+)
 Random = np.random.Generator
 Mutator = Callable[[bytes, Random], bytes]
 
@@ -60,7 +62,14 @@ def gz_bomb(inner: bytes, random: Random) -> bytes:
     if random.integers(2):  # FEXTRA: magic at offset 257 of the file
         extra = bytearray(300)
         extra[257 - 12 : 262 - 12] = b"ustar"
-        blob = blob[:3] + bytes([blob[3] | 4]) + blob[4:10] + struct.pack("<H", len(extra)) + bytes(extra) + blob[10:]
+        blob = (
+            blob[:3]
+            + bytes([blob[3] | 4])
+            + blob[4:10]
+            + struct.pack("<H", len(extra))
+            + bytes(extra)
+            + blob[10:]
+        )
     return blob + gzip.compress(bytes(1 << 24), 9, mtime=0) * 128
 
 
@@ -99,7 +108,15 @@ def repeat_range(data: bytes, random: Random) -> bytes:
 
 
 def replace_whole(data: bytes, random: Random) -> bytes:
-    choices = [b"", bytes(len(data)), random.bytes(2000), pickled(), pt_file(), b"{" * 100_000, gzip.compress(data, mtime=0)]
+    choices = [
+        b"",
+        bytes(len(data)),
+        random.bytes(2000),
+        pickled(),
+        pt_file(),
+        b"{" * 100_000,
+        gzip.compress(data, mtime=0),
+    ]
     return choices[random.integers(len(choices))]
 
 
@@ -214,7 +231,9 @@ def bad_npy(data: bytes, random: Random) -> bytes:
     version = b"\x01\x00" + struct.pack("<H", len(text))
     if random.integers(3) == 0:
         version = b"\x02\x00" + struct.pack("<I", int(random.choice([len(text), 2**31, 2**32 - 1])))
-    members[at] = member(info.name, b"\x93NUMPY" + version + text + (values if random.integers(2) else pickled()))
+    members[at] = member(
+        info.name, b"\x93NUMPY" + version + text + (values if random.integers(2) else pickled())
+    )
     return retar(members)
 
 
@@ -226,7 +245,15 @@ def bad_values(data: bytes, random: Random) -> bytes:
     array = np.lib.format.read_array(io.BytesIO(body), allow_pickle=False).copy()
     limits = np.iinfo(array.dtype)
     if len(array):
-        values = [limits.min, limits.max, 0, 1, limits.max // 2, int(array.max()) + 1, int(array[random.integers(len(array))])]
+        values = [
+            limits.min,
+            limits.max,
+            0,
+            1,
+            limits.max // 2,
+            int(array.max()) + 1,
+            int(array[random.integers(len(array))]),
+        ]
         array[random.integers(len(array))] = values[random.integers(len(values))]
         if random.integers(4) == 0:
             array = array[::-1]
@@ -238,21 +265,72 @@ def bad_values(data: bytes, random: Random) -> bytes:
     return retar(members)
 
 
-TAR = [swap_bodies, strange_member, strange_member, huge_member, bad_npy, bad_npy, bad_values, bad_values, gz_bomb]
+TAR = [
+    swap_bodies,
+    strange_member,
+    strange_member,
+    huge_member,
+    bad_npy,
+    bad_npy,
+    bad_values,
+    bad_values,
+    gz_bomb,
+]
 
 
 # --- JSON ------------------------------------------------------------------------------------------------------------
 
 ABSURD: list[Any] = [
-    *(0, 1, -1, 2, 3, 2**31, 2**47, 2**53, 2**63, 10**30, 1e308, -0.5, 0.5, float("nan"), float("inf")),
-    *("", "x", "../../etc/passwd", "/etc/passwd", "a\x00b", "\ud800", "x" * 5000, "items-00000-of-00001.safetensors"),
-    *(None, True, False, [], {}, [[]], {"users": 1}, {"__class__": "os.system"}, {"class_path": "os.system"}),
+    *(
+        0,
+        1,
+        -1,
+        2,
+        3,
+        2**31,
+        2**47,
+        2**53,
+        2**63,
+        10**30,
+        1e308,
+        -0.5,
+        0.5,
+        float("nan"),
+        float("inf"),
+    ),
+    *(
+        "",
+        "x",
+        "../../etc/passwd",
+        "/etc/passwd",
+        "a\x00b",
+        "\ud800",
+        "x" * 5000,
+        "items-00000-of-00001.safetensors",
+    ),
+    *(
+        None,
+        True,
+        False,
+        [],
+        {},
+        [[]],
+        {"users": 1},
+        {"__class__": "os.system"},
+        {"class_path": "os.system"},
+    ),
 ]
 
 
 def paths(value: Any, at: tuple = ()) -> list[tuple]:
     """Where every value of a JSON document lies."""
-    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    inner = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
     return [at] * bool(at) + [path for key, child in inner for path in paths(child, (*at, key))]
 
 
@@ -326,7 +404,18 @@ def put_together(header: Any, body: bytes) -> bytes:
 
 
 def header_length(data: bytes, random: Random) -> bytes:
-    choices = [0, 1, 7, 10**8 + 1, 2**32, 2**63, 2**64 - 1, len(data) - 8, len(data), int.from_bytes(data[:8], "little") + 1]
+    choices = [
+        0,
+        1,
+        7,
+        10**8 + 1,
+        2**32,
+        2**63,
+        2**64 - 1,
+        len(data) - 8,
+        len(data),
+        int.from_bytes(data[:8], "little") + 1,
+    ]
     return struct.pack("<Q", choices[random.integers(len(choices))]) + data[8:]
 
 
@@ -367,17 +456,46 @@ def lying_tensor(data: bytes, random: Random) -> bytes:
     kind = random.integers(5)
     if kind == 0:
         stem = name.split("[")[0]
-        ranges = ["[0:0]", "[0:1000000000000]", "[5:2]", "[-1:4]", "[0:30]", "[30:60]", "[" + "9" * 30 + ":3]", "", "[0:1][0:30]"]
+        ranges = [
+            "[0:0]",
+            "[0:1000000000000]",
+            "[5:2]",
+            "[-1:4]",
+            "[0:30]",
+            "[30:60]",
+            "[" + "9" * 30 + ":3]",
+            "",
+            "[0:1][0:30]",
+        ]
         header[stem + ranges[random.integers(len(ranges))]] = header.pop(name)
     elif kind == 1:
-        shapes = [[], [0], [10**12, 10**12], [2**63, 2], [-1], entry["shape"][::-1], [int(np.prod(entry["shape"]))], [1.5], "x"]
+        shapes = [
+            [],
+            [0],
+            [10**12, 10**12],
+            [2**63, 2],
+            [-1],
+            entry["shape"][::-1],
+            [int(np.prod(entry["shape"]))],
+            [1.5],
+            "x",
+        ]
         entry["shape"] = shapes[random.integers(len(shapes))]
     elif kind == 2:
         start, end = entry["data_offsets"]
-        offsets = [[0, 2**63], [end, start], [start + 4, end + 4], [0, len(body)], [-4, end], [start, end - 4]]
+        offsets = [
+            [0, 2**63],
+            [end, start],
+            [start + 4, end + 4],
+            [0, len(body)],
+            [-4, end],
+            [start, end - 4],
+        ]
         entry["data_offsets"] = offsets[random.integers(len(offsets))]
     elif kind == 3:
-        entry["dtype"] = ["I32", "U32", "F64", "F16", "BF16", "BOOL", "C64", "F8_E4M3", "X", 3][random.integers(10)]
+        entry["dtype"] = ["I32", "U32", "F64", "F16", "BF16", "BOOL", "C64", "F8_E4M3", "X", 3][
+            random.integers(10)
+        ]
     else:
         del header[name]
     return put_together(header, body)
@@ -398,7 +516,16 @@ def strange_numbers(data: bytes, random: Random) -> bytes:
     return put_together(header, values.tobytes())
 
 
-SAFETENSORS = [header_length, header_text, swap_tensors, swap_tensors, lying_tensor, lying_tensor, strange_numbers, strange_numbers]
+SAFETENSORS = [
+    header_length,
+    header_text,
+    swap_tensors,
+    swap_tensors,
+    lying_tensor,
+    lying_tensor,
+    strange_numbers,
+    strange_numbers,
+]
 
 
 # --- one file of a folder --------------------------------------------------------------------------------------------
@@ -417,7 +544,9 @@ TARGETS: list[tuple[float, str, list[Mutator]]] = [
 def target(seed: int) -> tuple[str, list[Mutator], Random]:
     """The pattern of the files that `seed` chooses from, the mutators made for them, and the generator for all that follows."""
     random = np.random.default_rng([2024, seed])
-    _, pattern, special = TARGETS[random.choice(len(TARGETS), p=[weight for weight, _, _ in TARGETS])]
+    _, pattern, special = TARGETS[
+        random.choice(len(TARGETS), p=[weight for weight, _, _ in TARGETS])
+    ]
     return pattern, special, random
 
 
@@ -432,7 +561,9 @@ def mutate(seed: int, folder: Path) -> Mutation:
     path.write_bytes(changed)
     vouched = seed % 3 != 0 and vouch(path, folder)
     run = path.relative_to(folder).parts[0]
-    return Mutation(str(path.relative_to(folder)), mutator.__name__, vouched, None if run == "shards" else run)
+    return Mutation(
+        str(path.relative_to(folder)), mutator.__name__, vouched, None if run == "shards" else run
+    )
 
 
 def vouch(path: Path, folder: Path) -> bool:

@@ -23,16 +23,45 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 MEMORY = 4 << 30  # bytes of address space beyond what the imports take
-GROWTH = 400 << 10  # kilobytes of resident memory beyond the server's: a bomb that bursts and is caught is seen here
+GROWTH = (
+    400 << 10
+)  # kilobytes of resident memory beyond the server's: a bomb that bursts and is caught is seen here
 SECONDS = 60
 
 
 def arguments(folder: Path, run_dir: Path, kind: str, steps: int, *more: str) -> list[str]:
     """A tiny run in one process."""
     return [
-        *("--data.shards", str(folder / "shards"), "--run.dir", str(run_dir), "--device", "cpu", "--data.workers", "0"),
-        *("--data.batch_size", "16", "--parallel.lanes", "4", "--run.max_steps", str(steps), "--model.kind", kind),
-        *("--model.hidden", "8", "--model.latent", "4", "--model.encoder_layers", "2", "--model.decoder_layers", "2"),
+        *(
+            "--data.shards",
+            str(folder / "shards"),
+            "--run.dir",
+            str(run_dir),
+            "--device",
+            "cpu",
+            "--data.workers",
+            "0",
+        ),
+        *(
+            "--data.batch_size",
+            "16",
+            "--parallel.lanes",
+            "4",
+            "--run.max_steps",
+            str(steps),
+            "--model.kind",
+            kind,
+        ),
+        *(
+            "--model.hidden",
+            "8",
+            "--model.latent",
+            "4",
+            "--model.encoder_layers",
+            "2",
+            "--model.decoder_layers",
+            "2",
+        ),
         *("--optimizer.schedule", "[{epochs: 3, lr: 0.01}]", *more),
     ]
 
@@ -41,8 +70,20 @@ def commands(seed: int, folder: Path, file: str, run: str | None) -> list[tuple[
     """What a user would start on these files."""
     if run is None:
         kind = "vasp" if seed % 8 == 0 else "nease"
-        return [("train", arguments(folder, folder / "new", kind, 2)), ("verify", [str(folder / "shards")])]
-    recommend = ["--run", str(folder / run), "--histories", str(folder / "histories.csv"), "--k", "5", "--device", "cpu"]
+        return [
+            ("train", arguments(folder, folder / "new", kind, 2)),
+            ("verify", [str(folder / "shards")]),
+        ]
+    recommend = [
+        "--run",
+        str(folder / run),
+        "--histories",
+        str(folder / "histories.csv"),
+        "--k",
+        "5",
+        "--device",
+        "cpu",
+    ]
     recommend += ["--output", str(folder / "lists.csv")]
     if "best-" in file:
         new = arguments(folder, folder / "new", run, 1, "--init_from", str(folder / run))
@@ -105,7 +146,11 @@ def forked(main: Callable[[], int], argv: list[str], folder: Path) -> tuple[int,
     while True:
         done, status, used = os.wait4(pid, os.WNOHANG)
         if done:
-            return os.waitstatus_to_exitcode(status), errors.read_text(errors="replace"), used.ru_maxrss
+            return (
+                os.waitstatus_to_exitcode(status),
+                errors.read_text(errors="replace"),
+                used.ru_maxrss,
+            )
         if time.monotonic() > deadline:
             os.kill(pid, signal.SIGKILL)
             os.wait4(pid, 0)
@@ -120,12 +165,20 @@ def judge(script: str, status: int, stderr: str, peak: int, own: int) -> str:
         return f"FAILED: {peak - own} kilobytes taken"
     if status == 0 and not lines:
         return "went on"
-    readable = all(line.startswith("error: ") and len(line) < 2000 and line.isprintable() for line in lines)
-    swallowed = any(sign in stderr for sign in ("MemoryError", "can't allocate", "std::bad_alloc", "Traceback"))
+    readable = all(
+        line.startswith("error: ") and len(line) < 2000 and line.isprintable() for line in lines
+    )
+    swallowed = any(
+        sign in stderr for sign in ("MemoryError", "can't allocate", "std::bad_alloc", "Traceback")
+    )
     if not readable or swallowed or (len(lines) != 1 and script != "verify") or not lines:
         return f"FAILED: status {status}, stderr {stderr[-1500:]}"
     if status == 2:
-        return "checksum" if any("SHA-256" in line or "header_sha256" in line for line in lines) else "parser"
+        return (
+            "checksum"
+            if any("SHA-256" in line or "header_sha256" in line for line in lines)
+            else "parser"
+        )
     return (
         "diverged"
         if status == 1 and "error: step " in stderr and "last good checkpoint" in stderr
@@ -153,4 +206,9 @@ def main(base: Path, first: int, stop: int, step: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]) if len(sys.argv) > 4 else 1)
+    main(
+        Path(sys.argv[1]),
+        int(sys.argv[2]),
+        int(sys.argv[3]),
+        int(sys.argv[4]) if len(sys.argv) > 4 else 1,
+    )

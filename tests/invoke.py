@@ -24,7 +24,15 @@ from typing import Any
 
 LIMIT_S = 300  # of one command: a disk that others keep busy makes a save wait
 ROOT = Path(__file__).resolve().parent.parent
-LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+LAUNCHED = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
 
 
 @dataclass(frozen=True)
@@ -39,7 +47,9 @@ class Commands:
 
     def __init__(self, folder: Path) -> None:
         environment = {k: v for k, v in os.environ.items() if k not in LAUNCHED}
-        environment |= {"ARROW_DEFAULT_MEMORY_POOL": "system"}  # jemalloc has a thread, and a fork of two threads may hang
+        environment |= {
+            "ARROW_DEFAULT_MEMORY_POOL": "system"
+        }  # jemalloc has a thread, and a fork of two threads may hang
         environment |= {"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         self._server = subprocess.Popen(
             [sys.executable, "-m", "tests.invoke"],
@@ -77,7 +87,17 @@ class Commands:
 
 
 def _serve() -> None:
-    for name in ("train", "evaluate", "recommend", "plan", "benchmark", "compare", "export", "report", "doctor"):
+    for name in (
+        "train",
+        "evaluate",
+        "recommend",
+        "plan",
+        "benchmark",
+        "compare",
+        "export",
+        "report",
+        "doctor",
+    ):
         importlib.import_module(f"launch.{name}")
     for name in ("shard", "verify", "synthesize"):
         importlib.import_module(f"data_tools.{name}")
@@ -92,7 +112,9 @@ def _forked(line: str) -> dict[str, Any]:
     if child == 0:
         os.setsid()
         signal.alarm(LIMIT_S)  # ended by the kernel: a status of -14
-        for descriptor, file in zip((0, 1, 2), (os.open(os.devnull, os.O_RDONLY), *files), strict=True):
+        for descriptor, file in zip(
+            (0, 1, 2), (os.open(os.devnull, os.O_RDONLY), *files), strict=True
+        ):
             os.dup2(file, descriptor)
         _become(line)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -149,7 +171,11 @@ def _python(line: str) -> int:
             names["r"] = Recommender.load("export")
         *statements, last = ast.parse(line).body
         exec(compile(ast.Module(statements, []), "line", "exec"), names)
-        print(eval(compile(ast.Expression(last.value), "line", "eval"), names) if isinstance(last, ast.Expr) else "")
+        print(
+            eval(compile(ast.Expression(last.value), "line", "eval"), names)
+            if isinstance(last, ast.Expr)
+            else ""
+        )
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -23,7 +23,15 @@ import psutil
 from tests.forks import Forked, Forks
 
 ROOT = Path(__file__).resolve().parent.parent
-LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+LAUNCHED = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
 PATIENCE_S = 120.0  # a hang, not a slow machine
 
 
@@ -35,7 +43,11 @@ def free_port() -> int:
 
 def environment(**more: str) -> dict[str, str]:
     """This process's environment without what a launcher would have put there."""
-    return {k: v for k, v in os.environ.items() if k not in LAUNCHED} | {"DS_ACCELERATOR": "cpu"} | more
+    return (
+        {k: v for k, v in os.environ.items() if k not in LAUNCHED}
+        | {"DS_ACCELERATOR": "cpu"}
+        | more
+    )
 
 
 class Job:
@@ -56,7 +68,9 @@ class Job:
         forks: Forks | None = None,
     ) -> None:
         self.log, port = log, free_port()
-        hear_hangups = partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
+        hear_hangups = partial(
+            signal.signal, signal.SIGHUP, signal.SIG_DFL
+        )  # the tests may run under nohup
         train = [str(ROOT / "launch" / "train.py"), *map(str, arguments)]
         self._output = open(log, "ab")  # noqa: SIM115 - held as long as the job
         streams = {
@@ -69,20 +83,51 @@ class Job:
         if bare:
             self.started: list[subprocess.Popen[bytes] | Forked] = []
             for rank in range(ranks):
-                place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_SIZE": ranks, "MASTER_PORT": port}
-                env = environment(MASTER_ADDR="127.0.0.1", **{k: str(v) for k, v in place.items()}, **variables)
+                place = {
+                    "RANK": rank,
+                    "LOCAL_RANK": rank,
+                    "WORLD_SIZE": ranks,
+                    "LOCAL_SIZE": ranks,
+                    "MASTER_PORT": port,
+                }
+                env = environment(
+                    MASTER_ADDR="127.0.0.1", **{k: str(v) for k, v in place.items()}, **variables
+                )
                 group = self.started[0].pid if self.started else 0
-                self.started.append(subprocess.Popen([sys.executable, *train], env=env, process_group=group, **streams))
+                self.started.append(
+                    subprocess.Popen(
+                        [sys.executable, *train], env=env, process_group=group, **streams
+                    )
+                )
         else:
             # what `deepspeed --num_accelerators N` runs on each host, without the seconds that its front end takes
-            world = base64.urlsafe_b64encode(json.dumps({"localhost": list(range(ranks))}).encode()).decode()
-            launcher = ["-m", "deepspeed.launcher.launch", f"--world_info={world}", f"--master_port={port}"]
+            world = base64.urlsafe_b64encode(
+                json.dumps({"localhost": list(range(ranks))}).encode()
+            ).decode()
+            launcher = [
+                "-m",
+                "deepspeed.launcher.launch",
+                f"--world_info={world}",
+                f"--master_port={port}",
+            ]
             env = environment(**variables)
             if forks:
                 self.started = [forks.start([launcher[1], *launcher[2:], *train], env, log)]
             else:
-                self.started = [subprocess.Popen([sys.executable, *launcher, *train], env=env, start_new_session=True, **streams)]
-        self.n_ranks, self.bare, self.forked, self.group = ranks, bare, forks is not None, self.started[0].pid
+                self.started = [
+                    subprocess.Popen(
+                        [sys.executable, *launcher, *train],
+                        env=env,
+                        start_new_session=True,
+                        **streams,
+                    )
+                ]
+        self.n_ranks, self.bare, self.forked, self.group = (
+            ranks,
+            bare,
+            forks is not None,
+            self.started[0].pid,
+        )
 
     def __enter__(self) -> Job:
         return self
@@ -103,7 +148,10 @@ class Job:
         found = []
         for process in psutil.process_iter():
             try:
-                if os.getpgid(process.pid) == self.group and process.status() != psutil.STATUS_ZOMBIE:
+                if (
+                    os.getpgid(process.pid) == self.group
+                    and process.status() != psutil.STATUS_ZOMBIE
+                ):
                     found.append(process)
             except (ProcessLookupError, psutil.NoSuchProcess):
                 continue
@@ -120,17 +168,24 @@ class Job:
             named = {p.pid: p.cmdline() for p in children}
         except psutil.NoSuchProcess:
             return []
-        places = {next((a for a in line if a.startswith("--local_rank=")), ""): pid for pid, line in named.items()}
+        places = {
+            next((a for a in line if a.startswith("--local_rank=")), ""): pid
+            for pid, line in named.items()
+        }
         return [places[name] for name in sorted(places) if name]
 
-    def wait_until(self, condition: Callable[[], bool], what: str, every: float = 0.005, ended: bool = False) -> None:
+    def wait_until(
+        self, condition: Callable[[], bool], what: str, every: float = 0.005, ended: bool = False
+    ) -> None:
         """Come back when `condition()` holds; fail where it takes for ever, or the job ends first: unless `ended` is as good."""
         deadline = time.monotonic() + PATIENCE_S
         while not condition():
             if ended and self.started[0].poll() is not None:
                 return
             assert self.started[0].poll() is None, f"the job ended before {what}:\n{self.output}"
-            assert time.monotonic() < deadline, f"no sign of {what} after {PATIENCE_S:.0f} s:\n{self.output}"
+            assert time.monotonic() < deadline, (
+                f"no sign of {what} after {PATIENCE_S:.0f} s:\n{self.output}"
+            )
             time.sleep(every)
 
     def wait_for_ranks(self) -> list[int]:
@@ -147,11 +202,17 @@ class Job:
         """The exit status of the launcher (of each rank where there is none), once no process of the job is left."""
         deadline = time.monotonic() + within
         try:
-            statuses = [process.wait(max(deadline - time.monotonic(), 0.01)) for process in self.started]
+            statuses = [
+                process.wait(max(deadline - time.monotonic(), 0.01)) for process in self.started
+            ]
         except subprocess.TimeoutExpired:
-            raise AssertionError(f"the job still runs after {within:.0f} s:\n{self.output}") from None
+            raise AssertionError(
+                f"the job still runs after {within:.0f} s:\n{self.output}"
+            ) from None
         while left := self.processes():
-            assert time.monotonic() < deadline, f"{left} outlive the job by {within:.0f} s:\n{self.output}"
+            assert time.monotonic() < deadline, (
+                f"{left} outlive the job by {within:.0f} s:\n{self.output}"
+            )
             time.sleep(0.05)
         return statuses
 
@@ -160,7 +221,11 @@ class RunFolder:
     """What a run has written so far, read while it runs."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.metrics, self.checkpoints = path, path / "metrics.jsonl", path / "checkpoints"
+        self.path, self.metrics, self.checkpoints = (
+            path,
+            path / "metrics.jsonl",
+            path / "checkpoints",
+        )
 
     def lines(self) -> list[dict]:
         """The whole lines of metrics.jsonl."""
@@ -198,7 +263,11 @@ class RunFolder:
         newest, best = self.newest(), (self.checkpoints / "best").resolve()
         assert newest is not None
         folders = [newest, best] if best.exists() else [newest]
-        return {f"{f.name}/{p.name}": p.read_bytes() for f in folders for p in sorted(f.glob("*.safetensors"))}
+        return {
+            f"{f.name}/{p.name}": p.read_bytes()
+            for f in folders
+            for p in sorted(f.glob("*.safetensors"))
+        }
 
     def told(self) -> list[dict]:
         """metrics.jsonl without what a clock has measured, or what a start changes: memory, and what has been sent ahead."""

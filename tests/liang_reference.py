@@ -35,7 +35,10 @@ def liang(rows, min_rating=4.0, min_items=5, val_users=10, test_users=10, seed=9
     for user in of_split["train"]:
         for item in history[user]:
             popularity[item] = popularity.get(item, 0) + 1
-    result: dict = {"items": sorted(popularity, key=lambda item: (-popularity[item], item)), "popularity": popularity}
+    result: dict = {
+        "items": sorted(popularity, key=lambda item: (-popularity[item], item)),
+        "popularity": popularity,
+    }
     result["train"] = {user: (history[user], []) for user in of_split["train"]}
     for split in ("validation", "test"):
         np.random.seed(seed)
@@ -46,5 +49,8 @@ def liang(rows, min_rating=4.0, min_items=5, val_users=10, test_users=10, seed=9
             if len(items) >= 5:
                 held[np.random.choice(len(items), size=int(0.2 * len(items)), replace=False)] = True
             fold_in = [item for item, out in zip(items, held, strict=True) if not out]
-            result[split][user] = (fold_in, [item for item, out in zip(items, held, strict=True) if out])
+            result[split][user] = (
+                fold_in,
+                [item for item, out in zip(items, held, strict=True) if out],
+            )
     return result

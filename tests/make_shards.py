@@ -17,11 +17,15 @@ Row = Sequence[int] | np.ndarray
 
 def _csr(rows: Sequence[Row]) -> tuple[np.ndarray, np.ndarray]:
     indptr = np.concatenate([[0], np.cumsum([len(r) for r in rows])]).astype(np.int64)
-    items = np.concatenate([np.empty(0, np.int32), *(np.sort(np.asarray(r, np.int32)) for r in rows)])
+    items = np.concatenate(
+        [np.empty(0, np.int32), *(np.sort(np.asarray(r, np.int32)) for r in rows)]
+    )
     return indptr, items
 
 
-def make_block(keys: np.ndarray, rows: Sequence[Row], heldout: Sequence[Row] | None = None) -> fmt.Block:
+def make_block(
+    keys: np.ndarray, rows: Sequence[Row], heldout: Sequence[Row] | None = None
+) -> fmt.Block:
     """A block of users from lists of item rows."""
     indptr, items = _csr(rows)
     if heldout is None:
@@ -29,7 +33,9 @@ def make_block(keys: np.ndarray, rows: Sequence[Row], heldout: Sequence[Row] | N
     return fmt.Block(keys, indptr, items, *_csr(heldout))
 
 
-def _write_split(folder: Path, split: str, block: fmt.Block, users_per_shard: int, users_per_block: int) -> fmt.SplitEntry:
+def _write_split(
+    folder: Path, split: str, block: fmt.Block, users_per_shard: int, users_per_block: int
+) -> fmt.SplitEntry:
     shards = []
     for index, first in enumerate(range(0, block.n_users, users_per_shard)):
         path = folder / fmt.shard_name(split, index)
@@ -41,8 +47,17 @@ def _write_split(folder: Path, split: str, block: fmt.Block, users_per_shard: in
         whole = _slice(block, first, last)
         data = path.read_bytes()
         heldout = 0 if whole.heldout_items is None else len(whole.heldout_items)
-        shards.append(fmt.ShardEntry(path.name, whole.n_users, len(whole.items), heldout, len(data), fmt.sha256_of(data)))
-    return fmt.SplitEntry(block.n_users, len(block.items), 0 if block.heldout_items is None else len(block.heldout_items), shards)
+        shards.append(
+            fmt.ShardEntry(
+                path.name, whole.n_users, len(whole.items), heldout, len(data), fmt.sha256_of(data)
+            )
+        )
+    return fmt.SplitEntry(
+        block.n_users,
+        len(block.items),
+        0 if block.heldout_items is None else len(block.heldout_items),
+        shards,
+    )
 
 
 def _slice(block: fmt.Block, start: int, stop: int) -> fmt.Block:
@@ -73,10 +88,19 @@ def write_folder(
     everything = [*train, *(r for pair in (*validation, *test) for r in pair)]
     if n_items is None:
         n_items = max((int(max(r)) + 1 for r in everything if len(r)), default=1)
-    ids = pa.array(np.arange(n_items, dtype=np.int64) + 1000 if item_ids is None else np.asarray(item_ids, np.int64))
+    ids = pa.array(
+        np.arange(n_items, dtype=np.int64) + 1000
+        if item_ids is None
+        else np.asarray(item_ids, np.int64)
+    )
     item_keys = fmt.keys_of_ids(ids)
     popularity = np.bincount(_csr(train)[1], minlength=n_items).astype(np.int64)
-    columns = {"item": np.arange(n_items, dtype=np.int64), "id": ids, "key": item_keys, "popularity": popularity}
+    columns = {
+        "item": np.arange(n_items, dtype=np.int64),
+        "id": ids,
+        "key": item_keys,
+        "popularity": popularity,
+    }
     pq.write_table(pa.table(columns), folder / fmt.ITEMS_FILE)
 
     splits, next_key = {}, 1
@@ -86,8 +110,15 @@ def write_folder(
         heldout = None if split == "train" else [r[1] for r in rows]
         block = make_block(keys, rows if split == "train" else [r[0] for r in rows], heldout)
         splits[split] = _write_split(folder, split, block, users_per_shard, users_per_block)
-        pq.write_table(pa.table({"key": keys, "id": keys.astype(np.int64)}), folder / fmt.users_file(split))
-    files = {name: fmt.sha256_of((folder / name).read_bytes()) for name in (fmt.ITEMS_FILE, *map(fmt.users_file, fmt.SPLITS))}
-    manifest = fmt.Manifest(n_items, fmt.vocabulary_sha256(item_keys), splits, files, {"protocol": "made for a test"})
+        pq.write_table(
+            pa.table({"key": keys, "id": keys.astype(np.int64)}), folder / fmt.users_file(split)
+        )
+    files = {
+        name: fmt.sha256_of((folder / name).read_bytes())
+        for name in (fmt.ITEMS_FILE, *map(fmt.users_file, fmt.SPLITS))
+    }
+    manifest = fmt.Manifest(
+        n_items, fmt.vocabulary_sha256(item_keys), splits, files, {"protocol": "made for a test"}
+    )
     (folder / fmt.MANIFEST).write_text(manifest.to_json())
     return manifest

@@ -24,15 +24,24 @@ from dist_vasp.parallel.comm import form_groups
 from dist_vasp.parallel.partition import Layout
 
 
-def _worker(fn: Callable, rank: int, layout: Layout, rendezvous: str, results: Any, args: tuple) -> None:
+def _worker(
+    fn: Callable, rank: int, layout: Layout, rendezvous: str, results: Any, args: tuple
+) -> None:
     try:
         os.environ.update(
-            RANK=str(rank), WORLD_SIZE=str(layout.world_size), LOCAL_RANK=str(rank), LOCAL_SIZE=str(layout.world_size)
+            RANK=str(rank),
+            WORLD_SIZE=str(layout.world_size),
+            LOCAL_RANK=str(rank),
+            LOCAL_SIZE=str(layout.world_size),
         )
         os.environ["DS_ACCELERATOR"] = "cpu"
         torch.set_num_threads(1)
         dist.init_process_group(
-            "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=layout.world_size, timeout=timedelta(seconds=60)
+            "gloo",
+            init_method=f"file://{rendezvous}",
+            rank=rank,
+            world_size=layout.world_size,
+            timeout=timedelta(seconds=60),
         )
         results.put((rank, True, fn(form_groups(rank, layout, torch.device("cpu")), *args)))
         dist.barrier()
@@ -42,7 +51,9 @@ def _worker(fn: Callable, rank: int, layout: Layout, rendezvous: str, results: A
         raise SystemExit(1) from None
 
 
-def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, replicas: int = 1, timeout: float = 120) -> list[Any]:
+def run_ranks(
+    fn: Callable[..., Any], world_size: int, *args: Any, replicas: int = 1, timeout: float = 120
+) -> list[Any]:
     """[fn(ranks, *args) of rank 0, of rank 1, ...]; `fn` must be importable, results must pickle (use numpy)."""
     layout = Layout.of(world_size, 0, replicas)
     context = mp.get_context("spawn")
@@ -50,7 +61,9 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, replicas: int
     with tempfile.TemporaryDirectory() as folder:
         rendezvous = os.path.join(folder, "rendezvous")
         processes = [
-            context.Process(target=_worker, args=(fn, rank, layout, rendezvous, results, args), daemon=True)
+            context.Process(
+                target=_worker, args=(fn, rank, layout, rendezvous, results, args), daemon=True
+            )
             for rank in range(world_size)
         ]
         for process in processes:
@@ -62,11 +75,19 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, replicas: int
                 try:
                     rank, ok, value = results.get(timeout=0.5)
                 except queue.Empty:
-                    dead = [r for r, p in enumerate(processes) if not p.is_alive() and r not in found and p.exitcode]
+                    dead = [
+                        r
+                        for r, p in enumerate(processes)
+                        if not p.is_alive() and r not in found and p.exitcode
+                    ]
                     if dead:
-                        pytest.fail(f"rank {dead[0]} died with status {processes[dead[0]].exitcode} and said nothing")
+                        pytest.fail(
+                            f"rank {dead[0]} died with status {processes[dead[0]].exitcode} and said nothing"
+                        )
                     if time.monotonic() > deadline:
-                        pytest.fail(f"ranks {sorted(set(range(world_size)) - set(found))} did not finish within {timeout} s")
+                        pytest.fail(
+                            f"ranks {sorted(set(range(world_size)) - set(found))} did not finish within {timeout} s"
+                        )
                     continue
                 if not ok:
                     pytest.fail(f"rank {rank} failed:\n{value}")

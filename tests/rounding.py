@@ -92,7 +92,9 @@ class Rounded(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func.overloadpacket.__name__
-        tensors = [a for a in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
+        tensors = [
+            a for a in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(a, Tensor)
+        ]
         if name in _EXACT or all(t.dtype != torch.float64 for t in tensors):
             return func(*args, **kwargs)
         assert name in _ROUNDED | _ELEMENTARY, f"{name}: add to rounding.py how it rounds"
@@ -197,7 +199,10 @@ def within(found: Any, bound: Bounded, name: str, what: str = "", at_least: floa
 
 def each_within(found: Any, exact: Any, bounds: Any, what: str) -> None:
     """Assert that every number of `found` is at most its bound from the exact one."""
-    away, bounds = (_double(found) - _double(exact)).abs(), _double(bounds).expand_as(_double(found))
+    away, bounds = (
+        (_double(found) - _double(exact)).abs(),
+        _double(bounds).expand_as(_double(found)),
+    )
     ratio = torch.where(away == 0, 0.0, away / bounds)
     worst = int(ratio.argmax()) if ratio.numel() else 0
     if ratio.numel():

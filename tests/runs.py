@@ -30,7 +30,12 @@ def write_items(folder: Path, ids: list, titles: list[str] | None = None) -> str
     """items.parquet of these ids; returns the vocabulary's hash."""
     array = pa.array(ids)
     keys = keys_of_ids(array)
-    columns = {"item": np.arange(len(ids)), "id": array, "key": keys, "popularity": np.arange(len(ids))[::-1].copy()}
+    columns = {
+        "item": np.arange(len(ids)),
+        "id": array,
+        "key": keys,
+        "popularity": np.arange(len(ids))[::-1].copy(),
+    }
     pq.write_table(pa.table(columns | ({"title": titles} if titles else {})), folder / ITEMS_FILE)
     return vocabulary_sha256(keys)
 
@@ -49,7 +54,9 @@ def write_checkpoint(
     path.mkdir(parents=True)
     files = {checkpoints.TRUNK: trunk} if trunk else {}
     for p, pieces in enumerate(parts):
-        files[checkpoints.items_file(p, len(parts))] = {f"{s.name}[{s.lo}:{s.hi}]": s.tensor for s in pieces}
+        files[checkpoints.items_file(p, len(parts))] = {
+            f"{s.name}[{s.lo}:{s.hi}]": s.tensor for s in pieces
+        }
     header = {
         "format_version": checkpoints.FORMAT_VERSION,
         "position": {"epoch": 0, "step_in_epoch": 1, "step": 1},
@@ -60,7 +67,10 @@ def write_checkpoint(
         "n_items": n_items,
         **for_header(rule),
         "optimizer": {"step": 1, "mu_product": 1.0},
-        "files": {name: checkpoints.write_safetensors(path / name, tensors) for name, tensors in sorted(files.items())},
+        "files": {
+            name: checkpoints.write_safetensors(path / name, tensors)
+            for name, tensors in sorted(files.items())
+        },
     }
     header["header_sha256"] = checkpoints.header_sha256(header)
     (path / checkpoints.HEADER).write_text(json.dumps(header))
@@ -90,7 +100,14 @@ def write_run(
     )
     parts = []
     for p in range(partitions):
-        ranks = Ranks(p, Layout(partitions, partitions, 1), torch.device("cpu"), Group(1, 0), Group(1, 0), Group(1, 0))
+        ranks = Ranks(
+            p,
+            Layout(partitions, partitions, 1),
+            torch.device("cpu"),
+            Group(1, 0),
+            Group(1, 0),
+            Group(1, 0),
+        )
         model = VASP(config.model, config.loss, n_items, ranks, seed=7, block_columns=columns)
         randomise(model.slices(), 7)
         for piece in model.slices():
@@ -99,7 +116,9 @@ def write_run(
     trunk = make_trunk(config.model, 0)
     named = {name: t.detach() for name, t in trunk.named_parameters()} if trunk is not None else {}
     write_checkpoint(folder, config, n_items, write_items(folder, ids, titles), named, parts, rule)
-    whole = assemble([piece for part in parts for piece in export(part)]) | {f"trunk.{name}": t for name, t in named.items()}
+    whole = assemble([piece for part in parts for piece in export(part)]) | {
+        f"trunk.{name}": t for name, t in named.items()
+    }
     doubled = {name: t.double() for name, t in whole.items()}
     return DenseVASP(kind, doubled, SMALL["encoder_layers"], SMALL["decoder_layers"], latent_head)
 

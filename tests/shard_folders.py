@@ -15,13 +15,16 @@ def write_csv(path: Path, rows, header: str = "user,item,rating") -> Path:
     return path
 
 
-def random_rows(n_users: int = 60, n_items: int = 30, seed: int = 0, ratings: bool = True) -> list[tuple]:
+def random_rows(
+    n_users: int = 60, n_items: int = 30, seed: int = 0, ratings: bool = True
+) -> list[tuple]:
     """Interactions in random order, about half of the pairs, without duplicates."""
     random = np.random.default_rng(seed)
     pairs = random.permutation(n_users * n_items)[: n_users * n_items // 2]
     values = random.choice([3, 4, 4, 5, 5], len(pairs))
     return [
-        (int(p // n_items) + 10, int(p % n_items) * 7, *([int(v)] if ratings else [])) for p, v in zip(pairs, values, strict=True)
+        (int(p // n_items) + 10, int(p % n_items) * 7, *([int(v)] if ratings else []))
+        for p, v in zip(pairs, values, strict=True)
     ]
 
 
@@ -30,7 +33,10 @@ def read_folder(folder: Path) -> dict:
     manifest = Manifest.load(folder)
     items = load_items(folder, manifest)
     ids = items.ids.to_pylist()
-    result: dict = {"items": ids, "popularity": dict(zip(ids, items.popularity.tolist(), strict=True))}
+    result: dict = {
+        "items": ids,
+        "popularity": dict(zip(ids, items.popularity.tolist(), strict=True)),
+    }
     for split in SPLITS:
         users = pq.read_table(folder / users_file(split))
         name = dict(zip(users["key"].to_pylist(), users["id"].to_pylist(), strict=True))
@@ -41,7 +47,12 @@ def read_folder(folder: Path) -> dict:
                 fold_in = [ids[i] for i in block.items[block.indptr[u] : block.indptr[u + 1]]]
                 held_out = []
                 if block.heldout_indptr is not None:
-                    held_out = [ids[i] for i in block.heldout_items[block.heldout_indptr[u] : block.heldout_indptr[u + 1]]]
+                    held_out = [
+                        ids[i]
+                        for i in block.heldout_items[
+                            block.heldout_indptr[u] : block.heldout_indptr[u + 1]
+                        ]
+                    ]
                 result[split][name[key]] = (fold_in, held_out)
     return result
 

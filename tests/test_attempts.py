@@ -27,7 +27,9 @@ def best(save: Saver, step: int, attempt: str, found: float = 0.5) -> RunState:
 
 
 def step(save: Saver, at: int, state: RunState) -> None:
-    save.save(RunState(at, best=state.best, attempt=state.attempt, best_checkpoint=state.best_checkpoint))
+    save.save(
+        RunState(at, best=state.best, attempt=state.attempt, best_checkpoint=state.best_checkpoint)
+    )
     save.finish()
 
 
@@ -39,7 +41,9 @@ def resumed(folder: Path) -> RunState | None:
         return None
     ranks = form_groups(0, Layout(1, 1, 1), saver(folder).trainer.ranks.device)
     state = _state_of(checkpoints.open_checkpoint(path), folder, ranks)
-    wanted = folders.best_path(folder, state.best_checkpoint["step"]) if state.best_checkpoint else None
+    wanted = (
+        folders.best_path(folder, state.best_checkpoint["step"]) if state.best_checkpoint else None
+    )
     folders.settle(folder, wanted if wanted is None or wanted.exists() else folder / "best")
     return state
 
@@ -52,7 +56,11 @@ def test_a_best_checkpoint_beyond_the_resumed_step_goes(tmp_path):
     assert names(tmp_path) == ["best", "best-00000004", "best-00000008", "step-00000005"]
     assert folders.find(tmp_path).name == "best-00000008"
     state = resumed(tmp_path)
-    assert state is not None and state.best == METRICS and state.best_checkpoint == {"step": 4, "attempt": "a"}
+    assert (
+        state is not None
+        and state.best == METRICS
+        and state.best_checkpoint == {"step": 4, "attempt": "a"}
+    )
     assert names(tmp_path) == ["best", "best-00000004", "step-00000005"]
     assert folders.find(tmp_path).name == "best-00000004"
 
@@ -69,7 +77,12 @@ def test_another_attempt_of_the_same_step_is_not_taken_for_this_one(tmp_path):
     shutil.rmtree(tmp_path / "best-00000004")
     best(save, 4, "b")  # equal metrics, other weights
     state = resumed(tmp_path)
-    assert state is not None and state.best is None and state.lost_best and state.best_checkpoint is None
+    assert (
+        state is not None
+        and state.best is None
+        and state.lost_best
+        and state.best_checkpoint is None
+    )
     assert names(tmp_path) == ["step-00000005"]
 
 
@@ -80,9 +93,19 @@ def test_best_checkpoints_that_kept_steps_name_are_kept(tmp_path):
     states.append(best(save, 5, "a", 0.6))
     step(save, 6, states[-1])
     states.append(best(save, 8, "a", 0.7))
-    assert names(tmp_path) == ["best", *(f"best-{at:08d}" for at in (2, 5, 8)), "step-00000003", "step-00000006"]
+    assert names(tmp_path) == [
+        "best",
+        *(f"best-{at:08d}" for at in (2, 5, 8)),
+        "step-00000003",
+        "step-00000006",
+    ]
     step(save, 9, states[-1])
-    assert names(tmp_path) == ["best", *(f"best-{at:08d}" for at in (5, 8)), "step-00000006", "step-00000009"]
+    assert names(tmp_path) == [
+        "best",
+        *(f"best-{at:08d}" for at in (5, 8)),
+        "step-00000006",
+        "step-00000009",
+    ]
 
 
 @pytest.mark.parametrize("diverged", [5, 8])
@@ -155,7 +178,11 @@ def test_a_run_of_an_earlier_version_resumes_with_its_best(tmp_path):
     for name in ("best-00000004", "step-00000005"):
         forget_attempts(tmp_path / name)
     state = resumed(tmp_path)
-    assert state is not None and state.best == METRICS and state.best_checkpoint == {"step": 4, "attempt": ""}
+    assert (
+        state is not None
+        and state.best == METRICS
+        and state.best_checkpoint == {"step": 4, "attempt": ""}
+    )
     assert names(tmp_path) == ["best", "best-00000004", "step-00000005"]
     later = RunState(7, best={"ndcg@100": 0.7}, attempt="b")
     save.save_best(later)

@@ -28,7 +28,10 @@ def plain_hash64(*words: int) -> int:
 def plain_halves(user_keys, indptr, item_keys, seed, epoch) -> np.ndarray:
     in_a = []
     for u, user in enumerate(user_keys):
-        hashes = [plain_hash64(seed & MASK, epoch, int(user), int(i)) for i in item_keys[indptr[u] : indptr[u + 1]]]
+        hashes = [
+            plain_hash64(seed & MASK, epoch, int(user), int(i))
+            for i in item_keys[indptr[u] : indptr[u + 1]]
+        ]
         chosen = sorted(range(len(hashes)), key=lambda j, h=hashes: (h[j], j))[: len(hashes) // 2]
         in_a += [j in chosen for j in range(len(hashes))]
     return np.array(in_a, bool)
@@ -59,7 +62,10 @@ def test_hash64_broadcasts_and_takes_negative_words():
 
 
 def test_hash64_order_and_number_of_words_matter():
-    values = [int(hash64(*w)) for w in [(1,), (1, 2), (2, 1), (0, 1, 2), (1, 2, 0), (0,), (0, 0), (3,), (MASK,)]]
+    values = [
+        int(hash64(*w))
+        for w in [(1,), (1, 2), (2, 1), (0, 1, 2), (1, 2, 0), (0,), (0, 0), (3,), (MASK,)]
+    ]
     assert len(set(values)) == len(values)
 
 
@@ -90,7 +96,9 @@ def test_halves_equal_the_plain_definition(block, seed, epoch):
     in_a = split_halves(*block, seed, epoch)
     assert in_a.dtype == bool
     assert np.array_equal(in_a, plain_halves(*block, seed, epoch))
-    n_a = np.array([in_a[a:b].sum() for a, b in zip(block[1][:-1], block[1][1:], strict=True)], np.int64)
+    n_a = np.array(
+        [in_a[a:b].sum() for a, b in zip(block[1][:-1], block[1][1:], strict=True)], np.int64
+    )
     assert np.array_equal(n_a, np.diff(block[1]) // 2)
 
 
@@ -103,7 +111,9 @@ def test_halves_do_not_depend_on_the_other_users_of_the_block(block, random):
     random.shuffle(order)
     for u in order[:4]:
         row = slice(indptr[u], indptr[u + 1])
-        alone = split_halves(keys[u : u + 1], np.array([0, indptr[u + 1] - indptr[u]]), items[row], 3, 4)
+        alone = split_halves(
+            keys[u : u + 1], np.array([0, indptr[u + 1] - indptr[u]]), items[row], 3, 4
+        )
         assert np.array_equal(alone, whole[row])
     shuffled = [items[indptr[u] : indptr[u + 1]] for u in order]
     lengths = np.array([len(r) for r in shuffled], np.int64)
@@ -125,7 +135,9 @@ def test_each_item_is_in_a_half_of_the_epochs_and_epochs_and_seeds_differ():
     epochs = np.stack([split_halves(keys, indptr, items, 1, e) for e in range(400)])  # (400, E)
     assert np.abs(epochs.mean(axis=0) - 0.5).max() < 5.5 * 0.5 / np.sqrt(400)
     # two items of a user are in the same half in 9 of 19 epochs, as in a uniform draw of 10 of 20
-    together = (epochs.reshape(400, 50, 20)[:, :, :1] == epochs.reshape(400, 50, 20)[:, :, 1:]).mean(axis=(0, 1))
+    together = (
+        epochs.reshape(400, 50, 20)[:, :, :1] == epochs.reshape(400, 50, 20)[:, :, 1:]
+    ).mean(axis=(0, 1))
     assert np.abs(together - 9 / 19).max() < 0.025
     assert not np.array_equal(epochs[0], epochs[1])
     assert not np.array_equal(epochs[0], split_halves(keys, indptr, items, 2, 0))
@@ -148,8 +160,14 @@ def test_an_input_is_left_out_by_its_hash_alone(drawn, seed, epoch, dropout):
 def test_the_share_left_out_is_the_dropout_and_does_not_follow_the_halves(dropout):
     n = 40_000
     keys = np.arange(n, dtype=np.uint64) // np.uint64(200)
-    user_keys, indptr, items = np.unique(keys), np.arange(0, n + 1, 200), hash64(np.arange(n, dtype=np.uint64))
+    user_keys, indptr, items = (
+        np.unique(keys),
+        np.arange(0, n + 1, 200),
+        hash64(np.arange(n, dtype=np.uint64)),
+    )
     kept = keep_inputs(user_keys, indptr, items, dropout, 3, 1)
     in_a = split_halves(user_keys, indptr, items, 3, 1)
     for chosen in (kept, kept[in_a], kept[~in_a]):
-        assert abs(chosen.mean() - (1 - dropout)) <= 5 * np.sqrt(dropout * (1 - dropout) / len(chosen))
+        assert abs(chosen.mean() - (1 - dropout)) <= 5 * np.sqrt(
+            dropout * (1 - dropout) / len(chosen)
+        )

@@ -16,15 +16,33 @@ from launch.plan import _sizes
 from tests.make_shards import write_folder
 
 N_ITEMS, PER_RANK = 90, 24
-SIZES = ["--model.hidden=16", "--model.latent=8", "--model.encoder_layers=2", "--model.decoder_layers=1", "--parallel.lanes=4"]
-SMALL = [*SIZES, "--data.batch_size=48", "--data.workers=1", "--device=cpu", "--steps=3", "--rounds=1"]
+SIZES = [
+    "--model.hidden=16",
+    "--model.latent=8",
+    "--model.encoder_layers=2",
+    "--model.decoder_layers=1",
+    "--parallel.lanes=4",
+]
+SMALL = [
+    *SIZES,
+    "--data.batch_size=48",
+    "--data.workers=1",
+    "--device=cpu",
+    "--steps=3",
+    "--rounds=1",
+]
 
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory) -> Path:
     random = np.random.default_rng(0)
     path = tmp_path_factory.mktemp("shards")
-    write_folder(path, [random.choice(N_ITEMS, 12, replace=False) for _ in range(96)], n_items=N_ITEMS, users_per_shard=16)
+    write_folder(
+        path,
+        [random.choice(N_ITEMS, 12, replace=False) for _ in range(96)],
+        n_items=N_ITEMS,
+        users_per_shard=16,
+    )
     return path
 
 
@@ -41,11 +59,16 @@ def test_every_row_says_where_the_step_went(written):
     result = json.loads((written / "benchmark.json").read_text())
     cores = len(os.sched_getaffinity(0))
     assert (result["threads_per_rank"], result["cores"]) == (1, cores)
-    assert [(r["mode"], r["ranks"], r["users_per_step"]) for r in result["rows"]] == [("weak", 1, 24), ("weak", 2, 48)]
+    assert [(r["mode"], r["ranks"], r["users_per_step"]) for r in result["rows"]] == [
+        ("weak", 1, 24),
+        ("weak", 2, 48),
+    ]
     for row in result["rows"]:
         assert set(row["parts"]) == set(LABELS)
         assert all(seconds >= -1e-6 for seconds in row["parts"].values()), row["parts"]
-        assert {label for label, seconds in row["parts"].items() if seconds > 0} >= set(LABELS) - {"communication"}
+        assert {label for label, seconds in row["parts"].items() if seconds > 0} >= set(LABELS) - {
+            "communication"
+        }
         assert row["cores_per_rank"] == min(1, cores / row["ranks"])
         assert 50e6 < row["peak_memory"] < 3e9
         assert set(row["rates"]) == {"flops", "copy", "gather"} and min(row["rates"].values()) > 0
@@ -62,7 +85,9 @@ def test_bytes_moved_are_those_of_the_plan(written, shards):
     one, two = json.loads((written / "benchmark.json").read_text())["rows"]
     assert one["bytes_moved"] == 0 == sum(one["bytes_by_collective"].values())
     assert two["bytes_moved"] == sum(two["bytes_by_collective"].values())
-    config, _ = command.parse(command.make_parser("benchmark.py", ""), [f"--data.shards={shards}", *SMALL[:-2]])
+    config, _ = command.parse(
+        command.make_parser("benchmark.py", ""), [f"--data.shards={shards}", *SMALL[:-2]]
+    )
     plan = make_plan(config, _sizes(str(shards), 0, 0), 2, 1, Rates())
     assert two["bytes_moved"] == pytest.approx(plan.traffic_total, rel=0.02)
 
@@ -71,12 +96,27 @@ def test_table_and_plot(written):
     text = (written / "benchmark.md").read_text()
     lines = text.splitlines()
     assert lines[0].startswith("1 threads a rank on ")
-    for label in (*LABELS, "users/s", "efficiency", "MB moved", "peak GB", "GFLOP/s useful", "cores a rank", "step / floor"):
+    for label in (
+        *LABELS,
+        "users/s",
+        "efficiency",
+        "MB moved",
+        "peak GB",
+        "GFLOP/s useful",
+        "cores a rank",
+        "step / floor",
+    ):
         assert f" {label} " in text
     widths = [line.count("|") for line in lines if line.startswith("|")]
-    assert widths == sorted(widths, reverse=True) and len(set(widths)) == 2, "two tables, each of one width"
+    assert widths == sorted(widths, reverse=True) and len(set(widths)) == 2, (
+        "two tables, each of one width"
+    )
     assert (written / "scaling.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    assert sorted(path.name for path in written.iterdir()) == ["benchmark.json", "benchmark.md", "scaling.png"]
+    assert sorted(path.name for path in written.iterdir()) == [
+        "benchmark.json",
+        "benchmark.md",
+        "scaling.png",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -96,7 +136,13 @@ def test_table_and_plot(written):
     ],
 )
 def test_mistakes_are_one_sentence(shards, tmp_path, wrong, message):
-    given = [f"--data.shards={shards}", f"--output={tmp_path / 'out'}", "--ranks=1", "--threads=1", *SMALL]
+    given = [
+        f"--data.shards={shards}",
+        f"--output={tmp_path / 'out'}",
+        "--ranks=1",
+        "--threads=1",
+        *SMALL,
+    ]
     with pytest.raises(ValueError) as caught:
         command.main([*given, *wrong])
     assert message in str(caught.value)

@@ -27,15 +27,28 @@ def test_events_after_the_step_resumed_from_are_dropped(tmp_path):
     for after, steps in ((0, (1, 2, 3, 4)), (2, (3,))):
         board = Board(tmp_path, after)
         for step in steps:
-            board.add("train", {"step": step, "epoch": 0, "loss": 10.0 * after + step, "note": "text is left out"})
+            board.add(
+                "train",
+                {"step": step, "epoch": 0, "loss": 10.0 * after + step, "note": "text is left out"},
+            )
         board.close()
     events = EventAccumulator(str(tmp_path))
     events.Reload()
     assert events.Tags()["scalars"] == ["train/loss"]
-    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(1, 1.0), (2, 2.0), (3, 23.0)]
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [
+        (1, 1.0),
+        (2, 2.0),
+        (3, 23.0),
+    ]
 
 
 def test_a_failed_write_reaches_the_caller_and_nobody_else(tmp_path):
-    done = subprocess.run([sys.executable, "-c", FULL_DISK, tmp_path], capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, tmp_path],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
     assert done.stdout == "refused: File too large\n"
     assert "Traceback" not in done.stderr

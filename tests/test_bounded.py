@@ -25,7 +25,10 @@ def test_json_within_bounds(tmp_path):
     assert parse_json("[" * DEEPEST + "]" * DEEPEST)
 
 
-@pytest.mark.parametrize("text", ["[" * 65 + "]" * 65, "[" * 100_000, '{"a":' * 500 + "1" + "}" * 500, "[" * 900 + "]" * 900])
+@pytest.mark.parametrize(
+    "text",
+    ["[" * 65 + "]" * 65, "[" * 100_000, '{"a":' * 500 + "1" + "}" * 500, "[" * 900 + "]" * 900],
+)
 def test_json_that_is_too_deep(text):
     with pytest.raises(ValueError, match=r"nested deeper than 64|is not JSON"):
         parse_json(text)
@@ -38,7 +41,9 @@ def test_json_that_is_too_large_is_not_read(tmp_path):
     with pytest.raises(ValueError, match=f"it has {1 << 40:,} bytes, expected at most {LARGEST:,}"):
         read_json(path)
     (tmp_path / "manifest.json").symlink_to(path)
-    with pytest.raises(ValueError, match=r"manifest\.json is not a manifest of this project: it has .* bytes"):
+    with pytest.raises(
+        ValueError, match=r"manifest\.json is not a manifest of this project: it has .* bytes"
+    ):
         Manifest.load(tmp_path)
 
 
@@ -51,7 +56,8 @@ def test_json_that_is_no_file(tmp_path):
 
 
 LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
-    f"{b}: &{b} [{', '.join([f'*{a}'] * 10)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
+    f"{b}: &{b} [{', '.join([f'*{a}'] * 10)}]\n"
+    for a, b in zip("abcdefgh", "bcdefghi", strict=True)
 )
 
 
@@ -89,10 +95,17 @@ def test_a_stored_configuration_holds_no_yaml():
 
 def test_accumulation_is_at_most_the_rows_of_a_step(tmp_path):
     path = tmp_path / "x.yaml"
-    path.write_text(yaml.safe_dump({"data": {"batch_size": 64}, "optimizer": {"accumulation": 128}}))
+    path.write_text(
+        yaml.safe_dump({"data": {"batch_size": 64}, "optimizer": {"accumulation": 128}})
+    )
     assert load(path).optimizer.accumulation == 128  # two rows a user
-    path.write_text(yaml.safe_dump({"data": {"batch_size": 64}, "optimizer": {"accumulation": 10**9}}))
-    with pytest.raises(ValueError, match=r"optimizer\.accumulation is 1000000000, expected at most the 128 rows of a step"):
+    path.write_text(
+        yaml.safe_dump({"data": {"batch_size": 64}, "optimizer": {"accumulation": 10**9}})
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"optimizer\.accumulation is 1000000000, expected at most the 128 rows of a step",
+    ):
         load(path)
     assert Config().optimizer.accumulation == 1
 
@@ -127,7 +140,11 @@ def entry(shape, offsets, dtype="F32"):
         ([], 0, "is not a table"),
         (b"{" * 200, 0, "cannot be read as safetensors"),
         (b'{"a":' * 2000, 0, "cannot be read as safetensors"),
-        ({f"t{i}": 0 for i in range(MOST_TENSORS + 1)}, 0, "lists 65,537 tensors, expected at most 65,536"),
+        (
+            {f"t{i}": 0 for i in range(MOST_TENSORS + 1)},
+            0,
+            "lists 65,537 tensors, expected at most 65,536",
+        ),
     ],
 )
 def test_headers_of_tensors(tmp_path, header, body, message):
@@ -148,7 +165,12 @@ def test_a_header_that_claims_to_be_huge(tmp_path):
 def test_rows_of_a_stored_tensor(tmp_path):
     from dist_vasp.tensor_file import TensorFile
 
-    tensors = {"a": torch.randn(7, 3), "b": torch.randn(5), "empty": torch.zeros(0, 3), "scalar": torch.tensor(2.0)}
+    tensors = {
+        "a": torch.randn(7, 3),
+        "b": torch.randn(5),
+        "empty": torch.zeros(0, 3),
+        "scalar": torch.tensor(2.0),
+    }
     write_safetensors(tmp_path / "x", tensors)
     with open(tmp_path / "x", "rb") as handle:
         file = TensorFile(handle, tmp_path / "x")
@@ -162,7 +184,12 @@ def test_rows_of_a_stored_tensor(tmp_path):
 
 def test_members_of_an_ensemble(tmp_path):
     member = {"run": "run", "checkpoint": "", "weight": 1.0}
-    content = {"format_version": 1, "vocabulary_sha256": "v", "n_items": 3, "members": [member] * (MOST_MEMBERS + 1)}
+    content = {
+        "format_version": 1,
+        "vocabulary_sha256": "v",
+        "n_items": 3,
+        "members": [member] * (MOST_MEMBERS + 1),
+    }
     header = {**content, "header_sha256": checkpoints.header_sha256(content)}
     (tmp_path / "ensemble.json").write_text(json.dumps(header))
     with pytest.raises(ValueError, match="it has 65 members, expected at most 64"):
@@ -173,7 +200,10 @@ def test_members_of_an_ensemble(tmp_path):
 
 
 def test_files_of_a_checkpoint(tmp_path):
-    header = {"format_version": 1, "files": {f"items-{i:05d}-of-20000.safetensors": "0" for i in range(20000)}}
+    header = {
+        "format_version": 1,
+        "files": {f"items-{i:05d}-of-20000.safetensors": "0" for i in range(20000)},
+    }
     (tmp_path / "checkpoint.json").write_text(json.dumps(header))
     with pytest.raises(ValueError, match="is damaged") as error:
         checkpoints.open_checkpoint(tmp_path)
@@ -188,7 +218,10 @@ def test_blocks_of_columns_fit_a_file():
 
     ranks = SimpleNamespace(device=torch.device("cuda"), layout=SimpleNamespace(partitions=2))
     check_memory(Config(), 100_000, ranks)
-    with pytest.raises(ValueError, match=r"parallel\.block_columns is 1, which cuts the W of 50,000 items into 50,000 blocks"):
+    with pytest.raises(
+        ValueError,
+        match=r"parallel\.block_columns is 1, which cuts the W of 50,000 items into 50,000 blocks",
+    ):
         check_memory(Config(parallel=ParallelConfig(block_columns=1)), 100_000, ranks)
 
 
@@ -211,7 +244,9 @@ def test_what_is_wrong_with_a_json_file_is_said_in_words(tmp_path, data, message
     for name in (checkpoints.HEADER, "ensemble.json", "manifest.json"):
         (tmp_path / name).write_bytes(data)
     for load_it in (checkpoints.open_checkpoint, read_ensemble, Manifest.load):
-        with pytest.raises(ValueError, match=rf"\.json is (damaged \(|not a manifest of this project: ){message}\b"):
+        with pytest.raises(
+            ValueError, match=rf"\.json is (damaged \(|not a manifest of this project: ){message}\b"
+        ):
             load_it(tmp_path)
 
 

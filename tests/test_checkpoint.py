@@ -52,23 +52,40 @@ def make_pieces(ranks: Ranks, fill: bool, block_columns: int) -> list[ItemSlice]
         weights = make_model("vasp", N_ITEMS, ranks, dtype=torch.float32).slices()
     finally:
         item_layers.BLOCK_COLUMNS = default
-    pieces = weights + [replace(p, name=f"{p.name}.{m}", tensor=torch.zeros_like(p.tensor)) for p in weights for m in MOMENTS]
+    pieces = weights + [
+        replace(p, name=f"{p.name}.{m}", tensor=torch.zeros_like(p.tensor))
+        for p in weights
+        for m in MOMENTS
+    ]
     for piece in pieces:
         by_item = piece.tensor.movedim(piece.item_dim, 0)
         for item in range(piece.lo, piece.hi):
-            values = np.random.default_rng([len(piece.name), sum(piece.name.encode()), item]).normal(size=by_item.shape[1:])
-            by_item[item - piece.lo] = torch.from_numpy(np.asarray(values)) if fill else float("nan")
+            values = np.random.default_rng(
+                [len(piece.name), sum(piece.name.encode()), item]
+            ).normal(size=by_item.shape[1:])
+            by_item[item - piece.lo] = (
+                torch.from_numpy(np.asarray(values)) if fill else float("nan")
+            )
     return pieces
 
 
 def trunk_tensors() -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(3)
-    return {name: torch.randn(3, 5, generator=generator) for name in ("a.weight", "a.weight.exp_avg", "b.bias")}
+    return {
+        name: torch.randn(3, 5, generator=generator)
+        for name in ("a.weight", "a.weight.exp_avg", "b.bias")
+    }
 
 
 def save(path: Path, ranks: Ranks, step: int = 7, block_columns: int = 5, **more) -> Path:
     header = {**HEADER, "position": {**HEADER["position"], "step": step}, **more}
-    checkpoints.save(path, header, make_pieces(ranks, True, block_columns), trunk_tensors() if ranks.is_main else {}, ranks)
+    checkpoints.save(
+        path,
+        header,
+        make_pieces(ranks, True, block_columns),
+        trunk_tensors() if ranks.is_main else {},
+        ranks,
+    )
     return path
 
 
@@ -109,7 +126,10 @@ def _save_and_read(ranks, mine, others, damaged):
     for path in (mine, *others):
         found[path] = export(read(path, ranks, 3 + ranks.world_size))
         trunk = checkpoints.read_trunk(checkpoints.open_checkpoint(path))
-        assert all(torch.equal(trunk.pop(name), tensor) for name, tensor in trunk_tensors().items()) and not trunk
+        assert (
+            all(torch.equal(trunk.pop(name), tensor) for name, tensor in trunk_tensors().items())
+            and not trunk
+        )
     if damaged is None:
         return found, None
     with pytest.raises(AgreedError) as error:
@@ -118,7 +138,9 @@ def _save_and_read(ranks, mine, others, damaged):
 
 
 def test_every_layout_reads_what_every_layout_wrote(tmp_path):
-    one, two, three, two_by_two = paths = [tmp_path / name / "step-00000007" for name in ("1", "2", "3", "2x2")]
+    one, two, three, two_by_two = paths = [
+        tmp_path / name / "step-00000007" for name in ("1", "2", "3", "2x2")
+    ]
     save(one, alone())
     results = {"2x2": run_ranks(_save_and_read, 4, two_by_two, [one], None, replicas=2)}
     damaged = tmp_path / "damaged"
@@ -132,7 +154,9 @@ def test_every_layout_reads_what_every_layout_wrote(tmp_path):
     expected = assemble(export(make_pieces(alone(), True, 23)))
     for layout, by_rank in results.items():
         for path in by_rank[0][0]:
-            whole = assemble([piece for found, _ in by_rank[: int(layout[0])] for piece in found[path]])
+            whole = assemble(
+                [piece for found, _ in by_rank[: int(layout[0])] for piece in found[path]]
+            )
             assert whole.keys() == expected.keys()
             for key, matrix in expected.items():
                 assert torch.equal(whole[key], matrix), f"{path} on {layout}: {key}"
@@ -141,12 +165,18 @@ def test_every_layout_reads_what_every_layout_wrote(tmp_path):
         if layout in "23":
             assert str(victim) in (message := messages.pop()) and "SHA-256" in message
     for path, partitions in zip(paths, (1, 2, 3, 2), strict=True):
-        listed = {"checkpoint.json", "trunk.safetensors", *(checkpoints.items_file(p, partitions) for p in range(partitions))}
+        listed = {
+            "checkpoint.json",
+            "trunk.safetensors",
+            *(checkpoints.items_file(p, partitions) for p in range(partitions)),
+        }
         assert {p.name for p in path.iterdir()} == listed
         header = json.loads((path / "checkpoint.json").read_text())
         assert set(header["files"]) == listed - {"checkpoint.json"}
         assert {k: header[k] for k in HEADER} == HEADER
-        assert all(p.stat().st_mode & 0o044 == 0o044 for p in path.iterdir()), "others must be able to read"
+        assert all(p.stat().st_mode & 0o044 == 0o044 for p in path.iterdir()), (
+            "others must be able to read"
+        )
         assert [p.name for p in path.parent.iterdir()] == ["step-00000007"]
 
 
@@ -162,13 +192,20 @@ def test_nothing_is_pickled(saved, monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("something was unpickled")
 
-    for module, name in ((torch, "load"), (pickle, "load"), (pickle, "loads"), (pickle, "Unpickler")):
+    for module, name in (
+        (torch, "load"),
+        (pickle, "load"),
+        (pickle, "loads"),
+        (pickle, "Unpickler"),
+    ):
         monkeypatch.setattr(module, name, refuse)
     read(saved, alone())
     checkpoints.read_trunk(checkpoints.open_checkpoint(saved))
     for file in saved.iterdir():
         data = file.read_bytes()
-        header = data if file.suffix == ".json" else data[8 : 8 + int.from_bytes(data[:8], "little")]
+        header = (
+            data if file.suffix == ".json" else data[8 : 8 + int.from_bytes(data[:8], "little")]
+        )
         assert json.loads(header)
 
 
@@ -180,7 +217,10 @@ def test_nothing_is_pickled(saved, monkeypatch):
 def test_a_flipped_byte_is_found(saved, name, where):
     file = saved / name
     flip(file, where if where < 1 and isinstance(where, int) else int(file.stat().st_size * where))
-    with pytest.raises(AgreedError, match=rf"{name} has SHA-256 .*checkpoint\.json says .*damaged; remove this checkpoint"):
+    with pytest.raises(
+        AgreedError,
+        match=rf"{name} has SHA-256 .*checkpoint\.json says .*damaged; remove this checkpoint",
+    ):
         read(saved, alone())
 
 
@@ -194,9 +234,13 @@ def test_a_file_cut_short_or_gone_is_found(saved, name):
             read(saved, alone())
         opened = checkpoints.open_checkpoint(saved)
         reading = (
-            (checkpoints.read_trunk,) if name == checkpoints.TRUNK else (checkpoints.read_items, make_pieces(alone(), False, 5))
+            (checkpoints.read_trunk,)
+            if name == checkpoints.TRUNK
+            else (checkpoints.read_items, make_pieces(alone(), False, 5))
         )
-        with pytest.raises(ValueError, match=f"{name} cannot be read as safetensors"):  # even if nobody verified
+        with pytest.raises(
+            ValueError, match=f"{name} cannot be read as safetensors"
+        ):  # even if nobody verified
             reading[0](opened, *reading[1:])
     file.unlink()
     with pytest.raises(checkpoints.GoneError, match=rf"{name} cannot be read \(No such file"):
@@ -206,7 +250,9 @@ def test_a_file_cut_short_or_gone_is_found(saved, name):
 def test_every_flipped_byte_of_the_header_is_found(saved):
     file = saved / checkpoints.HEADER
     whole = file.read_bytes()
-    blank = {i for i, byte in enumerate(whole) if byte in b" \n"}  # white space may change into white space
+    blank = {
+        i for i, byte in enumerate(whole) if byte in b" \n"
+    }  # white space may change into white space
     for position in set(range(0, len(whole), 7)) - blank:
         flip(file, position)
         with pytest.raises(ValueError, match=r"checkpoint\.json (is damaged|has format_version)"):
@@ -215,14 +261,19 @@ def test_every_flipped_byte_of_the_header_is_found(saved):
     checkpoints.open_checkpoint(saved)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "3", "null", '"text"', "\xff", '{"format_version": 1}', "{}"])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "3", "null", '"text"', "\xff", '{"format_version": 1}', "{}"]
+)
 def test_a_header_that_is_none(saved, text):
     (saved / checkpoints.HEADER).write_bytes(text.encode("latin-1"))
     with pytest.raises(ValueError, match=r"checkpoint\.json is damaged .*use another checkpoint"):
         checkpoints.open_checkpoint(saved)
 
 
-@pytest.mark.parametrize("key", ["position", "config", "vocabulary_sha256", "shards_sha256", "n_items", "optimizer", "files"])
+@pytest.mark.parametrize(
+    "key",
+    ["position", "config", "vocabulary_sha256", "shards_sha256", "n_items", "optimizer", "files"],
+)
 def test_a_header_without_a_key(saved, key):
     header = json.loads((saved / checkpoints.HEADER).read_text())
     del header[key]
@@ -255,13 +306,17 @@ def rewrite_items(saved: Path, change) -> None:
 
 def test_a_missing_range_is_named(saved):
     rewrite_items(saved, lambda tensors: tensors.pop("output.nease.weight[5:10]"))
-    with pytest.raises(ValueError, match=r"does not hold output\.nease\.weight for all items 4 to 7"):
+    with pytest.raises(
+        ValueError, match=r"does not hold output\.nease\.weight for all items 4 to 7"
+    ):
         read(saved, alone(), block_columns=4)
 
 
 def test_a_missing_matrix_is_named(saved):
     rewrite_items(saved, lambda tensors: tensors.pop("input.weight.exp_avg[0:23]"))
-    with pytest.raises(ValueError, match=r"does not hold input\.weight\.exp_avg for all items 0 to 22"):
+    with pytest.raises(
+        ValueError, match=r"does not hold input\.weight\.exp_avg for all items 0 to 22"
+    ):
         read(saved, alone())
 
 
@@ -270,7 +325,9 @@ def test_another_shape_is_named(saved):
         tensors["input.weight[0:23]"] = tensors["input.weight[0:23]"][:, :-1].contiguous()
 
     rewrite_items(saved, narrower)
-    with pytest.raises(ValueError, match=r"input\.weight\[0:23\] has shape \[23, 5\], expected \[23, 6\]"):
+    with pytest.raises(
+        ValueError, match=r"input\.weight\[0:23\] has shape \[23, 5\], expected \[23, 6\]"
+    ):
         read(saved, alone())
 
 
@@ -286,7 +343,9 @@ def test_a_strange_name_is_refused(saved):
 def test_a_disk_that_is_too_small(saved, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10, 9, 1 << 20))
-    with pytest.raises(AgreedError, match=r"GB free but the checkpoint needs .*earlier checkpoints are good"):
+    with pytest.raises(
+        AgreedError, match=r"GB free but the checkpoint needs .*earlier checkpoints are good"
+    ):
         save(saved.with_name("step-00000008"), alone(), 8)
     assert [p.name for p in saved.parent.iterdir()] == ["step-00000007"]
     read(saved, alone())
@@ -298,7 +357,10 @@ def test_a_write_that_fails(saved, monkeypatch, failing):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoints, failing, full)
-    with pytest.raises(AgreedError, match=r"step-00000008 could not be written .*No space left.*earlier checkpoints are good"):
+    with pytest.raises(
+        AgreedError,
+        match=r"step-00000008 could not be written .*No space left.*earlier checkpoints are good",
+    ):
         save(saved.with_name("step-00000008"), alone(), 8)
     assert [p.name for p in saved.parent.iterdir()] == ["step-00000007"]
     read(saved, alone())
@@ -358,7 +420,8 @@ def test_a_checkpoint_does_not_exist_before_it_is_committed(saved):
 
 
 @pytest.mark.parametrize(
-    ("error", "raised"), [(OSError(28, "No space left on device"), AgreedError), (RuntimeError("a bug"), RuntimeError)]
+    ("error", "raised"),
+    [(OSError(28, "No space left on device"), AgreedError), (RuntimeError("a bug"), RuntimeError)],
 )
 def test_a_background_write_that_fails_is_no_checkpoint(saved, monkeypatch, error, raised):
     def fail(*_):
@@ -374,7 +437,9 @@ def test_a_background_write_that_fails_is_no_checkpoint(saved, monkeypatch, erro
 def test_little_memory_writes_in_the_foreground(tmp_path, monkeypatch):
     memory = namedtuple("memory", "available")
     monkeypatch.setattr(checkpoints.psutil, "virtual_memory", lambda: memory(100))
-    pending = checkpoints.Save(tmp_path / "step-00000007", HEADER, make_pieces(alone(), True, 5), trunk_tensors(), alone())
+    pending = checkpoints.Save(
+        tmp_path / "step-00000007", HEADER, make_pieces(alone(), True, 5), trunk_tensors(), alone()
+    )
     assert not pending.write_in_background()
     assert pending.in_foreground
     pending.write()
@@ -449,7 +514,9 @@ def test_best_is_switched_in_one_step(tmp_path, monkeypatch):
         patch.setattr(folders.os, "replace", killed)
         with pytest.raises(KeyboardInterrupt):
             folders.point_best_at(tmp_path / "best-00000002")
-    assert checkpoints.open_checkpoint(folders.find(tmp_path)).step == 1  # still the one before, and whole
+    assert (
+        checkpoints.open_checkpoint(folders.find(tmp_path)).step == 1
+    )  # still the one before, and whole
     folders.point_best_at(tmp_path / "best-00000002")
     assert (tmp_path / "best").is_symlink()
     assert checkpoints.open_checkpoint(tmp_path / "best").step == 2
@@ -468,7 +535,8 @@ def test_find(tmp_path):
     assert folders.find(tmp_path).resolve().name == "best-00000001"
     assert folders.find(tmp_path, "step-00000001").name == "step-00000001"
     with pytest.raises(
-        ValueError, match=r"step-00000009 is not a checkpoint; .* holds best, best-00000001, step-00000001, step-00000002"
+        ValueError,
+        match=r"step-00000009 is not a checkpoint; .* holds best, best-00000001, step-00000001, step-00000002",
     ):
         folders.find(tmp_path, "step-00000009")
 
@@ -486,11 +554,25 @@ CASES = [
 
 
 def _batch(step: int, ranks: Ranks) -> Batch:
-    x, y = random_rows(N_ROWS, N_ITEMS, 10 + step, empty=(3,)), random_rows(N_ROWS, N_ITEMS, 20 + step, empty=(5,))
+    x, y = (
+        random_rows(N_ROWS, N_ITEMS, 10 + step, empty=(3,)),
+        random_rows(N_ROWS, N_ITEMS, 20 + step, empty=(5,)),
+    )
     mine, padded = share(N_ROWS, ranks)
     n = mine.stop - mine.start
     lanes = tuple((lane, 1) for lane in range(mine.start, mine.stop))
-    return Batch(0, step, csr(x[mine]), csr(y[mine]), np.arange(n, dtype=np.uint64), lanes, n, N_ROWS, N_ROWS, padded)
+    return Batch(
+        0,
+        step,
+        csr(x[mine]),
+        csr(y[mine]),
+        np.arange(n, dtype=np.uint64),
+        lanes,
+        n,
+        N_ROWS,
+        N_ROWS,
+        padded,
+    )
 
 
 def _state(trainer) -> dict[str, np.ndarray]:
@@ -506,7 +588,9 @@ def _train_save_go_on(ranks, folder):
     for kind, name, stage, accumulation in CASES:
         config = Config(
             model=ModelConfig(kind=kind, **SMALL),
-            optimizer=OptimizerConfig(name=name, schedule=[Stage(10, 0.01)], accumulation=accumulation),
+            optimizer=OptimizerConfig(
+                name=name, schedule=[Stage(10, 0.01)], accumulation=accumulation
+            ),
             parallel=ParallelConfig(zero_stage=stage),
             run=RunConfig(seed=5),
             device="cpu",
@@ -519,7 +603,9 @@ def _train_save_go_on(ranks, folder):
         checkpoints.save(path, header, whole.item_pieces(True), whole.trunk_tensors(True), ranks)
         reports = [whole.step(_batch(step, ranks)) for step in (3, 4)]
 
-        resumed = Trainer(replace(config, run=RunConfig(seed=6)), N_ITEMS, ranks)  # another start, to be overwritten
+        resumed = Trainer(
+            replace(config, run=RunConfig(seed=6)), N_ITEMS, ranks
+        )  # another start, to be overwritten
         resumed.config = config
         opened = checkpoints.open_checkpoint(path)
         checkpoints.verify(opened, ranks)
@@ -535,7 +621,9 @@ def _train_save_go_on(ranks, folder):
 
 def test_a_resumed_trainer_goes_on_bitwise(tmp_path):
     for by_rank in run_ranks(_train_save_go_on, 2, tmp_path):
-        for case, ((whole, reports), (resumed, reports_resumed)) in zip(CASES, by_rank, strict=True):
+        for case, ((whole, reports), (resumed, reports_resumed)) in zip(
+            CASES, by_rank, strict=True
+        ):
             assert reports == reports_resumed, case
             assert whole.keys() == resumed.keys()
             for name, expected in whole.items():
@@ -552,19 +640,30 @@ def test_copies_under_other_names_are_neither_read_nor_removed(tmp_path):
     assert folders.newest_step(tmp_path) == 100_000_000
     folders.prune(tmp_path, 1)
     folders.settle(tmp_path, None)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["best-copy", "step-00000002.bak", "step-1", "step-100000000", "step-zzz"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "best-copy",
+        "step-00000002.bak",
+        "step-1",
+        "step-100000000",
+        "step-zzz",
+    ]
 
 
 def test_a_checkpoint_under_the_name_of_another_step(tmp_path):
     save(tmp_path / "step-00000001", alone(), 1)
     (tmp_path / "step-00000001").rename(tmp_path / "step-00000009")
-    with pytest.raises(ValueError, match=r"step-00000009 holds the checkpoint of step 1, not of step 9; rename it back$"):
+    with pytest.raises(
+        ValueError,
+        match=r"step-00000009 holds the checkpoint of step 1, not of step 9; rename it back$",
+    ):
         folders.open_found(tmp_path)
 
 
 def test_the_best_one_is_found_without_its_link(tmp_path):
     for step in (2, 3):
-        save(tmp_path / f"best-{step:08d}", alone(), step, best={"ndcg@100": 0.5}, attempt=f"{step}")
+        save(
+            tmp_path / f"best-{step:08d}", alone(), step, best={"ndcg@100": 0.5}, attempt=f"{step}"
+        )
     named = {"step": 2, "attempt": "2"}
     save(tmp_path / "step-00000005", alone(), 5, best={"ndcg@100": 0.5}, best_checkpoint=named)
     assert folders.find(tmp_path) == tmp_path / "best-00000002"
@@ -572,12 +671,16 @@ def test_the_best_one_is_found_without_its_link(tmp_path):
     assert folders.find(tmp_path) == tmp_path / "best-00000002"
 
 
-@pytest.mark.parametrize("name", ["..", ".", "", "/", "../other/best-00000001", "{other}/best-00000001"])
+@pytest.mark.parametrize(
+    "name", ["..", ".", "", "/", "../other/best-00000001", "{other}/best-00000001"]
+)
 def test_a_name_never_leads_to_another_run(tmp_path, name):
     folder, other = tmp_path / "run", tmp_path / "other"
     for run in (folder, other):
         save(run / "best-00000001", alone(), 1)
-    with pytest.raises(ValueError, match=r"is not a checkpoint; .* holds best-00000001; name one of them$"):
+    with pytest.raises(
+        ValueError, match=r"is not a checkpoint; .* holds best-00000001; name one of them$"
+    ):
         folders.find(folder, name.format(other=other))
 
 
@@ -588,7 +691,10 @@ def test_a_link_never_leads_to_another_run(tmp_path, target):
         save(run / "best-00000001", alone(), 1)
     (folder / "best").symlink_to(target.format(other=other))
     for name in (None, "best"):
-        with pytest.raises(ValueError, match=r"run/best is a link to .*other/best-00000001, which is not a checkpoint of this run"):
+        with pytest.raises(
+            ValueError,
+            match=r"run/best is a link to .*other/best-00000001, which is not a checkpoint of this run",
+        ):
             folders.find(folder, name)
     folders.point_best_at(folder / "best-00000001")
     (folder / "best").unlink()

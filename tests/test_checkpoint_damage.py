@@ -34,7 +34,10 @@ def run(tmp_path) -> Path:
     """A run with one sound checkpoint."""
     keys = keys_of_ids(pa.array(range(N_ITEMS)))
     rows = list(range(N_ITEMS))
-    pq.write_table(pa.table({"item": rows, "id": rows, "key": keys, "popularity": rows}), tmp_path / "items.parquet")
+    pq.write_table(
+        pa.table({"item": rows, "id": rows, "key": keys, "popularity": rows}),
+        tmp_path / "items.parquet",
+    )
     header = {
         "position": {"epoch": 1, "step_in_epoch": 2, "step": 7},
         "config": asdict(Config(model=MODEL)),
@@ -83,9 +86,15 @@ def test_the_number_of_parameters():
         (lambda h: h["position"].update(step=-1), "three whole numbers"),
         (lambda h: h["position"].update(step=True), "three whole numbers"),
         (lambda h: h.update(n_items=2.5), "n_items is not a whole number"),
-        (lambda h: h.update(n_items=2**47), f"lists {N_ITEMS} items of another vocabulary, expected {2**47}"),
+        (
+            lambda h: h.update(n_items=2**47),
+            f"lists {N_ITEMS} items of another vocabulary, expected {2**47}",
+        ),
         (lambda h: h.update(files={"../../etc/passwd": "0"}), "no file of a checkpoint"),
-        (lambda h: h.update(files={"items-00000-of-00001.safetensors": 3}), "no file of a checkpoint"),
+        (
+            lambda h: h.update(files={"items-00000-of-00001.safetensors": 3}),
+            "no file of a checkpoint",
+        ),
         (lambda h: h.update(files={}), "describes a model of"),
         (lambda h: h["files"].pop("trunk.safetensors"), r"describes a model of|lists no trunk"),
         (lambda h: h["optimizer"].update(step=-1.0), "optimizer is at step -1.0"),
@@ -113,28 +122,51 @@ def test_a_header_of_deep_nesting(run):
 def duplicate(tensors: dict[str, torch.Tensor]) -> None:
     """Half of the items twice, the other half not at all: as many as there should be."""
     whole = tensors.pop(f"output.decoder.bias[0:{N_ITEMS}]")
-    tensors["output.decoder.bias[0:12]"], tensors["output.decoder.bias[0:11]"] = whole[:12].clone(), whole[:11].clone()
+    tensors["output.decoder.bias[0:12]"], tensors["output.decoder.bias[0:11]"] = (
+        whole[:12].clone(),
+        whole[:11].clone(),
+    )
 
 
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
         (ITEMS, duplicate, r"does not hold output\.decoder\.bias for all items 0 to 22 once"),
-        (ITEMS, lambda t: t.update({k: v.double() for k, v in t.items()}), "is of dtype F64, expected F32"),
+        (
+            ITEMS,
+            lambda t: t.update({k: v.double() for k, v in t.items()}),
+            "is of dtype F64, expected F32",
+        ),
         (
             ITEMS,
             lambda t: t[f"output.decoder.bias[0:{N_ITEMS}]"].fill_(float("nan")),
             r"output\.decoder\.bias holds NaN or infinite",
         ),
-        (ITEMS, lambda t: t[f"output.nease.weight[0:{N_ITEMS}]"][3].fill_(float("inf")), "holds NaN or infinite"),
+        (
+            ITEMS,
+            lambda t: t[f"output.nease.weight[0:{N_ITEMS}]"][3].fill_(float("inf")),
+            "holds NaN or infinite",
+        ),
         (
             checkpoints.TRUNK,
             lambda t: t["mu.bias"][:1].fill_(-3e38),
             r"mu\.bias holds numbers from -3e\+38 to .*, beyond what fp32",
         ),
-        (checkpoints.TRUNK, lambda t: t["mu.bias"][:1].fill_(float("-inf")), r"mu\.bias holds NaN or infinite"),
-        (checkpoints.TRUNK, lambda t: t.update({k: v.to(torch.int32) for k, v in t.items()}), "is of dtype I32"),
-        (checkpoints.TRUNK, lambda t: t.pop("mu.bias"), r"has no mu\.bias of shape|describes a model of"),
+        (
+            checkpoints.TRUNK,
+            lambda t: t["mu.bias"][:1].fill_(float("-inf")),
+            r"mu\.bias holds NaN or infinite",
+        ),
+        (
+            checkpoints.TRUNK,
+            lambda t: t.update({k: v.to(torch.int32) for k, v in t.items()}),
+            "is of dtype I32",
+        ),
+        (
+            checkpoints.TRUNK,
+            lambda t: t.pop("mu.bias"),
+            r"has no mu\.bias of shape|describes a model of",
+        ),
     ],
 )
 def test_tensors(run, name, change, message):

@@ -57,7 +57,11 @@ def _collectives(ranks):
             assert torch.equal(tensor, before), f"{operation} returned its input"
             out = collective(tensor, group)
             assert out.dtype == tensor.dtype
-            found[name, operation] = (out.numpy(), dict(group.bytes_moved), tensor.numel() * tensor.element_size())
+            found[name, operation] = (
+                out.numpy(),
+                dict(group.bytes_moved),
+                tensor.numel() * tensor.element_size(),
+            )
     messages = ["", "a" * ranks.rank, "\N{GREEK SMALL LETTER PHI}" * 700 * (ranks.rank == 1)]
     found["bytes"] = [all_gather_bytes(m.encode(), group, ranks.device) for m in messages]
     found["capacity"] = all_gather_bytes(bytes([ranks.rank]) * 9, group, ranks.device, capacity=4)
@@ -115,7 +119,11 @@ ERRORS: list[list[Exception | None]] = [
     [None, ValueError("rows are damaged"), None],
     [ValueError("rows are damaged")] * 3,
     [None, ValueError("first"), ValueError("second")],
-    [None, None, ValueError("x" + "\N{LATIN SMALL LETTER A WITH DIAERESIS}" * 4000)],  # cut in the middle of a character
+    [
+        None,
+        None,
+        ValueError("x" + "\N{LATIN SMALL LETTER A WITH DIAERESIS}" * 4000),
+    ],  # cut in the middle of a character
     [ValueError("long " * 4000)] * 3,
     [None, ValueError("a name that is no UTF-8: \udcff"), None],
     [None, ValueError(), None],
@@ -201,7 +209,9 @@ def test_groups_of_two_by_two():
 
 
 def test_groups_of_replicas_alone():
-    for rank, (members, places, items, _, largest, _) in enumerate(run_ranks(_groups, 2, replicas=2)):
+    for rank, (members, places, items, _, largest, _) in enumerate(
+        run_ranks(_groups, 2, replicas=2)
+    ):
         assert members == [[0, 1], [rank], [0, 1]]
         assert places == [(2, rank), (1, 0), (2, rank)]
         assert items == (0, 11)
@@ -215,8 +225,14 @@ def test_groups_of_replicas_alone():
     ("environment", "expected"),
     [
         ({}, (0, 1, 0, 1)),
-        ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}, (3, 4, 1, 2)),  # torchrun
-        ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_SIZE": "2"}, (3, 4, 1, 2)),  # deepspeed
+        (
+            {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"},
+            (3, 4, 1, 2),
+        ),  # torchrun
+        (
+            {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_SIZE": "2"},
+            (3, 4, 1, 2),
+        ),  # deepspeed
     ],
 )
 def test_launched_world(environment, expected, monkeypatch):
@@ -228,7 +244,15 @@ def test_launched_world(environment, expected, monkeypatch):
 
 
 VARIABLES = (
-    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+    *(
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_RANK",
+        "LOCAL_WORLD_SIZE",
+        "LOCAL_SIZE",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+    ),
     *("OMP_NUM_THREADS", "TORCHELASTIC_RUN_ID"),
 )
 
@@ -243,20 +267,44 @@ def given_environment(monkeypatch, text: str) -> None:
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
-        ("RANK=zero WORLD_SIZE=2", "RANK is 'zero' in the environment, expected a whole number of at least 0"),
-        ("RANK=-1 WORLD_SIZE=2", "RANK is '-1' in the environment, expected a whole number of at least 0"),
+        (
+            "RANK=zero WORLD_SIZE=2",
+            "RANK is 'zero' in the environment, expected a whole number of at least 0",
+        ),
+        (
+            "RANK=-1 WORLD_SIZE=2",
+            "RANK is '-1' in the environment, expected a whole number of at least 0",
+        ),
         ("RANK=² WORLD_SIZE=2", "RANK is '²' in the environment"),
         ("RANK= WORLD_SIZE=2", "RANK is '' in the environment"),
         ("RANK=2 WORLD_SIZE=2", "RANK is 2 in the environment, expected 0 to 1 with WORLD_SIZE 2"),
-        ("RANK=0 WORLD_SIZE=0", "WORLD_SIZE is '0' in the environment, expected a whole number of at least 1"),
-        (f"RANK=0 WORLD_SIZE={'9' * 5000}", "WORLD_SIZE is '9999.*' in the environment, expected a whole number of at least 1"),
+        (
+            "RANK=0 WORLD_SIZE=0",
+            "WORLD_SIZE is '0' in the environment, expected a whole number of at least 1",
+        ),
+        (
+            f"RANK=0 WORLD_SIZE={'9' * 5000}",
+            "WORLD_SIZE is '9999.*' in the environment, expected a whole number of at least 1",
+        ),
         ("RANK=0", "RANK is 0 in the environment but WORLD_SIZE is not set"),
         ("WORLD_SIZE=2", "WORLD_SIZE is 2 in the environment but RANK is not set"),
         ("RANK=0 WORLD_SIZE=2 LOCAL_RANK=x", "LOCAL_RANK is 'x' in the environment"),
-        ("RANK=0 WORLD_SIZE=2 LOCAL_RANK=2", "LOCAL_RANK is 2 in the environment, expected 0 to 1 with LOCAL_SIZE 2"),
-        ("RANK=0 WORLD_SIZE=2 LOCAL_RANK=1 LOCAL_SIZE=1", "LOCAL_RANK is 1 in the environment, expected 0 to 0 with LOCAL_SIZE 1"),
-        ("RANK=0 WORLD_SIZE=2 LOCAL_WORLD_SIZE=3", "LOCAL_WORLD_SIZE is 3 in the environment, expected at most WORLD_SIZE 2"),
-        ("RANK=3 WORLD_SIZE=4 LOCAL_SIZE=2", "LOCAL_RANK is not set in the environment, expected 0 to 1 with LOCAL_SIZE 2"),
+        (
+            "RANK=0 WORLD_SIZE=2 LOCAL_RANK=2",
+            "LOCAL_RANK is 2 in the environment, expected 0 to 1 with LOCAL_SIZE 2",
+        ),
+        (
+            "RANK=0 WORLD_SIZE=2 LOCAL_RANK=1 LOCAL_SIZE=1",
+            "LOCAL_RANK is 1 in the environment, expected 0 to 0 with LOCAL_SIZE 1",
+        ),
+        (
+            "RANK=0 WORLD_SIZE=2 LOCAL_WORLD_SIZE=3",
+            "LOCAL_WORLD_SIZE is 3 in the environment, expected at most WORLD_SIZE 2",
+        ),
+        (
+            "RANK=3 WORLD_SIZE=4 LOCAL_SIZE=2",
+            "LOCAL_RANK is not set in the environment, expected 0 to 1 with LOCAL_SIZE 2",
+        ),
     ],
 )
 def test_an_environment_that_describes_no_group(environment, message, monkeypatch):
@@ -271,11 +319,26 @@ def test_an_environment_that_describes_no_group(environment, message, monkeypatc
         ("", "WORLD_SIZE is 2 but MASTER_ADDR is not set"),
         ("MASTER_ADDR=localhost", "WORLD_SIZE is 2 but MASTER_PORT is not set"),
         ("MASTER_ADDR= MASTER_PORT=29500", "WORLD_SIZE is 2 but MASTER_ADDR is not set"),
-        ("MASTER_ADDR=localhost MASTER_PORT=http", "MASTER_PORT is 'http' in the environment, expected a whole number"),
-        ("MASTER_ADDR=localhost MASTER_PORT=0", "MASTER_PORT is 0 in the environment, expected 1 to 65535"),
-        ("MASTER_ADDR=localhost MASTER_PORT=70000", "MASTER_PORT is 70000 in the environment, expected 1 to 65535"),
-        ("MASTER_ADDR=no.such.host.invalid MASTER_PORT=29500", "MASTER_ADDR is 'no.such.host.invalid' .* which is no host"),
-        (f"MASTER_ADDR={'x' * 300} MASTER_PORT=29500", "MASTER_ADDR is 'x.*' in the environment, which is no host"),
+        (
+            "MASTER_ADDR=localhost MASTER_PORT=http",
+            "MASTER_PORT is 'http' in the environment, expected a whole number",
+        ),
+        (
+            "MASTER_ADDR=localhost MASTER_PORT=0",
+            "MASTER_PORT is 0 in the environment, expected 1 to 65535",
+        ),
+        (
+            "MASTER_ADDR=localhost MASTER_PORT=70000",
+            "MASTER_PORT is 70000 in the environment, expected 1 to 65535",
+        ),
+        (
+            "MASTER_ADDR=no.such.host.invalid MASTER_PORT=29500",
+            "MASTER_ADDR is 'no.such.host.invalid' .* which is no host",
+        ),
+        (
+            f"MASTER_ADDR={'x' * 300} MASTER_PORT=29500",
+            "MASTER_ADDR is 'x.*' in the environment, which is no host",
+        ),
     ],
 )
 def test_a_meeting_point_that_is_none(environment, message, monkeypatch):
@@ -288,7 +351,11 @@ def test_threads_of_a_rank(monkeypatch):
     """OMP_NUM_THREADS where the user has set it, else the cores divided among the ranks of the host."""
     cores = len(os.sched_getaffinity(0))
     given_environment(monkeypatch, "")
-    assert (threads_per_rank(1), threads_per_rank(cores), threads_per_rank(3 * cores)) == (cores, 1, 1)
+    assert (threads_per_rank(1), threads_per_rank(cores), threads_per_rank(3 * cores)) == (
+        cores,
+        1,
+        1,
+    )
     given_environment(monkeypatch, "OMP_NUM_THREADS=7")
     assert threads_per_rank(4) == 7
     given_environment(monkeypatch, "OMP_NUM_THREADS=7,2")
@@ -300,7 +367,8 @@ def test_threads_of_a_rank(monkeypatch):
     for text in ("0", "-2", "all"):
         given_environment(monkeypatch, f"OMP_NUM_THREADS={text}")
         with pytest.raises(
-            ValueError, match=f"OMP_NUM_THREADS is '{text}' in the environment, expected a whole number of at least 1"
+            ValueError,
+            match=f"OMP_NUM_THREADS is '{text}' in the environment, expected a whole number of at least 1",
         ):
             threads_per_rank(1)
 

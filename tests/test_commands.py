@@ -27,7 +27,15 @@ from dist_vasp.data.format import sha256_of
 from tests.make_shards import write_folder
 
 ROOT = Path(__file__).resolve().parent.parent
-LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+LAUNCHED = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
 N_ITEMS, STEPS_PER_EPOCH, STEPS = 60, 6, 9
 METRICS = [
     "ndcg@100",
@@ -45,7 +53,9 @@ METRICS += ["n_users", "n_users_unscored"]
 
 def rows(n: int, seed: int) -> list[np.ndarray]:
     random = np.random.default_rng(seed)
-    return [np.sort(random.choice(N_ITEMS, random.integers(1, 15), replace=False)) for _ in range(n)]
+    return [
+        np.sort(random.choice(N_ITEMS, random.integers(1, 15), replace=False)) for _ in range(n)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -61,21 +71,40 @@ def training(shards: Path | str, run_dir: Path | str, *more: str) -> list[str]:
     return [
         *("--data.shards", str(shards), "--run.dir", str(run_dir), "--device", "cpu"),
         *("--data.batch_size", "16", "--parallel.lanes", "4", "--run.max_steps", str(STEPS)),
-        *("--model.hidden", "8", "--model.latent", "4", "--model.encoder_layers", "2", "--model.decoder_layers", "2"),
+        *(
+            "--model.hidden",
+            "8",
+            "--model.latent",
+            "4",
+            "--model.encoder_layers",
+            "2",
+            "--model.decoder_layers",
+            "2",
+        ),
         *("--optimizer.schedule", "[{epochs: 1, lr: 0.01}, {epochs: 2, lr: 0.001}]"),
         *more,
     ]
 
 
-def command(script: str, *arguments: str | Path, ranks: int = 0) -> subprocess.CompletedProcess[str]:
+def command(
+    script: str, *arguments: str | Path, ranks: int = 0
+) -> subprocess.CompletedProcess[str]:
     """Run a launch script in a process of its own: under plain python, or with the deepspeed launcher on `ranks` ranks."""
     launcher = [sys.executable]
     if ranks:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", str(ranks), "--master_port", str(port)]
-    environment = {k: v for k, v in os.environ.items() if k not in LAUNCHED} | {"DS_ACCELERATOR": "cpu"}
+        launcher = [
+            str(Path(sys.executable).with_name("deepspeed")),
+            "--num_accelerators",
+            str(ranks),
+            "--master_port",
+            str(port),
+        ]
+    environment = {k: v for k, v in os.environ.items() if k not in LAUNCHED} | {
+        "DS_ACCELERATOR": "cpu"
+    }
     return subprocess.run(
         [*launcher, str(ROOT / "launch" / f"{script}.py"), *map(str, arguments)],
         env=environment,
@@ -112,7 +141,9 @@ def call(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     threads = torch.get_num_threads()
-    yield lambda main, *arguments: main([str(a) for a in arguments])  # the process group stays: DeepSpeed keeps hold of it
+    yield lambda main, *arguments: main(
+        [str(a) for a in arguments]
+    )  # the process group stays: DeepSpeed keeps hold of it
     torch.set_num_threads(threads)
     for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -143,10 +174,21 @@ def lines_of(run_dir: Path) -> list[dict]:
 
 def test_files_of_a_run(run, shards):
     result = json.loads((run / "result.json").read_text())
-    assert list(result) == ["validation", "test", "seconds_training", "epochs", "world_size", "checkpoint", "checkpoint_sha256"]
+    assert list(result) == [
+        "validation",
+        "test",
+        "seconds_training",
+        "epochs",
+        "world_size",
+        "checkpoint",
+        "checkpoint_sha256",
+    ]
     for split, n_users, n_unscored in (("validation", 6, 2), ("test", 9, 3)):
         assert sorted(result[split]) == sorted(METRICS)
-        assert (result[split]["n_users"], result[split]["n_users_unscored"]) == (n_users, n_unscored)
+        assert (result[split]["n_users"], result[split]["n_users_unscored"]) == (
+            n_users,
+            n_unscored,
+        )
         assert all(0 <= result[split][name] <= 1 for name in METRICS[:9])
     assert (result["world_size"], result["epochs"]) == (1, STEPS / STEPS_PER_EPOCH)
     assert result["seconds_training"] > 0
@@ -156,22 +198,44 @@ def test_files_of_a_run(run, shards):
     evaluations = [line for line in lines if "loss" not in line]
     assert [line["step"] for line in steps] == list(range(1, STEPS + 1))
     for line in steps:
-        assert {"step", "epoch", "loss", "focal", "kl", "lr", "grad_norm", "users_per_second"} <= line.keys()
+        assert {
+            "step",
+            "epoch",
+            "loss",
+            "focal",
+            "kl",
+            "lr",
+            "grad_norm",
+            "users_per_second",
+        } <= line.keys()
         assert line["epoch"] == (line["step"] - 1) // STEPS_PER_EPOCH
         assert line["memory"] > 1e7 and line["bytes_moved"] == 0 and line["nease_logit_std"] > 0
         assert line["lr"] == (0.01 if line["epoch"] == 0 else 0.001)
         assert line["loss"] == pytest.approx(line["focal"] + line["kl"], rel=1e-12)
-    assert [(line["epoch"], line["split"]) for line in evaluations] == [(0, "validation"), (1, "validation")]
+    assert [(line["epoch"], line["split"]) for line in evaluations] == [
+        (0, "validation"),
+        (1, "validation"),
+    ]
     assert all({"epoch", "split", *METRICS} <= line.keys() for line in evaluations)
     best = max(evaluations, key=lambda line: line["ndcg@100"])
     assert result["checkpoint"] == f"best-{best['step']:08d}"
     assert result["validation"] == pytest.approx({name: best[name] for name in METRICS}, rel=1e-6)
 
     resolved = load(run / "config.yaml")
-    assert (resolved.data.shards, resolved.model.hidden, resolved.run.max_steps) == (str(shards), 8, STEPS)
+    assert (resolved.data.shards, resolved.model.hidden, resolved.run.max_steps) == (
+        str(shards),
+        8,
+        STEPS,
+    )
     names = {p.name for p in (run / "checkpoints").iterdir()}
     # a step checkpoint that is kept keeps the best one that it names
-    assert names == {"best", "best-00000006", result["checkpoint"], "step-00000006", "step-00000009"}
+    assert names == {
+        "best",
+        "best-00000006",
+        result["checkpoint"],
+        "step-00000006",
+        "step-00000009",
+    }
     assert {p.name for p in run.iterdir() if not p.name.startswith(".")} == {
         "config.yaml",
         "environment.json",
@@ -183,7 +247,12 @@ def test_files_of_a_run(run, shards):
     }
     assert not list(run.rglob("*.pkl")) and not list(run.rglob("*.pt"))
     (start,) = json.loads((run / "environment.json").read_text())["starts"]
-    assert (start["after_step"], start["ranks"], start["hosts"], start["device"]) == (0, 1, 1, "cpu")
+    assert (start["after_step"], start["ranks"], start["hosts"], start["device"]) == (
+        0,
+        1,
+        1,
+        "cpu",
+    )
     assert start["versions"]["torch"] and socket.gethostname() not in json.dumps(start)
 
 
@@ -194,11 +263,35 @@ def test_evaluate_says_what_the_run_said(run, shards, tmp_path, call):
     out = succeeds("evaluate", "--run", run, "--json", tmp_path / "test.json", "--device", "cpu")
     assert json.loads((tmp_path / "test.json").read_text()) == {"test": result["test"]}
     assert result["checkpoint"] in out and f"{result['test']['ndcg@100']:.4f}" in out
-    call(main, "--run", run, "--split", "validation", "--json", tmp_path / "validation.json", "--device", "cpu")
-    assert json.loads((tmp_path / "validation.json").read_text()) == {"validation": result["validation"]}
-    call(main, "--run", run, "--checkpoint", "step-00000006", "--shards", shards, "--json", tmp_path / "other.json")
+    call(
+        main,
+        "--run",
+        run,
+        "--split",
+        "validation",
+        "--json",
+        tmp_path / "validation.json",
+        "--device",
+        "cpu",
+    )
+    assert json.loads((tmp_path / "validation.json").read_text()) == {
+        "validation": result["validation"]
+    }
+    call(
+        main,
+        "--run",
+        run,
+        "--checkpoint",
+        "step-00000006",
+        "--shards",
+        shards,
+        "--json",
+        tmp_path / "other.json",
+    )
     assert json.loads((tmp_path / "other.json").read_text())["test"].keys() == result["test"].keys()
-    call(main, "--baseline", "popularity", "--shards", shards, "--json", tmp_path / "popularity.json")
+    call(
+        main, "--baseline", "popularity", "--shards", shards, "--json", tmp_path / "popularity.json"
+    )
     popularity = json.loads((tmp_path / "popularity.json").read_text())["test"]
     assert sorted(popularity) == sorted(METRICS) and popularity != result["test"]
 
@@ -217,9 +310,23 @@ def test_recommend(run, tmp_path, call):
 
     histories, output = tmp_path / "histories.csv", tmp_path / "lists.csv"
     histories.write_text("user,item\nann,1000\nann,1005\nbob,1001\nbob,99\neve,98\n")
-    arguments = ["--run", run, "--histories", histories, "--k", 3, "--output", output, "--device", "cpu"]
+    arguments = [
+        "--run",
+        run,
+        "--histories",
+        histories,
+        "--k",
+        3,
+        "--output",
+        output,
+        "--device",
+        "cpu",
+    ]
     out = succeeds("recommend", *arguments)
-    assert "6 recommendations for 2 users; 1 users without a list are in" in out and "2 of unknown items" in out
+    assert (
+        "6 recommendations for 2 users; 1 users without a list are in" in out
+        and "2 of unknown items" in out
+    )
     table = pa_csv.read_csv(output).to_pydict()
     assert table["user"] == ["ann"] * 3 + ["bob"] * 3
     assert table["rank"] == [1, 2, 3] * 2
@@ -231,9 +338,15 @@ def test_recommend(run, tmp_path, call):
     before = output.read_bytes()
     for changed, message in (
         ({}, r"lists\.csv exists; pass --overwrite"),
-        ({"--output": tmp_path / "o.csv", "--histories": tmp_path / "no.csv"}, r"no\.csv does not exist"),
+        (
+            {"--output": tmp_path / "o.csv", "--histories": tmp_path / "no.csv"},
+            r"no\.csv does not exist",
+        ),
         ({"--output": tmp_path / "o.csv", "--k": 0}, "--k is 0, expected at least 1"),
-        ({"--output": tmp_path / "o.csv", "--run": tmp_path / "no"}, "no is not a folder; pass the run.dir"),
+        (
+            {"--output": tmp_path / "o.csv", "--run": tmp_path / "no"},
+            "no is not a folder; pass the run.dir",
+        ),
         ({"--output": tmp_path / "o.txt"}, r"ends in \.txt, expected one of"),
     ):
         values = dict(zip(arguments[::2], arguments[1::2], strict=True)) | changed
@@ -242,7 +355,11 @@ def test_recommend(run, tmp_path, call):
     assert output.read_bytes() == before
     call(main, *arguments, "--overwrite")
     assert output.read_bytes() == before
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["histories.csv", "lists.csv", "lists.skipped.csv"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "histories.csv",
+        "lists.csv",
+        "lists.skipped.csv",
+    ]
 
 
 def test_a_run_in_two_parts_equals_one_in_one_go(run, shards, tmp_path):
@@ -251,14 +368,23 @@ def test_a_run_in_two_parts_equals_one_in_one_go(run, shards, tmp_path):
     assert json.loads((parts / "result.json").read_text())["epochs"] == 4 / STEPS_PER_EPOCH
     cut = (parts / "metrics.jsonl").read_text()
     # as a kill leaves it: lines of steps that were not saved, and half a line
-    (parts / "metrics.jsonl").write_text(cut + '{"step": 5, "epoch": 0, "loss": 1.0}\n{"step": 6, "epo')
+    (parts / "metrics.jsonl").write_text(
+        cut + '{"step": 5, "epoch": 0, "loss": 1.0}\n{"step": 6, "epo'
+    )
     out = succeeds("train", *training(shards, parts, "--data.workers", "0", "--run.keep", "5"))
     assert "resumed from step 4" in out
     for name in ("trunk.safetensors", "items-00000-of-00001.safetensors"):
-        whole, resumed = ((path / "checkpoints" / "step-00000009" / name).read_bytes() for path in (run, parts))
+        whole, resumed = (
+            (path / "checkpoints" / "step-00000009" / name).read_bytes() for path in (run, parts)
+        )
         assert whole == resumed, f"{name} differs"
     losses = [
-        [(line["step"], line["loss"], line["grad_norm"]) for line in lines_of(path) if "loss" in line] for path in (run, parts)
+        [
+            (line["step"], line["loss"], line["grad_norm"])
+            for line in lines_of(path)
+            if "loss" in line
+        ]
+        for path in (run, parts)
     ]
     assert losses[0] == losses[1]
 
@@ -272,7 +398,8 @@ def test_a_run_that_is_done_only_says_so_again(run, shards, tmp_path, call):
     assert after == before
     assert lines_of(done) == lines_of(run)
     with pytest.raises(
-        ValueError, match=r"is at step 9, beyond the 5 steps asked for; lengthen optimizer\.schedule or run\.max_steps"
+        ValueError,
+        match=r"is at step 9, beyond the 5 steps asked for; lengthen optimizer\.schedule or run\.max_steps",
     ):
         call(main, *training(shards, done, "--run.max_steps", "5"))
 
@@ -299,7 +426,11 @@ def test_train_exits_with_2_and_one_line(shards, copied, tmp_path):
     data[len(data) // 2] ^= 4
     file.write_bytes(data)
     line = fails("train", *training(copied, run_dir))
-    assert f"{file} has " in line and "SHA-256" in line and "restore it or shard the data again" in line
+    assert (
+        f"{file} has " in line
+        and "SHA-256" in line
+        and "restore it or shard the data again" in line
+    )
     assert not run_dir.exists()
 
 
@@ -314,7 +445,17 @@ def test_evaluate_and_recommend_exit_with_2_and_one_line(tmp_path):
     output = tmp_path / "o.csv"
     histories = tmp_path / "h.csv"
     histories.write_text("user,item\n1,2\n")
-    line = fails("recommend", "--run", tmp_path, "--histories", histories, "--output", output, "--device", "cpu")
+    line = fails(
+        "recommend",
+        "--run",
+        tmp_path,
+        "--histories",
+        histories,
+        "--output",
+        output,
+        "--device",
+        "cpu",
+    )
     assert "holds no checkpoint" in line
     assert not output.exists()
 
@@ -339,17 +480,36 @@ def refused(call, message: str, *arguments) -> str:
 
 def test_configuration_mistakes(shards, tmp_path, call):
     run_dir = tmp_path / "run"
-    refused(call, r"model\.hidden is 'wide', expected a whole number", *training(shards, run_dir, "--model.hidden", "wide"))
     refused(
-        call, r"parallel\.lanes is 17, expected at most data\.batch_size = 16", *training(shards, run_dir, "--parallel.lanes=17")
+        call,
+        r"model\.hidden is 'wide', expected a whole number",
+        *training(shards, run_dir, "--model.hidden", "wide"),
+    )
+    refused(
+        call,
+        r"parallel\.lanes is 17, expected at most data\.batch_size = 16",
+        *training(shards, run_dir, "--parallel.lanes=17"),
     )
     refused(call, r"run\.dir is not set; pass --run\.dir", *training(shards, ""))
-    refused(call, r"nowhere holds no manifest\.json; expected a folder written by", *training(tmp_path / "nowhere", run_dir))
+    refused(
+        call,
+        r"nowhere holds no manifest\.json; expected a folder written by",
+        *training(tmp_path / "nowhere", run_dir),
+    )
     refused(call, r"data\.shards is not set; pass --data\.shards", *training("", run_dir))
-    refused(call, r"parallel\.partitions 2 x .*1 ranks", *training(shards, run_dir, "--parallel.partitions=2"))
+    refused(
+        call,
+        r"parallel\.partitions 2 x .*1 ranks",
+        *training(shards, run_dir, "--parallel.partitions=2"),
+    )
     refused(call, r"no\.yaml cannot be read \(No such file", "--config", tmp_path / "no.yaml")
     (tmp_path / "typo.yaml").write_text(yaml.safe_dump({"modle": {"hidden": 8}}))
-    refused(call, r"modle\.hidden is not a key .* did you mean model\.hidden", "--config", tmp_path / "typo.yaml")
+    refused(
+        call,
+        r"modle\.hidden is not a key .* did you mean model\.hidden",
+        "--config",
+        tmp_path / "typo.yaml",
+    )
     assert not run_dir.exists()
 
 
@@ -410,7 +570,11 @@ def test_damaged_shards(copied, tmp_path, call):
     assert not trace.exists(), "a pickle in a shard was run"
 
     file.unlink()
-    refused(call, r"train-000001\.tar cannot be read .*manifest\.json lists it", *training(copied, run_dir))
+    refused(
+        call,
+        r"train-000001\.tar cannot be read .*manifest\.json lists it",
+        *training(copied, run_dir),
+    )
     for text, message in (
         ("{", "is not a manifest of this project"),
         ('{"format_version": 7}', "format_version is 7, this version reads 1"),
@@ -425,15 +589,42 @@ def test_another_vocabulary(run, shards, copied, tmp_path, call):
 
     other = tmp_path / "other"
     write_folder(other, rows(96, 0), n_items=N_ITEMS + 1)
-    with pytest.raises(ValueError, match=r"vocabulary of 61 items .* was trained on 60 .*pass the shards it was trained on"):
-        call(evaluate, "--run", run, "--shards", other, "--json", tmp_path / "o.json", "--device", "cpu")
+    with pytest.raises(
+        ValueError,
+        match=r"vocabulary of 61 items .* was trained on 60 .*pass the shards it was trained on",
+    ):
+        call(
+            evaluate,
+            "--run",
+            run,
+            "--shards",
+            other,
+            "--json",
+            tmp_path / "o.json",
+            "--device",
+            "cpu",
+        )
     with pytest.raises(ValueError, match="has no test users; choose another --split"):
-        call(evaluate, "--baseline", "popularity", "--shards", other, "--json", tmp_path / "o.json", "--device", "cpu")
+        call(
+            evaluate,
+            "--baseline",
+            "popularity",
+            "--shards",
+            other,
+            "--json",
+            tmp_path / "o.json",
+            "--device",
+            "cpu",
+        )
     assert not (tmp_path / "o.json").exists()
 
     resumed = shutil.copytree(run, tmp_path / "resumed", symlinks=True)
     shutil.copyfile(other / "items.parquet", copied / "items.parquet")
-    refused(call, r"items\.parquet lists 61 items .*expected 60 .*another preparation", *training(copied, tmp_path / "new"))
+    refused(
+        call,
+        r"items\.parquet lists 61 items .*expected 60 .*another preparation",
+        *training(copied, tmp_path / "new"),
+    )
     assert not (tmp_path / "new").exists()
     shutil.copyfile(other / "items.parquet", resumed / "items.parquet")
     with pytest.raises(ValueError, match=r"items\.parquet lists 61 items"):
@@ -445,10 +636,16 @@ def test_a_run_dir_that_is_in_use(run, shards, tmp_path, call):
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     with open(folder / ".lock", "r+") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        refused(call, r"run\.dir .*run is in use by process \d+ on .*; wait for it to end", *training(shards, folder))
+        refused(
+            call,
+            r"run\.dir .*run is in use by process \d+ on .*; wait for it to end",
+            *training(shards, folder),
+        )
     assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
     (tmp_path / "file").write_text("")
-    refused(call, r"run\.dir .*file.* cannot be written", *training(shards, tmp_path / "file" / "run"))
+    refused(
+        call, r"run\.dir .*file.* cannot be written", *training(shards, tmp_path / "file" / "run")
+    )
 
 
 @pytest.mark.parametrize(
@@ -466,7 +663,9 @@ def test_a_run_dir_that_is_in_use(run, shards, tmp_path, call):
 def test_what_a_resumed_run_may_not_change(run, shards, tmp_path, call, key, value, message):
     folder = shutil.copytree(run, tmp_path / "run", symlinks=True)
     refused(
-        call, rf"cannot be resumed: {message}; set it back, or start a new run\.dir", *training(shards, folder, f"--{key}", value)
+        call,
+        rf"cannot be resumed: {message}; set it back, or start a new run\.dir",
+        *training(shards, folder, f"--{key}", value),
     )
     assert lines_of(folder) == lines_of(run)
     assert (folder / "config.yaml").read_text() == (run / "config.yaml").read_text()
@@ -475,7 +674,9 @@ def test_what_a_resumed_run_may_not_change(run, shards, tmp_path, call, key, val
 def test_other_shards_cannot_resume(run, tmp_path, call):
     folder = shutil.copytree(run, tmp_path / "run", symlinks=True)
     write_folder(tmp_path / "other", rows(96, 9), n_items=N_ITEMS)
-    refused(call, r"cannot be resumed: hash of data\.shards was ", *training(tmp_path / "other", folder))
+    refused(
+        call, r"cannot be resumed: hash of data\.shards was ", *training(tmp_path / "other", folder)
+    )
 
 
 def test_a_damaged_checkpoint_is_not_resumed(run, shards, tmp_path, call):
@@ -486,11 +687,19 @@ def test_a_damaged_checkpoint_is_not_resumed(run, shards, tmp_path, call):
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
-    refused(call, r"step-00000009/trunk\.safetensors has SHA-256 .* remove this checkpoint and resume", *training(shards, folder))
-    folder = shutil.copytree(run, tmp_path / "again", symlinks=True)  # the lock of the other ends with this process
+    refused(
+        call,
+        r"step-00000009/trunk\.safetensors has SHA-256 .* remove this checkpoint and resume",
+        *training(shards, folder),
+    )
+    folder = shutil.copytree(
+        run, tmp_path / "again", symlinks=True
+    )  # the lock of the other ends with this process
     shutil.rmtree(folder / "checkpoints" / "step-00000009")
     call(main, *training(shards, folder, "--run.evaluate_every_epochs", "0"))
-    resumed, whole = (path / "checkpoints" / "step-00000009" / "trunk.safetensors" for path in (folder, run))
+    resumed, whole = (
+        path / "checkpoints" / "step-00000009" / "trunk.safetensors" for path in (folder, run)
+    )
     assert resumed.read_bytes() == whole.read_bytes()
 
 
@@ -499,13 +708,22 @@ def test_evaluate_mistakes(run, shards, tmp_path, call):
 
     json_file = tmp_path / "o.json"
     for arguments, message in (
-        (["--run", run, "--baseline", "popularity"], "expected either --run RUN_DIR or --baseline popularity"),
+        (
+            ["--run", run, "--baseline", "popularity"],
+            "expected either --run RUN_DIR or --baseline popularity",
+        ),
         (["--baseline", "popularity"], "--baseline needs data; pass --shards DIR"),
         (["--baseline", "popularity", "--shards", tmp_path], r"holds no manifest\.json"),
         (["--run", tmp_path / "no"], r"no is not a folder; pass the run\.dir of a training run"),
         (["--run", tmp_path], "holds no checkpoint; name the run.dir"),
-        (["--run", run, "--checkpoint", "last"], "last is not a checkpoint; .* holds best, best-0.*step-00000009"),
-        (["--run", run, "--json", tmp_path / "no" / "o.json"], "the folder .*no does not exist; create it first"),
+        (
+            ["--run", run, "--checkpoint", "last"],
+            "last is not a checkpoint; .* holds best, best-0.*step-00000009",
+        ),
+        (
+            ["--run", run, "--json", tmp_path / "no" / "o.json"],
+            "the folder .*no does not exist; create it first",
+        ),
         (["--run", run, "--shards", tmp_path / "no"], r"no holds no manifest\.json"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -12,7 +12,17 @@ import pytest
 import yaml
 
 from dist_vasp import config as module
-from dist_vasp.config import Config, ModelConfig, OptimizerConfig, Stage, from_dict, known_keys, load, make_parser, parse
+from dist_vasp.config import (
+    Config,
+    ModelConfig,
+    OptimizerConfig,
+    Stage,
+    from_dict,
+    known_keys,
+    load,
+    make_parser,
+    parse,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -29,7 +39,11 @@ def refused(tmp_path: Path, key: str, value: str) -> list[str]:
     file = tmp_path / "mistake.yaml"
     file.write_text(yaml.safe_dump(nested))
     messages = []
-    for attempt in (lambda: load(file), lambda: command_line(f"--{key}={value}"), lambda: from_dict(nested)):
+    for attempt in (
+        lambda: load(file),
+        lambda: command_line(f"--{key}={value}"),
+        lambda: from_dict(nested),
+    ):
         with pytest.raises(ValueError) as error:
             attempt()
         messages.append(str(error.value))
@@ -47,26 +61,46 @@ def test_every_file_under_configs_loads(path):
     config = load(path)
     assert config.data.shards and config.run.dir
     opening = path.read_text().splitlines()[:4]
-    assert [line.split(":")[0] for line in opening] == ["# Purpose", "# Hardware", "# Time", "# Expected"]
+    assert [line.split(":")[0] for line in opening] == [
+        "# Purpose",
+        "# Hardware",
+        "# Time",
+        "# Expected",
+    ]
 
 
 def test_defaults_are_the_papers():
     config = command_line()
     assert config == Config()
-    assert (config.model.hidden, config.model.latent, config.model.encoder_layers, config.model.decoder_layers) == (
+    assert (
+        config.model.hidden,
+        config.model.latent,
+        config.model.encoder_layers,
+        config.model.decoder_layers,
+    ) == (
         4096,
         2048,
         7,
         5,
     )
     assert (config.loss.alpha, config.loss.gamma, config.loss.kl_weight) == (0.25, 2.0, 1.0)
-    assert (config.data.batch_size, config.parallel.lanes, config.parallel.zero_stage) == (1024, 48, 1)
+    assert (config.data.batch_size, config.parallel.lanes, config.parallel.zero_stage) == (
+        1024,
+        48,
+        1,
+    )
     assert config.optimizer.schedule == [Stage(50, 5e-5), Stage(20, 1e-5), Stage(20, 1e-6)]
     assert config.epochs == 90
 
 
 CHANGED = {
-    "data": {"shards": "a folder/ü", "batch_size": 77, "halves": False, "input_dropout": 0.2, "workers": 0},
+    "data": {
+        "shards": "a folder/ü",
+        "batch_size": 77,
+        "halves": False,
+        "input_dropout": 0.2,
+        "workers": 0,
+    },
     "model": {
         "kind": "ease",  # takes every key, because it uses hardly any
         "hidden": 5,
@@ -130,7 +164,9 @@ def test_round_trips(tmp_path):
     assert asdict(changed) == CHANGED == before
     for key in known_keys():
         section, _, name = key.rpartition(".")
-        default, now = (getattr(getattr(c, section) if section else c, name) for c in (Config(), changed))
+        default, now = (
+            getattr(getattr(c, section) if section else c, name) for c in (Config(), changed)
+        )
         assert default != now, f"{key} was not changed"
     file = tmp_path / "run.yaml"
     for config in (Config(), changed):
@@ -142,9 +178,16 @@ def test_round_trips(tmp_path):
 
 def test_the_command_line_wins_over_the_file(tmp_path):
     file = tmp_path / "run.yaml"
-    file.write_text("model: {hidden: 8, latent: 4}\noptimizer:\n  schedule:\n  - {epochs: 2, lr: 1.0e-3}\n")
+    file.write_text(
+        "model: {hidden: 8, latent: 4}\noptimizer:\n  schedule:\n  - {epochs: 2, lr: 1.0e-3}\n"
+    )
     config = command_line(
-        f"--config={file}", "--model.latent", "5", "--optimizer.schedule=[{epochs: 7, lr: 0.5}]", "--device", "cpu"
+        f"--config={file}",
+        "--model.latent",
+        "5",
+        "--optimizer.schedule=[{epochs: 7, lr: 0.5}]",
+        "--device",
+        "cpu",
     )
     assert (config.model.hidden, config.model.latent) == (8, 5)
     assert config.optimizer.schedule == [Stage(7, 0.5)]
@@ -153,14 +196,20 @@ def test_the_command_line_wins_over_the_file(tmp_path):
 
 
 def test_halves_follow_the_model_unless_said_otherwise():
-    assert [command_line(f"--model.kind={kind}").halves for kind in ("vasp", "flvae", "nease")] == [True, True, False]
+    assert [command_line(f"--model.kind={kind}").halves for kind in ("vasp", "flvae", "nease")] == [
+        True,
+        True,
+        False,
+    ]
     assert command_line("--model.kind=nease", "--data.halves=true").halves is True
     assert command_line("--data.halves=false").halves is False
     assert command_line("--data.halves=null").halves is True
 
 
 def test_schedule():
-    config = Config(optimizer=OptimizerConfig(schedule=[Stage(2, 0.1), Stage(1, 0.2), Stage(3, 0.3)]))
+    config = Config(
+        optimizer=OptimizerConfig(schedule=[Stage(2, 0.1), Stage(1, 0.2), Stage(3, 0.3)])
+    )
     assert config.epochs == 6
     assert [config.lr(epoch) for epoch in range(8)] == [0.1, 0.1, 0.2, 0.3, 0.3, 0.3, 0.3, 0.3]
     assert [config.stage(epoch) for epoch in range(8)] == [0, 0, 1, 2, 2, 2, 2, 2]
@@ -184,8 +233,12 @@ def field_docstrings() -> dict[str, dict[str, str | None]]:
             found[node.name] = {}
             for statement, following in zip(node.body, [*node.body[1:], None], strict=True):
                 if isinstance(statement, ast.AnnAssign):
-                    documented = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
-                    found[node.name][statement.target.id] = following.value.value if documented else None
+                    documented = isinstance(following, ast.Expr) and isinstance(
+                        following.value, ast.Constant
+                    )
+                    found[node.name][statement.target.id] = (
+                        following.value.value if documented else None
+                    )
     return found
 
 
@@ -203,7 +256,9 @@ def test_help_lists_every_key_with_its_meaning(monkeypatch):
             assert f"--{key} " in text, f"{key} is not in --help"
             place = text.rindex(f" --{key} ")
             entry = text[place : text.index("default: ", place) + 9]
-            assert entry.count(" --") == 1 + (f" --{key}+ " in entry), f"--help lacks type or default of {key}"
+            assert entry.count(" --") == 1 + (f" --{key}+ " in entry), (
+                f"--help lacks type or default of {key}"
+            )
             assert meaning.rstrip(".") in entry, f"--help gives {key} another meaning"
             assert "type: " in entry
 
@@ -271,7 +326,9 @@ def test_wrong_type_or_choice(tmp_path, key, value, expected):
             assert str(yaml.safe_load(value)) in message
 
 
-@pytest.mark.parametrize("key", ["data.batch_size", "model.kind", "loss.alpha", "optimizer.schedule", "run.keep"])
+@pytest.mark.parametrize(
+    "key", ["data.batch_size", "model.kind", "loss.alpha", "optimizer.schedule", "run.keep"]
+)
 def test_null_is_not_a_value(tmp_path, key):
     for message in refused(tmp_path, key, "null"):
         assert key in message
@@ -297,12 +354,16 @@ def test_a_section_is_a_section(tmp_path, value):
         assert "object at 0x" not in str(error.value)
 
 
-@pytest.mark.parametrize("text", ["a: b: c\n", "model: [\n", "- 1\n", "\t- x\n", "!!python/object/apply:os.getcwd []\n", "\x00"])
+@pytest.mark.parametrize(
+    "text",
+    ["a: b: c\n", "model: [\n", "- 1\n", "\t- x\n", "!!python/object/apply:os.getcwd []\n", "\x00"],
+)
 def test_a_file_that_is_no_configuration(tmp_path, text):
     file = tmp_path / "mistake.yaml"
     file.write_text(text)
     with pytest.raises(
-        ValueError, match=r"mistake\.yaml.*; expected .*configuration|mistake\.yaml holds .*, expected sections with keys"
+        ValueError,
+        match=r"mistake\.yaml.*; expected .*configuration|mistake\.yaml holds .*, expected sections with keys",
     ):
         load(file)
     with pytest.raises(ValueError, match=r"missing\.yaml"):
@@ -312,20 +373,44 @@ def test_a_file_that_is_no_configuration(tmp_path, text):
 
 
 IMPOSSIBLE = [
-    ({"model.kind": "vasp", "loss.kind": "cosine"}, "loss.kind is 'cosine', expected one of focal for model.kind vasp"),
-    ({"model.kind": "flvae", "loss.kind": "mse"}, "loss.kind is 'mse', expected one of focal, multinomial for model.kind flvae"),
-    ({"model.kind": "nease", "loss.kind": "multinomial"}, "loss.kind is 'multinomial', expected one of focal, cosine, mse, bce"),
-    ({"optimizer.weight_decay": 0.1}, "optimizer.weight_decay is 0.1, expected 0 with nadam; use optimizer.name adamw"),
-    ({"data.batch_size": 47}, "parallel.lanes is 48, expected at most data.batch_size = 47; lower it or raise the batch"),
+    (
+        {"model.kind": "vasp", "loss.kind": "cosine"},
+        "loss.kind is 'cosine', expected one of focal for model.kind vasp",
+    ),
+    (
+        {"model.kind": "flvae", "loss.kind": "mse"},
+        "loss.kind is 'mse', expected one of focal, multinomial for model.kind flvae",
+    ),
+    (
+        {"model.kind": "nease", "loss.kind": "multinomial"},
+        "loss.kind is 'multinomial', expected one of focal, cosine, mse, bce",
+    ),
+    (
+        {"optimizer.weight_decay": 0.1},
+        "optimizer.weight_decay is 0.1, expected 0 with nadam; use optimizer.name adamw",
+    ),
+    (
+        {"data.batch_size": 47},
+        "parallel.lanes is 48, expected at most data.batch_size = 47; lower it or raise the batch",
+    ),
     ({"parallel.zero_stage": 4}, "parallel.zero_stage is 4, expected 0, 1, 2 or 3"),
     (
         {"parallel.zero_stage": 0, "parallel.trunk_dtype": "bf16"},
         "parallel.trunk_dtype is 'bf16', expected fp32 with parallel.zero_stage 0",
     ),
     ({"device": "tpu"}, "device is 'tpu', expected auto, cuda or cpu"),
-    ({"optimizer.schedule": []}, "optimizer.schedule is [], expected at least one {epochs, lr}; add a stage"),
-    ({"optimizer.schedule": [{"epochs": 0, "lr": 0.1}]}, "optimizer.schedule[0].epochs is 0, expected at least 1"),
-    ({"optimizer.schedule": [{"epochs": 1, "lr": 0.1}, {"epochs": 1, "lr": -1.0}]}, "optimizer.schedule[1].lr is -1.0, expected"),
+    (
+        {"optimizer.schedule": []},
+        "optimizer.schedule is [], expected at least one {epochs, lr}; add a stage",
+    ),
+    (
+        {"optimizer.schedule": [{"epochs": 0, "lr": 0.1}]},
+        "optimizer.schedule[0].epochs is 0, expected at least 1",
+    ),
+    (
+        {"optimizer.schedule": [{"epochs": 1, "lr": 0.1}, {"epochs": 1, "lr": -1.0}]},
+        "optimizer.schedule[1].lr is -1.0, expected",
+    ),
     ({"optimizer.beta1": 1.0}, "optimizer.beta1 is 1.0, expected 0 <= beta < 1"),
     ({"optimizer.beta2": -0.1}, "optimizer.beta2 is -0.1, expected 0 <= beta < 1"),
     ({"optimizer.eps": 0.0}, "optimizer.eps is 0.0, expected a positive number"),
@@ -364,7 +449,9 @@ IMPOSSIBLE = [
 ]
 
 
-@pytest.mark.parametrize(("changes", "message"), IMPOSSIBLE, ids=[" ".join(changes) for changes, _ in IMPOSSIBLE])
+@pytest.mark.parametrize(
+    ("changes", "message"), IMPOSSIBLE, ids=[" ".join(changes) for changes, _ in IMPOSSIBLE]
+)
 def test_impossible_values_and_combinations(changes, message):
     raw: dict = {}
     for key, value in changes.items():
@@ -395,8 +482,14 @@ def test_unknown_arguments_and_missing_values():
             "model:\n  hidden: 8\n  hidden: 16\n",
             r"mistake\.yaml: model\.hidden is there twice, in line 2 and in line 3; keep one of them",
         ),
-        ("model: {hidden: 8}\nloss: {}\nmodel: {latent: 4}\n", r"model is there twice, in line 1 and in line 3"),
-        ("optimizer:\n  schedule:\n  - {epochs: 1, lr: 0.1, epochs: 2}\n", r"optimizer\.schedule\[0\]\.epochs is there twice"),
+        (
+            "model: {hidden: 8}\nloss: {}\nmodel: {latent: 4}\n",
+            r"model is there twice, in line 1 and in line 3",
+        ),
+        (
+            "optimizer:\n  schedule:\n  - {epochs: 1, lr: 0.1, epochs: 2}\n",
+            r"optimizer\.schedule\[0\]\.epochs is there twice",
+        ),
     ],
 )
 def test_a_key_that_is_there_twice(tmp_path, text, message):

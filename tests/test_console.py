@@ -28,14 +28,25 @@ def run(out: Path, tail: str = "", **environment: str) -> subprocess.CompletedPr
     """COMMAND in a shell that continues with `tail`; its exit status is that of the command."""
     line = f'"{sys.executable}" -c "$0" "$1" {tail}; exit ${{PIPESTATUS[0]}}'
     env = os.environ | {"PYTHONPATH": str(ROOT)} | environment
-    return subprocess.run(["bash", "-c", line, COMMAND, str(out)], env=env, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(
+        ["bash", "-c", line, COMMAND, str(out)],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
 
 
 @pytest.mark.parametrize(
     ("tail", "status", "said"),
     [
         ("", 0, ""),
-        ("| head -n 1", 0, "warning: standard output cannot be written (Broken pipe); the command continues\n"),
+        (
+            "| head -n 1",
+            0,
+            "warning: standard output cannot be written (Broken pipe); the command continues\n",
+        ),
         (">&-", 0, ""),
         ("<&- >&- 2>&-", 0, ""),
         ("> /dev/full 2>&1", 1, ""),
@@ -55,7 +66,9 @@ def test_the_command_continues(tmp_path, tail, status, said):
 
 
 def test_what_is_printed_controls_no_terminal(tmp_path):
-    assert run(tmp_path / "file").stdout.splitlines()[0] == r"line 0 café \x1b[2J\x9b1m \u202e \udcc3"
+    assert (
+        run(tmp_path / "file").stdout.splitlines()[0] == r"line 0 café \x1b[2J\x9b1m \u202e \udcc3"
+    )
 
 
 def test_an_encoding_without_the_letter(tmp_path):
@@ -70,12 +83,28 @@ def test_a_command_in_an_ascii_locale(tmp_path):
     (tmp_path / "données.csv").write_text("user,item\nzoë,1\n", encoding="utf-8")
     line = [sys.executable, "-m", "data_tools.shard", "données.csv", "out"]
     env = os.environ | {"PYTHONPATH": str(ROOT)} | ascii_locale
-    done = subprocess.run(line, cwd=tmp_path, env=env, capture_output=True, encoding="utf-8", timeout=120, check=False)
+    done = subprocess.run(
+        line, cwd=tmp_path, env=env, capture_output=True, encoding="utf-8", timeout=120, check=False
+    )
     assert done.returncode == 2
     assert done.stderr.startswith("error: no user has 5 items or more"), done.stderr
 
 
-@pytest.mark.parametrize("text", ["\x1b[31m", "\x00", "\x7f", "\x9b5m", "\u202e", "\u2066", "\u2028", "\u200f", "\ud800", "a\rb"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\x1b[31m",
+        "\x00",
+        "\x7f",
+        "\x9b5m",
+        "\u202e",
+        "\u2066",
+        "\u2028",
+        "\u200f",
+        "\ud800",
+        "a\rb",
+    ],
+)
 def test_control_characters_are_escaped(text):
     for made in (printable(text), one_line(text), escape(text)):
         assert made.isprintable(), ascii(made)

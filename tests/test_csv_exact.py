@@ -43,7 +43,9 @@ def read_as_histories(file: CsvFile) -> dict[str, set[str]]:
         for block in histories.blocks(items, 3):
             assert not len(block.skipped) and block.n_unknown == 0
             bounds = block.rows.indptr
-            for user, lo, hi in zip(ids.as_text(block.users).to_pylist(), bounds[:-1], bounds[1:], strict=True):
+            for user, lo, hi in zip(
+                ids.as_text(block.users).to_pylist(), bounds[:-1], bounds[1:], strict=True
+            ):
                 assert user not in found
                 found[user] = {names[i] for i in block.rows.items[lo:hi]}
     return found
@@ -69,7 +71,9 @@ def _checked(file: CsvFile, read, expected) -> str:
         else:
             assert row == file.expected.error_row, (text, file.expected.error_row)
         return "error"
-    assert file.expected.error_row is None, f"row {file.expected.error_row} is wrong and nothing was said"
+    assert file.expected.error_row is None, (
+        f"row {file.expected.error_row} is wrong and nothing was said"
+    )
     assert found == expected, "silently different"
     return "equal"
 
@@ -87,6 +91,10 @@ def test_rows_are_those_of_the_csv_module_or_there_is_an_error(tmp_path, monkeyp
             try:
                 outcome = _checked(file, read, expected)
             except AssertionError as error:
-                raise AssertionError(f"file {seed}, {read.__name__}: {error}\n{file.data!r}") from None
-            outcomes[f"{read.__name__} {outcome}"] = outcomes.get(f"{read.__name__} {outcome}", 0) + 1
+                raise AssertionError(
+                    f"file {seed}, {read.__name__}: {error}\n{file.data!r}"
+                ) from None
+            outcomes[f"{read.__name__} {outcome}"] = (
+                outcomes.get(f"{read.__name__} {outcome}", 0) + 1
+            )
     print(outcomes)

@@ -42,7 +42,13 @@ def blocks(page: Path) -> list[tuple[str, list[str]]]:
             fence = "" if fence else opened[1] or "text"
             inside = False
             continue
-        code = line if fence in ("sh", "bash") else line[4:] if line.startswith("    ") and not fence else None
+        code = (
+            line
+            if fence in ("sh", "bash")
+            else line[4:]
+            if line.startswith("    ") and not fence
+            else None
+        )
         if code is None:
             if inside and line.strip():
                 inside, mark = False, ""
@@ -65,7 +71,13 @@ def test_every_command_is_run_or_says_why_not():
                 text = (ROOT / what).read_text()
                 for command in commands:
                     script = re.search(r"launch/(\w+)\.py", command)
-                    sign = f"launch.{script[1]}" if script else "make test-slow" if "pytest" in command else command.split("  ")[0]
+                    sign = (
+                        f"launch.{script[1]}"
+                        if script
+                        else "make test-slow"
+                        if "pytest" in command
+                        else command.split("  ")[0]
+                    )
                     assert sign in text, f"{what} does not run {command}"
     assert kinds == {"", "needs", "run by", "all commands below need"}
     assert sum(len(c) for page in PAGES for mark, c in blocks(page) if not mark) >= 20
@@ -91,7 +103,9 @@ def prepared(tmp_path_factory) -> Path:
             "python launch/train.py --config configs/demo.yaml",
             "python launch/export.py --run demo/run --output model",
         )
-    pa_csv.write_csv(pq.read_table(folder / "demo" / "interactions.parquet"), folder / "interactions.csv")
+    pa_csv.write_csv(
+        pq.read_table(folder / "demo" / "interactions.parquet"), folder / "interactions.csv"
+    )
     shutil.copytree(folder / "demo" / "shards", folder / "data" / "mine")
     shutil.copytree(folder / "demo" / "run", folder / "runs" / "mine", symlinks=True)
     return folder
@@ -104,7 +118,9 @@ _MADE = {
 }
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if any(not mark for mark, _ in blocks(p))], ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "page", [p for p in PAGES if any(not mark for mark, _ in blocks(p))], ids=lambda p: p.name
+)
 def test_commands_of_a_page(page, prepared, tmp_path):
     folder = shutil.copytree(prepared, tmp_path / "project", symlinks=True)
     lines = [line for mark, commands in blocks(page) if not mark for line in commands]
@@ -141,18 +157,24 @@ def _anchors(page: Path) -> set[str]:
     text = page.read_text()
     if page.stem in ("configuration", "python") and page.parent.name == "docs":
         text += getattr(reference, page.stem)()
-    return {_slug(t) for t in re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.S), re.M)}
+    return {
+        _slug(t) for t in re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.S), re.M)
+    }
 
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda p: p.name)
 def test_links(page):
-    for target in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"```.*?```|`[^`]*`", "", page.read_text(), flags=re.S)):
+    for target in re.findall(
+        r"\]\(([^)\s]+)\)", re.sub(r"```.*?```|`[^`]*`", "", page.read_text(), flags=re.S)
+    ):
         if target.startswith(("http://", "https://")):
             continue
         path, _, anchor = target.partition("#")
         file = page if not path else (page.parent / path)
         assert file.is_file(), f"{page.name} links to {target}, which is not there"
-        assert not anchor or anchor in _anchors(file), f"{page.name} links to {target}; {file.name} has {sorted(_anchors(file))}"
+        assert not anchor or anchor in _anchors(file), (
+            f"{page.name} links to {target}; {file.name} has {sorted(_anchors(file))}"
+        )
 
 
 def test_every_page_is_in_the_navigation():
@@ -172,7 +194,8 @@ def test_pages_made_from_the_code():
     )
     python = reference.python()
     assert all(
-        f"### Recommender.{name}\n" in python for name in ("load", "export", "recommend", "similar_items", "explain", "title")
+        f"### Recommender.{name}\n" in python
+        for name in ("load", "export", "recommend", "similar_items", "explain", "title")
     )
     assert (
         "<!-- generated -->" in (ROOT / "docs" / "python.md").read_text()
@@ -184,7 +207,16 @@ def test_the_site(tmp_path):
     """Built without a warning, and no page asks for anything from elsewhere."""
     pytest.importorskip("mkdocs", reason="`make docs` installs it")
     done = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")],
+        [
+            sys.executable,
+            "-m",
+            "mkdocs",
+            "build",
+            "--strict",
+            "--quiet",
+            "--site-dir",
+            str(tmp_path / "site"),
+        ],
         cwd=ROOT,
         capture_output=True,
         text=True,

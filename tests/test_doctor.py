@@ -26,17 +26,30 @@ N_ITEMS = 60
 def shards(tmp_path) -> Path:
     random = np.random.default_rng(0)
     rows = [np.sort(random.choice(N_ITEMS, 8, replace=False)) for _ in range(60)]
-    write_folder(tmp_path / "shards", rows, [(r[:4], r[4:]) for r in rows[:9]], [(r[:4], r[4:]) for r in rows[:9]], n_items=N_ITEMS)
+    write_folder(
+        tmp_path / "shards",
+        rows,
+        [(r[:4], r[4:]) for r in rows[:9]],
+        [(r[:4], r[4:]) for r in rows[:9]],
+        n_items=N_ITEMS,
+    )
     return tmp_path / "shards"
 
 
 def _config(shards: Path, **more) -> Config:
     small = ModelConfig(hidden=8, latent=4, encoder_layers=2, decoder_layers=2)
-    return Config(data=DataConfig(shards=str(shards)), model=small, run=RunConfig(dir=str(shards.parent / "run")), **more)
+    return Config(
+        data=DataConfig(shards=str(shards)),
+        model=small,
+        run=RunConfig(dir=str(shards.parent / "run")),
+        **more,
+    )
 
 
 def _check(config: Config, ranks: int = 2, checksums: bool = False) -> dict:
-    return {f.check: f for f in check_job(config, ranks, ranks, checksums, lambda done, total: None)}
+    return {
+        f.check: f for f in check_job(config, ranks, ranks, checksums, lambda done, total: None)
+    }
 
 
 def test_a_sound_job(shards):
@@ -53,7 +66,11 @@ def test_a_damaged_shard_needs_the_checksums_a_missing_one_does_not(shards):
     tar.write_bytes(bytes(data))
     assert _check(_config(shards))["shards"].level == "ok"
     found = _check(_config(shards), checksums=True)
-    assert found["shards"].level == "error" and tar.name in found["shards"].text and "plan" not in found
+    assert (
+        found["shards"].level == "error"
+        and tar.name in found["shards"].text
+        and "plan" not in found
+    )
     tar.unlink()
     assert f"{tar.name} has no bytes" in _check(_config(shards))["shards"].text
     assert _check(_config(shards.parent))["shards"].level == "error"
@@ -77,7 +94,11 @@ def test_a_plan_that_does_not_fit_names_one_that_does(shards, monkeypatch):
     big = replace(config, model=replace(config.model, hidden=4096))
     monkeypatch.setattr(job, "available_memory", lambda: (25 * 10**8, True))
     found = _check(big)["plan"]
-    assert found.level == "error" and "1.25 GB free here for each rank" in found.text and "use 3 partitions" in found.do
+    assert (
+        found.level == "error"
+        and "1.25 GB free here for each rank" in found.text
+        and "use 3 partitions" in found.do
+    )
     monkeypatch.setattr(job, "available_memory", lambda: (10**9, True))
     assert "no partitioning fits" in _check(big)["plan"].do
 
@@ -98,7 +119,9 @@ def test_a_full_disk_and_a_folder_that_cannot_be_written(shards, monkeypatch):
 
 def test_a_missing_tracking_library(shards, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "wandb", None)
-    found = _check(replace(_config(shards), run=RunConfig(dir=str(shards.parent / "r"), wandb="films")))["tracking"]
+    found = _check(
+        replace(_config(shards), run=RunConfig(dir=str(shards.parent / "r"), wandb="films"))
+    )["tracking"]
     assert found.level == "error" and "pip install wandb" in found.do
 
 
@@ -115,7 +138,11 @@ def test_a_missing_library_another_version_and_no_compiler(monkeypatch, tmp_path
     wanted = ["torch==1.0", "no_such_library>=1", 'pytest>=99; extra == "dev"']
     monkeypatch.setattr(machine.metadata, "requires", lambda name: wanted)
     found = next(machine._versions())
-    assert found.level == "error" and "missing: no_such_library" in found.text and "pytest" not in found.text
+    assert (
+        found.level == "error"
+        and "missing: no_such_library" in found.text
+        and "pytest" not in found.text
+    )
     wanted.remove("no_such_library>=1")
     assert next(machine._versions()).level == "warning"
     monkeypatch.setenv("CXX", str(tmp_path / "none"))
@@ -151,13 +178,28 @@ def test_round_trip_between_ranks():
 
 
 def test_the_verdict_of_a_table():
-    assert table([ok("a", "fine")]) == "ok       a  fine\nno errors, no warnings: a job can be submitted"
+    assert (
+        table([ok("a", "fine")])
+        == "ok       a  fine\nno errors, no warnings: a job can be submitted"
+    )
     said = table([warning("a", "slow", "wait"), error("long", "broken", "mend")])
-    assert "-> wait" in said and said.endswith("1 error, 1 warning: mend the errors before a job is submitted")
+    assert "-> wait" in said and said.endswith(
+        "1 error, 1 warning: mend the errors before a job is submitted"
+    )
 
 
 def test_command_alone(shards, tmp_path):
-    done = command("doctor", "--device", "cpu", "--shards", shards, "--run.dir", tmp_path / "r", "--json", *SMALL)
+    done = command(
+        "doctor",
+        "--device",
+        "cpu",
+        "--shards",
+        shards,
+        "--run.dir",
+        tmp_path / "r",
+        "--json",
+        *SMALL,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     found = {f["check"]: f for f in json.loads(done.stdout)}
     assert found["round trip"]["level"] == "ok" or "GB/s" in found["round trip"]["text"]
@@ -168,11 +210,23 @@ def test_command_under_the_launcher_and_with_an_error(shards, tmp_path):
     shutil_target = next(shards.glob("test-*.tar"))
     shutil_target.unlink()
     done = command(
-        "doctor", "--device", "cpu", "--shards", shards, "--run.dir", tmp_path / "r", "--json", tmp_path / "f.json", *SMALL, ranks=2
+        "doctor",
+        "--device",
+        "cpu",
+        "--shards",
+        shards,
+        "--run.dir",
+        tmp_path / "r",
+        "--json",
+        tmp_path / "f.json",
+        *SMALL,
+        ranks=2,
     )
     assert done.returncode == 1, done.stdout + done.stderr
     assert "gloo between 2 ranks" in done.stdout and "1 error" in done.stdout
-    assert [f["check"] for f in json.loads((tmp_path / "f.json").read_text()) if f["level"] == "error"] == ["shards"]
+    assert [
+        f["check"] for f in json.loads((tmp_path / "f.json").read_text()) if f["level"] == "error"
+    ] == ["shards"]
 
 
 def test_command_with_wrong_options(tmp_path):
@@ -180,4 +234,13 @@ def test_command_with_wrong_options(tmp_path):
     assert "model.hiden" in fails("doctor", "--model.hiden", "3")
 
 
-SMALL = ("--model.hidden", "8", "--model.latent", "4", "--model.encoder_layers", "2", "--model.decoder_layers", "2")
+SMALL = (
+    "--model.hidden",
+    "8",
+    "--model.latent",
+    "4",
+    "--model.encoder_layers",
+    "2",
+    "--model.decoder_layers",
+    "2",
+)

@@ -59,7 +59,9 @@ def dense(rows: list[list[int]], n_items: int) -> np.ndarray:
 
 def columns_of(ranks: Ranks, n_items: int, width: int, dtype: torch.dtype) -> SymmetricColumns:
     blocks = ranks.partition_of_items(n_items).blocks(width)
-    return SymmetricColumns([torch.zeros((n_items, hi - lo), dtype=dtype) for lo, hi in blocks], n_items, ranks, width)
+    return SymmetricColumns(
+        [torch.zeros((n_items, hi - lo), dtype=dtype) for lo, hi in blocks], n_items, ranks, width
+    )
 
 
 def gram(A: SymmetricColumns, rows: list[list[int]]) -> None:
@@ -80,7 +82,9 @@ def test_of_two_mirrored_blocks_one_is_kept_and_all_columns_keep_as_many(n_block
             kept[first:last, c] += 1
     by_block = np.stack([kept[lo] for lo, _ in A.blocks])
     assert (by_block + by_block.T == 1 + np.eye(n_blocks)).all()
-    assert (np.repeat(by_block, [hi - lo for lo, hi in A.blocks], axis=0) == kept).all(), "a block is kept whole"
+    assert (np.repeat(by_block, [hi - lo for lo, hi in A.blocks], axis=0) == kept).all(), (
+        "a block is kept whole"
+    )
     assert np.ptp(by_block.sum(axis=0)) <= 1
 
 
@@ -149,7 +153,9 @@ def test_weights_are_those_of_numpys_inverse(world_size):
     by_rank = run_ranks(_weights, world_size)
     for case, (n_items, _) in enumerate(WEIGHTS):
         B = np.concatenate([weights[case] for weights in by_rank], axis=1)
-        np.testing.assert_allclose(B, oracle(dense(random_rows(150, n_items, 1), n_items), LAMBDA), rtol=0, atol=1e-10)
+        np.testing.assert_allclose(
+            B, oracle(dense(random_rows(150, n_items, 1), n_items), LAMBDA), rtol=0, atol=1e-10
+        )
         assert (np.diag(B) == 0).all()
 
 
@@ -166,7 +172,10 @@ def test_in_float32_as_exact_as_lapacks_cholesky():
     assert np.linalg.cond(G.double().numpy()) > 1e5
     lapack = torch.cholesky_inverse(torch.linalg.cholesky(G)).double().numpy()
     invert(A)
-    errors = [np.linalg.norm(found - exact) for found in (-torch.cat(A.columns, dim=1).double().numpy(), lapack)]
+    errors = [
+        np.linalg.norm(found - exact)
+        for found in (-torch.cat(A.columns, dim=1).double().numpy(), lapack)
+    ]
     assert errors[0] <= 2 * errors[1]
 
 
@@ -188,7 +197,10 @@ def test_a_diagonal_that_is_not_positive_is_an_error():
     A = columns_of(alone(), 4, 2, torch.float32)
     for column in A.columns:
         column.fill_(torch.nan)
-    with pytest.raises(AgreedError, match=r"diagonal that is not positive within the item rows 0 to 1.*raise model\.ease_lambda"):
+    with pytest.raises(
+        AgreedError,
+        match=r"diagonal that is not positive within the item rows 0 to 1.*raise model\.ease_lambda",
+    ):
         to_weights(A)
 
 
@@ -202,8 +214,16 @@ def tastes(n_users: int, seed: int) -> list[np.ndarray]:
     rng = np.random.default_rng(seed)
     rows = []
     for _ in range(n_users):
-        liked = np.concatenate([np.arange(6) + 6 * taste for taste in rng.choice(10, 2, replace=False)])
-        rows.append(np.unique(np.concatenate([rng.choice(liked, 8, replace=False), rng.choice(N_ITEMS, 4, replace=False)])))
+        liked = np.concatenate(
+            [np.arange(6) + 6 * taste for taste in rng.choice(10, 2, replace=False)]
+        )
+        rows.append(
+            np.unique(
+                np.concatenate(
+                    [rng.choice(liked, 8, replace=False), rng.choice(N_ITEMS, 4, replace=False)]
+                )
+            )
+        )
     return rows
 
 
@@ -237,7 +257,9 @@ def run(shards, tmp_path_factory) -> Path:
     """A search in a process of its own."""
     path = tmp_path_factory.mktemp("ease") / "run"
     out = succeeds("train", *arguments(shards, path))
-    assert "lambda 5120: validation NDCG@100 0." in out and re.search(r"inverse: 1/1 blocks, [\d.,]+ blocks/s, 0:00:00 left", out)
+    assert "lambda 5120: validation NDCG@100 0." in out and re.search(
+        r"inverse: 1/1 blocks, [\d.,]+ blocks/s, 0:00:00 left", out
+    )
     return path
 
 
@@ -247,7 +269,9 @@ def train_matrix() -> np.ndarray:
 
 def figures(B: np.ndarray, pairs: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
     seen = [fold_in.tolist() for fold_in, _ in pairs]
-    found = metrics_of(full_ranking(dense(seen, N_ITEMS) @ B, seen), [out.tolist() for _, out in pairs])
+    found = metrics_of(
+        full_ranking(dense(seen, N_ITEMS) @ B, seen), [out.tolist() for _, out in pairs]
+    )
     return {name: value for name, value in found.items() if "@" in name and "coverage" not in name}
 
 
@@ -266,13 +290,25 @@ def test_the_search_finds_the_lambda_that_is_best_on_validation(run):
     every = {value: figures(oracle(x, value), pairs)["ndcg@100"] for value in closed_form.GRID}
     planted = max(every, key=every.__getitem__)
     assert result["ease_lambda"] == planted
-    assert closed_form.GRID[0] > planted > closed_form.GRID[-1], "the optimum of this test lies within the grid"
-    assert len(lines) == closed_form.GRID.index(planted) + 1 + closed_form.PATIENCE, "the search ends behind it"
+    assert closed_form.GRID[0] > planted > closed_form.GRID[-1], (
+        "the optimum of this test lies within the grid"
+    )
+    assert len(lines) == closed_form.GRID.index(planted) + 1 + closed_form.PATIENCE, (
+        "the search ends behind it"
+    )
 
 
 def test_files_and_result_of_a_run(run):
     result = json.loads((run / "result.json").read_text())
-    names = ["validation", "test", "seconds_training", "epochs", "world_size", "checkpoint", "checkpoint_sha256"]
+    names = [
+        "validation",
+        "test",
+        "seconds_training",
+        "epochs",
+        "world_size",
+        "checkpoint",
+        "checkpoint_sha256",
+    ]
     names.append("ease_lambda")
     assert list(result) == names
     assert {p.name for p in (run / "checkpoints").iterdir()} == {"best", result["checkpoint"]}
@@ -292,11 +328,26 @@ def test_evaluate_and_recommend(run, tmp_path, call):  # noqa: F811
     call(evaluate, "--run", run, "--json", tmp_path / "e.json", "--device", "cpu")
     assert json.loads((tmp_path / "e.json").read_text())["test"] == result["test"]
     call(evaluate, "--run", run, "--json", tmp_path / "h.json", "--recall_denominator", "held_out")
-    assert json.loads((tmp_path / "h.json").read_text())["test"]["ndcg@20"] == result["test"]["ndcg@20"]
+    assert (
+        json.loads((tmp_path / "h.json").read_text())["test"]["ndcg@20"]
+        == result["test"]["ndcg@20"]
+    )
 
     seen = [3, 4, 40]
     (tmp_path / "h.csv").write_text("user,item\n" + "".join(f"ann,{1000 + i}\n" for i in seen))
-    call(recommend, "--run", run, "--histories", tmp_path / "h.csv", "--k", 57, "--output", tmp_path / "l.csv", "--device", "cpu")
+    call(
+        recommend,
+        "--run",
+        run,
+        "--histories",
+        tmp_path / "h.csv",
+        "--k",
+        57,
+        "--output",
+        tmp_path / "l.csv",
+        "--device",
+        "cpu",
+    )
     table = pa_csv.read_csv(tmp_path / "l.csv").to_pydict()
     B = oracle(train_matrix(), result["ease_lambda"])
     x = torch.from_numpy(dense([seen], N_ITEMS))
@@ -309,7 +360,9 @@ def test_evaluate_and_recommend(run, tmp_path, call):  # noqa: F811
 def test_two_ranks_and_a_given_lambda_under_deepspeed(shards, run, tmp_path):
     """The same figures as one rank, and a checkpoint of two partitions that one rank reads."""
     value = json.loads((run / "result.json").read_text())["ease_lambda"]
-    succeeds("train", *arguments(shards, tmp_path / "two", "--model.ease_lambda", str(value)), ranks=2)
+    succeeds(
+        "train", *arguments(shards, tmp_path / "two", "--model.ease_lambda", str(value)), ranks=2
+    )
     one, two = (json.loads((path / "result.json").read_text()) for path in (run, tmp_path / "two"))
     assert (two["world_size"], two["ease_lambda"], two["checkpoint"]) == (2, value, "step-00000001")
     for split in ("validation", "test"):
@@ -326,11 +379,18 @@ def test_a_run_that_is_done_only_says_so_again(run, shards, tmp_path, call, caps
     done = shutil.copytree(run, tmp_path / "done", symlinks=True)
     call(main, *arguments(shards, done))
     assert "already holds lambda" in capsys.readouterr().out
-    assert json.loads((done / "result.json").read_text()) == json.loads((run / "result.json").read_text())
+    assert json.loads((done / "result.json").read_text()) == json.loads(
+        (run / "result.json").read_text()
+    )
     assert lines_of(done) == lines_of(run)
-    with pytest.raises(ValueError, match=r"model\.ease_lambda was 0\.0 and is now 7\.0; set it back, or start a new run\.dir"):
+    with pytest.raises(
+        ValueError,
+        match=r"model\.ease_lambda was 0\.0 and is now 7\.0; set it back, or start a new run\.dir",
+    ):
         call(main, *arguments(shards, done, "--model.ease_lambda", "7"))
-    call(main, *arguments(shards, done, "--run.recall_denominator", "held_out"))  # only changes how the same lists are counted
+    call(
+        main, *arguments(shards, done, "--run.recall_denominator", "held_out")
+    )  # only changes how the same lists are counted
 
 
 def test_a_search_that_was_cut_off_goes_on_behind_the_best(run, shards, tmp_path, call, capsys):  # noqa: F811
@@ -363,14 +423,27 @@ def test_a_search_that_was_cut_off_goes_on_behind_the_best(run, shards, tmp_path
     assert {k: after[k] for k in ("test", "validation", "checkpoint")} == {
         k: before[k] for k in ("test", "validation", "checkpoint")
     }
-    assert [line["ndcg@100"] for line in lines_of(path)] == [line["ndcg@100"] for line in lines_of(run)]
+    assert [line["ndcg@100"] for line in lines_of(path)] == [
+        line["ndcg@100"] for line in lines_of(run)
+    ]
 
 
 def test_sigterm_ends_a_run_with_status_0(tmp_path):
     """Between two lambdas or in the middle of one: nothing half-written stays, and the lock is gone."""
     write_folder(tmp_path / "shards", random_rows(60, 1500, 0), [([0], [1])] * 3, n_items=1500)
-    command = [sys.executable, str(ROOT / "launch" / "train.py"), *arguments(tmp_path / "shards", tmp_path / "run")]
-    process = subprocess.Popen(command, env=environment(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    command = [
+        sys.executable,
+        str(ROOT / "launch" / "train.py"),
+        *arguments(tmp_path / "shards", tmp_path / "run"),
+    ]
+    process = subprocess.Popen(
+        command,
+        env=environment(),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     assert process.stdout is not None
     lines = [process.stdout.readline() for _ in range(2)]
     process.send_signal(signal.SIGTERM)
@@ -386,7 +459,9 @@ def test_dry_run_says_memory_and_time_and_writes_nothing(run, shards, tmp_path, 
 
     call(main, *arguments(shards, tmp_path / "new"), "--dry_run")
     out = capsys.readouterr().out
-    assert "memory of a rank, 1 partitions: 0." in out and "time for each of at most 10 lambdas" in out
+    assert (
+        "memory of a rank, 1 partitions: 0." in out and "time for each of at most 10 lambdas" in out
+    )
     assert "would start anew" in out and not (tmp_path / "new").exists()
     call(main, *arguments(shards, run), "--dry_run")
     assert "would go on behind step-" in capsys.readouterr().out
@@ -399,19 +474,30 @@ def test_what_cannot_work_is_refused(shards, tmp_path, call):  # noqa: F811
     run_dir = tmp_path / "run"
     with pytest.raises(ValueError, match=r"--init_from is x, but model\.kind ease"):
         call(main, *arguments(shards, run_dir), "--init_from", "x")
-    with pytest.raises(ValueError, match=r"model\.kind is 'ease', expected a model that is trained in steps"):
+    with pytest.raises(
+        ValueError, match=r"model\.kind is 'ease', expected a model that is trained in steps"
+    ):
         call(benchmark, *arguments(shards, run_dir))
     with pytest.raises(ValueError, match=r"model\.ease_lambda is -1\.0, expected 0 or more"):
         call(main, *arguments(shards, run_dir, "--model.ease_lambda=-1"))
     for name, pairs in (("none", []), ("empty", [([1], [])])):
         write_folder(tmp_path / name, tastes(20, 0), pairs, n_items=N_ITEMS)
         with pytest.raises(
-            ValueError, match=r"model\.ease_lambda is 0, so it is to be chosen on validation.*set model\.ease_lambda"
+            ValueError,
+            match=r"model\.ease_lambda is 0, so it is to be chosen on validation.*set model\.ease_lambda",
         ):
             call(main, *arguments(tmp_path / name, run_dir))
     write_folder(tmp_path / "few", tastes(20, 0), n_items=N_ITEMS)
     line = fails(
-        "train", *arguments(tmp_path / "few", tmp_path / "x", "--model.ease_lambda", "1e-30", "--model.ease_dtype", "fp32")
+        "train",
+        *arguments(
+            tmp_path / "few",
+            tmp_path / "x",
+            "--model.ease_lambda",
+            "1e-30",
+            "--model.ease_dtype",
+            "fp32",
+        ),
     )
     assert "raise model.ease_lambda or set model.ease_dtype to fp64" in line
 
@@ -423,7 +509,11 @@ I, WIDTH, USERS = 211, 32, 46
 
 def _fit(ranks: Ranks, folder: Path, dtype: str) -> tuple[np.ndarray, dict]:
     closed_form.SWEEP_COLUMNS = ease._GATHER_COLUMNS = WIDTH
-    config = Config(model=ModelConfig(kind="ease", ease_dtype=dtype), data=DataConfig(shards=str(folder)), run=RunConfig())
+    config = Config(
+        model=ModelConfig(kind="ease", ease_dtype=dtype),
+        data=DataConfig(shards=str(folder)),
+        run=RunConfig(),
+    )
     model = VASP(config.model, config.loss, I, ranks, 0, initialise=False, block_columns=WIDTH)
     with Allocations() as mode:
         fit_ease.fit(model.output.W_IC, WIDTH, config, Manifest.load(folder), LAMBDA, ranks)
@@ -438,7 +528,9 @@ def test_no_rank_ever_holds_a_whole_matrix(tmp_path, world_size, replicas):
     found = run_ranks(_fit, world_size, tmp_path, "fp64", replicas=replicas)
     partitions = world_size // replicas
     for replica in range(replicas):
-        B = np.concatenate([B for B, _ in found[replica * partitions : (replica + 1) * partitions]], axis=1)
+        B = np.concatenate(
+            [B for B, _ in found[replica * partitions : (replica + 1) * partitions]], axis=1
+        )
         stored(B, oracle(dense(rows, I), LAMBDA), "B of a replica")
     for _, seen in found:
         assert ((I, WIDTH), 8 * I * WIDTH) in seen
@@ -456,7 +548,10 @@ def test_users_are_taken_together_and_each_once(tmp_path, monkeypatch):
     assert len(one) < len(parts) and max(p.n_rows for p in parts) == 21
     for together in (one, parts):
         joined, expected = concatenate_rows(together), csr(rows)
-        assert joined.indptr.tolist() == expected.indptr.tolist() and joined.items.tolist() == expected.items.tolist()
+        assert (
+            joined.indptr.tolist() == expected.indptr.tolist()
+            and joined.items.tolist() == expected.items.tolist()
+        )
 
 
 def test_plan_knows_the_block_and_counts_the_matrix():
@@ -466,7 +561,13 @@ def test_plan_knows_the_block_and_counts_the_matrix():
     assert one.memory["item weights"] == 4 * 40_981**2
     assert one.memory_total < 10e9
     assert four.memory["item weights"] == pytest.approx(one.memory["item weights"] / 4, rel=1e-3)
-    double = make_plan(replace(config, model=ModelConfig(kind="ease", ease_dtype="fp64")), Sizes(40_981, 27.0), 1, 1, Rates())
+    double = make_plan(
+        replace(config, model=ModelConfig(kind="ease", ease_dtype="fp64")),
+        Sizes(40_981, 27.0),
+        1,
+        1,
+        Rates(),
+    )
     assert double.memory["item weights"] == 2 * one.memory["item weights"]
     assert config.model.item_parameters(100, 30) == 3000 and config.model.trunk_parameters() == 0
 
@@ -481,11 +582,31 @@ def test_movielens_1m_gives_the_known_figures(data_dir, tmp_path):
     from data_tools.shard import main as shard
 
     sizes = ["--val_users", "500", "--test_users", "1000"]
-    assert shard([str(data_dir / "ml-1m" / "ratings.csv.gz"), str(tmp_path / "shards"), *sizes]) == 0
-    deepspeed = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", "2", "--master_port", str(free_port())]
+    assert (
+        shard([str(data_dir / "ml-1m" / "ratings.csv.gz"), str(tmp_path / "shards"), *sizes]) == 0
+    )
+    deepspeed = [
+        str(Path(sys.executable).parent / "deepspeed"),
+        "--num_accelerators",
+        "2",
+        "--master_port",
+        str(free_port()),
+    ]
     command = [*deepspeed, "launch/train.py", "--config", "configs/ease-ml-1m.yaml"]
     command += ["--data.shards", str(tmp_path / "shards"), "--run.dir", str(tmp_path / "run")]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600, check=False)
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     test = json.loads((tmp_path / "run" / "result.json").read_text())["test"]
-    assert [round(test[name], 4) for name in ("ndcg@100", "recall@20", "recall@50")] == [0.4222, 0.3631, 0.4806]
+    assert [round(test[name], 4) for name in ("ndcg@100", "recall@20", "recall@50")] == [
+        0.4222,
+        0.3631,
+        0.4806,
+    ]

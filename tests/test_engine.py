@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from dist_vasp.config import Config, LossConfig, ModelConfig, OptimizerConfig, ParallelConfig, RunConfig, Stage
+from dist_vasp.config import (
+    Config,
+    LossConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RunConfig,
+    Stage,
+)
 from dist_vasp.data.stream import Batch
 from tests.dense import TORCH_OPTIMIZERS, DenseVASP, dense_rows
 from tests.partitioned import SMALL, assemble, csr, export, random_rows, randomise, share
@@ -20,12 +28,19 @@ REPORTED = ("loss", "reconstruction", "kl", "grad_norm")
 
 
 def _config(
-    name: str = "nadam", kind: str = "vasp", accumulation: int = 1, replicas: int = 1, clip: float = 0.0, stage: int = 1
+    name: str = "nadam",
+    kind: str = "vasp",
+    accumulation: int = 1,
+    replicas: int = 1,
+    clip: float = 0.0,
+    stage: int = 1,
 ) -> Config:
     return Config(
         model=ModelConfig(kind=kind, **SMALL),
         loss=LossConfig(),
-        optimizer=OptimizerConfig(name=name, schedule=[Stage(10, LR)], accumulation=accumulation, clip_norm=clip),
+        optimizer=OptimizerConfig(
+            name=name, schedule=[Stage(10, LR)], accumulation=accumulation, clip_norm=clip
+        ),
         parallel=ParallelConfig(replicas=replicas, zero_stage=stage),
         run=RunConfig(seed=5),
         device="cpu",
@@ -33,7 +48,9 @@ def _config(
 
 
 def _rows(step: int) -> tuple[list[list[int]], list[list[int]]]:
-    return random_rows(N_ROWS, N_ITEMS, 10 + step, empty=(3,)), random_rows(N_ROWS, N_ITEMS, 20 + step, empty=(5,))
+    return random_rows(N_ROWS, N_ITEMS, 10 + step, empty=(3,)), random_rows(
+        N_ROWS, N_ITEMS, 20 + step, empty=(5,)
+    )
 
 
 def _batch(step: int, ranks) -> Batch:
@@ -42,7 +59,18 @@ def _batch(step: int, ranks) -> Batch:
     mine, padded = share(N_ROWS, ranks)
     lanes = tuple((lane, 1) for lane in range(mine.start, mine.stop))
     n = mine.stop - mine.start
-    return Batch(0, step, csr(x[mine]), csr(y[mine]), np.arange(n, dtype=np.uint64), lanes, n, N_ROWS, N_ROWS, padded)
+    return Batch(
+        0,
+        step,
+        csr(x[mine]),
+        csr(y[mine]),
+        np.arange(n, dtype=np.uint64),
+        lanes,
+        n,
+        N_ROWS,
+        N_ROWS,
+        padded,
+    )
 
 
 def _train(ranks, configs: list[Config]):
@@ -79,7 +107,12 @@ def _noise(step: int) -> torch.Tensor:
     from dist_vasp.data.augment import hash64
 
     keys = [int(hash64(np.uint64(5), np.uint64(step), np.uint64(lane))) for lane in range(N_ROWS)]
-    return torch.cat([torch.randn((1, SMALL["latent"]), generator=torch.Generator().manual_seed(key)) for key in keys])
+    return torch.cat(
+        [
+            torch.randn((1, SMALL["latent"]), generator=torch.Generator().manual_seed(key))
+            for key in keys
+        ]
+    )
 
 
 def _dense(parameters, name: str, clip: float) -> dict[str, torch.Tensor | float]:

@@ -18,7 +18,9 @@ def rows() -> list[tuple[str, str]]:
     """(line, message) of the page's tables."""
     found = []
     for row in PAGE.read_text().splitlines():
-        cells = [re.sub(r"\\([|<*])", r"\1", cell.strip()) for cell in re.split(r"(?<!\\)\|", row)[1:-1]]
+        cells = [
+            re.sub(r"\\([|<*])", r"\1", cell.strip()) for cell in re.split(r"(?<!\\)\|", row)[1:-1]
+        ]
         if len(cells) == 3 and cells[0].startswith("`"):
             found.append((cells[0].strip("`"), cells[2]))
     return found
@@ -38,14 +40,23 @@ def commands(folder):
 
 def _listing(folder: Path) -> dict[Path, int]:
     """What lies there, and since when; who owns an existing run is noted in its .lock before anything is compared."""
-    return {p: 0 if p.name == ".lock" else p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
+    return {
+        p: 0 if p.name == ".lock" else p.stat().st_mtime_ns
+        for p in folder.rglob("*")
+        if p.is_file()
+    }
 
 
 def _matches(message: str, pattern: str) -> bool:
-    return re.fullmatch(".*".join(re.escape(part) for part in pattern.split("…")), message) is not None
+    return (
+        re.fullmatch(".*".join(re.escape(part) for part in pattern.split("…")), message) is not None
+    )
 
 
-@pytest.mark.parametrize("command", sorted({re.search(r"[\w.]+\.\w+", line.replace("127.0.0.1", ""))[0] for line, _ in rows()}))
+@pytest.mark.parametrize(
+    "command",
+    sorted({re.search(r"[\w.]+\.\w+", line.replace("127.0.0.1", ""))[0] for line, _ in rows()}),
+)
 def test_messages_of_the_page(command, commands, folder):
     """Lines are run a command at a time; what is different is shown together."""
     wrong = []
@@ -54,7 +65,11 @@ def test_messages_of_the_page(command, commands, folder):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
-        lines = [row for row in rows() if re.search(r"[\w.]+\.\w+", row[0].replace("127.0.0.1", ""))[0] == command]
+        lines = [
+            row
+            for row in rows()
+            if re.search(r"[\w.]+\.\w+", row[0].replace("127.0.0.1", ""))[0] == command
+        ]
         for line, message in lines:
             done = commands.run(line.replace("{port}", port))
             if done.status != 2 or not _matches(done.err, f"error: {message}\n"):
@@ -68,7 +83,11 @@ def test_the_page_has_every_command():
     scripts = [*(ROOT / "launch").glob("*.py"), *(ROOT / "data_tools").glob("*.py")]
     for script in scripts:
         if '__name__ == "__main__"' in script.read_text():
-            name = f"launch/{script.name}" if script.parent.name == "launch" else f"data_tools.{script.stem}"
+            name = (
+                f"launch/{script.name}"
+                if script.parent.name == "launch"
+                else f"data_tools.{script.stem}"
+            )
             assert name in told, f"docs/errors.md has no wrong invocation of {name}"
     assert len(rows()) >= 30
 
@@ -92,4 +111,6 @@ def test_the_page_has_every_command():
 def test_debug_shows_the_traceback(line, commands):
     done = commands.run(line)
     assert done.status == 2
-    assert "Traceback (most recent call last)" in done.err and done.err.splitlines()[-1].startswith("error: ")
+    assert "Traceback (most recent call last)" in done.err and done.err.splitlines()[-1].startswith(
+        "error: "
+    )

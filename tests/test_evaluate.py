@@ -51,8 +51,12 @@ def folder(tmp_path_factory):
     test[ALMOST_ALL] = (list(range(3, N_ITEMS)), [0, 2])
     test[HARDLY_ANY] = ([], [4, 5, 6])
     test[NEVER_SEEN] = (list(range(N_ITEMS)), [])
-    train = [[i % 40, 40 + i % 17, 90 + i % 3] for i in range(60)]  # many items of equal popularity, many of none
-    write_folder(path, train, _users(7, 2), test, n_items=N_ITEMS, users_per_shard=9, users_per_block=4)
+    train = [
+        [i % 40, 40 + i % 17, 90 + i % 3] for i in range(60)
+    ]  # many items of equal popularity, many of none
+    write_folder(
+        path, train, _users(7, 2), test, n_items=N_ITEMS, users_per_shard=9, users_per_block=4
+    )
     return path
 
 
@@ -60,7 +64,9 @@ def histories(folder, split: str) -> tuple[list[list[int]], list[list[int]]]:
     fold_in, held_out = [], []
     for block in evaluation_blocks(folder, split, 8):
         for side, rows in ((fold_in, block.fold_in), (held_out, block.held_out)):
-            side += [rows.items[a:b].tolist() for a, b in zip(rows.indptr, rows.indptr[1:], strict=False)]
+            side += [
+                rows.items[a:b].tolist() for a, b in zip(rows.indptr, rows.indptr[1:], strict=False)
+            ]
     return fold_in, held_out
 
 
@@ -76,20 +82,35 @@ def full_ranking(scores: np.ndarray, seen: list[list[int]]) -> list[list[int]]:
 
 
 def metrics_of(ranking: list[list[int]], held_out: list[list[int]]) -> dict[str, float]:
-    found: dict[str, list[float]] = {"ndcg@100": [], "ndcg@20": [], "recall@20": [], "recall@50": []}
+    found: dict[str, list[float]] = {
+        "ndcg@100": [],
+        "ndcg@20": [],
+        "recall@20": [],
+        "recall@50": [],
+    }
     for listed, target in zip(ranking, held_out, strict=True):
         if not target:
             continue
         for k in (20, 50):
             found[f"recall@{k}"].append(len(set(listed[:k]) & set(target)) / min(k, len(target)))
         for k in (20, 100):
-            gain = sum(1 / math.log2(rank + 2) for rank, item in enumerate(listed[:k]) if item in target)
-            found[f"ndcg@{k}"].append(gain / sum(1 / math.log2(rank + 2) for rank in range(min(k, len(target)))))
+            gain = sum(
+                1 / math.log2(rank + 2) for rank, item in enumerate(listed[:k]) if item in target
+            )
+            found[f"ndcg@{k}"].append(
+                gain / sum(1 / math.log2(rank + 2) for rank in range(min(k, len(target))))
+            )
     out: dict[str, float] = {}
     for name, values in found.items():
-        out |= {name: float(np.mean(values)), f"{name}_se": float(np.std(values, ddof=1) / np.sqrt(len(values)))}
+        out |= {
+            name: float(np.mean(values)),
+            f"{name}_se": float(np.std(values, ddof=1) / np.sqrt(len(values))),
+        }
     out["coverage@100"] = len({item for listed in ranking for item in listed[:100]}) / N_ITEMS
-    return out | {"n_users": len(found["ndcg@100"]), "n_users_unscored": sum(not target for target in held_out)}
+    return out | {
+        "n_users": len(found["ndcg@100"]),
+        "n_users_unscored": sum(not target for target in held_out),
+    }
 
 
 def dense_scores(kind: str, loss: str, seen: list[list[int]]) -> np.ndarray:
@@ -128,7 +149,9 @@ def _evaluate(ranks, folder):
 @pytest.fixture(scope="module")
 def by_layout(folder):
     """What `_evaluate` found: by (ranks, replicas), a list over the ranks."""
-    found = {(n, r): run_ranks(_evaluate, n, folder, replicas=r) for n, r in ((2, 1), (3, 1), (4, 2))}
+    found = {
+        (n, r): run_ranks(_evaluate, n, folder, replicas=r) for n, r in ((2, 1), (3, 1), (4, 2))
+    }
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(item_layers, "BLOCK_COLUMNS", 7)
         patch.setattr(module, "USERS_PER_BLOCK", 8)
@@ -156,7 +179,10 @@ def test_metrics_equal_a_full_ranking_on_every_layout(folder, by_layout, kind, l
     _, held_out = histories(folder, "test")
     for by_rank in by_layout.values():
         per_user, done = by_rank[0][kind][2], by_rank[0][kind][5]
-        assert all((np.isnan(values) == [not target for target in held_out]).all() for values in per_user.values())
+        assert all(
+            (np.isnan(values) == [not target for target in held_out]).all()
+            for values in per_user.values()
+        )
         assert done == sorted(done) and done[-1] == len(held_out)
 
 
@@ -172,10 +198,16 @@ def test_lists_equal_a_full_ranking_and_do_not_depend_on_partitions(folder, by_l
                 for u, listed in enumerate(ranking):
                     n = min(k, len(listed))
                     same_list(ids[u, :n], listed[:n], expected[u], bounds[u], f"user {u}")
-                    each_within(scores[u, :n], expected[u, ids[u, :n]], bounds[u, ids[u, :n]], f"user {u}")
+                    each_within(
+                        scores[u, :n], expected[u, ids[u, :n]], bounds[u, ids[u, :n]], f"user {u}"
+                    )
                     assert (ids[u, n:] == -1).all() and (scores[u, n:] == -np.inf).all()
                     assert not set(ids[u, :n].tolist()) & set(seen[u])
-    assert len(ranking[ALMOST_ALL]) == 3 and ranking[NEVER_SEEN] == [] and len(ranking[HARDLY_ANY]) == N_ITEMS
+    assert (
+        len(ranking[ALMOST_ALL]) == 3
+        and ranking[NEVER_SEEN] == []
+        and len(ranking[HARDLY_ANY]) == N_ITEMS
+    )
 
 
 def test_popularity_is_exact_with_ties_to_the_lower_row(folder, by_layout):

@@ -35,19 +35,25 @@ pytestmark = pytest.mark.slow
 
 N_ITEMS, BATCH, LANES, STEPS_PER_EPOCH, STEPS = 301, 24, 6, 8, 40
 ENDLESS = ("--run.max_steps", "100000", "--optimizer.schedule", "[{epochs: 100000, lr: 0.001}]")
-STOP_WITHIN_S = 25.0  # what section 7 of DESIGN.md and issue 3 promise; a limit here, not a measurement
+STOP_WITHIN_S = (
+    25.0  # what section 7 of DESIGN.md and issue 3 promise; a limit here, not a measurement
+)
 
 
 def rows(n: int, seed: int, n_items: int = N_ITEMS) -> list[np.ndarray]:
     random = np.random.default_rng(seed)
-    return [np.sort(random.choice(n_items, random.integers(2, 20), replace=False)) for _ in range(n)]
+    return [
+        np.sort(random.choice(n_items, random.integers(2, 20), replace=False)) for _ in range(n)
+    ]
 
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("shards")
     heldout = [(row[1:], row[:1]) for row in rows(60, 1)]
-    write_folder(path, rows(BATCH * STEPS_PER_EPOCH, 0), heldout[:30], heldout[30:], n_items=N_ITEMS)
+    write_folder(
+        path, rows(BATCH * STEPS_PER_EPOCH, 0), heldout[:30], heldout[30:], n_items=N_ITEMS
+    )
     return path
 
 
@@ -55,9 +61,25 @@ def training(shards: Path, run_dir: Path, *more: str) -> list[str]:
     """Arguments of a run of 5 epochs; later ones win."""
     return [
         *("--data.shards", str(shards), "--run.dir", str(run_dir), "--device", "cpu"),
-        *("--data.batch_size", str(BATCH), "--parallel.lanes", str(LANES), "--run.max_steps", str(STEPS)),
+        *(
+            "--data.batch_size",
+            str(BATCH),
+            "--parallel.lanes",
+            str(LANES),
+            "--run.max_steps",
+            str(STEPS),
+        ),
         *("--run.checkpoint_every_steps", "4", "--optimizer.schedule", "[{epochs: 9, lr: 0.001}]"),
-        *("--model.hidden", "33", "--model.latent", "17", "--model.encoder_layers", "3", "--model.decoder_layers", "2"),
+        *(
+            "--model.hidden",
+            "33",
+            "--model.latent",
+            "17",
+            "--model.encoder_layers",
+            "3",
+            "--model.decoder_layers",
+            "2",
+        ),
         *more,
     ]
 
@@ -75,8 +97,15 @@ def ends(job: Job, what: str, within: float = 120.0) -> list[int]:
     """The statuses of the job, and a line that says what was seen."""
     at = time.monotonic()
     statuses = job.end(within)
-    said = [line for line in job.output.splitlines() if line.startswith(("error: ", "stopped on request"))]
-    print(f"\n{what}: status {statuses} after {time.monotonic() - at:.1f} s; " + " | ".join(said), flush=True)
+    said = [
+        line
+        for line in job.output.splitlines()
+        if line.startswith(("error: ", "stopped on request"))
+    ]
+    print(
+        f"\n{what}: status {statuses} after {time.monotonic() - at:.1f} s; " + " | ".join(said),
+        flush=True,
+    )
     assert "Traceback" not in job.output, job.output
     return statuses
 
@@ -122,14 +151,19 @@ def test_a_signal_saves_and_stops_every_rank(shards, whole, tmp_path, number, to
     """Ranks without a launcher, so that each one's status can be seen. To all: their loader workers too."""
     run = RunFolder(tmp_path / "run")
     variables = {"OMP_NUM_THREADS": str(threads)}
-    with Job(*training(shards, run.path), log=tmp_path / "log", bare=True, variables=variables) as job:
+    with Job(
+        *training(shards, run.path), log=tmp_path / "log", bare=True, variables=variables
+    ) as job:
         wait_for_step(job, run)
         if to == "all":
             job.signal_group(number)
         else:
             job.signal_rank(int(to[-1]), number)
         assert ends(job, f"{number.name} to {to}", STOP_WITHIN_S) == [0, 0]
-        stopped = re.search(r"stopped on request after step (\d+) of 40, saved in (.*); the same command", job.output)
+        stopped = re.search(
+            r"stopped on request after step (\d+) of 40, saved in (.*); the same command",
+            job.output,
+        )
         assert stopped, job.output
     assert run.saved_step() == run.step() == int(stopped[1])
     if threads == 1:  # as many as the run left alone: sums in the same order
@@ -153,7 +187,9 @@ def test_a_signal_to_the_launcher_alone(shards, tmp_path, number):
 
 def test_a_loader_worker_that_is_killed_costs_nothing(shards, whole, tmp_path):
     run = RunFolder(tmp_path / "run")
-    with Job(*training(shards, run.path, *ENDLESS, "--data.workers", "2"), log=tmp_path / "log") as job:
+    with Job(
+        *training(shards, run.path, *ENDLESS, "--data.workers", "2"), log=tmp_path / "log"
+    ) as job:
         wait_for_step(job, run, 2)
         for rank in job.ranks():
             os.kill(psutil.Process(rank).children()[0].pid, signal.SIGKILL)
@@ -165,13 +201,28 @@ def test_a_loader_worker_that_is_killed_costs_nothing(shards, whole, tmp_path):
     assert_begins_as(run, whole)
 
 
-@pytest.mark.parametrize(("output", "status"), [("| head -n 1", 0), (">&- 2>&-", 0), ("> /dev/full", 1)])
-def test_a_training_whose_output_breaks_ends_with_its_result(shards, whole, tmp_path, output, status):
+@pytest.mark.parametrize(
+    ("output", "status"), [("| head -n 1", 0), (">&- 2>&-", 0), ("> /dev/full", 1)]
+)
+def test_a_training_whose_output_breaks_ends_with_its_result(
+    shards, whole, tmp_path, output, status
+):
     run = RunFolder(tmp_path / "run")
-    words = " ".join(map(shlex.quote, [sys.executable, str(ROOT / "launch" / "train.py"), *training(shards, run.path)]))
+    words = " ".join(
+        map(
+            shlex.quote,
+            [sys.executable, str(ROOT / "launch" / "train.py"), *training(shards, run.path)],
+        )
+    )
     line = f"{words} --data.workers 2 {output}; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(
-        ["bash", "-c", line], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120, check=False
+        ["bash", "-c", line],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
     print(f"\noutput {output}: status {done.returncode}; {done.stderr}")
     assert done.returncode == status, done.stderr
@@ -217,7 +268,9 @@ def test_a_rank_that_dies_ends_the_run(shards, tmp_path, rank):
         job.signal_rank(rank, signal.SIGKILL)
         assert ends(job, f"SIGKILL to rank {rank}", 60) != [0]
         assert errors(job) == [named(rank)], job.output
-    assert run.step() - run.saved_step() <= 4 + 2, "lost: at most checkpoint_every_steps and the steps during one write"
+    assert run.step() - run.saved_step() <= 4 + 2, (
+        "lost: at most checkpoint_every_steps and the steps during one write"
+    )
 
 
 @pytest.mark.parametrize("after", [0.0, 0.3, 1.0, 2.0])
@@ -238,12 +291,27 @@ def test_a_rank_that_never_comes_is_not_waited_for_in_silence(tmp_path):
     code = "import sys\nfrom dist_vasp.parallel import comm\nfrom launch.cli import run\ncomm._ALL_STARTED_S = 2.0\n"
     code += "run(lambda _: comm.init_ranks(device='cpu') and None)"
     env = environment(
-        RANK="0", WORLD_SIZE="2", LOCAL_RANK="0", LOCAL_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port())
+        RANK="0",
+        WORLD_SIZE="2",
+        LOCAL_RANK="0",
+        LOCAL_SIZE="2",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(free_port()),
     )
-    done = subprocess.run([sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=env,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
     assert done.returncode == 1
     said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(said) == 1 and said[0].startswith("error: rank 0 waited 2 s for 2 ranks to start, but some never came"), done.stderr
+    assert len(said) == 1 and said[0].startswith(
+        "error: rank 0 waited 2 s for 2 ranks to start, but some never came"
+    ), done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -262,10 +330,22 @@ def test_a_rank_that_fails_is_named_with_its_error():
     """A bug on one rank: its traceback, then one line; it ends at once, whatever else still runs in it."""
     code = "import threading, time\nfrom launch.cli import run\n"
     code += "def main(_):\n    threading.Thread(target=time.sleep, args=(600,)).start()\n    [][3]\nrun(main)"
-    env = environment(RANK="1", WORLD_SIZE="2", LOCAL_RANK="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="29677")
-    done = subprocess.run([sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    env = environment(
+        RANK="1", WORLD_SIZE="2", LOCAL_RANK="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="29677"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=env,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
     assert done.returncode == 1
-    assert "Traceback" in done.stderr and done.stderr.endswith("error: rank 1: IndexError: list index out of range\n")
+    assert "Traceback" in done.stderr and done.stderr.endswith(
+        "error: rank 1: IndexError: list index out of range\n"
+    )
 
 
 # --- the disk --------------------------------------------------------------------------------------------------------
@@ -276,7 +356,9 @@ def small_disk(tmp_path) -> Iterator[Path]:
     """12 MB of memory as a filesystem; skips where mounting is not allowed."""
     path = tmp_path / "disk"
     path.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m", "none", path], capture_output=True, check=False).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=12m", "none", path], capture_output=True, check=False
+    ).returncode:
         pytest.skip("mounting a tmpfs needs root")
     yield path
     subprocess.run(["umount", "-l", path], check=True)
@@ -293,7 +375,10 @@ def test_a_full_disk_leaves_the_last_checkpoint_good(shards, whole, tmp_path, sm
         assert ends(job, "full disk", 60) == [2]
         said = errors(job)
         assert len(said) == 1, said
-        assert re.search(r"(GB free but the checkpoint needs|could not be written).*earlier checkpoints are good", said[0])
+        assert re.search(
+            r"(GB free but the checkpoint needs|could not be written).*earlier checkpoints are good",
+            said[0],
+        )
     assert not run.saving(), "the half-written checkpoint is gone"
     (small_disk / "filler").unlink()
     resumes(training(shards, run.path), run, whole, tmp_path / "again")
@@ -308,7 +393,8 @@ def test_a_write_that_fails_half_way_leaves_the_last_checkpoint_good(shards, who
         assert ends(job, "a write fails half-way on rank 1", 60) == [2]
         assert len(errors(job)) == 1
         assert re.search(
-            r"checkpoint .* could not be written \(.*File too large.*\); .*earlier checkpoints are good", errors(job)[0]
+            r"checkpoint .* could not be written \(.*File too large.*\); .*earlier checkpoints are good",
+            errors(job)[0],
         )
     assert not run.saving()
     resumes(training(shards, run.path), run, whole, tmp_path / "again")
@@ -317,7 +403,10 @@ def test_a_write_that_fails_half_way_leaves_the_last_checkpoint_good(shards, who
 def test_a_metrics_file_that_cannot_be_written_says_so(tmp_path):
     run = RunDir(tmp_path / "run")
     run._metrics = open("/dev/full", "w")  # noqa: SIM115
-    with pytest.raises(ValueError, match=r"metrics\.jsonl could not be written \(No space left on device\).* checkpoints are good"):
+    with pytest.raises(
+        ValueError,
+        match=r"metrics\.jsonl could not be written \(No space left on device\).* checkpoints are good",
+    ):
         run.record({"step": 1}, "train")
     with contextlib.suppress(OSError):
         run._metrics.close()
@@ -330,7 +419,9 @@ def test_a_metrics_file_that_cannot_be_written_says_so(tmp_path):
 def test_a_loss_that_is_no_number_names_step_users_and_checkpoint(shards, whole, tmp_path, cadence):
     """The second epoch's learning rate is absurd. The weights of its first step are void; saved at every step, they have to go."""
     run = RunFolder(tmp_path / "run")
-    arguments = training(shards, run.path, "--optimizer.schedule", "[{epochs: 1, lr: 0.001}, {epochs: 9, lr: 900.0}]")
+    arguments = training(
+        shards, run.path, "--optimizer.schedule", "[{epochs: 1, lr: 0.001}, {epochs: 9, lr: 900.0}]"
+    )
     arguments += ["--run.checkpoint_every_steps", str(cadence)]
     with Job(*arguments, log=tmp_path / "log") as job:
         assert ends(job, "a loss that is no number") == [1]
@@ -341,7 +432,9 @@ def test_a_loss_that_is_no_number_names_step_users_and_checkpoint(shards, whole,
         assert len(said) == 1 and named, said
     step = int(named[1])
     assert run.step() == step - 1
-    assert Path(named[6]) == run.newest() and 0 < run.saved_step() < step - 1, "a checkpoint whose weights gave a finite loss"
+    assert Path(named[6]) == run.newest() and 0 < run.saved_step() < step - 1, (
+        "a checkpoint whose weights gave a finite loss"
+    )
     told = json.loads(Path(named[5]).read_text())
     batch = TrainStream(shards, BATCH, LANES).batch(step - 1)
     assert told == {"step": step, "user_keys": sorted({int(key) for key in batch.user_keys})}
@@ -357,7 +450,10 @@ def test_a_loss_that_is_no_number_names_step_users_and_checkpoint(shards, whole,
 # --- damaged files ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "damage"), [("trunk.safetensors", "flipped"), ("items-00001-of-00002.safetensors", "truncated")])
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [("trunk.safetensors", "flipped"), ("items-00001-of-00002.safetensors", "truncated")],
+)
 def test_a_damaged_checkpoint_is_named_before_training(shards, whole, tmp_path, name, damage):
     run = RunFolder(Path(shutil.copytree(whole.path, tmp_path / "run", symlinks=True)))
     newest = run.newest()
@@ -370,7 +466,10 @@ def test_a_damaged_checkpoint_is_named_before_training(shards, whole, tmp_path, 
     with Job(*arguments, log=tmp_path / "log") as job:
         assert ends(job, f"{name} {damage}") == [2]
         assert len(errors(job)) == 1
-        assert re.search(rf"{re.escape(str(file))} has SHA-256 .*checkpoint\.json says .*remove this checkpoint", errors(job)[0])
+        assert re.search(
+            rf"{re.escape(str(file))} has SHA-256 .*checkpoint\.json says .*remove this checkpoint",
+            errors(job)[0],
+        )
     assert run.metrics.read_bytes() == told, "training had gone on"
     if damage == "flipped":  # the way out that the message names
         shutil.rmtree(newest)
@@ -388,7 +487,10 @@ def test_a_shard_that_changes_under_a_run_is_noticed(shards, whole, tmp_path):
         os.replace(other, victim)
         assert ends(job, "a shard is replaced", 60) == [2]
         assert any(
-            re.search(r"rank \d: .*train-000003\.tar .*it was damaged or replaced; restore it", line) for line in errors(job)
+            re.search(
+                r"rank \d: .*train-000003\.tar .*it was damaged or replaced; restore it", line
+            )
+            for line in errors(job)
         )
     assert run.step() < STEPS
     victim.write_bytes(good)
@@ -405,7 +507,9 @@ def test_a_second_run_into_one_folder_is_refused(shards, whole, tmp_path):
         with Job(*training(shards, run.path, *ENDLESS), log=tmp_path / "second") as second:
             assert ends(second, "a second run into the same run.dir") == [2]
             said = errors(second)
-            assert len(said) == 1 and re.search(r"run\.dir .* is in use by process \d+ on \S+; wait for it to end", said[0]), said
+            assert len(said) == 1 and re.search(
+                r"run\.dir .* is in use by process \d+ on \S+; wait for it to end", said[0]
+            ), said
         first.signal_rank(0, signal.SIGTERM)
         assert first.end() == [0], "the first run was disturbed"
     assert_begins_as(run, whole)
@@ -422,24 +526,43 @@ def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
             name, lo = key[: key.index("[")], int(key[key.index("[") + 1 : key.index(":")])
             pieces.setdefault(name, []).append((lo, tensor))
     items = {
-        name: torch.cat([tensor for _, tensor in sorted(parts, key=lambda p: p[0])], dim=int("nease" in name))
+        name: torch.cat(
+            [tensor for _, tensor in sorted(parts, key=lambda p: p[0])], dim=int("nease" in name)
+        )
         for name, parts in pieces.items()
     }
-    everything = items | {f"trunk.{name}": tensor for name, tensor in load_file(checkpoint / "trunk.safetensors").items()}
-    return {name: tensor for name, tensor in everything.items() if not name.endswith((".exp_avg", ".exp_avg_sq"))}
+    everything = items | {
+        f"trunk.{name}": tensor
+        for name, tensor in load_file(checkpoint / "trunk.safetensors").items()
+    }
+    return {
+        name: tensor
+        for name, tensor in everything.items()
+        if not name.endswith((".exp_avg", ".exp_avg_sq"))
+    }
 
 
 def test_a_grown_catalogue_keeps_what_is_known(whole, tmp_path):
     """A larger vocabulary in another order; a learning rate of 0 shows the weights that training would start from."""
     grown, n_new, rng = tmp_path / "grown", 340, np.random.default_rng(5)
-    ids = rng.permutation(np.concatenate([1000 + np.arange(10, N_ITEMS), 5000 + np.arange(n_new - (N_ITEMS - 10))]))  # 10 are gone
-    write_folder(grown, rows(BATCH * STEPS_PER_EPOCH, 3, n_new), n_items=n_new, item_ids=ids.tolist())
+    ids = rng.permutation(
+        np.concatenate([1000 + np.arange(10, N_ITEMS), 5000 + np.arange(n_new - (N_ITEMS - 10))])
+    )  # 10 are gone
+    write_folder(
+        grown, rows(BATCH * STEPS_PER_EPOCH, 3, n_new), n_items=n_new, item_ids=ids.tolist()
+    )
     first_step = ("--run.max_steps", "1", "--optimizer.schedule", "[{epochs: 1, lr: 0.0}]")
     runs = {"fresh": [], "grown": ["--init_from", str(whole.path)]}
     for name, more in runs.items():
-        with Job(*training(grown, tmp_path / "runs" / name, *first_step, *more), log=tmp_path / f"{name}.log", ranks=3) as job:
+        with Job(
+            *training(grown, tmp_path / "runs" / name, *first_step, *more),
+            log=tmp_path / f"{name}.log",
+            ranks=3,
+        ) as job:
             assert ends(job, f"{name} on {n_new} items") == [0]
-    fresh, found = (tensors(tmp_path / "runs" / name / "checkpoints" / "step-00000001") for name in runs)
+    fresh, found = (
+        tensors(tmp_path / "runs" / name / "checkpoints" / "step-00000001") for name in runs
+    )
     old = tensors((whole.checkpoints / "best").resolve())
     assert found.keys() == old.keys() == fresh.keys()
 
@@ -450,7 +573,11 @@ def test_a_grown_catalogue_keeps_what_is_known(whole, tmp_path):
     for name, tensor in found.items():
         if name == "output.nease.weight":
             both = known[:, None] & known[None, :]
-            expected = torch.where(both, old[name][row.clamp(max=N_ITEMS - 1)][:, row.clamp(max=N_ITEMS - 1)], fresh[name])
+            expected = torch.where(
+                both,
+                old[name][row.clamp(max=N_ITEMS - 1)][:, row.clamp(max=N_ITEMS - 1)],
+                fresh[name],
+            )
             assert tensor.shape == (n_new, n_new) and torch.diagonal(tensor).count_nonzero() == 0
         elif name.startswith("trunk."):
             expected = old[name]

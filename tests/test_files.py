@@ -155,10 +155,16 @@ def _special(folder: Path, kind: str) -> Path:
 def test_only_a_regular_file_is_replaced(tmp_path, kind):
     path = _special(tmp_path, kind)
     before = names(tmp_path)
-    for attempt in (lambda: write(path, overwrite=True), lambda: replace_text(path, "x"), lambda: open_append(path)):
+    for attempt in (
+        lambda: write(path, overwrite=True),
+        lambda: replace_text(path, "x"),
+        lambda: open_append(path),
+    ):
         with pytest.raises(ValueError, match=f"is a {kind.split()[-1]}"):
             attempt()
-    assert names(tmp_path) == before and (kind != "link" or (tmp_path / "victim").read_text() == "mine")
+    assert names(tmp_path) == before and (
+        kind != "link" or (tmp_path / "victim").read_text() == "mine"
+    )
 
 
 def test_places_that_cannot_be(tmp_path):
@@ -176,7 +182,11 @@ def test_places_that_cannot_be(tmp_path):
 def test_an_existing_file_is_replaced_where_asked_and_ours(tmp_path):
     path = tmp_path / "a"
     path.write_text("ours")
-    for options in ({"overwrite": False}, {"overwrite": True, "ours": lambda p: False}, {"ours": lambda p: False}):
+    for options in (
+        {"overwrite": False},
+        {"overwrite": True, "ours": lambda p: False},
+        {"ours": lambda p: False},
+    ):
         with pytest.raises(ValueError, match="exists"):
             write(path, **options)
     assert path.read_text() == "ours"
@@ -189,7 +199,13 @@ def test_an_existing_file_is_replaced_where_asked_and_ours(tmp_path):
 def test_json_is_recognised_by_what_it_holds(tmp_path):
     path = tmp_path / "a"
     ours = places.is_json(lambda found: found["kind"] == "mine")
-    for text, expected in {'{"kind": "mine"}': True, '{"kind": 1}': False, "[]": False, "{}": False, "[" * 9999: False}.items():
+    for text, expected in {
+        '{"kind": "mine"}': True,
+        '{"kind": 1}': False,
+        "[]": False,
+        "{}": False,
+        "[" * 9999: False,
+    }.items():
         path.write_text(text)
         assert places._recognised(ours, path) is expected, text[:20]
     path.write_bytes(b"\xff\xfe")
@@ -200,13 +216,17 @@ def test_json_is_recognised_by_what_it_holds(tmp_path):
 def test_an_input_is_never_replaced(tmp_path, spelling):
     source = tmp_path / "in.csv"
     source.write_text("mine")
-    path = {"itself": source, "dots": tmp_path / "x" / ".." / "in.csv"}.get(spelling, tmp_path / "out.csv")
+    path = {"itself": source, "dots": tmp_path / "x" / ".." / "in.csv"}.get(
+        spelling, tmp_path / "out.csv"
+    )
     (tmp_path / "x").mkdir()
     if spelling == "symbolic":
         path.symlink_to(source)
     elif spelling == "hard":
         path.hardlink_to(source)
-    with pytest.raises(ValueError, match=r"--output .*is the file of --histories, which would be lost"):
+    with pytest.raises(
+        ValueError, match=r"--output .*is the file of --histories, which would be lost"
+    ):
         write(path, overwrite=True, inputs=[("--histories", source), ("--other", None)])
     assert source.read_text() == "mine"
 
@@ -214,7 +234,9 @@ def test_an_input_is_never_replaced(tmp_path, spelling):
 def test_a_file_of_an_input_folder_is_never_replaced(tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.csv").write_text("mine")
-    with pytest.raises(ValueError, match=r"a\.csv is a file of --histories .*in, which would be lost"):
+    with pytest.raises(
+        ValueError, match=r"a\.csv is a file of --histories .*in, which would be lost"
+    ):
         write(tmp_path / "in" / "a.csv", overwrite=True, inputs=[("--histories", tmp_path / "in")])
     write(tmp_path / "in" / "b.csv", inputs=[("--histories", tmp_path / "in")])
     assert (tmp_path / "in" / "a.csv").read_text() == "mine"
@@ -234,19 +256,49 @@ def test_names_of_a_run_and_of_data_are_protected(tmp_path):
     ):
         folder.mkdir(exist_ok=True)
         (folder / name).touch()
-    protected = [run / name for name in ("config.yaml", "environment.json", "metrics.jsonl", "result.json", ".lock")]
-    protected += [run / "checkpoints" / "mine.csv", best / checkpoint.TRUNK, best / "mine.csv", run / "tensorboard" / "mine.csv"]
-    protected += [best / checkpoint.items_file(0, 2), run / data_format.ITEMS_FILE, both / load.ENSEMBLE]
-    protected += [data / data_format.MANIFEST, data / data_format.ITEMS_FILE, data / data_format.shard_name("test", 7)]
+    protected = [
+        run / name
+        for name in ("config.yaml", "environment.json", "metrics.jsonl", "result.json", ".lock")
+    ]
+    protected += [
+        run / "checkpoints" / "mine.csv",
+        best / checkpoint.TRUNK,
+        best / "mine.csv",
+        run / "tensorboard" / "mine.csv",
+    ]
+    protected += [
+        best / checkpoint.items_file(0, 2),
+        run / data_format.ITEMS_FILE,
+        both / load.ENSEMBLE,
+    ]
+    protected += [
+        data / data_format.MANIFEST,
+        data / data_format.ITEMS_FILE,
+        data / data_format.shard_name("test", 7),
+    ]
     protected += [data / data_format.users_file(split) for split in data_format.SPLITS]
-    protected += [exported / name for name in (export.HEADER, data_format.ITEMS_FILE, export.PROGRAM, checkpoint.TRUNK)]
+    protected += [
+        exported / name
+        for name in (export.HEADER, data_format.ITEMS_FILE, export.PROGRAM, checkpoint.TRUNK)
+    ]
     (tmp_path / "elsewhere").symlink_to(run)
-    protected += [tmp_path / "elsewhere" / "result.json", run / "checkpoints" / ".." / "result.json"]
+    protected += [
+        tmp_path / "elsewhere" / "result.json",
+        run / "checkpoints" / ".." / "result.json",
+    ]
     for path in protected:
         for make in (new_file, new_folder):
-            with pytest.raises(ValueError, match=r"would be a file of|is a link|exists"), make(path, "--output", True):
+            with (
+                pytest.raises(ValueError, match=r"would be a file of|is a link|exists"),
+                make(path, "--output", True),
+            ):
                 pass
-    for path in (run / "report.html", data / "lists.csv", exported / "lists.csv", both / "test.json"):
+    for path in (
+        run / "report.html",
+        data / "lists.csv",
+        exported / "lists.csv",
+        both / "test.json",
+    ):
         write(path)
 
 
@@ -258,11 +310,17 @@ def test_a_whole_disk_and_a_read_only_one(tmp_path):
         table = pa.table({"a": list(range(90_000))})
 
         def parquet() -> None:
-            with new_file(disk / "a", "--output") as handle, pq.ParquetWriter(handle, table.schema, compression="none") as writer:
+            with (
+                new_file(disk / "a", "--output") as handle,
+                pq.ParquetWriter(handle, table.schema, compression="none") as writer,
+            ):
                 writer.write_table(table)
 
         def csv() -> None:
-            with new_file(disk / "a", "--output") as handle, pa_csv.CSVWriter(handle, table.schema) as writer:
+            with (
+                new_file(disk / "a", "--output") as handle,
+                pa_csv.CSVWriter(handle, table.schema) as writer,
+            ):
                 writer.write_table(table)
 
         def folder() -> None:
@@ -278,12 +336,18 @@ def test_a_whole_disk_and_a_read_only_one(tmp_path):
 
         everything = (lambda: write(disk / "a", b"x" * 10_000), parquet, csv, folder, append, text)
         for attempt in everything:
-            with pytest.raises(ValueError, match=r"disk/\w+ cannot be written \(No space left on device\); free some space or "):
+            with pytest.raises(
+                ValueError,
+                match=r"disk/\w+ cannot be written \(No space left on device\); free some space or ",
+            ):
                 attempt()
             assert names(disk) == before and (disk / "old").read_bytes().startswith(b"old")
         with read_only(disk):
             for attempt in everything:
-                with pytest.raises(ValueError, match=r"cannot be written \(Read-only file system\); choose another --output"):
+                with pytest.raises(
+                    ValueError,
+                    match=r"cannot be written \(Read-only file system\); choose another --output",
+                ):
                     attempt()
         assert names(disk) == before
 
@@ -303,7 +367,9 @@ def test_two_writers_of_one_output_exclude_each_other(tmp_path):
     for make in (new_file, new_folder):
         path = tmp_path / make.__name__
         with make(path, "--output"):
-            with pytest.raises(ValueError, match=rf"--output {path} is being written by another command"):
+            with pytest.raises(
+                ValueError, match=rf"--output {path} is being written by another command"
+            ):
                 write(path)
             write(tmp_path / f"{make.__name__}-b")
     assert names(tmp_path) == ["new_file", "new_file-b", "new_folder", "new_folder-b"]
@@ -324,7 +390,9 @@ def _race(folder: Path, number: int, start, won) -> None:
 def test_of_many_processes_one_writes(tmp_path):
     context = multiprocessing.get_context("fork")
     start, won = context.Barrier(4), context.Queue()
-    racers = [context.Process(target=_race, args=(tmp_path, number, start, won)) for number in range(4)]
+    racers = [
+        context.Process(target=_race, args=(tmp_path, number, start, won)) for number in range(4)
+    ]
     for racer in racers:
         racer.start()
     winners = [won.get(timeout=60) for _ in range(20)]
@@ -343,7 +411,9 @@ def test_what_a_killed_process_left_blocks_nothing_and_goes(tmp_path):
         "with new_file(sys.argv[1]) as handle:\n    print('begun', flush=True); time.sleep(60)\n"
     )
     environment = os.environ | {"PYTHONPATH": str(Path(files.__file__).parents[1])}
-    process = subprocess.Popen([sys.executable, "-c", code, tmp_path / "a"], env=environment, stdout=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, tmp_path / "a"], env=environment, stdout=subprocess.PIPE
+    )
     assert process.stdout and process.stdout.readline()
     with pytest.raises(ValueError, match="another command"):
         write(tmp_path / "a")
@@ -382,7 +452,12 @@ def test_a_lock_that_is_no_file_is_left_alone(tmp_path):
 
 
 def fill_folder(path: Path, text: str, **options) -> None:
-    with new_folder(path, "--output", files_of=lambda folder: json.loads((folder / "list").read_text()), **options) as inside:
+    with new_folder(
+        path,
+        "--output",
+        files_of=lambda folder: json.loads((folder / "list").read_text()),
+        **options,
+    ) as inside:
         (inside / "a").write_text(text)
         (inside / "list").write_text('["a", "list"]')
 
@@ -418,7 +493,9 @@ def test_a_folder_that_holds_something_else_stays(tmp_path, foreign):
 def test_an_input_inside_a_folder_keeps_it(tmp_path):
     fill_folder(tmp_path / "a", "1")
     with pytest.raises(ValueError, match=r"holds .* of --titles, which would be lost"):
-        fill_folder(tmp_path / "a", "2", overwrite=True, inputs=[("--titles", tmp_path / "a" / "a")])
+        fill_folder(
+            tmp_path / "a", "2", overwrite=True, inputs=[("--titles", tmp_path / "a" / "a")]
+        )
 
 
 def test_a_failed_exchange_puts_the_earlier_folder_back(tmp_path, monkeypatch):
@@ -461,7 +538,10 @@ def test_a_path_that_cannot_be_used_is_said_in_one_line(tmp_path, name):
     with pytest.raises(OSError) as raised:
         (tmp_path / name).read_bytes()
     assert re.fullmatch(
-        rf"{tmp_path}/\w.* cannot be used \(.+\); correct that, or name another place", places.path_error(raised.value)
+        rf"{tmp_path}/\w.* cannot be used \(.+\); correct that, or name another place",
+        places.path_error(raised.value),
     )
     assert len(places.path_error(raised.value)) < 400
-    assert not places.path_error(OSError("an error of ours")) and not places.path_error(KeyError("x"))
+    assert not places.path_error(OSError("an error of ours")) and not places.path_error(
+        KeyError("x")
+    )

@@ -49,7 +49,12 @@ def written(folder: Path, name: str, content: str | bytes | pa.Table) -> str:
         ("a.txt", "", [], "0 ids, 0 of them"),
         ("a.txt", " i1\n", [], "1 ids, 1 of them"),
         ("a.csv", "item\n", [], "0 ids, 0 of them"),
-        ("a.csv", "item\nNULL\ni1\n", [1], "1 ids, 0 of them not in the vocabulary; 1 rows without an id"),
+        (
+            "a.csv",
+            "item\nNULL\ni1\n",
+            [1],
+            "1 ids, 0 of them not in the vocabulary; 1 rows without an id",
+        ),
     ],
 )
 def test_files_of_ids(tmp_path, name, content, rows, counts):
@@ -72,7 +77,10 @@ def test_numbers_and_texts_are_one_id(tmp_path):
 
 
 def test_both_together(tmp_path):
-    gone, only = written(tmp_path, "gone.txt", "i2\ni3\n"), written(tmp_path, "only.txt", "i1\ni2\n")
+    gone, only = (
+        written(tmp_path, "gone.txt", "i2\ni3\n"),
+        written(tmp_path, "only.txt", "i1\ni2\n"),
+    )
     allowed, notes = allowed_items(ITEMS, gone, only)
     assert allowed is not None and np.flatnonzero(allowed).tolist() == [1]
     assert [note.split(" ")[0] for note in notes] == ["--restrict_to", "--filter_items"]
@@ -81,7 +89,11 @@ def test_both_together(tmp_path):
 
 def test_the_item_column(tmp_path):
     path = written(tmp_path, "a.csv", "movie,item\ni1,i2\n")
-    for column, row in (("movie", 1), ("item", 2), ("title", 2)):  # the last one is not there: item is
+    for column, row in (
+        ("movie", 1),
+        ("item", 2),
+        ("title", 2),
+    ):  # the last one is not there: item is
         allowed, _ = allowed_items(ITEMS, path, None, column)
         assert allowed is not None and np.flatnonzero(~allowed).tolist() == [row]
 
@@ -89,10 +101,18 @@ def test_the_item_column(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.csv", "i1\ni2\n", "a.csv is no CSV or Parquet file with a column 'item', and no .txt file with an id a line"),
+        (
+            "a.csv",
+            "i1\ni2\n",
+            "a.csv is no CSV or Parquet file with a column 'item', and no .txt file with an id a line",
+        ),
         ("a.csv", "17\n18\n", "a.csv is no CSV or Parquet file with a column 'item'"),
         ("a.xlsx", "item\n", "a.xlsx is no CSV or Parquet file with a column 'item'"),
-        ("a.parquet", pa.table({"id": ["i1"]}), "a.parquet is no CSV or Parquet file with a column 'item'"),
+        (
+            "a.parquet",
+            pa.table({"id": ["i1"]}),
+            "a.parquet is no CSV or Parquet file with a column 'item'",
+        ),
         ("a.csv", "item,item\ni1,i2\n", "has more than one column 'item'"),
         ("a.txt", b"i1\n\xff\n", "row 2: the byte 0xff is not UTF-8"),
         ("a.parquet", pa.table({"item": [0.5]}), "is not a whole number"),
@@ -104,12 +124,16 @@ def test_files_that_hold_no_ids(tmp_path, name, content, message):
     for options in ((path, None), (None, path)):
         with pytest.raises(ValueError) as error:
             allowed_items(ITEMS, *options)
-        assert message in str(error.value) and str(error.value).startswith("--filter_items" if options[0] else "--restrict_to")
+        assert message in str(error.value) and str(error.value).startswith(
+            "--filter_items" if options[0] else "--restrict_to"
+        )
 
 
 def test_no_item_is_left(tmp_path):
     strangers = written(tmp_path, "a.txt", "x\ny\n")
-    with pytest.raises(ValueError, match=r"--restrict_to .*a\.txt leave no item that the model knows"):
+    with pytest.raises(
+        ValueError, match=r"--restrict_to .*a\.txt leave no item that the model knows"
+    ):
         allowed_items(ITEMS, None, strangers)
     everything = written(tmp_path, "all.txt", "\n".join(ITEMS.ids.to_pylist()))
     with pytest.raises(ValueError, match=r"--filter_items .*all\.txt leave no item"):
@@ -132,11 +156,26 @@ RULE = PositiveRule("uid", "movie", "stars", None, 4.0)
             ("user", "item", "stars"),
             "has no column uid, which the shards were made from; column user is read",
         ),
-        ("user,movie", {}, ("user", "movie", None), "has no column stars: every row is taken as a like"),
+        (
+            "user,movie",
+            {},
+            ("user", "movie", None),
+            "has no column stars: every row is taken as a like",
+        ),
         ("a,b,c", {"user": "c", "item": "a", "rating": "b"}, ("c", "a", "b"), None),
         (" uid , movie , stars ", {}, ("uid", "movie", "stars"), None),
-        ("uid:token,movie:token,stars:float", {}, ("uid:token", "movie:token", "stars:float"), None),
-        ("uid,movie,Stars", {}, ("uid", "movie", None), "--rating_column Stars reads ratings from it"),
+        (
+            "uid:token,movie:token,stars:float",
+            {},
+            ("uid:token", "movie:token", "stars:float"),
+            None,
+        ),
+        (
+            "uid,movie,Stars",
+            {},
+            ("uid", "movie", None),
+            "--rating_column Stars reads ratings from it",
+        ),
     ],
 )
 def test_columns_of_a_file(tmp_path, header, asked, expected, note):
@@ -162,7 +201,9 @@ def test_a_format_can_be_named(tmp_path):
 
 def test_columns_without_a_header(tmp_path):
     path = written(tmp_path, "h.csv", "7,8,5\n")
-    columns, notes = history_columns([path], Reading(header=False), RULE, {"user": "1", "item": "2", "rating": "3"})
+    columns, notes = history_columns(
+        [path], Reading(header=False), RULE, {"user": "1", "item": "2", "rating": "3"}
+    )
     assert (columns.user, columns.item, columns.rating, notes) == ("1", "2", "3", [])
     columns, notes = history_columns([path], Reading(header=False), PositiveRule(), {})
     assert (columns.user, columns.item, columns.rating) == ("1", "2", None)
@@ -174,10 +215,15 @@ def test_columns_of_movielens(tmp_path):
     header = "userId,movieId,rating,timestamp\n"
     for name, content in (("ratings.dat", "1::2::5::9\n"), ("ratings.csv", header + "1,2,5,9\n")):
         path = written(tmp_path, name, content)
-        for rule in (PositiveRule("userId", "movieId", "rating", None, 4.0), PositiveRule("user", "item", "rating", None, 4.0)):
+        for rule in (
+            PositiveRule("userId", "movieId", "rating", None, 4.0),
+            PositiveRule("user", "item", "rating", None, 4.0),
+        ):
             columns, notes = history_columns([path], Reading(), rule, {})
             assert (columns.user, columns.item, columns.rating) == ("userId", "movieId", "rating")
-            assert notes[-1] == "columns not used: timestamp" and len(notes) == (1 if rule.user_column == "userId" else 3)
+            assert notes[-1] == "columns not used: timestamp" and len(notes) == (
+                1 if rule.user_column == "userId" else 3
+            )
 
 
 def test_columns_of_folders(tmp_path):

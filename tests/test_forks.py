@@ -93,6 +93,8 @@ def test_an_export_that_is_written_over_is_noticed(export, name):
         lambda: r.explain([17], 5),
         lambda: r.export(export.with_name("again")),
     ):
-        with pytest.raises(ValueError, match=rf"{name} was changed while the model was in use; load it again"):
+        with pytest.raises(
+            ValueError, match=rf"{name} was changed while the model was in use; load it again"
+        ):
             call()
     assert len(Recommender.load(export).recommend([[17]], 5).ids[0]) == 5

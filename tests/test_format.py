@@ -33,7 +33,11 @@ def as_tar(members: dict[str, bytes]) -> bytes:
 
 
 def as_members(block: fmt.Block, key: str = "train-000000-000") -> dict[str, bytes]:
-    return {f"{key}.{name}": data for name, data in fmt.encode_block(key, block).items() if name != "__key__"}
+    return {
+        f"{key}.{name}": data
+        for name, data in fmt.encode_block(key, block).items()
+        if name != "__key__"
+    }
 
 
 def npy(array: np.ndarray, **kwargs) -> bytes:
@@ -49,8 +53,13 @@ def test_round_trip(rows, heldout, cut):
     targets = rows[::-1] if heldout else None
     keys = np.arange(len(rows), dtype=np.uint64) * 2**60
     whole = make_block(keys, rows, targets)
-    pieces = [make_block(keys[s], rows[s], targets[s] if targets is not None else None) for s in (slice(0, cut), slice(cut, None))]
-    data = as_tar({k: v for i, piece in enumerate(pieces) for k, v in as_members(piece, f"x-{i}").items()})
+    pieces = [
+        make_block(keys[s], rows[s], targets[s] if targets is not None else None)
+        for s in (slice(0, cut), slice(cut, None))
+    ]
+    data = as_tar(
+        {k: v for i, piece in enumerate(pieces) for k, v in as_members(piece, f"x-{i}").items()}
+    )
     found = fmt.concatenate(fmt.iterate_shard(data, split, N_ITEMS, "x.tar"))
     for name in ("user_keys", "indptr", "items", "heldout_indptr", "heldout_items"):
         expected, array = getattr(whole, name), getattr(found, name)
@@ -64,13 +73,19 @@ BLOCK = make_block(np.arange(3, dtype=np.uint64), [[0, 3], [], [1, 2, 11]])
 
 
 def damaged(**changes: np.ndarray) -> dict[str, bytes]:
-    return {**as_members(BLOCK), **{f"train-000000-000.{name}.npy": npy(array) for name, array in changes.items()}}
+    return {
+        **as_members(BLOCK),
+        **{f"train-000000-000.{name}.npy": npy(array) for name, array in changes.items()},
+    }
 
 
 @pytest.mark.parametrize(
     ("members", "message"),
     [
-        (damaged(items=np.array([0, 3, 1, 2, 12], np.int32)), "item rows go from 0 to 12, expected 0 to 11"),
+        (
+            damaged(items=np.array([0, 3, 1, 2, 12], np.int32)),
+            "item rows go from 0 to 12, expected 0 to 11",
+        ),
         (damaged(items=np.array([-1, 3, 1, 2, 11], np.int32)), "item rows go from -1"),
         (damaged(items=np.array([3, 0, 1, 2, 11], np.int32)), "not strictly ascending"),
         (damaged(items=np.array([0, 3, 1, 1, 11], np.int32)), "not strictly ascending"),
@@ -81,10 +96,22 @@ def damaged(**changes: np.ndarray) -> dict[str, bytes]:
         (damaged(items=np.array([0, 3, 1, 2, 11], np.int64)), "dtype int64"),
         (damaged(items=np.array([[0, 3, 1, 2, 11]], np.int32)), "shape"),
         (damaged(heldout_items=np.array([], np.int32)), "unexpected members"),
-        ({**as_members(BLOCK), "train-000000-000.pickle": pickle.dumps(print)}, "unexpected members .'pickle'"),
-        ({**as_members(BLOCK), "train-000000-000.items.npy": npy(np.array([{}], object), allow_pickle=True)}, "items.npy"),
+        (
+            {**as_members(BLOCK), "train-000000-000.pickle": pickle.dumps(print)},
+            "unexpected members .'pickle'",
+        ),
+        (
+            {
+                **as_members(BLOCK),
+                "train-000000-000.items.npy": npy(np.array([{}], object), allow_pickle=True),
+            },
+            "items.npy",
+        ),
         ({**as_members(BLOCK), "train-000000-000.items.npy": b"junk"}, "not a readable npy array"),
-        ({**as_members(BLOCK), "train-000000-000.items.npy": npy(np.array([0], np.int32))[:-1]}, "fills them"),
+        (
+            {**as_members(BLOCK), "train-000000-000.items.npy": npy(np.array([0], np.int32))[:-1]},
+            "fills them",
+        ),
         ({"train-000000-000.items.npy": npy(np.array([], np.int32))}, "missing members"),
     ],
 )
@@ -122,8 +149,17 @@ def test_refuses_links_holes_and_compression():
         with pytest.raises(ValueError, match=r"x\.tar: member 'a\.items\.npy' is not a plain file"):
             list(fmt.iterate_shard(member + bytes(1024), "train", N_ITEMS, "x.tar"))
     whole = gzip.compress(as_tar(as_members(BLOCK)), mtime=0)
-    extra = bytes(257 - 12) + b"ustar" + bytes(40)  # gzip's extra field puts the magic where a tar has it
-    posing = whole[:3] + bytes([whole[3] | 4]) + whole[4:10] + len(extra).to_bytes(2, "little") + extra + whole[10:]
+    extra = (
+        bytes(257 - 12) + b"ustar" + bytes(40)
+    )  # gzip's extra field puts the magic where a tar has it
+    posing = (
+        whole[:3]
+        + bytes([whole[3] | 4])
+        + whole[4:10]
+        + len(extra).to_bytes(2, "little")
+        + extra
+        + whole[10:]
+    )
     assert gzip.decompress(posing) and posing[257:262] == b"ustar"
     with pytest.raises(ValueError, match=r"x\.tar: "):
         list(fmt.iterate_shard(posing, "train", N_ITEMS, "x.tar"))
@@ -136,7 +172,9 @@ def test_refuses_items_that_the_manifest_does_not_vouch_for(tmp_path):
     pq.write_table(table.set_column(3, "popularity", pa.array([0] * N_ITEMS)), path)
     with pytest.raises(ValueError, match=r"items\.parquet has SHA-256 .* damaged or replaced"):
         fmt.load_items(tmp_path, manifest)
-    with pytest.raises(ValueError, match=rf"lists {N_ITEMS} items of another vocabulary, expected {2**47} items"):
+    with pytest.raises(
+        ValueError, match=rf"lists {N_ITEMS} items of another vocabulary, expected {2**47} items"
+    ):
         fmt.read_items_file(path, 2**47, manifest.vocabulary_sha256)
     pq.write_table(table.set_column(1, "id", pa.array(range(N_ITEMS))), path)
     with pytest.raises(ValueError, match=r"items\.parquet: the keys do not belong to the ids"):
@@ -162,7 +200,10 @@ def edited(folder, change):
         (lambda m: m.update(n_items=-1), "-1 is not a count"),
         (lambda m: m["splits"].pop("test"), "the key 'test' is missing"),
         (lambda m: m["splits"]["train"].update(users=5), "train.users is 5, its shards add up"),
-        (lambda m: m["splits"]["train"]["shards"][0].update(name="../x.tar"), "is named '../x.tar'"),
+        (
+            lambda m: m["splits"]["train"]["shards"][0].update(name="../x.tar"),
+            "is named '../x.tar'",
+        ),
         (lambda m: m.update(n_items=2**48), "is not a count"),
         (lambda m: m["splits"].update(train=[]), "not a manifest of this project"),
     ],
@@ -189,7 +230,10 @@ def test_manifest_round_trip(tmp_path):
 def test_keys():
     assert fmt.keys_of_ids(pa.array([0, 5, 2**63 - 1])).tolist() == [0, 5, 2**63 - 1]
     # written into every data folder with string ids, so they must never change
-    assert fmt.keys_of_ids(pa.array(["a", "é"])).tolist() == [3405396810240292928, 3394012004367669963]
+    assert fmt.keys_of_ids(pa.array(["a", "é"])).tolist() == [
+        3405396810240292928,
+        3394012004367669963,
+    ]
     assert fmt.keys_of_ids(pa.array([], pa.string())).tolist() == []
 
 

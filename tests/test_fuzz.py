@@ -26,22 +26,45 @@ SERVERS = 2
 N_ITEMS = 60
 
 
-def launch(script: str, *argv: str, ranks: int = 0, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+def launch(
+    script: str, *argv: str, ranks: int = 0, cwd: Path = ROOT
+) -> subprocess.CompletedProcess[str]:
     launcher = [sys.executable]
     if ranks:
-        launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", str(ranks)]
+        launcher = [
+            str(Path(sys.executable).with_name("deepspeed")),
+            "--num_accelerators",
+            str(ranks),
+        ]
         launcher += ["--master_port", str(free_port())]
-    module = ["-m", "data_tools.verify"] if script == "verify" else [str(ROOT / "launch" / f"{script}.py")]
+    module = (
+        ["-m", "data_tools.verify"]
+        if script == "verify"
+        else [str(ROOT / "launch" / f"{script}.py")]
+    )
     env = environment(PYTHONPATH=str(ROOT))
-    return subprocess.run([*launcher, *module, *argv], env=env, cwd=cwd, capture_output=True, text=True, timeout=180, check=False)
+    return subprocess.run(
+        [*launcher, *module, *argv],
+        env=env,
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
 
 
 def make_base(folder: Path) -> Path:
     """Sound shards, histories, and a run of each kind that stopped after two steps; the one with a trunk on two ranks."""
     random = np.random.default_rng(0)
     popular = np.arange(N_ITEMS, 0, -1) / np.arange(N_ITEMS, 0, -1).sum()
-    rows = [np.sort(random.choice(N_ITEMS, random.integers(5, 15), replace=False, p=popular)) for _ in range(76)]
-    (folder / "histories.csv").write_text("user,item\n" + "".join(f"{u},{1000 + i}\n" for u in range(76) for i in rows[u]))
+    rows = [
+        np.sort(random.choice(N_ITEMS, random.integers(5, 15), replace=False, p=popular))
+        for _ in range(76)
+    ]
+    (folder / "histories.csv").write_text(
+        "user,item\n" + "".join(f"{u},{1000 + i}\n" for u in range(76) for i in rows[u])
+    )
     sizes = ["--users_per_shard", "20", "--val_users", "8", "--test_users", "8"]
     assert shard.main([str(folder / "histories.csv"), str(folder / "shards"), *sizes]) == 0
     for kind, ranks in (("vasp", 2), ("nease", 0)):
@@ -57,13 +80,20 @@ def base(tmp_path_factory) -> Path:
 
 
 def test_a_mutation_is_a_function_of_its_seed(tmp_path):
-    write_folder(tmp_path / "base" / "shards", [[u % 7, 7 + u % 5] for u in range(20)], n_items=N_ITEMS)
+    write_folder(
+        tmp_path / "base" / "shards", [[u % 7, 7 + u % 5] for u in range(20)], n_items=N_ITEMS
+    )
     for seed in [seed for seed in range(100) if target(seed)[0].startswith("shards/")][:30]:
         found = []
         for name in ("a", "b"):
             folder = tmp_path / f"{name}{seed}"
             shutil.copytree(tmp_path / "base", folder)
-            found.append((mutate(seed, folder), [p.read_bytes() for p in sorted((folder / "shards").iterdir())]))
+            found.append(
+                (
+                    mutate(seed, folder),
+                    [p.read_bytes() for p in sorted((folder / "shards").iterdir())],
+                )
+            )
         assert found[0] == found[1], seed
 
 
@@ -72,7 +102,15 @@ def test_mutated_files(base, request, tmp_path, capsys):
     n = request.config.getoption("--fuzz")
     servers = []
     for first in range(SERVERS):
-        argv = [sys.executable, "-m", "tests.fuzz_server", str(base), str(first), str(n), str(SERVERS)]
+        argv = [
+            sys.executable,
+            "-m",
+            "tests.fuzz_server",
+            str(base),
+            str(first),
+            str(n),
+            str(SERVERS),
+        ]
         output = open(tmp_path / f"{first}.jsonl", "w")  # noqa: SIM115 - the server's
         servers.append(subprocess.Popen(argv, cwd=ROOT, env=environment(), stdout=output))
     try:
@@ -81,9 +119,17 @@ def test_mutated_files(base, request, tmp_path, capsys):
         for server in servers:
             server.kill()
             server.wait()
-    cases = [json.loads(line) for first in range(SERVERS) for line in (tmp_path / f"{first}.jsonl").read_text().splitlines()]
+    cases = [
+        json.loads(line)
+        for first in range(SERVERS)
+        for line in (tmp_path / f"{first}.jsonl").read_text().splitlines()
+    ]
     assert len(cases) == n
-    failed = [case for case in cases if any(outcome.startswith("FAILED") for outcome in case["results"].values())]
+    failed = [
+        case
+        for case in cases
+        if any(outcome.startswith("FAILED") for outcome in case["results"].values())
+    ]
     with capsys.disabled():
         print("\n" + figures(cases))
     assert not failed, "\n".join(map(str, failed[:20]))
@@ -92,12 +138,18 @@ def test_mutated_files(base, request, tmp_path, capsys):
 def figures(cases: list[dict]) -> str:
     """A case counts as what its most severe command said: a checksum, a parser, a loss that is not finite, or nothing."""
     order = ["checksum", "parser", "diverged", "went on"]
-    worst = [(case["vouched"], min(case["results"].values(), key=order.index)) for case in cases if known(case, order)]
+    worst = [
+        (case["vouched"], min(case["results"].values(), key=order.index))
+        for case in cases
+        if known(case, order)
+    ]
     lines = [f"{len(cases)} mutated files"]
     for vouched in (False, True):
         counts = Counter(outcome for v, outcome in worst if v == vouched)
         told = ", ".join(f"{counts[o]} {o}" for o in order)
-        lines.append(f"checksum {'made right' if vouched else 'left alone'}: {sum(counts.values())} files: {told}")
+        lines.append(
+            f"checksum {'made right' if vouched else 'left alone'}: {sum(counts.values())} files: {told}"
+        )
     return "\n".join(lines)
 
 

@@ -80,7 +80,9 @@ def small_batches(monkeypatch):
 @pytest.mark.parametrize("name", ["h.parquet", "h.csv"])
 @pytest.mark.parametrize("text", [False, True])
 @pytest.mark.parametrize("per_block", [1, 4, 1000])
-def test_blocks_of_whole_users_in_order_of_appearance(tmp_path, small_batches, how, name, text, per_block):
+def test_blocks_of_whole_users_in_order_of_appearance(
+    tmp_path, small_batches, how, name, text, per_block
+):
     rows = scattered(drawn(40, text=text), how)
     expected: dict = {}
     for user, item in rows:
@@ -90,7 +92,9 @@ def test_blocks_of_whole_users_in_order_of_appearance(tmp_path, small_batches, h
     with open_histories(path, tmp_path) as file:
         assert file.n_users == 40 and (file.user_type == pa.string()) == text
         assert bool(list(tmp_path.glob(".h*grouping*"))) == (how != "ascending")
-        assert file._scattered == (how in ("last row elsewhere", "shuffled")), "what lies together is not sorted"
+        assert file._scattered == (how in ("last row elsewhere", "shuffled")), (
+            "what lies together is not sorted"
+        )
         for block in file.blocks(NUMBERED, per_block):
             lists = lists_of(block)
             assert not set(lists) & set(found), "no user is in two blocks"
@@ -107,7 +111,8 @@ def test_numbers_are_not_ascending_as_text(tmp_path, small_batches):
     with open_histories(write(tmp_path / "h.csv", rows), tmp_path) as file:
         assert not list(tmp_path.glob(".*")) and file.user_type == pa.int64()
     with open_histories(
-        write(tmp_path / "g.csv", [(str(u), i) for u, i in rows] * 9 + [("x", 1001), ("9", 1002)]), tmp_path
+        write(tmp_path / "g.csv", [(str(u), i) for u, i in rows] * 9 + [("x", 1001), ("9", 1002)]),
+        tmp_path,
     ) as file:
         assert file.user_type == pa.string()
         lists = lists_of(next(file.blocks(NUMBERED, 100)))
@@ -126,7 +131,10 @@ def test_skipped_and_unknown_are_told_by_block(tmp_path, small_batches):
 def test_a_full_scratch_disk_is_readable(tmp_path, monkeypatch):
     path = write(tmp_path / "h.parquet", [(2, 1000), (1, 1000), (2, 1001)])
     with (
-        pytest.raises(ValueError, match=r"h\.parquet cannot be grouped by user under .*no .*name another --output"),
+        pytest.raises(
+            ValueError,
+            match=r"h\.parquet cannot be grouped by user under .*no .*name another --output",
+        ),
         open_histories(path, tmp_path / "no"),
     ):
         pass
@@ -156,16 +164,25 @@ def run(run_and_oracle) -> Path:
 @pytest.fixture(scope="module")
 def history_file(tmp_path_factory) -> Path:
     random = np.random.default_rng(2)
-    rows = [(u, int(i)) for u in range(12) for i in random.choice(IDS, size=1 + 2 * u % 9, replace=False)]
+    rows = [
+        (u, int(i))
+        for u in range(12)
+        for i in random.choice(IDS, size=1 + 2 * u % 9, replace=False)
+    ]
     return write(tmp_path_factory.mktemp("histories") / "h.parquet", [*rows, (50, 1), (51, 2)])
 
 
 def _explained(ranks: Ranks, run: Path, histories: Path, output: Path, n: int) -> str:
     recommend_module.USERS_PER_BLOCK = 5
     loaded = load_model(run, None, ranks)
-    scorer, explainer = model_scorer(loaded.model, loaded.trunk), model_explainer(loaded.model, loaded.trunk, ranks)
+    scorer, explainer = (
+        model_scorer(loaded.model, loaded.trunk),
+        model_explainer(loaded.model, loaded.trunk, ranks),
+    )
     with open_histories(histories, output.parent) as file:
-        return recommend_to_file(scorer, file, loaded.items, 4, output, ranks, n_reasons=n, explainer=explainer)
+        return recommend_to_file(
+            scorer, file, loaded.items, 4, output, ranks, n_reasons=n, explainer=explainer
+        )
 
 
 @pytest.fixture
@@ -173,14 +190,20 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(recommend_module, "USERS_PER_BLOCK", 5)
 
 
-FACTORS = {"score": "p", "p_flvae": "p_flvae", "p_nease": "p_nease"}  # columns of a file, and what they are
+FACTORS = {
+    "score": "p",
+    "p_flvae": "p_flvae",
+    "p_nease": "p_nease",
+}  # columns of a file, and what they are
 
 
 def explained(oracle: DenseVASP, history_file: Path) -> dict[int, Bounded]:
     """By user, the exact factors of every item's score and their bounds."""
     rows: dict[int, list[int]] = {}
     for row in pq.read_table(history_file).to_pylist():
-        rows.setdefault(row["user"], []).extend([IDS.index(row["item"])] if row["item"] in IDS else [])
+        rows.setdefault(row["user"], []).extend(
+            [IDS.index(row["item"])] if row["item"] in IDS else []
+        )
 
     def factors_of(row: list[int]) -> Bounded:
         x = dense_rows([row], len(IDS), torch.float64)
@@ -207,10 +230,14 @@ def test_explained_rows(run_and_oracle, history_file, tmp_path, small_blocks):
         item = IDS.index(row["item"])
         for name, p in FACTORS.items():
             pair = [row[name], getattr(found, p)]
-            each_within(pair, exact.exact[p][item], exact.each[p][item], f"user {row['user']} {name}")
+            each_within(
+                pair, exact.exact[p][item], exact.each[p][item], f"user {row['user']} {name}"
+            )
         because = [(row[f"because_{n}"], row[f"weight_{n}"]) for n in (1, 2, 3)]
         some_are_short |= because[-1] == (None, None)
-        assert [pair for pair in because if pair[0] is not None] == [(reason.item, reason.weight) for reason in found.reasons]
+        assert [pair for pair in because if pair[0] is not None] == [
+            (reason.item, reason.weight) for reason in found.reasons
+        ]
     assert some_are_short
 
 
@@ -233,7 +260,9 @@ def test_formats_agree(run, history_file, tmp_path, small_blocks, monkeypatch):
         assert [list(line) for line in lines] == [list(row) for row in expected]
         for line, row in zip(lines, expected, strict=True):
             assert np.float32(line["score"]) == np.float32(row["score"])
-            assert json.loads(json.dumps(line), parse_float=np.float32) == json.loads(json.dumps(row), parse_float=np.float32)
+            assert json.loads(json.dumps(line), parse_float=np.float32) == json.loads(
+                json.dumps(row), parse_float=np.float32
+            )
         assert (tmp_path / f"o{n}.skipped.csv").read_text().splitlines()[1:] == [
             '50,"no item of the history is in the vocabulary"',
             '51,"no item of the history is in the vocabulary"',
@@ -250,7 +279,12 @@ def test_text_survives_json_lines(tmp_path):
     with open_histories(tmp_path / "h.parquet", tmp_path) as file:
         recommend_to_file(scorer, file, items, 1, tmp_path / "o.jsonl", alone())
     line = json.loads((tmp_path / "o.jsonl").read_text())
-    assert line == {"user": "two\nlines", "rank": 1, "item": 'ü, "quoted"', "score": pytest.approx(np.exp(-0.5))}
+    assert line == {
+        "user": "two\nlines",
+        "rank": 1,
+        "item": 'ü, "quoted"',
+        "score": pytest.approx(np.exp(-0.5)),
+    }
 
 
 def test_ranks_explain_as_one(run_and_oracle, run, history_file, tmp_path, small_blocks):
@@ -264,13 +298,19 @@ def test_ranks_explain_as_one(run_and_oracle, run, history_file, tmp_path, small
             assert one[name].equals(three[name]), name
             continue
         for user, id, a, b in zip(
-            one["user"].to_pylist(), one["item"].to_pylist(), one[name].to_pylist(), three[name].to_pylist(), strict=True
+            one["user"].to_pylist(),
+            one["item"].to_pylist(),
+            one[name].to_pylist(),
+            three[name].to_pylist(),
+            strict=True,
         ):
             found, item = exact[user], IDS.index(id)
             each_within([a, b], found.exact[p][item], found.each[p][item], f"user {user} {name}")
 
 
-def test_nothing_is_half_written_when_the_disk_is_full(run, history_file, tmp_path, small_blocks, monkeypatch):
+def test_nothing_is_half_written_when_the_disk_is_full(
+    run, history_file, tmp_path, small_blocks, monkeypatch
+):
     class Full:
         def __init__(self, file: BinaryIO, schema: pa.Schema) -> None:
             file.write(b"half")
@@ -281,7 +321,10 @@ def test_nothing_is_half_written_when_the_disk_is_full(run, history_file, tmp_pa
         def close(self) -> None: ...
 
     monkeypatch.setitem(writers._WRITERS, ".csv", Full)
-    with pytest.raises(ValueError, match=r"o\.csv cannot be written \(.*No space left.*\); free some space or choose another"):
+    with pytest.raises(
+        ValueError,
+        match=r"o\.csv cannot be written \(.*No space left.*\); free some space or choose another",
+    ):
         _explained(alone(), run, history_file, tmp_path / "o.csv", 0)
     assert not list(tmp_path.iterdir())
 
@@ -312,7 +355,9 @@ def test_memory_is_that_of_a_block(tmp_path):
     To hold them all would take 72 MB at least, more than the twentieth that is allowed."""
     n_users, per_user = 300_000, 20
     users = np.random.default_rng(0).permutation(n_users)
-    with pq.ParquetWriter(tmp_path / "h.parquet", pa.schema([("user", pa.int64()), ("item", pa.int64())])) as writer:
+    with pq.ParquetWriter(
+        tmp_path / "h.parquet", pa.schema([("user", pa.int64()), ("item", pa.int64())])
+    ) as writer:
         for start in range(0, n_users, 50_000):
             block = np.repeat(users[start : start + 50_000], per_user)
             writer.write_table(pa.table({"user": block, "item": 1000 + np.arange(len(block)) % 6}))
@@ -326,4 +371,6 @@ def test_memory_is_that_of_a_block(tmp_path):
     assert done.returncode == 0, done.stderr
     early, late = map(float, done.stdout.split())
     assert late < early * 1.05, (early, late)
-    assert pq.read_metadata(tmp_path / "o.parquet").num_rows == n_users * 7  # of 13 items 6 are seen
+    assert (
+        pq.read_metadata(tmp_path / "o.parquet").num_rows == n_users * 7
+    )  # of 13 items 6 are seen

@@ -61,10 +61,19 @@ def test_one_other_text_makes_all_of_a_column_text(text):
     assert ids.find(pa.array([17, 5]), array).tolist() == [2, 0]
 
 
-@given(st.lists(st.one_of(st.integers(0, 2**64).map(str), st.text(max_size=20), st.sampled_from(NOT_CANONICAL)), max_size=8))
+@given(
+    st.lists(
+        st.one_of(
+            st.integers(0, 2**64).map(str), st.text(max_size=20), st.sampled_from(NOT_CANONICAL)
+        ),
+        max_size=8,
+    )
+)
 def test_numeric_only_where_every_id_survives_the_round_trip(texts):
     def survives(text: str) -> bool:
-        return text.isascii() and text.isdecimal() and str(int(text)) == text and int(text) <= LARGEST
+        return (
+            text.isascii() and text.isdecimal() and str(int(text)) == text and int(text) <= LARGEST
+        )
 
     found = ids.compact(pa.array(texts, pa.string()))
     assert pa.types.is_integer(found.type) == all(survives(text) for text in texts)
@@ -74,7 +83,9 @@ def test_numeric_only_where_every_id_survives_the_round_trip(texts):
 def test_codes_of_numbers_stay_when_a_text_comes_later():
     index = ids.IdIndex()
     batches = [["5", "17"], [], ["17", "007"], ["5", "7"]]
-    codes = [index.encode(ids.compact(pa.array(batch, pa.string()))).to_pylist() for batch in batches]
+    codes = [
+        index.encode(ids.compact(pa.array(batch, pa.string()))).to_pylist() for batch in batches
+    ]
     assert codes == [[0, 1], [], [1, 2], [0, 3]]
     assert index.ids is not None and index.ids.to_pylist() == ["5", "17", "007", "7"]
 
@@ -85,7 +96,10 @@ def test_codes_of_numbers_stay_when_a_text_comes_later():
         (pa.array([1, None, 3], pa.uint8()), [1, None, 3]),
         (pa.array([LARGEST], pa.uint64()), [LARGEST]),
         (pa.array([1.0, None, float("nan"), -0.0, 2.0**53 - 1]), [1, None, None, 0, 2**53 - 1]),
-        (pa.array(["NULL", "\\N", "nan", "None", "NA", "", None, "null", " "]), [None] * 7 + ["null", " "]),
+        (
+            pa.array(["NULL", "\\N", "nan", "None", "NA", "", None, "null", " "]),
+            [None] * 7 + ["null", " "],
+        ),
         (pa.array(["a", None, "NA"]).dictionary_encode(), ["a", None, None]),
         (pa.array([b"a", None], pa.large_binary()), ["a", None]),
         (pa.nulls(2), [None, None]),
@@ -98,7 +112,9 @@ def test_columns(column, expected):
 @pytest.mark.parametrize("kind", [pa.int64(), pa.int8(), pa.float64(), pa.float32()])
 def test_a_number_can_stand_for_a_missing_id(kind):
     column = pa.array([3, -1, 0, 999 if kind.bit_width > 8 else 99], kind)
-    assert ids.of_column(column, range(4), "x", ("-1", "0", "999", "NA", "-0", "007")).to_pylist()[:3] == [3, None, None]
+    assert ids.of_column(column, range(4), "x", ("-1", "0", "999", "NA", "-0", "007")).to_pylist()[
+        :3
+    ] == [3, None, None]
     with pytest.raises(ValueError, match="the id -1"):
         ids.of_column(column, range(4), "x", ("1",))
 
@@ -130,7 +146,11 @@ def test_odd_ids_are_kept_and_said():
         "2 item ids, such as ' 3', begin or end with blanks, which belong to the id",
         "3 item ids, such as 'NaN', look like a missing one; --missing leaves them out",
     ]
-    assert ids.remarks("item", pa.array(["a", "nanny", "3"]), "book") == ids.remarks("item", pa.array([3]), "book") == []
+    assert (
+        ids.remarks("item", pa.array(["a", "nanny", "3"]), "book")
+        == ids.remarks("item", pa.array([3]), "book")
+        == []
+    )
 
 
 # --- shard and recommend on one file ---------------------------------------------------------------------------------
@@ -138,7 +158,21 @@ def test_odd_ids_are_kept_and_said():
 CELLS = st.one_of(
     st.integers(0, 40).map(str),
     st.sampled_from(
-        [*NOT_CANONICAL, "NULL", "NaN", "\\N", 'say "hi"', "a,b", "two\nlines", "é", "😀", "\ufeff7", "\u2028", "7", "17"]
+        [
+            *NOT_CANONICAL,
+            "NULL",
+            "NaN",
+            "\\N",
+            'say "hi"',
+            "a,b",
+            "two\nlines",
+            "é",
+            "😀",
+            "\ufeff7",
+            "\u2028",
+            "7",
+            "17",
+        ]
     ),
     st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=5),
 )
@@ -156,7 +190,9 @@ def _write(path, rows, kind):
         path.write_bytes(buffer.getvalue().encode())
     else:
         columns = [pa.array(column, pa.string()) for column in zip(*rows, strict=True)]
-        numbers = [ids.compact(column) if "" not in column.to_pylist() else column for column in columns]
+        numbers = [
+            ids.compact(column) if "" not in column.to_pylist() else column for column in columns
+        ]
         pq.write_table(pa.table({"user": numbers[0], "item": numbers[1]}), path)
 
 
@@ -171,7 +207,17 @@ def test_what_shard_accepts_recommend_finds(tmp_path_factory, capsys, kind, rows
     path = folder / f"in.{kind}"
     _write(path, rows, kind)
     options = [] if missing is None else ["--missing", missing]
-    arguments = [str(path), str(folder / "o"), "--min_items", "1", "--val_users", "0", "--test_users", "0", *options]
+    arguments = [
+        str(path),
+        str(folder / "o"),
+        "--min_items",
+        "1",
+        "--val_users",
+        "0",
+        "--test_users",
+        "0",
+        *options,
+    ]
     markers = {"", *(ids.MISSING if missing is None else missing.split(","))}
     present = [(u, i) for u, i in rows if u not in markers and i not in markers]
     status = shard.main(arguments)
@@ -194,12 +240,17 @@ def test_what_shard_accepts_recommend_finds(tmp_path_factory, capsys, kind, rows
             (user, names[i])
             for block in histories.blocks(items, 4)
             for user, lo, hi in zip(
-                ids.as_text(block.users).to_pylist(), block.rows.indptr[:-1], block.rows.indptr[1:], strict=True
+                ids.as_text(block.users).to_pylist(),
+                block.rows.indptr[:-1],
+                block.rows.indptr[1:],
+                strict=True,
             )
             for i in block.rows.items[lo:hi]
         }
         assert found == set(present)
-        report = recommend_to_file(_scorer, histories, items, len(names), folder / "l.parquet", alone(), keep_seen=True)
+        report = recommend_to_file(
+            _scorer, histories, items, len(names), folder / "l.parquet", alone(), keep_seen=True
+        )
     lists = pq.read_table(folder / "l.parquet")
     listed = {(str(row["user"]), str(row["item"])) for row in lists.to_pylist()}
     assert listed == {(u, i) for u, _ in present for i in names}

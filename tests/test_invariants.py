@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from dist_vasp.config import Config, DataConfig, ModelConfig, OptimizerConfig, ParallelConfig, RunConfig, Stage
+from dist_vasp.config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RunConfig,
+    Stage,
+)
 from tests.make_shards import write_folder
 from tests.partitioned import assemble, export
 from tests.ranks import run_ranks
@@ -44,7 +52,13 @@ def _run(ranks, config: Config):
     from dist_vasp.training.engine import Trainer
 
     stream = TrainStream(
-        config.data.shards, config.data.batch_size, config.parallel.lanes, config.run.seed, True, ranks.rank, ranks.world_size
+        config.data.shards,
+        config.data.batch_size,
+        config.parallel.lanes,
+        config.run.seed,
+        True,
+        ranks.rank,
+        ranks.world_size,
     )
     trainer = Trainer(config, stream.n_items, ranks)
     losses = [trainer.step(batch).loss for batch in stream.batches(0, STEPS, 0)]
@@ -55,8 +69,12 @@ def _run(ranks, config: Config):
 def test_ranks_do_not_change_the_run(folder):
     runs = {n: run_ranks(_run, n, _config(folder), timeout=300) for n in (1, 2, 3, 4)}
     reference = np.array(runs[1][0][0])
-    assert reference[-20:].mean() < 0.8 * reference[:20].mean(), "the run learns nothing, so it shows nothing"
-    whole = assemble(runs[1][0][1]) | {name: torch.from_numpy(p) for name, p in runs[1][0][2].items()}
+    assert reference[-20:].mean() < 0.8 * reference[:20].mean(), (
+        "the run learns nothing, so it shows nothing"
+    )
+    whole = assemble(runs[1][0][1]) | {
+        name: torch.from_numpy(p) for name, p in runs[1][0][2].items()
+    }
     for n in (2, 3, 4):
         losses = np.array(runs[n][0][0])
         assert all(rank[0] == runs[n][0][0] for rank in runs[n])

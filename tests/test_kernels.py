@@ -26,7 +26,9 @@ def case(rows: int, columns: int, n_paths: int):
     return logits, ones, torch.rand(rows, generator=generator)
 
 
-def in_double(kind: str, logits: list, ones: tuple, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+def in_double(
+    kind: str, logits: list, ones: tuple, weight: torch.Tensor
+) -> dict[str, torch.Tensor]:
     """Value and gradients of the plain block in double precision."""
     loss, logits = make_loss(kind), [path.double() for path in logits]
     stats = loss.row_stats(logits, ones) if kind == "cosine" else None
@@ -42,7 +44,9 @@ def test_a_compiled_block_equals_the_plain_one(kind):
     for rows, columns in ((12, 40), (33, 17), (7, 256)):
         logits, ones, weight = case(rows, columns, 3)
         stats = reference.row_stats(logits, ones) if kind == "cosine" else None
-        (a, grads_a), (b, grads_b) = (loss.block(logits, ones, weight, stats) for loss in (compiled, reference))
+        (a, grads_a), (b, grads_b) = (
+            loss.block(logits, ones, weight, stats) for loss in (compiled, reference)
+        )
         exact = bounded(lambda kind=kind, data=(logits, ones, weight): in_double(kind, *data))
         for value, grads in ((a, grads_a), (b, grads_b)):
             within(value, exact, "value", kind)
@@ -52,7 +56,11 @@ def test_a_compiled_block_equals_the_plain_one(kind):
     assert graphs[0] == graphs[-1] > 0, "one compilation serves every size"
 
 
-@pytest.mark.parametrize("config", [OptimizerConfig(), OptimizerConfig(name="adamw", weight_decay=0.1)], ids=["nadam", "adamw"])
+@pytest.mark.parametrize(
+    "config",
+    [OptimizerConfig(), OptimizerConfig(name="adamw", weight_decay=0.1)],
+    ids=["nadam", "adamw"],
+)
 @pytest.mark.parametrize("lean_dim", [None, 0, 1])
 def test_a_compiled_update_equals_the_plain_one(config, lean_dim):
     generator = torch.Generator().manual_seed(0)
@@ -61,7 +69,9 @@ def test_a_compiled_update_equals_the_plain_one(config, lean_dim):
 
     def updated(weight, fuse) -> dict[str, torch.Tensor]:
         """The weight after four steps, and what the optimizer keeps of it."""
-        optimizer = InPlaceAdam([{"params": [weight], "lean_dim": lean_dim}], config, lr=0.1, fuse=fuse)
+        optimizer = InPlaceAdam(
+            [{"params": [weight], "lean_dim": lean_dim}], config, lr=0.1, fuse=fuse
+        )
         for step, gradient in enumerate(gradients):
             optimizer.param_groups[0]["lr"] = 0.1 / (1 + step)  # another number every step
             optimizer.grad_scale = 1.0 if step % 2 else 0.5
@@ -92,6 +102,7 @@ def test_no_compiler(monkeypatch):
     assert fuse is plain
     assert "No working C++ compiler found); install" in remark
     with pytest.raises(
-        ValueError, match=r"parallel\.compile is always.*No working C\+\+ compiler found\); install a C\+\+ compiler"
+        ValueError,
+        match=r"parallel\.compile is always.*No working C\+\+ compiler found\); install a C\+\+ compiler",
     ):
         kernels("always", 1)

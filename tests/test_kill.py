@@ -45,10 +45,15 @@ def shards(tmp_path_factory) -> Path:
 
     def users(n: int) -> list[np.ndarray]:
         """Each likes a range of the catalogue, so that there is something to learn."""
-        return [np.unique((chance.integers(N_ITEMS) + chance.geometric(0.05, 14)) % N_ITEMS) for _ in range(n)]
+        return [
+            np.unique((chance.integers(N_ITEMS) + chance.geometric(0.05, 14)) % N_ITEMS)
+            for _ in range(n)
+        ]
 
     held_out = [(row[1:], row[:1]) for row in map(chance.permutation, users(160))]
-    write_folder(folder, users(STEPS_PER_EPOCH * BATCH), held_out[:80], held_out[80:], n_items=N_ITEMS)
+    write_folder(
+        folder, users(STEPS_PER_EPOCH * BATCH), held_out[:80], held_out[80:], n_items=N_ITEMS
+    )
     return folder
 
 
@@ -72,9 +77,30 @@ def training(shards: Path, run_dir: Path, max_steps: int, rate: float = RATE) ->
             "--parallel.compile",
             "never",
         ),
-        *("--data.batch_size", str(BATCH), "--parallel.lanes", "8", "--run.max_steps", str(max_steps)),
-        *("--model.hidden", "33", "--model.latent", "17", "--model.encoder_layers", "3", "--model.decoder_layers", "2"),
-        *("--run.checkpoint_every_steps", "5", "--optimizer.schedule", f"[{{epochs: 1000000, lr: {rate}}}]"),
+        *(
+            "--data.batch_size",
+            str(BATCH),
+            "--parallel.lanes",
+            "8",
+            "--run.max_steps",
+            str(max_steps),
+        ),
+        *(
+            "--model.hidden",
+            "33",
+            "--model.latent",
+            "17",
+            "--model.encoder_layers",
+            "3",
+            "--model.decoder_layers",
+            "2",
+        ),
+        *(
+            "--run.checkpoint_every_steps",
+            "5",
+            "--optimizer.schedule",
+            f"[{{epochs: 1000000, lr: {rate}}}]",
+        ),
     ]
 
 
@@ -85,7 +111,12 @@ def forks() -> Iterator[Forks]:
 
 
 def start(arguments: list[str], log: Path, forks: Forks | None) -> Job:
-    return Job(*arguments, log=log, variables={"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE"}, forks=forks)
+    return Job(
+        *arguments,
+        log=log,
+        variables={"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE"},
+        forks=forks,
+    )
 
 
 def check_delivered(run: RunFolder, commands: Commands, scratch: Path) -> None:
@@ -93,7 +124,9 @@ def check_delivered(run: RunFolder, commands: Commands, scratch: Path) -> None:
     result = json.loads((run.path / "result.json").read_text())
     assert result["checkpoint"] == (run.checkpoints / "best").resolve().name
     for split in ("validation", "test"):
-        commands.succeed(f"python launch/evaluate.py --device cpu --run {run.path} --split {split} --json {scratch}")
+        commands.succeed(
+            f"python launch/evaluate.py --device cpu --run {run.path} --split {split} --json {scratch}"
+        )
         assert json.loads(scratch.read_text()) == {split: result[split]}
         scratch.unlink()
     told = [line for line in run.lines() if line.get("split") == "validation"]
@@ -110,7 +143,9 @@ class Attempt:
 
     def steps(self) -> int:
         """Steps this attempt has made."""
-        return max(self.run.step() - self.resumed_from, 0) if self.run.opened() != self._before else 0
+        return (
+            max(self.run.step() - self.resumed_from, 0) if self.run.opened() != self._before else 0
+        )
 
     def evaluating(self) -> bool:
         """The last line is the last step of an epoch, and its evaluation is still to come."""
@@ -132,8 +167,18 @@ class Disturbance:
     def choose(cls, chance: random.Random) -> Disturbance:
         """Anywhere, and more often where it hurts."""
         aim = chance.choice(["start", "step", "step", "save", "evaluation", "end"])
-        delay = chance.uniform(0, 7) if aim == "start" else chance.choice([0.0, chance.uniform(0, 0.15)])
-        return cls(chance.choice(SIGNALS), chance.choice(TARGETS), aim, chance.randint(0, PER_ROUND - 1), delay)
+        delay = (
+            chance.uniform(0, 7)
+            if aim == "start"
+            else chance.choice([0.0, chance.uniform(0, 0.15)])
+        )
+        return cls(
+            chance.choice(SIGNALS),
+            chance.choice(TARGETS),
+            aim,
+            chance.randint(0, PER_ROUND - 1),
+            delay,
+        )
 
     def moment(self, attempt: Attempt, last: int) -> Callable[[], bool]:
         """The condition to wait for."""
@@ -168,12 +213,19 @@ class Disturbance:
         assert "Traceback" not in job.output or attempt.steps() == 0, job.output
         stopped = re.search(r"stopped on request after step (\d+)", job.output)
         if stopped:
-            assert attempt.run.saved_step() == attempt.run.step() == int(stopped[1]), "nothing is lost"
+            assert attempt.run.saved_step() == attempt.run.step() == int(stopped[1]), (
+                "nothing is lost"
+            )
         if self.target == "worker":
             assert statuses == [0], job.output
         if self.number != signal.SIGKILL and self.target.startswith("rank") and attempt.steps() > 0:
             assert statuses == [0], job.output
-        if self.number != signal.SIGKILL and self.target != "worker" and attempt.steps() > 0 and attempt.run.step() < last:
+        if (
+            self.number != signal.SIGKILL
+            and self.target != "worker"
+            and attempt.steps() > 0
+            and attempt.run.step() < last
+        ):
             assert stopped, job.output
 
 
@@ -186,8 +238,14 @@ def test_signals_leave_no_trace(shards, commands, forks, tmp_path, pytestconfig)
     last = 0
     for turn in range(rounds):
         last += PER_ROUND
-        arguments, attempt, what = training(shards, disturbed.path, last), Attempt(disturbed), Disturbance.choose(chance)
-        with start(arguments, tmp_path / f"round-{turn}.log", None if turn % 10 == 9 else forks) as job:
+        arguments, attempt, what = (
+            training(shards, disturbed.path, last),
+            Attempt(disturbed),
+            Disturbance.choose(chance),
+        )
+        with start(
+            arguments, tmp_path / f"round-{turn}.log", None if turn % 10 == 9 else forks
+        ) as job:
             job.wait_for_ranks()
             job.wait_until(what.moment(attempt, last), f"the moment of {what}", 0.001, ended=True)
             time.sleep(what.delay)
@@ -197,7 +255,12 @@ def test_signals_leave_no_trace(shards, commands, forks, tmp_path, pytestconfig)
             statuses = job.end()
             what.check(statuses, job, attempt, last)
             gone = time.monotonic() - at
-        for name, value in ((what.number.name, 1), (what.target, 1), ("during a save", saving), ("in evaluation", evaluating)):
+        for name, value in (
+            (what.number.name, 1),
+            (what.target, 1),
+            ("during a save", saving),
+            ("in evaluation", evaluating),
+        ):
             seen[name] += value
         if (disturbed.path / "result.json").exists():
             check_delivered(disturbed, commands, scratch)
@@ -218,10 +281,18 @@ def test_signals_leave_no_trace(shards, commands, forks, tmp_path, pytestconfig)
     with start(training(shards, whole.path, last), tmp_path / "whole.log", None) as job:
         assert job.end(900) == [0], job.output
     assert_same_run(disturbed, whole)
-    result, expected = (json.loads((run.path / "result.json").read_text()) for run in (disturbed, whole))
-    clocked = {"seconds_training": 0, "checkpoint_sha256": ""}  # the header of a checkpoint holds the seconds
+    result, expected = (
+        json.loads((run.path / "result.json").read_text()) for run in (disturbed, whole)
+    )
+    clocked = {
+        "seconds_training": 0,
+        "checkpoint_sha256": "",
+    }  # the header of a checkpoint holds the seconds
     assert result | clocked == expected | clocked
-    print(f"{dict(seen)}; {last} steps; equal, bitwise; {time.monotonic() - started:.0f} s", flush=True)
+    print(
+        f"{dict(seen)}; {last} steps; equal, bitwise; {time.monotonic() - started:.0f} s",
+        flush=True,
+    )
 
 
 def copy_of(run: RunFolder, path: Path) -> RunFolder:
@@ -229,24 +300,34 @@ def copy_of(run: RunFolder, path: Path) -> RunFolder:
     return RunFolder(Path(shutil.copytree(run.path, path, symlinks=True)))
 
 
-def check_another_schedule(run: RunFolder, shards: Path, commands: Commands, forks: Forks, path: Path, last: int) -> None:
+def check_another_schedule(
+    run: RunFolder, shards: Path, commands: Commands, forks: Forks, path: Path, last: int
+) -> None:
     """Bests of the attempt that was stopped are not taken for those of the attempt that follows it."""
     if not run.saved_step():
         return
     side = copy_of(run, path)
-    with start(training(shards, side.path, last + PER_ROUND, OTHER_RATE), path.with_suffix(".log"), forks) as job:
+    with start(
+        training(shards, side.path, last + PER_ROUND, OTHER_RATE), path.with_suffix(".log"), forks
+    ) as job:
         assert job.end(300) == [0], job.output
     check_delivered(side, commands, path.with_suffix(".json"))
 
 
-def check_divergence(run: RunFolder, shards: Path, commands: Commands, forks: Forks, path: Path, last: int) -> None:
+def check_divergence(
+    run: RunFolder, shards: Path, commands: Commands, forks: Forks, path: Path, last: int
+) -> None:
     """An attempt that diverges leaves nothing that the sane one after it would deliver."""
     if not run.saved_step():
         return
     side = copy_of(run, path)
-    with start(training(shards, side.path, last + PER_ROUND, ABSURD_RATE), path.with_suffix(".log"), forks) as job:
+    with start(
+        training(shards, side.path, last + PER_ROUND, ABSURD_RATE), path.with_suffix(".log"), forks
+    ) as job:
         assert job.end(300) == [1], job.output
         assert "error: step" in job.output, job.output
-    with start(training(shards, side.path, last + PER_ROUND), path.with_suffix(".log"), forks) as job:
+    with start(
+        training(shards, side.path, last + PER_ROUND), path.with_suffix(".log"), forks
+    ) as job:
         assert job.end(300) == [0], job.output
     check_delivered(side, commands, path.with_suffix(".json"))

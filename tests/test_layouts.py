@@ -9,7 +9,17 @@ import numpy as np
 import pytest
 import torch
 
-from dist_vasp.config import Config, DataConfig, ModelConfig, OptimizerConfig, ParallelConfig, RunConfig, Stage, check, from_dict
+from dist_vasp.config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RunConfig,
+    Stage,
+    check,
+    from_dict,
+)
 from dist_vasp.parallel.comm import Ranks, form_groups
 from dist_vasp.parallel.partition import Layout
 from tests.make_shards import write_folder
@@ -33,7 +43,10 @@ OPTIMIZERS = {"nadam": 0.0, "adamw": 0.1}  # and their weight decay
 def shards(tmp_path_factory) -> Path:
     rng = np.random.default_rng(0)
     centres, sizes = rng.integers(N_ITEMS, size=300), rng.integers(1, 30, size=300)
-    users = [sorted({int(i) for i in (c + rng.normal(0, 8, n)).round() % N_ITEMS}) for c, n in zip(centres, sizes, strict=True)]
+    users = [
+        sorted({int(i) for i in (c + rng.normal(0, 8, n)).round() % N_ITEMS})
+        for c, n in zip(centres, sizes, strict=True)
+    ]
     path = tmp_path_factory.mktemp("shards")
     write_folder(path, train=users, n_items=N_ITEMS, users_per_shard=37)
     return path
@@ -44,14 +57,21 @@ def _config(shards: Path, run_dir: Path, replicas: int = 1, stage: int = 1, **ch
     name = changes.get("name", "nadam")
     return Config(
         data=DataConfig(shards=str(shards), batch_size=changes.get("batch_size", 40), workers=0),
-        model=changes.get("model", ModelConfig(hidden=33, latent=17, encoder_layers=4, decoder_layers=3)),
+        model=changes.get(
+            "model", ModelConfig(hidden=33, latent=17, encoder_layers=4, decoder_layers=3)
+        ),
         optimizer=OptimizerConfig(
             name=name,
             weight_decay=OPTIMIZERS[name],
             schedule=[Stage(1, 1e-3), Stage(1000, 5e-4)],
             accumulation=changes.get("accumulation", 1),
         ),
-        parallel=ParallelConfig(replicas=replicas, zero_stage=stage, lanes=12, trunk_dtype=changes.get("trunk_dtype", "fp32")),
+        parallel=ParallelConfig(
+            replicas=replicas,
+            zero_stage=stage,
+            lanes=12,
+            trunk_dtype=changes.get("trunk_dtype", "fp32"),
+        ),
         run=RunConfig(dir=str(run_dir), seed=3),
         device="cpu",
     )
@@ -70,12 +90,16 @@ def _start(config: Config, ranks: Ranks):
 
 
 def _state(trainer) -> tuple[list, dict[str, np.ndarray]]:
-    return export(trainer.item_pieces(True)), {name: p.numpy().copy() for name, p in trainer.trunk_tensors(True).items()}
+    return export(trainer.item_pieces(True)), {
+        name: p.numpy().copy() for name, p in trainer.trunk_tensors(True).items()
+    }
 
 
 def _whole(states: list) -> dict[str, torch.Tensor]:
     """Every parameter and moment, whole, out of the states of one partition group's ranks."""
-    return assemble([piece for rank in states for piece in rank[0]]) | {k: torch.from_numpy(p) for k, p in states[0][1].items()}
+    return assemble([piece for rank in states for piece in rank[0]]) | {
+        k: torch.from_numpy(p) for k, p in states[0][1].items()
+    }
 
 
 # --- save on x, resume on y ------------------------------------------------------------------------------------------
@@ -91,7 +115,9 @@ def _train_and_save(ranks: Ranks, configs: list[Config]) -> list[list[float]]:
             trainer.step(batch)
         saver.save(RunState(BEFORE))
         saver.finish()
-        found.append([trainer.step(batch).loss for batch in stream.batches(BEFORE, BEFORE + AFTER, 0)])
+        found.append(
+            [trainer.step(batch).loss for batch in stream.batches(BEFORE, BEFORE + AFTER, 0)]
+        )
     return found
 
 
@@ -103,7 +129,9 @@ def _resume_and_train(ranks: Ranks, configs: list[Config]) -> list[list[float]]:
         stream, trainer, _, folder = _start(config, ranks)
         state = resume(trainer, stream, folder, ranks)
         assert state is not None and state.step == BEFORE
-        found.append([trainer.step(batch).loss for batch in stream.batches(BEFORE, BEFORE + AFTER, 0)])
+        found.append(
+            [trainer.step(batch).loss for batch in stream.batches(BEFORE, BEFORE + AFTER, 0)]
+        )
     return found
 
 
@@ -112,7 +140,10 @@ def test_every_layout_resumes_from_every_layout(shards, tmp_path):
     def configs(of: str, on: str) -> list[Config]:
         """The runs saved on one layout, one of each optimizer, to go on on another."""
         _, replicas, stage = LAYOUTS[on]
-        return [_config(shards, tmp_path / of.replace(" ", "") / name, replicas, stage, name=name) for name in OPTIMIZERS]
+        return [
+            _config(shards, tmp_path / of.replace(" ", "") / name, replicas, stage, name=name)
+            for name in OPTIMIZERS
+        ]
 
     def each(fn, layout: str, jobs: list[Config]) -> np.ndarray:
         n, replicas, _ = LAYOUTS[layout]
@@ -124,12 +155,20 @@ def test_every_layout_resumes_from_every_layout(shards, tmp_path):
     worst = 0.0
     for y in LAYOUTS:
         resumed = each(_resume_and_train, y, [config for x in LAYOUTS for config in configs(x, y)])
-        for x, losses in zip(LAYOUTS, resumed.reshape(len(LAYOUTS), len(OPTIMIZERS), AFTER), strict=True):
-            np.testing.assert_allclose(losses, straight[x], rtol=1e-5, err_msg=f"saved on {x}, resumed on {y}")
+        for x, losses in zip(
+            LAYOUTS, resumed.reshape(len(LAYOUTS), len(OPTIMIZERS), AFTER), strict=True
+        ):
+            np.testing.assert_allclose(
+                losses, straight[x], rtol=1e-5, err_msg=f"saved on {x}, resumed on {y}"
+            )
             worst = max(worst, float(np.abs(losses / straight[x] - 1).max()))
             if x == y:
-                assert (losses == straight[x]).all(), f"{x}: a resume on the same layout must be bitwise"
-    print(f"{len(LAYOUTS) ** 2} pairs x {len(OPTIMIZERS)} optimizers: the largest relative difference of a loss is {worst:.1e}")
+                assert (losses == straight[x]).all(), (
+                    f"{x}: a resume on the same layout must be bitwise"
+                )
+    print(
+        f"{len(LAYOUTS) ** 2} pairs x {len(OPTIMIZERS)} optimizers: the largest relative difference of a loss is {worst:.1e}"
+    )
 
 
 # --- four ranks ------------------------------------------------------------------------------------------------------
@@ -140,7 +179,10 @@ def _train_on_four(ranks: Ranks, shards: Path, cases: list[tuple[int, int, int]]
     found = []
     for replicas, stage, accumulation in cases:
         of_case = form_groups(ranks.rank, Layout.of(4, 0, replicas), torch.device("cpu"))
-        stream, trainer, _, _ = _start(_config(shards, shards.parent / "run", replicas, stage, accumulation=accumulation), of_case)
+        stream, trainer, _, _ = _start(
+            _config(shards, shards.parent / "run", replicas, stage, accumulation=accumulation),
+            of_case,
+        )
         losses = [trainer.step(batch).loss for batch in stream.batches(0, steps, 0)]
         found.append((losses, _state(trainer)))
     return found
@@ -152,17 +194,26 @@ def test_layouts_and_accumulation_do_not_change_the_run(shards):
     cases = [(1, 1, 1), (2, 1, 1), (4, 1, 1), (2, 0, 1), (2, 1, 2), (2, 2, 3), (1, 3, 3)]
     by_rank = run_ranks(_train_on_four, 4, shards, cases, 12, timeout=200)
     losses = np.array([of_case[0] for of_case in by_rank[0]])
-    wholes = [_whole([rank[c][1] for rank in by_rank[: 4 // replicas]]) for c, (replicas, _, _) in enumerate(cases)]
+    wholes = [
+        _whole([rank[c][1] for rank in by_rank[: 4 // replicas]])
+        for c, (replicas, _, _) in enumerate(cases)
+    ]
     for case, found, whole in zip(cases[1:], losses[1:], wholes[1:], strict=True):
         np.testing.assert_allclose(found, losses[0], rtol=1e-5, err_msg=f"{case}")
         assert whole.keys() == wholes[0].keys()
         for name, expected in wholes[0].items():
-            distance = torch.linalg.vector_norm(whole[name] - expected) / torch.linalg.vector_norm(expected)
-            assert distance < 1e-4, f"(replicas, stage, accumulation) {case}: {name} is {distance:.1e} away"
+            distance = torch.linalg.vector_norm(whole[name] - expected) / torch.linalg.vector_norm(
+                expected
+            )
+            assert distance < 1e-4, (
+                f"(replicas, stage, accumulation) {case}: {name} is {distance:.1e} away"
+            )
     for c, (replicas, _, _) in enumerate(cases):  # owners of the same items hold the same, bitwise
         for rank in range(4):
             ours, first = by_rank[rank][c][1][0], by_rank[rank % (4 // replicas)][c][1][0]
-            assert all(np.array_equal(a[4], b[4]) for a, b in zip(ours, first, strict=True)), f"{cases[c]}, rank {rank}"
+            assert all(np.array_equal(a[4], b[4]) for a, b in zip(ours, first, strict=True)), (
+                f"{cases[c]}, rank {rank}"
+            )
 
 
 # --- bf16 ------------------------------------------------------------------------------------------------------------
@@ -176,7 +227,8 @@ def _bf16(ranks: Ranks, shards: Path, root: Path) -> list[list[float]]:
     for stage in (1, 2, 3):
         tiny = ModelConfig(hidden=9, latent=5, encoder_layers=2, decoder_layers=2)
         first, again = (
-            _config(shards, root / f"{stage}-{k}", 1, stage, trunk_dtype="bf16", model=tiny) for k in ("first", "again")
+            _config(shards, root / f"{stage}-{k}", 1, stage, trunk_dtype="bf16", model=tiny)
+            for k in ("first", "again")
         )
         stream, trainer, saver, folder = _start(first, ranks)
         batch = stream.batch(0)
@@ -196,23 +248,39 @@ def _bf16(ranks: Ranks, shards: Path, root: Path) -> list[list[float]]:
 def test_bf16_trunk_trains_and_resumes_bitwise(shards, tmp_path):
     losses, _ = run_ranks(_bf16, 2, shards, tmp_path, timeout=200)
     assert np.isfinite(losses).all()
-    assert (np.diff(losses) < 0).all(), "the loss of one batch, trained on again and again, must fall"
+    assert (np.diff(losses) < 0).all(), (
+        "the loss of one batch, trained on again and again, must fall"
+    )
     for stage in (1, 2, 3):
-        first, again = (tmp_path / f"{stage}-{k}" / "checkpoints" / "step-00000005" for k in ("first", "again"))
+        first, again = (
+            tmp_path / f"{stage}-{k}" / "checkpoints" / "step-00000005" for k in ("first", "again")
+        )
         names = sorted(p.name for p in first.glob("*.safetensors"))
-        assert names == ["items-00000-of-00002.safetensors", "items-00001-of-00002.safetensors", "trunk.safetensors"]
+        assert names == [
+            "items-00000-of-00002.safetensors",
+            "items-00001-of-00002.safetensors",
+            "trunk.safetensors",
+        ]
         for name in names:
-            assert (first / name).read_bytes() == (again / name).read_bytes(), f"stage {stage}: {name}"
+            assert (first / name).read_bytes() == (again / name).read_bytes(), (
+                f"stage {stage}: {name}"
+            )
 
 
 def test_half_precision_that_cannot_work_is_refused(shards):
     config = _config(shards, shards, stage=0, trunk_dtype="bf16")
     with pytest.raises(
-        ValueError, match=r"parallel\.trunk_dtype is 'bf16', expected fp32 with parallel\.zero_stage 0.*bias correction"
+        ValueError,
+        match=r"parallel\.trunk_dtype is 'bf16', expected fp32 with parallel\.zero_stage 0.*bias correction",
     ):
         check(config)
     for stage in (1, 2, 3):
-        assert check(replace(config, parallel=replace(config.parallel, zero_stage=stage))).parallel.trunk_dtype == "bf16"
+        assert (
+            check(
+                replace(config, parallel=replace(config.parallel, zero_stage=stage))
+            ).parallel.trunk_dtype
+            == "bf16"
+        )
     raw = asdict(config)
     raw["parallel"].update(trunk_dtype="fp16", zero_stage=1)
     with pytest.raises(ValueError, match=r"trunk_dtype.*fp16"):

@@ -43,7 +43,12 @@ def listening(pid: int) -> set[str]:
 
 def test_ranks_listen_on_the_loopback_only(tmp_path):
     write_folder(tmp_path / "shards", [[u % 9, 9 + u % 7] for u in range(64)], n_items=20)
-    more = ("--optimizer.schedule", "[{epochs: 100000, lr: 0.001}]", "--run.checkpoint_every_steps", "100000")
+    more = (
+        "--optimizer.schedule",
+        "[{epochs: 100000, lr: 0.001}]",
+        "--run.checkpoint_every_steps",
+        "100000",
+    )
     argv = arguments(tmp_path, tmp_path / "run", "vasp", 0, *more)
     with Job(*argv, log=tmp_path / "log") as job:
         job.wait_until(lambda: RunFolder(tmp_path / "run").step() >= 2, "the second step")
@@ -70,7 +75,10 @@ def test_the_given_interface_wins_over_the_environment_and_that_over_the_loopbac
 
 def test_an_interface_of_the_environment_that_does_not_exist(unset):
     os.environ["GLOO_SOCKET_IFNAME"] = "eth99"
-    with pytest.raises(ValueError, match=r"GLOO_SOCKET_IFNAME is 'eth99' in the environment, but 'eth99' is not one of .*lo"):
+    with pytest.raises(
+        ValueError,
+        match=r"GLOO_SOCKET_IFNAME is 'eth99' in the environment, but 'eth99' is not one of .*lo",
+    ):
         choose_interface("", all_here=True)
 
 
@@ -107,5 +115,8 @@ def test_a_port_that_is_taken():
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
-        with pytest.raises(ValueError, match=r"port \d+ of 127\.0\.0\.1 is in use; choose another with --master_port"):
+        with pytest.raises(
+            ValueError,
+            match=r"port \d+ of 127\.0\.0\.1 is in use; choose another with --master_port",
+        ):
             listen("127.0.0.1", other.getsockname()[1], "", all_here=True)

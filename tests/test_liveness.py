@@ -45,11 +45,25 @@ class World:
         self.ranks = []
         for rank, host in enumerate(hosts):
             local_rank = hosts[:rank].count(host)
-            argv = [rank, len(hosts), port, fd if rank == 0 else 0, f"host-{host}", local_rank, does.get(f"rank_{rank}", "nothing")]
+            argv = [
+                rank,
+                len(hosts),
+                port,
+                fd if rank == 0 else 0,
+                f"host-{host}",
+                local_rank,
+                does.get(f"rank_{rank}", "nothing"),
+            ]
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
             fds = (fd,) if rank == 0 else ()
             self.ranks.append(
-                subprocess.Popen([sys.executable, "-c", RANK, *map(str, argv)], cwd=ROOT, text=True, pass_fds=fds, **pipes)
+                subprocess.Popen(
+                    [sys.executable, "-c", RANK, *map(str, argv)],
+                    cwd=ROOT,
+                    text=True,
+                    pass_fds=fds,
+                    **pipes,
+                )
             )
         server.close()
         for process in self.ranks:
@@ -73,7 +87,8 @@ class World:
 
 
 @pytest.mark.parametrize(
-    ("hosts", "dead", "speakers"), [("aaa", 2, {0}), ("aaa", 0, {1}), ("aabb", 1, {0, 2}), ("aabb", 2, {0, 3})]
+    ("hosts", "dead", "speakers"),
+    [("aaa", 2, {0}), ("aaa", 0, {1}), ("aabb", 1, {0, 2}), ("aabb", 2, {0, 3})],
 )
 def test_a_killed_rank_is_named_once_on_each_host(hosts, dead, speakers):
     with World(hosts) as world:
@@ -83,7 +98,8 @@ def test_a_killed_rank_is_named_once_on_each_host(hosts, dead, speakers):
     assert {rank for rank, text in enumerate(said) if text} == speakers
     for rank in speakers:
         assert re.fullmatch(
-            f"error: rank {dead} on host-{hosts[dead]} was killed, or .*; start the same command again\n", said[rank]
+            f"error: rank {dead} on host-{hosts[dead]} was killed, or .*; start the same command again\n",
+            said[rank],
         )
 
 
@@ -122,8 +138,17 @@ def test_strangers_are_not_listened_to():
     alive = Liveness(0, 0, 1, b"right", address, server)
     alive._world = 3  # two could still come
     other = nonce_of(socket.create_connection(address))
-    lines = [b"\xff\x00{[\n", b'{"token": "right", "rank": 1, "host": "h"}\n', b"x" * 40_000, b"0 " + b"[" * 30_000 + b"\n"]
-    lines += [hello(1, b"wrong", "?")[1], hello(1, b"right", other)[1], b'0 {"lost": {"rank": 1}}\n']
+    lines = [
+        b"\xff\x00{[\n",
+        b'{"token": "right", "rank": 1, "host": "h"}\n',
+        b"x" * 40_000,
+        b"0 " + b"[" * 30_000 + b"\n",
+    ]
+    lines += [
+        hello(1, b"wrong", "?")[1],
+        hello(1, b"right", other)[1],
+        b'0 {"lost": {"rank": 1}}\n',
+    ]
     for line in lines:
         stranger = socket.create_connection(address)
         nonce_of(stranger)
@@ -137,14 +162,20 @@ def test_strangers_are_not_listened_to():
 @pytest.mark.parametrize(
     ("message", "expected"),
     [
-        ({"failed": "all is well\x1b[2J\u202e\n", "status": 0}, Loss(1, "h", r"all is well\x1b[2J\u202e", 1)),
+        (
+            {"failed": "all is well\x1b[2J\u202e\n", "status": 0},
+            Loss(1, "h", r"all is well\x1b[2J\u202e", 1),
+        ),
         ({"failed": "x", "status": 256}, Loss(1, "h", "x", 1)),
         ({"failed": "x", "status": True}, Loss(1, "h", "x", 1)),
         ({"failed": "x", "status": -9}, Loss(1, "h", "x", 1)),
         ({"failed": "x"}, Loss(1, "h", "x", 1)),
         ({"failed": "y" * 9000, "status": 2}, Loss(1, "h", "y" * 2000, 2)),
         ({"failed": 7, "status": 2}, None),
-        ({"lost": {"rank": 2, "host": "h", "text": "", "status": 0}}, None),  # rank 0 alone says that
+        (
+            {"lost": {"rank": 2, "host": "h", "text": "", "status": 0}},
+            None,
+        ),  # rank 0 alone says that
     ],
 )
 def test_what_a_failing_rank_says_is_no_success(monkeypatch, capfd, message, expected):
@@ -157,7 +188,9 @@ def test_what_a_failing_rank_says_is_no_success(monkeypatch, capfd, message, exp
     with socket.create_connection(address) as rank:
         channel, line = hello(1, b"right", nonce_of(rank))
         rank.sendall(line)
-        assert json.loads(channel.verify(rank.makefile("rb").readline().strip())) == {"host": socket.gethostname()}
+        assert json.loads(channel.verify(rank.makefile("rb").readline().strip())) == {
+            "host": socket.gethostname()
+        }
         rank.sendall(channel.sign(json.dumps(message)))
         assert alive.wait_for_loss(10 if expected else 0.3) == expected
         alive.leave()
@@ -169,10 +202,14 @@ def test_somebody_in_rank_0s_place_ends_nothing(capfd):
     """It knows no secret: what it says is not believed, and its end is not the end of rank 0."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         address, results = server.getsockname(), []
-        thread = threading.Thread(target=lambda: results.append(Liveness(1, 1, 2, b"right", address, None)))
+        thread = threading.Thread(
+            target=lambda: results.append(Liveness(1, 1, 2, b"right", address, None))
+        )
         thread.start()
         impostor, _ = server.accept()
-        impostor.sendall(b'{"nonce": "n"}\n' + Channel(b"wrong", "n", "n", server=True).sign('{"host": "h"}'))
+        impostor.sendall(
+            b'{"nonce": "n"}\n' + Channel(b"wrong", "n", "n", server=True).sign('{"host": "h"}')
+        )
         impostor.recv(10)
         impostor.close()
         thread.join(30)

@@ -44,7 +44,9 @@ EXTREMES = [-1e4, -200.0, -100.0, -50.0, 0.0, 50.0, 100.0, 200.0, 1e4]
 def case(n_paths: int, seed: int, scale: float = 2.0) -> tuple[list[Tensor], Tensor, Tensor]:
     """Logits (float64), y (G, C) with an empty row and a full one, weights with a zero."""
     generator = torch.Generator().manual_seed(seed)
-    logits = [scale * torch.randn(G, C, generator=generator, dtype=torch.float64) for _ in range(n_paths)]
+    logits = [
+        scale * torch.randn(G, C, generator=generator, dtype=torch.float64) for _ in range(n_paths)
+    ]
     y = (torch.rand(G, C, generator=generator) < 0.3).double()
     y[1], y[2] = 0, 1
     weight = torch.rand(G, generator=generator, dtype=torch.float64)
@@ -59,7 +61,9 @@ def naive(loss, logits: list[Tensor], y: Tensor, weight: Tensor) -> Tensor:
         p = p / (1 + torch.exp(-logit))
     if isinstance(loss, FocalLoss):
         per_item = torch.where(
-            y == 1, -loss.alpha * (1 - p) ** loss.gamma * p.log(), -(1 - loss.alpha) * p**loss.gamma * (1 - p).log()
+            y == 1,
+            -loss.alpha * (1 - p) ** loss.gamma * p.log(),
+            -(1 - loss.alpha) * p**loss.gamma * (1 - p).log(),
         )
         return (weight[:, None] * per_item).sum()
     if isinstance(loss, BinaryCrossEntropy):
@@ -67,15 +71,22 @@ def naive(loss, logits: list[Tensor], y: Tensor, weight: Tensor) -> Tensor:
     if isinstance(loss, SquaredError):
         return (weight[:, None] * (y - p) ** 2).sum()
     if isinstance(loss, CosineLoss):
-        return weight @ (1 - (p * y).sum(1) / ((p * p).sum(1).sqrt() * (y * y).sum(1).clamp(min=1).sqrt()))
+        return weight @ (
+            1 - (p * y).sum(1) / ((p * p).sum(1).sqrt() * (y * y).sum(1).clamp(min=1).sqrt())
+        )
     total = sum(logits)
     return -(weight[:, None] * y * (total - total.exp().sum(1, keepdim=True).log())).sum()
 
 
-def ours(loss, logits: list[Tensor], y: Tensor, weight: Tensor, cuts: tuple[int, ...] = ()) -> tuple[Tensor, list[Tensor]]:
+def ours(
+    loss, logits: list[Tensor], y: Tensor, weight: Tensor, cuts: tuple[int, ...] = ()
+) -> tuple[Tensor, list[Tensor]]:
     """Loss and gradients, taken over blocks of columns cut at `cuts`."""
     bounds = [0, *cuts, y.shape[1]]
-    blocks = [([l[:, a:b].clone() for l in logits], y[:, a:b].nonzero(as_tuple=True)) for a, b in itertools.pairwise(bounds)]
+    blocks = [
+        ([l[:, a:b].clone() for l in logits], y[:, a:b].nonzero(as_tuple=True))
+        for a, b in itertools.pairwise(bounds)
+    ]
     stats, total = None, weight.new_zeros(())
     if isinstance(loss, RowLoss):
         stats = loss.combine(torch.stack([loss.row_stats(l, ones) for l, ones in blocks]))
@@ -110,7 +121,12 @@ def test_value_and_gradient_equal_autograd(name, n_paths):
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.sampled_from(sorted(LOSSES)), st.integers(1, 3), st.integers(0, 10**6), st.sets(st.integers(1, C - 1), max_size=4))
+@given(
+    st.sampled_from(sorted(LOSSES)),
+    st.integers(1, 3),
+    st.integers(0, 10**6),
+    st.sets(st.integers(1, C - 1), max_size=4),
+)
 def test_blocks_change_nothing(name, n_paths, seed, cuts):
     """Losses add up over blocks; row statistics of cosine and multinomial combine to those of the whole row."""
     loss = LOSSES[name]
@@ -134,7 +150,10 @@ def test_row_stats_combine_over_blocks_then_partitions(name, n_paths, seed, cuts
     logits, y, _ = case(n_paths, seed)
     whole = loss.combine(loss.row_stats(logits, y.nonzero(as_tuple=True))[None])
     bounds = [0, *sorted(cuts), C]
-    shares = [loss.row_stats([l[:, a:b] for l in logits], y[:, a:b].nonzero(as_tuple=True)) for a, b in itertools.pairwise(bounds)]
+    shares = [
+        loss.row_stats([l[:, a:b] for l in logits], y[:, a:b].nonzero(as_tuple=True))
+        for a, b in itertools.pairwise(bounds)
+    ]
     partitions = [loss.combine(torch.stack(part)) for part in (shares[:2], shares[2:])]
     torch.testing.assert_close(loss.combine(torch.stack(partitions)), whole, rtol=1e-12, atol=1e-12)
     if name == "multinomial":
@@ -198,7 +217,10 @@ def exact(loss, logits: tuple[float, ...], positive: bool) -> tuple[float, list[
             if positive:
                 value, slope = -a * q**g * p.ln(), a * g * q ** (g - 1) * p.ln() - a * q**g / p
             else:
-                value, slope = -(1 - a) * p**g * q.ln(), (1 - a) * (p**g / q - g * p ** (g - 1) * q.ln())
+                value, slope = (
+                    -(1 - a) * p**g * q.ln(),
+                    (1 - a) * (p**g / q - g * p ** (g - 1) * q.ln()),
+                )
         elif isinstance(loss, BinaryCrossEntropy):
             value, slope = (-p.ln(), -1 / p) if positive else (-q.ln(), 1 / q)
         else:
@@ -222,7 +244,11 @@ def test_large_logits_are_exact(name, positive):
             one = [l[i : i + 1] for l in logits]
             found, grads = ours(loss, one, torch.full((1, 1), float(positive)), torch.ones(1))
             # A logarithm of size m is known to m * 2^-24, and so is what it is the logarithm of. Below 2e-38 float32 is zero.
-            tolerance = {"rtol": 3e-5 if max(map(abs, table[i])) < 1e4 else 2e-3, "atol": 2e-38, "err_msg": f"{table[i]}"}
+            tolerance = {
+                "rtol": 3e-5 if max(map(abs, table[i])) < 1e4 else 2e-3,
+                "atol": 2e-38,
+                "err_msg": f"{table[i]}",
+            }
             np.testing.assert_allclose(found, value, **tolerance)
             np.testing.assert_allclose([float(g) for g in grads], gradient, **tolerance)
 
@@ -253,7 +279,9 @@ def test_cosine_of_tiny_probabilities_stays_between_zero_and_one():
     stats = loss.combine(loss.row_stats(logits, y.nonzero(as_tuple=True))[None])
     value = loss.row_loss(stats)
     assert ((value >= -1e-6) & (value <= 1 + 1e-6)).all()
-    torch.testing.assert_close(value[4:], torch.full((5,), 1 - (2 / 3) ** 0.5), rtol=0, atol=SAFETY * 8 * UNIT)
+    torch.testing.assert_close(
+        value[4:], torch.full((5,), 1 - (2 / 3) ** 0.5), rtol=0, atol=SAFETY * 8 * UNIT
+    )
 
 
 def test_make_loss():

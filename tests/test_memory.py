@@ -12,7 +12,15 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dist_vasp.config import Config, DataConfig, ModelConfig, OptimizerConfig, ParallelConfig, RunConfig, Stage
+from dist_vasp.config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RunConfig,
+    Stage,
+)
 from dist_vasp.model.vasp import VASP
 from dist_vasp.parallel.comm import Ranks
 from tests.make_shards import write_folder
@@ -27,7 +35,9 @@ def _held(ranks: Ranks, model: ModelConfig, n_items: int, stage: int) -> dict[st
     """What lives on this rank before the first step, counted from the tensors themselves; moments exist."""
     from dist_vasp.training.engine import Trainer
 
-    config = Config(model=model, parallel=ParallelConfig(zero_stage=stage), run=RunConfig(seed=1), device="cpu")
+    config = Config(
+        model=model, parallel=ParallelConfig(zero_stage=stage), run=RunConfig(seed=1), device="cpu"
+    )
     trainer = Trainer(config, n_items, ranks)
     trunk = trainer.trunk
     assert trunk is not None
@@ -37,15 +47,23 @@ def _held(ranks: Ranks, model: ModelConfig, n_items: int, stage: int) -> dict[st
     return {
         "whole trunk": trunk.n_parameters,
         "tensors of the trunk": len(parameters),
-        "moments": sum(t.numel() for state in trunk.optimizer.state.values() for t in state.values() if t.dim()),
-        "parameters": sum(p.data.numel() for p in parameters) if stage < 3 else sum(p.ds_tensor.numel() for p in parameters),
-        "kept whole": sum(p.data.numel() for p in parameters if p.data.numel() > 1) if stage == 3 else 0,
+        "moments": sum(
+            t.numel() for state in trunk.optimizer.state.values() for t in state.values() if t.dim()
+        ),
+        "parameters": sum(p.data.numel() for p in parameters)
+        if stage < 3
+        else sum(p.ds_tensor.numel() for p in parameters),
+        "kept whole": sum(p.data.numel() for p in parameters if p.data.numel() > 1)
+        if stage == 3
+        else 0,
         "bytes of items": sum(p.tensor.numel() * p.tensor.element_size() for p in pieces),
     }
 
 
 def _check_held(model: ModelConfig, n_items: int) -> None:
-    whole_items = 3 * 4 * n_items * (2 * model.hidden + 1 + model.latent + 1 + n_items)  # weights and two moments, fp32
+    whole_items = (
+        3 * 4 * n_items * (2 * model.hidden + 1 + model.latent + 1 + n_items)
+    )  # weights and two moments, fp32
     for stage in (0, 1, 2, 3):
         by_rank = run_ranks(_held, WORLD, model, n_items, stage, timeout=300)
         for held in by_rank:
@@ -54,7 +72,9 @@ def _check_held(model: ModelConfig, n_items: int) -> None:
             if stage == 0:
                 assert held["moments"] == 2 * whole, held
             else:
-                assert 2 * (whole // WORLD) <= held["moments"] + 2 * padding and held["moments"] <= 2 * (share + padding), held
+                assert 2 * (whole // WORLD) <= held["moments"] + 2 * padding and held[
+                    "moments"
+                ] <= 2 * (share + padding), held
             if stage < 3:
                 assert held["parameters"] == whole, held
             else:
@@ -85,7 +105,9 @@ def _gradients_at(ranks: Ranks, folder: Path, stage: int) -> dict[str, int]:
 
     def look_and_step() -> None:
         zero = trunk._engine.optimizer
-        partitioned = [g for group in getattr(zero, "averaged_gradients", {}).values() if group for g in group]
+        partitioned = [
+            g for group in getattr(zero, "averaged_gradients", {}).values() if group for g in group
+        ]
         seen["whole"] = sum(p.grad.numel() for p in trunk.module.parameters() if p.grad is not None)
         seen["share"] = sum(g.numel() for g in partitioned)
         update()
@@ -94,8 +116,15 @@ def _gradients_at(ranks: Ranks, folder: Path, stage: int) -> dict[str, int]:
     trainer.step(stream.batch(0))
     items = [p.tensor.grad for p in trainer.model.slices()]
     assert items == [None] * len(items), "gradients of item matrices are applied and dropped"
-    moments = sum(t.numel() for state in trunk.optimizer.state.values() for t in state.values() if t.dim())
-    return {**seen, "trunk": trunk.n_parameters, "tensors": len(list(trunk.module.parameters())), "moments": moments}
+    moments = sum(
+        t.numel() for state in trunk.optimizer.state.values() for t in state.values() if t.dim()
+    )
+    return {
+        **seen,
+        "trunk": trunk.n_parameters,
+        "tensors": len(list(trunk.module.parameters())),
+        "moments": moments,
+    }
 
 
 def test_gradients_and_moments_of_a_step(folder):
@@ -103,7 +132,9 @@ def test_gradients_and_moments_of_a_step(folder):
         for stage, found in enumerate(by_stage):
             share, padding = -(-found["trunk"] // 3), found["tensors"] + 8
             if stage == 0:
-                assert found["whole"] == found["trunk"] and found["moments"] == 2 * found["trunk"], found
+                assert (
+                    found["whole"] == found["trunk"] and found["moments"] == 2 * found["trunk"]
+                ), found
             else:
                 assert found["whole"] == 0, found
                 assert share - padding <= found["share"] <= share + padding, found
@@ -121,11 +152,15 @@ def folder(tmp_path_factory) -> Path:
     rng = np.random.default_rng(0)
 
     def rows(n: int) -> list[np.ndarray]:
-        return [np.sort(rng.choice(N_ITEMS, size=rng.integers(2, 12), replace=False)) for _ in range(n)]
+        return [
+            np.sort(rng.choice(N_ITEMS, size=rng.integers(2, 12), replace=False)) for _ in range(n)
+        ]
 
     path = tmp_path_factory.mktemp("shards")
     heldout = [(row[1:], row[:1]) for row in rows(50)]
-    write_folder(path, rows(2 * USERS), heldout[:25], heldout[25:], n_items=N_ITEMS, users_per_shard=23)
+    write_folder(
+        path, rows(2 * USERS), heldout[:25], heldout[25:], n_items=N_ITEMS, users_per_shard=23
+    )
     return path
 
 
@@ -158,7 +193,9 @@ class Allocations(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.seen: dict[tuple[tuple[int, ...], int], str] = {}
-        self._files: dict[int, torch.Tensor] = {}  # by address, and held, so that no other storage can get the address
+        self._files: dict[
+            int, torch.Tensor
+        ] = {}  # by address, and held, so that no other storage can get the address
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -168,7 +205,9 @@ class Allocations(TorchDispatchMode):
             if func is torch.ops.aten.set_.source_Storage:
                 self._files[tensor.untyped_storage().data_ptr()] = tensor
             if tensor.untyped_storage().data_ptr() not in self._files:
-                self.seen.setdefault((tuple(tensor.shape), tensor.numel() * tensor.element_size()), str(func))
+                self.seen.setdefault(
+                    (tuple(tensor.shape), tensor.numel() * tensor.element_size()), str(func)
+                )
         return out
 
 
@@ -178,7 +217,9 @@ def _record(ranks: Ranks, folder: Path, root: Path) -> dict[str, dict]:
     from dist_vasp.ranking.load import load_model
     from dist_vasp.training.state import RunState, Saver, resume
 
-    ranking._SELECT_COLUMNS = 100  # blocks are joined before the best are selected: narrower than a rank's share here
+    ranking._SELECT_COLUMNS = (
+        100  # blocks are joined before the best are selected: narrower than a rank's share here
+    )
     recorded: dict[str, dict] = {}
 
     def during(what: str, work):
@@ -190,13 +231,18 @@ def _record(ranks: Ranks, folder: Path, root: Path) -> dict[str, dict]:
     trainer, stream = during("start", lambda: _trainer(ranks, folder, 1))
     batch = stream.batch(0)
     during("step", lambda: trainer.step(batch))
-    for name, options in {"clipped step": {"clip_norm": 0.1}, "two micro-batches": {"accumulation": 2}}.items():
+    for name, options in {
+        "clipped step": {"clip_norm": 0.1},
+        "two micro-batches": {"accumulation": 2},
+    }.items():
         other, _ = _trainer(ranks, folder, 2, **options)
         during(name, lambda other=other: other.step(batch))
 
     def evaluate():
         with trainer.evaluating() as trunk:
-            found = ranking.evaluate(ranking.model_scorer(trainer.model, trunk), folder, "test", ranks)
+            found = ranking.evaluate(
+                ranking.model_scorer(trainer.model, trunk), folder, "test", ranks
+            )
         assert found is not None and found.result()["n_users"] == 25
 
     during("evaluation", evaluate)
@@ -210,7 +256,11 @@ def _record(ranks: Ranks, folder: Path, root: Path) -> dict[str, dict]:
     during("save", save)
     header = saver._header(RunState(2))
     in_front = lambda: checkpoints.save(  # noqa: E731
-        root / "checkpoints" / "step-00000002", header, trainer.item_pieces(True), trainer.trunk_tensors(True), ranks
+        root / "checkpoints" / "step-00000002",
+        header,
+        trainer.item_pieces(True),
+        trainer.trunk_tensors(True),
+        ranks,
     )
     during("save in the foreground", in_front)
     fresh, _ = _trainer(ranks, folder, 3)
@@ -224,19 +274,30 @@ def _record(ranks: Ranks, folder: Path, root: Path) -> dict[str, dict]:
 def test_no_rank_ever_holds_a_whole_catalogue(folder, tmp_path, world_size):
     J, G = -(-N_ITEMS // world_size), 2 * USERS
     smallest = N_ITEMS * min(H, L, 25, G)  # (U, I), (G, I), I x H, I x L, I x I: none is smaller
-    assert max(J * H, N_ITEMS * COLUMNS) < smallest, "the sizes of this test do not tell a share from a whole"
+    assert max(J * H, N_ITEMS * COLUMNS) < smallest, (
+        "the sizes of this test do not tell a share from a whole"
+    )
     for rank, recorded in enumerate(run_ranks(_record, world_size, folder, tmp_path)):
         for what, seen in recorded.items():
             assert seen, what
             for (shape, n_bytes), operation in seen.items():
                 n = int(np.prod(shape))
-                assert n < smallest, f"rank {rank}, {what}: {operation} gives {shape}, {n_bytes} bytes"
+                assert n < smallest, (
+                    f"rank {rank}, {what}: {operation} gives {shape}, {n_bytes} bytes"
+                )
                 whole_axes = [d for d in shape if d in (N_ITEMS, N_ITEMS + 1)]
                 width = n // N_ITEMS
-                assert not whole_axes or len(shape) == 1 or width <= COLUMNS, f"rank {rank}, {what}: {operation} gives {shape}"
+                assert not whole_axes or len(shape) == 1 or width <= COLUMNS, (
+                    f"rank {rank}, {what}: {operation} gives {shape}"
+                )
         # the record is worth something: the shares themselves are seen, and so is the gradient's block
-        blocks = {(N_ITEMS, COLUMNS), ((rank + 1) * N_ITEMS // world_size - rank * N_ITEMS // world_size, H)}
-        assert blocks <= {shape for shape, _ in recorded["start"]} and (N_ITEMS, COLUMNS) in {s for s, _ in recorded["step"]}
+        blocks = {
+            (N_ITEMS, COLUMNS),
+            ((rank + 1) * N_ITEMS // world_size - rank * N_ITEMS // world_size, H),
+        }
+        assert blocks <= {shape for shape, _ in recorded["start"]} and (N_ITEMS, COLUMNS) in {
+            s for s, _ in recorded["step"]
+        }
 
 
 def _alive_at_the_end(ranks: Ranks, config: Config) -> list[str]:
@@ -255,7 +316,9 @@ def _alive_at_the_end(ranks: Ranks, config: Config) -> list[str]:
     return alive
 
 
-@pytest.mark.parametrize("stage", range(3))  # at stage 3 DeepSpeed keeps this rank's share of the trunk
+@pytest.mark.parametrize(
+    "stage", range(3)
+)  # at stage 3 DeepSpeed keeps this rank's share of the trunk
 def test_no_model_is_left_beside_that_of_the_result(folder, tmp_path, stage):
     run = RunConfig(dir=str(tmp_path / "run"), max_steps=2)
     config = replace(_config(folder, stage), run=run)
@@ -265,4 +328,6 @@ def test_no_model_is_left_beside_that_of_the_result(folder, tmp_path, stage):
 def test_the_record_sees_a_whole_matrix():
     with Allocations() as mode:
         (torch.ones(5, 3, requires_grad=True) @ torch.ones(3, 7)).sum().backward()
-    assert {(5, 7), (5, 3)} <= {shape for shape, _ in mode.seen}, "what backward allocates is recorded too"
+    assert {(5, 7), (5, 3)} <= {shape for shape, _ in mode.seen}, (
+        "what backward allocates is recorded too"
+    )

@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 from dist_vasp.data.stream import Rows
 from dist_vasp.ranking.metrics import RankingMetrics, hits, ndcg_at_k, recall_at_k
 
-KEYS = [f"{name}{suffix}" for name in ("ndcg@100", "ndcg@20", "recall@20", "recall@50") for suffix in ("", "_se")] + [
-    "coverage@100"
-]
+KEYS = [
+    f"{name}{suffix}"
+    for name in ("ndcg@100", "ndcg@20", "recall@20", "recall@50")
+    for suffix in ("", "_se")
+] + ["coverage@100"]
 
 
 def csr(rows) -> Rows:
@@ -27,7 +29,9 @@ def csr(rows) -> Rows:
 def naive_recall(listed, target, k, denominator="min") -> float:
     if not target:
         return math.nan
-    return sum(i in target for i in listed[:k]) / (len(target) if denominator == "held_out" else min(k, len(target)))
+    return sum(i in target for i in listed[:k]) / (
+        len(target) if denominator == "held_out" else min(k, len(target))
+    )
 
 
 def naive_ndcg(listed, target, k) -> float:
@@ -40,14 +44,20 @@ def naive_ndcg(listed, target, k) -> float:
 @st.composite
 def cases(draw) -> tuple[int, np.ndarray, list[set[int]]]:
     """(n_items, topk_ids padded with -1, targets); some targets empty."""
-    n_items, n_users, width = draw(st.integers(1, 160)), draw(st.integers(0, 6)), draw(st.integers(0, 120))
+    n_items, n_users, width = (
+        draw(st.integers(1, 160)),
+        draw(st.integers(0, 6)),
+        draw(st.integers(0, 120)),
+    )
     random = np.random.default_rng(draw(st.integers(0, 2**31)))
     ids = np.full((n_users, width), -1, np.int64)
     targets = []
     for row in ids:
         n = random.integers(0, min(width, n_items) + 1)
         row[:n] = random.permutation(n_items)[:n]
-        targets.append(set(random.permutation(n_items)[: random.integers(0, min(n_items, 70) + 1)].tolist()))
+        targets.append(
+            set(random.permutation(n_items)[: random.integers(0, min(n_items, 70) + 1)].tolist())
+        )
         if random.random() < 0.3:
             targets[-1] = set()
     return n_items, ids, targets
@@ -58,7 +68,9 @@ def cases(draw) -> tuple[int, np.ndarray, list[set[int]]]:
 def test_metrics_equal_the_plain_loop(case, k):
     _, ids, targets = case
     held_out = csr(targets)
-    expected_hits = [[bool(i in t) for i in row] for row, t in zip(ids.tolist(), targets, strict=True)]
+    expected_hits = [
+        [bool(i in t) for i in row] for row, t in zip(ids.tolist(), targets, strict=True)
+    ]
     assert hits(ids, held_out).tolist() == expected_hits
     for metric, naive in ((recall_at_k, naive_recall), (ndcg_at_k, naive_ndcg)):
         expected = [naive(row, t, k) for row, t in zip(ids.tolist(), targets, strict=True)]
@@ -71,7 +83,9 @@ def test_result_over_blocks(case, users_per_block, denominator):
     n_items, ids, targets = case
     metrics = RankingMetrics(n_items, denominator)
     for start in range(0, len(ids), users_per_block):
-        metrics.update(ids[start : start + users_per_block], csr(targets[start : start + users_per_block]))
+        metrics.update(
+            ids[start : start + users_per_block], csr(targets[start : start + users_per_block])
+        )
     result = metrics.result()
     assert list(result) == [*KEYS, "n_users", "n_users_unscored"]
     scored = [(row, t) for row, t in zip(ids.tolist(), targets, strict=True) if t]
@@ -93,7 +107,9 @@ def test_result_over_blocks(case, users_per_block, denominator):
         if len(scored) < 2:
             assert result[f"{name}_se"] is None
         else:
-            assert result[f"{name}_se"] == pytest.approx(expected.std(ddof=1) / math.sqrt(len(scored)), rel=1e-9, abs=1e-15)
+            assert result[f"{name}_se"] == pytest.approx(
+                expected.std(ddof=1) / math.sqrt(len(scored)), rel=1e-9, abs=1e-15
+            )
         np.testing.assert_array_equal(np.isnan(values[name]), [not t for t in targets])
     listed = {i for row in ids.tolist() for i in row[:100] if i >= 0}
     assert result["coverage@100"] == pytest.approx(len(listed) / n_items)
@@ -106,10 +122,14 @@ def test_by_hand():
     np.testing.assert_allclose(recall_at_k(ids, held_out, 4), [0.5, 1.0])
     np.testing.assert_allclose(recall_at_k(ids, held_out, 1), [0.0, 0.0])
     np.testing.assert_allclose(recall_at_k(ids, held_out, 1, "held_out"), [0.0, 0.0])
-    np.testing.assert_allclose(recall_at_k(ids, csr([{2, 7, 5, 6}, {1}]), 1, "held_out"), [0.25, 1.0])
+    np.testing.assert_allclose(
+        recall_at_k(ids, csr([{2, 7, 5, 6}, {1}]), 1, "held_out"), [0.25, 1.0]
+    )
     np.testing.assert_allclose(recall_at_k(ids, csr([{2, 7, 5, 6}, {1}]), 1), [1.0, 1.0])
     ideal = 1 + 1 / math.log2(3)
-    np.testing.assert_allclose(ndcg_at_k(ids, held_out, 4), [1 / math.log2(3) / ideal, 1 / math.log2(5)])
+    np.testing.assert_allclose(
+        ndcg_at_k(ids, held_out, 4), [1 / math.log2(3) / ideal, 1 / math.log2(5)]
+    )
 
 
 def test_padding_hits_nothing_at_the_border_of_two_rows():

@@ -17,7 +17,9 @@ from tests.make_shards import write_folder
 def loaded(run: Path, shards: str, **header: str):
     """A model of a run whose configuration names these shards."""
     checkpoint = SimpleNamespace(path=run / "checkpoints" / "best-00000001", header=header)
-    return SimpleNamespace(checkpoint=checkpoint, config=replace(Config(), data=DataConfig(shards=shards)))
+    return SimpleNamespace(
+        checkpoint=checkpoint, config=replace(Config(), data=DataConfig(shards=shards))
+    )
 
 
 @pytest.fixture
@@ -37,7 +39,8 @@ def test_data_that_moved_with_the_run_is_found_and_said(moved):
     assert (Path(folder), f"{shards} is, and is used" in remark) == (shards, True)
     other = {**hashed, "data_sha256": "of other data"}
     with pytest.raises(
-        ValueError, match=r"project/shards, a path relative to the folder where training was started: .*--shards DIR"
+        ValueError,
+        match=r"project/shards, a path relative to the folder where training was started: .*--shards DIR",
     ):
         shards_of(loaded(moved, "project/shards", **other))
 
@@ -46,13 +49,23 @@ def test_data_that_is_where_it_was(moved, monkeypatch):
     monkeypatch.chdir(moved.parent.parent)
     digest = Manifest.load("project/shards").data_sha256
     assert shards_of(loaded(moved, "project/shards", data_sha256=digest)) == ("project/shards", "")
-    assert shards_of(loaded(moved, "project/shards")) == ("project/shards", "")  # of an earlier version
-    with pytest.raises(ValueError, match=r"was prepared again; pass --shards project/shards to use it"):
+    assert shards_of(loaded(moved, "project/shards")) == (
+        "project/shards",
+        "",
+    )  # of an earlier version
+    with pytest.raises(
+        ValueError, match=r"was prepared again; pass --shards project/shards to use it"
+    ):
         shards_of(loaded(moved, "project/shards", data_sha256="of other data"))
 
 
 def test_data_that_is_gone(moved):
-    with pytest.raises(ValueError, match=r"was trained on the shards in /nowhere: it holds no manifest\.json here; pass --shards"):
+    with pytest.raises(
+        ValueError,
+        match=r"was trained on the shards in /nowhere: it holds no manifest\.json here; pass --shards",
+    ):
         shards_of(loaded(moved, "/nowhere"))
-    with pytest.raises(ValueError, match=r"does not say which data it was trained on; pass --shards DIR"):
+    with pytest.raises(
+        ValueError, match=r"does not say which data it was trained on; pass --shards DIR"
+    ):
         shards_of(loaded(moved, ""))

@@ -20,7 +20,10 @@ TORCH = {
 def test_equals_torch(name, monkeypatch):
     monkeypatch.setattr(module, "CPU_CHUNK", 7)
     generator = torch.Generator().manual_seed(1)
-    start = [torch.randn(5, 7, generator=generator, dtype=torch.float64), torch.randn(3, generator=generator, dtype=torch.float64)]
+    start = [
+        torch.randn(5, 7, generator=generator, dtype=torch.float64),
+        torch.randn(3, generator=generator, dtype=torch.float64),
+    ]
     theirs, ours = ([torch.nn.Parameter(p.clone()) for p in start] for _ in range(2))
     config = OptimizerConfig(name=name, weight_decay=0.1 if name == "adamw" else 0.0)
     a, b = TORCH[name](theirs), InPlaceAdam(ours, config, lr=0.01)
@@ -70,8 +73,14 @@ def test_lean_shares_one_second_moment_per_vector(lean_dim, monkeypatch):
     generator = torch.Generator().manual_seed(2)
     start = torch.randn(6, 4, generator=generator, dtype=torch.float64)
     p = torch.nn.Parameter(start.clone())
-    optimizer = InPlaceAdam([{"params": [p], "lean_dim": lean_dim}], OptimizerConfig(name="adam"), lr=0.1)
-    m, v, expected = torch.zeros_like(start), torch.zeros(6 if lean_dim == 0 else 4, dtype=torch.float64), start.clone()
+    optimizer = InPlaceAdam(
+        [{"params": [p], "lean_dim": lean_dim}], OptimizerConfig(name="adam"), lr=0.1
+    )
+    m, v, expected = (
+        torch.zeros_like(start),
+        torch.zeros(6 if lean_dim == 0 else 4, dtype=torch.float64),
+        start.clone(),
+    )
     for t in (1, 2, 3):
         grad = torch.randn(6, 4, generator=generator, dtype=torch.float64)
         optimizer.begin_step()

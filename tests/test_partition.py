@@ -26,9 +26,13 @@ def test_ranges_cover_every_item_once_and_evenly(n_partitions, more):
 
 @given(st.integers(1, 9), st.integers(0, 500), st.integers(1, 300), st.data())
 def test_blocks_cover_the_range(n_partitions, more, width, data):
-    part = ItemPartition(n_partitions + more, n_partitions, data.draw(st.integers(0, n_partitions - 1)))
+    part = ItemPartition(
+        n_partitions + more, n_partitions, data.draw(st.integers(0, n_partitions - 1))
+    )
     blocks = part.blocks(width)
-    assert [item for lo, hi in blocks for item in range(lo, hi)] == list(range(part.start, part.stop))
+    assert [item for lo, hi in blocks for item in range(lo, hi)] == list(
+        range(part.start, part.stop)
+    )
     assert all(hi - lo == width for lo, hi in blocks[:-1])
     assert 1 <= blocks[-1][1] - blocks[-1][0] <= width
 
@@ -40,7 +44,10 @@ def test_a_partition_that_does_not_exist(n_items, n_partitions, index):
 
 
 def test_more_partitions_than_items():
-    with pytest.raises(ValueError, match=r"3 items .*parallel\.partitions = 4.*fewer partitions.*parallel\.replicas"):
+    with pytest.raises(
+        ValueError,
+        match=r"3 items .*parallel\.partitions = 4.*fewer partitions.*parallel\.replicas",
+    ):
         ItemPartition(3, 4, 0)
 
 
@@ -59,8 +66,26 @@ def test_layout_places_every_rank_once(partitions, replicas):
     [
         (4, 0, 3, ["parallel.replicas is 3", "4 ranks", "divisor"]),
         (4, 0, 0, ["parallel.replicas is 0"]),
-        (4, 3, 1, ["parallel.partitions 3 x parallel.replicas 1 is 3", "4 ranks", "set parallel.partitions to 4"]),
-        (4, 4, 2, ["parallel.partitions 4 x parallel.replicas 2 is 8", "set parallel.partitions to 2", "or to 0"]),
+        (
+            4,
+            3,
+            1,
+            [
+                "parallel.partitions 3 x parallel.replicas 1 is 3",
+                "4 ranks",
+                "set parallel.partitions to 4",
+            ],
+        ),
+        (
+            4,
+            4,
+            2,
+            [
+                "parallel.partitions 4 x parallel.replicas 2 is 8",
+                "set parallel.partitions to 2",
+                "or to 0",
+            ],
+        ),
     ],
 )
 def test_layout_errors_name_the_keys(world, partitions, replicas, words):

@@ -28,7 +28,9 @@ def _statistics(ranks):
         trunk = make_trunk(model.config, 5, torch.float64)
         x_G, y_G, mine, padded = gathered(x, y, N_ITEMS, ranks)
         noise = pad_noise(np.zeros((N_ROWS, SMALL["latent"])), mine, padded, torch.float64)
-        step = model.gradients(trunk, torch.Tensor.backward, 1.0, x_G, y_G, noise, N_ROWS, accumulate)
+        step = model.gradients(
+            trunk, torch.Tensor.backward, 1.0, x_G, y_G, noise, N_ROWS, accumulate
+        )
         statistics = model.output.statistics
         once = statistics.named(all_reduce(statistics.sums, ranks.world).flatten().tolist())
         step.replay(lambda *_: None)  # the second pass of clipping counts all of it again
@@ -44,11 +46,18 @@ def test_statistics_are_those_of_every_third_item(world_size, replicas):
     pieces = [piece for rank in by_rank[: world_size // replicas] for piece in rank["nease"][2]]
     W = assemble(pieces)["output.nease.weight"]
     logits = (dense_rows(random_rows(N_ROWS, N_ITEMS, 1), N_ITEMS, torch.float64) @ W)[:, ::3]
-    assert once == pytest.approx({"nease_logit_mean": logits.mean().item(), "nease_logit_std": logits.std(correction=0).item()})
+    assert once == pytest.approx(
+        {
+            "nease_logit_mean": logits.mean().item(),
+            "nease_logit_std": logits.std(correction=0).item(),
+        }
+    )
     for kind in ("nease", "vasp"):
         assert by_rank[0][kind][0] == pytest.approx(by_rank[0][kind][1])
     assert list(by_rank[0]["vasp"][0]) == [
-        f"{path}_logit_{what}" for path in ("decoder", "latent", "nease") for what in ("mean", "std")
+        f"{path}_logit_{what}"
+        for path in ("decoder", "latent", "nease")
+        for what in ("mean", "std")
     ]
 
 

@@ -42,7 +42,9 @@ def folder(tmp_path_factory):
         mixed = rng.permutation(row).tolist()
         n_target = 0 if u % 9 == 0 else 1 + len(mixed) // 3
         test.append((sorted(mixed[n_target:]), sorted(mixed[:n_target])))
-    train = [sorted({int(N_ITEMS * rng.random() ** 3) for _ in range(12)}) for _ in range(60)]  # a few items hold most
+    train = [
+        sorted({int(N_ITEMS * rng.random() ** 3) for _ in range(12)}) for _ in range(60)
+    ]  # a few items hold most
     write_folder(path, train, (), test, n_items=N_ITEMS, users_per_shard=9, users_per_block=4)
     return path
 
@@ -52,7 +54,17 @@ def folder(tmp_path_factory):
 
 def test_thirds_by_hand():
     # 30 interactions; before the items stand 0, 8, 14, 19, 23, ...: an item that crosses 10 or 20 belongs to the third it begins in
-    assert popularity_thirds(np.array([8, 6, 5, 4, 3, 2, 1, 1, 0])).tolist() == [0, 0, 1, 1, 2, 2, 2, 2, 2]
+    assert popularity_thirds(np.array([8, 6, 5, 4, 3, 2, 1, 1, 0])).tolist() == [
+        0,
+        0,
+        1,
+        1,
+        2,
+        2,
+        2,
+        2,
+        2,
+    ]
     # in any order of rows; ties to the lower row
     assert popularity_thirds(np.array([1, 1, 1])).tolist() == [0, 1, 2]
     assert popularity_thirds(np.array([0, 1, 4, 1])).tolist() == [2, 2, 0, 2]
@@ -77,9 +89,9 @@ def test_thirds_follow_their_definition(counts):
 def test_keep_items(rows, mask):
     keep = np.array([bool(mask >> i & 1) for i in range(20)])
     kept = keep_items(csr([sorted(row) for row in rows]), keep)
-    assert [kept.items[a:b].tolist() for a, b in zip(kept.indptr, kept.indptr[1:], strict=False)] == [
-        [i for i in sorted(row) if keep[i]] for row in rows
-    ]
+    assert [
+        kept.items[a:b].tolist() for a, b in zip(kept.indptr, kept.indptr[1:], strict=False)
+    ] == [[i for i in sorted(row) if keep[i]] for row in rows]
 
 
 # --- files on every layout -------------------------------------------------------------------------------------------
@@ -110,7 +122,9 @@ def _write(ranks: Ranks, folder, path) -> dict:
 def written(folder, tmp_path_factory):
     """The folder of the files, and by (ranks, replicas) what the evaluation said."""
     path = tmp_path_factory.mktemp("files")
-    results = {(n, r): run_ranks(_write, n, folder, path, replicas=r)[0] for n, r in ((2, 1), (4, 2))}
+    results = {
+        (n, r): run_ranks(_write, n, folder, path, replicas=r)[0] for n, r in ((2, 1), (4, 2))
+    }
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "USERS_PER_BLOCK", 8)
         results[1, 1] = _write(alone(), folder, path)
@@ -127,8 +141,13 @@ def test_files_are_equal_on_every_layout_and_average_to_the_metrics(written, nam
         for metric in METRICS:
             scored = table.column(metric).drop_null().to_numpy()
             assert result[name][metric] == pytest.approx(scored.mean(), rel=1e-12)
-            assert result[name][f"{metric}_se"] == pytest.approx(scored.std(ddof=1) / math.sqrt(len(scored)), rel=1e-12)
-            assert (result[name]["n_users"], result[name]["n_users_unscored"]) == (len(scored), len(table) - len(scored))
+            assert result[name][f"{metric}_se"] == pytest.approx(
+                scored.std(ddof=1) / math.sqrt(len(scored)), rel=1e-12
+            )
+            assert (result[name]["n_users"], result[name]["n_users_unscored"]) == (
+                len(scored),
+                len(table) - len(scored),
+            )
     assert not list(path.glob(".*"))
 
 
@@ -154,10 +173,16 @@ def test_file_against_a_plain_loop(folder, written):
                 if not target:
                     assert value is None
                 elif metric.startswith("recall"):
-                    assert value == pytest.approx(len(set(listed[:k]) & target) / min(k, len(target)))
+                    assert value == pytest.approx(
+                        len(set(listed[:k]) & target) / min(k, len(target))
+                    )
                 else:
-                    gain = sum(1 / math.log2(rank + 2) for rank, i in enumerate(listed[:k]) if i in target)
-                    assert value == pytest.approx(gain / sum(1 / math.log2(rank + 2) for rank in range(min(k, len(target)))))
+                    gain = sum(
+                        1 / math.log2(rank + 2) for rank, i in enumerate(listed[:k]) if i in target
+                    )
+                    assert value == pytest.approx(
+                        gain / sum(1 / math.log2(rank + 2) for rank in range(min(k, len(target))))
+                    )
     assert all(scored.values()), "a third without any user would not test anything"
 
 
@@ -178,15 +203,25 @@ def test_a_failure_leaves_no_file(folder, tmp_path):
         pytest.raises(ValueError, match="hold users that the file of user ids does not"),
         PerUserFile(tmp_path / "a.parquet", folder, "test", manifest, items) as per_user,
     ):
-        per_user.write(type(block)(block.user_keys + np.uint64(1000), block.fold_in, block.held_out), ids)
+        per_user.write(
+            type(block)(block.user_keys + np.uint64(1000), block.fold_in, block.held_out), ids
+        )
     assert not list(tmp_path.iterdir())
 
 
 def test_other_users_are_refused(folder, tmp_path):
     write_folder(tmp_path / "other", [[0, 1]], (), [([0], [1])] * 3, n_items=N_ITEMS)
     manifest = Manifest.load(folder)
-    with pytest.raises(ValueError, match=r"users-test\.parquet is not the file that manifest\.json lists"):
-        PerUserFile(tmp_path / "a.parquet", tmp_path / "other", "test", manifest, load_items(folder, manifest))
+    with pytest.raises(
+        ValueError, match=r"users-test\.parquet is not the file that manifest\.json lists"
+    ):
+        PerUserFile(
+            tmp_path / "a.parquet",
+            tmp_path / "other",
+            "test",
+            manifest,
+            load_items(folder, manifest),
+        )
 
 
 def test_from_the_command_line(folder, tmp_path, capsys):
@@ -194,10 +229,17 @@ def test_from_the_command_line(folder, tmp_path, capsys):
 
     threads = torch.get_num_threads()
     arguments = ["--baseline", "popularity", "--shards", str(folder), "--device", "cpu"]
-    main([*arguments, "--json", str(tmp_path / "m.json"), "--per_user", str(tmp_path / "p.parquet")])
+    main(
+        [*arguments, "--json", str(tmp_path / "m.json"), "--per_user", str(tmp_path / "p.parquet")]
+    )
     torch.set_num_threads(threads)
     scored = pq.read_table(tmp_path / "p.parquet").column("recall@20").drop_null().to_numpy()
-    assert json.loads((tmp_path / "m.json").read_text())["test"]["recall@20"] == pytest.approx(scored.mean())
-    for file, message in ((tmp_path / "no" / "p.parquet", "no does not exist"), (tmp_path / "p.csv", r"does not end in \.parquet")):
+    assert json.loads((tmp_path / "m.json").read_text())["test"]["recall@20"] == pytest.approx(
+        scored.mean()
+    )
+    for file, message in (
+        (tmp_path / "no" / "p.parquet", "no does not exist"),
+        (tmp_path / "p.csv", r"does not end in \.parquet"),
+    ):
         with pytest.raises(ValueError, match=message):
             main([*arguments, "--per_user", str(file)])

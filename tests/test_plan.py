@@ -10,7 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dist_vasp.config import Config, DataConfig, ModelConfig, OptimizerConfig, ParallelConfig, RunConfig, Stage
+from dist_vasp.config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RunConfig,
+    Stage,
+)
 from dist_vasp.data.stream import TrainStream
 from dist_vasp.plan import Rates, Sizes, make_plan, smallest_that_fits
 from launch import plan as command
@@ -20,7 +28,9 @@ from tests.ranks import run_ranks
 SIZES = {"hidden": 24, "latent": 8, "encoder_layers": 4, "decoder_layers": 3}
 
 
-def _config(folder: str = "", kind: str = "vasp", optimizer: dict | None = None, **parallel) -> Config:
+def _config(
+    folder: str = "", kind: str = "vasp", optimizer: dict | None = None, **parallel
+) -> Config:
     return Config(
         data=DataConfig(shards=str(folder), batch_size=96),
         model=ModelConfig(kind=kind, **SIZES),
@@ -51,7 +61,10 @@ def _moved(ranks, config: Config):
     steps = stream.steps_per_epoch
     for step in range(steps):
         trainer.step(stream.batch(step))
-    count = sum(sum(g.bytes_moved.values()) for g in (ranks.world, ranks.partition_group, ranks.replica_group))
+    count = sum(
+        sum(g.bytes_moved.values())
+        for g in (ranks.world, ranks.partition_group, ranks.replica_group)
+    )
     n_item = sum(piece.tensor.numel() for piece in trainer.model.slices())
     assert trainer.trunk is not None
     return count / steps, sum(of_trunk) / steps, n_item, trainer.trunk.n_parameters
@@ -63,26 +76,49 @@ def _moved(ranks, config: Config):
 )
 def test_bytes_moved_are_those_of_a_real_epoch(tmp_path, world, replicas, stage, options):
     """To the byte for the item layers, whose collectives are ours; the engine's send some scalars besides and pad."""
-    config = _config(_folder(tmp_path / "d", 211, [20] * 400), optimizer=options, replicas=replicas, zero_stage=stage)
+    config = _config(
+        _folder(tmp_path / "d", 211, [20] * 400),
+        optimizer=options,
+        replicas=replicas,
+        zero_stage=stage,
+    )
     plan = make_plan(config, Sizes(211, 20.0, 400), world // replicas, replicas, Rates())
-    over_replicas, trunk = plan.traffic["replicas: item gradients"], plan.traffic["trunk under ZeRO"]
+    over_replicas, trunk = (
+        plan.traffic["replicas: item gradients"],
+        plan.traffic["trunk under ZeRO"],
+    )
     found = run_ranks(_moved, world, config, replicas=replicas)
     for moved, of_trunk, n_item, n_trunk in found:
         # J, and with it a replica's gradients, is one item more on some ranks; the counts of comm are whole numbers
         exact = plan.traffic_total - trunk - over_replicas
-        assert moved - exact == pytest.approx(over_replicas, rel=0.02, abs=1 + 0.01 * exact * (options.get("accumulation", 1) > 1))
+        assert moved - exact == pytest.approx(
+            over_replicas, rel=0.02, abs=1 + 0.01 * exact * (options.get("accumulation", 1) > 1)
+        )
         # stage 3 keeps what is small gathered: the plan is its upper bound
-        assert of_trunk == pytest.approx(trunk, rel=0.02) if stage < 3 else trunk * 2 / 3 <= of_trunk <= trunk
+        assert (
+            of_trunk == pytest.approx(trunk, rel=0.02)
+            if stage < 3
+            else trunk * 2 / 3 <= of_trunk <= trunk
+        )
         assert n_trunk == config.model.trunk_parameters()
-        assert n_item == pytest.approx(config.model.item_parameters(211, 211 / (world // replicas)), rel=0.02)
+        assert n_item == pytest.approx(
+            config.model.item_parameters(211, 211 / (world // replicas)), rel=0.02
+        )
 
 
-@pytest.mark.parametrize("catalogues", [(200, 2000), pytest.param((2000, 20000), marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "catalogues", [(200, 2000), pytest.param((2000, 20000), marks=pytest.mark.slow)]
+)
 def test_traffic_does_not_grow_with_the_catalogue(tmp_path, catalogues):
     """The same users with histories of the same lengths: not a byte more or less."""
     lengths = np.random.default_rng(3).integers(2, 60, 400).tolist()
-    moved = [run_ranks(_moved, 2, _config(_folder(tmp_path / str(n), n, lengths)), timeout=600)[0][:2] for n in catalogues]
-    print(f"bytes a step and rank (item layers, trunk) at {catalogues[0]} and {catalogues[1]} items: {moved}")
+    moved = [
+        run_ranks(_moved, 2, _config(_folder(tmp_path / str(n), n, lengths)), timeout=600)[0][:2]
+        for n in catalogues
+    ]
+    print(
+        f"bytes a step and rank (item layers, trunk) at {catalogues[0]} and {catalogues[1]} items: {moved}"
+    )
     assert moved[0] == moved[1]
     assert moved[0][0] > 0
 
@@ -109,7 +145,13 @@ def _peak(ranks, config: Config) -> tuple[float, float]:
         with tempfile.NamedTemporaryFile(suffix=".json") as file:
             recorded.export_chrome_trace(file.name)
             events = json.loads(Path(file.name).read_text())["traceEvents"]
-        peaks.append(max(event["args"]["Total Allocated"] for event in events if event.get("name") == "[memory]"))
+        peaks.append(
+            max(
+                event["args"]["Total Allocated"]
+                for event in events
+                if event.get("name") == "[memory]"
+            )
+        )
     return sum(p.tensor.numel() * 4 for p in trainer.item_pieces(True)), min(peaks)
 
 
@@ -119,11 +161,20 @@ def test_memory_is_that_of_live_tensors(tmp_path, state):
     config = _config(_folder(tmp_path / "d", 900, [20] * 192), optimizer={"item_state": state})
     config = replace(config, model=ModelConfig(hidden=96, latent=48))
     plan = make_plan(config, Sizes(900, 20.0, 192), 2, 1, Rates()).memory
-    for_a_while = sum(plan[kind] for kind in ("trunk activations", "rows of the group", "one block, or trunk gradients"))
+    for_a_while = sum(
+        plan[kind]
+        for kind in ("trunk activations", "rows of the group", "one block, or trunk gradients")
+    )
     for stays, peak in run_ranks(_peak, 2, config):
-        vectors = 4 * (2 * 450 + 450 + 2 * 2)  # lean: second moments, one per vector, and those of biases
-        assert stays == pytest.approx(plan["item weights"] + plan["item moments"], abs=0 if state == "full" else 4 * vectors)
-        assert peak == pytest.approx(for_a_while, rel=0.1)  # some hundred kB come and go with the collectives' threads
+        vectors = 4 * (
+            2 * 450 + 450 + 2 * 2
+        )  # lean: second moments, one per vector, and those of biases
+        assert stays == pytest.approx(
+            plan["item weights"] + plan["item moments"], abs=0 if state == "full" else 4 * vectors
+        )
+        assert peak == pytest.approx(
+            for_a_while, rel=0.1
+        )  # some hundred kB come and go with the collectives' threads
 
 
 def test_every_kind_has_its_parameters():
@@ -145,7 +196,18 @@ def test_smallest_that_fits_fits_and_is_the_smallest():
 
 
 def test_the_command_prints_and_refuses(tmp_path, capsys):
-    command.main(["--items", "1000000", "--ranks", "64", "--device_memory_gb", "80", "--json", str(tmp_path / "plan.json")])
+    command.main(
+        [
+            "--items",
+            "1000000",
+            "--ranks",
+            "64",
+            "--device_memory_gb",
+            "80",
+            "--json",
+            str(tmp_path / "plan.json"),
+        ]
+    )
     out = capsys.readouterr().out
     assert "smallest partitioning that fits 80 GB" in out
     assert (tmp_path / "plan.json").is_file()
@@ -173,4 +235,8 @@ def test_a_frozen_matrix_has_no_moments_and_apart_it_is_not_read():
     assert trained.memory["item moments"] - frozen.memory["item moments"] == 8 * columns
     assert drawn.memory["item moments"] - trained.memory["item moments"] == 4 * columns
     assert frozen.memory["item weights"] == trained.memory["item weights"]
-    assert apart.arithmetic["gathers (bytes)"] < frozen.arithmetic["gathers (bytes)"] == trained.arithmetic["gathers (bytes)"]
+    assert (
+        apart.arithmetic["gathers (bytes)"]
+        < frozen.arithmetic["gathers (bytes)"]
+        == trained.arithmetic["gathers (bytes)"]
+    )

@@ -22,8 +22,13 @@ from dist_vasp.data.positives import (
     unused_columns,
 )
 
-RATED = PositiveRule(rating_column="stars", min_rating=4.0, time_column="when", repeats="last", missing=("NULL",))
-ROWS = st.lists(st.tuples(st.integers(0, 4), st.sampled_from([1.0, 3.0, 4.0, 5.0]), st.integers(0, 3)), max_size=25)
+RATED = PositiveRule(
+    rating_column="stars", min_rating=4.0, time_column="when", repeats="last", missing=("NULL",)
+)
+ROWS = st.lists(
+    st.tuples(st.integers(0, 4), st.sampled_from([1.0, 3.0, 4.0, 5.0]), st.integers(0, 3)),
+    max_size=25,
+)
 
 
 def reference(rows: list[tuple[int, float, int]], repeats: str, by_time: bool) -> list[int]:
@@ -33,7 +38,9 @@ def reference(rows: list[tuple[int, float, int]], repeats: str, by_time: bool) -
         mine = [(n, rating, time) for n, (p, rating, time) in enumerate(rows) if p == pair]
         if repeats == "first":
             liked = [row for row in mine if row[1] >= 4]
-            chosen = min(liked, key=lambda row: (row[2] if by_time else 0, row[0])) if liked else None
+            chosen = (
+                min(liked, key=lambda row: (row[2] if by_time else 0, row[0])) if liked else None
+            )
         elif repeats == "last":
             chosen = max(mine, key=lambda row: (row[2] if by_time else 0, row[0]))
         else:
@@ -48,21 +55,29 @@ def reference(rows: list[tuple[int, float, int]], repeats: str, by_time: bool) -
 def test_the_row_that_decides(rows, repeats, by_time):
     pairs, ratings, times = (np.array([row[n] for row in rows]) for n in range(3))
     rule = PositiveRule(rating_column="rating", min_rating=4.0, repeats=repeats)
-    found = positive_rows(rule, pairs.astype(np.int64), ratings.astype(float), times if by_time else None)
+    found = positive_rows(
+        rule, pairs.astype(np.int64), ratings.astype(float), times if by_time else None
+    )
     assert found.tolist() == reference(rows, repeats, by_time)
     everything = positive_rows(PositiveRule(), pairs.astype(np.int64), None, None)
-    assert everything.tolist() == sorted({pair: n for n, (pair, _, _) in reversed(list(enumerate(rows)))}.values())
+    assert everything.tolist() == sorted(
+        {pair: n for n, (pair, _, _) in reversed(list(enumerate(rows)))}.values()
+    )
 
 
 def test_missing_ratings_and_times_decide_nothing():
     pairs = np.zeros(3, np.int64)
     for repeats in REPEATS:
         rule = PositiveRule(rating_column="rating", min_rating=4.0, repeats=repeats)
-        found = positive_rows(rule, pairs, np.array([np.nan, 5.0, np.nan]), np.array([9.0, 10.0, np.nan]))
+        found = positive_rows(
+            rule, pairs, np.array([np.nan, 5.0, np.nan]), np.array([9.0, 10.0, np.nan])
+        )
         assert found.tolist() == [1], repeats
 
 
-@pytest.mark.parametrize("rule", [PositiveRule(), RATED, PositiveRule("u", "i", "r", None, 3.5, "max", ())])
+@pytest.mark.parametrize(
+    "rule", [PositiveRule(), RATED, PositiveRule("u", "i", "r", None, 3.5, "max", ())]
+)
 def test_json_brings_the_rule_back(rule):
     assert from_json(json.loads(json.dumps(rule.to_json()))) == rule
     assert in_header(json.loads(json.dumps({"n_items": 3, **for_header(rule)}))) == rule
@@ -95,9 +110,9 @@ def test_json_that_is_no_rule_is_refused(raw):
 
 def test_earlier_manifests():
     """They hold no rule but the arguments: `liang` read a column rating where there was one."""
-    assert of_preparation({"protocol": "liang", "arguments": {"min_rating": 3, "min_items": 5}}) == PositiveRule(
-        rating_column="rating", min_rating=3.0
-    )
+    assert of_preparation(
+        {"protocol": "liang", "arguments": {"min_rating": 3, "min_items": 5}}
+    ) == PositiveRule(rating_column="rating", min_rating=3.0)
     assert of_preparation({"protocol": "given", "arguments": {}}) == PositiveRule()
     for unknown in (
         {},
@@ -146,7 +161,9 @@ def test_columns_that_are_not_used_are_named():
     assert unused_columns(["user", "item", "Stars", "genre"], ["user", "item"], ["rating"]) == [
         "columns not used: Stars, genre; --rating_column Stars reads ratings from it"
     ]
-    assert unused_columns(["user", "item", "Stars"], ["user", "item"], []) == ["columns not used: Stars"]
+    assert unused_columns(["user", "item", "Stars"], ["user", "item"], []) == [
+        "columns not used: Stars"
+    ]
 
 
 def _chosen(names, rule, all_positive=False, **asked):
@@ -156,10 +173,19 @@ def _chosen(names, rule, all_positive=False, **asked):
 def test_serving_reads_the_columns_of_the_shards():
     rule = PositiveRule("uid", "movie", "stars", None, 4.0)
     found = _chosen(["stars", "uid", "movie"], rule)
-    assert (found.user, found.item, found.rating, found.time, found.notes) == ("uid", "movie", "stars", None, ())
+    assert (found.user, found.item, found.rating, found.time, found.notes) == (
+        "uid",
+        "movie",
+        "stars",
+        None,
+        (),
+    )
     found = _chosen(["user", "item", "stars"], rule)
     assert (found.user, found.item, found.rating) == ("user", "item", "stars")
-    assert found.notes[0] == "h.csv has no column uid, which the shards were made from; column user is read"
+    assert (
+        found.notes[0]
+        == "h.csv has no column uid, which the shards were made from; column user is read"
+    )
     found = _chosen(["a", "movie", "score"], rule, user="a", rating="score")
     assert (found.user, found.item, found.rating, found.notes) == ("a", "movie", "score", ())
 
@@ -173,9 +199,14 @@ def test_serving_without_ratings_says_so():
         "columns not used: Rating; --rating_column Rating reads ratings from it",
     )
     found = _chosen(["user", "item", "rating"], rule, all_positive=True)
-    assert found.rating is None and found.notes[0] == "h.csv: every row is taken as a like (--all_positive)"
+    assert (
+        found.rating is None
+        and found.notes[0] == "h.csv: every row is taken as a like (--all_positive)"
+    )
     found = _chosen(["user", "item", "rating"], None)
-    assert found.rating is None and found.notes[0].startswith("warning: what made a positive in training is not known")
+    assert found.rating is None and found.notes[0].startswith(
+        "warning: what made a positive in training is not known"
+    )
     found = _chosen(["user", "item", "rating"], PositiveRule())
     assert found.rating is None and found.notes == ("columns not used: rating",)
 
@@ -203,12 +234,37 @@ def test_serving_by_time():
 @pytest.mark.parametrize(
     ("names", "rule", "asked", "message"),
     [
-        (["uid", "item"], PositiveRule(), {}, "has no column 'user'; its columns are uid, item; pass --user_column uid"),
-        (["user", "item"], PositiveRule(), {"item": "movie"}, "has no column 'movie'; .*--item_column item"),
+        (
+            ["uid", "item"],
+            PositiveRule(),
+            {},
+            "has no column 'user'; its columns are uid, item; pass --user_column uid",
+        ),
+        (
+            ["user", "item"],
+            PositiveRule(),
+            {"item": "movie"},
+            "has no column 'movie'; .*--item_column item",
+        ),
         (["user", "item", "item"], PositiveRule(), {}, "has more than one column 'item'"),
-        (["user", "item"], PositiveRule(), {"rating": "stars"}, "trained on every row, without ratings; leave it out"),
-        (["user", "item", "stars"], None, {"rating": "stars"}, "does not know which ratings are likes"),
-        (["user", "item"], PositiveRule(rating_column="r", min_rating=1.0), {"rating": "x"}, "has no column 'x'"),
+        (
+            ["user", "item"],
+            PositiveRule(),
+            {"rating": "stars"},
+            "trained on every row, without ratings; leave it out",
+        ),
+        (
+            ["user", "item", "stars"],
+            None,
+            {"rating": "stars"},
+            "does not know which ratings are likes",
+        ),
+        (
+            ["user", "item"],
+            PositiveRule(rating_column="r", min_rating=1.0),
+            {"rating": "x"},
+            "has no column 'x'",
+        ),
         (["user", "item", "t"], PositiveRule(), {"time": "t"}, "no rating is chosen by its time"),
         (["user", "item", "r"], RATED, {"rating": "r", "time": "t"}, "has no column 't'"),
     ],

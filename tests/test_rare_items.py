@@ -22,7 +22,14 @@ def rows_of(seed: int, n_rows: int = 1400) -> list[tuple[int, int, int]]:
     random = np.random.default_rng(seed)
     users = random.integers(100, 160, n_rows)
     items = (60 * random.random(n_rows) ** 2).astype(int) * 3
-    return list(zip(users.tolist(), items.tolist(), random.choice([1, 3, 4, 5], n_rows).tolist(), strict=True))
+    return list(
+        zip(
+            users.tolist(),
+            items.tolist(),
+            random.choice([1, 3, 4, 5], n_rows).tolist(),
+            strict=True,
+        )
+    )
 
 
 def chosen(rows: list[tuple[int, int, int]], repeats: str) -> list[tuple[int, int, int]]:
@@ -32,7 +39,11 @@ def chosen(rows: list[tuple[int, int, int]], repeats: str) -> list[tuple[int, in
         pair = (user, item)
         if repeats == "first" and rating < 4:
             continue
-        if pair not in decides or repeats == "last" or (repeats == "max" and rating > rows[decides[pair]][2]):
+        if (
+            pair not in decides
+            or repeats == "last"
+            or (repeats == "max" and rating > rows[decides[pair]][2])
+        ):
             decides[pair] = n
     return [rows[n] for n in sorted(decides.values()) if rows[n][2] >= 4]
 
@@ -78,10 +89,16 @@ def test_repeats(tmp_path, repeats):
     assert manifest.positives == PositiveRule(
         rating_column="rating", min_rating=4.0, repeats=repeats, missing=manifest.positives.missing
     )
-    assert manifest.preparation["rows_read"] == len(rows) == rows_used(manifest) + rows_left_out(manifest)
+    assert (
+        manifest.preparation["rows_read"]
+        == len(rows)
+        == rows_used(manifest) + rows_left_out(manifest)
+    )
 
 
-@pytest.mark.parametrize("how", ["named", "timestamp", "ratings.dat", "ratings.csv", "partition of folders"])
+@pytest.mark.parametrize(
+    "how", ["named", "timestamp", "ratings.dat", "ratings.csv", "partition of folders"]
+)
 def test_the_last_by_time(tmp_path, capsys, how):
     """Rows come in any order; the times are in a column that is named or called timestamp."""
     rows = rows_of(1)
@@ -94,19 +111,26 @@ def test_the_last_by_time(tmp_path, capsys, how):
     elif how == "partition of folders":
         for name, part in (("0", timed[:700]), ("1", timed[700:])):
             (tmp_path / "in" / f"part={name}").mkdir(parents=True)
-            write_csv(tmp_path / "in" / f"part={name}" / "a.csv", part, "user,item,rating,timestamp")
+            write_csv(
+                tmp_path / "in" / f"part={name}" / "a.csv", part, "user,item,rating,timestamp"
+            )
         source = tmp_path / "in"
     else:
         names = {"named": "user,item,rating,when", "timestamp": "user,item,rating,timestamp"}
         source = tmp_path / ("ratings.csv" if how == "ratings.csv" else "in.csv")
         write_csv(source, timed, names.get(how, "userId,movieId,rating,timestamp"))
         options = ["--time_column", "when"] if how == "named" else []
-    assert shard.main([str(source), str(tmp_path / "out"), *OPTIONS, "--repeats", "last", *options]) == 0
+    assert (
+        shard.main([str(source), str(tmp_path / "out"), *OPTIONS, "--repeats", "last", *options])
+        == 0
+    )
     # the row that is last by time decides; it keeps its place in the input
     decides: dict[tuple, tuple] = {}
     for n, (user, item, rating, time) in enumerate(timed):
         decides[user, item] = max(decides.get((user, item), (-1,)), (time, n, rating))
-    left = [rows[n] for _, n, rating in sorted(decides.values(), key=lambda one: one[1]) if rating >= 4]
+    left = [
+        rows[n] for _, n, rating in sorted(decides.values(), key=lambda one: one[1]) if rating >= 4
+    ]
     assert_equal_to_reference(read_folder(tmp_path / "out"), liang(left, **SPLIT))
     rule = Manifest.load(tmp_path / "out").positives
     assert rule is not None and rule.time_column == ("when" if how == "named" else "timestamp")
@@ -122,7 +146,9 @@ def test_the_last_of_the_input_where_there_is_no_time(tmp_path, capsys):
 def test_the_default_looks_at_no_time(tmp_path):
     """Liang et al. drop duplicates in input order; a column of times changes nothing."""
     rows = rows_of(1)
-    assert_equal_to_reference_after(tmp_path, [(*row, len(rows) - n) for n, row in enumerate(rows)], chosen(rows, "first"))
+    assert_equal_to_reference_after(
+        tmp_path, [(*row, len(rows) - n) for n, row in enumerate(rows)], chosen(rows, "first")
+    )
 
 
 def assert_equal_to_reference_after(tmp_path: Path, timed: list[tuple], left: list[tuple]) -> None:
@@ -136,21 +162,41 @@ def assert_equal_to_reference_after(tmp_path: Path, timed: list[tuple], left: li
 @pytest.mark.parametrize(
     ("header", "options", "line"),
     [
-        ("user,item,Rating", [], "columns not used: Rating; --rating_column Rating reads ratings from it"),
-        ("user,item,stars", [], "columns not used: stars; --rating_column stars reads ratings from it"),
+        (
+            "user,item,Rating",
+            [],
+            "columns not used: Rating; --rating_column Rating reads ratings from it",
+        ),
+        (
+            "user,item,stars",
+            [],
+            "columns not used: stars; --rating_column stars reads ratings from it",
+        ),
         ("user,item,genre", [], "columns not used: genre"),
         ("user,item,rating", [], ""),
-        ("user,item,fold", [], "columns not used: fold; --protocol given --split_column fold follows it"),
+        (
+            "user,item,fold",
+            [],
+            "columns not used: fold; --protocol given --split_column fold follows it",
+        ),
         ("User_ID,item,x", ["--user_column", "User_ID"], "columns not used: x"),
-        ("user,item,date", ["--repeats", "last"], "columns not used: date; --time_column date reads times from it"),
+        (
+            "user,item,date",
+            ["--repeats", "last"],
+            "columns not used: date; --time_column date reads times from it",
+        ),
     ],
 )
 def test_columns_that_are_not_used_are_named(tmp_path, capsys, header, options, line):
-    source = write_csv(tmp_path / "in.csv", [(u, i, 5) for u in range(30) for i in range(6)], header)
+    source = write_csv(
+        tmp_path / "in.csv", [(u, i, 5) for u in range(30) for i in range(6)], header
+    )
     assert shard.main([str(source), str(tmp_path / "out"), "--dry_run", *options]) == 0
     printed = capsys.readouterr().out.splitlines()
     assert [one.strip() for one in printed if "not used" in one] == ([line] if line else [])
-    implicit = any("implicit feedback: no rating column was read, every row counts" in one for one in printed)
+    implicit = any(
+        "implicit feedback: no rating column was read, every row counts" in one for one in printed
+    )
     assert implicit == (header != "user,item,rating")
 
 
@@ -164,13 +210,29 @@ def test_first_and_last_differ():
 @pytest.mark.parametrize(("min_users", "min_items"), [(1, 5), (2, 1), (8, 6), (10, 5)])
 def test_items_with_few_users(tmp_path, core, min_users, min_items):
     rows = rows_of(2)
-    options = ["--min_users", str(min_users), "--min_items", str(min_items), *(["--core"] if core else [])]
+    options = [
+        "--min_users",
+        str(min_users),
+        "--min_items",
+        str(min_items),
+        *(["--core"] if core else []),
+    ]
     manifest = run(tmp_path, rows, *options)
     left = without_rare(chosen(rows, "first"), min_users, min_items, core)
-    assert_equal_to_reference(read_folder(tmp_path / "out"), liang(left, min_items=min_items, **SPLIT))
-    assert manifest.preparation["rows_read"] == len(rows) == rows_used(manifest) + rows_left_out(manifest)
+    assert_equal_to_reference(
+        read_folder(tmp_path / "out"), liang(left, min_items=min_items, **SPLIT)
+    )
+    assert (
+        manifest.preparation["rows_read"]
+        == len(rows)
+        == rows_used(manifest) + rows_left_out(manifest)
+    )
     arguments = manifest.preparation["arguments"]
-    assert (arguments["min_users"], arguments["min_items"], arguments["core"]) == (min_users, min_items, core)
+    assert (arguments["min_users"], arguments["min_items"], arguments["core"]) == (
+        min_users,
+        min_items,
+        core,
+    )
 
 
 def test_the_core_needs_several_rounds():
@@ -193,13 +255,21 @@ def test_repeats_and_core_together(tmp_path):
 
 
 def test_given_takes_the_split_of_the_row_that_decides(tmp_path):
-    rows = [(u, i, "train") for u in range(8) for i in range(6)] + [(u, 2, "test") for u in range(8)]
+    rows = [(u, i, "train") for u in range(8) for i in range(6)] + [
+        (u, 2, "test") for u in range(8)
+    ]
     source = write_csv(tmp_path / "in.csv", rows, "user,item,split")
     options = ["--protocol", "given", "--validation_fraction", "0"]
     for repeats, n_test in (("first", 0), ("last", 8)):
-        assert shard.main([str(source), str(tmp_path / repeats), *options, "--repeats", repeats]) == 0
+        assert (
+            shard.main([str(source), str(tmp_path / repeats), *options, "--repeats", repeats]) == 0
+        )
         manifest = Manifest.load(tmp_path / repeats)
-        assert manifest.splits["test"].heldout == 0 if not n_test else manifest.splits["test"].heldout < n_test
+        assert (
+            manifest.splits["test"].heldout == 0
+            if not n_test
+            else manifest.splits["test"].heldout < n_test
+        )
         assert manifest.positives.is_implicit and manifest.positives.repeats == repeats
 
 
@@ -220,7 +290,10 @@ def test_given_takes_the_split_of_the_row_that_decides(tmp_path):
             "--time_column orders the rows for --repeats first and last, but it is max",
         ),
         (["--repeats", "last", "--time_column", "when"], "has no column 'when'"),
-        (["--protocol", "given", "--repeats", "max"], "--repeats max takes ratings, which --protocol given does not read"),
+        (
+            ["--protocol", "given", "--repeats", "max"],
+            "--repeats max takes ratings, which --protocol given does not read",
+        ),
     ],
 )
 def test_what_is_refused(tmp_path, capsys, options, message):

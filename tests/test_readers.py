@@ -24,7 +24,11 @@ ROWS = [(7, 30, 4.0), (7, 10, 3.5), (2, 30, 5.0), (2, 10, 1.0)]
 
 def read(path: Path, name: str | None = None, columns: Columns | None = None):
     source = open_source(path, name, columns)
-    rows = [row for batch in source.batches() for row in zip(*(c.to_pylist() for c in batch.columns), strict=True)]
+    rows = [
+        row
+        for batch in source.batches()
+        for row in zip(*(c.to_pylist() for c in batch.columns), strict=True)
+    ]
     return rows, source.titles()
 
 
@@ -51,7 +55,14 @@ CSV = b"user,item,rating\n7,30,4\n7,10,3.5\n2,30,5\n2,10,1\n"
 
 
 @pytest.mark.parametrize(
-    "data", [CSV, CSV.replace(b"\n", b"\r\n"), b"\xef\xbb\xbf" + CSV, CSV[:-1], CSV.replace(b"7,30", b'"7",30')]
+    "data",
+    [
+        CSV,
+        CSV.replace(b"\n", b"\r\n"),
+        b"\xef\xbb\xbf" + CSV,
+        CSV[:-1],
+        CSV.replace(b"7,30", b'"7",30'),
+    ],
 )
 def test_csv(tmp_path, data):
     (tmp_path / "a.csv").write_bytes(data)
@@ -64,7 +75,10 @@ def test_csv_columns(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("when,who,what,stars,part\n1,7,30,4,train\n2,7,10,3,1\n")
     assert read(path, None, Columns("who", "what"))[0] == [(7, 30), (7, 10)]
-    assert read(path, None, Columns("who", "what", "stars", "part"))[0] == [(7, 30, 4.0, "train"), (7, 10, 3.0, "1")]
+    assert read(path, None, Columns("who", "what", "stars", "part"))[0] == [
+        (7, 30, 4.0, "train"),
+        (7, 10, 3.0, "1"),
+    ]
     with pytest.raises(
         ValueError,
         match="has no column 'user'; its columns, separated by ',', are 'when', 'who', 'what', 'stars', 'part'; pass --user_column",
@@ -77,7 +91,9 @@ def test_csv_columns(tmp_path):
         read(path)
 
 
-@pytest.mark.parametrize("other", ["x", "-3", "1.5", str(2**63), "08", "0x17", " 8", "8 ", "+8", "1e3", "\u0668"])
+@pytest.mark.parametrize(
+    "other", ["x", "-3", "1.5", str(2**63), "08", "0x17", " 8", "8 ", "+8", "1e3", "\u0668"]
+)
 @pytest.mark.parametrize("role", ["user", "item"])
 def test_csv_ids_are_integers_only_where_every_one_is(tmp_path, other, role):
     rows = [("7", "30"), ("8", other)] if role == "item" else [("7", "30"), (other, "8")]
@@ -123,14 +139,18 @@ def test_row_numbers_count_over_blocks(tmp_path, monkeypatch):
 def test_csv_text_that_is_not_utf8(tmp_path):
     path = tmp_path / "a.csv"
     path.write_bytes(b"user,item\n1,2\n\xe9,2\n")
-    with pytest.raises(ValueError, match=r"row 3: the byte 0xe9 is not UTF-8 text; .* --encoding cp1252"):
+    with pytest.raises(
+        ValueError, match=r"row 3: the byte 0xe9 is not UTF-8 text; .* --encoding cp1252"
+    ):
         read(path)
 
 
 @pytest.mark.parametrize("keep", [5, 60, -3])
 def test_truncated_gzip(tmp_path, keep):
     path = tmp_path / "a.csv.gz"
-    path.write_bytes(gzip.compress(b"user,item\n" + np.random.default_rng(0).bytes(400).hex().encode())[:keep])
+    path.write_bytes(
+        gzip.compress(b"user,item\n" + np.random.default_rng(0).bytes(400).hex().encode())[:keep]
+    )
     with pytest.raises(ValueError, match="runcated"):
         read(path)
     path.write_bytes(b"this is no gzip file")
@@ -155,14 +175,21 @@ def parquet(path: Path, **columns) -> Path:
 @pytest.mark.parametrize("kind", [pa.int64(), pa.int32(), pa.uint8(), pa.uint64()])
 def test_parquet_integers(tmp_path, kind):
     path = parquet(
-        tmp_path / "a.parquet", rating=pa.array([4, 1], pa.int8()), item=pa.array([3, 2], kind), user=pa.array([7, 7], kind)
+        tmp_path / "a.parquet",
+        rating=pa.array([4, 1], pa.int8()),
+        item=pa.array([3, 2], kind),
+        user=pa.array([7, 7], kind),
     )
     assert read(path)[0] == [(7, 3, 4.0), (7, 2, 1.0)]
 
 
-@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())])
+@pytest.mark.parametrize(
+    "kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())]
+)
 def test_parquet_strings(tmp_path, kind):
-    path = parquet(tmp_path / "a.parquet", item=pa.array(["é", "2"]).cast(kind), user=pa.array([7, 8]))
+    path = parquet(
+        tmp_path / "a.parquet", item=pa.array(["é", "2"]).cast(kind), user=pa.array([7, 8])
+    )
     assert read(path)[0] == [(7, "é"), (8, "2")]
 
 
@@ -173,7 +200,10 @@ def test_parquet_strings(tmp_path, kind):
         (pa.array([1, 2**63], pa.uint64()), f"column 'item', row 2: the id {2**63} is outside"),
         (pa.array([1.0, 2.5]), "row 2: the id 2.5 is not a whole number"),
         (pa.array([1.0, 2.0**53]), "row 2: the id .* is not a whole number from 0 to 2.53-1"),
-        (pa.array([1.0, 2.0**24], pa.float32()), "row 2: the id .* is not a whole number from 0 to 2.24-1"),
+        (
+            pa.array([1.0, 2.0**24], pa.float32()),
+            "row 2: the id .* is not a whole number from 0 to 2.24-1",
+        ),
         (pa.array([b"a", b"\xff"]), "column 'item', row 2: the id is not UTF-8 text"),
         (pa.array(["a", "b" * 5000]), "row 2: the id has more than 4,096 bytes"),
         (pa.array([True, False]), "column 'item' is of type bool"),
@@ -200,7 +230,11 @@ def test_parquet_split_and_folder(tmp_path):
     parquet(tmp_path / "2.parquet", user=pa.array([1]), item=pa.array([3]), split=pa.array([1]))
     assert read(tmp_path, None, Columns(split="split"))[0] == [(1, 2, "0"), (1, 3, "1")]
     parquet(tmp_path / "3.parquet", user=pa.array(["1"]), item=pa.array([3]), split=pa.array([1]))
-    assert read(tmp_path, None, Columns(split="split"))[0][2] == (1, 3, "1")  # the text 1 is the number 1
+    assert read(tmp_path, None, Columns(split="split"))[0][2] == (
+        1,
+        3,
+        "1",
+    )  # the text 1 is the number 1
 
 
 # --- MovieLens -------------------------------------------------------------------------------------------------------
@@ -222,7 +256,10 @@ def test_movielens(tmp_path, files):
     folder.mkdir()
     for name, data in files.items():
         (folder / name).write_bytes(data)
-    packed = zipped(tmp_path / "ml-20m.zip", {"ml-20m/README.txt": b"", **{f"ml-20m/{n}": d for n, d in files.items()}})
+    packed = zipped(
+        tmp_path / "ml-20m.zip",
+        {"ml-20m/README.txt": b"", **{f"ml-20m/{n}": d for n, d in files.items()}},
+    )
     for path in (folder, folder / next(iter(files)), packed):
         assert infer_format(path) == "movielens"
         assert read(path) == (ROWS, TITLES)
@@ -253,7 +290,9 @@ def test_bad_movielens(tmp_path, name, data, message):
 def test_bad_zips(tmp_path):
     with pytest.raises(ValueError, match=r"holds no ratings\.csv"):
         read(zipped(tmp_path / "a.zip", {"x/other.txt": b""}), "movielens")
-    whole = zipped(tmp_path / "b.zip", {"ml/ratings.dat": ML_DAT["ratings.dat"] * 1000}).read_bytes()
+    whole = zipped(
+        tmp_path / "b.zip", {"ml/ratings.dat": ML_DAT["ratings.dat"] * 1000}
+    ).read_bytes()
     (tmp_path / "cut.zip").write_bytes(whole[:-30])
     flipped = bytearray(whole)
     flipped[60] ^= 255
@@ -290,7 +329,11 @@ def netflix_inputs(base: Path):
     inner = tarred({f"training_set/{n}": d for n, d in MV.items()})
     (base / "download" / "training_set.tar").write_bytes(inner)
     prize = base / "nf_prize_dataset.tar.gz"
-    prize.write_bytes(tarred({"download/movie_titles.txt": TITLE_FILE, "download/training_set.tar": inner}, "w:gz"))
+    prize.write_bytes(
+        tarred(
+            {"download/movie_titles.txt": TITLE_FILE, "download/training_set.tar": inner}, "w:gz"
+        )
+    )
     archive = zipped(base / "archive.zip", {p.name: p.read_bytes() for p in combined.iterdir()})
     return [combined, folder, base / "download" / "training_set.tar", prize, archive]
 
@@ -318,7 +361,10 @@ def test_one_netflix_file(tmp_path):
 )
 def test_netflix_blocks_may_end_anywhere(tmp_path_factory, movies, block, newline):
     path = tmp_path_factory.mktemp("netflix") / "combined_data_1.txt"
-    text = "".join(f"{m}:\n" + "".join(f"{u},{1 + u % 5},2005-01-01\n" for u in users) for m, users in enumerate(movies, 1))
+    text = "".join(
+        f"{m}:\n" + "".join(f"{u},{1 + u % 5},2005-01-01\n" for u in users)
+        for m, users in enumerate(movies, 1)
+    )
     path.write_text(text if newline else text[:-1])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(netflix, "BLOCK_BYTES", block)
@@ -353,7 +399,11 @@ def test_bad_netflix(tmp_path, data, message):
 def test_bad_netflix_tar(tmp_path):
     (tmp_path / "a").mkdir()
     whole = netflix_inputs(tmp_path / "a")[3].read_bytes()
-    for name, data in (("cut.tar.gz", whole[:-40]), ("no.tar.gz", b"this is no tar"), ("empty.tar.gz", tarred({}, "w:gz"))):
+    for name, data in (
+        ("cut.tar.gz", whole[:-40]),
+        ("no.tar.gz", b"this is no tar"),
+        ("empty.tar.gz", tarred({}, "w:gz")),
+    ):
         (tmp_path / name).write_bytes(data)
         with pytest.raises(ValueError, match=name):
             read(tmp_path / name, "netflix")
@@ -362,7 +412,14 @@ def test_bad_netflix_tar(tmp_path):
 def test_members_with_bad_names_write_nothing(tmp_path):
     (tmp_path / "in").mkdir()
     evil = tmp_path / "in" / "evil.tar"
-    evil.write_bytes(tarred({"../../mv_0000001.txt": MV["mv_0000001.txt"], "/etc/mv_0000002.txt": MV["mv_0000002.txt"]}))
+    evil.write_bytes(
+        tarred(
+            {
+                "../../mv_0000001.txt": MV["mv_0000001.txt"],
+                "/etc/mv_0000002.txt": MV["mv_0000002.txt"],
+            }
+        )
+    )
     before = sorted(tmp_path.rglob("*"))
     assert read(evil)[0] == NETFLIX_ROWS
     assert sorted(tmp_path.rglob("*")) == before
@@ -374,13 +431,19 @@ def test_members_with_bad_names_write_nothing(tmp_path):
 def test_formats_by_name(tmp_path):
     (tmp_path / "ratings.csv").write_text("user,item\n1,2\n")
     assert infer_format(tmp_path / "ratings.csv") == "csv"
-    for name, expected in {"a.csv": "csv", "a.CSV.GZ": "csv", "a.parquet": "parquet", "mv_0000001.txt": "netflix"}.items():
+    for name, expected in {
+        "a.csv": "csv",
+        "a.CSV.GZ": "csv",
+        "a.parquet": "parquet",
+        "mv_0000001.txt": "netflix",
+    }.items():
         (tmp_path / name).touch()
         assert infer_format(tmp_path / name) == expected
     for name in ("a.xlsx", "a.zip.bak", "a"):
         (tmp_path / name).touch()
         with pytest.raises(
-            ValueError, match=r"cannot tell the format of .*; pass --format, one of csv, parquet, movielens, netflix"
+            ValueError,
+            match=r"cannot tell the format of .*; pass --format, one of csv, parquet, movielens, netflix",
         ):
             infer_format(tmp_path / name)
     with pytest.raises(ValueError, match=r"the input .* does not exist"):

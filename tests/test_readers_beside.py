@@ -48,19 +48,54 @@ class Training:
     """A training beside the readers, as a process of its own."""
 
     def __init__(self, shards: Path, run: Path) -> None:
-        model = ["--model.hidden", "8", "--model.latent", "4", "--model.encoder_layers", "2", "--model.decoder_layers", "1"]
-        options = ["--data.shards", str(shards), "--run.dir", str(run), "--device", "cpu", "--data.workers", "0"]
-        options += ["--data.batch_size", "64", "--parallel.lanes", "4", "--optimizer.schedule", "[{epochs: 1000000, lr: 1.0e-4}]"]
+        model = [
+            "--model.hidden",
+            "8",
+            "--model.latent",
+            "4",
+            "--model.encoder_layers",
+            "2",
+            "--model.decoder_layers",
+            "1",
+        ]
+        options = [
+            "--data.shards",
+            str(shards),
+            "--run.dir",
+            str(run),
+            "--device",
+            "cpu",
+            "--data.workers",
+            "0",
+        ]
+        options += [
+            "--data.batch_size",
+            "64",
+            "--parallel.lanes",
+            "4",
+            "--optimizer.schedule",
+            "[{epochs: 1000000, lr: 1.0e-4}]",
+        ]
         self.run, self.log = run, open(run.with_suffix(".log"), "w")  # noqa: SIM115
         self._process = subprocess.Popen(
-            [sys.executable, "-c", ALWAYS_BETTER, *model, *options, "--run.checkpoint_every_steps", "7"],
+            [
+                sys.executable,
+                "-c",
+                ALWAYS_BETTER,
+                *model,
+                *options,
+                "--run.checkpoint_every_steps",
+                "7",
+            ],
             cwd=ROOT,
             stdout=self.log,
             stderr=subprocess.STDOUT,
         )
         deadline = time.monotonic() + 120
         while not (run / "checkpoints" / "best").exists():
-            assert self._process.poll() is None and time.monotonic() < deadline, run.with_suffix(".log").read_text()
+            assert self._process.poll() is None and time.monotonic() < deadline, run.with_suffix(
+                ".log"
+            ).read_text()
             time.sleep(0.05)
 
     def __enter__(self) -> Training:
@@ -88,7 +123,9 @@ def test_a_recommender_is_of_one_checkpoint(shards, tmp_path, pytestconfig):
             before = r.recommend([[1, 2, 3]], 5)
             check_digests(r)
             assert np.array_equal(before.scores, r.recommend([[1, 2, 3]], 5).scores)
-    print(f"{len(steps)} loads, of {len(set(steps))} checkpoints, steps {min(steps)} to {max(steps)}")
+    print(
+        f"{len(steps)} loads, of {len(set(steps))} checkpoints, steps {min(steps)} to {max(steps)}"
+    )
 
 
 def check_digests(r: Recommender) -> None:
@@ -115,12 +152,16 @@ def test_commands_beside_a_training(shards, tmp_path, pytestconfig):
             kind = list(kinds)[load % 3]
             kinds[kind] += 1
             if kind == "evaluate":
-                done = commands.run("python launch/evaluate.py --run run --split validation --json e.json --device cpu")
+                done = commands.run(
+                    "python launch/evaluate.py --run run --split validation --json e.json --device cpu"
+                )
                 if done.status == 0:
                     at = int(done.out.split("best-")[1].split()[0])
                     figure = json.loads((tmp_path / "e.json").read_text())["validation"]["ndcg@100"]
                     if figure != training.validation()[at]:
-                        wrong.append(f"evaluate of step {at}: {figure}, expected {training.validation()[at]}")
+                        wrong.append(
+                            f"evaluate of step {at}: {figure}, expected {training.validation()[at]}"
+                        )
                 (tmp_path / "e.json").unlink(missing_ok=True)
             elif kind == "recommend":
                 line = "python launch/recommend.py --run run --histories histories.csv --output lists.csv --k 3 --device cpu"

@@ -29,7 +29,13 @@ ROOT = Path(__file__).resolve().parent.parent
 def folders(data_dir, tmp_path_factory) -> list[Path]:
     """The same preparation in two shard sizes."""
     out = tmp_path_factory.mktemp("ml-1m")
-    arguments = [str(data_dir / "ml-1m" / "ratings.csv.gz"), "--val_users", "500", "--test_users", "1000"]
+    arguments = [
+        str(data_dir / "ml-1m" / "ratings.csv.gz"),
+        "--val_users",
+        "500",
+        "--test_users",
+        "1000",
+    ]
     for name, size in (("small", []), ("large", ["--users_per_shard", "500"])):
         assert shard([arguments[0], str(out / name), *arguments[1:], *size]) == 0
     return [out / "small", out / "large"]
@@ -37,9 +43,24 @@ def folders(data_dir, tmp_path_factory) -> list[Path]:
 
 @pytest.mark.data
 def test_popularity_baseline(folders, tmp_path):
-    evaluate(["--baseline", "popularity", "--shards", str(folders[0]), "--json", str(tmp_path / "e.json"), "--device", "cpu"])
+    evaluate(
+        [
+            "--baseline",
+            "popularity",
+            "--shards",
+            str(folders[0]),
+            "--json",
+            str(tmp_path / "e.json"),
+            "--device",
+            "cpu",
+        ]
+    )
     found = json.loads((tmp_path / "e.json").read_text())["test"]
-    assert [round(found[name], 4) for name in ("ndcg@100", "recall@20", "recall@50")] == [0.2172, 0.1687, 0.2447]
+    assert [round(found[name], 4) for name in ("ndcg@100", "recall@20", "recall@50")] == [
+        0.2172,
+        0.1687,
+        0.2447,
+    ]
     assert (found["n_users"], found["n_users_unscored"]) == (1000, 0)
 
 
@@ -53,7 +74,10 @@ def _triples(folder: Path, ranks: int, workers: int, epoch: int) -> list[bytes]:
             for b in range(0, len(batch.user_keys), 2):
                 digest = hashlib.sha256(batch.user_keys[b].tobytes())
                 for rows in (batch.inputs, batch.targets):
-                    digest.update(b"|" + rows.items[rows.indptr[b] : rows.indptr[b + 1]].astype(np.int32).tobytes())
+                    digest.update(
+                        b"|"
+                        + rows.items[rows.indptr[b] : rows.indptr[b + 1]].astype(np.int32).tobytes()
+                    )
                 found.append(digest.digest())
     return sorted(found)
 
@@ -72,7 +96,12 @@ def test_users_and_halves_do_not_depend_on_how_they_are_read(folders):
             (folders[1], 1, 0),
             (folders[1], 2, 2),
         ):
-            assert _triples(folder, ranks, workers, epoch) == reference, (folder.name, ranks, workers, epoch)
+            assert _triples(folder, ranks, workers, epoch) == reference, (
+                folder.name,
+                ranks,
+                workers,
+                epoch,
+            )
         epochs.append(set(reference))
     assert len(epochs[0] & epochs[1]) < 100  # only users of very few items may be split alike
 
@@ -82,7 +111,14 @@ def test_users_and_halves_do_not_depend_on_how_they_are_read(folders):
 def test_vasp_reaches_the_authors_figure(folders, tmp_path):
     """configs/ml-1m.yaml on 2 ranks under deepspeed: test NDCG@100 of at least .405."""
     deepspeed = Path(sys.executable).parent / "deepspeed"
-    command = [str(deepspeed), "--num_accelerators", "2", "--master_port", str(free_port()), "launch/train.py"]
+    command = [
+        str(deepspeed),
+        "--num_accelerators",
+        "2",
+        "--master_port",
+        str(free_port()),
+        "launch/train.py",
+    ]
     command += [
         "--config",
         "configs/ml-1m.yaml",
@@ -93,7 +129,9 @@ def test_vasp_reaches_the_authors_figure(folders, tmp_path):
         "--device",
         "cpu",
     ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1800, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=1800, check=False
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["test"]["ndcg@100"] >= 0.405
@@ -106,10 +144,19 @@ def test_vasp_reaches_the_authors_figure(folders, tmp_path):
 def test_lists_from_the_file_that_was_sharded(folders, data_dir, tmp_path):
     """The README's sequence: likes are the ratings of at least 4, and what was rated at all is never listed."""
     source = data_dir / "ml-1m" / "ratings.csv.gz"
-    config = ["--config", str(ROOT / "configs" / "ease-ml-1m.yaml"), "--model.ease_lambda", "10", "--device", "cpu"]
+    config = [
+        "--config",
+        str(ROOT / "configs" / "ease-ml-1m.yaml"),
+        "--model.ease_lambda",
+        "10",
+        "--device",
+        "cpu",
+    ]
     train([*config, "--data.shards", str(folders[0]), "--run.dir", str(tmp_path / "run")])
     output = ["--k", "20", "--output", str(tmp_path / "lists.parquet")]
-    recommend(["--run", str(tmp_path / "run"), "--histories", str(source), *output, "--device", "cpu"])
+    recommend(
+        ["--run", str(tmp_path / "run"), "--histories", str(source), *output, "--device", "cpu"]
+    )
     lists: dict[int, list[int]] = {}
     table = pq.read_table(tmp_path / "lists.parquet")
     for user, item in zip(table["user"].to_pylist(), table["item"].to_pylist(), strict=True):
@@ -129,6 +176,8 @@ def test_lists_from_the_file_that_was_sharded(folders, data_dir, tmp_path):
     users = sorted(liked)[::5]
     for start in range(0, len(users), 400):
         block = users[start : start + 400]
-        ranked = recommender.recommend([liked[user] for user in block], len(known), mask_input=False).ids
+        ranked = recommender.recommend(
+            [liked[user] for user in block], len(known), mask_input=False
+        ).ids
         for user, items in zip(block, ranked.tolist(), strict=True):
             assert lists[user] == [item for item in items if item not in seen[user]][:20], user

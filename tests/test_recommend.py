@@ -33,7 +33,12 @@ from tests.rounding import ELEMENTARY, SAFETY, UNIT, bounded_scores, each_within
 
 def item_table(ids: list, titles: list[str] | None = None) -> ItemTable:
     array = pa.array(ids)
-    return ItemTable(array, keys_of_ids(array), np.arange(len(ids))[::-1].copy(), pa.array(titles) if titles else None)
+    return ItemTable(
+        array,
+        keys_of_ids(array),
+        np.arange(len(ids))[::-1].copy(),
+        pa.array(titles) if titles else None,
+    )
 
 
 NUMBERED = item_table(list(range(1000, 1013)))
@@ -57,17 +62,27 @@ def lists_of(histories: Histories) -> dict:
     rows = histories.rows
     return {
         user: rows.items[a:b].tolist()
-        for user, a, b in zip(histories.users.to_pylist(), rows.indptr[:-1], rows.indptr[1:], strict=True)
+        for user, a, b in zip(
+            histories.users.to_pylist(), rows.indptr[:-1], rows.indptr[1:], strict=True
+        )
     }
 
 
 def write(path: Path, users: list, items: list, other: bool = False) -> Path:
-    columns = {"item": items, "stars": [3] * len(users), "user": users} if other else {"user": users, "item": items}
+    columns = (
+        {"item": items, "stars": [3] * len(users), "user": users}
+        if other
+        else {"user": users, "item": items}
+    )
     table = pa.table(columns)
     if path.suffix == ".parquet":
         pq.write_table(table, path)
     else:
-        with pa.CompressedOutputStream(str(path), "gzip") if path.suffix == ".gz" else pa.OSFile(str(path), "wb") as out:
+        with (
+            pa.CompressedOutputStream(str(path), "gzip")
+            if path.suffix == ".gz"
+            else pa.OSFile(str(path), "wb") as out
+        ):
             pa_csv.write_csv(table, out)
     return path
 
@@ -80,7 +95,10 @@ def write(path: Path, users: list, items: list, other: bool = False) -> Path:
 def test_whole_numbers(tmp_path, name, other):
     path = write(tmp_path / name, [7, 3, 7, 7, 9, 3], [1004, 1001, 1000, 1004, 5, 77], other)
     histories = read_histories(path, NUMBERED)
-    assert lists_of(histories) == {7: [0, 4], 3: [1]}  # in order of appearance, ascending, without repeats
+    assert lists_of(histories) == {
+        7: [0, 4],
+        3: [1],
+    }  # in order of appearance, ascending, without repeats
     assert histories.skipped.to_pylist() == [9]
     assert histories.n_unknown == 2
     assert histories.n_users == 2
@@ -89,7 +107,11 @@ def test_whole_numbers(tmp_path, name, other):
 
 @pytest.mark.parametrize("name", ["h.csv", "h.csv.gz", "h.parquet"])
 def test_text(tmp_path, name):
-    path = write(tmp_path / name, ["ann", "NA", "007", "ann", "7", "7"], ["NA", "ü, quoted", "007", "apple", "null", "nothing"])
+    path = write(
+        tmp_path / name,
+        ["ann", "NA", "007", "ann", "7", "7"],
+        ["NA", "ü, quoted", "007", "apple", "null", "nothing"],
+    )
     histories = read_histories(path, NAMED, Reading(missing=()))
     assert lists_of(histories) == {"ann": [0, 1], "NA": [2], "007": [3], "7": [4]}
     assert histories.n_unknown == 1
@@ -98,7 +120,9 @@ def test_text(tmp_path, name):
 
 @pytest.mark.parametrize("name", ["h.csv", "h.csv.gz", "h.parquet"])
 def test_rows_without_an_id_are_left_out_and_counted(tmp_path, name):
-    path = write(tmp_path / name, ["ann", "", "NULL", "bob", "bob"], ["1000", "1001", "1001", "None", "1002"])
+    path = write(
+        tmp_path / name, ["ann", "", "NULL", "bob", "bob"], ["1000", "1001", "1001", "None", "1002"]
+    )
     with open_histories(path, tmp_path) as file:
         assert (file.left_out.missing, file.left_out.rows) == (3, 3)
     histories = read_histories(path, NUMBERED)
@@ -114,7 +138,10 @@ def test_numbers_and_text_meet(tmp_path):
     assert lists_of(read_histories(as_numbers, item_table(["12", "13"]))) == {1: [0]}
 
 
-@pytest.mark.parametrize("types", [(pa.large_string(), pa.large_string()), (pa.int32(), pa.uint16()), (pa.int64(), pa.float64())])
+@pytest.mark.parametrize(
+    "types",
+    [(pa.large_string(), pa.large_string()), (pa.int32(), pa.uint16()), (pa.int64(), pa.float64())],
+)
 def test_other_widths(tmp_path, types):
     text = pa.types.is_large_string(types[0])
     table = pa.table(
@@ -124,7 +151,9 @@ def test_other_widths(tmp_path, types):
         }
     )
     pq.write_table(table, tmp_path / "h.parquet")
-    assert [sorted(v) for v in lists_of(read_histories(tmp_path / "h.parquet", NUMBERED)).values()] == [[1], [0]]
+    assert [
+        sorted(v) for v in lists_of(read_histories(tmp_path / "h.parquet", NUMBERED)).values()
+    ] == [[1], [0]]
 
 
 def test_categories_that_nobody_has_are_no_users(tmp_path):
@@ -149,13 +178,21 @@ def test_a_late_change_of_type_is_text_throughout(tmp_path):
         ("h.csv", b"user,item\n1,\n,1000\n", r"h\.csv: all 2 rows are without a user or an item"),
         ("h.csv", b"", r"h\.csv is empty; expected a header line with the names of the columns"),
         ("h.csv", b"user,item\n1\n", r"h\.csv, row 2: 1 cells where the header has 2"),
-        ("h.csv", b'user,item\n1,2\n"1,2\n', r"h\.csv, row 3: the quote that opens here never closes"),
+        (
+            "h.csv",
+            b'user,item\n1,2\n"1,2\n',
+            r"h\.csv, row 3: the quote that opens here never closes",
+        ),
         (
             "h.csv",
             b"user,movie\n1,2\n",
             r"has no column 'item'; its columns, separated by ',', are 'user', 'movie'; pass --item_column",
         ),
-        ("h.csv", b"user,item\n1,\xff\n", r"h\.csv, row 2: the byte 0xff is not UTF-8 text; .*--encoding"),
+        (
+            "h.csv",
+            b"user,item\n1,\xff\n",
+            r"h\.csv, row 2: the byte 0xff is not UTF-8 text; .*--encoding",
+        ),
         ("h.csv.gz", b"user,item\n1,1000\n", r"h\.csv\.gz cannot be read"),
         ("h.csv.gz", gzip.compress(b"user,item\n1,1000\n" * 9)[:-9], r"h\.csv\.gz cannot be read"),
         ("h.parquet", b"", r"h\.parquet cannot be read"),
@@ -177,8 +214,14 @@ def test_files_that_cannot_be_used(tmp_path, name, content, message):
     ("columns", "message"),
     [
         ({"user": [None, None], "item": [1000, 1001]}, "all 2 rows are without a user or an item"),
-        ({"user": [1, -2], "item": [1000, 1001]}, "column 'user', row 2: the id -2 is outside 0 to 2.63-1"),
-        ({"user": [1.0, 2.5], "item": [1000, 1001]}, "column 'user', row 2: the id 2.5 is not a whole number"),
+        (
+            {"user": [1, -2], "item": [1000, 1001]},
+            "column 'user', row 2: the id -2 is outside 0 to 2.63-1",
+        ),
+        (
+            {"user": [1.0, 2.5], "item": [1000, 1001]},
+            "column 'user', row 2: the id 2.5 is not a whole number",
+        ),
         ({"user": [[1], [2]], "item": [1000, 1001]}, "column 'user' is of type list"),
         ({"user": [1, 2], "item": [[1000], [1001]]}, "column 'item' is of type list"),
         ({"user": [b"\xff"], "item": [1000]}, "column 'user', row 1: the id is not UTF-8 text"),
@@ -193,7 +236,12 @@ def test_parquet_columns_that_cannot_be_used(tmp_path, columns, message):
 
 # --- writing ---------------------------------------------------------------------------------------------------------
 
-PAIRS = [(u, 1000 + (3 * u + j) % 13) for u in range(1, 12) for j in range(u)] + [(50, 1), (51, 2), (50, 3), (1, 4)]
+PAIRS = [(u, 1000 + (3 * u + j) % 13) for u in range(1, 12) for j in range(u)] + [
+    (50, 1),
+    (51, 2),
+    (50, 3),
+    (1, 4),
+]
 K = 5
 EXP = SAFETY * ELEMENTARY * UNIT  # two exponentials of one float32
 
@@ -244,10 +292,17 @@ def test_lists(tmp_path, pairs, small_blocks, name):
     table, histories = table_of(tmp_path / name), _histories(tmp_path)
     assert table.column_names == ["user", "rank", "item", "score"]
     model = make_model("vasp", 13, alone(), dtype=torch.float32)
-    log_p, rows = top_items(model_scorer(model, make_trunk(model.config, 5)), histories.rows, K, 13, alone())
+    log_p, rows = top_items(
+        model_scorer(model, make_trunk(model.config, 5)), histories.rows, K, 13, alone()
+    )
     found = list(zip(*(table.column(c).to_pylist() for c in table.column_names), strict=True))
     expected = [
-        (user, rank + 1, 1000 + int(rows[u, rank]), pytest.approx(float(np.exp(log_p[u, rank])), rel=EXP))
+        (
+            user,
+            rank + 1,
+            1000 + int(rows[u, rank]),
+            pytest.approx(float(np.exp(log_p[u, rank])), rel=EXP),
+        )
         for u, user in enumerate(histories.users.to_pylist())
         for rank in range(K)
         if rows[u, rank] >= 0
@@ -259,14 +314,24 @@ def test_lists(tmp_path, pairs, small_blocks, name):
         assert 0 < score < 1
         assert (user, item) not in PAIRS, "a seen item was recommended"
     for user, entries in by_user.items():
-        assert [rank for rank, _, _ in entries] == list(range(1, min(K, 13 - user) + 1))  # user u has seen u items
+        assert [rank for rank, _, _ in entries] == list(
+            range(1, min(K, 13 - user) + 1)
+        )  # user u has seen u items
         scores = [score for _, _, score in entries]
         assert scores == sorted(scores, reverse=True)
     assert list(by_user) == list(range(1, 12))
     skipped = pa_csv.read_csv(skipped_file(tmp_path / name))
-    assert skipped.to_pydict() == {"user": [50, 51], "reason": ["no item of the history is in the vocabulary"] * 2}
-    assert f"{len(found)} recommendations for 11 users; 2 users without a list" in report and "4 of unknown items" in report
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["histories.parquet", name, "lists.skipped.csv"])
+    assert skipped.to_pydict() == {
+        "user": [50, 51],
+        "reason": ["no item of the history is in the vocabulary"] * 2,
+    }
+    assert (
+        f"{len(found)} recommendations for 11 users; 2 users without a list" in report
+        and "4 of unknown items" in report
+    )
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(
+        ["histories.parquet", name, "lists.skipped.csv"]
+    )
 
 
 def test_every_number_of_ranks_writes_the_same_lists(tmp_path, pairs, small_blocks):
@@ -301,8 +366,14 @@ def test_text_ids_and_titles(tmp_path):
         '"b",1,"i0"',
         '"b",2,"i2"',
     ]
-    assert [float(line.rpartition(",")[2]) for line in lines[1:]] == pytest.approx(np.exp([-1.0, -3.0, 0.0, -2.0]))
-    assert report.splitlines()[:3] == ["user a", "  history  Title 0, Title 2", "  list     Title 1 (0.368), Title 3 (0.050)"]
+    assert [float(line.rpartition(",")[2]) for line in lines[1:]] == pytest.approx(
+        np.exp([-1.0, -3.0, 0.0, -2.0])
+    )
+    assert report.splitlines()[:3] == [
+        "user a",
+        "  history  Title 0, Title 2",
+        "  list     Title 1 (0.368), Title 3 (0.050)",
+    ]
     assert "user b" not in report
 
 
@@ -324,7 +395,9 @@ def test_no_users(tmp_path, name):
     assert table_of(tmp_path / name).num_rows == 0
 
 
-@pytest.mark.parametrize(("items", "shown"), [(["5", "6"], "5, 6"), (["1000.0", " 1000"], "'1000.0', ' 1000'")])
+@pytest.mark.parametrize(
+    ("items", "shown"), [(["5", "6"], "5, 6"), (["1000.0", " 1000"], "'1000.0', ' 1000'")]
+)
 def test_no_known_item_at_all_is_an_error_that_shows_how_ids_are_written(tmp_path, items, shown):
     path = write(tmp_path / "h.csv", [1, 2], items)
     message = f"h.csv: no item is known to the model.* written {shown}, those of the model 1000, 1001, 1002; ids must be equal"
@@ -382,7 +455,9 @@ def test_only_earlier_lists_are_replaced(tmp_path, name):
     for spoilt, mine in ((output, b"user,item\n1,2\n"), (skipped_file(output), b"mine")):
         kept = spoilt.read_bytes()
         spoilt.write_bytes(mine)
-        with pytest.raises(ValueError, match=rf"{spoilt.name} exists and was not written by this command"):
+        with pytest.raises(
+            ValueError, match=rf"{spoilt.name} exists and was not written by this command"
+        ):
             to_file(constant_scorer, path, NUMBERED, 1, output, overwrite=True)
         assert spoilt.read_bytes() == mine
         spoilt.write_bytes(kept)
@@ -402,7 +477,10 @@ def test_who_has_seen_everything_is_told_with_the_reason(tmp_path, small_blocks,
     report = to_file(constant_scorer, path, NUMBERED, 3, tmp_path / name)
     assert "3 recommendations for 1 users; 2 users without a list are in" in report
     skipped = pa_csv.read_csv(skipped_file(tmp_path / name)).to_pylist()
-    assert {row["user"]: row["reason"][:22] for row in skipped} == {9: "no item of the history", 7: "no item is left to lis"}
+    assert {row["user"]: row["reason"][:22] for row in skipped} == {
+        9: "no item of the history",
+        7: "no item is left to lis",
+    }
     assert "26 recommendations for 2 users; 1 users" in to_file(
         constant_scorer, path, NUMBERED, 13, tmp_path / name, keep_seen=True
     )
@@ -412,7 +490,8 @@ def test_nobody_has_an_unseen_item(tmp_path):
     path = write(tmp_path / "h.csv", [7, 8], [1000, 1000])
     allowed = np.arange(13) == 0
     with pytest.raises(
-        ValueError, match="2 users have seen every item that may be listed, so that nobody gets a list; pass --keep_"
+        ValueError,
+        match="2 users have seen every item that may be listed, so that nobody gets a list; pass --keep_",
     ):
         to_file(constant_scorer, path, NUMBERED, 3, tmp_path / "o.csv", allowed=allowed)
     assert "2 recommendations for 2" in to_file(

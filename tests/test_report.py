@@ -25,7 +25,9 @@ from tests.runs import write_run
 N_ITEMS = 40
 EVIL = "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
 TITLES = [
-    EVIL if i % 3 == 0 else f"The \N{LATIN SMALL LETTER E WITH ACUTE}tude no. {i} & a Very Long Title, Which Goes On"
+    EVIL
+    if i % 3 == 0
+    else f"The \N{LATIN SMALL LETTER E WITH ACUTE}tude no. {i} & a Very Long Title, Which Goes On"
     for i in range(N_ITEMS)
 ]
 
@@ -67,7 +69,11 @@ def _write(folder: Path, shards: Path, kind: str = "vasp", finished: bool = True
             "memory": 7e8,
             "bytes_moved": 2e6,
         }
-        line |= {f"{path}_logit_{what}": 0.5 for path in ("decoder", "latent", "nease") for what in ("mean", "std")}
+        line |= {
+            f"{path}_logit_{what}": 0.5
+            for path in ("decoder", "latent", "nease")
+            for what in ("mean", "std")
+        }
         written.append(line)
         if step % 10 == 0:
             metrics = dict.fromkeys(("ndcg@100", "ndcg@20", "recall@20", "recall@50"), 0.01 * step)
@@ -83,8 +89,16 @@ def _write(folder: Path, shards: Path, kind: str = "vasp", finished: bool = True
                     "n_users": 8,
                 }
             )
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in written) + "cut sho")
-    start = {"after_step": 0, "date": "2026-01-01T00:00:00+00:00", "device": EVIL, "versions": {"torch": "2"}, "memory_bytes": 8e9}
+    (folder / "metrics.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in written) + "cut sho"
+    )
+    start = {
+        "after_step": 0,
+        "date": "2026-01-01T00:00:00+00:00",
+        "device": EVIL,
+        "versions": {"torch": "2"},
+        "memory_bytes": 8e9,
+    }
     (folder / "environment.json").write_text(json.dumps({"starts": [start]}))
     if finished:
         metrics = {k: v for k, v in written[-1].items() if k not in ("step", "epoch", "split")}
@@ -103,9 +117,25 @@ def _write(folder: Path, shards: Path, kind: str = "vasp", finished: bool = True
 def _benchmark(folder: Path) -> None:
     rows = []
     for ranks in (1, 2, 4):
-        row = {"mode": "weak", "ranks": ranks, "users_per_step": 64 * ranks, "users_per_second": 90.0 * ranks, "efficiency": 0.9}
-        rows.append(row | {"step_seconds": 0.7, "parts": {"output": 0.5, "trunk": 0.2}, "bytes_moved": 1e6, "peak_memory": 1e9})
-    (folder / "benchmark.json").write_text(json.dumps({"threads_per_rank": 1, "cores": 2, "rows": rows}))
+        row = {
+            "mode": "weak",
+            "ranks": ranks,
+            "users_per_step": 64 * ranks,
+            "users_per_second": 90.0 * ranks,
+            "efficiency": 0.9,
+        }
+        rows.append(
+            row
+            | {
+                "step_seconds": 0.7,
+                "parts": {"output": 0.5, "trunk": 0.2},
+                "bytes_moved": 1e6,
+                "peak_memory": 1e9,
+            }
+        )
+    (folder / "benchmark.json").write_text(
+        json.dumps({"threads_per_rank": 1, "cores": 2, "rows": rows})
+    )
 
 
 @pytest.fixture(scope="module")
@@ -197,9 +227,16 @@ def test_in_a_browser_in_light_and_dark_narrow_and_wide(report, run, shards, tmp
                     assert seen.complaints == []
                     assert seen.requests == [page.resolve().as_uri()]
                     assert seen.values["overflow"] <= 0, (page, width)
-                    assert "training report" in seen.values["title"] and "owned" not in seen.values["title"]
+                    assert (
+                        "training report" in seen.values["title"]
+                        and "owned" not in seen.values["title"]
+                    )
                     assert seen.values["drawings"] >= 10 and seen.values["controls"] == 0
-                    assert seen.values["clipped"] == 0 and seen.values["sticking_out"] == 0, (page, width, seen.values)
+                    assert seen.values["clipped"] == 0 and seen.values["sticking_out"] == 0, (
+                        page,
+                        width,
+                        seen.values,
+                    )
                     assert _contrast(seen.values["ink"], seen.values["ground"]) > 7
                     assert seen.image.startswith(b"\x89PNG")
                     grounds.add((scheme, seen.values["ground"]))
@@ -226,11 +263,17 @@ def test_popularity_and_users_are_those_of_the_lists(run, shards):
     heldout = _rows(24, 1)[8:]
     ids, _ = recommender.recommend([[1000 + i for i in row[:-4]] for row in heldout], 20)
     rows = ids - 1000
-    assert popularity.recommended == pytest.approx(np.bincount(rows.ravel() // 4, minlength=10) / rows.size)
-    assert popularity.held_out == pytest.approx(np.bincount(np.concatenate([row[-4:] for row in heldout]) // 4, minlength=10) / 64)
+    assert popularity.recommended == pytest.approx(
+        np.bincount(rows.ravel() // 4, minlength=10) / rows.size
+    )
+    assert popularity.held_out == pytest.approx(
+        np.bincount(np.concatenate([row[-4:] for row in heldout]) // 4, minlength=10) / 64
+    )
     assert popularity.coverage[20] == len(np.unique(rows)) / N_ITEMS and popularity.n_users == 16
     assert sum(popularity.trained) == pytest.approx(1)
-    assert len(samples) == 3 and all(len(s.picks) == 5 and s.n_held_out == 4 and len(s.history) == 8 for s in samples)
+    assert len(samples) == 3 and all(
+        len(s.picks) == 5 and s.n_held_out == 4 and len(s.history) == 8 for s in samples
+    )
     for sample in samples:
         row = next(row for row in heldout if [TITLES[i] for i in row[:-4]] == sample.history)
         assert [p.label for p in sample.picks if p.held_out] == [
@@ -264,7 +307,12 @@ def test_mistakes_are_named(run, tmp_path):
     with pytest.raises(ValueError, match="at most 6"):
         read_runs(["x"] * 7, [])
     write_folder(
-        tmp_path / "other", _rows(30, 0), [], [(r[:4], r[4:]) for r in _rows(4, 2)], n_items=N_ITEMS, item_ids=range(N_ITEMS)
+        tmp_path / "other",
+        _rows(30, 0),
+        [],
+        [(r[:4], r[4:]) for r in _rows(4, 2)],
+        n_items=N_ITEMS,
+        item_ids=range(N_ITEMS),
     )
     with pytest.raises(ValueError, match="is not the data that the model was trained on"):
         main([str(run), "--shards", str(tmp_path / "other"), "--out", str(tmp_path / "page.html")])
@@ -287,4 +335,11 @@ def test_drawings():
             assert "nan" not in svg and "inf" not in svg and 'class="tick"' in svg
             for at in re.findall(r'cy="([-\d.]+)"', svg):
                 assert 0 <= float(at) <= 240
-    assert [short(v) for v in (0, 0.05, 12, 12_000, 3e6, 1e-5)] == ["0", "0.05", "12", "12k", "3M", "1e-5"]
+    assert [short(v) for v in (0, 0.05, 12, 12_000, 3e6, 1e-5)] == [
+        "0",
+        "0.05",
+        "12",
+        "12k",
+        "3M",
+        "1e-5",
+    ]

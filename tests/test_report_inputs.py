@@ -73,7 +73,13 @@ def _report(run: Path, *more: Path) -> str | None:
 def _places(value: Any, path: tuple = ()) -> list[tuple]:
     """The way to every value inside."""
     found = [path] if path else []
-    for name, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+    for name, inner in (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    ):
         found += _places(inner, (*path, name))
     return found
 
@@ -101,7 +107,11 @@ def test_every_value_may_be_odd(run):
         for part in head.splitlines() if name == "metrics.jsonl" else [head]:
             for place in _places(json.loads(part)):
                 odd = chance.choice(ODD)
-                path.write_text(before.replace(part, _spoilt(part, place, odd), 1) if text else _spoilt(part, place, odd))
+                path.write_text(
+                    before.replace(part, _spoilt(part, place, odd), 1)
+                    if text
+                    else _spoilt(part, place, odd)
+                )
                 pages += _report(run) is not None
         path.write_text(before)
     assert pages > 100
@@ -124,7 +134,9 @@ def _all_odd(text: str, odd: str) -> str:
             return {k: spoil(v, k) for k, v in value.items()}
         if isinstance(value, list):
             return [spoil(v) for v in value]
-        return "<odd>" if isinstance(value, int | float) and name not in ("step", "epoch") else value
+        return (
+            "<odd>" if isinstance(value, int | float) and name not in ("step", "epoch") else value
+        )
 
     try:
         return json.dumps(spoil(json.loads(text))).replace('"<odd>"', odd)
@@ -165,7 +177,10 @@ def test_a_file_that_repeats_itself_without_end(run):
     before = path.read_text()
     names = "abcdefghijklmnopqrst"
     path.write_text(
-        "model: &a [1, 2]\n" + "".join(f"{n}: &{n} [{', '.join(['*' + m] * 10)}]\n" for m, n in itertools.pairwise(names))
+        "model: &a [1, 2]\n"
+        + "".join(
+            f"{n}: &{n} [{', '.join(['*' + m] * 10)}]\n" for m, n in itertools.pairwise(names)
+        )
     )
     try:
         assert _report(run) is not None

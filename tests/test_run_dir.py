@@ -28,7 +28,17 @@ def folders(tmp_path) -> list[Path]:
     return [tmp_path / "a", tmp_path / "b"]
 
 
-@pytest.mark.parametrize("name", ["config.yaml", "environment.json", "metrics.jsonl", "result.json", "checkpoints", "tensorboard"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "config.yaml",
+        "environment.json",
+        "metrics.jsonl",
+        "result.json",
+        "checkpoints",
+        "tensorboard",
+    ],
+)
 def test_nothing_is_written_through_a_link(tmp_path, name):
     folder, victim = tmp_path / "run", tmp_path / "victim"
     (folder / "checkpoints").mkdir(parents=True)
@@ -36,7 +46,9 @@ def test_nothing_is_written_through_a_link(tmp_path, name):
     if name == "checkpoints":
         (folder / name).rmdir()
     (folder / name).symlink_to(victim)
-    with pytest.raises(ValueError, match=f"{name} is a link to .*victim, and nothing is written through a link"):
+    with pytest.raises(
+        ValueError, match=f"{name} is a link to .*victim, and nothing is written through a link"
+    ):
         run_dir.RunDir(folder)
     assert not (folder / ".lock").exists()
     assert victim.is_dir() or victim.read_text() == "mine"
@@ -53,7 +65,10 @@ def test_a_lock_that_is_a_link_is_not_written(tmp_path):
 
 def test_one_training_at_a_time(tmp_path):
     first = run_dir.RunDir(tmp_path / "run")
-    with pytest.raises(ValueError, match=r"run is in use by process \d+ on .*; wait for it to end or choose another run\.dir"):
+    with pytest.raises(
+        ValueError,
+        match=r"run is in use by process \d+ on .*; wait for it to end or choose another run\.dir",
+    ):
         run_dir.RunDir(tmp_path / "run")
     first._lock.close()
     (tmp_path / "run" / f".config.yaml.{'0' * 16}.tmp").touch()
@@ -61,7 +76,17 @@ def test_one_training_at_a_time(tmp_path):
     assert [p.name for p in (tmp_path / "run").iterdir()] == [".lock"]
 
 
-@pytest.mark.parametrize("name", ["config.yaml", "result.json", "items.parquet", "manifest.json", "export.json", "ensemble.json"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "config.yaml",
+        "result.json",
+        "items.parquet",
+        "manifest.json",
+        "export.json",
+        "ensemble.json",
+    ],
+)
 def test_a_folder_of_somebody_else(tmp_path, name):
     (tmp_path / name).write_text("mine")
     with pytest.raises(ValueError, match=r"run\.dir .* a run needs a folder of its own"):
@@ -77,7 +102,9 @@ def test_ranks_that_share_a_folder(folders):
 def test_a_rank_that_sees_another_folder(folders):
     said = run_ranks(_check, 2, *folders)
     assert said[0] == said[1]
-    assert f"run.dir {folders[1]} on " in said[0] and "is not the folder that rank 0 sees" in said[0]
+    assert (
+        f"run.dir {folders[1]} on " in said[0] and "is not the folder that rank 0 sees" in said[0]
+    )
     assert "(rank 1)" in said[0]
     assert not list(folders[0].iterdir()) and not list(folders[1].iterdir())
 
@@ -125,14 +152,22 @@ def test_a_damaged_line_is_kept_aside_and_nothing_after_it_is_lost(tmp_path, dam
 
 def test_a_whole_line_behind_a_torn_one_is_kept(tmp_path):
     torn = STEPS[2][:9]
-    assert cut(tmp_path, b"\n".join([*STEPS[:2], torn + STEPS[3], STEPS[4]]), 9) == (1, [*STEPS[:2], *STEPS[3:]], torn + b"\n")
+    assert cut(tmp_path, b"\n".join([*STEPS[:2], torn + STEPS[3], STEPS[4]]), 9) == (
+        1,
+        [*STEPS[:2], *STEPS[3:]],
+        torn + b"\n",
+    )
     zeros = bytes(5000)
     n, kept, aside = cut(tmp_path, STEPS[0] + b"\n" + zeros + STEPS[1] + b"\n", 9)
     assert (n, kept, aside) == (1, STEPS[:2], torn + b"\n" + zeros + b"\n"), "what was aside stays"
 
 
 def test_lines_of_an_undone_future_go(tmp_path):
-    assert cut(tmp_path, b"\n".join([*STEPS, STEPS[1]]) + b"\n", 2) == (0, [*STEPS[:2], STEPS[1]], b"")
+    assert cut(tmp_path, b"\n".join([*STEPS, STEPS[1]]) + b"\n", 2) == (
+        0,
+        [*STEPS[:2], STEPS[1]],
+        b"",
+    )
 
 
 def test_an_endless_line_is_read_in_pieces(tmp_path, monkeypatch):

@@ -39,9 +39,13 @@ except EndedBySignal as ended:
 def start(code: str, *arguments: str | Path, **options) -> subprocess.Popen[str]:
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    hear_hangups = partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
+    hear_hangups = partial(
+        signal.signal, signal.SIGHUP, signal.SIG_DFL
+    )  # the tests may run under nohup
     command = [sys.executable, "-c", code, *map(str, arguments)]
-    process = subprocess.Popen(command, env=env, text=True, preexec_fn=hear_hangups, **pipes, **options)
+    process = subprocess.Popen(
+        command, env=env, text=True, preexec_fn=hear_hangups, **pipes, **options
+    )
     assert process.stdout and process.stdout.readline() == "here\n"
     return process
 
@@ -69,7 +73,9 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path):
         process.send_signal(signal.SIGINT)
         time.sleep(0.05)
     said, errors = process.communicate(timeout=30)
-    assert said in ("", "ended by SIGINT\n"), "the second one may come when the first has done its work"
+    assert said in ("", "ended by SIGINT\n"), (
+        "the second one may come when the first has done its work"
+    )
     assert (errors, process.returncode) == ("", 130)
 
 
@@ -86,7 +92,12 @@ def test_nohup_is_respected(tmp_path):
 def test_whoever_takes_a_signal_over_has_it_alone(tmp_path):
     """Neither an exception nor an end after the patience."""
     own = "def own():\n    signal.signal(signal.SIGTERM, lambda *_: print('own', flush=True))\n    time.sleep(0.5)\n    os.kill(os.getpid(), signal.SIGTERM)\n"
-    process = start(COMMAND.replace("def idle", own + "    time.sleep(0.5)\ndef idle"), "own", 0.1, tmp_path / "cleaned")
+    process = start(
+        COMMAND.replace("def idle", own + "    time.sleep(0.5)\ndef idle"),
+        "own",
+        0.1,
+        tmp_path / "cleaned",
+    )
     assert process.communicate(timeout=30) == ("own\n", "")
     assert process.returncode == 0
 
@@ -116,9 +127,13 @@ def test_a_training_without_its_front_end_is_asked_to_stop(tmp_path, front_end):
     rank += "print(stop.requested, flush=True)"
     launcher = f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {rank!r}])"
     script = tmp_path / ("deepspeed" if front_end else "start_and_leave")
-    script.write_text(f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {launcher!r}])")
+    script.write_text(
+        f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {launcher!r}])"
+    )
     env = os.environ | {"PYTHONPATH": str(ROOT), "LOCAL_RANK": "0", "WORLD_SIZE": "2"}
-    with subprocess.Popen([sys.executable, str(script)], env=env, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [sys.executable, str(script)], env=env, stdout=subprocess.PIPE, text=True
+    ) as process:
         assert process.stdout and process.stdout.readline() == "here\n"
         process.kill()
         assert process.stdout.readline() == f"{front_end}\n"

@@ -15,13 +15,17 @@ from tests.dense import dense_rows
 from tests.partitioned import csr, random_rows, share
 from tests.ranks import run_ranks
 
-rows_of_items = st.lists(st.sets(st.integers(0, 12), max_size=13).map(sorted), min_size=1, max_size=8)
+rows_of_items = st.lists(
+    st.sets(st.integers(0, 12), max_size=13).map(sorted), min_size=1, max_size=8
+)
 
 
 def item_rows(rows: list[list[int]], n_items: int) -> ItemRows:
     sparse = csr(rows)
     real = torch.ones(len(rows), dtype=torch.bool)
-    return ItemRows(torch.from_numpy(sparse.indptr), torch.from_numpy(sparse.items).long(), n_items, real)
+    return ItemRows(
+        torch.from_numpy(sparse.indptr), torch.from_numpy(sparse.items).long(), n_items, real
+    )
 
 
 @settings(deadline=None)
@@ -36,7 +40,9 @@ def test_sum_rows_is_a_dense_product(rows, width, dtype):
 
 def test_sum_rows_of_nothing():
     table, nothing = torch.ones(3, 2), torch.zeros(0, dtype=torch.int64)
-    assert torch.equal(sum_rows(table, nothing, torch.zeros(5, dtype=torch.int64)), torch.zeros(4, 2))
+    assert torch.equal(
+        sum_rows(table, nothing, torch.zeros(5, dtype=torch.int64)), torch.zeros(4, 2)
+    )
     assert sum_rows(table, nothing, torch.zeros(1, dtype=torch.int64)).shape == (0, 2)
     assert sum_rows(torch.empty(0, 2), nothing, torch.zeros(3, dtype=torch.int64)).shape == (2, 2)
 
@@ -81,7 +87,10 @@ def test_no_interactions_at_all(n_rows):
 
 N_ITEMS = 19
 CASES = {
-    "uneven": (random_rows(11, N_ITEMS, 1, empty=(0, 4, 10)), random_rows(11, N_ITEMS, 2, empty=(0, 5))),
+    "uneven": (
+        random_rows(11, N_ITEMS, 1, empty=(0, 4, 10)),
+        random_rows(11, N_ITEMS, 2, empty=(0, 5)),
+    ),
     "nothing": ([[]] * 5, [[]] * 5),
     "one row": ([[3, 4]], [[]]),
     "no rows": ([], []),
@@ -95,9 +104,23 @@ def _gather(ranks):
         padded += 2  # more padding than any rank needs
         n = mine.stop - mine.start
         for sides in ([x, y], [y]):
-            gathered = gather_rows([csr(rows[mine]) for rows in sides], n, padded, N_ITEMS, ranks.partition_group, ranks.device)
+            gathered = gather_rows(
+                [csr(rows[mine]) for rows in sides],
+                n,
+                padded,
+                N_ITEMS,
+                ranks.partition_group,
+                ranks.device,
+            )
             found[name, len(sides)] = [
-                (g.indptr.numpy(), g.items.numpy(), g.real_rows.numpy(), g.n_items, str(g.indptr.dtype), str(g.items.dtype))
+                (
+                    g.indptr.numpy(),
+                    g.items.numpy(),
+                    g.real_rows.numpy(),
+                    g.n_items,
+                    str(g.indptr.dtype),
+                    str(g.items.dtype),
+                )
                 for g in gathered
             ]
     return found
@@ -109,13 +132,19 @@ def test_gather_rows_equals_dense(world_size):
         for name, (x, y) in CASES.items():
             for sides in ([x, y], [y]):
                 assert len(found[name, len(sides)]) == len(sides)
-                for rows, (indptr, items, real, n_items, *dtypes) in zip(sides, found[name, len(sides)], strict=True):
+                for rows, (indptr, items, real, n_items, *dtypes) in zip(
+                    sides, found[name, len(sides)], strict=True
+                ):
                     assert n_items == N_ITEMS
                     assert dtypes == ["torch.int64", "torch.int64"]
                     assert real.sum() == len(rows)
                     assert len(real) == len(indptr) - 1
                     listed = [items[a:b].tolist() for a, b in itertools.pairwise(indptr)]
                     # ranks hold consecutive rows, so the real rows are the rows in order; padding is empty
-                    assert [row for row, is_real in zip(listed, real, strict=True) if is_real] == rows
-                    assert all(row == [] for row, is_real in zip(listed, real, strict=True) if not is_real)
+                    assert [
+                        row for row, is_real in zip(listed, real, strict=True) if is_real
+                    ] == rows
+                    assert all(
+                        row == [] for row, is_real in zip(listed, real, strict=True) if not is_real
+                    )
                     np.testing.assert_array_equal(indptr[-1], len(items))

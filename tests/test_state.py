@@ -25,8 +25,15 @@ def saver(folder: Path, keep: int = 2) -> Saver:
         trunk_tensors=lambda moments: {},
         optimizer_scalars=lambda: {"step": 1.0, "mu_product": 0.5},
     )
-    manifest = SimpleNamespace(shards_sha256="s", data_sha256="d", vocabulary_sha256="v", positives=None)
-    return Saver(trainer, SimpleNamespace(steps_per_epoch=4, manifest=manifest, n_items=3), folder, lambda _: None)
+    manifest = SimpleNamespace(
+        shards_sha256="s", data_sha256="d", vocabulary_sha256="v", positives=None
+    )
+    return Saver(
+        trainer,
+        SimpleNamespace(steps_per_epoch=4, manifest=manifest, n_items=3),
+        folder,
+        lambda _: None,
+    )
 
 
 def names(folder: Path) -> list[str]:
@@ -40,7 +47,11 @@ def test_checkpoints_hold_the_position_and_the_best(tmp_path):
     save.finish()
     header = checkpoints.open_checkpoint(tmp_path / "step-00000006").header
     assert header["position"] == {"epoch": 1, "step_in_epoch": 2, "step": 6}
-    assert (header["seconds_training"], header["best"], header["evaluation_due"]) == (12.5, {"ndcg@100": 0.25}, True)
+    assert (header["seconds_training"], header["best"], header["evaluation_due"]) == (
+        12.5,
+        {"ndcg@100": 0.25},
+        True,
+    )
     assert header["must_match"] == must_match(save.trainer.config, "s")
 
 
@@ -67,7 +78,10 @@ def test_total_steps():
     config = Config(optimizer=OptimizerConfig(schedule=[Stage(2, 0.1), Stage(3, 0.1)]))
     assert total_steps(config, 7) == 35
     for max_steps, expected in ((0, 35), (10, 10), (99, 35)):
-        assert total_steps(Config(optimizer=config.optimizer, run=RunConfig(max_steps=max_steps)), 7) == expected
+        assert (
+            total_steps(Config(optimizer=config.optimizer, run=RunConfig(max_steps=max_steps)), 7)
+            == expected
+        )
 
 
 def test_what_must_match_leaves_out_what_may_change():

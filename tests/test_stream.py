@@ -26,7 +26,10 @@ N_USERS, N_ITEMS = 203, 60
 
 def random_rows(n: int, seed: int, n_items: int = N_ITEMS) -> list[np.ndarray]:
     random = np.random.default_rng(seed)
-    return [np.sort(random.choice(n_items, random.integers(1, 12), replace=False)).astype(np.int32) for _ in range(n)]
+    return [
+        np.sort(random.choice(n_items, random.integers(1, 12), replace=False)).astype(np.int32)
+        for _ in range(n)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -36,34 +39,53 @@ def folders(tmp_path_factory):
     rows = random_rows(N_USERS, 0)
     heldout = [(random_rows(1, 100 + i)[0], random_rows(1, 900 + i)[0][: i % 4]) for i in range(45)]
     for size in (16, 37):
-        write_folder(base / str(size), rows, heldout, heldout[:5], n_items=N_ITEMS, users_per_shard=size)
+        write_folder(
+            base / str(size), rows, heldout, heldout[:5], n_items=N_ITEMS, users_per_shard=size
+        )
     return base
 
 
 def row_list(rows: Rows) -> list[tuple[int, ...]]:
-    return [tuple(rows.items[a:b].tolist()) for a, b in zip(rows.indptr[:-1], rows.indptr[1:], strict=True)]
+    return [
+        tuple(rows.items[a:b].tolist())
+        for a, b in zip(rows.indptr[:-1], rows.indptr[1:], strict=True)
+    ]
 
 
 def triples(batch: Batch) -> list[tuple]:
     """(user key, input, target) of every row, after the batch was checked against itself."""
     n = batch.inputs.n_rows
-    assert batch.targets.n_rows == len(batch.user_keys) == n == sum(r for _, r in batch.lane_rows) <= batch.padded_rows
+    assert (
+        batch.targets.n_rows
+        == len(batch.user_keys)
+        == n
+        == sum(r for _, r in batch.lane_rows)
+        <= batch.padded_rows
+    )
     assert [lane for lane, _ in batch.lane_rows] == sorted({lane for lane, _ in batch.lane_rows})
     assert batch.user_keys.dtype == np.uint64
     for rows in (batch.inputs, batch.targets):
         assert (rows.indptr.dtype, rows.items.dtype) == (np.int64, np.int32)
         assert rows.indptr[-1] == len(rows.items)
-    return list(zip(batch.user_keys.tolist(), row_list(batch.inputs), row_list(batch.targets), strict=True))
+    return list(
+        zip(batch.user_keys.tolist(), row_list(batch.inputs), row_list(batch.targets), strict=True)
+    )
 
 
-def read_epochs(folder, epochs: int, world_size: int, workers: int = 0, **options) -> list[list[list[tuple]]]:
+def read_epochs(
+    folder, epochs: int, world_size: int, workers: int = 0, **options
+) -> list[list[list[tuple]]]:
     """triples by step and rank over whole epochs; checks what the ranks must agree on."""
-    streams = [TrainStream(folder, rank=r, world_size=world_size, **options) for r in range(world_size)]
+    streams = [
+        TrainStream(folder, rank=r, world_size=world_size, **options) for r in range(world_size)
+    ]
     steps = {s.steps_per_epoch for s in streams}
     assert len(steps) == 1
     n_steps = steps.pop() * epochs
     out = []
-    for step, batches in enumerate(zip(*(s.batches(0, n_steps, workers) for s in streams), strict=True)):
+    for step, batches in enumerate(
+        zip(*(s.batches(0, n_steps, workers) for s in streams), strict=True)
+    ):
         for batch in batches:
             assert (batch.step, batch.epoch) == (step, step // streams[0].steps_per_epoch)
             assert batch.global_users == sum(b.n_users for b in batches)
@@ -76,7 +98,10 @@ def read_epochs(folder, epochs: int, world_size: int, workers: int = 0, **option
 
 def epoch_counts(steps: list[list[list[tuple]]], epochs: int) -> list[Counter]:
     per_epoch = len(steps) // epochs
-    return [Counter(t for ranks in steps[e * per_epoch : (e + 1) * per_epoch] for r in ranks for t in r) for e in range(epochs)]
+    return [
+        Counter(t for ranks in steps[e * per_epoch : (e + 1) * per_epoch] for r in ranks for t in r)
+        for e in range(epochs)
+    ]
 
 
 OPTIONS = {"batch_size": 40, "lanes": 12, "seed": 5}
@@ -89,9 +114,17 @@ def reference(folders):
 
 
 def test_every_user_exactly_once_an_epoch_in_two_opposite_rows(folders, reference):
-    originals = dict(zip(range(1, N_USERS + 1), map(tuple, (r.tolist() for r in random_rows(N_USERS, 0))), strict=True))
+    originals = dict(
+        zip(
+            range(1, N_USERS + 1),
+            map(tuple, (r.tolist() for r in random_rows(N_USERS, 0))),
+            strict=True,
+        )
+    )
     for epoch in epoch_counts(reference, 2):
-        assert Counter(key for key, _, _ in epoch.elements()) == dict.fromkeys(range(1, N_USERS + 1), 2)
+        assert Counter(key for key, _, _ in epoch.elements()) == dict.fromkeys(
+            range(1, N_USERS + 1), 2
+        )
     for (ranks,) in reference:
         for (key, a, b), (key_back, b_back, a_back) in zip(ranks[::2], ranks[1::2], strict=True):
             assert (key, a, b) == (key_back, a_back, b_back)
@@ -105,7 +138,9 @@ def test_epochs_and_seeds_differ(folders, reference):
     first, second = epoch_counts(reference, 2)
     assert first != second
     assert epoch_counts(read_epochs(folders / "16", 1, 1, **{**OPTIONS, "seed": 6}), 1)[0] != first
-    order = [[key for (ranks,) in half for key, _, _ in ranks] for half in (reference[:6], reference[6:])]
+    order = [
+        [key for (ranks,) in half for key, _, _ in ranks] for half in (reference[:6], reference[6:])
+    ]
     assert order[0] != order[1]
 
 
@@ -123,15 +158,22 @@ def test_workers_change_nothing(folders, reference, world_size, workers):
 
 
 @pytest.mark.parametrize(
-    ("size", "lanes", "batch_size"), [("37", 12, 40), ("16", 24, 40), ("37", 24, 64), ("37", 1, 1), ("16", 12, 500)]
+    ("size", "lanes", "batch_size"),
+    [("37", 12, 40), ("16", 24, 40), ("37", 24, 64), ("37", 1, 1), ("16", 12, 500)],
 )
-def test_sharding_lanes_and_batch_size_change_only_the_order(folders, reference, size, lanes, batch_size):
+def test_sharding_lanes_and_batch_size_change_only_the_order(
+    folders, reference, size, lanes, batch_size
+):
     steps = read_epochs(folders / size, 2, 1, batch_size=batch_size, lanes=lanes, seed=5)
     assert epoch_counts(steps, 2) == epoch_counts(reference, 2)
 
 
-@pytest.mark.parametrize(("size", "world_size", "workers"), [("16", 1, 0), ("16", 3, 0), ("16", 2, 1), ("37", 1, 0)])
-def test_input_dropout_thins_the_inputs_alone_the_same_for_every_layout(folders, reference, size, world_size, workers):
+@pytest.mark.parametrize(
+    ("size", "world_size", "workers"), [("16", 1, 0), ("16", 3, 0), ("16", 2, 1), ("37", 1, 0)]
+)
+def test_input_dropout_thins_the_inputs_alone_the_same_for_every_layout(
+    folders, reference, size, world_size, workers
+):
     thinned = read_epochs(folders / size, 2, world_size, workers, **OPTIONS, input_dropout=0.4)
     for whole, part in zip(epoch_counts(reference, 2), epoch_counts(thinned, 2), strict=True):
         inputs = {(key, target): set(given) for key, given, target in whole.elements()}
@@ -140,7 +182,9 @@ def test_input_dropout_thins_the_inputs_alone_the_same_for_every_layout(folders,
         share = sum(len(given) for _, given, _ in part.elements()) / sum(map(len, inputs.values()))
         assert 0.55 < share < 0.65
     if world_size > 1 or size != "16":
-        assert epoch_counts(thinned, 2) == epoch_counts(read_epochs(folders / "16", 2, 1, **OPTIONS, input_dropout=0.4), 2)
+        assert epoch_counts(thinned, 2) == epoch_counts(
+            read_epochs(folders / "16", 2, 1, **OPTIONS, input_dropout=0.4), 2
+        )
 
 
 def test_input_dropout_of_whole_rows_leaves_the_targets_whole(folders):
@@ -172,7 +216,8 @@ def test_a_shard_is_decoded_once_a_pass_unless_it_lies_across_a_border(folders, 
     stream = TrainStream(folders / "16", **OPTIONS)
     read = []
     monkeypatch.setattr(
-        "dist_vasp.data.stream.read_shard", lambda f, s, entry, n: read.append(entry.name) or read_shard(f, s, entry, n)
+        "dist_vasp.data.stream.read_shard",
+        lambda f, s, entry, n: read.append(entry.name) or read_shard(f, s, entry, n),
     )
     for step in range(stream.steps_per_epoch):
         stream.batch(step)
@@ -212,7 +257,9 @@ def test_fewer_users_than_lanes_and_empty_ranks(tmp_path, n_users):
 
 def test_users_with_one_item_and_with_none(tmp_path):
     write_folder(tmp_path, [[3], [], [0, 1, 2]], n_items=5)
-    rows = {t for ranks in read_epochs(tmp_path, 1, 1, batch_size=4, lanes=2) for r in ranks for t in r}
+    rows = {
+        t for ranks in read_epochs(tmp_path, 1, 1, batch_size=4, lanes=2) for r in ranks for t in r
+    }
     assert {(1, (), (3,)), (1, (3,), ()), (2, (), ())} <= rows
     assert len(rows) == 5  # the empty user's two rows are equal
 
@@ -220,7 +267,10 @@ def test_users_with_one_item_and_with_none(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"lanes": 48, "world_size": 5}, "parallel.lanes is 48 but 5 ranks do not divide it; choose a multiple of 5 or another"),
+        (
+            {"lanes": 48, "world_size": 5},
+            "parallel.lanes is 48 but 5 ranks do not divide it; choose a multiple of 5 or another",
+        ),
         ({"lanes": 48, "batch_size": 32}, "parallel.lanes is 48 but data.batch_size is 32"),
         ({"lanes": 0}, "parallel.lanes is 0"),
         ({"batch_size": 0}, "data.batch_size is 0"),
@@ -268,7 +318,9 @@ def test_closing_the_iterator_ends_its_workers(folders, started):
     before = children()
     batches = stream.batches(0, 1000, 2)
     workers = children() - before
-    assert len(workers) == 2, "they start at once, before there is a model whose memory they would keep a copy of"
+    assert len(workers) == 2, (
+        "they start at once, before there is a model whose memory they would keep a copy of"
+    )
     if started:
         next(batches)
     batches.close()
@@ -304,11 +356,15 @@ def test_without_a_worker_that_was_killed_the_batches_are_the_same(folders, refe
         assert triples(next(batches)) == triples(stream.batch(step))
     assert next(batches, None) is None
     said = capfd.readouterr().err
-    assert re.fullmatch(rf"warning: loader worker {victim} was killed by SIGKILL; training continues, .*\n", said), said
+    assert re.fullmatch(
+        rf"warning: loader worker {victim} was killed by SIGKILL; training continues, .*\n", said
+    ), said
     assert other not in children(), "it ended after its last batch"
 
 
-def test_where_no_process_can_be_started_the_batches_are_the_same(folders, reference, capfd, monkeypatch):
+def test_where_no_process_can_be_started_the_batches_are_the_same(
+    folders, reference, capfd, monkeypatch
+):
     def refuse() -> int:
         raise BlockingIOError(11, "Resource temporarily unavailable")
 
@@ -316,7 +372,9 @@ def test_where_no_process_can_be_started_the_batches_are_the_same(folders, refer
     batches = TrainStream(folders / "16", **OPTIONS).batches(0, len(reference), 2)
     assert [triples(batch) for batch in batches] == [step[0] for step in reference]
     said = capfd.readouterr().err
-    assert said.startswith("warning: loader worker 1 of 2 cannot be started (Resource temporarily unavailable); training continues")
+    assert said.startswith(
+        "warning: loader worker 1 of 2 cannot be started (Resource temporarily unavailable); training continues"
+    )
 
 
 def test_python_ends_while_an_iterator_lives(folders):
@@ -326,7 +384,9 @@ def test_python_ends_while_an_iterator_lives(folders):
         f"batches = TrainStream({str(folders / '16')!r}, **{OPTIONS!r}).batches(0, 1000, 2)",
         "print(next(batches).n_users)",
     ]
-    ended = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, timeout=60)
+    ended = subprocess.run(
+        [sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, timeout=60
+    )
     assert (ended.returncode, ended.stderr) == (0, "")
     assert int(ended.stdout) > 0
 
@@ -337,8 +397,14 @@ def test_rows_take_slice_and_concatenate():
     expected = [tuple(r.tolist()) for r in rows]
     assert row_list(csr) == expected
     assert row_list(csr.slice(4, 9)) == expected[4:9]
-    assert row_list(csr.slice(4, 9).take(np.array([3, 0, 0]))) == [expected[7], expected[4], expected[4]]
-    assert row_list(concatenate_rows([csr.slice(0, 3), csr.slice(3, 3), csr.slice(3, 20)])) == expected
+    assert row_list(csr.slice(4, 9).take(np.array([3, 0, 0]))) == [
+        expected[7],
+        expected[4],
+        expected[4],
+    ]
+    assert (
+        row_list(concatenate_rows([csr.slice(0, 3), csr.slice(3, 3), csr.slice(3, 20)])) == expected
+    )
     assert concatenate_rows([]).n_rows == 0
 
 
@@ -349,7 +415,9 @@ def test_evaluation_blocks_are_the_users_in_order_whatever_the_shards(folders, u
         blocks = list(evaluation_blocks(folders / size, "validation", users_per_block))
         assert [len(b.user_keys) for b in blocks[:-1]] == [users_per_block] * (len(blocks) - 1)
         assert 1 <= len(blocks[-1].user_keys) <= users_per_block
-        read.append([(b.user_keys.tolist(), row_list(b.fold_in), row_list(b.held_out)) for b in blocks])
+        read.append(
+            [(b.user_keys.tolist(), row_list(b.fold_in), row_list(b.held_out)) for b in blocks]
+        )
     assert read[0] == read[1]
     keys = [k for block in read[0] for k in block[0]]
     assert keys == list(range(N_USERS + 1, N_USERS + 46))
@@ -357,7 +425,9 @@ def test_evaluation_blocks_are_the_users_in_order_whatever_the_shards(folders, u
     assert held_out == [tuple(random_rows(1, 900 + i)[0][: i % 4].tolist()) for i in range(45)]
 
 
-@pytest.mark.parametrize(("start", "stop"), [(0, 20), (20, 45), (17, 18), (33, None), (45, None), (5, 5), (40, 900)])
+@pytest.mark.parametrize(
+    ("start", "stop"), [(0, 20), (20, 45), (17, 18), (33, None), (45, None), (5, 5), (40, 900)]
+)
 def test_evaluation_blocks_of_a_range(folders, start, stop):
     blocks = list(evaluation_blocks(folders / "16", "validation", 6, start, stop))
     keys = [k for b in blocks for k in b.user_keys.tolist()]

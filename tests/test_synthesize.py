@@ -12,7 +12,15 @@ from data_tools.synthesize import Tastes, activity, draw_block
 
 
 def make(path, users=300, items=80, interactions=6000, *more):
-    arguments = ["--users", str(users), "--items", str(items), "--interactions", str(interactions), *map(str, more)]
+    arguments = [
+        "--users",
+        str(users),
+        "--items",
+        str(items),
+        "--interactions",
+        str(interactions),
+        *map(str, more),
+    ]
     assert synthesize.main([str(path), *arguments]) == 0
     table = pq.read_table(path)
     assert table.column_names == ["user", "item"]
@@ -20,7 +28,8 @@ def make(path, users=300, items=80, interactions=6000, *more):
 
 
 @pytest.mark.parametrize(
-    ("users", "items", "interactions"), [(1, 1, 1), (10, 10, 100), (3, 50, 149), (5, 7, 5), (5000, 40, 20_000), (300, 20_000, 9000)]
+    ("users", "items", "interactions"),
+    [(1, 1, 1), (10, 10, 100), (3, 50, 149), (5, 7, 5), (5000, 40, 20_000), (300, 20_000, 9000)],
 )
 def test_counts_are_exact(tmp_path, users, items, interactions):
     user, item = make(tmp_path / "x.parquet", users, items, interactions)
@@ -54,7 +63,10 @@ def test_draws_follow_the_weights():
     _, item = draw_block(np.ones(40_000, np.int64), tastes, np.random.default_rng(1))
     share = np.bincount(item, minlength=30) / 40_000
     n = len(tastes.probability) - 1
-    expected = tastes.probability[:n].mean(0) * (1 - synthesize.BROAD) + tastes.probability[n] * synthesize.BROAD
+    expected = (
+        tastes.probability[:n].mean(0) * (1 - synthesize.BROAD)
+        + tastes.probability[n] * synthesize.BROAD
+    )
     assert (abs(share - expected) < 6 * np.sqrt(expected / 40_000) + 1e-4).all()
 
 
@@ -81,7 +93,9 @@ def test_a_model_beats_popularity(tmp_path):
     inverse = np.linalg.inv(gram)
     ease = -inverse / np.diag(inverse)
     np.fill_diagonal(ease, 0)
-    assert ndcg(fold_in @ ease, fold_in, held) > 2 * ndcg(np.tile(train.sum(0), (300, 1)), fold_in, held)
+    assert ndcg(fold_in @ ease, fold_in, held) > 2 * ndcg(
+        np.tile(train.sum(0), (300, 1)), fold_in, held
+    )
 
 
 def ndcg(scores, fold_in, held):
@@ -96,7 +110,10 @@ def ndcg(scores, fold_in, held):
     ("arguments", "message"),
     [
         (["--users", "3", "--items", "4", "--interactions", "13"], "13 is more than the 12 pairs"),
-        (["--users", "9", "--items", "4", "--interactions", "8"], "leaves some of the 9 users without any"),
+        (
+            ["--users", "9", "--items", "4", "--interactions", "8"],
+            "leaves some of the 9 users without any",
+        ),
     ],
 )
 def test_impossible_sizes(tmp_path, capsys, arguments, message):
@@ -110,8 +127,15 @@ def test_impossible_sizes(tmp_path, capsys, arguments, message):
 
 @pytest.mark.parametrize("value", ["0", "-1", "x"])
 def test_bad_numbers_are_refused_by_the_parser(tmp_path, value, capsys):
-    assert synthesize.main([str(tmp_path / "x.parquet"), "--users", value, "--items", "4", "--interactions", "8"]) == 2
-    assert capsys.readouterr().err.startswith(f"error: --users: '{value}' is not an integer of at least 1")
+    assert (
+        synthesize.main(
+            [str(tmp_path / "x.parquet"), "--users", value, "--items", "4", "--interactions", "8"]
+        )
+        == 2
+    )
+    assert capsys.readouterr().err.startswith(
+        f"error: --users: '{value}' is not an integer of at least 1"
+    )
 
 
 def test_an_existing_file_is_kept(tmp_path, capsys):
@@ -139,5 +163,7 @@ def test_failure_leaves_nothing(tmp_path, monkeypatch):
     real = synthesize.blocks
     monkeypatch.setattr(synthesize, "blocks", failing)
     with pytest.raises(RuntimeError):
-        synthesize.main([str(tmp_path / "x.parquet"), "--users", "3", "--items", "4", "--interactions", "6"])
+        synthesize.main(
+            [str(tmp_path / "x.parquet"), "--users", "3", "--items", "4", "--interactions", "6"]
+        )
     assert list(tmp_path.iterdir()) == []

@@ -27,14 +27,22 @@ def naive(scores: torch.Tensor, k: int, item_offset: int = 0) -> list[list[tuple
 def pairs(lists: tuple[torch.Tensor, torch.Tensor]) -> list[list[tuple[float, int]]]:
     scores, ids = lists
     assert ids.dtype == torch.int64
-    return [list(zip(s, i, strict=True)) for s, i in zip(scores.tolist(), ids.tolist(), strict=True)]
+    return [
+        list(zip(s, i, strict=True)) for s, i in zip(scores.tolist(), ids.tolist(), strict=True)
+    ]
 
 
 @st.composite
 def tied_scores(draw) -> torch.Tensor:
     """Few distinct values, -inf and both zeros among them."""
-    n_users, n_items, seed = draw(st.integers(0, 5)), draw(st.integers(1, 40)), draw(st.integers(0, 2**31))
-    values = draw(st.lists(st.sampled_from([-INF, -2.0, -0.0, 0.0, 0.5, 3.0, INF]), min_size=1, max_size=7))
+    n_users, n_items, seed = (
+        draw(st.integers(0, 5)),
+        draw(st.integers(1, 40)),
+        draw(st.integers(0, 2**31)),
+    )
+    values = draw(
+        st.lists(st.sampled_from([-INF, -2.0, -0.0, 0.0, 0.5, 3.0, INF]), min_size=1, max_size=7)
+    )
     generator = torch.Generator().manual_seed(seed)
     index = torch.randint(len(values), (n_users, n_items), generator=generator)
     return torch.tensor(values, dtype=draw(st.sampled_from([torch.float32, torch.float64])))[index]
@@ -51,7 +59,12 @@ def test_local_topk_equals_a_plain_sort(scores, k, item_offset):
 
 
 @settings(deadline=None, max_examples=200)
-@given(tied_scores(), st.integers(1, 45), st.lists(st.integers(0, 40), max_size=4), st.randoms(use_true_random=False))
+@given(
+    tied_scores(),
+    st.integers(1, 45),
+    st.lists(st.integers(0, 40), max_size=4),
+    st.randoms(use_true_random=False),
+)
 def test_partitions_and_blocks_change_nothing(scores, k, cuts, random):
     n_items = scores.shape[1]
     bounds = sorted({0, n_items, *(c for c in cuts if c < n_items)})
@@ -72,7 +85,9 @@ def test_partitions_and_blocks_change_nothing(scores, k, cuts, random):
 def test_large_rows_with_and_without_ties(dtype):
     generator = torch.Generator().manual_seed(0)
     smooth = torch.randn(6, 3000, generator=generator, dtype=dtype)
-    counts = torch.randint(0, 5, (6, 3000), generator=generator).to(dtype)  # as popularity: hundreds of ties at the border
+    counts = torch.randint(0, 5, (6, 3000), generator=generator).to(
+        dtype
+    )  # as popularity: hundreds of ties at the border
     equal = torch.zeros(2, 3000, dtype=dtype)
     mixed = torch.cat([smooth, counts, equal, equal - INF])
     assert pairs(local_topk(mixed, 100)) == naive(mixed, 100)
@@ -93,7 +108,9 @@ def test_blocks_with_a_gap_empty_and_narrow_ones():
 def test_fewer_items_than_k_is_shorter_locally_and_padded_by_the_merge():
     scores = torch.tensor([[1.0, -INF, 2.0]])
     assert pairs(local_topk(scores, 5, 10)) == [[(2.0, 12), (1.0, 10), (-INF, -1)]]
-    assert pairs(merge_topk(*([part] for part in local_topk(scores, 5, 10)), 5)) == [[(2.0, 12), (1.0, 10)] + [(-INF, -1)] * 3]
+    assert pairs(merge_topk(*([part] for part in local_topk(scores, 5, 10)), 5)) == [
+        [(2.0, 12), (1.0, 10)] + [(-INF, -1)] * 3
+    ]
 
 
 def test_no_columns_and_no_users():

@@ -92,8 +92,14 @@ def test_wandb_gets_every_line_and_a_resumed_run_is_the_same_run(tmp_path, monke
         one.add("train", _step(start))
         one.add("validation", {"step": start, "ndcg@100": 0.4})
         one.close(ok=start == 3)
-        assert fake.told == [{"step": start, "train/loss": 2.0 / start}, {"step": start, "validation/ndcg@100": 0.4}]
-        assert fake.started["project"] == "films" and fake.started["config"]["data"]["batch_size"] == 1024
+        assert fake.told == [
+            {"step": start, "train/loss": 2.0 / start},
+            {"step": start, "validation/ndcg@100": 0.4},
+        ]
+        assert (
+            fake.started["project"] == "films"
+            and fake.started["config"]["data"]["batch_size"] == 1024
+        )
         assert fake.started["id"] == json.loads((tmp_path / "tracking.json").read_text())["wandb"]
         assert fake.metrics == [(("*",), {"step_metric": "step"})]
         assert fake.exit_code == (0 if start == 3 else 1)
@@ -112,7 +118,9 @@ def test_mlflow_gets_metrics_without_an_at_sign_and_no_password(tmp_path, monkey
     one.add("validation", {"step": 4, "epoch": 0, "ndcg@100": 0.25})
     one.close(ok=True)
     assert fake.uri == "https://host:80/x@y" and fake.created == [("7", tmp_path.name)]
-    assert [(run, metric[0], metric[1], metric[3]) for run, metric in fake.told] == [("run-1", "validation/ndcg_at_100", 0.25, 4)]
+    assert [(run, metric[0], metric[1], metric[3]) for run, metric in fake.told] == [
+        ("run-1", "validation/ndcg_at_100", 0.25, 4)
+    ]
     assert fake.parameters["model.kind"] == "vasp" and fake.parameters["device"] == "auto"
     assert fake.status == ("run-1", "FINISHED")
     again = Tracking(tmp_path, config)
@@ -123,7 +131,9 @@ def test_mlflow_gets_metrics_without_an_at_sign_and_no_password(tmp_path, monkey
 def test_a_service_that_fails_is_named_once_and_training_goes_on(tmp_path, monkeypatch, capsys):
     fake = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    monkeypatch.setattr(fake, "log", lambda line: (_ for _ in ()).throw(ConnectionError("no route\nto host")))
+    monkeypatch.setattr(
+        fake, "log", lambda line: (_ for _ in ()).throw(ConnectionError("no route\nto host"))
+    )
     other = FakeMLflow()
     monkeypatch.setitem(sys.modules, "mlflow", other)
     one = Tracking(tmp_path, _config(wandb="films", mlflow="there"))
@@ -149,7 +159,11 @@ def test_a_service_that_hangs_keeps_neither_the_steps_nor_the_end(tmp_path, monk
         one.add("train", _step(step))
     one.close(ok=True)
     said = capsys.readouterr().out.splitlines()
-    assert len(said) == 2 and "some are left out" in said[0] and "did not take the last metrics" in said[1]
+    assert (
+        len(said) == 2
+        and "some are left out" in said[0]
+        and "did not take the last metrics" in said[1]
+    )
     never.set()
 
 
@@ -157,7 +171,8 @@ def test_a_service_that_hangs_keeps_neither_the_steps_nor_the_end(tmp_path, monk
 def test_a_missing_library_is_named_before_training(tmp_path, monkeypatch, library):
     monkeypatch.setitem(sys.modules, library, None)
     with pytest.raises(
-        ValueError, match=rf"run\.{library} is 'x', but the library {library} cannot be imported .*pip install {library}"
+        ValueError,
+        match=rf"run\.{library} is 'x', but the library {library} cannot be imported .*pip install {library}",
     ):
         services(tmp_path, _config(**{library: "x"}))
 

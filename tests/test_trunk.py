@@ -31,7 +31,9 @@ def stack(p: dict[str, Tensor], name: str, first: Tensor, n_layers: int) -> Tens
     return outputs[-1]
 
 
-def formulas(trunk: Trunk, pre: Tensor, noise: Tensor | None, n_encoder: int, n_decoder: int) -> tuple[Tensor, Tensor, Tensor]:
+def formulas(
+    trunk: Trunk, pre: Tensor, noise: Tensor | None, n_encoder: int, n_decoder: int
+) -> tuple[Tensor, Tensor, Tensor]:
     p = dict(trunk.named_parameters())
     e = stack(p, "encoder", pre + p["input_bias"], n_encoder)
     mu = e @ p["mu.weight"].T + p["mu.bias"]
@@ -59,7 +61,9 @@ def randomised(n_encoder: int, n_decoder: int) -> Trunk:
 def test_forward_and_gradients_equal_the_formulas(n_encoder, n_decoder, with_noise):
     trunk = randomised(n_encoder, n_decoder)
     generator = torch.Generator().manual_seed(3)
-    pre, noise = (torch.randn(B, width, generator=generator, dtype=torch.float64) for width in (H, L))
+    pre, noise = (
+        torch.randn(B, width, generator=generator, dtype=torch.float64) for width in (H, L)
+    )
     pre.requires_grad_()
     before = pre.detach().clone()
     found = trunk(pre, noise if with_noise else None)
@@ -68,7 +72,9 @@ def test_forward_and_gradients_equal_the_formulas(n_encoder, n_decoder, with_noi
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13, msg=name)
     assert torch.equal(pre, before)
     leaves = [pre, *trunk.parameters()]
-    gradients = [torch.autograd.grad(sum((o * o).sum() for o in out), leaves) for out in (found, expected)]
+    gradients = [
+        torch.autograd.grad(sum((o * o).sum() for o in out), leaves) for out in (found, expected)
+    ]
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11)
 
@@ -86,7 +92,9 @@ def test_without_noise_z_is_mu():
 def test_rows_do_not_meet():
     trunk = randomised(3, 2)
     generator = torch.Generator().manual_seed(4)
-    pre, noise = (torch.randn(B, width, generator=generator, dtype=torch.float64) for width in (H, L))
+    pre, noise = (
+        torch.randn(B, width, generator=generator, dtype=torch.float64) for width in (H, L)
+    )
     whole = trunk(pre, noise)
     for b in range(B):
         for a, part in zip(whole, trunk(pre[b : b + 1], noise[b : b + 1]), strict=True):
@@ -96,17 +104,27 @@ def test_rows_do_not_meet():
 def test_kl_divergence():
     zeros = torch.zeros(2, 4)
     assert torch.equal(kl_divergence(zeros, zeros), torch.zeros(2))
-    torch.testing.assert_close(kl_divergence(torch.full((1, 4), 2.0), zeros[:1]), torch.tensor([2.0]))
+    torch.testing.assert_close(
+        kl_divergence(torch.full((1, 4), 2.0), zeros[:1]), torch.tensor([2.0])
+    )
     normal = torch.distributions.Normal
-    mu, logvar = torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    expected = torch.distributions.kl_divergence(normal(mu, torch.exp(logvar / 2)), normal(torch.zeros_like(mu), 1.0)).mean(1)
+    mu, logvar = torch.randn(
+        2, 6, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
+    expected = torch.distributions.kl_divergence(
+        normal(mu, torch.exp(logvar / 2)), normal(torch.zeros_like(mu), 1.0)
+    ).mean(1)
     torch.testing.assert_close(kl_divergence(mu, logvar), expected)
 
 
 def test_initialisation_is_glorot_and_the_same_in_every_dtype():
-    single, double = (Trunk(40, 24, 4, 3, dtype, seed=9) for dtype in (torch.float32, torch.float64))
+    single, double = (
+        Trunk(40, 24, 4, 3, dtype, seed=9) for dtype in (torch.float32, torch.float64)
+    )
     other = Trunk(40, 24, 4, 3, seed=10)
-    for (name, p), q, r in zip(single.named_parameters(), double.parameters(), other.parameters(), strict=True):
+    for (name, p), q, r in zip(
+        single.named_parameters(), double.parameters(), other.parameters(), strict=True
+    ):
         assert torch.equal(p.double(), q), name
         if p.dim() == 2:
             bound = (6 / (p.shape[0] + p.shape[1])) ** 0.5
@@ -120,8 +138,12 @@ def test_initialisation_is_glorot_and_the_same_in_every_dtype():
     assert shapes["input_bias"] == (40,)
     assert shapes["mu.weight"] == shapes["logvar.weight"] == (24, 40)
     assert shapes["from_latent.weight"] == (40, 24)
-    assert sum(name.startswith("encoder.layers") and name.endswith("weight") for name in shapes) == 3
-    assert sum(name.startswith("decoder.layers") and name.endswith("weight") for name in shapes) == 2
+    assert (
+        sum(name.startswith("encoder.layers") and name.endswith("weight") for name in shapes) == 3
+    )
+    assert (
+        sum(name.startswith("decoder.layers") and name.endswith("weight") for name in shapes) == 2
+    )
 
 
 def test_make_trunk_follows_the_configuration():

@@ -39,16 +39,26 @@ def commands(folder):
 def check_result(commands: Commands, folder: Path, run: str) -> str:
     """The checkpoint of result.json, whose metrics are those of evaluate.py, to the last digit."""
     result = json.loads((folder / run / "result.json").read_text())
-    header = json.loads((folder / run / "checkpoints" / result["checkpoint"] / "checkpoint.json").read_text())
+    header = json.loads(
+        (folder / run / "checkpoints" / result["checkpoint"] / "checkpoint.json").read_text()
+    )
     assert header["header_sha256"] == result["checkpoint_sha256"]
     for split in ("validation", "test"):
         file = folder / f"{run}-{split}.json"
-        commands.succeed(f"python launch/evaluate.py --run {run} --split {split} --device cpu --json {file.name}")
+        commands.succeed(
+            f"python launch/evaluate.py --run {run} --split {split} --device cpu --json {file.name}"
+        )
         assert json.loads(file.read_text()) == {split: result[split]}
         file.unlink()
     lines = [json.loads(line) for line in (folder / run / "metrics.jsonl").read_text().splitlines()]
-    found = max((line for line in lines if line.get("split") == "validation"), key=lambda line: line["ndcg@100"])
-    assert found["ndcg@100"] == result["validation"]["ndcg@100"] and result["checkpoint"] == f"best-{found['step']:08d}"
+    found = max(
+        (line for line in lines if line.get("split") == "validation"),
+        key=lambda line: line["ndcg@100"],
+    )
+    assert (
+        found["ndcg@100"] == result["validation"]["ndcg@100"]
+        and result["checkpoint"] == f"best-{found['step']:08d}"
+    )
     return result["checkpoint"]
 
 
@@ -67,7 +77,9 @@ def test_a_finished_run_that_is_extended_and_killed_has_no_result(commands, fold
     check_result(commands, folder, "extended")
     kill = "import os; from dist_vasp.training.run_dir import RunDir; RunDir.record = lambda *_: os._exit(9)"
     words = train("extended", 3).split(maxsplit=2)[2]
-    done = commands.run(f"{kill}; import shlex; from launch.train import main; main(shlex.split({words!r}))")
+    done = commands.run(
+        f"{kill}; import shlex; from launch.train import main; main(shlex.split({words!r}))"
+    )
     assert done.status == 9, done.err
     assert not (folder / "extended" / "result.json").exists()
     commands.succeed(train("extended", 3))
@@ -78,7 +90,9 @@ def test_another_rate_after_a_kill_gets_its_own_best(commands, folder):
     """Killed when the best checkpoint of the first epoch is whole, and no step checkpoint is."""
     kill = "import os; from dist_vasp.training.state import Saver; Saver.save = lambda self, state: (self.finish(), os._exit(9))"
     words = train("stale", 2, "0.02").split(maxsplit=2)[2]
-    done = commands.run(f"{kill}; import shlex; from launch.train import main; main(shlex.split({words!r}))")
+    done = commands.run(
+        f"{kill}; import shlex; from launch.train import main; main(shlex.split({words!r}))"
+    )
     assert done.status == 9, done.err
     best = folder / "stale" / "checkpoints" / "best" / "trunk.safetensors"
     abandoned, name = best.read_bytes(), best.parent.resolve().name
@@ -98,12 +112,20 @@ def test_shards_that_are_replaced_meanwhile(commands, folder, what):
         swap += "t.check_same_shards = lambda *a: (shutil.copy('others/validation-000000.tar', 'shards/validation-000000.tar'), check(*a))"
     words = train(run, 1).split(maxsplit=2)[2]
     try:
-        done = commands.run(f"{swap}; import shlex; from launch.train import main; main(shlex.split({words!r}))")
+        done = commands.run(
+            f"{swap}; import shlex; from launch.train import main; main(shlex.split({words!r}))"
+        )
     finally:
         shutil.rmtree(folder / "shards")
         shutil.move(folder / "kept", folder / "shards")
-    reason = "was replaced while the run was going on" if what == "folder" else r"validation-000000.tar has"
-    assert done.status == 2 and reason in done.err and "the same command resumes there" in done.err, done.err
+    reason = (
+        "was replaced while the run was going on"
+        if what == "folder"
+        else r"validation-000000.tar has"
+    )
+    assert (
+        done.status == 2 and reason in done.err and "the same command resumes there" in done.err
+    ), done.err
     assert not (folder / run / "result.json").exists()
     commands.succeed(train(run, 1))
     check_result(commands, folder, run)

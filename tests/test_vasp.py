@@ -46,13 +46,28 @@ def _partitioned_step(ranks, cases):
         trunk = make_trunk(model.config, 5, torch.float64)
         x_G, y_G, mine, padded = gathered(x, y, N_ITEMS, ranks)
         before = export(model.slices())
-        trunk_before = {} if trunk is None else {f"trunk.{n}": p.detach().numpy().copy() for n, p in trunk.named_parameters()}
+        trunk_before = (
+            {}
+            if trunk is None
+            else {f"trunk.{n}": p.detach().numpy().copy() for n, p in trunk.named_parameters()}
+        )
         scores = [(lo, s.numpy().copy()) for lo, s in model.scores(trunk, x_G)]
         losses = model.gradients(
-            trunk, torch.Tensor.backward, 1.0, x_G, y_G, pad_noise(noise, mine, padded, torch.float64), N_ROWS, accumulate
+            trunk,
+            torch.Tensor.backward,
+            1.0,
+            x_G,
+            y_G,
+            pad_noise(noise, mine, padded, torch.float64),
+            N_ROWS,
+            accumulate,
         )
         gradients = export(model.slices(), "grad")
-        trunk_grads = {} if trunk is None else {f"trunk.{n}": p.grad.numpy().copy() for n, p in trunk.named_parameters()}
+        trunk_grads = (
+            {}
+            if trunk is None
+            else {f"trunk.{n}": p.grad.numpy().copy() for n, p in trunk.named_parameters()}
+        )
         InPlaceAdam([s.tensor for s in model.slices()], OptimizerConfig(), lr=0.01).step()
         real = x_G.real_rows.numpy()
         found.append(
@@ -76,29 +91,53 @@ def test_equals_dense_oracle(world_size):
         results = [ranks[c] for ranks in by_rank]
         parameters = assemble([p for r in results for p in r["before"]])
         parameters |= {n: torch.from_numpy(p) for n, p in results[0]["trunk_before"].items()}
-        dense = DenseVASP(kind, parameters, SMALL["encoder_layers"], SMALL["decoder_layers"], latent_head)
+        dense = DenseVASP(
+            kind, parameters, SMALL["encoder_layers"], SMALL["decoder_layers"], latent_head
+        )
         x, y, noise = _data()
         dense_x, dense_y = (dense_rows(rows, N_ITEMS, torch.float64) for rows in (x, y))
 
         paths, _ = dense.forward(dense_x)
-        log_p = torch.log_softmax(sum(paths), 1) if loss == "multinomial" else sum(torch.nn.functional.logsigmoid(p) for p in paths)
+        log_p = (
+            torch.log_softmax(sum(paths), 1)
+            if loss == "multinomial"
+            else sum(torch.nn.functional.logsigmoid(p) for p in paths)
+        )
         for r in results:
             for lo, scores in r["scores"]:
-                np.testing.assert_allclose(scores, log_p[:, lo : lo + scores.shape[1]].detach(), rtol=1e-10, atol=1e-12)
+                np.testing.assert_allclose(
+                    scores, log_p[:, lo : lo + scores.shape[1]].detach(), rtol=1e-10, atol=1e-12
+                )
 
         optimizer = TORCH_OPTIMIZERS["nadam"](list(dense.parameters.values()), 0.01)
         expected = dense.step(dense_x, dense_y, torch.from_numpy(noise), loss, optimizer)
-        np.testing.assert_allclose(np.sum([r["losses"] for r in results], axis=0), expected, rtol=1e-10, err_msg=f"{kind} {loss}")
+        np.testing.assert_allclose(
+            np.sum([r["losses"] for r in results], axis=0),
+            expected,
+            rtol=1e-10,
+            err_msg=f"{kind} {loss}",
+        )
 
         gradients = assemble([p for r in results for p in r["gradients"]])
-        gradients |= {n: torch.from_numpy(sum(r["trunk_grads"][n] for r in results)) for n in results[0]["trunk_grads"]}
+        gradients |= {
+            n: torch.from_numpy(sum(r["trunk_grads"][n] for r in results))
+            for n in results[0]["trunk_grads"]
+        }
         assert gradients.keys() == dense.gradients.keys()
         for name, grad in dense.gradients.items():
-            np.testing.assert_allclose(gradients[name], grad, rtol=1e-10, atol=1e-12, err_msg=f"{kind} {loss} {name}")
+            np.testing.assert_allclose(
+                gradients[name], grad, rtol=1e-10, atol=1e-12, err_msg=f"{kind} {loss} {name}"
+            )
 
         # torch's NAdam keeps a float32 factor; the exact rule is held against it in test_optimizer
         for name, p in assemble([p for r in results for p in r["after"]]).items():
-            np.testing.assert_allclose(p, dense.parameters[name].detach(), rtol=1e-7, atol=1e-9, err_msg=f"{kind} {loss} {name}")
+            np.testing.assert_allclose(
+                p,
+                dense.parameters[name].detach(),
+                rtol=1e-7,
+                atol=1e-9,
+                err_msg=f"{kind} {loss} {name}",
+            )
         if kind != "flvae":
             after = assemble([p for r in results for p in r["after"]])["output.nease.weight"]
             assert (after.diagonal() == 0).all()

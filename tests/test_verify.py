@@ -16,14 +16,30 @@ import pytest
 import webdataset
 
 from data_tools import shard, verify
-from dist_vasp.data.format import Block, Manifest, concatenate, encode_block, iterate_shard, sha256_of
+from dist_vasp.data.format import (
+    Block,
+    Manifest,
+    concatenate,
+    encode_block,
+    iterate_shard,
+    sha256_of,
+)
 from tests.shard_folders import random_rows, write_csv
 
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
     source = write_csv(tmp_path / "in.csv", random_rows())
-    arguments = [str(source), str(tmp_path / "out"), "--val_users", "6", "--test_users", "7", "--users_per_shard", "20"]
+    arguments = [
+        str(source),
+        str(tmp_path / "out"),
+        "--val_users",
+        "6",
+        "--test_users",
+        "7",
+        "--users_per_shard",
+        "20",
+    ]
     assert shard.main(arguments) == 0
     return tmp_path / "out"
 
@@ -47,18 +63,27 @@ def rewrite_shard(folder: Path, name: str, change) -> None:
     split = name.split("-")[0]
     manifest = Manifest.load(folder)
     entry = next(s for s in manifest.splits[split].shards if s.name == name)
-    block: Block = change(concatenate(iterate_shard((folder / name).read_bytes(), split, manifest.n_items, name)))
+    block: Block = change(
+        concatenate(iterate_shard((folder / name).read_bytes(), split, manifest.n_items, name))
+    )
     (folder / name).chmod(0o644)
     with open(folder / name, "wb") as file, webdataset.TarWriter(file, encoder=False) as tar:
         tar.write(encode_block(name.removesuffix(".tar") + "-000", block))
     data = (folder / name).read_bytes()
     heldout = 0 if block.heldout_items is None else len(block.heldout_items)
     new = replace(
-        entry, users=block.n_users, interactions=len(block.items), heldout=heldout, bytes=len(data), sha256=sha256_of(data)
+        entry,
+        users=block.n_users,
+        interactions=len(block.items),
+        heldout=heldout,
+        bytes=len(data),
+        sha256=sha256_of(data),
     )
     part = manifest.splits[split]
     shards = [new if s.name == name else s for s in part.shards]
-    totals = {key: sum(getattr(s, key) for s in shards) for key in ("users", "interactions", "heldout")}
+    totals = {
+        key: sum(getattr(s, key) for s in shards) for key in ("users", "interactions", "heldout")
+    }
     splits = {**manifest.splits, split: replace(part, shards=shards, **totals)}
     (folder / "manifest.json").write_text(replace(manifest, splits=splits).to_json())
 
@@ -72,7 +97,9 @@ def rewrite_parquet(folder: Path, name: str, change) -> None:
 
 
 def with_column(table: pa.Table, name: str, values) -> pa.Table:
-    return table.set_column(table.column_names.index(name), name, pa.array(values, table[name].type))
+    return table.set_column(
+        table.column_names.index(name), name, pa.array(values, table[name].type)
+    )
 
 
 def test_a_sound_folder(folder, capsys):
@@ -128,8 +155,13 @@ def test_a_member_that_does_not_belong(folder, capsys):
         info.size = len(data)
         tar.addfile(info, io.BytesIO(data))
     named(capsys, folder, "train-000000.tar has")
-    raw = json.loads((folder / "manifest.json").read_text())  # even where the manifest vouches for it
-    raw["splits"]["train"]["shards"][0] |= {"bytes": path.stat().st_size, "sha256": sha256_of(path.read_bytes())}
+    raw = json.loads(
+        (folder / "manifest.json").read_text()
+    )  # even where the manifest vouches for it
+    raw["splits"]["train"]["shards"][0] |= {
+        "bytes": path.stat().st_size,
+        "sha256": sha256_of(path.read_bytes()),
+    }
     (folder / "manifest.json").write_text(json.dumps(raw))
     named(capsys, folder, "unexpected members ['extra.pickle']")
 
@@ -157,7 +189,9 @@ def test_changed_parquet_files(folder, capsys):
         data = bytearray((folder / name).read_bytes())
         data[-1] ^= 1
         (folder / name).write_bytes(data)
-    named(capsys, folder, "items.parquet: SHA-256 is", "users-test.parquet: SHA-256 is", exactly=False)
+    named(
+        capsys, folder, "items.parquet: SHA-256 is", "users-test.parquet: SHA-256 is", exactly=False
+    )
 
 
 def test_no_folder_and_no_manifest(tmp_path, capsys):
@@ -171,13 +205,21 @@ def test_no_folder_and_no_manifest(tmp_path, capsys):
 
 
 def test_fold_in_and_held_out_overlap(folder, capsys):
-    rewrite_shard(folder, "test-000000.tar", lambda b: replace(b, heldout_indptr=b.indptr, heldout_items=b.items))
+    rewrite_shard(
+        folder,
+        "test-000000.tar",
+        lambda b: replace(b, heldout_indptr=b.indptr, heldout_items=b.items),
+    )
     named(capsys, folder, "fold-in and held-out items of 7 users (keys")
 
 
 def test_items_not_ascending_and_out_of_range(folder, capsys):
     rewrite_shard(folder, "train-000000.tar", lambda b: replace(b, items=b.items[::-1].copy()))
-    rewrite_shard(folder, "train-000001.tar", lambda b: replace(b, items=np.append(b.items[:-1], np.int32(30))))
+    rewrite_shard(
+        folder,
+        "train-000001.tar",
+        lambda b: replace(b, items=np.append(b.items[:-1], np.int32(30))),
+    )
     named(capsys, folder, "a user's item rows are not strictly ascending", "expected 0 to 29")
 
 
@@ -191,22 +233,33 @@ def test_popularity_that_is_not_the_count(folder, capsys):
 
 def test_order_of_items(folder, capsys):
     popularity = pq.read_table(folder / "items.parquet")["popularity"].to_pylist()
-    rewrite_parquet(folder, "items.parquet", lambda t: with_column(t, "popularity", popularity[::-1]))
+    rewrite_parquet(
+        folder, "items.parquet", lambda t: with_column(t, "popularity", popularity[::-1])
+    )
     named(capsys, folder, "items are not by descending popularity", "differs from the train shards")
 
 
 def test_ids_and_keys(folder, capsys):
     ids = pq.read_table(folder / "users-train.parquet")["id"].to_pylist()
-    rewrite_parquet(folder, "users-train.parquet", lambda t: with_column(t, "id", [ids[1], *ids[1:]]))
+    rewrite_parquet(
+        folder, "users-train.parquet", lambda t: with_column(t, "id", [ids[1], *ids[1:]])
+    )
     named(
-        capsys, folder, "some user id is listed more than once", "the key of 1 user ids does not belong to the id, first at row 0"
+        capsys,
+        folder,
+        "some user id is listed more than once",
+        "the key of 1 user ids does not belong to the id, first at row 0",
     )
 
 
 def test_users_that_the_tables_do_not_list(folder, capsys):
     rewrite_parquet(folder, "users-train.parquet", lambda t: t.slice(0, t.num_rows - 1))
     rewrite_parquet(folder, "users-test.parquet", lambda t: t.take(list(range(t.num_rows))[::-1]))
-    rewrite_parquet(folder, "users-validation.parquet", lambda t: with_column(with_column(t, "id", range(6)), "key", range(6)))
+    rewrite_parquet(
+        folder,
+        "users-validation.parquet",
+        lambda t: with_column(with_column(t, "id", range(6)), "key", range(6)),
+    )
     named(
         capsys,
         folder,
@@ -218,9 +271,17 @@ def test_users_that_the_tables_do_not_list(folder, capsys):
 
 def test_users_twice_and_in_two_splits(folder, capsys):
     manifest = Manifest.load(folder)
-    key = next(iterate_shard((folder / "test-000000.tar").read_bytes(), "test", manifest.n_items, "x")).user_keys[0]
-    rewrite_shard(folder, "train-000000.tar", lambda b: replace(b, user_keys=np.append(b.user_keys[:-1], key)))
-    rewrite_shard(folder, "train-000001.tar", lambda b: replace(b, user_keys=np.append(b.user_keys[:-1], b.user_keys[0])))
+    key = next(
+        iterate_shard((folder / "test-000000.tar").read_bytes(), "test", manifest.n_items, "x")
+    ).user_keys[0]
+    rewrite_shard(
+        folder, "train-000000.tar", lambda b: replace(b, user_keys=np.append(b.user_keys[:-1], key))
+    )
+    rewrite_shard(
+        folder,
+        "train-000001.tar",
+        lambda b: replace(b, user_keys=np.append(b.user_keys[:-1], b.user_keys[0])),
+    )
     named(
         capsys,
         folder,

@@ -33,7 +33,9 @@ def commands(folder):
 
 
 ALL = os.environ.get("WRITERS") == "all"  # else those that show each kind of output
-SHOWN = [writer for writer in WRITERS if ALL or writer in ("shard", "train", "recommend csv", "export")]
+SHOWN = [
+    writer for writer in WRITERS if ALL or writer in ("shard", "train", "recommend csv", "export")
+]
 CASES = [(writer, situation) for writer in SHOWN for situation in SITUATIONS]
 
 
@@ -44,14 +46,18 @@ def test_writer(writer, situation, folder, commands):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("writer", [w for w in SHOWN if w not in (*SLOW, "train", "compare", "benchmark")])
+@pytest.mark.parametrize(
+    "writer", [w for w in SHOWN if w not in (*SLOW, "train", "compare", "benchmark")]
+)
 def test_two_at_the_same_moment(writer, folder, commands, tmp_path_factory):
     """One of them writes the whole output, the other says so, or comes later and finds or replaces it."""
     place = folder / "both-at-once"
     for _ in range(4 if ALL else 2):
         place.mkdir()
         with Commands(folder) as others:
-            line = line_of(writer, f"{place.name}/{WRITERS[writer][1]}").removesuffix(" --overwrite")
+            line = line_of(writer, f"{place.name}/{WRITERS[writer][1]}").removesuffix(
+                " --overwrite"
+            )
             with ThreadPoolExecutor(2) as pool:
                 answers = list(pool.map(Commands.run, (commands, others), (line, line)))
         assert any(done.status == 0 for done in answers), answers
@@ -71,12 +77,28 @@ def test_a_signal_leaves_nothing(writer, number, folder, commands):
     """The signal comes once the temporary name is there."""
     place = folder / f"stopped-{writer.split()[0]}-{number}"
     place.mkdir()
-    line = line_of(writer, f"{place.name}/{WRITERS[writer][1]}").replace("2000", "900000").replace("40000", "40000000")
+    line = (
+        line_of(writer, f"{place.name}/{WRITERS[writer][1]}")
+        .replace("2000", "900000")
+        .replace("40000", "40000000")
+    )
     words = shlex.split(line)
-    words = [sys.executable, *(str(ROOT / word) if word.startswith("launch/") else word for word in words[1:])]
+    words = [
+        sys.executable,
+        *(str(ROOT / word) if word.startswith("launch/") else word for word in words[1:]),
+    ]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(words, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        while process.poll() is None and not any(name.endswith(".tmp") for name in os.listdir(place)):
+    with subprocess.Popen(
+        words,
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        while process.poll() is None and not any(
+            name.endswith(".tmp") for name in os.listdir(place)
+        ):
             time.sleep(0.001)
         process.send_signal(number)
         _, said = process.communicate(timeout=120)

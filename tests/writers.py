@@ -25,7 +25,9 @@ DISK = "disk"  # the small filesystem, in the folder of the commands
 _SHARD = "python -m data_tools.shard interactions.parquet {out} --val_users 10 --test_users 20 --users_per_shard 30"
 _TRAIN = "python launch/train.py --config small.yaml --run.dir {out}"
 _EVALUATE = "python launch/evaluate.py --run run --device cpu"
-_RECOMMEND = "python launch/recommend.py --run export --histories many.csv --k 5 --device cpu --output {out}"
+_RECOMMEND = (
+    "python launch/recommend.py --run export --histories many.csv --k 5 --device cpu --output {out}"
+)
 _SYNTHESIZE = "python -m data_tools.synthesize {out} --users 2000 --items 50 --interactions 40000"
 _BENCHMARK = "python launch/benchmark.py --config small.yaml --steps 1 --rounds 1 --modes weak --output {out}"
 
@@ -40,18 +42,50 @@ WRITERS = {
     "recommend parquet": (_RECOMMEND, "x.parquet", ""),
     "recommend jsonl": (_RECOMMEND, "x.jsonl", ""),
     "export": ("python launch/export.py --run run --output {out}", "x", ""),
-    "ensemble": ("python launch/ensemble.py --members run flvae --output {out}", "x", "ensemble.json"),
-    "compare": ("python launch/compare.py --config compare.yaml --output {out}", "x", "report.json"),
+    "ensemble": (
+        "python launch/ensemble.py --members run flvae --output {out}",
+        "x",
+        "ensemble.json",
+    ),
+    "compare": (
+        "python launch/compare.py --config compare.yaml --output {out}",
+        "x",
+        "report.json",
+    ),
     "report": ("python launch/report.py run --users 0 --out {out}", "x.html", ""),
     "benchmark": (_BENCHMARK, "x", "benchmark.json"),
     "plan --json": ("python launch/plan.py --config small.yaml --json {out}", "x.json", ""),
-    "doctor --json": ("python launch/doctor.py --config small.yaml --ranks 1 --json {out}", "x.json", ""),
+    "doctor --json": (
+        "python launch/doctor.py --config small.yaml --ranks 1 --json {out}",
+        "x.json",
+        "",
+    ),
 }
 SLOW = ("doctor --json",)  # it starts ranks before it writes
-OVERWRITES = ("synthesize", "shard", "recommend csv", "recommend parquet", "recommend jsonl")  # the others have no such option
+OVERWRITES = (
+    "synthesize",
+    "shard",
+    "recommend csv",
+    "recommend parquet",
+    "recommend jsonl",
+)  # the others have no such option
 
-_JSON = ("run/result.json", "shards/manifest.json", "export/export.json", "both/ensemble.json", "run/new/../environment.json")
-_JSON += ("run/checkpoints/best/checkpoint.json", "run/checkpoints/new.json", "rates.json", "small.yaml", "pipe", "taken", "link")
+_JSON = (
+    "run/result.json",
+    "shards/manifest.json",
+    "export/export.json",
+    "both/ensemble.json",
+    "run/new/../environment.json",
+)
+_JSON += (
+    "run/checkpoints/best/checkpoint.json",
+    "run/checkpoints/new.json",
+    "rates.json",
+    "small.yaml",
+    "pipe",
+    "taken",
+    "link",
+)
 _JSON += ("/dev/null", "both/x/../ensemble.json", "run/tensorboard/new.json", "lists.jsonl")
 _PARQUET = (
     "run/items.parquet",
@@ -61,21 +95,65 @@ _PARQUET = (
     "interactions.parquet",
 )
 _PARQUET += ("shards/users-validation.parquet", "link.parquet", "hard.parquet", "less.parquet")
-_HOMES = ("run", "export", "both", "taken", "run/checkpoints", "run/tensorboard", "run/checkpoints/step-00000009", "small.yaml")
-_LINKED = [f"linked-{name}" for name in ("config.yaml", "metrics.jsonl", "result.json", "checkpoints", "tensorboard", ".lock")]
+_HOMES = (
+    "run",
+    "export",
+    "both",
+    "taken",
+    "run/checkpoints",
+    "run/tensorboard",
+    "run/checkpoints/step-00000009",
+    "small.yaml",
+)
+_LINKED = [
+    f"linked-{name}"
+    for name in (
+        "config.yaml",
+        "metrics.jsonl",
+        "result.json",
+        "checkpoints",
+        "tensorboard",
+        ".lock",
+    )
+]
 PROTECTED = {
     "synthesize": _PARQUET,
     "shard": (*_HOMES, "interactions.parquet", "spoilt-shards", "link.parquet", "pipe"),
-    "train": ("shards", "other", "export", "both", "own", "small.yaml", "run/checkpoints/new", "linked-run", *_LINKED),
+    "train": (
+        "shards",
+        "other",
+        "export",
+        "both",
+        "own",
+        "small.yaml",
+        "run/checkpoints/new",
+        "linked-run",
+        *_LINKED,
+    ),
     "evaluate --json": _JSON,
     "evaluate --per_user": _PARQUET,
-    "recommend csv": ("many.csv", "few.csv", "link.csv", "hard.csv", "latin.csv", "taken/../many.csv", "spoilt.csv"),
+    "recommend csv": (
+        "many.csv",
+        "few.csv",
+        "link.csv",
+        "hard.csv",
+        "latin.csv",
+        "taken/../many.csv",
+        "spoilt.csv",
+    ),
     "recommend parquet": _PARQUET,
     "recommend jsonl": ("run/metrics.jsonl", "notes.jsonl"),
     "export": (*_HOMES, "shards", "empty", "link"),
     "ensemble": (*(home for home in _HOMES if home != "both"), "shards", "foreign"),
     "compare": ("foreign", "linked-runs"),
-    "report": ("run/config.yaml", "run/metrics.jsonl", "page.html", "shards/train-000000.tar", "run/checkpoints/x.html", "link"),
+    "report": (
+        "run/config.yaml",
+        "run/metrics.jsonl",
+        "page.html",
+        "shards/train-000000.tar",
+        "run/checkpoints/x.html",
+        "link",
+    ),
     "benchmark": ("foreign",),
     "plan --json": _JSON,
     "doctor --json": _JSON,
@@ -88,7 +166,9 @@ def set_up(folder: Path, commands: Commands) -> None:
     rows = [f"{user},{item}\n" for user in range(4000) for item in (user % 40, (user * 7 + 1) % 40)]
     (folder / "many.csv").write_text("user,item\n" + "".join(rows) + "5000,90001\n")
     for name in ("link", "link.csv", "link.parquet"):
-        (folder / name).symlink_to("interactions.parquet" if name.endswith("parquet") else "many.csv")
+        (folder / name).symlink_to(
+            "interactions.parquet" if name.endswith("parquet") else "many.csv"
+        )
     (folder / "hard.parquet").hardlink_to(folder / "interactions.parquet")
     (folder / "hard.csv").hardlink_to(folder / "many.csv")
     (folder / "spoilt.csv").write_text('"user","rank","item","score"\n')
@@ -100,7 +180,14 @@ def set_up(folder: Path, commands: Commands) -> None:
     for name in ("empty", "linked-runs"):
         (folder / name).mkdir()
     (folder / "linked-runs" / "runs").symlink_to("../empty")
-    for name in ("config.yaml", "metrics.jsonl", "result.json", "checkpoints", "tensorboard", ".lock"):
+    for name in (
+        "config.yaml",
+        "metrics.jsonl",
+        "result.json",
+        "checkpoints",
+        "tensorboard",
+        ".lock",
+    ):
         copy, victim = folder / f"linked-{name}", folder / f"victim-{name}"
         shutil.copytree(folder / "run", copy, symlinks=True)
         (copy / name).rename(victim)
@@ -117,7 +204,9 @@ def state(folder: Path) -> dict[str, str]:
     for path in sorted(folder.rglob("*")):
         mode = path.lstat().st_mode
         if stat.S_ISREG(mode) and path.name != "filler":
-            found[str(path)] = "" if path.name == ".lock" else hashlib.sha256(path.read_bytes()).hexdigest()
+            found[str(path)] = (
+                "" if path.name == ".lock" else hashlib.sha256(path.read_bytes()).hexdigest()
+            )
         else:
             found[str(path)] = os.readlink(path) if stat.S_ISLNK(mode) else str(stat.S_IFMT(mode))
     return found
@@ -144,18 +233,22 @@ def on_a_full_disk(writer: str, folder: Path, commands: Commands, leave: int = 0
         wrong = complaint(done, DISK, "free some space")
         left = {path.removeprefix(f"{disk}/") for path in state(disk)} - {"filler"}
         # run.dir and the folder of a comparison are the user's own, to start again in
-        allowed = (
-            r"(new|x)(/(\.lock|runs.*|config\.yaml|environment\.json|metrics\.jsonl|items\.parquet|checkpoints|tensorboard.*))?"
-        )
+        allowed = r"(new|x)(/(\.lock|runs.*|config\.yaml|environment\.json|metrics\.jsonl|items\.parquet|checkpoints|tensorboard.*))?"
         if writer not in ("train", "compare"):
             allowed = ""
-        foreign = [name for name in left if not re.fullmatch(allowed, name) or name.endswith(".tmp")]
+        foreign = [
+            name for name in left if not re.fullmatch(allowed, name) or name.endswith(".tmp")
+        ]
         return wrong or (f"left {foreign}" if foreign else "")
 
 
 def on_a_read_only_disk(writer: str, folder: Path, commands: Commands) -> str:
     with small_disk(folder / DISK) as disk, read_only(disk):
-        return complaint(commands.run(line_of(writer, f"{DISK}/{WRITERS[writer][1]}")), DISK, "Read-only file system")
+        return complaint(
+            commands.run(line_of(writer, f"{DISK}/{WRITERS[writer][1]}")),
+            DISK,
+            "Read-only file system",
+        )
 
 
 def over_what_is_not_its_own(writer: str, folder: Path, commands: Commands) -> str:
@@ -164,7 +257,9 @@ def over_what_is_not_its_own(writer: str, folder: Path, commands: Commands) -> s
         found = complaint(commands.run(line_of(writer, target)))
         after = state(folder)
         if after != before:
-            changed = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
+            changed = sorted(
+                name for name in before.keys() | after.keys() if before.get(name) != after.get(name)
+            )
             found += f" changed {[name.removeprefix(f'{folder}/') for name in changed[:4]]}"
             before = after
         if found:
@@ -183,7 +278,10 @@ def while_another_writes_it(writer: str, folder: Path, commands: Commands) -> st
         else:
             held.enter_context(sole_writer(output / lock if lock else output))
         before_it = state(output.parent)
-        wrong = complaint(commands.run(line_of(writer, str(output.relative_to(folder)))), "another command|in use by")
+        wrong = complaint(
+            commands.run(line_of(writer, str(output.relative_to(folder)))),
+            "another command|in use by",
+        )
         return wrong or ("" if state(output.parent) == before_it else "it left something")
 
 
@@ -202,15 +300,23 @@ def again_over_its_own(writer: str, folder: Path, commands: Commands) -> str:
         for _ in range(2):
             done = commands.run(line_of(writer, out))
             refused = writer == "export" and _ == 1
-            if done.status != (2 if refused else 0) and not (writer == "doctor --json" and done.status == 1):
+            if done.status != (2 if refused else 0) and not (
+                writer == "doctor --json" and done.status == 1
+            ):
                 return f"status {done.status}: {done.err[-300:]}"
-        left = [path.name for path in Path(place).rglob("*") if re.search(r"\.(tmp|old|lock)$", path.name) and path.name != ".lock"]
+        left = [
+            path.name
+            for path in Path(place).rglob("*")
+            if re.search(r"\.(tmp|old|lock)$", path.name) and path.name != ".lock"
+        ]
         return f"left {left}" if left else ""
 
 
 SITUATIONS: dict[str, Callable[[str, Path, Commands], str]] = {
     "full disk": on_a_full_disk,
-    "disk that fills": lambda writer, folder, commands: on_a_full_disk(writer, folder, commands, 4096),
+    "disk that fills": lambda writer, folder, commands: on_a_full_disk(
+        writer, folder, commands, 4096
+    ),
     "read-only": on_a_read_only_disk,
     "not its own": over_what_is_not_its_own,
     "twice at once": while_another_writes_it,
@@ -220,20 +326,34 @@ SITUATIONS: dict[str, Callable[[str, Path, Commands], str]] = {
 
 def rows(folder: Path, commands: Commands) -> Iterator[tuple[str, dict[str, str]]]:
     for writer in WRITERS:
-        yield writer, {name: situation(writer, folder, commands) for name, situation in SITUATIONS.items()}
+        yield (
+            writer,
+            {name: situation(writer, folder, commands) for name, situation in SITUATIONS.items()},
+        )
 
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as place, Commands(Path(place)) as all_commands:
         set_up(Path(place), all_commands)
-        print("| writer | " + " | ".join(SITUATIONS) + " |\n" + "|---" * (len(SITUATIONS) + 1) + "|", flush=True)
+        print(
+            "| writer | " + " | ".join(SITUATIONS) + " |\n" + "|---" * (len(SITUATIONS) + 1) + "|",
+            flush=True,
+        )
         bad = []
         for name_of_writer, found in rows(Path(place), all_commands):
             cells = [
-                f"{len(PROTECTED[name_of_writer])} refused" if s == "not its own" and not w else "WRONG" if w else "good"
+                f"{len(PROTECTED[name_of_writer])} refused"
+                if s == "not its own" and not w
+                else "WRONG"
+                if w
+                else "good"
                 for s, w in found.items()
             ]
             print(f"| {name_of_writer} | " + " | ".join(cells) + " |", flush=True)
-            bad += [f"{name_of_writer}, {situation}: {wrong}" for situation, wrong in found.items() if wrong]
+            bad += [
+                f"{name_of_writer}, {situation}: {wrong}"
+                for situation, wrong in found.items()
+                if wrong
+            ]
         print("\n".join(bad))
         sys.exit(bool(bad))

@@ -68,7 +68,9 @@ _TEXTS = {
     "text.yaml": "just a sentence\n",
     "merge.yaml": "model: &m {hidden: 8}\nloss:\n  <<: *m\n",
     "laughs.yaml": "a: &a [x, x, x, x, x, x, x, x, x, x]\n"
-    + "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 10)}]\n" for a, b in zip("abcde", "bcdef", strict=True)),
+    + "".join(
+        f"{b}: &{b} [{', '.join([f'*{a}'] * 10)}]\n" for a, b in zip("abcde", "bcdef", strict=True)
+    ),
     "endless.yaml": "model: &m {hidden: *m}\n",
     "deep.yaml": "model: " + "[" * 100 + "]" * 100 + "\n",
     "python.yaml": "model: !!python/object/apply:os.getcwd []\n",
@@ -80,7 +82,10 @@ _TEXTS = {
 
 def _odd_zips(folder: Path) -> None:
     """A zip that says it is encrypted, and one with a method of compression that is not known."""
-    for name, inside, offset, value in (("locked.zip", "locked.csv", 8, 1), ("odd-method.zip", "odd.csv", 10, 97)):
+    for name, inside, offset, value in (
+        ("locked.zip", "locked.csv", 8, 1),
+        ("odd-method.zip", "odd.csv", 10, 97),
+    ):
         with zipfile.ZipFile(folder / name, "w") as archive:
             archive.writestr(inside, "user,item\n1,2\n")
         data = bytearray((folder / name).read_bytes())
@@ -99,11 +104,20 @@ def prepare(folder: Path, commands: Commands) -> None:
     pairs = [(u, i) for u in range(120) for i in random.choice(40, 8, replace=False)]
     users, items = (pa.array(column) for column in zip(*pairs, strict=True))
     pq.write_table(pa.table({"user": users, "item": items}), folder / "interactions.parquet")
-    pq.write_table(pa.table({"user": users, "item": items, "rating": pa.array([5] * len(pairs))}), folder / "rated.parquet")
+    pq.write_table(
+        pa.table({"user": users, "item": items, "rating": pa.array([5] * len(pairs))}),
+        folder / "rated.parquet",
+    )
     whole = (folder / "interactions.parquet").read_bytes()
     (folder / "cut.parquet").write_bytes(whole[: len(whole) // 2])
-    pq.write_table(pa.table({"user": users, "item": pa.array([i + 0.5 for _, i in pairs])}), folder / "floats.parquet")
-    pq.write_table(pa.table({"user": users.take(pa.array(range(64))), "item": items[:64]}), folder / "less.parquet")
+    pq.write_table(
+        pa.table({"user": users, "item": pa.array([i + 0.5 for _, i in pairs])}),
+        folder / "floats.parquet",
+    )
+    pq.write_table(
+        pa.table({"user": users.take(pa.array(range(64))), "item": items[:64]}),
+        folder / "less.parquet",
+    )
     commands.succeed(
         "python -m data_tools.shard interactions.parquet shards --val_users 10 --test_users 20 --users_per_shard 30",
         "python -m data_tools.shard interactions.parquet untested --val_users 0 --test_users 0",
@@ -124,12 +138,18 @@ def prepare(folder: Path, commands: Commands) -> None:
     members = [{"run": "../run", "checkpoint": "", "weight": 1.0}] * 65
     ensemble = {"format_version": 1, "vocabulary_sha256": "v", "n_items": 1, "members": members}
     (folder / "many" / "ensemble.json").write_text(json.dumps(ensemble))
-    shutil.copytree(folder / "run", folder / "untrained", ignore=shutil.ignore_patterns("checkpoints"))
+    shutil.copytree(
+        folder / "run", folder / "untrained", ignore=shutil.ignore_patterns("checkpoints")
+    )
     (folder / "taken").mkdir()
     (folder / "taken" / "diary.txt").write_text("mine\n")
     for name in ("run", "export"):
         shutil.copytree(folder / name, folder / f"damaged-{name}", symlinks=True)
-    trunks = {path.resolve() for name in ("run", "export") for path in (folder / f"damaged-{name}").rglob("trunk.safetensors")}
+    trunks = {
+        path.resolve()
+        for name in ("run", "export")
+        for path in (folder / f"damaged-{name}").rglob("trunk.safetensors")
+    }
     for trunk in trunks:
         data = bytearray(trunk.read_bytes())
         data[-1] ^= 1
@@ -139,7 +159,9 @@ def prepare(folder: Path, commands: Commands) -> None:
     (folder / "damaged-shards" / "train-000001.tar").unlink()
     shutil.copytree(folder / "shards", folder / "future-shards")
     manifest = json.loads((folder / "shards" / "manifest.json").read_text())
-    (folder / "future-shards" / "manifest.json").write_text(json.dumps(manifest | {"format_version": 7}))
+    (folder / "future-shards" / "manifest.json").write_text(
+        json.dumps(manifest | {"format_version": 7})
+    )
 
 
 def _not_ours(folder: Path) -> None:

@@ -31,7 +31,11 @@ from dist_vasp.config import Config, from_dict, read_yaml
 BASELINES = ("popularity",)
 _SOURCES = ("config", "baseline", "ensemble")
 CLOSED_FORM = ("ease",)  # model.kinds whose result does not depend on run.seed
-_OWN_KEYS = {"data.shards": "shards", "run.dir": "--output", "run.seed": "seeds"}  # what a comparison sets itself
+_OWN_KEYS = {
+    "data.shards": "shards",
+    "run.dir": "--output",
+    "run.seed": "seeds",
+}  # what a comparison sets itself
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -50,7 +54,9 @@ class Model:
     def what(self) -> str:
         """The model in a few words."""
         if self.members:
-            return "product of " + ", ".join(f"{name} ^ {weight:g}" for name, weight in self.members)
+            return "product of " + ", ".join(
+                f"{name} ^ {weight:g}" for name, weight in self.members
+            )
         if self.config is None:
             return f"baseline {self.source}"
         kind, c = self.config.model.kind, self.config
@@ -98,7 +104,9 @@ class Comparison:
     @property
     def recall_denominator(self) -> str:
         """That of every model, and of the baselines beside them."""
-        return next((model.config.run.recall_denominator for model in self.models if model.config), "min")
+        return next(
+            (model.config.run.recall_denominator for model in self.models if model.config), "min"
+        )
 
     def runs(self, output: str | Path) -> list[Run]:
         """All runs, the first seed of every model first: the report may be read early if the rest is called off."""
@@ -109,8 +117,12 @@ class Comparison:
             for model in self.models:
                 if place < len(model.seeds):
                     seed = model.seeds[place]
-                    members = tuple(found[name, 0 if name in alone else place] for name, _ in model.members)
-                    found[model.name, place] = Run(model, seed, folder, _config_of(model, seed, folder), members)
+                    members = tuple(
+                        found[name, 0 if name in alone else place] for name, _ in model.members
+                    )
+                    found[model.name, place] = Run(
+                        model, seed, folder, _config_of(model, seed, folder), members
+                    )
         return list(found.values())
 
 
@@ -129,24 +141,34 @@ def read_comparison(path: str | Path, more: Mapping[str, Any] | None = None) -> 
     _known(raw, ("shards", "reference", "seeds", "models", "overrides"), str(path))
     shards = more.pop("shards", raw.get("shards"))
     if not isinstance(shards, str) or not shards:
-        raise ValueError(f"{path}: shards is {shards!r}, expected a folder written by `python -m data_tools.shard`; set it")
+        raise ValueError(
+            f"{path}: shards is {shards!r}, expected a folder written by `python -m data_tools.shard`; set it"
+        )
     seeds = _seeds(raw.get("seeds", [0]), f"{path}: seeds")
     entries = raw.get("models")
     if not isinstance(entries, list) or not entries:
-        raise ValueError(f"{path}: models is {entries!r:.80}, expected a list of models, each with a name and a config; add some")
+        raise ValueError(
+            f"{path}: models is {entries!r:.80}, expected a list of models, each with a name and a config; add some"
+        )
     common = _overrides(raw.get("overrides", {}), f"{path}: overrides")
     models: list[Model] = []
     for place, entry in enumerate(entries):
         model = _model(entry, f"{path}: models[{place}]", shards, seeds, common, more, models)
         if model.name in (other.name for other in models):
-            raise ValueError(f"{path}: models[{place}].name {model.name!r} is there twice; give each model a name of its own")
+            raise ValueError(
+                f"{path}: models[{place}].name {model.name!r} is there twice; give each model a name of its own"
+            )
         models.append(model)
     denominators = {model.config.run.recall_denominator for model in models if model.config}
     if len(denominators) > 1:
-        raise ValueError(f"{path}: run.recall_denominator is min for some models and held_out for others; set one under overrides")
+        raise ValueError(
+            f"{path}: run.recall_denominator is min for some models and held_out for others; set one under overrides"
+        )
     reference, names = raw.get("reference"), [model.name for model in models]
     if reference not in names:
-        raise ValueError(f"{path}: reference is {reference!r:.80}, expected one of the models {', '.join(names)}; name one")
+        raise ValueError(
+            f"{path}: reference is {reference!r:.80}, expected one of the models {', '.join(names)}; name one"
+        )
     return Comparison(str(path), shards, str(reference), seeds, tuple(models))
 
 
@@ -162,28 +184,46 @@ def _model(
     entry = _mapping(raw, where)
     name = entry.get("name")
     if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise ValueError(f"{where}.name is {name!r:.80}, expected letters, digits, dots, dashes, underscores; it names files too")
+        raise ValueError(
+            f"{where}.name is {name!r:.80}, expected letters, digits, dots, dashes, underscores; it names files too"
+        )
     where = f"{where} ({name})"
     _known(entry, (*_SOURCES, "name", "overrides", "seeds"), where)
     given = [key for key in _SOURCES if key in entry]
     if len(given) != 1:
-        raise ValueError(f"{where} has {' and '.join(given) or 'none'} of config, baseline, ensemble; give one of the three")
+        raise ValueError(
+            f"{where} has {' and '.join(given) or 'none'} of config, baseline, ensemble; give one of the three"
+        )
     own_seeds = _seeds(entry["seeds"], f"{where}.seeds") if "seeds" in entry else None
     if "baseline" in entry:
         if entry["baseline"] not in BASELINES:
-            raise ValueError(f"{where}.baseline is {entry['baseline']!r}, expected {' or '.join(BASELINES)}; correct it")
+            raise ValueError(
+                f"{where}.baseline is {entry['baseline']!r}, expected {' or '.join(BASELINES)}; correct it"
+            )
         if "overrides" in entry:
-            raise ValueError(f"{where}.overrides is set, but a baseline has no configuration; leave it out")
+            raise ValueError(
+                f"{where}.overrides is set, but a baseline has no configuration; leave it out"
+            )
         return Model(name, (own_seeds or seeds)[:1], None, entry["baseline"], {})
     if "ensemble" in entry:
         if "overrides" in entry:
-            raise ValueError(f"{where}.overrides is set, but an ensemble takes its members as they are; leave it out")
+            raise ValueError(
+                f"{where}.overrides is set, but an ensemble takes its members as they are; leave it out"
+            )
         members = _members(entry["ensemble"], f"{where}.ensemble", own_seeds or seeds, above)
         return Model(name, own_seeds or seeds, None, "ensemble", {}, members)
 
     source = entry["config"]
-    sections = read_yaml(source, "a run's configuration") if isinstance(source, str) else copy.deepcopy(source)
-    overrides = {**common, **_overrides(entry.get("overrides", {}), f"{where}.overrides"), **_overrides(more, "the command line")}
+    sections = (
+        read_yaml(source, "a run's configuration")
+        if isinstance(source, str)
+        else copy.deepcopy(source)
+    )
+    overrides = {
+        **common,
+        **_overrides(entry.get("overrides", {}), f"{where}.overrides"),
+        **_overrides(more, "the command line"),
+    }
     sections = _mapping(sections, f"{where}.config")
     try:
         config = from_dict(_with_overrides(sections, {**overrides, "data.shards": shards}))
@@ -191,24 +231,40 @@ def _model(
         raise ValueError(f"{where}: {error}") from None
     alone = config.model.kind in CLOSED_FORM and own_seeds is None
     return Model(
-        name, seeds[:1] if alone else own_seeds or seeds, config, source if isinstance(source, str) else "inline", overrides
+        name,
+        seeds[:1] if alone else own_seeds or seeds,
+        config,
+        source if isinstance(source, str) else "inline",
+        overrides,
     )
 
 
-def _members(raw: Any, where: str, seeds: tuple[int, ...], above: Sequence[Model]) -> tuple[tuple[str, float], ...]:
+def _members(
+    raw: Any, where: str, seeds: tuple[int, ...], above: Sequence[Model]
+) -> tuple[tuple[str, float], ...]:
     """(model, weight) of each member: trained models above the ensemble that have as many seeds as it has, or one alone."""
     trained = {model.name: model.seeds for model in above if model.config}
     if not isinstance(raw, dict) or not raw:
-        raise ValueError(f"{where} is {raw!r:.80}, expected models and their weights, such as {{vasp: 1, ease: 4}}; set it")
+        raise ValueError(
+            f"{where} is {raw!r:.80}, expected models and their weights, such as {{vasp: 1, ease: 4}}; set it"
+        )
     for name, weight in raw.items():
         if name not in trained:
             raise ValueError(
                 f"{where}: {name!r:.80} is not a trained model above it; expected some of {', '.join(trained) or 'none'}"
             )
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
-            raise ValueError(f"{where}.{name} is {weight!r:.80}, expected a weight above 0; leave out a member without weight")
+        if (
+            isinstance(weight, bool)
+            or not isinstance(weight, int | float)
+            or not 0 < weight < math.inf
+        ):
+            raise ValueError(
+                f"{where}.{name} is {weight!r:.80}, expected a weight above 0; leave out a member without weight"
+            )
         if 1 < len(trained[name]) < len(seeds):
-            raise ValueError(f"{where}: {name} has {len(trained[name])} seeds, the ensemble {len(seeds)}; give both as many")
+            raise ValueError(
+                f"{where}: {name} has {len(trained[name])} seeds, the ensemble {len(seeds)}; give both as many"
+            )
     return tuple((name, float(weight)) for name, weight in raw.items())
 
 
@@ -221,27 +277,39 @@ def _with_overrides(sections: dict[str, Any], overrides: Mapping[str, Any]) -> d
             continue
         inner = merged.get(section) or {}
         if not isinstance(inner, dict):
-            raise ValueError(f"{section} is {inner!r:.80}, expected a section of keys; write `{section}:` with its keys below")
+            raise ValueError(
+                f"{section} is {inner!r:.80}, expected a section of keys; write `{section}:` with its keys below"
+            )
         merged[section] = {**inner, name: value}
     return merged
 
 
 def _mapping(raw: Any, where: str) -> dict[str, Any]:
     if not isinstance(raw, dict) or not all(isinstance(key, str) for key in raw):
-        raise ValueError(f"{where} is {raw!r:.80}, expected keys with values; see configs/compare.yaml")
+        raise ValueError(
+            f"{where} is {raw!r:.80}, expected keys with values; see configs/compare.yaml"
+        )
     return dict(raw)
 
 
 def _known(raw: Mapping[str, Any], keys: Sequence[str], where: str) -> None:
     for key in raw:
         if key not in keys:
-            raise ValueError(f"{where}: {key!r:.80} is not a key of a comparison; expected {', '.join(keys)}")
+            raise ValueError(
+                f"{where}: {key!r:.80} is not a key of a comparison; expected {', '.join(keys)}"
+            )
 
 
 def _seeds(raw: Any, where: str) -> tuple[int, ...]:
     seeds = raw if isinstance(raw, list) else [None]
-    if not seeds or any(type(seed) is not int or seed < 0 for seed in seeds) or len(set(seeds)) < len(seeds):
-        raise ValueError(f"{where} is {raw!r:.80}, expected a list of different whole numbers from 0; for instance [0, 1, 2]")
+    if (
+        not seeds
+        or any(type(seed) is not int or seed < 0 for seed in seeds)
+        or len(set(seeds)) < len(seeds)
+    ):
+        raise ValueError(
+            f"{where} is {raw!r:.80}, expected a list of different whole numbers from 0; for instance [0, 1, 2]"
+        )
     return tuple(seeds)
 
 
@@ -249,7 +317,9 @@ def _overrides(raw: Any, where: str) -> dict[str, Any]:
     found = _mapping(raw, where)
     for key in found:
         if key in _OWN_KEYS:
-            raise ValueError(f"{where}: {key} belongs to the comparison; set {_OWN_KEYS[key]} in its place")
+            raise ValueError(
+                f"{where}: {key} belongs to the comparison; set {_OWN_KEYS[key]} in its place"
+            )
         if "." not in key and key != "device":
             raise ValueError(
                 f"{where}: {key} is not a key of the configuration; write section.key: value, such as model.kind: nease"

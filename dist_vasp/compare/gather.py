@@ -19,14 +19,25 @@ import pyarrow.parquet as pq
 from dist_vasp.bounded_json import parse_json, read_json
 from dist_vasp.compare.config import BASELINES, Comparison, Model, Run
 from dist_vasp.compare.runs import Failure
-from dist_vasp.compare.statistics import METRICS, Cost, Estimate, Scores, against_reference, paired, read_scores, verdict
+from dist_vasp.compare.statistics import (
+    METRICS,
+    Cost,
+    Estimate,
+    Scores,
+    against_reference,
+    paired,
+    read_scores,
+    verdict,
+)
 from dist_vasp.data.format import Manifest, load_items
 from dist_vasp.ranking.per_user import THIRDS, popularity_thirds
 
 COLUMNS = (*METRICS, *(f"{metric}_{third}" for third in THIRDS for metric in METRICS))
 
 
-def gather(comparison: Comparison, output: Path, failures: Sequence[Failure], command: str) -> dict[str, Any]:
+def gather(
+    comparison: Comparison, output: Path, failures: Sequence[Failure], command: str
+) -> dict[str, Any]:
     """Read what the finished runs have left. ValueError when the reference has no result, or no user could be scored."""
     failed = {failure.run.stem for failure in failures}
     finished: dict[str, list[Run]] = {model.name: [] for model in comparison.models}
@@ -34,37 +45,64 @@ def gather(comparison: Comparison, output: Path, failures: Sequence[Failure], co
         if run.stem not in failed:
             finished[run.model.name].append(run)
     models = [model for model in comparison.models if finished[model.name]]
-    scores = {m.name: read_scores(m.name, {run.seed: run.file("per_user.parquet") for run in finished[m.name]}) for m in models}
+    scores = {
+        m.name: read_scores(
+            m.name, {run.seed: run.file("per_user.parquet") for run in finished[m.name]}
+        )
+        for m in models
+    }
     if comparison.reference not in scores:
-        raise ValueError(f"no report: the reference {comparison.reference} has no finished run; mend it and start the same command")
+        raise ValueError(
+            f"no report: the reference {comparison.reference} has no finished run; mend it and start the same command"
+        )
     reference = scores[comparison.reference]
     if not reference.estimate(METRICS[0]).n:
-        raise ValueError(f"{comparison.shards} has no test user with a held-out item; prepare the data with some")
+        raise ValueError(
+            f"{comparison.shards} has no test user with a held-out item; prepare the data with some"
+        )
     manifest = Manifest.load(comparison.shards)
     costs: dict[str, dict[str, Any]] = {}
     for m in models:
-        costs[m.name] = _sum(finished[m.name], m, costs) if m.members else _cost(finished[m.name], m, manifest.n_items)
+        costs[m.name] = (
+            _sum(finished[m.name], m, costs)
+            if m.members
+            else _cost(finished[m.name], m, manifest.n_items)
+        )
     briefly = {name: Cost(c["seconds_training"], c["peak_memory"]) for name, c in costs.items()}
     return {
         "verdict": verdict(list(scores.values()), comparison.reference, briefly),
         "against_reference": against_reference(list(scores.values()), comparison.reference),
         "reference": comparison.reference,
-        "models": [_model(m, scores[m.name], reference, finished[m.name], costs[m.name]) for m in models],
-        "failures": [{"run": f.run.stem, "status": f.status, "reason": f.reason, "log": str(f.run.file("log"))} for f in failures],
+        "models": [
+            _model(m, scores[m.name], reference, finished[m.name], costs[m.name]) for m in models
+        ],
+        "failures": [
+            {
+                "run": f.run.stem,
+                "status": f.status,
+                "reason": f.reason,
+                "log": str(f.run.file("log")),
+            }
+            for f in failures
+        ],
         "recall_denominator": comparison.recall_denominator,
         "data": _data(comparison.shards, manifest),
         "made": {
             "command": command,
             "config": comparison.path,
             "output": str(output),
-            "versions": {name: importlib.metadata.version(name) for name in ("torch", "deepspeed", "numpy")},
+            "versions": {
+                name: importlib.metadata.version(name) for name in ("torch", "deepspeed", "numpy")
+            },
             "python": platform.python_version(),
             "cores": len(os.sched_getaffinity(0)),
         },
     }
 
 
-def _model(model: Model, scores: Scores, reference: Scores, runs: Sequence[Run], cost: dict[str, Any]) -> dict[str, Any]:
+def _model(
+    model: Model, scores: Scores, reference: Scores, runs: Sequence[Run], cost: dict[str, Any]
+) -> dict[str, Any]:
     coverage = [read_json(run.file("test.json"))["test"]["coverage@100"] for run in runs]
     found: dict[str, Any] = {
         "name": model.name,
@@ -83,7 +121,9 @@ def _model(model: Model, scores: Scores, reference: Scores, runs: Sequence[Run],
     }
     found["coverage@100"] = {"mean": fmean(coverage), "by_seed": coverage}
     if model.name != reference.name:
-        found["difference"] = {column: _estimate(paired(scores, reference, column)) for column in COLUMNS}
+        found["difference"] = {
+            column: _estimate(paired(scores, reference, column)) for column in COLUMNS
+        }
     return found | {"cost": cost}
 
 
@@ -102,13 +142,23 @@ def _cost(runs: Sequence[Run], model: Model, n_items: int) -> dict[str, Any]:
     """Of the fastest run the seconds, of the largest the memory (the sum of its ranks' peaks); None where nothing is trained."""
     jobs = [read_json(run.file("job.json")) for run in runs]
     cost: dict[str, Any] = dict.fromkeys(
-        ("seconds_training", "seconds_training_slowest", "seconds_job", "peak_memory", "users_per_second", "parameters", "epochs")
+        (
+            "seconds_training",
+            "seconds_training_slowest",
+            "seconds_job",
+            "peak_memory",
+            "users_per_second",
+            "parameters",
+            "epochs",
+        )
     )
     cost["ranks"] = sorted({job["ranks"] for job in jobs})
     if model.config is None:
         return cost
     results = [read_json(run.dir / "result.json") for run in runs]
-    rates = [rate for run in runs if (rate := _users_per_second(run.dir / "metrics.jsonl")) is not None]
+    rates = [
+        rate for run in runs if (rate := _users_per_second(run.dir / "metrics.jsonl")) is not None
+    ]
     m = model.config.model
     seconds = [result["seconds_training"] for result in results]
     cost["seconds_training"], cost["seconds_training_slowest"] = min(seconds), max(seconds)
@@ -134,7 +184,11 @@ def _users_per_second(metrics: Path) -> float | None:
     """Median over the steps; None for a model that takes none."""
     if not metrics.is_file():
         return None
-    rates = [line["users_per_second"] for line in _lines(metrics) if isinstance(line.get("users_per_second"), float)]
+    rates = [
+        line["users_per_second"]
+        for line in _lines(metrics)
+        if isinstance(line.get("users_per_second"), float)
+    ]
     return median(rates) if rates else None
 
 
@@ -160,16 +214,22 @@ def _data(shards: str, manifest: Manifest) -> dict[str, Any]:
         "n_items": manifest.n_items,
         "protocol": manifest.preparation.get("protocol"),
         "splits": {
-            name: {"users": s.users, "interactions": s.interactions, "heldout": s.heldout} for name, s in manifest.splits.items()
+            name: {"users": s.users, "interactions": s.interactions, "heldout": s.heldout}
+            for name, s in manifest.splits.items()
         },
         "thirds": {
-            name: {"items": int((thirds == i).sum()), "interactions": int(popularity[thirds == i].sum())}
+            name: {
+                "items": int((thirds == i).sum()),
+                "interactions": int(popularity[thirds == i].sum()),
+            }
             for i, name in enumerate(THIRDS)
         },
     }
 
 
-def write_per_user(file: BinaryIO, comparison: Comparison, output: Path, failed: Mapping[str, Any] | set[str]) -> None:
+def write_per_user(
+    file: BinaryIO, comparison: Comparison, output: Path, failed: Mapping[str, Any] | set[str]
+) -> None:
     """Write all per-user files as one Parquet file with columns `model` and `seed` before theirs, one run at a time."""
     with ExitStack() as stack:
         writer: pq.ParquetWriter | None = None

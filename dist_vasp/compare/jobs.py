@@ -23,7 +23,15 @@ from dist_vasp.files import open_append
 from dist_vasp.signals import SignalWatch
 
 _LOOK_EVERY_S = 0.1
-_LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_LAUNCHED = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
 
 
 class Stopped(Exception):  # noqa: N818 - not an error
@@ -36,14 +44,22 @@ class Ended:
 
     status: int
     seconds: float  # from start to end
-    peak_memory: list[int]  # bytes, the largest resident size of each rank; loader workers are not counted
+    peak_memory: list[
+        int
+    ]  # bytes, the largest resident size of each rank; loader workers are not counted
 
 
 def launcher(ranks: int, port: int) -> list[str]:
     """Plain python for one rank, else DeepSpeed's launcher out of the same environment."""
     if ranks == 1:
         return [sys.executable]
-    return [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", str(ranks), "--master_port", str(port)]
+    return [
+        str(Path(sys.executable).with_name("deepspeed")),
+        "--num_accelerators",
+        str(ranks),
+        "--master_port",
+        str(port),
+    ]
 
 
 def free_port() -> int:
@@ -70,7 +86,9 @@ class Jobs:
     def _stop(self, number: int) -> None:
         self._asked += 1
 
-    def run(self, script: Path, arguments: Sequence[str], ranks: int, log: Path, device: str = "auto") -> Ended:
+    def run(
+        self, script: Path, arguments: Sequence[str], ranks: int, log: Path, device: str = "auto"
+    ) -> Ended:
         """Run `script` on `ranks` ranks, its output added to `log`, to the end. Raises Stopped when a signal came meanwhile.
 
         A first signal asks the ranks to save, as Ctrl-C does for training; a second one kills them.
@@ -127,7 +145,9 @@ def ranks_of(pid: int, ranks: int) -> list[int]:
         for process in psutil.Process(pid).children(recursive=True):
             try:
                 parent = process.parent()
-                if "RANK" in process.environ() and (parent is None or "RANK" not in parent.environ()):
+                if "RANK" in process.environ() and (
+                    parent is None or "RANK" not in parent.environ()
+                ):
                     found.append(process.pid)
             except (psutil.NoSuchProcess, psutil.AccessDenied):
                 continue

@@ -13,7 +13,13 @@ from dist_vasp.ranking.per_user import THIRDS
 def markdown(found: dict[str, Any]) -> str:
     """report.md from what `gather` returns."""
     parts = [
-        [f"# Comparison on {found['data']['shards']}", "", found["verdict"], "", found["against_reference"]],
+        [
+            f"# Comparison on {found['data']['shards']}",
+            "",
+            found["verdict"],
+            "",
+            found["against_reference"],
+        ],
         _failures(found),
         _metrics(found),
         _long_tail(found),
@@ -27,7 +33,9 @@ def _failures(found: dict[str, Any]) -> list[str]:
     if not found["failures"]:
         return []
     lines = [f"{count_runs(len(found['failures']))} failed, not counted in what follows:", ""]
-    return lines + [f"- {f['run']}, status {f['status']}: {f['reason']} ({f['log']})" for f in found["failures"]]
+    return lines + [
+        f"- {f['run']}, status {f['status']}: {f['reason']} ({f['log']})" for f in found["failures"]
+    ]
 
 
 def _metrics(found: dict[str, Any]) -> list[str]:
@@ -46,7 +54,14 @@ def _metrics(found: dict[str, Any]) -> list[str]:
         sd = model["metrics"][PRIMARY]["seed_sd"]
         cells += [_seeds(model), "-" if sd is None else f"{sd:.4f}"]
         rows.append([_name(model, reference), *cells, *_against(model)])
-    header = ["model", *(NAMES[metric] for metric in METRICS), "seeds", "sd of NDCG@100 over seeds", "paired difference", "verdict"]
+    header = [
+        "model",
+        *(NAMES[metric] for metric in METRICS),
+        "seeds",
+        "sd of NDCG@100 over seeds",
+        "paired difference",
+        "verdict",
+    ]
     return lines + _table(header, rows)
 
 
@@ -64,7 +79,10 @@ def _ratio(d: Estimate) -> str:
 
 def _long_tail(found: dict[str, Any]) -> list[str]:
     thirds = found["data"]["thirds"]
-    sizes = ", ".join(f"{name} {thirds[name]['items']:,} items with {thirds[name]['interactions']:,}" for name in THIRDS)
+    sizes = ", ".join(
+        f"{name} {thirds[name]['items']:,} items with {thirds[name]['interactions']:,}"
+        for name in THIRDS
+    )
     tail = {m["name"]: m["metrics"][f"{PRIMARY}_tail"]["mean"] for m in found["models"]}
     scored = {name: value for name, value in tail.items() if value is not None}
     lines = ["## Long tail", ""]
@@ -84,11 +102,21 @@ def _long_tail(found: dict[str, Any]) -> list[str]:
     ]
     for metric in (PRIMARY, METRICS[1]):
         header = ["model", *(f"{NAMES[metric]} {third}" for third in THIRDS)]
-        header += [f"paired difference, {THIRDS[-1]}", *(["coverage@100"] if metric == PRIMARY else [])]
+        header += [
+            f"paired difference, {THIRDS[-1]}",
+            *(["coverage@100"] if metric == PRIMARY else []),
+        ]
         rows = []
         for model in _best_first(found):
-            row = [_name(model, found["reference"]), *(_of(model["metrics"][f"{metric}_{third}"]) for third in THIRDS)]
-            row += [_signed(_estimate(model["difference"][f"{metric}_tail"])) if "difference" in model else "reference"]
+            row = [
+                _name(model, found["reference"]),
+                *(_of(model["metrics"][f"{metric}_{third}"]) for third in THIRDS),
+            ]
+            row += [
+                _signed(_estimate(model["difference"][f"{metric}_tail"]))
+                if "difference" in model
+                else "reference"
+            ]
             row += [f"{model['coverage@100']['mean']:.4f}"] if metric == PRIMARY else []
             rows.append(row)
         lines += [*_table(header, rows), ""]
@@ -118,14 +146,24 @@ def _cost(found: dict[str, Any]) -> list[str]:
                 _name(model, found["reference"]),
                 f"{c['parameters']:,}",
                 f"{c['epochs']:g}",
-                f"{c['seconds_training']:.1f}" + (f" to {c['seconds_training_slowest']:.1f}" if len(model["seeds"]) > 1 else ""),
+                f"{c['seconds_training']:.1f}"
+                + (f" to {c['seconds_training_slowest']:.1f}" if len(model["seeds"]) > 1 else ""),
                 f"{c['seconds_job']:.1f}",
                 f"{c['peak_memory'] / 1e9:.2f}",
                 rate,
                 ranks,
             ]
         )
-    header = ["model", "parameters", "epochs", "training, s", "job, s", "peak memory, GB", "users/s", "ranks"]
+    header = [
+        "model",
+        "parameters",
+        "epochs",
+        "training, s",
+        "job, s",
+        "peak memory, GB",
+        "users/s",
+        "ranks",
+    ]
     return lines + _table(header, rows)
 
 
@@ -136,7 +174,9 @@ def _made(found: dict[str, Any]) -> list[str]:
         + (f" and {s['heldout']:,} held out" if name != "train" else "")
         for name, s in data["splits"].items()
     )
-    divisor = "min(k, held-out items)" if found["recall_denominator"] == "min" else "all held-out items"
+    divisor = (
+        "min(k, held-out items)" if found["recall_denominator"] == "min" else "all held-out items"
+    )
     versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
     lines = [
         "## How this was made",

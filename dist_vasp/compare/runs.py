@@ -59,9 +59,16 @@ def state_of(run: Run, data: str) -> str:
     evaluated = run.file("test.json").is_file() and run.file("per_user.parquet").is_file()
     same_data = _job(run).get("data_sha256") == data
     if run.members:
-        same = evaluated and same_data and run.file("yaml").is_file() and run.file("yaml").read_text() == _members_of(run)
+        same = (
+            evaluated
+            and same_data
+            and run.file("yaml").is_file()
+            and run.file("yaml").read_text() == _members_of(run)
+        )
         newest = max(_changed(member.dir / "result.json") for member in run.members)
-        as_they_are = newest <= _changed(run.file("test.json")) and all(state_of(member, data) == DONE for member in run.members)
+        as_they_are = newest <= _changed(run.file("test.json")) and all(
+            state_of(member, data) == DONE for member in run.members
+        )
         return DONE if same and as_they_are else NEW
     if run.config is None:
         return DONE if evaluated and same_data else NEW
@@ -72,7 +79,10 @@ def state_of(run: Run, data: str) -> str:
 
 def _members_of(run: Run) -> str:
     """The members of an ensemble and their weights, as its .yaml says."""
-    weights = {member.stem: weight for member, (_, weight) in zip(run.members, run.model.members, strict=True)}
+    weights = {
+        member.stem: weight
+        for member, (_, weight) in zip(run.members, run.model.members, strict=True)
+    }
     return yaml.safe_dump({"ensemble": weights}, sort_keys=False)
 
 
@@ -120,7 +130,13 @@ def plan(comparison: Comparison, output: Path, data: str) -> str:
 
 
 def carry_out(
-    runs: Sequence[Run], comparison: Comparison, data: str, ranks: int, jobs: Jobs, say: Callable[[str], None], device: str = "auto"
+    runs: Sequence[Run],
+    comparison: Comparison,
+    data: str,
+    ranks: int,
+    jobs: Jobs,
+    say: Callable[[str], None],
+    device: str = "auto",
 ) -> list[Failure]:
     """Bring every run to its end, one after another; a run that fails is said and the others go on. Raises Stopped."""
     failures: list[Failure] = []
@@ -131,7 +147,11 @@ def carry_out(
     for place, run in enumerate(to_do):
         run.folder.mkdir(parents=True, exist_ok=True)
         state = state_of(run, data)
-        doing = {TRAINED: "evaluating", BEGUN: "training goes on", NEW: "training" if run.config else "evaluating"}[state]
+        doing = {
+            TRAINED: "evaluating",
+            BEGUN: "training goes on",
+            NEW: "training" if run.config else "evaluating",
+        }[state]
         left = _time_left(to_do[place:], seconds)
         say(
             f"[{place + 1}/{len(to_do)}] {run.stem}: {doing}; {count_runs(len(to_do) - place - 1)} after it{left}; log {run.file('log')}"
@@ -142,26 +162,40 @@ def carry_out(
         if failure is None:
             seconds.setdefault(run.model.name, []).append(took)
             metrics = read_json(run.file("test.json"))["test"]
-            say(f"[{place + 1}/{len(to_do)}] {run.stem}: done in {took:.0f} s, test NDCG@100 {_four(metrics['ndcg@100'])}")
+            say(
+                f"[{place + 1}/{len(to_do)}] {run.stem}: done in {took:.0f} s, test NDCG@100 {_four(metrics['ndcg@100'])}"
+            )
         else:
             failures.append(failure)
-            say(f"[{place + 1}/{len(to_do)}] {run.stem}: FAILED with status {failure.status}: {failure.reason}")
+            say(
+                f"[{place + 1}/{len(to_do)}] {run.stem}: FAILED with status {failure.status}: {failure.reason}"
+            )
     return failures
 
 
-def _carry_out_one(run: Run, state: str, comparison: Comparison, data: str, ranks: int, jobs: Jobs, device: str) -> Failure | None:
+def _carry_out_one(
+    run: Run, state: str, comparison: Comparison, data: str, ranks: int, jobs: Jobs, device: str
+) -> Failure | None:
     """Train and evaluate one run as far as it has not been done. None, or how it failed."""
     log_before = run.file("log").stat().st_size if run.file("log").exists() else 0
     if state != TRAINED:
         for ending in ("test.json", "per_user.parquet"):  # of an earlier result
             run.file(ending).unlink(missing_ok=True)
         before = _job(run) if state == BEGUN else {}
-        replace_text(run.file("job.json"), json.dumps({**before, "data_sha256": None}) + "\n", _REMEDY)  # not finished from here on
+        replace_text(
+            run.file("job.json"), json.dumps({**before, "data_sha256": None}) + "\n", _REMEDY
+        )  # not finished from here on
     if run.config is not None and state != TRAINED:
         replace_text(run.file("yaml"), run.config.to_yaml(), _REMEDY)
         result_before = _changed(run.dir / "result.json")
         try:
-            ended = jobs.run(LAUNCH / "train.py", ["--config", str(run.file("yaml"))], ranks, run.file("log"), run.config.device)
+            ended = jobs.run(
+                LAUNCH / "train.py",
+                ["--config", str(run.file("yaml"))],
+                ranks,
+                run.file("log"),
+                run.config.device,
+            )
         except Stopped as stopped:
             if stopped.args:
                 _note(run, stopped.args[0], None, ranks)
@@ -173,14 +207,35 @@ def _carry_out_one(run: Run, state: str, comparison: Comparison, data: str, rank
     if run.members:
         members = ["--members", *(str(member.dir) for member in run.members)]
         weights = ["--weights", *(str(weight) for _, weight in run.model.members)]
-        ended = jobs.run(LAUNCH / "ensemble.py", [*members, *weights, "--output", str(run.dir)], 1, run.file("log"), device)
+        ended = jobs.run(
+            LAUNCH / "ensemble.py",
+            [*members, *weights, "--output", str(run.dir)],
+            1,
+            run.file("log"),
+            device,
+        )
         if ended.status:
             return Failure(run, ended.status, _reason(run.file("log"), log_before))
         replace_text(run.file("yaml"), _members_of(run), _REMEDY)
-    what = ["--run", str(run.dir)] if run.config or run.members else ["--baseline", run.model.source]
+    what = (
+        ["--run", str(run.dir)] if run.config or run.members else ["--baseline", run.model.source]
+    )
     device = device if run.config is None else run.config.device
-    arguments = [*what, "--shards", comparison.shards, "--device", device, "--json", str(run.file("test.json"))]
-    arguments += ["--recall_denominator", comparison.recall_denominator, "--per_user", str(run.file("per_user.parquet"))]
+    arguments = [
+        *what,
+        "--shards",
+        comparison.shards,
+        "--device",
+        device,
+        "--json",
+        str(run.file("test.json")),
+    ]
+    arguments += [
+        "--recall_denominator",
+        comparison.recall_denominator,
+        "--per_user",
+        str(run.file("per_user.parquet")),
+    ]
     ended = jobs.run(LAUNCH / "evaluate.py", arguments, ranks, run.file("log"), device)
     if ended.status:
         return Failure(run, ended.status, _reason(run.file("log"), log_before))
@@ -195,7 +250,12 @@ def _note(run: Run, ended: Ended, data: str | None, ranks: int) -> None:
     peaks = ended.peak_memory
     if len(before.get("peak_memory", [])) == len(peaks):
         peaks = [max(pair) for pair in zip(peaks, before["peak_memory"], strict=True)]
-    noted = {"seconds": before.get("seconds", 0.0) + ended.seconds, "peak_memory": peaks, "ranks": ranks, "data_sha256": data}
+    noted = {
+        "seconds": before.get("seconds", 0.0) + ended.seconds,
+        "peak_memory": peaks,
+        "ranks": ranks,
+        "data_sha256": data,
+    }
     replace_text(run.file("job.json"), json.dumps(noted, indent=1) + "\n", _REMEDY)
 
 
@@ -206,7 +266,11 @@ def _changed(path: Path) -> int:
 
 def _reason(log: Path, start: int) -> str:
     """The last line of a log after byte `start` that tells of an error, else its last line."""
-    lines = [line for line in log.read_bytes()[start:].decode(errors="replace").splitlines() if line.strip()]
+    lines = [
+        line
+        for line in log.read_bytes()[start:].decode(errors="replace").splitlines()
+        if line.strip()
+    ]
     errors = [line for line in lines if line.startswith("error: ")]
     return (errors or lines or ["it printed nothing"])[-1].removeprefix("error: ")
 

@@ -55,7 +55,9 @@ def estimate(values: np.ndarray) -> Estimate:
     n = len(scored)
     if not n:
         return Estimate(math.nan, math.nan, 0)
-    return Estimate(float(scored.mean()), float(scored.std(ddof=1)) / math.sqrt(n) if n > 1 else math.nan, n)
+    return Estimate(
+        float(scored.mean()), float(scored.std(ddof=1)) / math.sqrt(n) if n > 1 else math.nan, n
+    )
 
 
 @dataclass(frozen=True)
@@ -91,9 +93,14 @@ def read_scores(name: str, files: Mapping[int, Path]) -> Scores:
     keys = np.asarray(first.column("key"))
     for seed, table in tables.items():
         if not np.array_equal(np.asarray(table.column("key")), keys):
-            raise ValueError(f"{files[seed]} and {files[first_seed]} are of different users; remove both and start again")
+            raise ValueError(
+                f"{files[seed]} and {files[first_seed]} are of different users; remove both and start again"
+            )
     columns = [c for c in first.column_names if "@" in c]
-    values = {c: np.stack([table.column(c).to_numpy(zero_copy_only=False) for table in tables.values()]) for c in columns}
+    values = {
+        c: np.stack([table.column(c).to_numpy(zero_copy_only=False) for table in tables.values()])
+        for c in columns
+    }
     return Scores(name, tuple(tables), keys, values)
 
 
@@ -107,7 +114,9 @@ def _read(path: Path) -> pa.Table:
 def paired(a: Scores, b: Scores, column: str) -> Estimate:
     """a less b, user by user."""
     if not np.array_equal(a.keys, b.keys):
-        raise ValueError(f"{a.name} and {b.name} were evaluated on different users; remove their .per_user.parquet and start again")
+        raise ValueError(
+            f"{a.name} and {b.name} were evaluated on different users; remove their .per_user.parquet and start again"
+        )
     return estimate(a.per_user(column) - b.per_user(column))
 
 
@@ -125,7 +134,9 @@ def best_of(models: Sequence[Scores], column: str = PRIMARY) -> Scores:
 class Cost:
     """What a model's training took; None where nothing was trained or measured."""
 
-    seconds: float | None = None  # of the fastest seed: all seeds do the same work, and a busy machine can only add to it
+    seconds: float | None = (
+        None  # of the fastest seed: all seeds do the same work, and a busy machine can only add to it
+    )
     peak_memory: float | None = None  # bytes
 
 
@@ -138,15 +149,27 @@ def verdict(models: Sequence[Scores], reference: str, costs: Mapping[str, Cost])
     others = [model for model in models if model.name != first.name]
     if not others:
         return f"There is nothing to compare: {first.name} alone has results."
-    second = best_of(others) if first.name == reference else next(model for model in others if model.name == reference)
+    second = (
+        best_of(others)
+        if first.name == reference
+        else next(model for model in others if model.name == reference)
+    )
     d = paired(first, second, PRIMARY)
-    against = f"the reference {second.name}" if second.name == reference else f"{second.name}, the best of the others,"
+    against = (
+        f"the reference {second.name}"
+        if second.name == reference
+        else f"{second.name}, the best of the others,"
+    )
     who = "it" if d.differs else first.name
     amount = (
         f"{who} is ahead of {against} by {d} in {NAMES[PRIMARY]} ({first.estimate(PRIMARY).mean:.4f} against "
         f"{second.estimate(PRIMARY).mean:.4f}), {_standard_errors(d.ratio)} of the paired difference"
     )
-    text = f"**{first.name} wins**: {amount}." if d.differs else f"**No winner**: {amount}, which does not exceed two."
+    text = (
+        f"**{first.name} wins**: {amount}."
+        if d.differs
+        else f"**No winner**: {amount}, which does not exceed two."
+    )
     noise = seed_noise(first, second, PRIMARY)
     if d.differs and not math.isnan(noise) and d.mean <= LIMIT * noise:
         text += f" But the choice of seeds moves that difference by {noise:.4f} (one standard error): more seeds could turn it."
@@ -162,7 +185,11 @@ def _other_metrics(first: Scores, second: Scores) -> str:
     found = []
     for column in METRICS[1:]:
         d = paired(first, second, column)
-        says = f"favours {first.name if d.mean > 0 else second.name}" if d.differs else "shows no difference"
+        says = (
+            f"favours {first.name if d.mean > 0 else second.name}"
+            if d.differs
+            else "shows no difference"
+        )
         found.append(f"{NAMES[column]} {says} ({d.mean:+.4f} +- {d.se:.4f})")
     return f"{', '.join(found)}."
 
@@ -171,7 +198,9 @@ def _cost(first: str, second: str, costs: Mapping[str, Cost]) -> str:
     a, b = costs.get(first, Cost()), costs.get(second, Cost())
     told = []
     if a.seconds and b.seconds:
-        told.append(f"{a.seconds / b.seconds:.2f} times the training time ({a.seconds:.1f} s against {b.seconds:.1f} s)")
+        told.append(
+            f"{a.seconds / b.seconds:.2f} times the training time ({a.seconds:.1f} s against {b.seconds:.1f} s)"
+        )
     elif a.seconds:
         told.append(f"{a.seconds:.1f} s of training, where {second} needs none")
     elif b.seconds:
@@ -189,6 +218,12 @@ def against_reference(models: Sequence[Scores], reference: str) -> str:
     for model in models:
         if model.name != reference:
             d = paired(model, base, PRIMARY)
-            groups["no different" if not d.differs else "better" if d.mean > 0 else "worse"].append(model.name)
+            groups["no different" if not d.differs else "better" if d.mean > 0 else "worse"].append(
+                model.name
+            )
     told = [f"{group}: {', '.join(names)}" for group, names in groups.items() if names]
-    return f"Against the reference {reference}, by {NAMES[PRIMARY]} at two standard errors: {'; '.join(told)}." if told else ""
+    return (
+        f"Against the reference {reference}, by {NAMES[PRIMARY]} at two standard errors: {'; '.join(told)}."
+        if told
+        else ""
+    )

@@ -39,7 +39,9 @@ def hash64(*words: Word) -> np.ndarray:
 def _absorb(state: np.ndarray | np.uint64, word: np.ndarray | np.uint64) -> np.ndarray:
     """One step of hash64: the state after one more word. In place on one fresh buffer: E is large and this is the hot path."""
     with np.errstate(over="ignore"):  # arithmetic modulo 2^64 is meant
-        h = np.asarray((np.asarray(word).astype(np.uint64, copy=False) + np.uint64(1)) * _GAMMA + state)
+        h = np.asarray(
+            (np.asarray(word).astype(np.uint64, copy=False) + np.uint64(1)) * _GAMMA + state
+        )
         for shift, multiplier in zip(_SHIFTS, _MULTIPLIERS, strict=False):
             h ^= h >> shift
             h *= multiplier
@@ -56,7 +58,9 @@ def permutation(n: int, *words: Word) -> np.ndarray:
     return np.argsort(hash64(int(hash64(*words)), np.arange(n, dtype=np.uint64)), kind="stable")
 
 
-def split_halves(user_keys: np.ndarray, indptr: np.ndarray, item_keys: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+def split_halves(
+    user_keys: np.ndarray, indptr: np.ndarray, item_keys: np.ndarray, seed: int, epoch: int
+) -> np.ndarray:
     """True where an interaction falls in half A: the user's floor(n/2) items of smallest hash64(seed, epoch, user, item).
 
     user_keys (U,) uint64; indptr (U+1,) int64; item_keys (E,) uint64, the key of each interaction's item. Returns (E,)
@@ -70,7 +74,9 @@ def split_halves(user_keys: np.ndarray, indptr: np.ndarray, item_keys: np.ndarra
     lengths = np.diff(indptr)
     if len(item_keys) == 0:
         return np.zeros(0, bool)
-    prefix = _absorb(_absorb(_absorb(np.uint64(4), np.uint64(seed & _MASK)), np.uint64(epoch & _MASK)), user_keys)
+    prefix = _absorb(
+        _absorb(_absorb(np.uint64(4), np.uint64(seed & _MASK)), np.uint64(epoch & _MASK)), user_keys
+    )
     hashes = _absorb(np.repeat(prefix, lengths), item_keys)
 
     row_bits = np.uint64(max(1, (n_users - 1).bit_length()))
@@ -90,7 +96,12 @@ def split_halves(user_keys: np.ndarray, indptr: np.ndarray, item_keys: np.ndarra
 
 
 def keep_inputs(
-    user_keys: np.ndarray, indptr: np.ndarray, item_keys: np.ndarray, dropout: float, seed: int, epoch: int
+    user_keys: np.ndarray,
+    indptr: np.ndarray,
+    item_keys: np.ndarray,
+    dropout: float,
+    seed: int,
+    epoch: int,
 ) -> np.ndarray:
     """True where an interaction stays in the input: each is left out with probability `dropout`, by its hash alone.
 

@@ -77,19 +77,38 @@ class Block:
     def check(self, n_items: int, where: str) -> None:
         """Raise ValueError, naming `where`, unless the arrays form a legal block over `n_items` items."""
         if (self.heldout_indptr is None) != (self.heldout_items is None):
-            raise ValueError(f"{where}: heldout_indptr and heldout_items come together, only one is present")
+            raise ValueError(
+                f"{where}: heldout_indptr and heldout_items come together, only one is present"
+            )
         _check_csr(self.indptr, self.items, self.n_users, n_items, f"{where}: items")
         if self.heldout_indptr is not None and self.heldout_items is not None:
-            _check_csr(self.heldout_indptr, self.heldout_items, self.n_users, n_items, f"{where}: heldout_items")
+            _check_csr(
+                self.heldout_indptr,
+                self.heldout_items,
+                self.n_users,
+                n_items,
+                f"{where}: heldout_items",
+            )
 
 
-def _check_csr(indptr: np.ndarray, items: np.ndarray, n_users: int, n_items: int, where: str) -> None:
-    if len(indptr) != n_users + 1 or indptr[0] != 0 or indptr[-1] != len(items) or (np.diff(indptr) < 0).any():
-        raise ValueError(f"{where}: the index pointer does not describe {n_users} users with {len(items)} interactions")
+def _check_csr(
+    indptr: np.ndarray, items: np.ndarray, n_users: int, n_items: int, where: str
+) -> None:
+    if (
+        len(indptr) != n_users + 1
+        or indptr[0] != 0
+        or indptr[-1] != len(items)
+        or (np.diff(indptr) < 0).any()
+    ):
+        raise ValueError(
+            f"{where}: the index pointer does not describe {n_users} users with {len(items)} interactions"
+        )
     if len(items) == 0:
         return
     if items.min() < 0 or items.max() >= n_items:
-        raise ValueError(f"{where}: item rows go from {items.min()} to {items.max()}, expected 0 to {n_items - 1}")
+        raise ValueError(
+            f"{where}: item rows go from {items.min()} to {items.max()}, expected 0 to {n_items - 1}"
+        )
     ascending = np.diff(items) > 0
     starts = indptr[1:-1]
     ascending[starts[(starts > 0) & (starts < len(items))] - 1] = True
@@ -107,7 +126,9 @@ def concatenate(blocks: Iterable[Block]) -> Block:
         user_keys=np.concatenate([np.empty(0, np.uint64), *(b.user_keys for b in blocks)]),
         indptr=_concatenate_indptr([b.indptr for b in blocks]),
         items=np.concatenate([np.empty(0, np.int32), *(b.items for b in blocks)]),
-        heldout_indptr=_concatenate_indptr([b.heldout_indptr for b in blocks]) if has_heldout else None,  # type: ignore[misc]
+        heldout_indptr=_concatenate_indptr([b.heldout_indptr for b in blocks])
+        if has_heldout
+        else None,  # type: ignore[misc]
         heldout_items=np.concatenate([b.heldout_items for b in blocks]) if has_heldout else None,  # type: ignore[misc]
     )
 
@@ -154,7 +175,9 @@ def decode_sample(sample: dict[str, Any], split: str, n_items: int, where: str) 
     expected = {f"{name}.npy" for name in names}
     if members != expected:
         extra, missing = sorted(members - expected), sorted(expected - members)
-        raise ValueError(f"{where}: unexpected members {extra}, missing members {missing}; a {split} sample has {sorted(expected)}")
+        raise ValueError(
+            f"{where}: unexpected members {extra}, missing members {missing}; a {split} sample has {sorted(expected)}"
+        )
     block = Block(**{name: _decode_array(name, sample[f"{name}.npy"], where) for name in names})
     block.check(n_items, where)
     return block
@@ -226,7 +249,9 @@ class Manifest:
         """Read `folder/manifest.json`; ValueError if it is missing, malformed or of another format version."""
         path = Path(folder) / MANIFEST
         if not path.is_file():
-            raise ValueError(f"{folder} holds no {MANIFEST}; expected a folder written by `python -m data_tools.shard`")
+            raise ValueError(
+                f"{folder} holds no {MANIFEST}; expected a folder written by `python -m data_tools.shard`"
+            )
         try:
             raw = read_json(path, LARGEST_MANIFEST)
             if raw["format_version"] != FORMAT_VERSION:
@@ -243,7 +268,9 @@ class Manifest:
             )
             positives.of_preparation(manifest.preparation)
         except OSError as error:
-            raise ValueError(f"{path} cannot be read ({error.strerror}); correct that, or shard the data again") from None
+            raise ValueError(
+                f"{path} cannot be read ({error.strerror}); correct that, or shard the data again"
+            ) from None
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path} is not a manifest of this project: {reason(error)}") from None
         return manifest
@@ -257,7 +284,11 @@ def files_of(folder: Path) -> set[str]:
             "delete it; name another output folder, or remove it yourself"
         )
     manifest = Manifest.load(folder)
-    return {MANIFEST, *manifest.files, *(shard.name for split in manifest.splits.values() for shard in split.shards)}
+    return {
+        MANIFEST,
+        *manifest.files,
+        *(shard.name for split in manifest.splits.values() for shard in split.shards),
+    }
 
 
 def _count(value: Any) -> int:
@@ -280,11 +311,17 @@ def _split_from_json(split: str, raw: dict[str, Any]) -> SplitEntry:
     ]
     for i, shard in enumerate(shards):
         if shard.name != shard_name(split, i):
-            raise ValueError(f"shard {i} of {split} is named {shard.name!r}, expected {shard_name(split, i)!r}")
-    entry = SplitEntry(_count(raw["users"]), _count(raw["interactions"]), _count(raw["heldout"]), shards)
+            raise ValueError(
+                f"shard {i} of {split} is named {shard.name!r}, expected {shard_name(split, i)!r}"
+            )
+    entry = SplitEntry(
+        _count(raw["users"]), _count(raw["interactions"]), _count(raw["heldout"]), shards
+    )
     for total in ("users", "interactions", "heldout"):
         if getattr(entry, total) != sum(getattr(s, total) for s in shards):
-            raise ValueError(f"{split}.{total} is {getattr(entry, total)}, its shards add up to another number")
+            raise ValueError(
+                f"{split}.{total} is {getattr(entry, total)}, its shards add up to another number"
+            )
     return entry
 
 
@@ -321,7 +358,9 @@ def _tar_members(data: bytes) -> Iterator[dict[str, Any]]:
             assert stream is not None
             body = stream.read(len(data))
             if len(body) != member.size:
-                raise ValueError(f"member {member.name!r} says {member.size} bytes, {len(body)} follow")
+                raise ValueError(
+                    f"member {member.name!r} says {member.size} bytes, {len(body)} follow"
+                )
             yield {"fname": member.name, "data": body}
 
 
@@ -334,7 +373,9 @@ def read_shard(folder: str | Path, split: str, entry: ShardEntry, n_items: int) 
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}); manifest.json lists it; shard the data again") from None
+        raise ValueError(
+            f"{path} cannot be read ({error.strerror}); manifest.json lists it; shard the data again"
+        ) from None
     if len(data) != entry.bytes or sha256_of(data) != entry.sha256:
         raise ValueError(
             f"{path} has {len(data)} bytes and SHA-256 {sha256_of(data)[:12]}..., manifest.json says {entry.bytes} bytes and "
@@ -362,7 +403,9 @@ def keys_of_ids(ids: pa.Array | pa.ChunkedArray) -> np.ndarray:
     """The uint64 key of every id: the id itself where integer, else the first 8 bytes of its BLAKE2b digest."""
     if pa.types.is_integer(ids.type):
         return np.asarray(ids.cast(pa.int64())).astype(np.uint64)
-    digests = b"".join(hashlib.blake2b(str(i).encode(), digest_size=8).digest() for i in ids.to_pylist())
+    digests = b"".join(
+        hashlib.blake2b(str(i).encode(), digest_size=8).digest() for i in ids.to_pylist()
+    )
     return np.frombuffer(digests, dtype="<u8").copy()
 
 
@@ -371,7 +414,9 @@ def vocabulary_sha256(keys: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(keys, dtype="<u8").tobytes()).hexdigest()
 
 
-_RESTORE_ITEMS = "restore it from a copy: a data folder, its runs and their exports hold the same file"
+_RESTORE_ITEMS = (
+    "restore it from a copy: a data folder, its runs and their exports hold the same file"
+)
 
 
 @dataclass(frozen=True)
@@ -391,9 +436,13 @@ def load_items(folder: str | Path, manifest: Manifest) -> ItemTable:
         with open(path, "rb") as handle:
             found = hashlib.file_digest(handle, "sha256").hexdigest()
     except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}); shard the data again") from None
+        raise ValueError(
+            f"{path} cannot be read ({error.strerror}); shard the data again"
+        ) from None
     if found != manifest.files.get(ITEMS_FILE):
-        _check_length(path, manifest.n_items, manifest.vocabulary_sha256)  # another preparation's file is the likelier mistake
+        _check_length(
+            path, manifest.n_items, manifest.vocabulary_sha256
+        )  # another preparation's file is the likelier mistake
         raise ValueError(
             f"{path} has SHA-256 {found[:12]}..., {MANIFEST} says {manifest.files.get(ITEMS_FILE, 'nothing')[:12]}...: "
             "it was damaged or replaced; restore it or shard the data again"
@@ -401,7 +450,9 @@ def load_items(folder: str | Path, manifest: Manifest) -> ItemTable:
     return read_items_file(path, manifest.n_items, manifest.vocabulary_sha256)
 
 
-def read_items_file(path: Path, n_items: int, expected_sha256: str, source: Path | None = None) -> ItemTable:
+def read_items_file(
+    path: Path, n_items: int, expected_sha256: str, source: Path | None = None
+) -> ItemTable:
     """Read an items.parquet that must hold the vocabulary with this hash; ValueError where it does not.
 
     `source`: the file that it is a copy of, which the error then names.
@@ -415,9 +466,14 @@ def read_items_file(path: Path, n_items: int, expected_sha256: str, source: Path
     try:
         table = pq.read_table(path)
         _check_item_columns(table)
-        columns = {name: table.column(name).combine_chunks() for name in ("item", "id", "key", "popularity")}
+        columns = {
+            name: table.column(name).combine_chunks()
+            for name in ("item", "id", "key", "popularity")
+        }
     except (OSError, KeyError, pa.ArrowException) as error:
-        raise ValueError(f"{path} cannot be read as the item table ({_reason(error)}); {_RESTORE_ITEMS}") from None
+        raise ValueError(
+            f"{path} cannot be read as the item table ({_reason(error)}); {_RESTORE_ITEMS}"
+        ) from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}; {_RESTORE_ITEMS}") from None
     rows, keys = np.asarray(columns["item"]), np.asarray(columns["key"]).astype(np.uint64)
@@ -426,7 +482,9 @@ def read_items_file(path: Path, n_items: int, expected_sha256: str, source: Path
             f"{path} lists {len(rows)} items whose vocabulary hash is {vocabulary_sha256(keys)[:12]}..., "
             + _another_preparation(n_items, expected_sha256)
         )
-    if not np.array_equal(keys_of_ids(columns["id"]), keys):  # the hash is of the keys: this carries it over to the ids
+    if not np.array_equal(
+        keys_of_ids(columns["id"]), keys
+    ):  # the hash is of the keys: this carries it over to the ids
         raise ValueError(f"{path}: the keys do not belong to the ids; {_RESTORE_ITEMS}")
     titles = table.column("title").combine_chunks() if "title" in table.column_names else None
     return ItemTable(columns["id"], keys, np.asarray(columns["popularity"]), titles)
@@ -437,9 +495,14 @@ def _check_length(path: Path, n_items: int, expected_sha256: str) -> None:
     try:
         n_rows = pq.read_metadata(path).num_rows
     except (OSError, pa.ArrowException) as error:
-        raise ValueError(f"{path} cannot be read as the item table ({_reason(error)}); {_RESTORE_ITEMS}") from None
+        raise ValueError(
+            f"{path} cannot be read as the item table ({_reason(error)}); {_RESTORE_ITEMS}"
+        ) from None
     if n_rows != n_items:
-        raise ValueError(f"{path} lists {n_rows} items of another vocabulary, " + _another_preparation(n_items, expected_sha256))
+        raise ValueError(
+            f"{path} lists {n_rows} items of another vocabulary, "
+            + _another_preparation(n_items, expected_sha256)
+        )
 
 
 def _reason(error: Exception) -> str:
@@ -457,8 +520,12 @@ def _check_item_columns(table: pa.Table) -> None:
     table.validate(full=True)
     for name in ("item", "id", "key", "popularity"):
         column = table.column(name)
-        text = name == "id" and (pa.types.is_string(column.type) or pa.types.is_large_string(column.type))
+        text = name == "id" and (
+            pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
+        )
         if column.null_count or not (pa.types.is_integer(column.type) or text):
-            raise ValueError(f"column {name} is {column.type} with {column.null_count} missing, expected integers, none missing")
+            raise ValueError(
+                f"column {name} is {column.type} with {column.null_count} missing, expected integers, none missing"
+            )
     if "title" in table.column_names and not pa.types.is_string(table.column("title").type):
         raise ValueError(f"column title is {table.column('title').type}, expected string")

@@ -23,11 +23,17 @@ _LARGEST = 2**63 - 1
 _INTEGER = re.compile("0|-?[1-9][0-9]{0,18}")
 _CANONICAL = "^(0|[1-9][0-9]{0,18})$"
 _LIKE_MISSING = r"^(null|nil|none|nan|nat|na|n/a|#n/a|<na>|\\n|undefined|missing|-|\?)$"
-_WHOLE_LIMIT = {16: 2.0**11, 32: 2.0**24, 64: 2.0**53}  # by width of the float: beyond, whole numbers are rounded
+_WHOLE_LIMIT = {
+    16: 2.0**11,
+    32: 2.0**24,
+    64: 2.0**53,
+}  # by width of the float: beyond, whole numbers are rounded
 
 
 def is_text(kind: pa.DataType) -> bool:
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    return (
+        pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    )
 
 
 def as_text(ids: pa.Array) -> pa.Array:
@@ -50,7 +56,9 @@ def compact(ids: pa.Array) -> pa.Array:
     letters = np.frombuffer(data, np.uint8)
     if ((letters[offsets[:-1]] == ord("0")) & (lengths > 1)).any():
         return ids
-    if (letters[offsets[0] : offsets[-1]] - ord("0") > 9).any():  # unsigned: what is below "0" wraps around
+    if (
+        letters[offsets[0] : offsets[-1]] - ord("0") > 9
+    ).any():  # unsigned: what is below "0" wraps around
         return ids
     try:
         return ids.cast(pa.int64())
@@ -84,10 +92,17 @@ def _numbers(ids: pa.Array) -> pa.Array:
     """(E,) int64, null for an id that is not the canonical text of one."""
     if is_text(ids.type):
         canonical = pc.match_substring_regex(ids, _CANONICAL)
-        small = pc.or_(pc.less(pc.binary_length(ids), 19), pc.less_equal(ids, pa.scalar(str(_LARGEST), ids.type)))
-        return pc.if_else(pc.and_(canonical, small), ids, pa.scalar(None, ids.type)).cast(pa.int64())
+        small = pc.or_(
+            pc.less(pc.binary_length(ids), 19),
+            pc.less_equal(ids, pa.scalar(str(_LARGEST), ids.type)),
+        )
+        return pc.if_else(pc.and_(canonical, small), ids, pa.scalar(None, ids.type)).cast(
+            pa.int64()
+        )
     if pa.types.is_uint64(ids.type):
-        return pc.if_else(pc.less_equal(ids, pa.scalar(_LARGEST, pa.uint64())), ids, None).cast(pa.int64())
+        return pc.if_else(pc.less_equal(ids, pa.scalar(_LARGEST, pa.uint64())), ids, None).cast(
+            pa.int64()
+        )
     return ids.cast(pa.int64())
 
 
@@ -102,7 +117,9 @@ class IdIndex:
         if self.ids is None:
             self.ids = ids.slice(0, 0)
         if len(ids):
-            self.ids, ids = (self.ids.cast(ids.type), ids) if not len(self.ids) else same_type(self.ids, ids)
+            self.ids, ids = (
+                (self.ids.cast(ids.type), ids) if not len(self.ids) else same_type(self.ids, ids)
+            )
         codes = pc.index_in(ids, value_set=self.ids)
         if codes.null_count:
             self.ids = pa.concat_arrays([self.ids, pc.unique(ids.filter(pc.is_null(codes)))])
@@ -115,9 +132,14 @@ def remarks(role: str, ids: pa.Array, column: str) -> list[str]:
     if not is_text(ids.type):
         return []
     said = []
-    heading = next((name for name in (column, role) if pc.index(ids, pa.scalar(name, ids.type)).as_py() >= 0), None)
+    heading = next(
+        (name for name in (column, role) if pc.index(ids, pa.scalar(name, ids.type)).as_py() >= 0),
+        None,
+    )
     if heading is not None:
-        said.append(f"the {role} id {heading!r:.60} is the name of a column; is a row of the input a header?")
+        said.append(
+            f"the {role} id {heading!r:.60} is the name of a column; is a row of the input a header?"
+        )
     for pattern, problem in (
         (r"^\s|\s$", "begin or end with blanks, which belong to the id"),
         (_LIKE_MISSING, "look like a missing one; --missing leaves them out"),
@@ -133,7 +155,9 @@ def remarks(role: str, ids: pa.Array, column: str) -> list[str]:
 # --- ids of a column -------------------------------------------------------------------------------------------------
 
 
-def of_column(values: Any, numbers: Sequence[int], where: str, missing: Sequence[str] = MISSING) -> pa.Array:
+def of_column(
+    values: Any, numbers: Sequence[int], where: str, missing: Sequence[str] = MISSING
+) -> pa.Array:
     """(E,) int64 or string ids of an Arrow column, null where one is missing.
 
     Integers must be in [0, 2^63), floats whole numbers that a float holds exactly, text UTF-8 of at most 4,096 bytes.
@@ -142,7 +166,9 @@ def of_column(values: Any, numbers: Sequence[int], where: str, missing: Sequence
     if isinstance(values, pa.ChunkedArray):
         values = values.combine_chunks()
     if pa.types.is_dictionary(values.type):
-        return of_column(values.dictionary, _FirstUses(values.indices, numbers), where, missing).take(values.indices)
+        return of_column(
+            values.dictionary, _FirstUses(values.indices, numbers), where, missing
+        ).take(values.indices)
     kind = values.type
     if pa.types.is_null(kind):
         return values.cast(pa.string())
@@ -152,7 +178,9 @@ def of_column(values: Any, numbers: Sequence[int], where: str, missing: Sequence
         return _of_floats(_without(values, missing), numbers, where)
     if is_text(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
         return _of_text(values, numbers, where, missing)
-    raise ValueError(f"{where} is of type {kind}, expected integers, whole numbers or text; convert it first")
+    raise ValueError(
+        f"{where} is of type {kind}, expected integers, whole numbers or text; convert it first"
+    )
 
 
 class _FirstUses(Sequence[int]):
@@ -162,7 +190,9 @@ class _FirstUses(Sequence[int]):
         self._indices, self._numbers = indices, numbers
 
     def __getitem__(self, entry: Any) -> Any:
-        return self._numbers[max(0, pc.index(self._indices, pa.scalar(entry, self._indices.type)).as_py())]
+        return self._numbers[
+            max(0, pc.index(self._indices, pa.scalar(entry, self._indices.type)).as_py())
+        ]
 
     def __len__(self) -> int:
         return len(self._numbers)
@@ -170,7 +200,11 @@ class _FirstUses(Sequence[int]):
 
 def _without(values: pa.Array, missing: Sequence[str]) -> pa.Array:
     """The numbers, null where one of the missing texts is how a whole number is written, such as -1."""
-    markers = [float(text) if pa.types.is_floating(values.type) else int(text) for text in missing if _INTEGER.fullmatch(text)]
+    markers = [
+        float(text) if pa.types.is_floating(values.type) else int(text)
+        for text in missing
+        if _INTEGER.fullmatch(text)
+    ]
     for marker in markers:
         try:
             equal = pc.equal(values, pa.scalar(marker, values.type))
@@ -183,7 +217,13 @@ def _without(values: pa.Array, missing: Sequence[str]) -> pa.Array:
 def _of_integers(values: pa.Array, numbers: Sequence[int], where: str) -> pa.Array:
     limit = pa.scalar(_LARGEST, pa.uint64())
     outside = pc.greater(values, limit) if pa.types.is_uint64(values.type) else pc.less(values, 0)
-    _refuse(outside, values, numbers, where, "is outside 0 to 2^63-1; make the ids non-negative, or write the column as text")
+    _refuse(
+        outside,
+        values,
+        numbers,
+        where,
+        "is outside 0 to 2^63-1; make the ids non-negative, or write the column as text",
+    )
     return values.cast(pa.int64())
 
 
@@ -191,25 +231,42 @@ def _of_floats(values: pa.Array, numbers: Sequence[int], where: str) -> pa.Array
     limit = _WHOLE_LIMIT[values.type.bit_width]
     values = values.cast(pa.float64())
     values = pc.if_else(pc.is_nan(values), pa.scalar(None, pa.float64()), values)
-    whole = pc.and_(pc.equal(values, pc.floor(values)), pc.and_(pc.greater_equal(values, 0.0), pc.less(values, limit)))
+    whole = pc.and_(
+        pc.equal(values, pc.floor(values)),
+        pc.and_(pc.greater_equal(values, 0.0), pc.less(values, limit)),
+    )
     problem = f"is not a whole number from 0 to 2^{int(np.log2(limit))}-1, which a column of floats may hold; write it as text"
     _refuse(pc.invert(whole), values, numbers, where, problem)
     return values.cast(pa.int64())
 
 
-def _of_text(values: pa.Array, numbers: Sequence[int], where: str, missing: Sequence[str]) -> pa.Array:
+def _of_text(
+    values: pa.Array, numbers: Sequence[int], where: str, missing: Sequence[str]
+) -> pa.Array:
     long = pc.greater(pc.binary_length(values), MAX_BYTES)
     if pc.any(long, min_count=0).as_py():
         at = pc.index(long, True).as_py()
-        raise ValueError(f"{where}, row {numbers[at]}: the id has more than {MAX_BYTES:,} bytes; expected an id, not a text")
+        raise ValueError(
+            f"{where}, row {numbers[at]}: the id has more than {MAX_BYTES:,} bytes; expected an id, not a text"
+        )
     try:
         values = values.cast(pa.string())
         values.validate(full=True)
     except pa.ArrowInvalid:
-        at = next(i for i, one in enumerate(values.cast(pa.binary()).to_pylist()) if one is not None and not _is_utf8(one))
-        raise ValueError(f"{where}, row {numbers[at]}: the id is not UTF-8 text; write the column as UTF-8 strings") from None
+        at = next(
+            i
+            for i, one in enumerate(values.cast(pa.binary()).to_pylist())
+            if one is not None and not _is_utf8(one)
+        )
+        raise ValueError(
+            f"{where}, row {numbers[at]}: the id is not UTF-8 text; write the column as UTF-8 strings"
+        ) from None
     absent = pc.is_in(values, value_set=pa.array(["", *missing], pa.string()))
-    return pc.if_else(absent, pa.scalar(None, pa.string()), values) if pc.any(absent, min_count=0).as_py() else values
+    return (
+        pc.if_else(absent, pa.scalar(None, pa.string()), values)
+        if pc.any(absent, min_count=0).as_py()
+        else values
+    )
 
 
 def _is_utf8(data: bytes) -> bool:
@@ -220,7 +277,9 @@ def _is_utf8(data: bytes) -> bool:
     return True
 
 
-def _refuse(bad: pa.Array, values: pa.Array, numbers: Sequence[int], where: str, problem: str) -> None:
+def _refuse(
+    bad: pa.Array, values: pa.Array, numbers: Sequence[int], where: str, problem: str
+) -> None:
     if pc.any(bad, min_count=0).as_py():
         at = pc.index(bad, True).as_py()
         raise ValueError(f"{where}, row {numbers[at]}: the id {values[at].as_py()} {problem}")

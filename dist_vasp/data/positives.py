@@ -80,7 +80,9 @@ class PositiveRule:
             text = f"positives: {self.rating_column} of at least {self.min_rating:g}"
             which = "rating"
         if self.repeats == "first":
-            return text + ("" if self.is_implicit else "; of several such rows of a pair the first counts")
+            return text + (
+                "" if self.is_implicit else "; of several such rows of a pair the first counts"
+            )
         if self.repeats == "max":
             return text + "; of several ratings of a pair the highest counts"
         by = f"by {self.time_column}" if self.time_column else "in input order"
@@ -93,12 +95,16 @@ def from_json(raw: Any) -> PositiveRule:
         raise ValueError(f"positives is {raw!r:.100}, expected a table of keys")
     names = (raw.get("user_column"), raw.get("item_column"))
     optional = (raw.get("rating_column"), raw.get("time_column"))
-    if not all(isinstance(name, str) for name in names) or not all(_text_or_none(name) for name in optional):
+    if not all(isinstance(name, str) for name in names) or not all(
+        _text_or_none(name) for name in optional
+    ):
         raise ValueError("positives holds a column name that is not text")
     least, missing = raw.get("min_rating"), raw.get("missing")
     if least is not None and not _is_finite(least):
         raise ValueError(f"positives holds min_rating {least!r:.100}, expected a number")
-    if missing is not None and not (isinstance(missing, list | tuple) and all(isinstance(m, str) for m in missing)):
+    if missing is not None and not (
+        isinstance(missing, list | tuple) and all(isinstance(m, str) for m in missing)
+    ):
         raise ValueError("positives holds missing markers that are not texts")
     return PositiveRule(
         *names,  # type: ignore[arg-type]
@@ -151,7 +157,9 @@ def for_header(rule: PositiveRule | None) -> dict[str, Any]:
 # --- which row of a pair decides -----------------------------------------------------------------
 
 
-def deciding_rows(pairs_E: np.ndarray, repeats: str, priority_E: np.ndarray | None) -> np.ndarray | None:
+def deciding_rows(
+    pairs_E: np.ndarray, repeats: str, priority_E: np.ndarray | None
+) -> np.ndarray | None:
     """Return the ascending positions of the row that decides for each distinct pair.
 
     pairs_E: one number for each pair, in input order. priority_E: the times (`first`, `last`; None:
@@ -176,7 +184,12 @@ def deciding_rows(pairs_E: np.ndarray, repeats: str, priority_E: np.ndarray | No
     return np.sort(order[ends])
 
 
-def positive_rows(rule: PositiveRule, pairs_E: np.ndarray, ratings_E: np.ndarray | None, times_E: np.ndarray | None) -> np.ndarray:
+def positive_rows(
+    rule: PositiveRule,
+    pairs_E: np.ndarray,
+    ratings_E: np.ndarray | None,
+    times_E: np.ndarray | None,
+) -> np.ndarray:
     """Return the ascending positions of one row for each pair that is a positive.
 
     Without ratings every pair is one. A rating that is NaN is below every minimum.
@@ -197,7 +210,9 @@ def positive_rows(rule: PositiveRule, pairs_E: np.ndarray, ratings_E: np.ndarray
 # --- which columns are read ----------------------------------------------------------------------
 
 
-def unused_columns(names: Sequence[str], used: Iterable[str], options: Sequence[str], dashes: str = "--") -> list[str]:
+def unused_columns(
+    names: Sequence[str], used: Iterable[str], options: Sequence[str], dashes: str = "--"
+) -> list[str]:
     """Return a line on the columns that are not used, with the option that would use one of them.
 
     options: the roles for which the caller has an option `ROLE_column` and reads no column now.
@@ -254,19 +269,38 @@ def serving_columns(
     """
     notes: list[str] = []
     columns: dict[str, str | None] = {}
-    for role, remembered in (("user", rule and rule.user_column), ("item", rule and rule.item_column)):
+    for role, remembered in (
+        ("user", rule and rule.user_column),
+        ("item", rule and rule.item_column),
+    ):
         name, said = _there(names, asked.get(role), remembered or role, role, where)
         notes += said
         columns[role] = _only(names, name, role, where, dashes)
     if columns["user"] == columns["item"]:
-        raise ValueError(f"{where}: column {columns['user']!r} is named as user and as item; name another for one of them")
-    columns["rating"], said = _rating_column(names, rule, asked.get("rating"), where, all_positive, dashes)
+        raise ValueError(
+            f"{where}: column {columns['user']!r} is named as user and as item; name another for one of them"
+        )
+    columns["rating"], said = _rating_column(
+        names, rule, asked.get("rating"), where, all_positive, dashes
+    )
     notes += said
-    columns["time"], said = _time_column(names, rule, asked.get("time"), where, columns["rating"] is not None, dashes)
+    columns["time"], said = _time_column(
+        names, rule, asked.get("time"), where, columns["rating"] is not None, dashes
+    )
     notes += said
-    wanted = ["rating"] if rule and not rule.is_implicit and not all_positive and columns["rating"] is None else []
+    wanted = (
+        ["rating"]
+        if rule and not rule.is_implicit and not all_positive and columns["rating"] is None
+        else []
+    )
     notes += unused_columns(names, [name for name in columns.values() if name], wanted, dashes)
-    return ServingColumns(columns["user"] or "", columns["item"] or "", columns["rating"], columns["time"], tuple(notes))
+    return ServingColumns(
+        columns["user"] or "",
+        columns["item"] or "",
+        columns["rating"],
+        columns["time"],
+        tuple(notes),
+    )
 
 
 def _only(names: Sequence[str], name: str, role: str, where: str, dashes: str) -> str:
@@ -276,10 +310,14 @@ def _only(names: Sequence[str], name: str, role: str, where: str, dashes: str) -
     problem = "has more than one column" if name in names else "has no column"
     alike = next((other for other in names if other != name and role_of(other) == role), "NAME")
     there = ", ".join(names[:20]) or "none"
-    raise ValueError(f"{where} {problem} {name!r}; its columns are {there}; pass {_option(dashes, role, alike)}")
+    raise ValueError(
+        f"{where} {problem} {name!r}; its columns are {there}; pass {_option(dashes, role, alike)}"
+    )
 
 
-def _there(names: Sequence[str], asked: str | None, remembered: str, plain: str, where: str) -> tuple[str, list[str]]:
+def _there(
+    names: Sequence[str], asked: str | None, remembered: str, plain: str, where: str
+) -> tuple[str, list[str]]:
     """Return the name that was asked for or remembered, else `plain` where that is there; and a note on the latter.
 
     RecBole's files add a type to a name, `rating:float`.
@@ -289,7 +327,9 @@ def _there(names: Sequence[str], asked: str | None, remembered: str, plain: str,
     name = wanted if wanted in names else typed
     if name in names or asked or plain not in names:
         return name, []
-    return plain, [f"{where} has no column {wanted}, which the shards were made from; column {plain} is read"]
+    return plain, [
+        f"{where} has no column {wanted}, which the shards were made from; column {plain} is read"
+    ]
 
 
 def _option(dashes: str, role: str, name: str) -> str:
@@ -298,13 +338,20 @@ def _option(dashes: str, role: str, name: str) -> str:
 
 
 def _rating_column(
-    names: Sequence[str], rule: PositiveRule | None, asked: str | None, where: str, all_positive: bool, dashes: str
+    names: Sequence[str],
+    rule: PositiveRule | None,
+    asked: str | None,
+    where: str,
+    all_positive: bool,
+    dashes: str,
 ) -> tuple[str | None, list[str]]:
     """Choose the column of ratings (None: every row is a like), and say why."""
     option = f"{dashes}rating_column"
     if all_positive:
         if asked:
-            raise ValueError(f"{option} and {dashes}all_positive contradict each other; leave one of them out")
+            raise ValueError(
+                f"{option} and {dashes}all_positive contradict each other; leave one of them out"
+            )
         return None, [f"{where}: every row is taken as a like ({dashes}all_positive)"]
     if rule is None:
         if asked:
@@ -316,7 +363,9 @@ def _rating_column(
         ]
     if rule.is_implicit:
         if asked:
-            raise ValueError(f"{option} is {asked}, but the model was trained on every row, without ratings; leave it out")
+            raise ValueError(
+                f"{option} is {asked}, but the model was trained on every row, without ratings; leave it out"
+            )
         return None, []
     assert rule.rating_column is not None
     name, notes = _there(names, asked, rule.rating_column, "rating", where)
@@ -326,16 +375,25 @@ def _rating_column(
 
 
 def _time_column(
-    names: Sequence[str], rule: PositiveRule | None, asked: str | None, where: str, rated: bool, dashes: str
+    names: Sequence[str],
+    rule: PositiveRule | None,
+    asked: str | None,
+    where: str,
+    rated: bool,
+    dashes: str,
 ) -> tuple[str | None, list[str]]:
     """Choose the column of times (None: the order of the rows), which only the rule `last` reads."""
     needed = rule is not None and rule.repeats == "last" and rated
     if asked and not needed:
-        raise ValueError(f"{dashes}time_column is {asked}, but no rating is chosen by its time here; leave it out")
+        raise ValueError(
+            f"{dashes}time_column is {asked}, but no rating is chosen by its time here; leave it out"
+        )
     remembered = rule.time_column if rule else None
     if not needed or not (asked or remembered):
         return None, []
     name, notes = _there(names, asked, remembered or "timestamp", "timestamp", where)
     if name in names or asked:
         return _only(names, name, "time", where, dashes), notes
-    return None, [f"{where} has no column {name}: of several ratings of a user and an item the last row counts"]
+    return None, [
+        f"{where} has no column {name}: of several ratings of a user and an item the last row counts"
+    ]

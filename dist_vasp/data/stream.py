@@ -68,7 +68,9 @@ def indptr_of(lengths: np.ndarray) -> np.ndarray:
 def concatenate_rows(parts: Sequence[Rows]) -> Rows:
     """All rows of `parts`, in order; no parts give no rows."""
     lengths = np.concatenate([np.empty(0, np.int64), *(p.lengths for p in parts)])
-    return Rows(indptr_of(lengths), np.concatenate([np.empty(0, np.int32), *(p.items for p in parts)]))
+    return Rows(
+        indptr_of(lengths), np.concatenate([np.empty(0, np.int32), *(p.items for p in parts)])
+    )
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,9 @@ class Batch:
     inputs: Rows  # B rows
     targets: Rows  # B rows
     user_keys: np.ndarray  # (B,) uint64, the user of each row
-    lane_rows: tuple[tuple[int, int], ...]  # (lane, rows) in the order the rows lie; lanes without rows are left out
+    lane_rows: tuple[
+        tuple[int, int], ...
+    ]  # (lane, rows) in the order the rows lie; lanes without rows are left out
     n_users: int  # on this rank
     global_users: int  # over all ranks
     global_rows: int  # N: over all ranks
@@ -115,7 +119,9 @@ class TrainStream:
         if batch_size < 1:
             raise ValueError(f"data.batch_size is {batch_size}, expected at least 1 user per step")
         if lanes < 1:
-            raise ValueError(f"parallel.lanes is {lanes}, expected at least 1; choose a multiple of the number of ranks")
+            raise ValueError(
+                f"parallel.lanes is {lanes}, expected at least 1; choose a multiple of the number of ranks"
+            )
         if lanes % world_size:
             raise ValueError(
                 f"parallel.lanes is {lanes} but {world_size} ranks do not divide it; "
@@ -126,13 +132,20 @@ class TrainStream:
                 f"parallel.lanes is {lanes} but data.batch_size is {batch_size}, expected at least one user per lane; "
                 f"lower parallel.lanes or raise data.batch_size"
             )
-        self.folder, self.seed, self.halves, self.input_dropout = Path(folder), seed, halves, input_dropout
+        self.folder, self.seed, self.halves, self.input_dropout = (
+            Path(folder),
+            seed,
+            halves,
+            input_dropout,
+        )
         self.rank, self.world_size, self.lanes = rank, world_size, lanes
         self.manifest = Manifest.load(folder)
         self.n_users = self.manifest.splits["train"].users
         self.n_items = self.manifest.n_items
         if self.n_users < 1:
-            raise ValueError(f"{folder} has no training users; prepare the data with fewer val_users and test_users")
+            raise ValueError(
+                f"{folder} has no training users; prepare the data with fewer val_users and test_users"
+            )
         self.steps_per_epoch = -(-self.n_users // batch_size)
         self._item_keys = load_items(folder, self.manifest).keys
         self._shards = self.manifest.splits["train"].shards
@@ -206,28 +219,36 @@ class TrainStream:
 
         per_user = 2 if self.halves else 1
         if self.halves:
-            in_a = split_halves(user_keys, rows.indptr, self._item_keys[rows.items], self.seed, epoch)
+            in_a = split_halves(
+                user_keys, rows.indptr, self._item_keys[rows.items], self.seed, epoch
+            )
             inputs, targets = _both_ways(rows, in_a)
         else:
             inputs = targets = rows
         user_keys = np.repeat(user_keys, per_user)
         if self.input_dropout:
             keys_E = self._item_keys[inputs.items]
-            inputs = inputs.where(keep_inputs(user_keys, inputs.indptr, keys_E, self.input_dropout, self.seed, epoch))
+            inputs = inputs.where(
+                keep_inputs(user_keys, inputs.indptr, keys_E, self.input_dropout, self.seed, epoch)
+            )
         return Batch(
             epoch=epoch,
             step=step,
             inputs=inputs,
             targets=targets,
             user_keys=user_keys,
-            lane_rows=tuple((lane, per_user * int(users[lane])) for lane in self._my_lanes if users[lane]),
+            lane_rows=tuple(
+                (lane, per_user * int(users[lane])) for lane in self._my_lanes if users[lane]
+            ),
             n_users=len(rows.lengths),
             global_users=int(users.sum()),
             global_rows=per_user * int(users.sum()),
             padded_rows=per_user * int(users.reshape(self.world_size, -1).sum(axis=1).max()),
         )
 
-    def batches(self, start: int, stop: int, workers: int) -> Generator[Batch, None, None] | ReadAhead[Batch]:
+    def batches(
+        self, start: int, stop: int, workers: int
+    ) -> Generator[Batch, None, None] | ReadAhead[Batch]:
         """The batches of the global steps start to stop, in order, read ahead by `workers` processes (0: none).
 
         Workers start now, with nothing decoded, and live as long as the iterator: ask once for a whole run, not per epoch, and
@@ -245,11 +266,16 @@ def _both_ways(rows: Rows, in_a: np.ndarray) -> tuple[Rows, Rows]:
     before = np.concatenate([np.zeros(1, np.int64), np.cumsum(in_a)])
     n_a = np.diff(before[rows.indptr])
     n_b = rows.lengths - n_a
-    a, b = rows.items[np.flatnonzero(in_a)], rows.items[np.flatnonzero(~in_a)]  # faster than boolean indexing
+    a, b = (
+        rows.items[np.flatnonzero(in_a)],
+        rows.items[np.flatnonzero(~in_a)],
+    )  # faster than boolean indexing
     return _interleave(n_a, a, n_b, b), _interleave(n_b, b, n_a, a)
 
 
-def _interleave(n_first: np.ndarray, first: np.ndarray, n_second: np.ndarray, second: np.ndarray) -> Rows:
+def _interleave(
+    n_first: np.ndarray, first: np.ndarray, n_second: np.ndarray, second: np.ndarray
+) -> Rows:
     """Rows that alternate between those of `first` (lengths n_first) and those of `second`."""
     lengths = np.stack([n_first, n_second], axis=1).reshape(-1)
     from_first = np.repeat(np.tile([True, False], len(n_first)), lengths)
@@ -313,13 +339,23 @@ def evaluation_blocks(
 def _eval_block(block: Block) -> EvalBlock:
     assert block.heldout_indptr is not None
     assert block.heldout_items is not None
-    return EvalBlock(block.user_keys, Rows(block.indptr, block.items), Rows(block.heldout_indptr, block.heldout_items))
+    return EvalBlock(
+        block.user_keys,
+        Rows(block.indptr, block.items),
+        Rows(block.heldout_indptr, block.heldout_items),
+    )
 
 
 def _slice_eval(block: EvalBlock, start: int, stop: int) -> EvalBlock:
-    return EvalBlock(block.user_keys[start:stop], block.fold_in.slice(start, stop), block.held_out.slice(start, stop))
+    return EvalBlock(
+        block.user_keys[start:stop],
+        block.fold_in.slice(start, stop),
+        block.held_out.slice(start, stop),
+    )
 
 
 def _join_eval(a: EvalBlock, b: EvalBlock) -> EvalBlock:
     keys = np.concatenate([a.user_keys, b.user_keys])
-    return EvalBlock(keys, concatenate_rows([a.fold_in, b.fold_in]), concatenate_rows([a.held_out, b.held_out]))
+    return EvalBlock(
+        keys, concatenate_rows([a.fold_in, b.fold_in]), concatenate_rows([a.held_out, b.held_out])
+    )

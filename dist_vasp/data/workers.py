@@ -32,9 +32,18 @@ _GROUP_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
 class Worker:
     """One process that sends `compute(first)`, `compute(first + stride)`, ... up to `stop`."""
 
-    def __init__(self, compute: Callable[[int], Any], first: int, stop: int, stride: int, others: list[Worker]) -> None:
+    def __init__(
+        self,
+        compute: Callable[[int], Any],
+        first: int,
+        stop: int,
+        stride: int,
+        others: list[Worker],
+    ) -> None:
         rank_process = os.getpid()
-        self._receiver, sender = Pipe(duplex=False)  # nothing of it is in /dev/shm, which may be full
+        self._receiver, sender = Pipe(
+            duplex=False
+        )  # nothing of it is in /dev/shm, which may be full
         self.exit_code: int | None = None
         # A signal that arrives between the fork and the child's SIG_IGN waits, and is then ignored.
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _GROUP_SIGNALS)
@@ -118,18 +127,28 @@ class ReadAhead(Iterator[T]):
 
 
 def _how_it_ended(code: int) -> str:
-    return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
+    return (
+        f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
+    )
 
 
 def _warn(what: str) -> None:
-    print(f"warning: {what}; training continues, and its batches are read without it", file=sys.stderr, flush=True)
+    print(
+        f"warning: {what}; training continues, and its batches are read without it",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 # --- in the worker ---------------------------------------------------------------------------------------------------
 
 
 def _work(
-    compute: Callable[[int], Any], steps: range, sender: Connection, inherited: list[Connection], rank_process: int
+    compute: Callable[[int], Any],
+    steps: range,
+    sender: Connection,
+    inherited: list[Connection],
+    rank_process: int,
 ) -> NoReturn:
     """Send a batch for each of `steps`, then end; never returns into the rank's code."""
     status = 1

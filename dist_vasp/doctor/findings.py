@@ -38,9 +38,14 @@ def table(findings: list[Finding]) -> str:
         lines.append(f"{f.level:<8} {f.check:<{wide}}  {f.text}")
         if f.do:
             lines.append(f"{'':<8} {'':<{wide}}  -> {f.do}")
-    n_errors, n_warnings = (sum(f.level == level for f in findings) for level in ("error", "warning"))
+    n_errors, n_warnings = (
+        sum(f.level == level for f in findings) for level in ("error", "warning")
+    )
     verdict = f"{_count(n_errors, 'error')}, {_count(n_warnings, 'warning')}"
-    lines.append(f"{verdict}: " + ("mend the errors before a job is submitted" if n_errors else "a job can be submitted"))
+    lines.append(
+        f"{verdict}: "
+        + ("mend the errors before a job is submitted" if n_errors else "a job can be submitted")
+    )
     return "\n".join(lines)
 
 

@@ -18,11 +18,17 @@ from dist_vasp.parallel.partition import ItemPartition, Layout
 from dist_vasp.plan import Rates, Sizes, make_plan, smallest_that_fits
 from dist_vasp.training.tracking import services
 
-_SHARD_AGAIN = "shard the data again, or copy the folder again: python -m data_tools.verify names every fault"
+_SHARD_AGAIN = (
+    "shard the data again, or copy the folder again: python -m data_tools.verify names every fault"
+)
 
 
 def check_job(
-    config: Config, ranks: int, local_ranks: int, checksums: bool, progress: Callable[[int, int], None]
+    config: Config,
+    ranks: int,
+    local_ranks: int,
+    checksums: bool,
+    progress: Callable[[int, int], None],
 ) -> Iterator[Finding]:
     """Findings on this configuration with `ranks` ranks, `local_ranks` of them on this machine."""
     manifest = None
@@ -31,14 +37,20 @@ def check_job(
         yield found[0]
         manifest = found[1]
     else:
-        yield warning("shards", "data.shards is not set, so neither data nor plan are checked", "pass --data.shards DIR")
+        yield warning(
+            "shards",
+            "data.shards is not set, so neither data nor plan are checked",
+            "pass --data.shards DIR",
+        )
     layout = None
     try:
         layout = Layout.of(ranks, config.parallel.partitions, config.parallel.replicas)
         if manifest:
             ItemPartition(manifest.n_items, layout.partitions, 0)
         if config.parallel.lanes % ranks and not config.model.linear:
-            raise ValueError(f"parallel.lanes is {config.parallel.lanes}, which is no multiple of {ranks} ranks; choose one")
+            raise ValueError(
+                f"parallel.lanes is {config.parallel.lanes}, which is no multiple of {ranks} ranks; choose one"
+            )
     except ValueError as raised:
         yield error("layout", *_two(str(raised)))
         layout = None
@@ -54,12 +66,17 @@ def check_job(
     if config.run.wandb or config.run.mlflow:
         try:
             services(Path(config.run.dir or "."), config)
-            yield ok("tracking", ", ".join(name for name in ("wandb", "mlflow") if getattr(config.run, name)))
+            yield ok(
+                "tracking",
+                ", ".join(name for name in ("wandb", "mlflow") if getattr(config.run, name)),
+            )
         except ValueError as raised:
             yield error("tracking", *_two(str(raised)))
 
 
-def _shards(folder: str, checksums: bool, progress: Callable[[int, int], None]) -> tuple[Finding, Manifest | None]:
+def _shards(
+    folder: str, checksums: bool, progress: Callable[[int, int], None]
+) -> tuple[Finding, Manifest | None]:
     """Manifest, vocabulary and the size of every shard; with `checksums` all of their content."""
     try:
         manifest = Manifest.load(folder)
@@ -69,19 +86,29 @@ def _shards(folder: str, checksums: bool, progress: Callable[[int, int], None]) 
             path = Path(folder) / entry.name
             size = path.stat().st_size if path.is_file() else None
             if size != entry.bytes:
-                raise ValueError(f"{path} has {size if size is not None else 'no'} bytes, the manifest says {entry.bytes}")
+                raise ValueError(
+                    f"{path} has {size if size is not None else 'no'} bytes, the manifest says {entry.bytes}"
+                )
         for done, (split, entry) in enumerate(entries if checksums else []):
             read_shard(folder, split, entry, manifest.n_items)
             progress(done + 1, len(entries))
     except (ValueError, OSError) as raised:
         return error("shards", str(raised), _SHARD_AGAIN), None
     users = ", ".join(f"{manifest.splits[split].users:,} {split}" for split in SPLITS)
-    how = "every byte verified" if checksums else "sizes agree with the manifest; --checksums reads every byte"
+    how = (
+        "every byte verified"
+        if checksums
+        else "sizes agree with the manifest; --checksums reads every byte"
+    )
     if not manifest.splits["validation"].users and config_needs_validation(manifest):
         return warning(
-            "shards", f"{folder} has no validation users", "shard with --val_users to choose the best checkpoint"
+            "shards",
+            f"{folder} has no validation users",
+            "shard with --val_users to choose the best checkpoint",
         ), manifest
-    return ok("shards", f"{manifest.n_items:,} items, users: {users}; {len(entries)} shards, {how}"), manifest
+    return ok(
+        "shards", f"{manifest.n_items:,} items, users: {users}; {len(entries)} shards, {how}"
+    ), manifest
 
 
 def config_needs_validation(manifest: Manifest) -> bool:
@@ -94,7 +121,10 @@ def _plan(config: Config, sizes: Sizes, layout: Layout, local_ranks: int) -> Fin
     device = "cuda" if on_cuda else "cpu"
     plan = make_plan(config, sizes, layout.partitions, layout.replicas, Rates(), device)
     if on_cuda:
-        room = min(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count()))
+        room = min(
+            torch.cuda.get_device_properties(i).total_memory
+            for i in range(torch.cuda.device_count())
+        )
         where = "of a device"
     else:
         room = available_memory()[0] // max(local_ranks, 1)
@@ -103,10 +133,16 @@ def _plan(config: Config, sizes: Sizes, layout: Layout, local_ranks: int) -> Fin
     text = f"a rank needs about {need / 1e9:.2f} GB at its peak, {room / 1e9:.2f} GB {where}"
     if need > room:
         fits = smallest_that_fits(config, sizes, room, Rates(), device)
-        do = f"use {fits.partitions} partitions or more" if fits else "no partitioning fits: lower model.hidden or data.batch_size"
+        do = (
+            f"use {fits.partitions} partitions or more"
+            if fits
+            else "no partitioning fits: lower model.hidden or data.batch_size"
+        )
         return error("plan", text, f"{do}; launch/plan.py says what the memory is for")
     if need > 0.85 * room:
-        return warning("plan", f"{text}: little is left", "use one partition more, or fewer ranks on a machine")
+        return warning(
+            "plan", f"{text}: little is left", "use one partition more, or fewer ranks on a machine"
+        )
     return ok("plan", text)
 
 
@@ -126,7 +162,9 @@ def _disk(config: Config, n_items: int) -> Finding:
     state = f"would resume from {newest.name}" if newest else "a new run"
     text = f"{folder}: {state}, {free / 1e9:.1f} GB free, the checkpoints take up to {needed / 1e9:.2f} GB"
     if free < weights * (1 + moments):
-        return error("run.dir", f"{text}: not even one fits", "free some space, or choose another run.dir")
+        return error(
+            "run.dir", f"{text}: not even one fits", "free some space, or choose another run.dir"
+        )
     if free < needed:
         return warning("run.dir", text, "free some space, or lower run.keep")
     return ok("run.dir", text)

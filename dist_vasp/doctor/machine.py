@@ -33,7 +33,9 @@ def check_machine(device: str, compile_always: bool = False) -> Iterator[Finding
     yield from _shared_memory()
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < 1024:
-        yield warning("open files", f"a process may open {soft} files", "raise the limit: ulimit -n 4096")
+        yield warning(
+            "open files", f"a process may open {soft} files", "raise the limit: ulimit -n 4096"
+        )
 
 
 def _versions() -> Iterator[Finding]:
@@ -41,7 +43,11 @@ def _versions() -> Iterator[Finding]:
     try:
         wanted = [Requirement(text) for text in metadata.requires("dist_vasp") or []]
     except metadata.PackageNotFoundError:
-        yield warning("versions", f"{found}; dist_vasp itself is not installed here", "pip install -c constraints.txt -e .")
+        yield warning(
+            "versions",
+            f"{found}; dist_vasp itself is not installed here",
+            "pip install -c constraints.txt -e .",
+        )
         return
     missing, others = [], []
     for requirement in wanted:
@@ -55,9 +61,17 @@ def _versions() -> Iterator[Finding]:
         if not requirement.specifier.contains(version.split("+")[0], prereleases=True):
             others.append(f"{requirement.name} {version} (wanted {requirement.specifier})")
     if missing:
-        yield error("versions", f"{found}; missing: {', '.join(missing)}", "pip install -c constraints.txt -e .")
+        yield error(
+            "versions",
+            f"{found}; missing: {', '.join(missing)}",
+            "pip install -c constraints.txt -e .",
+        )
     elif others:
-        yield warning("versions", f"{found}; others than tested: {', '.join(others)}", "pip install -c constraints.txt -e .")
+        yield warning(
+            "versions",
+            f"{found}; others than tested: {', '.join(others)}",
+            "pip install -c constraints.txt -e .",
+        )
     else:
         yield ok("versions", found)
 
@@ -67,21 +81,31 @@ def _devices(device: str) -> Finding:
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         each = ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))
         if device == "cpu":
-            return warning("devices", f"{each}, but device is cpu", "leave device at auto to use them")
+            return warning(
+                "devices", f"{each}, but device is cpu", "leave device at auto to use them"
+            )
         return ok("devices", f"{each}, CUDA {torch.version.cuda}")
     if device == "cuda":
         build = "is a build without CUDA" if torch.version.cuda is None else "finds no CUDA device"
         return error(
-            "devices", f"device is cuda but torch {torch.__version__} {build}", "install torch for your driver, or use --device cpu"
+            "devices",
+            f"device is cuda but torch {torch.__version__} {build}",
+            "install torch for your driver, or use --device cpu",
         )
     if Path("/proc/driver/nvidia/version").exists():
-        return warning("devices", "there is an NVIDIA driver, but torch does not see a device", "install a CUDA build of torch")
+        return warning(
+            "devices",
+            "there is an NVIDIA driver, but torch does not see a device",
+            "install a CUDA build of torch",
+        )
     return ok("devices", f"no GPU; the CPU is used ({processor()})")
 
 
 def _compiler(needed: bool) -> Finding:
     bad = error if needed else warning
-    name = os.environ.get("CXX") or next((found for c in ("c++", "g++", "clang++") if (found := shutil.which(c))), "")
+    name = os.environ.get("CXX") or next(
+        (found for c in ("c++", "g++", "clang++") if (found := shutil.which(c))), ""
+    )
     do = "install one (Debian: apt-get install g++), or name it in CXX; without it parallel.compile and DeepSpeed's own operators have nothing to build with"
     if not name:
         return bad("compiler", "no C++ compiler", do)
@@ -95,10 +119,18 @@ def _compiler(needed: bool) -> Finding:
                 timeout=60,
                 check=False,
             )
-            said = "" if done.returncode == 0 else (done.stderr.strip().splitlines() or ["it failed"])[-1]
+            said = (
+                ""
+                if done.returncode == 0
+                else (done.stderr.strip().splitlines() or ["it failed"])[-1]
+            )
         except (OSError, subprocess.TimeoutExpired) as raised:
             said = str(raised)
-    return bad("compiler", f"{name} does not compile a small program ({said})", do) if said else ok("compiler", f"{name} works")
+    return (
+        bad("compiler", f"{name} does not compile a small program ({said})", do)
+        if said
+        else ok("compiler", f"{name} works")
+    )
 
 
 def _cores() -> Finding:
@@ -115,10 +147,14 @@ def _cores() -> Finding:
 def _memory() -> Finding:
     free, limited = available_memory()
     total = psutil.virtual_memory().total
-    text = f"{free / 1e9:.1f} GB free of {total / 1e9:.1f} GB" + (", by the control group's limit" if limited else "")
+    text = f"{free / 1e9:.1f} GB free of {total / 1e9:.1f} GB" + (
+        ", by the control group's limit" if limited else ""
+    )
     if free < 1e9:
         return error(
-            "memory", text, "end what else runs here, or ask the batch system for more: a rank takes 0.6 GB before it has a model"
+            "memory",
+            text,
+            "end what else runs here, or ask the batch system for more: a rank takes 0.6 GB before it has a model",
         )
     return ok("memory", text)
 
@@ -173,7 +209,9 @@ def _groups() -> list[Path]:
         lines = []
     name = next((line[3:] for line in lines if line.startswith("0::")), "/")
     own = _CGROUP / name.strip("/")
-    return [folder for folder in (own, *own.parents) if folder == _CGROUP or _CGROUP in folder.parents]
+    return [
+        folder for folder in (own, *own.parents) if folder == _CGROUP or _CGROUP in folder.parents
+    ]
 
 
 def _number(path: Path) -> int | None:

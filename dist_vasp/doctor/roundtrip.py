@@ -64,10 +64,16 @@ def judge(found: dict[str, Any]) -> Finding:
         f"8 bytes in {1000 * found['latency']:.2f} ms"
     )
     if not found["right"]:
-        return error("round trip", f"{text}; some sums were wrong", "test memory and network of this machine; do not train on it")
+        return error(
+            "round trip",
+            f"{text}; some sums were wrong",
+            "test memory and network of this machine; do not train on it",
+        )
     if rate < _SLOW:
         return warning(
-            "round trip", text, "name a faster network with parallel.interface, and start no more ranks than there are cores"
+            "round trip",
+            text,
+            "name a faster network with parallel.interface, and start no more ranks than there are cores",
         )
     return ok("round trip", text)
 
@@ -78,8 +84,16 @@ def start_here(script: Path, n: int, device: str, threads: int) -> Finding:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    place = {"WORLD_SIZE": n, "LOCAL_SIZE": n, "LOCAL_WORLD_SIZE": n, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    environment = os.environ | {k: str(v) for k, v in place.items()} | {"OMP_NUM_THREADS": str(threads)}
+    place = {
+        "WORLD_SIZE": n,
+        "LOCAL_SIZE": n,
+        "LOCAL_WORLD_SIZE": n,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
+    environment = (
+        os.environ | {k: str(v) for k, v in place.items()} | {"OMP_NUM_THREADS": str(threads)}
+    )
     command = [sys.executable, str(script), "--round_trip", "--device", device]
     processes = [
         subprocess.Popen(
@@ -103,6 +117,12 @@ def start_here(script: Path, n: int, device: str, threads: int) -> Finding:
                 process.communicate()
     failed = next((r for r in range(n) if processes[r].returncode), None)
     if failed is not None:
-        lines = [line for line in said[failed][1].splitlines() if line.strip()] or ["it said nothing"]
-        return error("round trip", f"rank {failed} of {n} ended with status {processes[failed].returncode}: {lines[-1]}", do)
+        lines = [line for line in said[failed][1].splitlines() if line.strip()] or [
+            "it said nothing"
+        ]
+        return error(
+            "round trip",
+            f"rank {failed} of {n} ended with status {processes[failed].returncode}: {lines[-1]}",
+            do,
+        )
     return judge(json.loads(said[0][0].splitlines()[-1]))

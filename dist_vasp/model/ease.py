@@ -48,7 +48,9 @@ class SymmetricColumns:
         self.columns, self.ranks, self.n_items = columns, ranks, n_items
         self.blocks: list[Range] = [block for of_rank in blocks for block in of_rank]
         self.first = sum(len(of_rank) for of_rank in blocks[:mine])  # of this rank's blocks
-        assert [c.shape[1] for c in columns] == [hi - lo for lo, hi in blocks[mine]], "columns do not match the partition"
+        assert [c.shape[1] for c in columns] == [hi - lo for lo, hi in blocks[mine]], (
+            "columns do not match the partition"
+        )
 
     def kept_rows(self, block: int) -> list[Range]:
         """The rows of column block `block` that are kept up to date: one range, or two where it goes over the end."""
@@ -72,7 +74,9 @@ class SymmetricColumns:
                     panel_IC[first:last] = column[first:last]
             elif any(first <= lo < last for first, last in self.kept_rows(c)):
                 panel_IC[slice(*self.blocks[c])] = column[lo:hi].T
-        return all_reduce(panel_IC, self.ranks.partition_group)  # a sum: every row comes from one rank
+        return all_reduce(
+            panel_IC, self.ranks.partition_group
+        )  # a sum: every row comes from one rank
 
     def subtract_outer(self, V_IC: Tensor) -> None:
         """A <- A - V V^T on what is kept."""
@@ -105,7 +109,9 @@ def add_gram(G: SymmetricColumns, x: ItemRows, weight_U: Tensor | None = None) -
             users, items = x.positions(first, last)
             x_UC[users, items] = 1.0 if weight_U is None else weight_U[users]
             for top, bottom in G.kept_rows(c):
-                column[top:bottom, first - lo : last - lo] += sum_rows(x_UC, *x.rows_by_item(top, bottom))
+                column[top:bottom, first - lo : last - lo] += sum_rows(
+                    x_UC, *x.rows_by_item(top, bottom)
+                )
 
 
 def invert(A: SymmetricColumns, tick: Callable[[int], None] = lambda done: None) -> None:
@@ -117,7 +123,9 @@ def invert(A: SymmetricColumns, tick: Callable[[int], None] = lambda done: None)
         V_IC = A.panel(block)
         with agreed(A.ranks):
             L_CC = _cholesky(V_IC[lo:hi], lo)
-        inverse_CC = torch.linalg.solve_triangular(L_CC, torch.eye(hi - lo, dtype=L_CC.dtype, device=L_CC.device), upper=False)
+        inverse_CC = torch.linalg.solve_triangular(
+            L_CC, torch.eye(hi - lo, dtype=L_CC.dtype, device=L_CC.device), upper=False
+        )
         V_IC = V_IC @ inverse_CC.T
         V_IC[lo:hi] = -inverse_CC.T
         for c, column in A.own():

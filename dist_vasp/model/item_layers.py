@@ -31,7 +31,9 @@ from dist_vasp.model.sparse import ItemRows, sum_rows
 from dist_vasp.parallel.comm import Group, all_gather, reduce_scatter
 from dist_vasp.parallel.partition import ItemPartition
 
-BLOCK_COLUMNS = 256  # a block of logits and its gather stay in a CPU core's cache (docs/experiments.md)
+BLOCK_COLUMNS = (
+    256  # a block of logits and its gather stay in a CPU core's cache (docs/experiments.md)
+)
 GPU_BLOCK_COLUMNS = 2048  # fewer, larger kernels; not measured yet
 GRADIENT_ROWS = 1024  # input items whose gradient is held at once: made, used and dropped in cache
 FUSED_GRADIENT_ROWS = 8192  # the same where a compiled update takes them: fewer, larger calls
@@ -67,7 +69,8 @@ class ItemSlice:
         width = by_item.shape[1]
         for start in range(0, self.hi - self.lo, 1024):
             rows = [
-                torch.rand(width, generator=torch.Generator().manual_seed(int(key))) * (2 * bound) - bound
+                torch.rand(width, generator=torch.Generator().manual_seed(int(key))) * (2 * bound)
+                - bound
                 for key in keys[start : start + 1024]
             ]
             by_item[start : start + len(rows)] = torch.stack(rows).to(by_item)
@@ -76,7 +79,14 @@ class ItemSlice:
 class InputSide:
     """x -> W1 x for this rank's own rows: local sums over J, then a reduce_scatter over the partition group."""
 
-    def __init__(self, part: ItemPartition, group: Group, hidden: int, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        part: ItemPartition,
+        group: Group,
+        hidden: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
         self.part, self.group = part, group
         self.weight_JH = torch.zeros((part.size, hidden), device=device, dtype=dtype)
 
@@ -105,7 +115,9 @@ class Head:
     def logits(self, source_GK: Tensor, lo: int, hi: int) -> Tensor:
         return torch.addmm(self.bias_J[lo:hi], source_GK, self.weight_JK[lo:hi].T)
 
-    def backward(self, source_GK: Tensor, grads: HeadGradients, grad_GC: Tensor, lo: int, hi: int, sink: Sink) -> None:
+    def backward(
+        self, source_GK: Tensor, grads: HeadGradients, grad_GC: Tensor, lo: int, hi: int, sink: Sink
+    ) -> None:
         """Add dL/dsource, from the weights as they still are, then hand the block's weight gradient to the sink."""
         grads.source_GK.addmm_(grad_GC, self.weight_JK[lo:hi])
         grads.bias_J[lo:hi] = grad_GC.sum(dim=0)
@@ -145,7 +157,9 @@ class OutputSide:
     ) -> None:
         self.part, self.group, self.gradient_rows = part, group, GRADIENT_ROWS
         self.nease, self.nease_offset = nease, nease_offset
-        self.block_columns = block_columns or (BLOCK_COLUMNS if device.type == "cpu" else GPU_BLOCK_COLUMNS)
+        self.block_columns = block_columns or (
+            BLOCK_COLUMNS if device.type == "cpu" else GPU_BLOCK_COLUMNS
+        )
         self.blocks = part.blocks(self.block_columns)
 
         def zeros(*shape: int) -> Tensor:
@@ -153,7 +167,9 @@ class OutputSide:
 
         widths = {"output.decoder": hidden} if deep else {}
         widths |= {"output.latent": latent} if deep and latent_head else {}
-        self.heads = [Head(name, zeros(part.size, width), zeros(part.size)) for name, width in widths.items()]
+        self.heads = [
+            Head(name, zeros(part.size, width), zeros(part.size)) for name, width in widths.items()
+        ]
         # W is stored block by block: a bag over a contiguous (I, C) table stays in cache.
         self.W_IC = [zeros(part.n_items, hi - lo) for lo, hi in self.blocks] if shallow else []
         in_loss = shallow and nease != "apart"
@@ -178,29 +194,47 @@ class OutputSide:
                 ItemSlice(f"{head.name}.weight", *whole, 0, head.weight_JK),
                 ItemSlice(f"{head.name}.bias", *whole, 0, head.bias_J),
             ]
-        return pieces + [ItemSlice(NEASE_WEIGHT, lo, hi, 1, W) for (lo, hi), W in zip(self.blocks, self.W_IC, strict=False)]
+        return pieces + [
+            ItemSlice(NEASE_WEIGHT, lo, hi, 1, W)
+            for (lo, hi), W in zip(self.blocks, self.W_IC, strict=False)
+        ]
 
-    def logits(self, block: int, sources: list[Tensor], x: ItemRows, in_loss: bool = False) -> list[Tensor]:
+    def logits(
+        self, block: int, sources: list[Tensor], x: ItemRows, in_loss: bool = False
+    ) -> list[Tensor]:
         """The block's logits, (G, C) per path, in the order R, Q, W; without W where it is no part of the loss (`in_loss`)."""
         lo, hi = (b - self.part.start for b in self.blocks[block])
-        paths = [head.logits(source, lo, hi) for head, source in zip(self.heads, sources, strict=True)]
+        paths = [
+            head.logits(source, lo, hi) for head, source in zip(self.heads, sources, strict=True)
+        ]
         if self.W_IC and not (in_loss and self.nease == "apart"):
             shallow_GC = sum_rows(self.W_IC[block], x.items, x.indptr)
             paths.append(shallow_GC.add_(self.nease_offset) if self.nease_offset else shallow_GC)
         return paths
 
-    def row_stats(self, loss: RowLoss, sources: list[Tensor], x: ItemRows, y: ItemRows | None) -> Tensor:
+    def row_stats(
+        self, loss: RowLoss, sources: list[Tensor], x: ItemRows, y: ItemRows | None
+    ) -> Tensor:
         """The row statistics of `loss` over all items of all partitions: a first pass over the blocks. (G, n)"""
         nothing = torch.zeros(0, dtype=torch.int64, device=x.items.device)
         shares = [
-            loss.row_stats(self.logits(i, sources, x), y.positions(lo, hi) if y is not None else (nothing, nothing))
+            loss.row_stats(
+                self.logits(i, sources, x),
+                y.positions(lo, hi) if y is not None else (nothing, nothing),
+            )
             for i, (lo, hi) in enumerate(self.blocks)
         ]
         local = loss.combine(torch.stack(shares))
         return loss.combine(all_gather(local[None], self.group))
 
     def loss_and_gradients(
-        self, loss: Loss, sources: list[Tensor], x: ItemRows, y: ItemRows, weight_G: Tensor, sink: Sink
+        self,
+        loss: Loss,
+        sources: list[Tensor],
+        x: ItemRows,
+        y: ItemRows,
+        weight_G: Tensor,
+        sink: Sink,
     ) -> tuple[Tensor, list[Tensor]]:
         """One pass over the blocks: forward, loss and backward of each, before the next.
 
@@ -221,7 +255,9 @@ class OutputSide:
             self.statistics.add(item_lo, logits, weight_G)
             block_loss, grads = loss.block(logits, y.positions(item_lo, item_hi), weight_G, stats)
             total = total + block_loss
-            for head, source, head_grad, grad_GC in zip(self.heads, sources, head_grads, grads, strict=False):
+            for head, source, head_grad, grad_GC in zip(
+                self.heads, sources, head_grads, grads, strict=False
+            ):
                 head.backward(source, head_grad, grad_GC, lo, hi, sink)
             if self.W_IC and self.nease == "trained":
                 self._shallow_backward(i, grads[-1], x, sink)
@@ -237,12 +273,25 @@ class OutputSide:
             grad_RC = sum_rows(grad_GC, *x.rows_by_item(first, last))
             on_diagonal = range(max(lo, first), min(hi, last))
             if on_diagonal:
-                torch.diagonal(grad_RC[on_diagonal.start - first :, on_diagonal.start - lo : on_diagonal.stop - lo]).zero_()
+                torch.diagonal(
+                    grad_RC[
+                        on_diagonal.start - first :, on_diagonal.start - lo : on_diagonal.stop - lo
+                    ]
+                ).zero_()
             sink(self.W_IC[block], first, grad_RC)
 
-    def scores(self, sources: list[Tensor], x: ItemRows, loss: Loss) -> Iterator[tuple[int, Tensor]]:
+    def scores(
+        self, sources: list[Tensor], x: ItemRows, loss: Loss
+    ) -> Iterator[tuple[int, Tensor]]:
         """(first item, log p (G, C)) of every block, in item order; a multinomial model's p is its softmax."""
-        stats = self.row_stats(loss, sources, x, None) if isinstance(loss, MultinomialLoss) else None
+        stats = (
+            self.row_stats(loss, sources, x, None) if isinstance(loss, MultinomialLoss) else None
+        )
         for i, (lo, _) in enumerate(self.blocks):
             paths = self.logits(i, sources, x)
-            yield lo, sum_log_sigmoid(paths) if stats is None else sum(paths[1:], paths[0]) - stats[:, :1]
+            yield (
+                lo,
+                sum_log_sigmoid(paths)
+                if stats is None
+                else sum(paths[1:], paths[0]) - stats[:, :1],
+            )

@@ -47,7 +47,9 @@ def probability(logits: list[Tensor]) -> Probability:
     Where all logits are so large that 1 + u_k is 1 (above 17 in float32), q is the sum of the u_k: all are then taken exp(shift) times
     too large, so that none is lost to underflow, and q and log p are scaled back.
     """
-    shift = (reduce(torch.minimum, logits) + math.log(torch.finfo(logits[0].dtype).eps / 4)).clamp(min=0)
+    shift = (reduce(torch.minimum, logits) + math.log(torch.finfo(logits[0].dtype).eps / 4)).clamp(
+        min=0
+    )
     nothing = torch.zeros_like(shift)
     below, spread, q, p, misses = nothing, nothing, nothing, nothing + 1, []
     for logit in logits:
@@ -76,7 +78,9 @@ def sum_log_sigmoid(logits: list[Tensor]) -> Tensor:
 class ElementwiseLoss:
     """A loss that is a sum over items of a function of (log p, log q, y)."""
 
-    def slopes(self, of: Probability, is_one: Tensor, stats: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def slopes(
+        self, of: Probability, is_one: Tensor, stats: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """(L, S_p, S_q) of every entry; `is_one` says where y is 1."""
         raise TypeError(f"{type(self).__name__} does not define its slopes")  # pragma: no cover
 
@@ -90,11 +94,17 @@ class ElementwiseLoss:
         """The block's weighted loss (scalar) and its gradient with respect to each path's logits, (G, C) each."""
         is_one = torch.zeros(logits[0].shape, dtype=torch.bool, device=weight_G.device)
         is_one[ones] = True
-        weight_GC = weight_G[:, None].expand_as(is_one).contiguous()  # of one number a row the compiler makes several loops
-        loss, grads = self.entries(logits, is_one, weight_GC, None if stats is None else stats[:, None])
+        weight_GC = (
+            weight_G[:, None].expand_as(is_one).contiguous()
+        )  # of one number a row the compiler makes several loops
+        loss, grads = self.entries(
+            logits, is_one, weight_GC, None if stats is None else stats[:, None]
+        )
         return weight_G @ loss.sum(dim=1), grads
 
-    def entries(self, logits: list[Tensor], is_one: Tensor, weight: Tensor, stats: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+    def entries(
+        self, logits: list[Tensor], is_one: Tensor, weight: Tensor, stats: Tensor | None
+    ) -> tuple[Tensor, list[Tensor]]:
         """The loss of every entry, and its weighted gradient by each path, (G, C) each."""
         of = probability(logits)
         loss, slope_p, slope_q = self.slopes(of, is_one, stats)
@@ -115,7 +125,11 @@ class FocalLoss(ElementwiseLoss):
         modulator = torch.where(is_one, -self.alpha * power, (self.alpha - 1) * power)
         loss = modulator * log_hit
         slope_miss = self.gamma * loss
-        return loss, torch.where(is_one, modulator, slope_miss), torch.where(is_one, slope_miss, modulator)
+        return (
+            loss,
+            torch.where(is_one, modulator, slope_miss),
+            torch.where(is_one, slope_miss, modulator),
+        )
 
 
 @dataclass
@@ -177,12 +191,16 @@ class MultinomialLoss:
     def row_stats(self, logits: list[Tensor], ones: Positions) -> Tensor:
         """This block's (log sum exp, number of ones): (G, 2)."""
         total = sum(logits[1:], logits[0])
-        count = total.new_zeros(total.shape[0]).index_add_(0, ones[0], torch.ones_like(ones[0], dtype=total.dtype))
+        count = total.new_zeros(total.shape[0]).index_add_(
+            0, ones[0], torch.ones_like(ones[0], dtype=total.dtype)
+        )
         return torch.stack([torch.logsumexp(total, dim=1), count], dim=1)
 
     def combine(self, shares: Tensor) -> Tensor:
         """(shares, G, 2) -> (G, 2)."""
-        return torch.stack([torch.logsumexp(shares[..., 0], dim=0), shares[..., 1].sum(dim=0)], dim=1)
+        return torch.stack(
+            [torch.logsumexp(shares[..., 0], dim=0), shares[..., 1].sum(dim=0)], dim=1
+        )
 
     def row_loss(self, stats: Tensor) -> Tensor:
         """(G,) zeros: the loss is summed over the ones of each block."""

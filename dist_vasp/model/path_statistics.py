@@ -31,7 +31,9 @@ class PathStatistics:
         real_G1 = (weight_G > 0).to(logits[0].dtype)[:, None]
         for sums, logits_GC in zip(self.sums, logits, strict=True):
             sample = logits_GC[:, first::SAMPLE_EVERY] * real_G1
-            sums += torch.stack([real_G1.sum() * sample.shape[1], sample.sum(), (sample * sample).sum()])
+            sums += torch.stack(
+                [real_G1.sum() * sample.shape[1], sample.sum(), (sample * sample).sum()]
+            )
 
     def named(self, totals: list[float]) -> dict[str, float]:
         """{PATH_logit_mean, PATH_logit_std} from `sums` summed over all ranks; nothing where no item was in the sample."""
@@ -40,5 +42,7 @@ class PathStatistics:
             count, total, squares = totals[3 * i : 3 * i + 3]
             if count:
                 found[f"{path}_logit_mean"] = total / count
-                found[f"{path}_logit_std"] = math.sqrt(max(0.0, squares / count - (total / count) ** 2))
+                found[f"{path}_logit_std"] = math.sqrt(
+                    max(0.0, squares / count - (total / count) ** 2)
+                )
         return found

@@ -48,7 +48,9 @@ class ItemRows:
     @cached_property
     def row_of(self) -> Tensor:
         """(E,) the row of each interaction."""
-        return torch.repeat_interleave(torch.arange(self.n_rows, device=self.items.device), self.lengths)
+        return torch.repeat_interleave(
+            torch.arange(self.n_rows, device=self.items.device), self.lengths
+        )
 
     @cached_property
     def _by_item(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -83,12 +85,22 @@ class RowExchange:
     work. `advance` when there is time, `finish` when the rows are needed. Padding rows are empty.
     """
 
-    def __init__(self, rows: list[Rows], n_real: int, n_padded: int, n_items: int, group: Group, device: torch.device) -> None:
+    def __init__(
+        self,
+        rows: list[Rows],
+        n_real: int,
+        n_padded: int,
+        n_items: int,
+        group: Group,
+        device: torch.device,
+    ) -> None:
         self.n_items, self.group = n_items, group
         lengths = torch.full((1, len(rows), n_padded), -1, dtype=torch.int32)
         for k, csr in enumerate(rows):
             lengths[0, k, :n_real] = torch.from_numpy(np.diff(csr.indptr).astype(np.int32))
-        self._items = torch.from_numpy(np.concatenate([csr.items for csr in rows]).astype(np.int32, copy=False)).to(device)
+        self._items = torch.from_numpy(
+            np.concatenate([csr.items for csr in rows]).astype(np.int32, copy=False)
+        ).to(device)
         self._lengths = Gathering(lengths.to(device), group)
         self._ids: Gathering | None = None
 
@@ -110,13 +122,17 @@ class RowExchange:
         ends_PK = self._totals_PK.cumsum(dim=1).tolist()
         for k in range(self._totals_PK.shape[1]):
             starts = [end[k - 1] if k else 0 for end in ends_PK]
-            ids = torch.cat([items_PE[p, starts[p] : ends_PK[p][k]] for p in range(self.group.size)]).long()
+            ids = torch.cat(
+                [items_PE[p, starts[p] : ends_PK[p][k]] for p in range(self.group.size)]
+            ).long()
             lengths_G = self._lengths_PKB[:, k].reshape(-1)
             indptr = torch.cat([lengths_G.new_zeros(1), lengths_G.clamp(min=0).cumsum(0)])
             gathered.append(ItemRows(indptr, ids, self.n_items, lengths_G >= 0))
         return gathered
 
 
-def gather_rows(rows: list[Rows], n_real: int, n_padded: int, n_items: int, group: Group, device: torch.device) -> list[ItemRows]:
+def gather_rows(
+    rows: list[Rows], n_real: int, n_padded: int, n_items: int, group: Group, device: torch.device
+) -> list[ItemRows]:
     """`RowExchange` from start to end."""
     return RowExchange(rows, n_real, n_padded, n_items, group, device).finish()

@@ -21,8 +21,12 @@ class ResidualStack(nn.Module):
 
     def __init__(self, n_layers: int, hidden: int, dtype: torch.dtype) -> None:
         super().__init__()
-        self.norms = nn.ModuleList(nn.LayerNorm(hidden, eps=LN_EPS, dtype=dtype) for _ in range(n_layers))
-        self.layers = nn.ModuleList(nn.Linear(hidden, hidden, dtype=dtype) for _ in range(n_layers - 1))
+        self.norms = nn.ModuleList(
+            nn.LayerNorm(hidden, eps=LN_EPS, dtype=dtype) for _ in range(n_layers)
+        )
+        self.layers = nn.ModuleList(
+            nn.Linear(hidden, hidden, dtype=dtype) for _ in range(n_layers - 1)
+        )
 
     def forward(self, first_BH: Tensor) -> Tensor:
         """First pre-activation (B, H) -> last output (B, H)."""
@@ -66,7 +70,9 @@ class Trunk(nn.Module):
                 module.weight.copy_(draw)
                 module.bias.zero_()
 
-    def forward(self, pre_BH: Tensor, noise_BL: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, pre_BH: Tensor, noise_BL: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         dtype = self.input_bias.dtype
         e_BH = self.encoder(pre_BH.to(dtype) + self.input_bias)
         mu_BL, logvar_BL = self.mu(e_BH), self.logvar(e_BH)

@@ -37,7 +37,9 @@ class StepLoss:
 
     reconstruction: Tensor
     kl: Tensor
-    replay: Callable[[Sink], object]  # hands the same item gradients to another sink, without the trunk
+    replay: Callable[
+        [Sink], object
+    ]  # hands the same item gradients to another sink, without the trunk
 
 
 class VASP:
@@ -57,12 +59,24 @@ class VASP:
     ) -> None:
         self.config, self.kl_weight, self.n_items = model, loss.kl_weight, n_items
         self.loss = make_loss(loss.kind, loss.alpha, loss.gamma)
-        self.part, self.group, self.device = ranks.partition_of_items(n_items), ranks.partition_group, ranks.device
+        self.part, self.group, self.device = (
+            ranks.partition_of_items(n_items),
+            ranks.partition_group,
+            ranks.device,
+        )
         place = (self.device, dtype)
         self.input = InputSide(self.part, self.group, model.hidden, *place) if model.deep else None
         paths = (model.deep, model.latent_head, model.shallow)
         self.output = OutputSide(
-            self.part, self.group, model.hidden, model.latent, *paths, block_columns, *place, model.nease, model.nease_offset
+            self.part,
+            self.group,
+            model.hidden,
+            model.latent,
+            *paths,
+            block_columns,
+            *place,
+            model.nease,
+            model.nease_offset,
         )
         if initialise:
             self._glorot(seed)
@@ -79,13 +93,20 @@ class VASP:
     def _glorot(self, seed: int) -> None:
         """Glorot uniform by the fan of the whole matrix, zero biases, zero diagonal of W."""
         H, L, I = self.config.hidden, self.config.latent, self.n_items
-        fans = {"input.weight": I + H, "output.decoder.weight": I + H, "output.latent.weight": I + L, NEASE_WEIGHT: 2 * I}
+        fans = {
+            "input.weight": I + H,
+            "output.decoder.weight": I + H,
+            "output.latent.weight": I + L,
+            NEASE_WEIGHT: 2 * I,
+        }
         for piece in self.slices():
             if piece.name in fans:
                 piece.glorot(seed, 1 + list(fans).index(piece.name), fans[piece.name])
         self.output.zero_diagonal()
 
-    def encode(self, trunk: TrunkCall | None, x: ItemRows, noise_BL: Tensor | None) -> tuple[Tensor, ...]:
+    def encode(
+        self, trunk: TrunkCall | None, x: ItemRows, noise_BL: Tensor | None
+    ) -> tuple[Tensor, ...]:
         """This rank's W1 x (B, H), what feeds the output heads, [d z] (B, H+L) or d (B, H), and KL (B,)."""
         assert self.input is not None
         assert trunk is not None
@@ -122,11 +143,15 @@ class VASP:
         with torch.enable_grad():
             pre_BH, dz_BX, kl_B = self.encode(trunk, x, noise_BL)
         sources = self._sources(all_gather(dz_BX.detach(), self.group))
-        reconstruction, grads = self.output.loss_and_gradients(self.loss, sources, x, y, weight_G, sink)
+        reconstruction, grads = self.output.loss_and_gradients(
+            self.loss, sources, x, y, weight_G, sink
+        )
         grad_dz_BX = reduce_scatter(torch.cat(grads, dim=1), self.group)
 
         B = len(kl_B)
-        real_B = x.real_rows[self.group.rank * B : (self.group.rank + 1) * B].to(kl_B.dtype) / n_rows
+        real_B = (
+            x.real_rows[self.group.rank * B : (self.group.rank + 1) * B].to(kl_B.dtype) / n_rows
+        )
         assert backward is not None
         with torch.enable_grad():
             kl = kl_B @ real_B
@@ -152,7 +177,10 @@ class VASP:
     def scores(self, trunk: TrunkCall | None, x: ItemRows) -> Iterator[tuple[int, Tensor]]:
         """(first item, log p (G, C)) of every block of this rank's items, for the G rows of the partition group; ease: x B."""
         if self.config.linear:
-            yield from ((lo, self.output.logits(i, [], x)[0]) for i, (lo, _) in enumerate(self.output.blocks))
+            yield from (
+                (lo, self.output.logits(i, [], x)[0])
+                for i, (lo, _) in enumerate(self.output.blocks)
+            )
         else:
             yield from self.output.scores(self.sources(trunk, x), x, self.loss)
 
@@ -175,4 +203,6 @@ def make_trunk(model: ModelConfig, seed: int, dtype: torch.dtype = torch.float32
     if not model.deep:
         return None
     trunk_seed = int(hash64(seed, 0))
-    return Trunk(model.hidden, model.latent, model.encoder_layers, model.decoder_layers, dtype, trunk_seed)
+    return Trunk(
+        model.hidden, model.latent, model.encoder_layers, model.decoder_layers, dtype, trunk_seed
+    )

@@ -53,7 +53,9 @@ class Group:
     rank: int  # this rank's place in the group
     handle: dist.ProcessGroup | None = None
     bytes_moved: dict[str, int] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)  # of the host: on a GPU a collective only enters a queue
+    seconds: dict[str, float] = field(
+        default_factory=dict
+    )  # of the host: on a GPU a collective only enters a queue
 
     def count(self, collective: str, n_bytes: int, since: float) -> None:
         self.bytes_moved[collective] = self.bytes_moved.get(collective, 0) + n_bytes
@@ -98,7 +100,9 @@ def resolve_device(device: str, local_rank: int) -> torch.device:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
         if not torch.cuda.is_available():
-            raise ValueError("device is cuda but this machine offers no CUDA device; use --device cpu")
+            raise ValueError(
+                "device is cuda but this machine offers no CUDA device; use --device cpu"
+            )
         if local_rank >= torch.cuda.device_count():
             raise ValueError(
                 f"local rank {local_rank} has no CUDA device of its own: {torch.cuda.device_count()} found; start fewer ranks"
@@ -144,31 +148,54 @@ def _join(
     """Meet the other ranks at a store, start the process group, and from then on know who is still there."""
     global _liveness
     backend = "nccl" if device.type == "cuda" else "gloo"
-    timeout, start_up = (datetime.timedelta(seconds=s) for s in (timeout_s, min(timeout_s, _ALL_STARTED_S)))
+    timeout, start_up = (
+        datetime.timedelta(seconds=s) for s in (timeout_s, min(timeout_s, _ALL_STARTED_S))
+    )
     all_here = local_world == world_size
     choose_interface(interface, all_here)
     if world_size == 1:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        dist.init_process_group(
+            backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
+        )
         return
     address, port = meeting_point(world_size)
     if all_here:
         address = LOOPBACK  # the name of this machine may stand for an address that others reach
     try:
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=start_up))  # torchrun serves the store itself
+            store, _, _ = next(
+                dist.rendezvous("env://", rank, world_size, timeout=start_up)
+            )  # torchrun serves the store itself
         else:
             listening = listen(address, port, interface, all_here) if rank == 0 else None
-            store = dist.TCPStore(address, port, world_size, rank == 0, timeout=start_up, master_listen_fd=listening)
-        _liveness = _watch_over(rank, local_rank, world_size, store, address, interface, all_here, shared)
+            store = dist.TCPStore(
+                address, port, world_size, rank == 0, timeout=start_up, master_listen_fd=listening
+            )
+        _liveness = _watch_over(
+            rank, local_rank, world_size, store, address, interface, all_here, shared
+        )
     except dist.DistError as error:
         text = f"rank {rank} waited {start_up.seconds} s for {world_size} ranks to start, but some never came ({error})"
-        hint = "set LOCAL_SIZE to the ranks of this machine if others run elsewhere; " if all_here else ""
-        raise LostPeerError(f"{text}; {hint}see what the others say, and start the same command again") from None
+        hint = (
+            "set LOCAL_SIZE to the ranks of this machine if others run elsewhere; "
+            if all_here
+            else ""
+        )
+        raise LostPeerError(
+            f"{text}; {hint}see what the others say, and start the same command again"
+        ) from None
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 
 def _watch_over(
-    rank: int, local_rank: int, world_size: int, store: dist.Store, address: str, interface: str, all_here: bool, shared: str
+    rank: int,
+    local_rank: int,
+    world_size: int,
+    store: dist.Store,
+    address: str,
+    interface: str,
+    all_here: bool,
+    shared: str,
 ) -> Liveness | None:
     """Rank 0 listens where the store does, on a port of its own, and tells the others at the store; None: it cannot be done.
 
@@ -186,7 +213,9 @@ def _watch_over(
         return Liveness(rank, local_rank, world_size, secret, (address, 0), server)
     try:
         path, at, port = json.loads(store.get("liveness"))
-        return Liveness(rank, local_rank, world_size, read_secret(str(path)), (str(at), int(port)), None)
+        return Liveness(
+            rank, local_rank, world_size, read_secret(str(path)), (str(at), int(port)), None
+        )
     except (OSError, ValueError, TypeError, OverflowError, RecursionError) as error:
         say_unwatched(rank, f"cannot read the secret of rank 0 ({error})")
         return None
@@ -199,8 +228,14 @@ def form_groups(rank: int, layout: Layout, device: torch.device) -> Ranks:
     if R == 1:
         partition_group, replica_group = Group(P, rank, None), Group(1, 0)
     else:
-        across = [dist.new_group([p + r * P for r in range(R)]) if P > 1 else None for p in range(P)]
-        within = [dist.new_group([r * P + p for p in range(P)]) for r in range(R)] if P > 1 else [None] * R
+        across = [
+            dist.new_group([p + r * P for r in range(R)]) if P > 1 else None for p in range(P)
+        ]
+        within = (
+            [dist.new_group([r * P + p for p in range(P)]) for r in range(R)]
+            if P > 1
+            else [None] * R
+        )
         partition_group = Group(P, layout.partition_of(rank), within[layout.replica_of(rank)])
         replica_group = Group(R, layout.replica_of(rank), across[layout.partition_of(rank)])
     return Ranks(rank, layout, device, world, partition_group, replica_group)
@@ -214,7 +249,14 @@ def is_lost_peer(error: RuntimeError) -> bool:
     """Whether a collective failed because another rank is gone."""
     text = str(error).lower()
     return isinstance(error, dist.DistBackendError | LostPeerError) or any(
-        sign in text for sign in ("connection closed by peer", "connection reset by peer", "broken pipe", "gloo", "nccl")
+        sign in text
+        for sign in (
+            "connection closed by peer",
+            "connection reset by peer",
+            "broken pipe",
+            "gloo",
+            "nccl",
+        )
     )
 
 
@@ -250,7 +292,9 @@ class Gathering:
         self._gathered = local
         if group.size > 1:
             self._gathered = local.new_empty((group.size * local.shape[0], *local.shape[1:]))
-            self._work = dist.all_gather_single(self._gathered, self._local, group=group.handle, async_op=True)
+            self._work = dist.all_gather_single(
+                self._gathered, self._local, group=group.handle, async_op=True
+            )
 
     def wait(self) -> Tensor:
         """(size * B, ...) of every rank, in the order of the ranks."""
@@ -271,7 +315,9 @@ def reduce_scatter(partial: Tensor, group: Group) -> Tensor:
     partial = partial.contiguous()
     reduced = partial.new_empty((partial.shape[0] // group.size, *partial.shape[1:]))
     dist.reduce_scatter_single(reduced, partial, group=group.handle)
-    group.count("reduce_scatter", (group.size - 1) * reduced.numel() * reduced.element_size(), since)
+    group.count(
+        "reduce_scatter", (group.size - 1) * reduced.numel() * reduced.element_size(), since
+    )
     return reduced
 
 
@@ -281,8 +327,14 @@ def all_reduce(local: Tensor, group: Group, op: str = "sum") -> Tensor:
         return local
     since = time.perf_counter()
     reduced = local.clone()
-    dist.all_reduce(reduced, op={"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[op], group=group.handle)
-    group.count("all_reduce", 2 * (group.size - 1) * local.numel() * local.element_size() // group.size, since)
+    dist.all_reduce(
+        reduced, op={"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[op], group=group.handle
+    )
+    group.count(
+        "all_reduce",
+        2 * (group.size - 1) * local.numel() * local.element_size() // group.size,
+        since,
+    )
     return reduced
 
 
@@ -291,7 +343,9 @@ def barrier(group: Group) -> None:
         dist.barrier(group=group.handle)
 
 
-def all_gather_bytes(message: bytes, group: Group, device: torch.device, capacity: int = _MESSAGE_BYTES) -> list[bytes]:
+def all_gather_bytes(
+    message: bytes, group: Group, device: torch.device, capacity: int = _MESSAGE_BYTES
+) -> list[bytes]:
     """Every rank's message, cut off at `capacity` bytes; nothing is pickled."""
     message = message[:capacity]
     sizes = all_gather(torch.tensor([len(message)], device=device), group).tolist()
@@ -320,7 +374,10 @@ def agree(error: Exception | None, ranks: Ranks) -> None:
     if error is not None and not isinstance(error, ValueError):
         raise error
     text = "" if error is None else str(error) or type(error).__name__
-    messages = [m.decode(errors="replace") for m in all_gather_bytes(text.encode(errors="replace"), ranks.world, ranks.device)]
+    messages = [
+        m.decode(errors="replace")
+        for m in all_gather_bytes(text.encode(errors="replace"), ranks.world, ranks.device)
+    ]
     for rank, message in enumerate(messages):
         if message:
             everywhere = all(m == message for m in messages)

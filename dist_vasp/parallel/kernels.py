@@ -16,7 +16,9 @@ import torch
 F = TypeVar("F", bound=Callable)
 Fuse = Callable[[F], F]
 
-WORTH_COMPILING = 4_000_000  # item weights of a rank; below, a run is over before compiling (5 to 15 s) has paid
+WORTH_COMPILING = (
+    4_000_000  # item weights of a rank; below, a run is over before compiling (5 to 15 s) has paid
+)
 
 
 def plain(function: F) -> F:
@@ -41,7 +43,10 @@ def kernels(wanted: str, n_weights: int) -> tuple[Fuse, str]:
                 f"parallel.compile is always, but torch.compile does not work here ({why[0]}); "
                 "install a C++ compiler (g++) or set it to auto"
             ) from None
-        return plain, f"not compiled, and slower for it: torch.compile does not work here ({why[0]}); install a C++ compiler (g++)"
+        return (
+            plain,
+            f"not compiled, and slower for it: torch.compile does not work here ({why[0]}); install a C++ compiler (g++)",
+        )
     return fused, ""
 
 
@@ -58,7 +63,9 @@ def _configure() -> None:
     torch._inductor.config.compile_threads = 1
     torch._inductor.config.fx_graph_cache = False  # would unpickle what it finds
     torch._functorch.config.enable_autograd_cache = False
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dist_vasp" / "kernels"
+    cache = (
+        Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dist_vasp" / "kernels"
+    )
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
 
 

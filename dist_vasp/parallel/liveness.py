@@ -31,12 +31,19 @@ from dist_vasp.parallel.secret import Channel, SharedSecret, new_nonce
 from dist_vasp.text import one_line
 
 _ANSWER_S = 10.0  # to connect to rank 0, and for a stranger to say who it is
-_GRACE_S = 5.0  # between a loss and the end of this process: time for the main thread to end by itself
+_GRACE_S = (
+    5.0  # between a loss and the end of this process: time for the main thread to end by itself
+)
 _LINE = 32_768  # bytes
 _TEXT = 2000  # characters of an error; up to 12 bytes each
 _HOST = 255
 _STRANGERS = 64  # connections that have not proven who they are
-_SILENT_HOST = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 25_000}  # seconds; the last in ms
+_SILENT_HOST = {
+    "TCP_KEEPIDLE": 10,
+    "TCP_KEEPINTVL": 5,
+    "TCP_KEEPCNT": 3,
+    "TCP_USER_TIMEOUT": 25_000,
+}  # seconds; the last in ms
 
 
 @dataclass(frozen=True)
@@ -73,7 +80,12 @@ class Liveness:
         server: socket.socket | None,
     ) -> None:
         self.loss: Loss | None = None
-        self._rank, self._local_rank, self._host, self._world = rank, local_rank, socket.gethostname(), world_size
+        self._rank, self._local_rank, self._host, self._world = (
+            rank,
+            local_rank,
+            socket.gethostname(),
+            world_size,
+        )
         self._file = secret if isinstance(secret, SharedSecret) else None
         self._secret = secret.value if isinstance(secret, SharedSecret) else secret
         self._lost, self._left, self._lock = threading.Event(), threading.Event(), threading.Lock()
@@ -83,7 +95,9 @@ class Liveness:
         self._all_here = threading.Event()
         if server is None and not self._connect(address):
             return  # this rank goes unwatched, and has said so
-        os.register_at_fork(after_in_child=self._forget)  # a loader worker must not keep its rank's connections open
+        os.register_at_fork(
+            after_in_child=self._forget
+        )  # a loader worker must not keep its rank's connections open
         threading.Thread(target=self._watch, daemon=True).start()
         if world_size > 1:
             self._all_here.wait(_ANSWER_S)
@@ -108,10 +122,13 @@ class Liveness:
             server_nonce, nonce = str(json.loads(_first_line(connection))["nonce"]), new_nonce()
             channel = Channel(self._secret, server_nonce, nonce, server=False)
             # The signed hello names the nonce in the clear: rank 0 needs it to check the signature.
-            connection.sendall(channel.sign(json.dumps({"nonce": nonce, "rank": self._rank, "host": self._host})))
+            connection.sendall(
+                channel.sign(json.dumps({"nonce": nonce, "rank": self._rank, "host": self._host}))
+            )
         except (OSError, ValueError, KeyError, TypeError) as error:
             say_unwatched(
-                self._rank, f"cannot reach rank 0 at {address[0]}:{address[1]} ({getattr(error, 'strerror', None) or error})"
+                self._rank,
+                f"cannot reach rank 0 at {address[0]}:{address[1]} ({getattr(error, 'strerror', None) or error})",
             )
             return False
         self._add(connection, _Link(rank=0, host="", channel=channel))
@@ -194,7 +211,9 @@ class Liveness:
             return False
         link.heard += came
         *lines, link.heard = link.heard.split(b"\n")
-        return len(link.heard) <= _LINE and all(self._understand(line, link, connection) for line in lines)
+        return len(link.heard) <= _LINE and all(
+            self._understand(line, link, connection) for line in lines
+        )
 
     def _understand(self, line: bytes, link: _Link, connection: socket.socket) -> bool:
         """Act on one line; False: nothing more is wanted from this connection."""
@@ -209,7 +228,10 @@ class Liveness:
             elif "lost" in message and self._server is None:
                 self._note(Loss.told(**message["lost"]), connection)
             elif "failed" in message:
-                self._note(Loss.told(link.rank, link.host, message["failed"], message.get("status")), connection)
+                self._note(
+                    Loss.told(link.rank, link.host, message["failed"], message.get("status")),
+                    connection,
+                )
             return "goodbye" not in message
         except (ValueError, KeyError, TypeError, OSError, RecursionError):
             return False
@@ -238,11 +260,17 @@ class Liveness:
             return
         self.loss = loss
         self._tell({"lost": asdict(loss)}, besides=where_from)
-        next_of_kin = self._local_rank == 1 and loss.rank == self._rank - 1  # the lost rank was the first of this host
+        next_of_kin = (
+            self._local_rank == 1 and loss.rank == self._rank - 1
+        )  # the lost rank was the first of this host
         spoken = loss.text and loss.host == self._host
         if (self._local_rank == 0 or next_of_kin) and not spoken:
             why = f"failed: {loss.text}" if loss.text else "was killed, or its machine is gone"
-            print(f"error: rank {loss.rank} on {loss.host} {why}; start the same command again", file=sys.stderr, flush=True)
+            print(
+                f"error: rank {loss.rank} on {loss.host} {why}; start the same command again",
+                file=sys.stderr,
+                flush=True,
+            )
         self._lost.set()
 
 

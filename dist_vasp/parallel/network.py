@@ -24,7 +24,9 @@ def choose_interface(interface: str, all_here: bool) -> None:
     """
     present = [name for _, name in socket.if_nameindex()]
     if interface and interface not in present:
-        raise ValueError(f"parallel.interface is {interface!r}, expected one of {', '.join(present)}; or leave it empty")
+        raise ValueError(
+            f"parallel.interface is {interface!r}, expected one of {', '.join(present)}; or leave it empty"
+        )
     loopback = next((name for name in ("lo", "lo0") if name in present), "") if all_here else ""
     for variable in _VARIABLES:
         if interface:
@@ -51,9 +53,13 @@ def listen(address: str, port: int, interface: str, all_here: bool) -> int | Non
         except OSError as error:
             if error.errno in (errno.EADDRINUSE, errno.EACCES):
                 why = "is in use" if error.errno == errno.EADDRINUSE else "may not be used"
-                raise ValueError(f"port {port} of {address} {why}; choose another with --master_port") from None
+                raise ValueError(
+                    f"port {port} of {address} {why}; choose another with --master_port"
+                ) from None
             if error.errno != errno.EADDRNOTAVAIL:
-                raise ValueError(f"MASTER_ADDR {address} cannot be listened on ({error.strerror}); choose another") from None
+                raise ValueError(
+                    f"MASTER_ADDR {address} cannot be listened on ({error.strerror}); choose another"
+                ) from None
     return None
 
 
@@ -68,7 +74,11 @@ def _addresses(address: str, interface: str, all_here: bool) -> list[str]:
     wanted = _resolve(address)
     if all_here:
         return wanted
-    of_interface = [a.address for a in psutil.net_if_addrs().get(interface, []) if a.family in (socket.AF_INET, socket.AF_INET6)]
+    of_interface = [
+        a.address
+        for a in psutil.net_if_addrs().get(interface, [])
+        if a.family in (socket.AF_INET, socket.AF_INET6)
+    ]
     if interface:
         return [a for a in wanted if not _is_loopback(a)] + of_interface
     return [a for a in (*wanted, *_resolve(socket.gethostname())) if not _is_loopback(a)]

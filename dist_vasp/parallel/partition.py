@@ -54,7 +54,9 @@ class Layout:
     def of(world_size: int, partitions: int, replicas: int) -> Layout:
         """Resolve `parallel.partitions` = 0 to world / replicas; ValueError unless partitions x replicas = world."""
         if replicas < 1 or world_size % replicas:
-            raise ValueError(f"parallel.replicas is {replicas}, which does not divide the {world_size} ranks; choose a divisor")
+            raise ValueError(
+                f"parallel.replicas is {replicas}, which does not divide the {world_size} ranks; choose a divisor"
+            )
         resolved = partitions or world_size // replicas
         if resolved * replicas != world_size:
             raise ValueError(

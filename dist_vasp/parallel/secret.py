@@ -47,7 +47,11 @@ def read_secret(path: str) -> bytes:
         raise ValueError("not the name of a secret")
     with os.fdopen(os.open(path, os.O_RDONLY | _FLAGS), "rb") as handle:
         status = os.fstat(handle.fileno())
-        private = stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & 0o077
+        private = (
+            stat.S_ISREG(status.st_mode)
+            and status.st_uid == os.geteuid()
+            and not status.st_mode & 0o077
+        )
         value = handle.read(_DIGITS + 1) if private else b""
     if not re.fullmatch(rb"[0-9a-f]{%d}" % _DIGITS, value):
         raise ValueError("not a secret of this user")
@@ -86,7 +90,9 @@ class Channel:
         return text
 
     def _signature(self, by_server: bool, number: int, text: str) -> str:
-        return hmac.new(self._key, f"{int(by_server)} {number} {text}".encode(), hashlib.sha256).hexdigest()
+        return hmac.new(
+            self._key, f"{int(by_server)} {number} {text}".encode(), hashlib.sha256
+        ).hexdigest()
 
 
 def new_nonce() -> str:

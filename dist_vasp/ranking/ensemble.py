@@ -29,7 +29,14 @@ from dist_vasp.data.positives import PositiveRule
 from dist_vasp.model.sparse import ItemRows
 from dist_vasp.parallel.comm import Ranks, agreed
 from dist_vasp.ranking.evaluate import Scorer, model_scorer
-from dist_vasp.ranking.load import ENSEMBLE, LoadedModel, load_model, open_model, positives_of, same_on_all
+from dist_vasp.ranking.load import (
+    ENSEMBLE,
+    LoadedModel,
+    load_model,
+    open_model,
+    positives_of,
+    same_on_all,
+)
 
 FORMAT_VERSION = 1
 MOST_MEMBERS = 64
@@ -104,14 +111,18 @@ def load_ranker(folder: str | Path, checkpoint: str | None, ranks: Ranks) -> Ran
         return Ranker(f"{folder}, {loaded.checkpoint.name}", (loaded,), (), loaded.positives)
     with agreed(ranks):
         if checkpoint is not None:
-            raise ValueError(f"{folder} is an ensemble and has no checkpoint {checkpoint}; leave --checkpoint out")
+            raise ValueError(
+                f"{folder} is an ensemble and has no checkpoint {checkpoint}; leave --checkpoint out"
+            )
         header = read_ensemble(folder)
         members = [Member(**member) for member in header["members"]]
         rules: dict[str, PositiveRule | None] = {}
         for member in members:
             run = folder / member.run
             opened = open_model(run, member.checkpoint or None)
-            _check_vocabulary(run, opened.header, header["vocabulary_sha256"], str(folder / ENSEMBLE))
+            _check_vocabulary(
+                run, opened.header, header["vocabulary_sha256"], str(folder / ENSEMBLE)
+            )
             rules[str(run)] = positives_of(opened, run)
         rule = _common_rule(rules)
     rule = same_on_all(rule, ranks)
@@ -120,9 +131,19 @@ def load_ranker(folder: str | Path, checkpoint: str | None, ranks: Ranks) -> Ran
         blocks = loaded_members[0].config.parallel.block_columns if loaded_members else None
         loaded = load_model(folder / member.run, member.checkpoint or None, ranks, blocks)
         with agreed(ranks):  # it may have been replaced since
-            _check_vocabulary(folder / member.run, loaded.checkpoint.header, header["vocabulary_sha256"], str(folder / ENSEMBLE))
+            _check_vocabulary(
+                folder / member.run,
+                loaded.checkpoint.header,
+                header["vocabulary_sha256"],
+                str(folder / ENSEMBLE),
+            )
         loaded_members.append(loaded)
-    return Ranker(f"{folder}, {len(members)} members", tuple(loaded_members), tuple(member.weight for member in members), rule)
+    return Ranker(
+        f"{folder}, {len(members)} members",
+        tuple(loaded_members),
+        tuple(member.weight for member in members),
+        rule,
+    )
 
 
 def is_ensemble(folder: str | Path) -> bool:
@@ -140,41 +161,62 @@ def read_ensemble(folder: str | Path) -> dict[str, Any]:
 
 def _check_header(header: dict[str, Any]) -> None:
     """Raise unless everything a reader relies on is there and of its kind."""
-    if not checkpoints.is_count(header["n_items"]) or not isinstance(header["vocabulary_sha256"], str):
+    if not checkpoints.is_count(header["n_items"]) or not isinstance(
+        header["vocabulary_sha256"], str
+    ):
         raise TypeError("n_items or vocabulary_sha256 is of another kind")
     if not isinstance(header["members"], list) or not header["members"]:
         raise TypeError("members is not a list of models")
     if len(header["members"]) > MOST_MEMBERS:
-        raise ValueError(f"it has {len(header['members']):,} members, expected at most {MOST_MEMBERS}")
+        raise ValueError(
+            f"it has {len(header['members']):,} members, expected at most {MOST_MEMBERS}"
+        )
     for raw in header["members"]:
         member = Member(**raw)
         if not isinstance(member.run, str) or not isinstance(member.checkpoint, str):
             raise TypeError("run and checkpoint of a member are text")
-        if isinstance(member.weight, bool) or not isinstance(member.weight, int | float) or not 0 < member.weight <= _LARGEST:
+        if (
+            isinstance(member.weight, bool)
+            or not isinstance(member.weight, int | float)
+            or not 0 < member.weight <= _LARGEST
+        ):
             raise ValueError("the weight of a member is not a number above 0")
 
 
-def describe_ensemble(folder: str | Path, runs: Sequence[str | Path], weights: Sequence[float]) -> str:
+def describe_ensemble(
+    folder: str | Path, runs: Sequence[str | Path], weights: Sequence[float]
+) -> str:
     """The text of `ensemble.json` in `folder`, with the runs as members: each stands for its best checkpoint at the time of use.
 
     weights: one for each run. ValueError unless all runs have a model, of one vocabulary.
     """
     if len(runs) != len(weights):
-        raise ValueError(f"{len(weights)} weights were given for {len(runs)} members; give one for each, in the same order")
+        raise ValueError(
+            f"{len(weights)} weights were given for {len(runs)} members; give one for each, in the same order"
+        )
     if len(runs) > MOST_MEMBERS:
-        raise ValueError(f"{len(runs)} members were given, expected at most {MOST_MEMBERS}; all of them are held in memory to rank")
+        raise ValueError(
+            f"{len(runs)} members were given, expected at most {MOST_MEMBERS}; all of them are held in memory to rank"
+        )
     if not all(0 < weight <= _LARGEST for weight in weights):
-        raise ValueError(f"the weights are {list(weights)}, expected finite numbers above 0; a member without weight is left out")
+        raise ValueError(
+            f"the weights are {list(weights)}, expected finite numbers above 0; a member without weight is left out"
+        )
     opened = [open_model(run) for run in runs]
     headers = [one.header for one in opened]
     for run, header in zip(runs[1:], headers[1:], strict=True):
         _check_vocabulary(run, header, headers[0]["vocabulary_sha256"], str(runs[0]))
     _common_rule({str(run): positives_of(one, run) for run, one in zip(runs, opened, strict=True)})
     pairs = zip(runs, weights, strict=True)
-    members = [asdict(Member(os.path.relpath(run, folder), "", float(weight))) for run, weight in pairs]
+    members = [
+        asdict(Member(os.path.relpath(run, folder), "", float(weight))) for run, weight in pairs
+    ]
     shared = {name: headers[0][name] for name in ("vocabulary_sha256", "n_items")}
     content = {"format_version": FORMAT_VERSION, **shared, "members": members}
-    return json.dumps({**content, "header_sha256": checkpoints.header_sha256(content)}, indent=1) + "\n"
+    return (
+        json.dumps({**content, "header_sha256": checkpoints.header_sha256(content)}, indent=1)
+        + "\n"
+    )
 
 
 def _common_rule(rules: dict[str, PositiveRule | None]) -> PositiveRule | None:

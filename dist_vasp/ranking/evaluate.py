@@ -40,7 +40,9 @@ def model_scorer(model: VASP, trunk: TrunkCall | None) -> Scorer:
 def popularity_scorer(items: ItemTable, ranks: Ranks) -> Scorer:
     """Every user gets the items most popular among training users."""
     part = ranks.partition_of_items(len(items.popularity))
-    counts_J = torch.from_numpy(items.popularity[part.start : part.stop].astype(np.float64)).to(ranks.device)
+    counts_J = torch.from_numpy(items.popularity[part.start : part.stop].astype(np.float64)).to(
+        ranks.device
+    )
 
     def score(x: ItemRows) -> Iterator[tuple[int, Tensor]]:
         yield part.start, counts_J.repeat(x.n_rows, 1)
@@ -52,7 +54,12 @@ def to_item_rows(rows: Rows, n_rows: int, n_items: int, device: torch.device) ->
     """CSR of users that every rank knows, padded to `n_rows` with empty rows."""
     indptr = np.concatenate([rows.indptr, np.full(n_rows - rows.n_rows, rows.indptr[-1])])
     real = torch.arange(n_rows, device=device) < rows.n_rows
-    return ItemRows(torch.from_numpy(indptr).to(device), torch.from_numpy(rows.items.astype(np.int64)).to(device), n_items, real)
+    return ItemRows(
+        torch.from_numpy(indptr).to(device),
+        torch.from_numpy(rows.items.astype(np.int64)).to(device),
+        n_items,
+        real,
+    )
 
 
 @torch.no_grad()
@@ -74,7 +81,11 @@ def top_items(
     partitions = ranks.layout.partitions
     n_rows = -(-max(histories.n_rows, 1) // partitions) * partitions
     x = to_item_rows(histories, n_rows, n_items, ranks.device)
-    masked = x if seen is None or seen is histories else to_item_rows(seen, n_rows, n_items, ranks.device)
+    masked = (
+        x
+        if seen is None or seen is histories
+        else to_item_rows(seen, n_rows, n_items, ranks.device)
+    )
     best = TopK(k)
     waiting: list[Tensor] = []
     width = first = 0
@@ -142,7 +153,9 @@ def _lists(scorer: Scorer, block: EvalBlock, n_items: int, ranks: Ranks) -> np.n
     n_users, replicas = block.fold_in.n_rows, ranks.layout.replicas
     share = -(-n_users // replicas)
     start = min(ranks.layout.replica_of(ranks.rank) * share, n_users)
-    _, ids = top_items(scorer, block.fold_in.slice(start, min(start + share, n_users)), LIST_LENGTH, n_items, ranks)
+    _, ids = top_items(
+        scorer, block.fold_in.slice(start, min(start + share, n_users)), LIST_LENGTH, n_items, ranks
+    )
     if replicas == 1:
         return ids
     padded = torch.full((share, LIST_LENGTH), -1, dtype=torch.int64, device=ranks.device)

@@ -32,7 +32,9 @@ class Reasons:
     """For each of E pairs the N past items that add most to the shallow path, and the factors of p. None: no such path."""
 
     items_EN: Tensor | None  # int64 item rows, -1 where the history is shorter than N
-    weights_EN: Tensor | None  # what each adds to the shallow logit, descending; 0 where there is none
+    weights_EN: (
+        Tensor | None
+    )  # what each adds to the shallow logit, descending; 0 where there is none
     shallow_E: Tensor | None  # the shallow logit: the sum over the whole history
     log_p_flvae_E: Tensor | None
     log_p_nease_E: Tensor | None
@@ -45,7 +47,9 @@ Explainer = Callable[[ItemRows, Tensor, Tensor, Tensor, int], Reasons]
 def mapped_explainer(model: MappedModel) -> Explainer:
     def explain(x: ItemRows, row_E: Tensor, item_E: Tensor, score_E: Tensor, n: int) -> Reasons:
         weight_F, deep_E = pair_parts(model.outputs, model.sources(x), x, row_E, item_E)
-        return _reasons(x, row_E, score_E, n, weight_F, deep_E, model.outputs[0], model.config.linear)
+        return _reasons(
+            x, row_E, score_E, n, weight_F, deep_E, model.outputs[0], model.config.linear
+        )
 
     return explain
 
@@ -78,10 +82,14 @@ def pair_parts(
         for some in own.split(_PAIRS_AT_ONCE) if output.heads else ():
             local = item_E[some] - part.start
             for head, source_UK in zip(output.heads, sources, strict=True):
-                logit = (head.weight_JK[local] * source_UK[row_E[some]]).sum(dim=1) + head.bias_J[local]
+                logit = (head.weight_JK[local] * source_UK[row_E[some]]).sum(dim=1) + head.bias_J[
+                    local
+                ]
                 deep_E[some] += logsigmoid(logit)
         for (lo, hi), W_IC in zip(output.blocks, output.W_IC, strict=False):
-            first, last = torch.searchsorted(item_sorted_F, torch.tensor([lo, hi], device=row_E.device)).tolist()
+            first, last = torch.searchsorted(
+                item_sorted_F, torch.tensor([lo, hi], device=row_E.device)
+            ).tolist()
             if first < last:
                 where = order[first:last]
                 weight_F[where] = W_IC[history_F[where], item_sorted_F[first:last] - lo]
@@ -98,7 +106,14 @@ def _histories_of(x: ItemRows, row_E: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _reasons(
-    x: ItemRows, row_E: Tensor, score_E: Tensor, n: int, weight_F: Tensor, deep_E: Tensor, output: OutputSide, linear: bool
+    x: ItemRows,
+    row_E: Tensor,
+    score_E: Tensor,
+    n: int,
+    weight_F: Tensor,
+    deep_E: Tensor,
+    output: OutputSide,
+    linear: bool,
 ) -> Reasons:
     """The largest n of every pair's weights, ties to the lower item row."""
     if not output.W_IC:
@@ -117,4 +132,10 @@ def _reasons(
     shallow_E = weight_F.new_zeros(len(row_E)).index_add_(0, pair_F, weight_F)
     if linear:
         return Reasons(items_EN, weights_EN, shallow_E, None, None)
-    return Reasons(items_EN, weights_EN, shallow_E, deep_E if output.heads else None, logsigmoid(shallow_E + output.nease_offset))
+    return Reasons(
+        items_EN,
+        weights_EN,
+        shallow_E,
+        deep_E if output.heads else None,
+        logsigmoid(shallow_E + output.nease_offset),
+    )

@@ -38,8 +38,14 @@ from dist_vasp.tensor_file import write_safetensors
 FORMAT_VERSION = 1
 HEADER = "export.json"
 PROGRAM = "trunk.pt2"
-_FILE = re.compile(r"items\.parquet|trunk\.pt2|trunk\.safetensors|items-\d{5}-of-\d{5}\.safetensors")
-_TRAINING = (".exp_avg", ".exp_avg_sq", ".start")  # moments, and what optimizer.nease_decay draws to
+_FILE = re.compile(
+    r"items\.parquet|trunk\.pt2|trunk\.safetensors|items-\d{5}-of-\d{5}\.safetensors"
+)
+_TRAINING = (
+    ".exp_avg",
+    ".exp_avg_sq",
+    ".start",
+)  # moments, and what optimizer.nease_decay draws to
 _LOCAL = (
     ("data", "shards"),
     ("run", "dir"),
@@ -54,18 +60,24 @@ def is_export(folder: Path) -> bool:
 
 def open_export(folder: Path) -> Checkpoint:
     """The header of an exported folder; ValueError if it is damaged or of another version."""
-    return checkpoints.open_files(folder, HEADER, FORMAT_VERSION, _check_header, "export the run again")
+    return checkpoints.open_files(
+        folder, HEADER, FORMAT_VERSION, _check_header, "export the run again"
+    )
 
 
 def _check_header(header: dict[str, Any]) -> None:
     """Raise unless everything a reader relies on is there and of its kind."""
-    if not checkpoints.is_count(header["n_items"]) or not isinstance(header["vocabulary_sha256"], str):
+    if not checkpoints.is_count(header["n_items"]) or not isinstance(
+        header["vocabulary_sha256"], str
+    ):
         raise TypeError("n_items or vocabulary_sha256 is of another kind")
     if not isinstance(header["config"], dict) or not isinstance(header["source"], str):
         raise TypeError("config or source is of another kind")
     positives.in_header(header)
     if len(header["files"]) > checkpoints.MOST_FILES:
-        raise ValueError(f"files lists {len(header['files']):,} files, expected at most {checkpoints.MOST_FILES:,}")
+        raise ValueError(
+            f"files lists {len(header['files']):,} files, expected at most {checkpoints.MOST_FILES:,}"
+        )
     for name, digest in header["files"].items():
         if not _FILE.fullmatch(name) or not isinstance(digest, str):
             raise ValueError(f"files lists {name!r}, which is no file of an export")
@@ -85,10 +97,17 @@ def export(
     called after each tensor. ValueError where the folder exists, the disk is too small or fails.
     """
     output = check_folder(output)
-    files = {name: _weights(opened, name) for name in sorted(opened.header["files"]) if name.endswith(".safetensors")}
+    files = {
+        name: _weights(opened, name)
+        for name in sorted(opened.header["files"])
+        if name.endswith(".safetensors")
+    }
     remedy = "restore it, and load the model again"
     with checkpoints.readable(items_file, remedy):
-        needed = sum(4 * t.numel() for tensors in files.values() for t in tensors.values()) + items_file.stat().st_size
+        needed = (
+            sum(4 * t.numel() for tensors in files.values() for t in tensors.values())
+            + items_file.stat().st_size
+        )
     if trunk is not None:
         needed += sum(4 * p.numel() for p in trunk.parameters())
     free = shutil.disk_usage(output.parent).free
@@ -105,16 +124,26 @@ def export(
             progress(written, needed)
 
     with new_folder(output) as temporary:
-        digests = {name: write_safetensors(temporary / name, tensors, count) for name, tensors in files.items()}
+        digests = {
+            name: write_safetensors(temporary / name, tensors, count)
+            for name, tensors in files.items()
+        }
         if trunk is not None:
             digests[PROGRAM] = write_program(trunk, temporary / PROGRAM)
         with checkpoints.readable(items_file, remedy):
             data = items_file.read_bytes()
         digests[ITEMS_FILE] = _write(data, temporary / ITEMS_FILE)
         # It may have been replaced since the model was loaded.
-        read_items_file(temporary / ITEMS_FILE, opened.header["n_items"], opened.header["vocabulary_sha256"], items_file)
+        read_items_file(
+            temporary / ITEMS_FILE,
+            opened.header["n_items"],
+            opened.header["vocabulary_sha256"],
+            items_file,
+        )
         _write_header(temporary / HEADER, opened, digests, rule)
-    return f"{output}: {opened.header['n_items']:,} items, {needed / 1e6:,.1f} MB, from {opened.name}"
+    return (
+        f"{output}: {opened.header['n_items']:,} items, {needed / 1e6:,.1f} MB, from {opened.name}"
+    )
 
 
 def _weights(opened: Checkpoint, file: str) -> dict[str, Tensor]:
@@ -141,12 +170,16 @@ def write_program(trunk: Trunk, file: Path) -> str:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         example = torch.randn((2, hidden), generator=generator)
-        program = torch.export.export(scoring, (example,), dynamic_shapes={"pre_BH": {0: torch.export.Dim("batch")}})
+        program = torch.export.export(
+            scoring, (example,), dynamic_shapes={"pre_BH": {0: torch.export.Dim("batch")}}
+        )
         for n_rows in (1, 7):
             pre_BH = torch.randn((n_rows, hidden), generator=generator)
             for ours, theirs in zip(scoring(pre_BH), program.module()(pre_BH), strict=True):
                 if not torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6):
-                    raise RuntimeError(f"the exported trunk differs from the model by {(ours - theirs).abs().max().item():.3g}")
+                    raise RuntimeError(
+                        f"the exported trunk differs from the model by {(ours - theirs).abs().max().item():.3g}"
+                    )
     torch.export.save(program, file)
     with open(file, "rb+") as handle:
         os.fsync(handle.fileno())
@@ -161,7 +194,9 @@ def _write(data: bytes, target: Path) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _write_header(path: Path, opened: Checkpoint, digests: dict[str, str], rule: PositiveRule | None) -> None:
+def _write_header(
+    path: Path, opened: Checkpoint, digests: dict[str, str], rule: PositiveRule | None
+) -> None:
     config = copy.deepcopy(opened.header["config"])
     for section, key in _LOCAL:
         if key in config.get(section, {}):
@@ -173,7 +208,9 @@ def _write_header(path: Path, opened: Checkpoint, digests: dict[str, str], rule:
         "n_items": opened.header["n_items"],
         "vocabulary_sha256": opened.header["vocabulary_sha256"],
         **positives.for_header(rule),
-        "validation": opened.header.get("validation", opened.header.get("best") if source.startswith("best-") else None),
+        "validation": opened.header.get(
+            "validation", opened.header.get("best") if source.startswith("best-") else None
+        ),
         "config": config,
         "files": dict(sorted(digests.items())),
     }

@@ -43,11 +43,15 @@ def allowed_items(
             allowed[:] = False
         allowed[rows] = option == "--restrict_to"
     if not allowed.any():
-        raise ValueError(f"{' and '.join(note.split(':')[0] for note in notes)} leave no item that the model knows; name other ids")
+        raise ValueError(
+            f"{' and '.join(note.split(':')[0] for note in notes)} leave no item that the model knows; name other ids"
+        )
     return allowed, notes
 
 
-def _read(path: str, option: str, items: ItemTable, item_column: str, reading: Reading) -> tuple[np.ndarray, str]:
+def _read(
+    path: str, option: str, items: ItemTable, item_column: str, reading: Reading
+) -> tuple[np.ndarray, str]:
     """Item rows of the ids in a file, and a line on how many are known."""
     try:
         found, left_out = _ids_of(path, item_column, reading)
@@ -57,9 +61,16 @@ def _read(path: str, option: str, items: ItemTable, item_column: str, reading: R
             text = f"{path} is no CSV or Parquet file with a column {item_column!r}, and no .txt file with an id a line; name one"
         raise ValueError(f"{option}: {text}") from None
     rows = ids.find(found, items.ids)
-    if len(rows) and rows[0] < 0 and _is_text_file(path) and ids.as_text(found[:1])[0].as_py() in (item_column, "item"):
+    if (
+        len(rows)
+        and rows[0] < 0
+        and _is_text_file(path)
+        and ids.as_text(found[:1])[0].as_py() in (item_column, "item")
+    ):
         rows = rows[1:]  # a header
-    return rows[rows >= 0], counted(f"{option} {path}", len(rows), int((rows < 0).sum()), sum(left_out.values()))
+    return rows[rows >= 0], counted(
+        f"{option} {path}", len(rows), int((rows < 0).sum()), sum(left_out.values())
+    )
 
 
 def counted(what: str, n: int, n_unknown: int, n_missing: int = 0) -> str:
@@ -77,9 +88,13 @@ def _ids_of(path: str, item_column: str, reading: Reading) -> tuple[pa.Array, di
     if _is_text_file(path):
         if os.path.isfile(path) and os.path.getsize(path) == 0:
             return pa.array([], pa.int64()), {}
-        lines = Reading(_ONE_CELL, reading.encoding, header=False, quoting=False, missing=reading.missing)
+        lines = Reading(
+            _ONE_CELL, reading.encoding, header=False, quoting=False, missing=reading.missing
+        )
         return _column(open_table([path], _only("1"), lines))
-    table = open_table([path], _only(item_column), Reading(encoding=reading.encoding, missing=reading.missing))
+    table = open_table(
+        [path], _only(item_column), Reading(encoding=reading.encoding, missing=reading.missing)
+    )
     if item_column != "item":
         try:
             table.look()

@@ -47,8 +47,14 @@ class Read:
         """One line for the user."""
         further = "further items seen" if keep_seen else "further items masked"
         used = f"read {self.rows:,} rows: {self.likes:,} likes used as input, {self.disliked:,} {further}"
-        left_out = {"repeated": self.repeated, "of unknown items": self.unknown, "without an id": self.missing}
-        return "; left out: ".join([used, ", ".join(f"{n:,} {why}" for why, n in left_out.items() if n) or "nothing"])
+        left_out = {
+            "repeated": self.repeated,
+            "of unknown items": self.unknown,
+            "without an id": self.missing,
+        }
+        return "; left out: ".join(
+            [used, ", ".join(f"{n:,} {why}" for why, n in left_out.items() if n) or "nothing"]
+        )
 
 
 @dataclass(frozen=True)
@@ -138,12 +144,18 @@ def liked_rows(
     """(n_users,) rows of the pairs that are positives, from E rated pairs in input order."""
     known = np.flatnonzero(item_rows >= 0)
     pairs = owner[known].astype(np.int64) * n_items + item_rows[known]
-    liked = known[positive_rows(rule, pairs, ratings[known], None if times is None else times[known])]
+    liked = known[
+        positive_rows(rule, pairs, ratings[known], None if times is None else times[known])
+    ]
     return known_rows(owner[liked], item_rows[liked], n_users, n_items)
 
 
 def histories_of_table(
-    table: pa.Table, columns: ServingColumns, items: ItemTable, rule: PositiveRule | None, where: str
+    table: pa.Table,
+    columns: ServingColumns,
+    items: ItemTable,
+    rule: PositiveRule | None,
+    where: str,
 ) -> Histories:
     """The histories of a table in memory; rows without an id are left out and counted."""
     missing = ids.MISSING if rule is None or rule.missing is None else rule.missing
@@ -157,7 +169,11 @@ def histories_of_table(
             found[role] = of_memory(table.column(name), role, f"{where}: column {name!r}")
     present = pc.and_(found["user"].is_valid(), found["item"].is_valid())
     kept = {role: column.filter(present) for role, column in found.items()}
-    ratings, times = (np.asarray(kept[role]) if role in kept else None for role in ("rating", "time"))
-    histories = histories_of(kept["user"], find_items(kept["item"], items), len(items.keys), rule, ratings, times)
+    ratings, times = (
+        np.asarray(kept[role]) if role in kept else None for role in ("rating", "time")
+    )
+    histories = histories_of(
+        kept["user"], find_items(kept["item"], items), len(items.keys), rule, ratings, times
+    )
     n_missing = len(table) - len(kept["user"])
     return replace(histories, read=histories.read + Read(rows=n_missing, missing=n_missing))

@@ -24,20 +24,31 @@ def history_columns(
     """
     table = open_table(inputs, None, reading, kind)
     user, item = (asked.get("user"), asked.get("item"))
-    remembered = (user or (rule.user_column if rule else "user"), item or (rule.item_column if rule else "item"))
+    remembered = (
+        user or (rule.user_column if rule else "user"),
+        item or (rule.item_column if rule else "item"),
+    )
     plain = (user or "user", item or "item")
-    of_format = (user or table.columns.user or "user", item or table.columns.item or "item")  # MovieLens has names of its own
+    of_format = (
+        user or table.columns.user or "user",
+        item or table.columns.item or "item",
+    )  # MovieLens has names of its own
     pairs = [remembered, plain, (remembered[0], plain[1]), (plain[0], remembered[1]), of_format]
     names, unused = _look(table, list(dict.fromkeys(pairs)))
     notes = [
         f"{table.files[0].where} has no column {wanted}, which the shards were made from; column {names[role]} is read"
         for role, wanted in zip(("user", "item"), remembered, strict=True)
-        if not asked.get(role) and rule is not None and wanted not in (names[role], names[role].split(":")[0]) and reading.header
+        if not asked.get(role)
+        and rule is not None
+        and wanted not in (names[role], names[role].split(":")[0])
+        and reading.header
     ]
     there = list(dict.fromkeys([*names.values(), *unused]))
     found = {**asked, "user": names["user"], "item": names["item"]}
     chosen = serving_columns(there, rule, found, table.files[0].where, all_positive)
-    columns = Columns(names["user"], names["item"], chosen.rating, time=chosen.time, optional_rating=False)
+    columns = Columns(
+        names["user"], names["item"], chosen.rating, time=chosen.time, optional_rating=False
+    )
     return columns, [*notes, *chosen.notes]
 
 

@@ -57,10 +57,16 @@ def open_histories(
     try:
         folder = Path(tempfile.mkdtemp(prefix=f".{name}.grouping-", dir=scratch))
     except OSError as error:
-        raise ValueError(f"{name} cannot be grouped by user under {scratch} ({error.strerror}); name another --output") from None
-    connection = duckdb.connect(config={"temp_directory": str(folder), "preserve_insertion_order": False})
+        raise ValueError(
+            f"{name} cannot be grouped by user under {scratch} ({error.strerror}); name another --output"
+        ) from None
+    connection = duckdb.connect(
+        config={"temp_directory": str(folder), "preserve_insertion_order": False}
+    )
     try:
-        connection.execute("SET threads = 1")  # the reader feeds it from one thread; more only cost memory
+        connection.execute(
+            "SET threads = 1"
+        )  # the reader feeds it from one thread; more only cost memory
         connection.execute(f"SET memory_limit = '{_SORT_MEMORY}'")
         yield HistoryFile(table, name, seen, rule, connection)
     finally:
@@ -72,11 +78,15 @@ def open_histories(
 class _Seen:
     """What the first reading found. A run is a stretch of rows with one user."""
 
-    user_type: pa.DataType = field(default_factory=pa.int64)  # string where one id is not a canonical integer
+    user_type: pa.DataType = field(
+        default_factory=pa.int64
+    )  # string where one id is not a canonical integer
     n_runs: int = 0
     ascending: bool = True  # then every run is another user
     examples: list[str] = field(default_factory=list)  # of item ids
-    read: Read = field(default_factory=Read)  # the rows that are left out before anything is looked up
+    read: Read = field(
+        default_factory=Read
+    )  # the rows that are left out before anything is looked up
 
 
 class HistoryFile:
@@ -86,9 +96,19 @@ class HistoryFile:
     """
 
     def __init__(
-        self, table: Table, name: str, seen: _Seen, rule: PositiveRule | None, connection: duckdb.DuckDBPyConnection | None
+        self,
+        table: Table,
+        name: str,
+        seen: _Seen,
+        rule: PositiveRule | None,
+        connection: duckdb.DuckDBPyConnection | None,
     ) -> None:
-        self.table, self.name, self.user_type, self.n_users = table, name, seen.user_type, seen.n_runs
+        self.table, self.name, self.user_type, self.n_users = (
+            table,
+            name,
+            seen.user_type,
+            seen.n_runs,
+        )
         self.left_out, self._examples, self._rule = seen.read, seen.examples, rule
         self._connection, self._scattered = connection, False
         if connection is not None:
@@ -97,10 +117,16 @@ class HistoryFile:
 
     def _find_scattered(self, connection: duckdb.DuckDBPyConnection) -> None:
         """Where users do not ascend, whether some have several runs; the first place of each is kept then."""
-        runs = pa.RecordBatchReader.from_batches(pa.schema([("user", self.user_type), ("place", pa.int64())]), self._runs())
+        runs = pa.RecordBatchReader.from_batches(
+            pa.schema([("user", self.user_type), ("place", pa.int64())]), self._runs()
+        )
         connection.register("runs", runs)
-        connection.execute("CREATE TABLE firsts AS SELECT user, min(place) AS first, count(*) AS n FROM runs GROUP BY user")
-        self.n_users, most = connection.execute("SELECT count(*), coalesce(max(n), 0) FROM firsts").fetchall()[0]
+        connection.execute(
+            "CREATE TABLE firsts AS SELECT user, min(place) AS first, count(*) AS n FROM runs GROUP BY user"
+        )
+        self.n_users, most = connection.execute(
+            "SELECT count(*), coalesce(max(n), 0) FROM firsts"
+        ).fetchall()[0]
         self._scattered = most > 1
         if not self._scattered:
             connection.close()  # with what it has cached
@@ -113,17 +139,28 @@ class HistoryFile:
                 held.append(batch)
                 rows = pa.concat_batches(held)
                 starts = run_starts(rows["user"])
-                whole = (len(starts) - 1) // users_per_block * users_per_block  # the last user's rows may go on
+                whole = (
+                    (len(starts) - 1) // users_per_block * users_per_block
+                )  # the last user's rows may go on
                 for first in range(0, whole, users_per_block):
-                    yield self._histories(rows, starts[first], starts[first + users_per_block], len(items.keys))
+                    yield self._histories(
+                        rows, starts[first], starts[first + users_per_block], len(items.keys)
+                    )
                 rest = starts[whole] if len(starts) else 0
-                held = [rows.take(pa.array(np.arange(rest, len(rows))))]  # a copy, so that the others can go
+                held = [
+                    rows.take(pa.array(np.arange(rest, len(rows))))
+                ]  # a copy, so that the others can go
             if not held:
                 return
             rows = held[0]
             starts = np.append(run_starts(rows["user"]), len(rows))
             for first in range(0, len(starts) - 1, users_per_block):
-                yield self._histories(rows, starts[first], starts[min(first + users_per_block, len(starts) - 1)], len(items.keys))
+                yield self._histories(
+                    rows,
+                    starts[first],
+                    starts[min(first + users_per_block, len(starts) - 1)],
+                    len(items.keys),
+                )
 
     def no_list(self, items: ItemTable, n_known: int, n_ended: int = 0) -> ValueError:
         """What to say where nobody has a list, and `n_known` rows are of known items.
@@ -148,13 +185,23 @@ class HistoryFile:
 
     def _histories(self, rows: pa.RecordBatch, lo: int, hi: int, n_items: int) -> Histories:
         part = {name: rows[name][lo:hi] for name in rows.schema.names}
-        ratings, times = (np.asarray(part[name]) if name in part else None for name in ("rating", "time"))
-        return histories_of(part["user"], np.asarray(part["row"]), n_items, self._rule, ratings, times)
+        ratings, times = (
+            np.asarray(part[name]) if name in part else None for name in ("rating", "time")
+        )
+        return histories_of(
+            part["user"], np.asarray(part["row"]), n_items, self._rule, ratings, times
+        )
 
     def _batches(self, items: ItemTable) -> Iterator[pa.RecordBatch]:
         for batch in self.table.batches():
-            columns = {"user": batch["user"].cast(self.user_type), "row": pa.array(find_items(batch["item"], items))}
-            yield pa.record_batch(columns | {name: batch[name] for name in ("rating", "time") if name in batch.schema.names})
+            columns = {
+                "user": batch["user"].cast(self.user_type),
+                "row": pa.array(find_items(batch["item"], items)),
+            }
+            yield pa.record_batch(
+                columns
+                | {name: batch[name] for name in ("rating", "time") if name in batch.schema.names}
+            )
 
     def _runs(self) -> Iterator[pa.RecordBatch]:
         last: pa.Scalar | None = None
@@ -165,15 +212,25 @@ class HistoryFile:
             if last is not None and users[0] == last:
                 starts = starts[1:]  # the batch before has begun this run
             last = users[-1]
-            yield pa.record_batch([users.take(pa.array(starts)), pa.array(place + starts)], ["user", "place"])
+            yield pa.record_batch(
+                [users.take(pa.array(starts)), pa.array(place + starts)], ["user", "place"]
+            )
             place += len(batch)
 
     def _grouped(self, items: ItemTable) -> Iterator[pa.RecordBatch]:
         """The rows by first place of the user, in input order within."""
         assert self._connection is not None
-        extra = [name for name in ("rating", "time") if getattr(self.table.columns, name) is not None]
+        extra = [
+            name for name in ("rating", "time") if getattr(self.table.columns, name) is not None
+        ]
         names = ["row", *extra]
-        schema = pa.schema([("user", self.user_type), *((name, _KINDS[name]) for name in names), ("place", pa.int64())])
+        schema = pa.schema(
+            [
+                ("user", self.user_type),
+                *((name, _KINDS[name]) for name in names),
+                ("place", pa.int64()),
+            ]
+        )
 
         def rows() -> Iterator[pa.RecordBatch]:
             place = 0
@@ -186,7 +243,12 @@ class HistoryFile:
         columns = ", ".join(["user", *(f'"{name}"' for name in names)])
         query = f"SELECT {columns} FROM rows JOIN firsts USING (user) ORDER BY first, place"
         for batch in self._connection.sql(query).to_arrow_reader(ROWS_PER_BATCH):
-            yield pa.record_batch({"user": batch["user"].cast(self.user_type), **{name: batch[name] for name in names}})
+            yield pa.record_batch(
+                {
+                    "user": batch["user"].cast(self.user_type),
+                    **{name: batch[name] for name in names},
+                }
+            )
 
 
 def run_starts(users: pa.Array) -> np.ndarray:
@@ -213,7 +275,9 @@ def _look_through(table: Table) -> _Seen:
             seen.n_runs -= 1  # the batch before has counted its last user, who stands in front now
         seen.n_runs += len(heads)
         last = heads[-1:]
-        seen.ascending = seen.ascending and bool(pc.all(pc.less(heads[:-1], heads[1:]), min_count=0).as_py())
+        seen.ascending = seen.ascending and bool(
+            pc.all(pc.less(heads[:-1], heads[1:]), min_count=0).as_py()
+        )
         if len(seen.examples) < _EXAMPLES:
             found = [repr(one) for one in pc.unique(batch["item"][: 1 << 10]).to_pylist()]
             seen.examples = list(dict.fromkeys([*seen.examples, *found]))[:_EXAMPLES]

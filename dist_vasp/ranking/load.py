@@ -37,7 +37,9 @@ class LoadedModel:
     positives: PositiveRule | None = None
 
 
-def load_model(run_dir: str | Path, name: str | None, ranks: Ranks, block_columns: int | None = None) -> LoadedModel:
+def load_model(
+    run_dir: str | Path, name: str | None, ranks: Ranks, block_columns: int | None = None
+) -> LoadedModel:
     """The checkpoint `name` of a run, else its best by validation NDCG@100, else its newest; or the model of an exported folder.
 
     `block_columns` takes the place of the one it was trained with.
@@ -49,7 +51,9 @@ def load_model(run_dir: str | Path, name: str | None, ranks: Ranks, block_column
     assert opened is not None
     with agreed(ranks):
         config = from_dict(opened.header["config"])
-        items = read_items_file(run_dir / ITEMS_FILE, opened.header["n_items"], opened.header["vocabulary_sha256"])
+        items = read_items_file(
+            run_dir / ITEMS_FILE, opened.header["n_items"], opened.header["vocabulary_sha256"]
+        )
         rule = positives_of(opened, run_dir)
     rule = same_on_all(rule, ranks)
     checkpoints.verify(opened, ranks)
@@ -83,12 +87,18 @@ def open_model(folder: str | Path, name: str | None = None) -> Checkpoint:
         )
     folder = Path(folder)
     if not os.path.isdir(folder):
-        raise ValueError(f"{folder} is not a folder; pass the run.dir of a training run, or a folder of launch/export.py")
+        raise ValueError(
+            f"{folder} is not a folder; pass the run.dir of a training run, or a folder of launch/export.py"
+        )
     if (folder / ENSEMBLE).is_file():
-        raise ValueError(f"{folder} is an ensemble, which evaluate.py and recommend.py take; pass the folder of one of its members")
+        raise ValueError(
+            f"{folder} is an ensemble, which evaluate.py and recommend.py take; pass the folder of one of its members"
+        )
     if is_export(folder):
         if name is not None:
-            raise ValueError(f"{folder} is an exported model and has no checkpoint {name}; leave --checkpoint out")
+            raise ValueError(
+                f"{folder} is an exported model and has no checkpoint {name}; leave --checkpoint out"
+            )
         return folders.persist(lambda: open_export(folder))
     return folders.open_found(folder / "checkpoints", name)
 
@@ -107,7 +117,9 @@ def positives_of(opened: Checkpoint, folder: str | Path) -> PositiveRule | None:
         return rule
     try:
         manifest = Manifest.load(from_dict(opened.header["config"]).data.shards)
-        return manifest.positives if manifest.shards_sha256 == opened.header["shards_sha256"] else None
+        return (
+            manifest.positives if manifest.shards_sha256 == opened.header["shards_sha256"] else None
+        )
     except ValueError:
         return None
 
@@ -120,13 +132,17 @@ def same_on_all(rule: PositiveRule | None, ranks: Ranks) -> PositiveRule | None:
             raise ValueError(
                 f"the rule of positives takes {len(known):,} bytes, at most {_RULE_BYTES:,} are read; shorten --missing"
             )
-    return positives.in_header(json.loads(all_gather_bytes(known, ranks.world, ranks.device, _RULE_BYTES)[0]))
+    return positives.in_header(
+        json.loads(all_gather_bytes(known, ranks.world, ranks.device, _RULE_BYTES)[0])
+    )
 
 
 def check_size(opened: Checkpoint, config: Config) -> None:
     """ValueError where the config describes a larger model than the files can hold: nothing of that size is made then."""
     n_items = opened.header["n_items"]
-    described = 4 * (config.model.item_parameters(n_items, n_items) + config.model.trunk_parameters())
+    described = 4 * (
+        config.model.item_parameters(n_items, n_items) + config.model.trunk_parameters()
+    )
     stored = sum(os.fstat(handle.fileno()).st_size for handle in opened.handles.values())
     if described > stored:
         raise ValueError(
@@ -141,7 +157,9 @@ def load_trunk(trunk: Trunk, opened: Checkpoint) -> None:
     with torch.no_grad():
         for name, p in trunk.named_parameters():
             if name not in tensors or tensors[name].shape != p.shape:
-                raise ValueError(f"{opened.path / checkpoints.TRUNK} has no {name} of shape {tuple(p.shape)}; {opened.remedy}")
+                raise ValueError(
+                    f"{opened.path / checkpoints.TRUNK} has no {name} of shape {tuple(p.shape)}; {opened.remedy}"
+                )
             p.copy_(tensors[name])
 
 
@@ -164,20 +182,33 @@ def shards_of(loaded: LoadedModel) -> tuple[str, str]:
     header, named = loaded.checkpoint.header, loaded.config.data.shards
     run_dir = loaded.checkpoint.path.parent.parent
     if not named:
-        raise ValueError(f"{loaded.checkpoint.path} does not say which data it was trained on; pass --shards DIR")
+        raise ValueError(
+            f"{loaded.checkpoint.path} does not say which data it was trained on; pass --shards DIR"
+        )
     here = (Path(named) / MANIFEST).is_file()
     expected = header.get("data_sha256")
     if here and expected in (None, Manifest.load(named).data_sha256):
         return named, ""
     beside = os.path.normpath(run_dir / header.get("shards_from_run", named))
-    if expected and (Path(beside) / MANIFEST).is_file() and Manifest.load(beside).data_sha256 == expected:
-        return beside, f"data.shards {named} is not the data of this run here; {beside} is, and is used"
+    if (
+        expected
+        and (Path(beside) / MANIFEST).is_file()
+        and Manifest.load(beside).data_sha256 == expected
+    ):
+        return (
+            beside,
+            f"data.shards {named} is not the data of this run here; {beside} is, and is used",
+        )
     if here:
         raise ValueError(
             f"{named} is not the data that {run_dir} was trained on any more: it was prepared again; pass --shards {named} to use it "
             "all the same, or --shards with the folder of the earlier data"
         )
-    relative = "" if Path(named).is_absolute() else ", a path relative to the folder where training was started"
+    relative = (
+        ""
+        if Path(named).is_absolute()
+        else ", a path relative to the folder where training was started"
+    )
     raise ValueError(
         f"{run_dir} was trained on the shards in {named}{relative}: it holds no {MANIFEST} here; pass --shards DIR with the folder "
         "where they are now"

@@ -69,7 +69,14 @@ class Part:
 class MappedModel:
     """The model of `model.kind` over mapped item matrices. Scores are log p; of the closed form (`ease`), W x itself."""
 
-    def __init__(self, model: ModelConfig, loss: LossConfig, n_items: int, parts: list[Part], trunk: Trunk | None) -> None:
+    def __init__(
+        self,
+        model: ModelConfig,
+        loss: LossConfig,
+        n_items: int,
+        parts: list[Part],
+        trunk: Trunk | None,
+    ) -> None:
         self.config, self.n_items, self.parts, self.trunk = model, n_items, parts, trunk
         self.loss = make_loss(loss.kind, loss.alpha, loss.gamma)
         self.outputs = [part.output for part in parts]
@@ -103,7 +110,9 @@ class MappedModel:
         self.expect(len(torch.unique(x.items)))
         sources, stats = self.sources(x), None
         if isinstance(self.loss, MultinomialLoss):
-            stats = self.loss.combine(torch.stack([o.row_stats(self.loss, sources, x, None) for o in self.outputs]))
+            stats = self.loss.combine(
+                torch.stack([o.row_stats(self.loss, sources, x, None) for o in self.outputs])
+            )
         for output in self.outputs:
             for block, (lo, hi) in enumerate(output.blocks):
                 if allowed_I is not None and not allowed_I[lo:hi].any():
@@ -136,7 +145,9 @@ def map_model(opened: Checkpoint, config: Config) -> MappedModel:
         part = ItemPartition(n_items, len(files), index)
         mapped = MappedFile(opened.tensors(name))
         if name != checkpoints.items_file(index, len(files)):
-            raise ValueError(f"{opened.path} holds {', '.join(files)}, expected one file for each partition; {opened.remedy}")
+            raise ValueError(
+                f"{opened.path} holds {', '.join(files)}, expected one file for each partition; {opened.remedy}"
+            )
         with checkpoints.readable(opened.path / name, opened.remedy):
             parts.append(_make_part(opened.path / name, part, config.model, mapped, deep, shallow))
     if not parts:
@@ -144,7 +155,14 @@ def map_model(opened: Checkpoint, config: Config) -> MappedModel:
     return MappedModel(config.model, config.loss, n_items, parts, trunk)
 
 
-def _make_part(file: Path, part: ItemPartition, model: ModelConfig, mapped: MappedFile, deep: bool, shallow: bool) -> Part:
+def _make_part(
+    file: Path,
+    part: ItemPartition,
+    model: ModelConfig,
+    mapped: MappedFile,
+    deep: bool,
+    shallow: bool,
+) -> Part:
     tensors = mapped.tensors
 
     def take(name: str, lo: int, hi: int, *shape: int) -> Tensor:
@@ -160,21 +178,44 @@ def _make_part(file: Path, part: ItemPartition, model: ModelConfig, mapped: Mapp
         input_side = InputSide(part, alone, model.hidden, *place)
         input_side.weight_JH = take("input.weight", *whole, J, model.hidden)
     paths = (deep, model.latent_head, shallow)
-    output = OutputSide(part, alone, model.hidden, model.latent, *paths, 0, *place, model.nease, model.nease_offset)
+    output = OutputSide(
+        part, alone, model.hidden, model.latent, *paths, 0, *place, model.nease, model.nease_offset
+    )
     output.heads = [
-        Head(h.name, take(f"{h.name}.weight", *whole, *h.weight_JK.shape), take(f"{h.name}.bias", *whole, J)) for h in output.heads
+        Head(
+            h.name,
+            take(f"{h.name}.weight", *whole, *h.weight_JK.shape),
+            take(f"{h.name}.bias", *whole, J),
+        )
+        for h in output.heads
     ]
     output.blocks = _stored_blocks(file, part, tensors) if shallow else part.blocks(BLOCK_COLUMNS)
-    output.W_IC = [take("output.nease.weight", lo, hi, part.n_items, hi - lo) for lo, hi in output.blocks] if shallow else []
+    output.W_IC = (
+        [take("output.nease.weight", lo, hi, part.n_items, hi - lo) for lo, hi in output.blocks]
+        if shallow
+        else []
+    )
     return Part(input_side, output, mapped)
 
 
-def _stored_blocks(file: Path, part: ItemPartition, tensors: dict[str, Tensor]) -> list[tuple[int, int]]:
+def _stored_blocks(
+    file: Path, part: ItemPartition, tensors: dict[str, Tensor]
+) -> list[tuple[int, int]]:
     """The blocks of columns in which the file holds W, in order; ValueError unless they make up the partition."""
-    blocks = sorted((lo, hi) for name, lo, hi in map(checkpoints.parse_piece, tensors) if name == "output.nease.weight")
+    blocks = sorted(
+        (lo, hi)
+        for name, lo, hi in map(checkpoints.parse_piece, tensors)
+        if name == "output.nease.weight"
+    )
     ends = [part.start] + [hi for _, hi in blocks]
-    if [lo for lo, _ in blocks] != ends[:-1] or ends[-1] != part.stop or any(lo >= hi for lo, hi in blocks):
-        raise ValueError(f"{file} does not hold output.nease.weight for all items {part.start} to {part.stop - 1} once")
+    if (
+        [lo for lo, _ in blocks] != ends[:-1]
+        or ends[-1] != part.stop
+        or any(lo >= hi for lo, hi in blocks)
+    ):
+        raise ValueError(
+            f"{file} does not hold output.nease.weight for all items {part.start} to {part.stop - 1} once"
+        )
     return blocks
 
 
@@ -186,6 +227,8 @@ def _map_trunk(opened: Checkpoint, config: Config) -> Trunk:
     tensors, _ = opened.tensors(checkpoints.TRUNK).map()
     for name, p in trunk.named_parameters():
         if name not in tensors or tensors[name].shape != p.shape:
-            raise ValueError(f"{opened.path / checkpoints.TRUNK} has no {name} of shape {tuple(p.shape)}; {opened.remedy}")
+            raise ValueError(
+                f"{opened.path / checkpoints.TRUNK} has no {name} of shape {tuple(p.shape)}; {opened.remedy}"
+            )
         p.data = tensors[name]
     return trunk.eval().requires_grad_(False)

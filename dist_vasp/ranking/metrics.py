@@ -21,7 +21,9 @@ def hits(topk_ids: np.ndarray, held_out: Rows) -> np.ndarray:
     n_users = len(topk_ids)
     assert held_out.n_rows == n_users, (held_out.n_rows, n_users)
     stride = max(int(topk_ids.max(initial=0)), int(held_out.items.max(initial=0))) + 1
-    targets = np.repeat(np.arange(n_users, dtype=np.int64) * stride, held_out.lengths) + held_out.items  # ascending
+    targets = (
+        np.repeat(np.arange(n_users, dtype=np.int64) * stride, held_out.lengths) + held_out.items
+    )  # ascending
     listed = np.arange(n_users, dtype=np.int64)[:, None] * stride + topk_ids
     if len(targets) == 0:
         return np.zeros(listed.shape, bool)
@@ -29,13 +31,17 @@ def hits(topk_ids: np.ndarray, held_out: Rows) -> np.ndarray:
     return (found == listed) & (topk_ids >= 0)
 
 
-def recall_at_k(topk_ids: np.ndarray, held_out: Rows, k: int, denominator: str = "min") -> np.ndarray:
+def recall_at_k(
+    topk_ids: np.ndarray, held_out: Rows, k: int, denominator: str = "min"
+) -> np.ndarray:
     """Hits among the first k / min(k, held-out items); with the denominator `held_out`, / held-out items (He et al. 2020, LightGCN).
 
     Returns (U,) float64, NaN where the target is empty.
     """
     n_hits = hits(topk_ids[:, :k], held_out).sum(axis=1)
-    return _divide(n_hits, held_out.lengths if denominator == "held_out" else np.minimum(k, held_out.lengths))
+    return _divide(
+        n_hits, held_out.lengths if denominator == "held_out" else np.minimum(k, held_out.lengths)
+    )
 
 
 def ndcg_at_k(topk_ids: np.ndarray, held_out: Rows, k: int) -> np.ndarray:
@@ -68,9 +74,13 @@ _METRICS: dict[str, Callable[[np.ndarray, Rows, str], np.ndarray]] = {
 }
 
 
-def user_metrics(topk_ids: np.ndarray, held_out: Rows, recall_denominator: str = "min") -> dict[str, np.ndarray]:
+def user_metrics(
+    topk_ids: np.ndarray, held_out: Rows, recall_denominator: str = "min"
+) -> dict[str, np.ndarray]:
     """Each metric of each user, (U,) float64, NaN where the target is empty. topk_ids (U, K), held_out of U rows."""
-    return {name: metric(topk_ids, held_out, recall_denominator) for name, metric in _METRICS.items()}
+    return {
+        name: metric(topk_ids, held_out, recall_denominator) for name, metric in _METRICS.items()
+    }
 
 
 class RankingMetrics:
@@ -107,7 +117,9 @@ class RankingMetrics:
             scored = values[~np.isnan(values)]
             n_scored, n_users = len(scored), len(values)
             out[name] = float(scored.mean()) if n_scored else None
-            out[f"{name}_se"] = float(scored.std(ddof=1)) / math.sqrt(n_scored) if n_scored > 1 else None
+            out[f"{name}_se"] = (
+                float(scored.std(ddof=1)) / math.sqrt(n_scored) if n_scored > 1 else None
+            )
         out[f"coverage@{_COVERAGE_K}"] = coverage(self._listed) if n_scored else None
         out["n_users"] = n_scored
         out["n_users_unscored"] = n_users - n_scored

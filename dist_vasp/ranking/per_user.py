@@ -80,7 +80,12 @@ class PerUserFile:
     def __enter__(self) -> PerUserFile:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         if error is None and self._writer is None:
             error = GeneratorExit()  # nobody was scored: there is no file
         try:
@@ -94,23 +99,36 @@ class PerUserFile:
 
     def write(self, block: EvalBlock, topk_ids: np.ndarray) -> None:
         """Add the users of `block`; topk_ids (U, K) their lists."""
-        columns: dict[str, np.ndarray | pa.Array] = {"key": block.user_keys, "id": self._ids_of(block.user_keys)}
+        columns: dict[str, np.ndarray | pa.Array] = {
+            "key": block.user_keys,
+            "id": self._ids_of(block.user_keys),
+        }
         columns |= self._scores(topk_ids, block.held_out, "")
         for third, name in enumerate(THIRDS):
-            columns |= self._scores(topk_ids, keep_items(block.held_out, self._thirds == third), f"_{name}")
-        table = pa.table({name: pa.array(column, from_pandas=True) for name, column in columns.items()})  # NaN becomes null
+            columns |= self._scores(
+                topk_ids, keep_items(block.held_out, self._thirds == third), f"_{name}"
+            )
+        table = pa.table(
+            {name: pa.array(column, from_pandas=True) for name, column in columns.items()}
+        )  # NaN becomes null
         if self._writer is None:
             self._writer = pq.ParquetWriter(self._file, table.schema)
         self._writer.write_table(table)
 
     def _scores(self, topk_ids: np.ndarray, held_out: Rows, suffix: str) -> dict[str, np.ndarray]:
         scores = user_metrics(topk_ids, held_out, self._denominator)
-        return {f"n_held_out{suffix}": held_out.lengths.astype(np.int32)} | {f"{n}{suffix}": v for n, v in scores.items()}
+        return {f"n_held_out{suffix}": held_out.lengths.astype(np.int32)} | {
+            f"{n}{suffix}": v for n, v in scores.items()
+        }
 
     def _ids_of(self, keys: np.ndarray) -> pa.Array:
-        places = self._order[np.minimum(np.searchsorted(self._keys, keys, sorter=self._order), len(self._order) - 1)]
+        places = self._order[
+            np.minimum(np.searchsorted(self._keys, keys, sorter=self._order), len(self._order) - 1)
+        ]
         if not np.array_equal(self._keys[places], keys):
-            raise ValueError(f"{self.path}: the shards hold users that the file of user ids does not; shard the data again")
+            raise ValueError(
+                f"{self.path}: the shards hold users that the file of user ids does not; shard the data again"
+            )
         return self._ids.take(pa.array(places))
 
 
@@ -121,8 +139,14 @@ def _read_users(folder: str | Path, split: str, manifest: Manifest) -> tuple[np.
     try:
         data = path.read_bytes()
         if hashlib.sha256(data).hexdigest() != manifest.files.get(name):
-            raise ValueError(f"{path} is not the file that {MANIFEST} lists; restore it or shard the data again")
+            raise ValueError(
+                f"{path} is not the file that {MANIFEST} lists; restore it or shard the data again"
+            )
         table = pq.read_table(pa.BufferReader(data), columns=["key", "id"])
-        return np.asarray(table.column("key")).astype(np.uint64), table.column("id").combine_chunks()
+        return np.asarray(table.column("key")).astype(np.uint64), table.column(
+            "id"
+        ).combine_chunks()
     except (OSError, KeyError, pa.ArrowException) as error:
-        raise ValueError(f"{path} cannot be read as the list of users ({error}); shard the data again") from None
+        raise ValueError(
+            f"{path} cannot be read as the list of users ({error}); shard the data again"
+        ) from None

@@ -30,7 +30,12 @@ USERS_PER_BLOCK = 2048  # W passes once for a block: 512 took four times as long
 
 
 def list_schema(user_type: pa.DataType, item_type: pa.DataType, n_reasons: int = 0) -> pa.Schema:
-    fields = [("user", user_type), ("rank", pa.int32()), ("item", item_type), ("score", pa.float32())]
+    fields = [
+        ("user", user_type),
+        ("rank", pa.int32()),
+        ("item", item_type),
+        ("score", pa.float32()),
+    ]
     if n_reasons:
         fields += [("p_flvae", pa.float32()), ("p_nease", pa.float32())]
     for n in range(1, n_reasons + 1):
@@ -78,13 +83,19 @@ def recommend_to_file(
     agree(error, ranks)
     try:
         for block in histories.blocks(items, USERS_PER_BLOCK):
-            scores, rows = top_items(scorer, block.rows, k, len(items.keys), ranks, not keep_seen, block.seen)
+            scores, rows = top_items(
+                scorer, block.rows, k, len(items.keys), ranks, not keep_seen, block.seen
+            )
             reasons = None
             if explainer is not None and n_reasons:
-                reasons = explain_lists(explainer, block, scores, rows, n_reasons, len(items.keys), ranks)
+                reasons = explain_lists(
+                    explainer, block, scores, rows, n_reasons, len(items.keys), ranks
+                )
             skipped, why = _without_list(block, rows)
             if file is not None:
-                file.write(list_table(block.users, to_score(scores), rows, items, reasons), skipped, why)
+                file.write(
+                    list_table(block.users, to_score(scores), rows, items, reasons), skipped, why
+                )
             for u in range(min(block.n_users, show - len(examples))):
                 examples.append(_example(block, u, to_score(scores[u]), rows[u], items))
             n_ended += len(skipped) - len(block.skipped)
@@ -99,11 +110,16 @@ def recommend_to_file(
     finally:
         if file is not None:
             file.discard()
-    others = f"; {n_skipped:,} users without a list are in {skipped_file(output)}, with the reason" if n_skipped else ""
+    others = (
+        f"; {n_skipped:,} users without a list are in {skipped_file(output)}, with the reason"
+        if n_skipped
+        else ""
+    )
     examples.append("")
     n_rows = file.n_rows if file is not None else 0
     return (
-        "\n".join(examples) + f"{output}: {n_rows:,} recommendations for {done - n_skipped:,} users{others}\n{read.line(keep_seen)}"
+        "\n".join(examples)
+        + f"{output}: {n_rows:,} recommendations for {done - n_skipped:,} users{others}\n{read.line(keep_seen)}"
     )
 
 
@@ -127,17 +143,33 @@ def restricted(scorer: Scorer, allowed: np.ndarray, ranks: Ranks) -> Scorer:
 
 
 def explain_lists(
-    explainer: Explainer, block: Histories, scores: np.ndarray, rows: np.ndarray, n: int, n_items: int, ranks: Ranks
+    explainer: Explainer,
+    block: Histories,
+    scores: np.ndarray,
+    rows: np.ndarray,
+    n: int,
+    n_items: int,
+    ranks: Ranks,
 ) -> Reasons:
     """Reasons for every listed item of a block, in the order of `list_table`."""
     partitions = ranks.layout.partitions
-    x = to_item_rows(block.rows, -(-max(block.n_users, 1) // partitions) * partitions, n_items, ranks.device)
+    x = to_item_rows(
+        block.rows, -(-max(block.n_users, 1) // partitions) * partitions, n_items, ranks.device
+    )
     user, rank = np.nonzero(rows >= 0)
-    user_E, item_E, score_E = (torch.from_numpy(a).to(ranks.device) for a in (user, rows[user, rank], scores[user, rank]))
+    user_E, item_E, score_E = (
+        torch.from_numpy(a).to(ranks.device) for a in (user, rows[user, rank], scores[user, rank])
+    )
     return explainer(x, user_E, item_E, score_E, n)
 
 
-def list_table(users: pa.Array, scores: np.ndarray, rows: np.ndarray, items: ItemTable, reasons: Reasons | None = None) -> pa.Table:
+def list_table(
+    users: pa.Array,
+    scores: np.ndarray,
+    rows: np.ndarray,
+    items: ItemTable,
+    reasons: Reasons | None = None,
+) -> pa.Table:
     """Lists (U, K) of item rows, -1 where there is none, as a table of one row per recommendation."""
     user, rank = np.nonzero(rows >= 0)
     columns = [
@@ -149,20 +181,39 @@ def list_table(users: pa.Array, scores: np.ndarray, rows: np.ndarray, items: Ite
     if reasons is None:
         return pa.Table.from_arrays(columns, schema=list_schema(users.type, items.ids.type))
     for log_p in (reasons.log_p_flvae_E, reasons.log_p_nease_E):
-        columns.append(pa.nulls(len(user), pa.float32()) if log_p is None else pa.array(np.exp(log_p.cpu().numpy())))
-    assert reasons.items_EN is not None and reasons.weights_EN is not None, "a model without a shallow path has no reasons"
-    for items_E, weights_E in zip(reasons.items_EN.T.cpu().numpy(), reasons.weights_EN.T.cpu().numpy(), strict=True):
+        columns.append(
+            pa.nulls(len(user), pa.float32())
+            if log_p is None
+            else pa.array(np.exp(log_p.cpu().numpy()))
+        )
+    assert reasons.items_EN is not None and reasons.weights_EN is not None, (
+        "a model without a shallow path has no reasons"
+    )
+    for items_E, weights_E in zip(
+        reasons.items_EN.T.cpu().numpy(), reasons.weights_EN.T.cpu().numpy(), strict=True
+    ):
         columns.append(items.ids.take(pa.array(items_E, mask=items_E < 0)))
         columns.append(pa.array(weights_E, mask=items_E < 0))
     n_reasons = reasons.items_EN.shape[1]
     return pa.Table.from_arrays(columns, schema=list_schema(users.type, items.ids.type, n_reasons))
 
 
-def _example(block: Histories, user: int, scores: np.ndarray, rows: np.ndarray, items: ItemTable, most: int = 10) -> str:
+def _example(
+    block: Histories,
+    user: int,
+    scores: np.ndarray,
+    rows: np.ndarray,
+    items: ItemTable,
+    most: int = 10,
+) -> str:
     """A user's history (popular items first) and list, by title where there are titles."""
     names = items.titles if items.titles is not None else items.ids
     first, last = block.rows.indptr[user], block.rows.indptr[user + 1]
     seen = [one_line(str(names[int(i)])) for i in block.rows.items[first : min(last, first + most)]]
     more = f" and {last - first - most} more" if last - first > most else ""
-    listed = [f"{one_line(str(names[int(i)]))} ({s:.3f})" for s, i in zip(scores, rows, strict=True) if i >= 0]
+    listed = [
+        f"{one_line(str(names[int(i)]))} ({s:.3f})"
+        for s, i in zip(scores, rows, strict=True)
+        if i >= 0
+    ]
     return f"user {one_line(str(block.users[user]))}\n  history  {', '.join(seen)}{more}\n  list     {', '.join(listed)}"

@@ -38,7 +38,14 @@ from dist_vasp.ranking.accepted import history_lists, id_list, refuse_frame
 from dist_vasp.ranking.evaluate import to_item_rows, top_items
 from dist_vasp.ranking.explain import mapped_explainer
 from dist_vasp.ranking.filters import counted
-from dist_vasp.ranking.histories import Read, count_rows, find_items, histories_of_table, known_rows, liked_rows
+from dist_vasp.ranking.histories import (
+    Read,
+    count_rows,
+    find_items,
+    histories_of_table,
+    known_rows,
+    liked_rows,
+)
 from dist_vasp.ranking.load import check_size, open_model, positives_of
 from dist_vasp.ranking.mapped import MappedModel, map_model
 from dist_vasp.ranking.recommend import list_table
@@ -138,9 +145,20 @@ class Recommender:
     """A trained model, read only. Make one with `Recommender.load`."""
 
     def __init__(
-        self, opened: Checkpoint, items: ItemTable, items_file: Path, model: MappedModel, rule: PositiveRule | None = None
+        self,
+        opened: Checkpoint,
+        items: ItemTable,
+        items_file: Path,
+        model: MappedModel,
+        rule: PositiveRule | None = None,
     ) -> None:
-        self._opened, self._items_file, self.model, self.items, self.positives = opened, items_file, model, items, rule
+        self._opened, self._items_file, self.model, self.items, self.positives = (
+            opened,
+            items_file,
+            model,
+            items,
+            rule,
+        )
         self._alone = form_groups(0, Layout(1, 1, 1), torch.device("cpu"))
         self._stamps = self._read_stamps()
 
@@ -155,8 +173,12 @@ class Recommender:
         opened = open_model(folder, checkpoint)
         if verify:
             checkpoints.verify(opened, form_groups(0, Layout(1, 1, 1), torch.device("cpu")))
-        items_file = Path(folder).absolute() / ITEMS_FILE  # `export` finds it after a change of folder, too
-        items = read_items_file(items_file, opened.header["n_items"], opened.header["vocabulary_sha256"])
+        items_file = (
+            Path(folder).absolute() / ITEMS_FILE
+        )  # `export` finds it after a change of folder, too
+        items = read_items_file(
+            items_file, opened.header["n_items"], opened.header["vocabulary_sha256"]
+        )
         config = from_dict(opened.header["config"])
         check_size(opened, config)
         model = map_model(opened, config)
@@ -179,8 +201,17 @@ class Recommender:
         if trunk not in (None, "torch_export"):
             raise ValueError(f"trunk is {trunk!r}, expected torch_export or None")
         if trunk and self.model.trunk is None:
-            raise ValueError(f"a model of kind {self.model.config.kind} has no trunk to export; leave trunk out")
-        return exports.export(self._opened, self._items_file, folder, self.model.trunk if trunk else None, progress, self.positives)
+            raise ValueError(
+                f"a model of kind {self.model.config.kind} has no trunk to export; leave trunk out"
+            )
+        return exports.export(
+            self._opened,
+            self._items_file,
+            folder,
+            self.model.trunk if trunk else None,
+            progress,
+            self.positives,
+        )
 
     def _read_stamps(self) -> dict[str, tuple[int, int]]:
         """Size and time of change of every file that is mapped."""
@@ -223,7 +254,12 @@ class Recommender:
         """
         _check_count("k", k)
         self._check_unchanged()
-        asked = {"user": user_column, "item": item_column, "rating": rating_column, "time": time_column}
+        asked = {
+            "user": user_column,
+            "item": item_column,
+            "rating": rating_column,
+            "time": time_column,
+        }
         given = self._read(histories, asked, all_positive)
         rows = given.rows
         allowed, notes = self._allowed(filter_items, restrict_to)
@@ -235,13 +271,23 @@ class Recommender:
             likes = rows.take(block)
             seen = likes if given.seen is rows else given.seen.take(block)
             found, ids[block] = top_items(
-                lambda x: self.model.scores(x, allowed), likes, k, self.n_items, self._alone, mask_input, seen
+                lambda x: self.model.scores(x, allowed),
+                likes,
+                k,
+                self.n_items,
+                self._alone,
+                mask_input,
+                seen,
             )
             scores[block] = found if self.is_linear else np.exp(found)
         scores[ids == NO_ITEM] = np.nan
-        return Lists(self._ids(ids), scores, given.users, given.read, (*given.notes, *notes), ids, self.items)
+        return Lists(
+            self._ids(ids), scores, given.users, given.read, (*given.notes, *notes), ids, self.items
+        )
 
-    def similar_items(self, item: Id, k: int, by: Literal["nease", "decoder"] | None = None) -> tuple[np.ndarray, np.ndarray]:
+    def similar_items(
+        self, item: Id, k: int, by: Literal["nease", "decoder"] | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """(ids, scores) of the k items nearest to `item`, itself excepted; fewer where the catalogue is smaller.
 
         `nease`: W[item, j], what having `item` adds to the logit of j. It is directed: a rare sequel may point at its famous
@@ -255,7 +301,9 @@ class Recommender:
         by = by or ("nease" if self._shallow else "decoder")
         if by not in paths or not paths[by]:
             there = " or ".join(name for name, has in paths.items() if has)
-            raise ValueError(f"by is {by!r}, but a model of kind {self.model.config.kind} can compare items by {there}")
+            raise ValueError(
+                f"by is {by!r}, but a model of kind {self.model.config.kind} can compare items by {there}"
+            )
         best = TopK(k)
         for first, scores_C in self._nease_row(row) if by == "nease" else self._cosines(row):
             if first <= row < first + len(scores_C):
@@ -273,7 +321,9 @@ class Recommender:
         refuse_frame(history, "history")
         rows = self._read([history]).rows
         if rows.n_rows == 0 or not len(rows.items):
-            raise ValueError("no item of the history is known to the model; there is nothing to explain")
+            raise ValueError(
+                "no item of the history is known to the model; there is nothing to explain"
+            )
         x = to_item_rows(rows, 1, self.n_items, torch.device("cpu"))
         wanted = torch.zeros(self.n_items, dtype=torch.bool)
         wanted[row] = True
@@ -281,13 +331,28 @@ class Recommender:
         pair = (torch.tensor([0]), torch.tensor([row]), score[None])
         found = mapped_explainer(self.model)(x, *pair, max(n, len(rows.items)))
         reasons, rest, logit = [], 0.0, None
-        if found.items_EN is not None and found.weights_EN is not None and found.shallow_E is not None:
-            pairs = [(i, w) for i, w in zip(found.items_EN[0].tolist(), found.weights_EN[0].tolist(), strict=True) if i != NO_ITEM]
+        if (
+            found.items_EN is not None
+            and found.weights_EN is not None
+            and found.shallow_E is not None
+        ):
+            pairs = [
+                (i, w)
+                for i, w in zip(
+                    found.items_EN[0].tolist(), found.weights_EN[0].tolist(), strict=True
+                )
+                if i != NO_ITEM
+            ]
             reasons = [Reason(self._id(i), w, self._title(i)) for i, w in pairs[:n]]
             rest, logit = sum(w for _, w in pairs[n:]), float(found.shallow_E[0])
-        p_flvae, p_nease = (None if p is None else float(p.exp()[0]) for p in (found.log_p_flvae_E, found.log_p_nease_E))
+        p_flvae, p_nease = (
+            None if p is None else float(p.exp()[0])
+            for p in (found.log_p_flvae_E, found.log_p_nease_E)
+        )
         p = None if self.is_linear else float(score.exp())
-        return Explanation(self._id(row), self._title(row), p, p_flvae, p_nease, logit, reasons, rest)
+        return Explanation(
+            self._id(row), self._title(row), p, p_flvae, p_nease, logit, reasons, rest
+        )
 
     # --- what there is ---------------------------------------------------------------------------------------------------
 
@@ -335,7 +400,12 @@ class Recommender:
 
     # --- input -----------------------------------------------------------------------------------------------------------
 
-    def _read(self, histories: HistoriesLike, asked: Mapping[str, str | None] | None = None, all_positive: bool = False) -> _Given:
+    def _read(
+        self,
+        histories: HistoriesLike,
+        asked: Mapping[str, str | None] | None = None,
+        all_positive: bool = False,
+    ) -> _Given:
         if isinstance(histories, pa.RecordBatch):
             histories = pa.Table.from_batches([histories])
         named = {role: name for role, name in (asked or {}).items() if name is not None}
@@ -343,7 +413,9 @@ class Recommender:
             return self._read_table(histories, named, all_positive)
         if named:
             role = next(iter(named))
-            raise ValueError(f"{role}_column is {named[role]!r}, but histories are no table; leave it out")
+            raise ValueError(
+                f"{role}_column is {named[role]!r}, but histories are no table; leave it out"
+            )
         if scipy.sparse.issparse(histories):
             return self._read_matrix(histories, all_positive)
         lists = history_lists(histories, self.n_items)
@@ -352,21 +424,32 @@ class Recommender:
         rows = known_rows(owner, item_rows, len(lists), self.n_items)
         return _Given(rows, rows, count_rows(item_rows, rows, rows))
 
-    def _read_table(self, table: pa.Table, asked: Mapping[str, str | None], all_positive: bool) -> _Given:
-        columns = serving_columns(table.column_names, self.positives, asked, "the table", all_positive, dashes="")
+    def _read_table(
+        self, table: pa.Table, asked: Mapping[str, str | None], all_positive: bool
+    ) -> _Given:
+        columns = serving_columns(
+            table.column_names, self.positives, asked, "the table", all_positive, dashes=""
+        )
         found = histories_of_table(table, columns, self.items, self.positives, "the table")
 
         def with_skipped(rows: Rows) -> Rows:
-            return Rows(indptr_of(np.append(rows.lengths, np.zeros(len(found.skipped), np.int64))), rows.items)
+            return Rows(
+                indptr_of(np.append(rows.lengths, np.zeros(len(found.skipped), np.int64))),
+                rows.items,
+            )
 
         rows = with_skipped(found.rows)
         seen = rows if found.seen is found.rows else with_skipped(found.seen)
-        return _Given(rows, seen, found.read, pa.concat_arrays([found.users, found.skipped]), columns.notes)
+        return _Given(
+            rows, seen, found.read, pa.concat_arrays([found.users, found.skipped]), columns.notes
+        )
 
     def _read_matrix(self, matrix: Any, all_positive: bool) -> _Given:
         """Non-zero entries are seen items. They are ratings where the rule reads ratings and not all of them are 1."""
         if matrix.ndim != 2 or matrix.shape[1] != self.n_items:
-            raise ValueError(f"the matrix has shape {matrix.shape}, expected (users, {self.n_items}): columns are item rows")
+            raise ValueError(
+                f"the matrix has shape {matrix.shape}, expected (users, {self.n_items}): columns are item rows"
+            )
         if matrix.dtype.kind not in "biuf":
             raise ValueError(f"the matrix holds {matrix.dtype}, expected numbers; convert it first")
         x = matrix.tocsr()
@@ -375,11 +458,20 @@ class Recommender:
             x.sum_duplicates()
         x = x.tocoo()
         stored = x.data != 0
-        owner, item_rows, values = x.row[stored], x.col[stored], np.asarray(x.data[stored], np.float64)
+        owner, item_rows, values = (
+            x.row[stored],
+            x.col[stored],
+            np.asarray(x.data[stored], np.float64),
+        )
         if not np.isfinite(values).all():
             raise ValueError("the matrix holds values that are not finite; leave those entries out")
         rows = seen = known_rows(owner, item_rows, x.shape[0], self.n_items)
-        if self.positives is not None and not self.positives.is_implicit and not all_positive and (values != 1).any():
+        if (
+            self.positives is not None
+            and not self.positives.is_implicit
+            and not all_positive
+            and (values != 1).any()
+        ):
             rows = liked_rows(owner, item_rows, x.shape[0], self.n_items, self.positives, values)
         return _Given(rows, seen, count_rows(item_rows, rows, seen))
 
@@ -392,15 +484,23 @@ class Recommender:
         except (pa.ArrowException, TypeError, OverflowError):
             array = pa.nulls(1)
         if pa.types.is_floating(array.type):
-            array = of_column(array, range(1, len(array) + 1), what, ())  # 17.0 is 17, 17.5 is no id
-        if array.null_count or not (pa.types.is_integer(array.type) or pa.types.is_string(array.type)):
-            raise ValueError(f"{what} must hold original ids, all whole numbers or all strings; some are of another kind")
+            array = of_column(
+                array, range(1, len(array) + 1), what, ()
+            )  # 17.0 is 17, 17.5 is no id
+        if array.null_count or not (
+            pa.types.is_integer(array.type) or pa.types.is_string(array.type)
+        ):
+            raise ValueError(
+                f"{what} must hold original ids, all whole numbers or all strings; some are of another kind"
+            )
         return find_items(array, self.items)
 
     def _known_item(self, item: Id) -> int:
         row = int(self._find([item], "item")[0])
         if row < 0:
-            raise ValueError(f"item {item!r} is not one of the {self.n_items} items that the model was trained on")
+            raise ValueError(
+                f"item {item!r} is not one of the {self.n_items} items that the model was trained on"
+            )
         return row
 
     def _allowed(
@@ -419,7 +519,9 @@ class Recommender:
                 allowed[:] = False
             allowed[rows[rows >= 0]] = name == "restrict_to"
         if not allowed.any():
-            raise ValueError("filter_items and restrict_to leave no item that the model knows; pass other ids")
+            raise ValueError(
+                "filter_items and restrict_to leave no item that the model knows; pass other ids"
+            )
         return torch.from_numpy(allowed), notes
 
     # --- similarity ------------------------------------------------------------------------------------------------------
@@ -432,10 +534,17 @@ class Recommender:
 
     def _cosines(self, row: int) -> Iterator[tuple[int, torch.Tensor]]:
         decoders = [(output.part, output.heads[0].weight_JK) for output in self.model.outputs]
-        wanted = next(R_JH[row - part.start] for part, R_JH in decoders if part.start <= row < part.stop)
+        wanted = next(
+            R_JH[row - part.start] for part, R_JH in decoders if part.start <= row < part.stop
+        )
         for part, R_JH in decoders:
             for lo, hi in part.blocks(_ROWS_AT_ONCE):
-                yield lo, torch.cosine_similarity(R_JH[lo - part.start : hi - part.start], wanted[None], dim=1)
+                yield (
+                    lo,
+                    torch.cosine_similarity(
+                        R_JH[lo - part.start : hi - part.start], wanted[None], dim=1
+                    ),
+                )
 
 
 _prepared_for_forks = False

@@ -28,13 +28,21 @@ def local_topk(scores_UJ: Tensor, k: int, item_offset: int = 0) -> tuple[Tensor,
     n_columns = scores_UJ.shape[1]
     k = min(k, n_columns)
     if k == 0 or len(scores_UJ) == 0:
-        return scores_UJ[:, :k], torch.empty(scores_UJ.shape[0], k, dtype=torch.int64, device=scores_UJ.device)
+        return scores_UJ[:, :k], torch.empty(
+            scores_UJ.shape[0], k, dtype=torch.int64, device=scores_UJ.device
+        )
     # one more than asked for: only where the next score equals the last listed one can the choice be wrong
     best, columns = torch.topk(scores_UJ, min(k + 1, n_columns), dim=1)
     if best[:, 0].isnan().any():  # topk ranks NaN first
-        raise ValueError("scores contain NaN, which cannot be ranked: the model has diverged; use an earlier checkpoint")
+        raise ValueError(
+            "scores contain NaN, which cannot be ranked: the model has diverged; use an earlier checkpoint"
+        )
     last = best[:, k - 1]
-    tied = (best[:, -1] == last) & (last > -torch.inf) if k < n_columns else torch.zeros_like(last, dtype=torch.bool)
+    tied = (
+        (best[:, -1] == last) & (last > -torch.inf)
+        if k < n_columns
+        else torch.zeros_like(last, dtype=torch.bool)
+    )
     best, columns = best[:, :k], columns[:, :k].contiguous()
     rows = tied.nonzero().squeeze(1)
     if len(rows):
@@ -92,7 +100,9 @@ class TopK:
         self._scores, position = local_topk(torch.cat([self._scores, scores_UC], dim=1), self.k)
         listed = self._ids.gather(1, position.clamp(0, n_listed - 1)) if n_listed else position
         new = position - n_listed + item_offset
-        self._ids = torch.where(position >= n_listed, new, listed).masked_fill_(position == NO_ITEM, NO_ITEM)
+        self._ids = torch.where(position >= n_listed, new, listed).masked_fill_(
+            position == NO_ITEM, NO_ITEM
+        )
 
     def result(self) -> tuple[Tensor, Tensor]:
         """(scores, ids), both (U, k), padded with -inf and -1; at least one block must have been taken."""

@@ -63,7 +63,9 @@ class _JsonLinesWriter:
         for row in range(len(table)):
             line: dict[str, Any] = {name: columns[name][row] for name in self._flat}
             if self._n:
-                line["because"] = [{"item": i[row], "weight": w[row]} for i, w in reasons if i[row] is not None]
+                line["because"] = [
+                    {"item": i[row], "weight": w[row]} for i, w in reasons if i[row] is not None
+                ]
             self._file.write((json.dumps(line, ensure_ascii=False) + "\n").encode())
 
     def close(self) -> None:
@@ -77,7 +79,11 @@ def _plain(column: pa.ChunkedArray) -> list[Any]:
     return [None if text is None else float(text) for text in column.cast(pa.string()).to_pylist()]
 
 
-_WRITERS: dict[str, Any] = {".csv": pa_csv.CSVWriter, ".parquet": _ParquetWriter, ".jsonl": _JsonLinesWriter}
+_WRITERS: dict[str, Any] = {
+    ".csv": pa_csv.CSVWriter,
+    ".parquet": _ParquetWriter,
+    ".jsonl": _JsonLinesWriter,
+}
 
 
 _is_skipped = begins_with(b'"user","reason"', b"user,reason")
@@ -112,7 +118,12 @@ class ListFile:
     """
 
     def __init__(
-        self, output: Path, schema: pa.Schema, user_type: pa.DataType, overwrite: bool | None = None, inputs: Inputs = ()
+        self,
+        output: Path,
+        schema: pa.Schema,
+        user_type: pa.DataType,
+        overwrite: bool | None = None,
+        inputs: Inputs = (),
     ) -> None:
         self.output, self.n_rows, self.n_skipped = output, 0, 0
         self._skipped_schema = pa.schema([("user", user_type), ("reason", pa.string())])
@@ -133,10 +144,14 @@ class ListFile:
         self.n_rows += len(table)
         if len(skipped):
             if self._skipped is None:
-                file = self._files.enter_context(new_file(skipped_file(self.output), "", ours=_is_skipped, **self._options))
+                file = self._files.enter_context(
+                    new_file(skipped_file(self.output), "", ours=_is_skipped, **self._options)
+                )
                 self._written.append(file)
                 self._skipped = pa_csv.CSVWriter(file, self._skipped_schema)
-            self._skipped.write_table(pa.Table.from_arrays([skipped, reasons], schema=self._skipped_schema))
+            self._skipped.write_table(
+                pa.Table.from_arrays([skipped, reasons], schema=self._skipped_schema)
+            )
             self.n_skipped += len(skipped)
 
     def finish(self) -> None:
@@ -149,7 +164,9 @@ class ListFile:
         for file in self._written:
             finish(file)
         self._files.close()
-        if self._skipped is None:  # one that an earlier run left beside this output would not belong to it
+        if (
+            self._skipped is None
+        ):  # one that an earlier run left beside this output would not belong to it
             earlier = skipped_file(self.output)
             if earlier.is_file() and not earlier.is_symlink() and _is_skipped(earlier):
                 earlier.unlink()
@@ -162,4 +179,6 @@ class ListFile:
         try:
             return work(*arguments)
         except (OSError, pa.ArrowException) as error:
-            raise ValueError(f"{self.output} cannot be written ({error}); free some space or choose another --output") from None
+            raise ValueError(
+                f"{self.output} cannot be written ({error}); free some space or choose another --output"
+            ) from None

@@ -44,7 +44,11 @@ class Run:
     def series(self, name: str) -> list[tuple[float, float]]:
         """(epochs done, value) of every step that has a finite number of this name."""
         per = self.steps_per_epoch
-        return [(line["step"] / per, float(line[name])) for line in self.steps if _number(line.get(name))]
+        return [
+            (line["step"] / per, float(line[name]))
+            for line in self.steps
+            if _number(line.get(name))
+        ]
 
     def evaluated(self, name: str) -> list[tuple[float, float, float]]:
         """(epochs done, or lambda of the closed form; value; standard error or 0) of every evaluation on validation."""
@@ -54,7 +58,13 @@ class Run:
             if _number(line.get(name)):
                 x = line["ease_lambda"] if _number(line.get("ease_lambda")) else line["step"] / per
                 error = line.get(f"{name}_se")
-                found.append((float(x), float(line[name]), float(error) if error is not None and _number(error) else 0.0))
+                found.append(
+                    (
+                        float(x),
+                        float(line[name]),
+                        float(error) if error is not None and _number(error) else 0.0,
+                    )
+                )
         return sorted(found)
 
 
@@ -66,14 +76,24 @@ def read_run(folder: str | Path, benchmark: dict[str, Any] | None = None) -> Run
     lines, damaged = _lines(folder / "metrics.jsonl")
     config = _config(folder / "config.yaml")
     if not config and not lines:
-        raise ValueError(f"{folder} holds neither config.yaml nor metrics.jsonl; pass the run.dir of a training")
+        raise ValueError(
+            f"{folder} holds neither config.yaml nor metrics.jsonl; pass the run.dir of a training"
+        )
     found = benchmark or read_benchmark(folder / "benchmark.json", missing_ok=True)
     steps = [line for line in lines if "loss" in line]
-    evaluations = [_plain(line, [_MOST_VALUES]) for line in lines if "loss" not in line and line.get("split") == "validation"]
+    evaluations = [
+        _plain(line, [_MOST_VALUES])
+        for line in lines
+        if "loss" not in line and line.get("split") == "validation"
+    ]
     environment = _json(folder / "environment.json")
     starts = environment.get("starts") if isinstance(environment, dict) else None
-    starts = [start for start in starts if isinstance(start, dict)] if isinstance(starts, list) else []
-    run = Run(folder.resolve().name, folder, config, starts, steps, evaluations, None, found, damaged)
+    starts = (
+        [start for start in starts if isinstance(start, dict)] if isinstance(starts, list) else []
+    )
+    run = Run(
+        folder.resolve().name, folder, config, starts, steps, evaluations, None, found, damaged
+    )
     result = _json(folder / "result.json")
     run.result = result if isinstance(result, dict) else None
     if run.result is None and (folder / "result.json").exists():
@@ -88,11 +108,17 @@ def read_run(folder: str | Path, benchmark: dict[str, Any] | None = None) -> Run
 def read_runs(folders: list[str], benchmarks: list[str]) -> list[Run]:
     """All runs of a report, under names that differ. A benchmark given by name belongs to the first run."""
     if len(folders) > MOST_RUNS:
-        raise ValueError(f"{len(folders)} runs were given, expected at most {MOST_RUNS}; compare fewer at a time")
+        raise ValueError(
+            f"{len(folders)} runs were given, expected at most {MOST_RUNS}; compare fewer at a time"
+        )
     given = None
     for path in benchmarks:
         found = read_benchmark(Path(path))
-        given = found if given is None or found is None else {**given, "rows": given["rows"] + found["rows"]}
+        given = (
+            found
+            if given is None or found is None
+            else {**given, "rows": given["rows"] + found["rows"]}
+        )
     runs = [read_run(folder, given if i == 0 else None) for i, folder in enumerate(folders)]
     names = [run.name for run in runs]
     for run in runs:
@@ -107,7 +133,15 @@ def read_benchmark(path: Path, missing_ok: bool = False) -> dict[str, Any] | Non
         return None
     found = _json(path / "benchmark.json" if path.is_dir() else path)
     rows = found.get("rows") if isinstance(found, dict) else None
-    needed = ("ranks", "users_per_second", "efficiency", "step_seconds", "users_per_step", "bytes_moved", "peak_memory")
+    needed = (
+        "ranks",
+        "users_per_second",
+        "efficiency",
+        "step_seconds",
+        "users_per_step",
+        "bytes_moved",
+        "peak_memory",
+    )
     good = isinstance(rows, list) and all(
         isinstance(row, dict)
         and all(_number(row.get(name)) for name in needed)
@@ -118,7 +152,9 @@ def read_benchmark(path: Path, missing_ok: bool = False) -> dict[str, Any] | Non
         for row in rows
     )
     if not good or not rows:
-        raise ValueError(f"{path} is no benchmark.json of launch/benchmark.py; name one, or remove it")
+        raise ValueError(
+            f"{path} is no benchmark.json of launch/benchmark.py; name one, or remove it"
+        )
     assert isinstance(found, dict)
     return found
 
@@ -139,7 +175,10 @@ def _plain(value: Any, left: list[int], depth: int = 0) -> Any:
     if depth > _DEEPEST or left[0] < 0:
         return None
     if isinstance(value, dict):
-        return {_text(name): _plain(v, left, depth + 1) for name, v in list(value.items())[: max(left[0], 0)]}
+        return {
+            _text(name): _plain(v, left, depth + 1)
+            for name, v in list(value.items())[: max(left[0], 0)]
+        }
     if isinstance(value, list):
         return [_plain(v, left, depth + 1) for v in value[: max(left[0], 0)]]
     if isinstance(value, int | float) and not isinstance(value, bool):
@@ -148,7 +187,9 @@ def _plain(value: Any, left: list[int], depth: int = 0) -> Any:
 
 
 def _text(value: Any) -> str:
-    return "a long number" if isinstance(value, int) and not _number(value) else str(value)[:_LONGEST]
+    return (
+        "a long number" if isinstance(value, int) and not _number(value) else str(value)[:_LONGEST]
+    )
 
 
 def _lines(path: Path) -> tuple[list[dict[str, Any]], int]:
@@ -161,7 +202,11 @@ def _lines(path: Path) -> tuple[list[dict[str, Any]], int]:
     for line in text.splitlines():
         try:
             record = parse_json(line)
-            good = isinstance(record, dict) and _number(record.get("step")) and _number(record.get("epoch", 0))
+            good = (
+                isinstance(record, dict)
+                and _number(record.get("step"))
+                and _number(record.get("epoch", 0))
+            )
         except ValueError:
             good = False
         if good:

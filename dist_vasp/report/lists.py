@@ -55,7 +55,12 @@ class Sample:
 
 
 def look(
-    recommender: Recommender, shards: str, n_users: int, n_samples: int, k: int, progress: Callable[[int, int], None]
+    recommender: Recommender,
+    shards: str,
+    n_users: int,
+    n_samples: int,
+    k: int,
+    progress: Callable[[int, int], None],
 ) -> tuple[Popularity, list[Sample]]:
     """Lists for the first `n_users` users of the test split (of validation where there is none), and some in full.
 
@@ -63,7 +68,9 @@ def look(
     """
     manifest = Manifest.load(shards)
     if manifest.vocabulary_sha256 != recommender.vocabulary_sha256:
-        raise ValueError(f"{shards} is not the data that the model was trained on; pass --shards with the folder that is")
+        raise ValueError(
+            f"{shards} is not the data that the model was trained on; pass --shards with the folder that is"
+        )
     split = "test" if manifest.splits["test"].users else "validation"
     total = min(n_users, manifest.splits[split].users)
     if not total:
@@ -71,7 +78,10 @@ def look(
     decile = decile_of(recommender.n_items)
     popularity = recommender.items.popularity
     recommended, held_out = np.zeros(DECILES), np.zeros(DECILES)
-    listed = {SLOTS: np.zeros(recommender.n_items, bool), COVERAGE_K: np.zeros(recommender.n_items, bool)}
+    listed = {
+        SLOTS: np.zeros(recommender.n_items, bool),
+        COVERAGE_K: np.zeros(recommender.n_items, bool),
+    }
     kept: list[EvalBlock] = []
     done = 0
     for block in evaluation_blocks(shards, split, _USERS_PER_BLOCK, stop=total):
@@ -86,11 +96,19 @@ def look(
         progress(done, total)
     trained = np.bincount(decile, weights=popularity, minlength=DECILES)
     found = Popularity(
-        _shares(recommended), _shares(trained), _shares(held_out), {n: float(seen.mean()) for n, seen in listed.items()}, done
+        _shares(recommended),
+        _shares(trained),
+        _shares(held_out),
+        {n: float(seen.mean()) for n, seen in listed.items()},
+        done,
     )
     ids = pq.read_table(Path(shards) / users_file(split), columns=["key", "id"])
     return found, _samples(
-        recommender, kept, dict(zip(*(ids.column(c).to_pylist() for c in ("key", "id")), strict=True)), n_samples, k
+        recommender,
+        kept,
+        dict(zip(*(ids.column(c).to_pylist() for c in ("key", "id")), strict=True)),
+        n_samples,
+        k,
     )
 
 
@@ -105,10 +123,14 @@ def _shares(counts: np.ndarray) -> list[float]:
 
 
 def _matrix(rows: Rows, n_items: int) -> scipy.sparse.csr_matrix:
-    return scipy.sparse.csr_matrix((np.ones(len(rows.items), np.int8), rows.items, rows.indptr), shape=(rows.n_rows, n_items))
+    return scipy.sparse.csr_matrix(
+        (np.ones(len(rows.items), np.int8), rows.items, rows.indptr), shape=(rows.n_rows, n_items)
+    )
 
 
-def _samples(recommender: Recommender, blocks: list[EvalBlock], ids: dict[int, Id], n: int, k: int) -> list[Sample]:
+def _samples(
+    recommender: Recommender, blocks: list[EvalBlock], ids: dict[int, Id], n: int, k: int
+) -> list[Sample]:
     """Users with a short, a middling and a long history among those who have held-out items: the quantiles of its length."""
     users = [
         (int(block.fold_in.lengths[u]), int(block.user_keys[u]), b, u)
@@ -118,11 +140,16 @@ def _samples(recommender: Recommender, blocks: list[EvalBlock], ids: dict[int, I
     ]
     users.sort()
     chosen = {users[int((2 * i + 1) * len(users) / (2 * n))] for i in range(n)} if users else set()
-    return [_sample(recommender, blocks[b], u, str(ids.get(key, key)), k) for _, key, b, u in sorted(chosen)]
+    return [
+        _sample(recommender, blocks[b], u, str(ids.get(key, key)), k)
+        for _, key, b, u in sorted(chosen)
+    ]
 
 
 def _sample(recommender: Recommender, block: EvalBlock, u: int, user: str, k: int) -> Sample:
-    history, target = (rows.items[rows.indptr[u] : rows.indptr[u + 1]] for rows in (block.fold_in, block.held_out))
+    history, target = (
+        rows.items[rows.indptr[u] : rows.indptr[u + 1]] for rows in (block.fold_in, block.held_out)
+    )
     past = [recommender.items.ids[int(row)].as_py() for row in history]
     found = recommender.recommend([past], k)
     picks = []
@@ -130,7 +157,9 @@ def _sample(recommender: Recommender, block: EvalBlock, u: int, user: str, k: in
         if row >= 0:
             own = item.item() if isinstance(item, np.generic) else item
             why = recommender.explain(past, own, 3)
-            picks.append(Pick(label(recommender, own), bool(np.isin(row, target)), why, float(score)))
+            picks.append(
+                Pick(label(recommender, own), bool(np.isin(row, target)), why, float(score))
+            )
     return Sample(user, [label(recommender, item) for item in past], len(target), picks)
 
 

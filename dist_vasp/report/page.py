@@ -59,8 +59,13 @@ def page(runs: Sequence[Run], looked: Sequence[Looked], date: str) -> str:
     ]
     parts = [part for part in parts if part[2]]
     nav = "".join(f'<a href="#{anchor}">{name}</a>' for name, anchor, _ in parts)
-    body = "".join(f'<section id="{anchor}"><h2>{name}</h2>{content}</section>' for name, anchor, content in parts)
-    notes = "".join(f"<p>{_named(run, runs)}{escape(note)}</p>" for run in runs for note in run.notes)
+    body = "".join(
+        f'<section id="{anchor}"><h2>{name}</h2>{content}</section>'
+        for name, anchor, content in parts
+    )
+    notes = "".join(
+        f"<p>{_named(run, runs)}{escape(note)}</p>" for run in runs for note in run.notes
+    )
     html = (
         f"{_START}"
         '<meta name="viewport" content="width=device-width,initial-scale=1"><meta name="referrer" content="no-referrer">'
@@ -97,10 +102,19 @@ def _named(run: Run, runs: Sequence[Run]) -> str:
 
 def _tiles(run: Run) -> str:
     split, metrics = _best_split(run)
-    tiles = [(name, f"{_four(metrics[key])}{_error(metrics, key)}") for key, name in METRICS if key != "ndcg@20" and key in metrics]
+    tiles = [
+        (name, f"{_four(metrics[key])}{_error(metrics, key)}")
+        for key, name in METRICS
+        if key != "ndcg@20" and key in metrics
+    ]
     result = run.result or {}
     if isinstance(result.get("seconds_training"), int | float):
-        tiles.append(("Training", f"{_duration(result['seconds_training'])} <small>{_count(result.get('epochs'))} epochs</small>"))
+        tiles.append(
+            (
+                "Training",
+                f"{_duration(result['seconds_training'])} <small>{_count(result.get('epochs'))} epochs</small>",
+            )
+        )
     elif run.steps:
         tiles.append(("Training so far", f"{run.steps[-1]['step']:g} <small>steps</small>"))
     rates = [rate for _, rate in run.series("users_per_second")]
@@ -126,16 +140,26 @@ def _results(runs: Sequence[Run]) -> str:
             metrics = (run.result or {}).get(split)
             if not isinstance(metrics, dict):
                 continue
-            cells = "".join(f'<td class="n">{_four(metrics.get(key))}{_error(metrics, key)}</td>' for key, _ in METRICS)
+            cells = "".join(
+                f'<td class="n">{_four(metrics.get(key))}{_error(metrics, key)}</td>'
+                for key, _ in METRICS
+            )
             users = _count(metrics.get("n_users"))
-            name = f'<th scope="row" class="run"><i class="swatch s{i + 1}"></i>{escape(run.name)}</th>' if len(runs) > 1 else ""
-            rows.append(f'<tr>{name}<td>{split}</td>{cells}<td class="n">{users}</td><td class="n">{_seconds(run)}</td></tr>')
+            name = (
+                f'<th scope="row" class="run"><i class="swatch s{i + 1}"></i>{escape(run.name)}</th>'
+                if len(runs) > 1
+                else ""
+            )
+            rows.append(
+                f'<tr>{name}<td>{split}</td>{cells}<td class="n">{users}</td><td class="n">{_seconds(run)}</td></tr>'
+            )
     if not rows:
         return ""
     heads = ["Run"] * (len(runs) > 1) + ["Users of"]
     heads_html = "".join(f"<th>{h}</th>" for h in heads)
     heads_html += (
-        "".join(f'<th class="n">{name}</th>' for _, name in METRICS) + '<th class="n">Users</th><th class="n">Training</th>'
+        "".join(f'<th class="n">{name}</th>' for _, name in METRICS)
+        + '<th class="n">Users</th><th class="n">Training</th>'
     )
     denominator = {str(run.at("run", "recall_denominator", "min")) for run in runs}
     says = (
@@ -164,7 +188,11 @@ def _learning(runs: Sequence[Run]) -> str:
 
 
 def _popularity(runs: Sequence[Run], looked: Sequence[Looked]) -> str:
-    views = [(i, run.name, one.popularity) for i, (run, one) in enumerate(zip(runs, looked, strict=True), 1) if one.popularity]
+    views = [
+        (i, run.name, one.popularity)
+        for i, (run, one) in enumerate(zip(runs, looked, strict=True), 1)
+        if one.popularity
+    ]
     reasons = "".join(
         f'<p class="says">{_named(run, runs)}{escape(one.why_not)}</p>'
         for run, one in zip(runs, looked, strict=True)
@@ -174,7 +202,11 @@ def _popularity(runs: Sequence[Run], looked: Sequence[Looked]) -> str:
         return reasons
     head = '<tr><th>Tenth</th><th class="n">Training interactions</th><th class="n">Held-out items</th>'
     head += (
-        "".join(f'<th class="n">Recommended{": " + escape(name) if len(views) > 1 else ""}</th>' for _, name, _ in views) + "</tr>"
+        "".join(
+            f'<th class="n">Recommended{": " + escape(name) if len(views) > 1 else ""}</th>'
+            for _, name, _ in views
+        )
+        + "</tr>"
     )
     first = views[0][2]
     rows = [
@@ -203,13 +235,21 @@ def _users(runs: Sequence[Run], looked: Sequence[Looked]) -> str:
     drawn = []
     for sample in next((one.samples for one in looked if one.samples), []):
         shown = sample.history[:_SHOWN_HISTORY]
-        more = f" and {len(sample.history) - len(shown)} more" if len(sample.history) > len(shown) else ""
+        more = (
+            f" and {len(sample.history) - len(shown)} more"
+            if len(sample.history) > len(shown)
+            else ""
+        )
         history = ", ".join(f"<b>{escape(name)}</b>" for name in shown)
         lists = []
         for i, (run, one) in enumerate(zip(runs, looked, strict=True)):
             own = next((s for s in one.samples if s.user == sample.user), None)
             if own:
-                name = f'<h4 class="run"><i class="swatch s{i + 1}"></i>{escape(run.name)}</h4>' if len(runs) > 1 else ""
+                name = (
+                    f'<h4 class="run"><i class="swatch s{i + 1}"></i>{escape(run.name)}</h4>'
+                    if len(runs) > 1
+                    else ""
+                )
                 lists.append(name + _picks(own.picks, f"List of user {sample.user}"))
         drawn.append(
             f'<article class="user"><h3>User {escape(sample.user)}</h3><p class="history">Knows {len(sample.history)} items: {history}{more}. '
@@ -243,11 +283,17 @@ def _picks(picks: Sequence[Pick], name: str) -> str:
                 value = getattr(why, path) if why else None
                 cells.append(f'<td class="n">{_DASH if value is None else f"{value:.3f}"}</td>')
         reasons = why.reasons if why else []
-        named = ", ".join(f"{escape(r.title or f'item {r.item}')}&nbsp;({r.weight:+.2f})" for r in reasons)
+        named = ", ".join(
+            f"{escape(r.title or f'item {r.item}')}&nbsp;({r.weight:+.2f})" for r in reasons
+        )
         cells.append(f'<td class="because">{named or _DASH}</td>')
         rows.append(f"<tr{' class=hit-row' if pick.held_out else ''}>{''.join(cells)}</tr>")
-    head = "".join(f"<th{'' if h in ('Item', 'Hit', 'Because of') else ' class=n'}>{h}</th>" for h in heads)
-    return _scroll(f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>", name)
+    head = "".join(
+        f"<th{'' if h in ('Item', 'Hit', 'Because of') else ' class=n'}>{h}</th>" for h in heads
+    )
+    return _scroll(
+        f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>", name
+    )
 
 
 # --- scaling, configuration, environment -----------------------------------------------------------------------------
@@ -258,18 +304,37 @@ def _scaling(run: Run, several: bool) -> str:
         return ""
     rows = run.benchmark["rows"]
     floors = any(isinstance(row.get("ratio_to_floor"), int | float) for row in rows)
-    heads = ["Ranks", "Users a step", "Users/s", "Efficiency", "Step, s", "MB sent a step", "Peak, GB"] + [
-        "Times the floor"
-    ] * floors
+    heads = [
+        "Ranks",
+        "Users a step",
+        "Users/s",
+        "Efficiency",
+        "Step, s",
+        "MB sent a step",
+        "Peak, GB",
+    ] + ["Times the floor"] * floors
     body = []
     for row in rows:
-        values = [f"{row['ranks']:,}", f"{row['users_per_step']:,}", f"{row['users_per_second']:,.0f}", _percent(row["efficiency"])]
-        values += [f"{row['step_seconds']:.3f}", f"{row['bytes_moved'] / 1e6:,.1f}", f"{row['peak_memory'] / 1e9:.2f}"]
+        values = [
+            f"{row['ranks']:,}",
+            f"{row['users_per_step']:,}",
+            f"{row['users_per_second']:,.0f}",
+            _percent(row["efficiency"]),
+        ]
+        values += [
+            f"{row['step_seconds']:.3f}",
+            f"{row['bytes_moved'] / 1e6:,.1f}",
+            f"{row['peak_memory'] / 1e9:.2f}",
+        ]
         ratio = row.get("ratio_to_floor")
         values += [f"{ratio:.2f}" if isinstance(ratio, int | float) else _DASH] * floors
-        body.append(f"<tr><td>{escape(row['mode'])}</td>{''.join(f'<td class=n>{v}</td>' for v in values)}</tr>")
+        body.append(
+            f"<tr><td>{escape(row['mode'])}</td>{''.join(f'<td class=n>{v}</td>' for v in values)}</tr>"
+        )
     head = "<tr><th>Scaling</th>" + "".join(f'<th class="n">{h}</th>' for h in heads) + "</tr>"
-    table = _scroll(f"<table><thead>{head}</thead><tbody>{''.join(body)}</tbody></table>", "Scaling")
+    table = _scroll(
+        f"<table><thead>{head}</thead><tbody>{''.join(body)}</tbody></table>", "Scaling"
+    )
     threads, cores = run.benchmark.get("threads_per_rank"), run.benchmark.get("cores")
     says = f"{_count(threads)} threads a rank on {_count(cores)} cores; medians. Weak scaling keeps the users of a rank, strong those of a step."
     name = f"<h3>{escape(run.name)}</h3>" if several else ""
@@ -284,19 +349,31 @@ def _configuration(runs: Sequence[Run]) -> str:
     alone = {k: v for k, v in runs[0].config.items() if not isinstance(v, dict)}
     for section, keys in {**sections, **({"general": alone} if alone else {})}.items():
         usual = default.get(section, default if section == "general" else {})
-        drawn.append(_section(section, ((key, _value(v), v != _plain(usual.get(key))) for key, v in keys.items())))
+        drawn.append(
+            _section(
+                section, ((key, _value(v), v != _plain(usual.get(key))) for key, v in keys.items())
+            )
+        )
     if not drawn:
         return ""
     return f'<p class="says">As resolved when the run began; what differs from the defaults is bold.</p><div class="sections">{"".join(drawn)}</div>'
 
 
 def _differences(runs: Sequence[Run]) -> str:
-    keys = {f"{s}.{k}": (s, k) for run in runs for s, section in run.config.items() if isinstance(section, dict) for k in section}
+    keys = {
+        f"{s}.{k}": (s, k)
+        for run in runs
+        for s, section in run.config.items()
+        if isinstance(section, dict)
+        for k in section
+    }
     rows, missing = [], object()
     for name, (section, key) in keys.items():
         values = [run.at(section, key, missing) for run in runs]
         if any(value != values[0] for value in values):
-            cells = "".join(f"<td>{_DASH if v is missing else escape(_value(v))}</td>" for v in values)
+            cells = "".join(
+                f"<td>{_DASH if v is missing else escape(_value(v))}</td>" for v in values
+            )
             rows.append(f'<tr><th scope="row">{escape(name)}</th>{cells}</tr>')
     if not rows:
         return '<p class="says">The runs have one configuration.</p>'
@@ -318,7 +395,9 @@ def _environment(runs: Sequence[Run]) -> str:
             if value is not None
         ]
         if len(run.starts) > 1:
-            facts.append(("starts", f"{len(run.starts)}, the last after step {_count(after)}", True))
+            facts.append(
+                ("starts", f"{len(run.starts)}, the last after step {_count(after)}", True)
+            )
         if (run.result or {}).get("checkpoint"):
             facts.append(("checkpoint", str((run.result or {})["checkpoint"]), False))
         drawn.append(_section(run.name if len(runs) > 1 else "machine", facts))
@@ -329,7 +408,10 @@ def _environment(runs: Sequence[Run]) -> str:
 
 
 def _section(name: str, facts: Iterable[tuple[str, str, bool]]) -> str:
-    rows = "".join(f"<dt>{escape(k)}</dt><dd{' class=changed' if bold else ''}>{escape(v)}</dd>" for k, v, bold in facts)
+    rows = "".join(
+        f"<dt>{escape(k)}</dt><dd{' class=changed' if bold else ''}>{escape(v)}</dd>"
+        for k, v, bold in facts
+    )
     return f'<div class="section"><h3>{escape(name)}</h3><dl>{rows}</dl></div>'
 
 
@@ -337,7 +419,9 @@ def _section(name: str, facts: Iterable[tuple[str, str, bool]]) -> str:
 
 
 def _scroll(table: str, name: str) -> str:
-    return f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(name)}">{table}</div>'
+    return (
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(name)}">{table}</div>'
+    )
 
 
 def _plain(value: Any) -> Any:
@@ -348,7 +432,11 @@ def _plain(value: Any) -> Any:
 def _value(value: Any) -> str:
     if value in ("", None):
         return _DASH
-    if isinstance(value, list) and value and all(isinstance(v, dict) and {"epochs", "lr"} <= set(v) for v in value):
+    if (
+        isinstance(value, list)
+        and value
+        and all(isinstance(v, dict) and {"epochs", "lr"} <= set(v) for v in value)
+    ):
         return ", ".join(f"{stage['epochs']} at {stage['lr']}" for stage in value)
     return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
 
@@ -367,7 +455,11 @@ def _four(value: Any) -> str:
 
 def _error(metrics: dict[str, Any], key: str) -> str:
     error = metrics.get(f"{key}_se")
-    return f" <small class=se>\N{PLUS-MINUS SIGN}{error:.4f}</small>" if isinstance(error, int | float) else ""
+    return (
+        f" <small class=se>\N{PLUS-MINUS SIGN}{error:.4f}</small>"
+        if isinstance(error, int | float)
+        else ""
+    )
 
 
 def _percent(share: float) -> str:

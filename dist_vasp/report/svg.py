@@ -51,8 +51,12 @@ class _Scale:
     ticks: list[float] = field(default_factory=list)
 
     def __call__(self, value: float) -> float:
-        low, high, v = (math.log(max(x, 1e-300)) if self.log else x for x in (self.low, self.high, value))
-        return self.start + (self.end - self.start) * ((v - low) / (high - low) if high > low else 0.5)
+        low, high, v = (
+            math.log(max(x, 1e-300)) if self.log else x for x in (self.low, self.high, value)
+        )
+        return self.start + (self.end - self.start) * (
+            (v - low) / (high - low) if high > low else 0.5
+        )
 
 
 def lines(
@@ -65,14 +69,20 @@ def lines(
     title: str = "",
 ) -> str:
     """Lines over a common x axis; the empty string where none has a point."""
-    series = [s if s.marks else Line(s.name, thin(s.points), s.colour, s.dashed) for s in series if len(s.points)]
+    series = [
+        s if s.marks else Line(s.name, thin(s.points), s.colour, s.dashed)
+        for s in series
+        if len(s.points)
+    ]
     if not series:
         return ""
     xs = [p[0] for s in series for p in s.points]
     floor = (
         min(0.0, *(p[1] for s in series for p in s.points)) if zero else -math.inf
     )  # a band goes no further down than what may be
-    ys = [v for s in series for p in s.points for v in (max(p[1] - _half(p), floor), p[1] + _half(p))]
+    ys = [
+        v for s in series for p in s.points for v in (max(p[1] - _half(p), floor), p[1] + _half(p))
+    ]
     log_x, log_y = log_x and min(xs) > 0, log_y and min(ys) > 0
     x = _axis(min(xs), max(xs), _LEFT, WIDTH - _RIGHT, log_x, 6, False, tight=True)
     y = _axis(min([*ys, 0.0] if zero else ys), max(ys), HEIGHT - _BOTTOM, _TOP, log_y, 5, zero)
@@ -82,7 +92,13 @@ def lines(
     return _svg(drawn, title or ", ".join(s.name for s in series))
 
 
-def bars(labels: Sequence[str], groups: Sequence[Bars], y_format: Format, x_name: str, markers: Sequence[Bars] = ()) -> str:
+def bars(
+    labels: Sequence[str],
+    groups: Sequence[Bars],
+    y_format: Format,
+    x_name: str,
+    markers: Sequence[Bars] = (),
+) -> str:
     """Grouped bars; `markers` are short horizontal lines over the group, for what the bars are held against."""
     top = max([v for group in (*groups, *markers) for v in group.values], default=0.0) or 1.0
     y = _axis(0.0, top, HEIGHT - _BOTTOM, _TOP, False, 5, True)
@@ -93,7 +109,14 @@ def bars(labels: Sequence[str], groups: Sequence[Bars], y_format: Format, x_name
         left = _LEFT + i * step + step * 0.14
         for g, group in enumerate(groups):
             drawn.append(
-                _bar(left + g * wide, wide, y(0), y(group.values[i]), group, f"{label}, {group.name}: {y_format(group.values[i])}")
+                _bar(
+                    left + g * wide,
+                    wide,
+                    y(0),
+                    y(group.values[i]),
+                    group,
+                    f"{label}, {group.name}: {y_format(group.values[i])}",
+                )
             )
         for marker in markers:
             at = y(marker.values[i])
@@ -103,7 +126,9 @@ def bars(labels: Sequence[str], groups: Sequence[Bars], y_format: Format, x_name
                 f"<title>{tip}</title></line>"
             )
         middle = _LEFT + (i + 0.5) * step
-        drawn.append(f'<text class="tick" x="{middle:.1f}" y="{HEIGHT - _BOTTOM + 17}" text-anchor="middle">{escape(label)}</text>')
+        drawn.append(
+            f'<text class="tick" x="{middle:.1f}" y="{HEIGHT - _BOTTOM + 17}" text-anchor="middle">{escape(label)}</text>'
+        )
     return _svg(drawn, f"{', '.join(g.name for g in groups)} by {x_name}")
 
 
@@ -119,7 +144,9 @@ def stacked(labels: Sequence[str], parts: Sequence[Bars], y_format: Format, x_na
         for part in parts:
             if part.values[i] > 0:
                 tip = f"{label}, {part.name}: {y_format(part.values[i])}"
-                drawn.append(_bar(left, wide, y(base), y(base + part.values[i]), part, tip, gap=1.0))
+                drawn.append(
+                    _bar(left, wide, y(base), y(base + part.values[i]), part, tip, gap=1.0)
+                )
                 base += part.values[i]
         drawn.append(
             f'<text class="tick" x="{left + wide / 2:.1f}" y="{HEIGHT - _BOTTOM + 17}" text-anchor="middle">{escape(label)}</text>'
@@ -160,7 +187,16 @@ def percent(value: float) -> str:
 # --- parts -----------------------------------------------------------------------------------------------------------
 
 
-def _axis(low: float, high: float, start: float, end: float, log: bool, n: int, zero: bool, tight: bool = False) -> _Scale:
+def _axis(
+    low: float,
+    high: float,
+    start: float,
+    end: float,
+    log: bool,
+    n: int,
+    zero: bool,
+    tight: bool = False,
+) -> _Scale:
     """An axis whose ends are ticks, unless it is tight."""
     if log:
         if high <= low:
@@ -194,16 +230,24 @@ def _grid(x: _Scale | None, y: _Scale, x_name: str, x_format: Format, y_format: 
     drawn = []
     for tick in y.ticks:
         at = y(tick)
-        drawn.append(f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
-        drawn.append(f'<text class="tick" x="{_LEFT - 7}" y="{at + 4:.1f}" text-anchor="end">{escape(y_format(tick))}</text>')
+        drawn.append(
+            f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>'
+        )
+        drawn.append(
+            f'<text class="tick" x="{_LEFT - 7}" y="{at + 4:.1f}" text-anchor="end">{escape(y_format(tick))}</text>'
+        )
     for tick in x.ticks if x else []:
         assert x is not None
         drawn.append(
             f'<text class="tick" x="{x(tick):.1f}" y="{HEIGHT - _BOTTOM + 17}" text-anchor="middle">{escape(x_format(tick))}</text>'
         )
-    drawn.append(f'<line class="axis" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{HEIGHT - _BOTTOM}" y2="{HEIGHT - _BOTTOM}"/>')
+    drawn.append(
+        f'<line class="axis" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{HEIGHT - _BOTTOM}" y2="{HEIGHT - _BOTTOM}"/>'
+    )
     middle = (_LEFT + WIDTH - _RIGHT) / 2
-    drawn.append(f'<text class="axis-name" x="{middle}" y="{HEIGHT - 5}" text-anchor="middle">{escape(x_name)}</text>')
+    drawn.append(
+        f'<text class="axis-name" x="{middle}" y="{HEIGHT - 5}" text-anchor="middle">{escape(x_name)}</text>'
+    )
     return "".join(drawn)
 
 
@@ -217,12 +261,16 @@ def _line(s: Line, x: _Scale, y: _Scale, y_format: Format, x_name: str, floor: f
         drawn.append(f'<path class="band s{s.colour}" d="{_path([*upper, *reversed(lower)])}Z"/>')
     if len(at) > 1:
         dashed = " dashed" if s.dashed else ""
-        drawn.append(f'<path class="line s{s.colour}{dashed}" d="{_path(at)}"><title>{escape(s.name)}</title></path>')
+        drawn.append(
+            f'<path class="line s{s.colour}{dashed}" d="{_path(at)}"><title>{escape(s.name)}</title></path>'
+        )
     if s.marks or len(at) == 1:
         for (px, py), p in zip(at, s.points, strict=True):
             band = f" \N{PLUS-MINUS SIGN} {y_format(_half(p))}" if _half(p) else ""
             tip = escape(f"{s.name}, {short(p[0])} {x_name}: {y_format(p[1])}{band}")
-            drawn.append(f'<circle class="dot s{s.colour}" cx="{px:.1f}" cy="{py:.1f}" r="2.6"><title>{tip}</title></circle>')
+            drawn.append(
+                f'<circle class="dot s{s.colour}" cx="{px:.1f}" cy="{py:.1f}" r="2.6"><title>{tip}</title></circle>'
+            )
     return "".join(drawn)
 
 
@@ -235,7 +283,9 @@ def _path(points: Sequence[tuple[float, float]]) -> str:
     return "M" + "L".join(f"{px:.1f},{py:.1f}" for px, py in points)
 
 
-def _bar(left: float, width: float, base: float, top: float, group: Bars, tip: str, gap: float = 0.0) -> str:
+def _bar(
+    left: float, width: float, base: float, top: float, group: Bars, tip: str, gap: float = 0.0
+) -> str:
     height = max(0.0, base - top - gap)
     return (
         f'<rect class="bar s{group.colour}" x="{left:.1f}" y="{base - height:.1f}" width="{max(0.5, width - 1):.1f}" height="{height:.1f}" '

@@ -71,7 +71,12 @@ def watch(trainer: Trainer) -> StopWatch:
         clock.wrap(trainer.trunk._engine, "forward", "trunk")
         clock.wrap(trainer.trunk._engine, "backward", "trunk")
         clock.wrap(trainer.trunk._engine, "step", "optimizer")
-    for module, name in ((vasp, "all_gather"), (vasp, "reduce_scatter"), (item_layers, "reduce_scatter"), (engine, "all_reduce")):
+    for module, name in (
+        (vasp, "all_gather"),
+        (vasp, "reduce_scatter"),
+        (item_layers, "reduce_scatter"),
+        (engine, "all_reduce"),
+    ):
         clock.wrap(module, name, "communication")
     clock.wrap(sparse.Gathering, "wait", "communication")
     return clock
@@ -80,11 +85,17 @@ def watch(trainer: Trainer) -> StopWatch:
 def measure(config: Config, ranks: Ranks, steps: int, warm_up: int = 2) -> dict[str, Any]:
     """Train `steps` steps after a warm-up, then measure the machine's rates; medians and totals of this rank."""
     stream = make_stream(config, ranks)
-    batches = with_next(stream.batches(0, warm_up + steps, config.data.workers))  # its workers start before the model exists
+    batches = with_next(
+        stream.batches(0, warm_up + steps, config.data.workers)
+    )  # its workers start before the model exists
     trainer = Trainer(config, stream.n_items, ranks)
     clock = watch(trainer)
     if trainer.trunk:
-        watch_traffic(lambda collective, n_bytes: ranks.world.count(f"trunk: {collective}", n_bytes, time.perf_counter()))
+        watch_traffic(
+            lambda collective, n_bytes: ranks.world.count(
+                f"trunk: {collective}", n_bytes, time.perf_counter()
+            )
+        )
     step_seconds, users, rows, items = [], 0, 0, 0
     before: dict[str, int] = {}
     start = time.perf_counter()
@@ -104,7 +115,9 @@ def measure(config: Config, ranks: Ranks, steps: int, warm_up: int = 2) -> dict[
         start = time.perf_counter()
     total = sum(step_seconds)
     clock.seconds["other"] = total - sum(clock.seconds.values())
-    moved = {name: (value - before.get(name, 0)) / steps for name, value in ranks.bytes_moved().items()}
+    moved = {
+        name: (value - before.get(name, 0)) / steps for name, value in ranks.bytes_moved().items()
+    }
     result: dict[str, Any] = {
         "rank": ranks.rank,
         "threads": torch.get_num_threads(),
@@ -117,11 +130,16 @@ def measure(config: Config, ranks: Ranks, steps: int, warm_up: int = 2) -> dict[
         "parts": {label: clock.seconds.get(label, 0.0) / steps for label in LABELS},
         "bytes_moved": moved,
         "peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "peak_device_memory": torch.cuda.max_memory_allocated() if ranks.device.type == "cuda" else 0,
+        "peak_device_memory": torch.cuda.max_memory_allocated()
+        if ranks.device.type == "cuda"
+        else 0,
     }
     del trainer
     rates = measure_rates(ranks.device, stream.n_items)
-    share, own = result["rows_per_step"] / ranks.world_size, ranks.partition_of_items(stream.n_items).size
+    share, own = (
+        result["rows_per_step"] / ranks.world_size,
+        ranks.partition_of_items(stream.n_items).size,
+    )
     result["rates"] = asdict(rates)
     result["floor"] = step_floor(config, stream.n_items, own, share, result["items_per_row"], rates)
     return result

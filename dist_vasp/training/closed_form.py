@@ -35,7 +35,14 @@ from dist_vasp.training.run_dir import RunDir, check_shared
 from dist_vasp.training.state import check_same, newest_checkpoint
 from dist_vasp.training.stop import StopRequest
 from dist_vasp.training.tracking import services
-from dist_vasp.training.train import BEST_BY, check_folders, check_shards, evaluate_split, final_result, summary
+from dist_vasp.training.train import (
+    BEST_BY,
+    check_folders,
+    check_shards,
+    evaluate_split,
+    final_result,
+    summary,
+)
 
 GRID = tuple(10.0 * 2**k for k in range(9, -1, -1))  # 5120 to 10
 PATIENCE = 2  # lambdas in a row that may be worse than the best before the search ends
@@ -79,8 +86,13 @@ def _solve(config: Config, ranks: Ranks, stop: StopRequest) -> dict[str, Any] | 
         if not finished:
             header = _search(config, manifest, ranks, lambdas, header, folder, run_dir, say, stop)
         assert header is not None
-        name, seconds = folders.step_path(folder, header["position"]["step"]).name, header["seconds_training"]
-        result = final_result(config, manifest, name, ranks, seconds, 1, lambda: any_rank(stop.requested, ranks))
+        name, seconds = (
+            folders.step_path(folder, header["position"]["step"]).name,
+            header["seconds_training"],
+        )
+        result = final_result(
+            config, manifest, name, ranks, seconds, 1, lambda: any_rank(stop.requested, ranks)
+        )
     except StoppedError:
         result = None
     if run_dir and result and header:
@@ -109,14 +121,31 @@ def _search(
     def interrupted() -> bool:
         return any_rank(stop.requested, ranks)
 
-    model = VASP(config.model, config.loss, manifest.n_items, ranks, 0, initialise=False, block_columns=SWEEP_COLUMNS)
+    model = VASP(
+        config.model,
+        config.loss,
+        manifest.n_items,
+        ranks,
+        0,
+        initialise=False,
+        block_columns=SWEEP_COLUMNS,
+    )
     scored = manifest.splits["validation"].users > 0
     seconds, fallen = header["seconds_training"] if header else 0.0, 0
     for step in range(header["position"]["step"] + 1 if header else 1, len(lambdas) + 1):
         value = lambdas[step - 1]
         start = time.monotonic()
         try:
-            fit(model.output.W_IC, SWEEP_COLUMNS, config, manifest, value, ranks, ranks.is_main, interrupted)
+            fit(
+                model.output.W_IC,
+                SWEEP_COLUMNS,
+                config,
+                manifest,
+                value,
+                ranks,
+                ranks.is_main,
+                interrupted,
+            )
         except AgreedError as error:
             if header is None:
                 raise
@@ -126,7 +155,9 @@ def _search(
         seconds += took
         metrics = None
         if scored:
-            found = evaluate_split(model_scorer(model, None), config, manifest, "validation", ranks, interrupted)
+            found = evaluate_split(
+                model_scorer(model, None), config, manifest, "validation", ranks, interrupted
+            )
             if found is None:
                 raise StoppedError
             metrics = found.result()
@@ -134,9 +165,19 @@ def _search(
                 metrics = None
         if metrics is None and len(lambdas) > 1:
             raise AgreedError(_no_validation(config))
-        say(f"lambda {value:g}: " + (f"validation {summary(metrics)}, " if metrics else "") + f"{took:.1f} s")
+        say(
+            f"lambda {value:g}: "
+            + (f"validation {summary(metrics)}, " if metrics else "")
+            + f"{took:.1f} s"
+        )
         if run_dir and metrics:
-            line = {"step": step, "epoch": 0, "split": "validation", "ease_lambda": value, "seconds": took}
+            line = {
+                "step": step,
+                "epoch": 0,
+                "split": "validation",
+                "ease_lambda": value,
+                "seconds": took,
+            }
             run_dir.record({**line, **metrics}, "validation")
         if header is None or (metrics and metrics[BEST_BY] > header["best"][BEST_BY]):
             fallen = 0
@@ -159,7 +200,9 @@ def _open(config: Config, ranks: Ranks) -> Manifest:
         check_folders(config)
         manifest = Manifest.load(config.data.shards)
         if manifest.splits["train"].users < 1:
-            raise ValueError(f"{config.data.shards} has no training users; prepare the data with fewer val_users and test_users")
+            raise ValueError(
+                f"{config.data.shards} has no training users; prepare the data with fewer val_users and test_users"
+            )
         if not config.model.ease_lambda and not manifest.splits["validation"].users:
             raise ValueError(_no_validation(config))
         ranks.partition_of_items(manifest.n_items)
@@ -190,7 +233,9 @@ def _matching(config: Config, manifest: Manifest) -> dict[str, Any]:
     }
 
 
-def _resume(config: Config, manifest: Manifest, folder: Path, ranks: Ranks) -> tuple[dict[str, Any] | None, bool]:
+def _resume(
+    config: Config, manifest: Manifest, folder: Path, ranks: Ranks
+) -> tuple[dict[str, Any] | None, bool]:
     """Header of the best lambda so far, None where there is none, and whether the run has its result already."""
     header = None
     opened = folders.open_together(lambda: newest_checkpoint(folder), ranks)
@@ -210,7 +255,9 @@ def _seconds(result: Path) -> float:
     try:
         return float(read_json(result)["seconds_training"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{result} cannot be read ({reason(error)}); remove it, and the same command resumes the search") from None
+        raise ValueError(
+            f"{result} cannot be read ({reason(error)}); remove it, and the same command resumes the search"
+        ) from None
 
 
 def _save(
@@ -250,12 +297,21 @@ def _save(
     return header
 
 
-def _opening(config: Config, manifest: Manifest, ranks: Ranks, header: dict[str, Any] | None, finished: bool) -> str:
+def _opening(
+    config: Config, manifest: Manifest, ranks: Ranks, header: dict[str, Any] | None, finished: bool
+) -> str:
     train, m = manifest.splits["train"], config.model
     text = f"ease on {train.users:,} users and {manifest.n_items:,} items in {m.ease_dtype}, {ranks.layout.partitions} partitions: "
     if finished and header:
-        return text + f"{config.run.dir} already holds lambda {header['ease_lambda']:g}; it is evaluated again"
-    text += f"lambda {m.ease_lambda:g}" if m.ease_lambda else f"lambda by validation, at most {len(GRID)} from {GRID[0]:g} down"
+        return (
+            text
+            + f"{config.run.dir} already holds lambda {header['ease_lambda']:g}; it is evaluated again"
+        )
+    text += (
+        f"lambda {m.ease_lambda:g}"
+        if m.ease_lambda
+        else f"lambda by validation, at most {len(GRID)} from {GRID[0]:g} down"
+    )
     return text + (f" (resumed behind lambda {header['ease_lambda']:g})" if header else "")
 
 
@@ -274,5 +330,6 @@ def dry_run(config: Config, ranks: Ranks) -> str:
         f"dry run: ease, {train.users:,} training users, {manifest.n_items:,} items, {config.model.ease_dtype}\n"
         f"memory of a rank, {layout.partitions} partitions: {plan.memory_total / 1e9:.2f} GB ({parts})\n"
         f"time for {lambdas}, evaluation excluded: about {plan.step_seconds:,.0f} s at the {rates.flops / 1e9:.0f} GFLOP/s measured now\n"
-        f"run.dir {config.run.dir}: " + (f"would go on behind {newest.name}" if newest else "would start anew")
+        f"run.dir {config.run.dir}: "
+        + (f"would go on behind {newest.name}" if newest else "would start anew")
     )

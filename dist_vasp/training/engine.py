@@ -20,7 +20,13 @@ from torch import Tensor
 from dist_vasp.config import Config
 from dist_vasp.data.augment import hash64
 from dist_vasp.data.stream import Batch
-from dist_vasp.model.item_layers import FUSED_GRADIENT_ROWS, NEASE_WEIGHT, ItemSlice, Sink, accumulate
+from dist_vasp.model.item_layers import (
+    FUSED_GRADIENT_ROWS,
+    NEASE_WEIGHT,
+    ItemSlice,
+    Sink,
+    accumulate,
+)
 from dist_vasp.model.sparse import ItemRows, RowExchange
 from dist_vasp.model.vasp import VASP, StepLoss, TrunkCall, make_trunk
 from dist_vasp.parallel.comm import Ranks, all_reduce
@@ -38,8 +44,12 @@ class StepReport:
     kl: float
     grad_norm: float
     stop: bool = False  # some rank was asked to stop
-    all_written: bool = True  # every rank's part of a checkpoint that goes on in the background is on disk
-    paths: dict[str, float] = field(default_factory=dict)  # mean and deviation of each path's logits (model/path_statistics.py)
+    all_written: bool = (
+        True  # every rank's part of a checkpoint that goes on in the background is on disk
+    )
+    paths: dict[str, float] = field(
+        default_factory=dict
+    )  # mean and deviation of each path's logits (model/path_statistics.py)
 
 
 class DivergedError(RuntimeError):
@@ -60,36 +70,65 @@ class Trainer:
 
     def __init__(self, config: Config, n_items: int, ranks: Ranks) -> None:
         self.config, self.ranks, self.n_items = config, ranks, n_items
-        self.model = VASP(config.model, config.loss, n_items, ranks, config.run.seed, block_columns=config.parallel.block_columns)
-        fuse, self.remark = kernels(config.parallel.compile, sum(piece.tensor.numel() for piece in self.model.slices()))
+        self.model = VASP(
+            config.model,
+            config.loss,
+            n_items,
+            ranks,
+            config.run.seed,
+            block_columns=config.parallel.block_columns,
+        )
+        fuse, self.remark = kernels(
+            config.parallel.compile, sum(piece.tensor.numel() for piece in self.model.slices())
+        )
         self.model.loss.fuse(fuse)
         # By item_dim: 1 is NEASE's W, which has a learning rate of its own.
-        self.item_optimizers = {dim: self._item_optimizer(dim, fuse) for dim in {p.item_dim for p in self.model.trained_slices()}}
+        self.item_optimizers = {
+            dim: self._item_optimizer(dim, fuse)
+            for dim in {p.item_dim for p in self.model.trained_slices()}
+        }
         self.start_of_W: list[ItemSlice] = []  # what optimizer.nease_decay draws W to
         if config.optimizer.nease_decay:
             pieces = [p for p in self.model.slices() if p.name == NEASE_WEIGHT]
-            self.start_of_W = [replace(p, name=f"{p.name}.start", tensor=torch.zeros_like(p.tensor)) for p in pieces]
-        self._start_of = dict(zip(self.model.output.W_IC, (piece.tensor for piece in self.start_of_W), strict=False))
+            self.start_of_W = [
+                replace(p, name=f"{p.name}.start", tensor=torch.zeros_like(p.tensor))
+                for p in pieces
+            ]
+        self._start_of = dict(
+            zip(self.model.output.W_IC, (piece.tensor for piece in self.start_of_W), strict=False)
+        )
         self._item_dim = {piece.tensor: piece.item_dim for piece in self.model.slices()}
         if config.optimizer.item_state == "lean":
-            self.model.output.gradient_rows = n_items  # a column's second moment wants the whole column
+            self.model.output.gradient_rows = (
+                n_items  # a column's second moment wants the whole column
+            )
         elif fuse is not plain:
             self.model.output.gradient_rows = FUSED_GRADIENT_ROWS
         trunk = make_trunk(config.model, config.run.seed)
         self.trunk = ZeroTrunk(trunk, config, ranks, fuse) if trunk else None
-        self._squared_norm = torch.zeros((), device=ranks.device)  # of this rank's item gradients in the step under way
-        self._ahead: dict[int, list[RowExchange]] = {}  # by step: rows that are already on their way
+        self._squared_norm = torch.zeros(
+            (), device=ranks.device
+        )  # of this rank's item gradients in the step under way
+        self._ahead: dict[
+            int, list[RowExchange]
+        ] = {}  # by step: rows that are already on their way
         self._stage: int | None = None
 
     def _item_optimizer(self, dim: int, fuse: Fuse) -> InPlaceAdam:
         params = [p.tensor for p in self.model.trained_slices() if p.item_dim == dim]
         lean = self.config.optimizer.item_state == "lean"
-        return InPlaceAdam([{"params": params, "lean_dim": dim if lean else None}], self.config.optimizer, fuse=fuse)
+        return InPlaceAdam(
+            [{"params": params, "lean_dim": dim if lean else None}],
+            self.config.optimizer,
+            fuse=fuse,
+        )
 
     def optimizers(self) -> list[InPlaceAdam]:
         return [*self.item_optimizers.values()] + ([self.trunk.optimizer] if self.trunk else [])
 
-    def step(self, batch: Batch, stop: bool = False, written: bool = True, following: Batch | None = None) -> StepReport:
+    def step(
+        self, batch: Batch, stop: bool = False, written: bool = True, following: Batch | None = None
+    ) -> StepReport:
         """One update of everything from one batch; the ids of the `following` one travel meanwhile.
 
         A block of an item matrix is updated as soon as its gradient exists, and the gradient dropped. With clipping the pass
@@ -109,11 +148,18 @@ class Trainer:
         if len(micro_batches) > 1:
             share = self._accumulate(micro_batches, batch.global_rows)
         else:
-            share = self._gradients(micro_batches[0], batch.global_rows, self._measure if clip else self._update)
+            share = self._gradients(
+                micro_batches[0], batch.global_rows, self._measure if clip else self._update
+            )
 
         # One all-reduce for what every rank must know.
         words = [share.reconstruction, share.kl, self._squared_norm / self.ranks.layout.replicas]
-        own = torch.stack([*(w.double() for w in words), *torch.tensor([stop, not written]).to(words[0].device).double()])
+        own = torch.stack(
+            [
+                *(w.double() for w in words),
+                *torch.tensor([stop, not written]).to(words[0].device).double(),
+            ]
+        )
         totals = all_reduce(torch.cat([own, statistics.sums.flatten()]), self.ranks.world).tolist()
         reconstruction, kl, squared_norm, stops, unwritten = totals[: len(own)]
         if self.trunk:
@@ -160,7 +206,11 @@ class Trainer:
         if not moments:
             return pieces
         states = [(piece, self._state_of(piece)) for piece in self.model.trained_slices()]
-        moments_of = [replace(p, name=f"{p.name}.{m}", tensor=state[m]) for p, state in states for m in MOMENTS]
+        moments_of = [
+            replace(p, name=f"{p.name}.{m}", tensor=state[m])
+            for p, state in states
+            for m in MOMENTS
+        ]
         return pieces + moments_of + self.start_of_W
 
     def _state_of(self, piece: ItemSlice) -> dict[str, Tensor]:
@@ -191,7 +241,9 @@ class Trainer:
         for optimizer in self.optimizers():
             for group in optimizer.param_groups:
                 group["lr"] = self.config.lr(epoch) * (
-                    self.config.optimizer.nease_lr if optimizer is self.item_optimizers.get(1) else 1
+                    self.config.optimizer.nease_lr
+                    if optimizer is self.item_optimizers.get(1)
+                    else 1
                 )
             optimizer.grad_scale = 1.0
             if self.config.optimizer.reset_on_stage and self._stage not in (None, stage):
@@ -206,7 +258,16 @@ class Trainer:
         for start in range(0, rows * n, rows):
             first, last = (min(b, batch.inputs.n_rows) for b in (start, start + rows))
             csr = [side.slice(first, last) for side in (batch.inputs, batch.targets)]
-            exchanges.append(RowExchange(csr, last - first, rows, self.n_items, self.ranks.partition_group, self.ranks.device))
+            exchanges.append(
+                RowExchange(
+                    csr,
+                    last - first,
+                    rows,
+                    self.n_items,
+                    self.ranks.partition_group,
+                    self.ranks.device,
+                )
+            )
         return exchanges
 
     def _micro_batches(self, batch: Batch) -> list[MicroBatch]:
@@ -230,7 +291,9 @@ class Trainer:
         for lane, count in batch.lane_rows:
             key = int(hash64(self.config.run.seed, batch.step, lane))
             generator = torch.Generator(device=device).manual_seed(key)
-            noise[first : first + count] = torch.randn((count, latent), generator=generator, device=device)
+            noise[first : first + count] = torch.randn(
+                (count, latent), generator=generator, device=device
+            )
             first += count
         return noise
 
@@ -241,7 +304,9 @@ class Trainer:
             assert self.trunk is not None
             self.trunk.backward(scalar)
 
-        return self.model.gradients(self.trunk, backward, self.ranks.world_size, rows.x, rows.y, rows.noise_BL, n_rows, sink)
+        return self.model.gradients(
+            self.trunk, backward, self.ranks.world_size, rows.x, rows.y, rows.noise_BL, n_rows, sink
+        )
 
     def _accumulate(self, micro_batches: list[MicroBatch], n_rows: int) -> StepLoss:
         """Gradients of all micro-batches, kept in `.grad` and summed over the replicas; the sum of their losses."""
@@ -254,7 +319,9 @@ class Trainer:
             assert piece.tensor.grad is not None
             piece.tensor.grad = self._over_replicas(piece.tensor.grad)
             self._squared_norm += _squared(piece.tensor.grad)
-        return StepLoss(sum(s.reconstruction for s in shares), sum(s.kl for s in shares), shares[-1].replay)  # type: ignore[arg-type]
+        return StepLoss(
+            sum(s.reconstruction for s in shares), sum(s.kl for s in shares), shares[-1].replay
+        )  # type: ignore[arg-type]
 
     def _over_replicas(self, grad: Tensor) -> Tensor:
         """The gradient summed over the ranks that own the same items."""
@@ -275,7 +342,9 @@ class Trainer:
         start = self._start_of.get(parameter)
         if start is not None:
             rows = slice(first, first + len(grad))
-            parameter[rows].lerp_(start[rows], optimizer.param_groups[0]["lr"] * self.config.optimizer.nease_decay)
+            parameter[rows].lerp_(
+                start[rows], optimizer.param_groups[0]["lr"] * self.config.optimizer.nease_decay
+            )
         return optimizer.update(parameter, first, grad)
 
 

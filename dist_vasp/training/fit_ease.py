@@ -18,7 +18,14 @@ from dist_vasp import checkpoint_folder as folders
 from dist_vasp.config import Config, from_dict
 from dist_vasp.data.format import Manifest, read_shard
 from dist_vasp.data.stream import Rows, concatenate_rows
-from dist_vasp.model.ease import SymmetricColumns, add_gram, add_to_diagonal, invert, scale_diagonal, to_weights
+from dist_vasp.model.ease import (
+    SymmetricColumns,
+    add_gram,
+    add_to_diagonal,
+    invert,
+    scale_diagonal,
+    to_weights,
+)
 from dist_vasp.model.item_layers import NEASE_WEIGHT
 from dist_vasp.parallel.comm import Ranks, agreed
 from dist_vasp.plan import EASE_INTERACTIONS_PER_ITEM
@@ -59,7 +66,11 @@ def fit(
         if interrupted():
             raise StoppedError
         x = to_item_rows(rows, rows.n_rows, manifest.n_items, ranks.device)
-        weight_U = (x.lengths.to(dtype) * (train.users / train.interactions)) ** exponent if exponent else None
+        weight_U = (
+            (x.lengths.to(dtype) * (train.users / train.interactions)) ** exponent
+            if exponent
+            else None
+        )
         add_gram(matrix, x, weight_U)
         done += rows.n_rows
         reading.update(done)
@@ -89,12 +100,17 @@ def _convert(columns: list[Tensor], dtype: torch.dtype) -> None:
 
 def training_users(folder: str | Path, manifest: Manifest) -> Iterator[Rows]:
     """All training users, some shards at a time. ValueError where a shard is damaged."""
-    enough = EASE_INTERACTIONS_PER_ITEM * manifest.n_items  # the sums over them outweigh the pass over the matrix
+    enough = (
+        EASE_INTERACTIONS_PER_ITEM * manifest.n_items
+    )  # the sums over them outweigh the pass over the matrix
     waiting: list[Rows] = []
     for entry in manifest.splits["train"].shards:
         block = read_shard(folder, "train", entry, manifest.n_items)
         waiting.append(Rows(block.indptr, block.items))
-        if sum(len(rows.items) for rows in waiting) >= enough or sum(rows.n_rows for rows in waiting) >= _MOST_USERS:
+        if (
+            sum(len(rows.items) for rows in waiting) >= enough
+            or sum(rows.n_rows for rows in waiting) >= _MOST_USERS
+        ):
             yield concatenate_rows(waiting)
             waiting = []
     if waiting:
@@ -112,7 +128,15 @@ def start_from_ease(trainer: Trainer, manifest: Manifest) -> None:
     config, ranks, output = trainer.config, trainer.ranks, trainer.model.output
     if config.model.init_from_ease == CLOSED_FORM:
         columns = list(output.W_IC)  # in float32 the blocks themselves
-        fit(columns, output.block_columns, config, manifest, config.model.ease_lambda, ranks, ranks.is_main)
+        fit(
+            columns,
+            output.block_columns,
+            config,
+            manifest,
+            config.model.ease_lambda,
+            ranks,
+            ranks.is_main,
+        )
         for W_IC, column in zip(output.W_IC, columns, strict=True):
             W_IC.copy_(column)
     else:

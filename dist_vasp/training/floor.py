@@ -30,7 +30,9 @@ def _seconds(work: Callable[[], object], device: torch.device, repeats: int = 5)
     return median(taken[1:])
 
 
-def measure_rates(device: torch.device, n_items: int, rows: int = 1024, items_per_row: int = 64) -> Rates:
+def measure_rates(
+    device: torch.device, n_items: int, rows: int = 1024, items_per_row: int = 64
+) -> Rates:
     """Matrix products of 2,048 squared, a copy of 256 MB, and sums of rows 256 wide out of a table of `n_items` rows."""
     a, b = torch.rand(2, 2048, 2048, device=device)
     product = torch.empty_like(a)
@@ -45,7 +47,9 @@ def measure_rates(device: torch.device, n_items: int, rows: int = 1024, items_pe
     return Rates(flops=flops, copy=copy, gather=gather)
 
 
-def step_floor(config: Config, n_items: int, own_items: int, rows: float, items_per_row: float, rates: Rates) -> dict[str, float]:
+def step_floor(
+    config: Config, n_items: int, own_items: int, rows: float, items_per_row: float, rates: Rates
+) -> dict[str, float]:
     """Seconds that the rates set for one step of a rank that owns `own_items` of the items; `rows`: a step's, over the ranks."""
     m = config.model
     deep, shallow = m.deep, m.shallow
@@ -54,6 +58,11 @@ def step_floor(config: Config, n_items: int, own_items: int, rows: float, items_
     moments = 2 * FLOAT if config.optimizer.item_state == "full" else FLOAT
     return {
         "matrix products": 6 * rows * (m.trunk_parameters() + heads) / rates.flops,
-        "row gathers": 2 * rows * items_per_row * (n_items * shallow + m.hidden * deep) * FLOAT / rates.gather,
+        "row gathers": 2
+        * rows
+        * items_per_row
+        * (n_items * shallow + m.hidden * deep)
+        * FLOAT
+        / rates.gather,
         "update": 2 * parameters * (FLOAT + moments) / rates.copy,
     }

@@ -32,10 +32,14 @@ def open_source(run: str, ours: ModelConfig) -> checkpoints.Checkpoint:
     opened = folders.open_found(Path(run) / "checkpoints")
     theirs = from_dict(opened.header["config"]).model
     different = [
-        f"model.{k} is {getattr(ours, k)!r}, there {getattr(theirs, k)!r}" for k in _SIZES if getattr(ours, k) != getattr(theirs, k)
+        f"model.{k} is {getattr(ours, k)!r}, there {getattr(theirs, k)!r}"
+        for k in _SIZES
+        if getattr(ours, k) != getattr(theirs, k)
     ]
     if different:
-        raise ValueError(f"--init_from {run}: {'; '.join(different)}; a run can only start from one of the same model")
+        raise ValueError(
+            f"--init_from {run}: {'; '.join(different)}; a run can only start from one of the same model"
+        )
     return opened
 
 
@@ -45,18 +49,24 @@ def initialise_from(trainer: Trainer, run: str, shards: str) -> None:
     opened = folders.open_together(lambda: open_source(run, trainer.config.model), ranks)
     assert opened is not None
     with agreed(ranks):
-        old_items = read_items_file(Path(run) / ITEMS_FILE, opened.header["n_items"], opened.header["vocabulary_sha256"])
+        old_items = read_items_file(
+            Path(run) / ITEMS_FILE, opened.header["n_items"], opened.header["vocabulary_sha256"]
+        )
         new_items = load_items(shards, Manifest.load(shards))
     checkpoints.verify(opened, ranks)
     with agreed(ranks):
-        found = pc.index_in(new_items.ids.cast(pa.string()), value_set=old_items.ids.cast(pa.string()))
+        found = pc.index_in(
+            new_items.ids.cast(pa.string()), value_set=old_items.ids.cast(pa.string())
+        )
         old_of_new = np.asarray(pc.fill_null(found, -1)).astype(np.int64)
         if (old_of_new < 0).all():
             raise ValueError(
                 f"--init_from {run}: none of the {len(old_of_new)} items of {shards} is known there; are the ids of one kind?"
             )
         pieces = trainer.model.slices()
-        for name, item_dim, lo, hi, stored in checkpoints.stored_pieces(opened, {piece.name for piece in pieces}):
+        for name, item_dim, lo, hi, stored in checkpoints.stored_pieces(
+            opened, {piece.name for piece in pieces}
+        ):
             for piece in pieces:
                 if piece.name == name:
                     expected = list(piece.tensor.shape)
@@ -64,19 +74,27 @@ def initialise_from(trainer: Trainer, run: str, shards: str) -> None:
                         expected[0] = opened.header["n_items"]
                     expected[item_dim] = hi - lo
                     if list(stored.shape) != expected:
-                        raise ValueError(f"{opened.path}: {name}[{lo}:{hi}] has shape {list(stored.shape)}, expected {expected}")
+                        raise ValueError(
+                            f"{opened.path}: {name}[{lo}:{hi}] has shape {list(stored.shape)}, expected {expected}"
+                        )
                     _copy_known(piece, item_dim, lo, hi, stored, old_of_new)
         tensors = checkpoints.read_trunk(opened) if trainer.trunk else {}
-        checkpoints.check_numbers(opened, [*((piece.name, piece.tensor) for piece in pieces), *tensors.items()])
+        checkpoints.check_numbers(
+            opened, [*((piece.name, piece.tensor) for piece in pieces), *tensors.items()]
+        )
     if trainer.trunk:
         fresh = trainer.trunk.tensors(moments=True)
         lacking = [name for name in fresh if name not in tensors and not name.endswith(MOMENTS)]
         if lacking:
-            raise ValueError(f"{opened.path / checkpoints.TRUNK} has no {lacking[0]}; {opened.remedy}")
+            raise ValueError(
+                f"{opened.path / checkpoints.TRUNK} has no {lacking[0]}; {opened.remedy}"
+            )
         trainer.trunk.load({name: tensors.get(name, fresh[name]) for name in fresh})
 
 
-def _copy_known(piece: ItemSlice, item_dim: int, lo: int, hi: int, stored: torch.Tensor, old_of_new: np.ndarray) -> None:
+def _copy_known(
+    piece: ItemSlice, item_dim: int, lo: int, hi: int, stored: torch.Tensor, old_of_new: np.ndarray
+) -> None:
     """Fill those items of `piece` whose old row lies in [lo, hi), the items that `stored` covers."""
     mine = old_of_new[piece.lo : piece.hi]
     here = np.flatnonzero((mine >= lo) & (mine < hi))

@@ -24,7 +24,9 @@ from torch import Tensor
 from dist_vasp.config import OptimizerConfig
 from dist_vasp.parallel.kernels import Fuse, plain
 
-CPU_CHUNK = 1 << 16  # elements; parameter, gradient, two moments and two temporaries of it fit a core's cache
+CPU_CHUNK = (
+    1 << 16
+)  # elements; parameter, gradient, two moments and two temporaries of it fit a core's cache
 FUSED_CHUNK = 1 << 22  # what a compiled call costs, some 75 us, is little beside it
 SMALL = 1 << 14  # elements, as of a bias: for these it is not
 
@@ -50,7 +52,11 @@ class InPlaceAdam(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, params: Iterable[Tensor] | Iterable[dict], config: OptimizerConfig, lr: float = 0.0, fuse: Fuse = plain
+        self,
+        params: Iterable[Tensor] | Iterable[dict],
+        config: OptimizerConfig,
+        lr: float = 0.0,
+        fuse: Fuse = plain,
     ) -> None:
         super().__init__(params, {"lr": lr, "lean_dim": None})
         self.config = config
@@ -85,7 +91,10 @@ class InPlaceAdam(torch.optim.Optimizer):
         vectors are its columns wants all of its rows at once.
         """
         rows, state = slice(first, first + len(grad)), self.state[parameter]
-        moments = {name: state[name][rows] if len(state[name]) == len(parameter) else state[name] for name in MOMENTS}
+        moments = {
+            name: state[name][rows] if len(state[name]) == len(parameter) else state[name]
+            for name in MOMENTS
+        }
         assert self._factors is not None, "begin_step comes first"
         return self._apply(parameter[rows], grad, moments, self._factors)
 
@@ -123,7 +132,10 @@ class InPlaceAdam(torch.optim.Optimizer):
         if c.name == "nadam":
             mu, mu_next = (c.beta1 * (1 - 0.5 * 0.96 ** (s * c.momentum_decay)) for s in (t, t + 1))
             product = float(states[0]["mu_product"]) * mu
-            of_grad, of_momentum = lr * (1 - mu) / (1 - product), lr * mu_next / (1 - product * mu_next)
+            of_grad, of_momentum = (
+                lr * (1 - mu) / (1 - product),
+                lr * mu_next / (1 - product * mu_next),
+            )
         for state in states:
             state["step"] += 1
             state["mu_product"] *= mu
@@ -135,12 +147,16 @@ class InPlaceAdam(torch.optim.Optimizer):
         squared_norm = grad.new_zeros(())
         if v.shape == p.shape:
             update = self._all if p.numel() > SMALL else self._update_all
-            for p_n, g_n, m_n, v_n in zip(*(x.view(-1).split(self._chunk(p)) for x in (p, grad, m, v)), strict=True):
+            for p_n, g_n, m_n, v_n in zip(
+                *(x.view(-1).split(self._chunk(p)) for x in (p, grad, m, v)), strict=True
+            ):
                 squared_norm += update(p_n, self._scaled(g_n), m_n, v_n, by)
         else:
             denom = self._lean_denom(grad, v, by).expand_as(p)
             rows = max(1, self._chunk(p) // p.shape[1])
-            for p_n, g_n, m_n, denom_n in zip(*(x.split(rows) for x in (p, grad, m, denom)), strict=True):
+            for p_n, g_n, m_n, denom_n in zip(
+                *(x.split(rows) for x in (p, grad, m, denom)), strict=True
+            ):
                 squared_norm += self._weights(p_n, self._scaled(g_n), m_n, denom_n, by)
         return squared_norm
 
@@ -164,7 +180,9 @@ class InPlaceAdam(torch.optim.Optimizer):
         along = 1 if v.shape[1] == 1 else 0
         rows = max(1, CPU_CHUNK // grad.shape[1]) if grad.device.type == "cpu" else len(grad)
         sums = [(g_n * g_n).sum(dim=along, keepdim=True) for g_n in grad.split(rows)]
-        squared = (torch.cat(sums) if along else torch.stack(sums).sum(dim=0)).mul_(self.grad_scale**2 / grad.shape[along])
+        squared = (torch.cat(sums) if along else torch.stack(sums).sum(dim=0)).mul_(
+            self.grad_scale**2 / grad.shape[along]
+        )
         assert squared.shape == v.shape, (squared.shape, v.shape)
         v.lerp_(squared, 1 - self.config.beta2)
         return self._denom(v, by)
@@ -186,7 +204,9 @@ class InPlaceAdam(torch.optim.Optimizer):
         v.mul_(self.config.beta2).addcmul_(g, g, value=1 - self.config.beta2)
         return self._update_weights(p, g, m, self._denom(v, by), by)
 
-    def _update_weights(self, p: Tensor, g: Tensor, m: Tensor, denom: Tensor, by: Factors) -> Tensor:
+    def _update_weights(
+        self, p: Tensor, g: Tensor, m: Tensor, denom: Tensor, by: Factors
+    ) -> Tensor:
         """The momentum, then the weights; |g|^2."""
         c = self.config
         m.lerp_(g, 1 - c.beta1)

@@ -16,13 +16,36 @@ class Progress:
     """`update(done, text)` as often as you like; shows rate and remaining time. With `brief` it is a part of something longer: its
     bar vanishes, and work that is done before the first plain line is due says nothing."""
 
-    def __init__(self, what: str, total: int, unit: str, done: int = 0, show: bool = True, brief: bool = False) -> None:
-        self.what, self.total, self.unit, self.first, self.show, self.brief = what, total, unit, done, show, brief
+    def __init__(
+        self,
+        what: str,
+        total: int,
+        unit: str,
+        done: int = 0,
+        show: bool = True,
+        brief: bool = False,
+    ) -> None:
+        self.what, self.total, self.unit, self.first, self.show, self.brief = (
+            what,
+            total,
+            unit,
+            done,
+            show,
+            brief,
+        )
         self._spoken = False
         self._start = self._last = time.monotonic()
         terminal = show and sys.stderr.isatty()
         self._bar = (
-            tqdm(desc=what, total=total, initial=done, unit=unit, dynamic_ncols=True, leave=not brief, unit_scale=total > 100_000)
+            tqdm(
+                desc=what,
+                total=total,
+                initial=done,
+                unit=unit,
+                dynamic_ncols=True,
+                leave=not brief,
+                unit_scale=total > 100_000,
+            )
             if terminal
             else None
         )
@@ -39,7 +62,10 @@ class Progress:
                 rate = (done - self.first) / max(now - self._start, 1e-9)
                 left = (self.total - done) / rate if rate else 0.0
                 text = text or f"{rate:,.{0 if rate >= 10 else 2}f} {self.unit}s/s"
-                print(f"{self.what}: {done}/{self.total} {self.unit}s, {text}, {duration(left)} left", flush=True)
+                print(
+                    f"{self.what}: {done}/{self.total} {self.unit}s, {text}, {duration(left)} left",
+                    flush=True,
+                )
 
     def say(self, text: str) -> None:
         """A line that stays."""

@@ -47,11 +47,18 @@ class RunDir:
             raise unwritable(error, folder, "run.dir", "choose another folder") from None
         if isinstance(self._lock, str):
             owner = self._lock or "another process"
-            raise ValueError(f"run.dir {folder} is in use by {owner}; wait for it to end or choose another run.dir")
+            raise ValueError(
+                f"run.dir {folder} is in use by {owner}; wait for it to end or choose another run.dir"
+            )
         remove_leftovers(self.folder)
 
     def open(
-        self, config: Config, manifest: Manifest, after_step: int, environment: dict[str, Any], evaluation_due: bool = False
+        self,
+        config: Config,
+        manifest: Manifest,
+        after_step: int,
+        environment: dict[str, Any],
+        evaluation_due: bool = False,
     ) -> int:
         """Write the resolved config, add `environment` to those of earlier starts, and continue metrics after `after_step`.
 
@@ -117,7 +124,9 @@ def _writing(path: Path, remedy: str = _REMEDY) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ValueError(f"{path} could not be written ({error.strerror or error}); {remedy}") from None
+        raise ValueError(
+            f"{path} could not be written ({error.strerror or error}); {remedy}"
+        ) from None
 
 
 def check_shared(folder: str | Path, ranks: Ranks) -> None:
@@ -130,8 +139,12 @@ def check_shared(folder: str | Path, ranks: Ranks) -> None:
             try:
                 token.touch()
             except OSError as error:
-                raise ValueError(f"run.dir {folder} cannot be written ({error.strerror}); choose another folder") from None
-    name = all_gather_bytes(token.name.encode() if token else b"", ranks.world, ranks.device)[0].decode()
+                raise ValueError(
+                    f"run.dir {folder} cannot be written ({error.strerror}); choose another folder"
+                ) from None
+    name = all_gather_bytes(token.name.encode() if token else b"", ranks.world, ranks.device)[
+        0
+    ].decode()
     try:
         with agreed(ranks):
             deadline = time.monotonic() + _SHARED_WITHIN_S
@@ -157,7 +170,9 @@ def earlier_starts(path: Path) -> list[dict[str, Any]]:
         starts = read_json(path)["starts"]
     except (OSError, ValueError, KeyError, TypeError):
         return []
-    return [start for start in starts if isinstance(start, dict)] if isinstance(starts, list) else []
+    return (
+        [start for start in starts if isinstance(start, dict)] if isinstance(starts, list) else []
+    )
 
 
 def cut_after(path: Path, step: int, evaluation_due: bool = False) -> int:
@@ -169,17 +184,23 @@ def cut_after(path: Path, step: int, evaluation_due: bool = False) -> int:
         try:
             lines = stack.enter_context(open(path, "rb"))
         except OSError as error:
-            raise ValueError(f"{path} cannot be read ({error.strerror}); correct that, or remove it") from None
+            raise ValueError(
+                f"{path} cannot be read ({error.strerror}); correct that, or remove it"
+            ) from None
         kept = stack.enter_context(replacing(path, _REMEDY))
         while line := lines.readline(_LONGEST_LINE):
             line = line.removesuffix(b"\n")
             found = _step_of(line)
             if found is None:
-                begin = max(line.rfind(b'{"step"'), 0)  # a whole line may follow on one that was cut short
+                begin = max(
+                    line.rfind(b'{"step"'), 0
+                )  # a whole line may follow on one that was cut short
                 found = _step_of(line[begin:]) if begin else None
                 broken, line = (line[:begin], line[begin:]) if found is not None else (line, b"")
                 if not n_damaged:
-                    damaged = stack.enter_context(open_append(path.with_name("metrics.damaged.jsonl"), _REMEDY))
+                    damaged = stack.enter_context(
+                        open_append(path.with_name("metrics.damaged.jsonl"), _REMEDY)
+                    )
                 damaged.write(broken + b"\n")
                 n_damaged += 1
             told_again = evaluation_due and found == step and b'"split":' in line
@@ -203,6 +224,8 @@ def _copy_items(shards: str, manifest: Manifest, target: Path) -> None:
     source = Path(shards) / ITEMS_FILE
     data = source.read_bytes()
     if sha256_of(data) != manifest.files.get(ITEMS_FILE):
-        raise ValueError(f"{source} changed while the run was starting; restore the shards and start the same command again")
+        raise ValueError(
+            f"{source} changed while the run was starting; restore the shards and start the same command again"
+        )
     with replacing(target, _REMEDY) as handle:
         handle.write(data)

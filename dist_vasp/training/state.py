@@ -28,9 +28,13 @@ class RunState:
     step: int = 0  # optimizer steps done
     seconds: float = 0.0  # of training, evaluation and saving excluded
     best: dict[str, Any] | None = None  # validation metrics of the best checkpoint
-    evaluation_due: bool = False  # a stop came before the evaluation that belongs to `step` was done
+    evaluation_due: bool = (
+        False  # a stop came before the evaluation that belongs to `step` was done
+    )
     attempt: str = ""  # id of this start of the training
-    best_checkpoint: dict[str, Any] | None = None  # {"step", "attempt"} of the best checkpoint: whose weights `best` is of
+    best_checkpoint: dict[str, Any] | None = (
+        None  # {"step", "attempt"} of the best checkpoint: whose weights `best` is of
+    )
     lost_best: bool = False  # the best checkpoint that the resumed one names is not in the folder
 
 
@@ -43,7 +47,9 @@ def total_steps(config: Config, steps_per_epoch: int) -> int:
 class Saver:
     """Writes checkpoints in order, in the background where memory allows, and commits each when every rank has written."""
 
-    def __init__(self, trainer: Trainer, stream: TrainStream, folder: Path, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, trainer: Trainer, stream: TrainStream, folder: Path, say: Callable[[str], None]
+    ) -> None:
         self.trainer, self.stream, self.folder, self.say = trainer, stream, folder, say
         self._pending: deque[tuple[Save, Callable[[], None]]] = deque()
         self._told = False
@@ -71,14 +77,22 @@ class Saver:
     def _start(self, path: Path, state: RunState, moments: bool, then: Callable[[], None]) -> None:
         trainer = self.trainer
         try:
-            pending = Save(path, self._header(state), trainer.item_pieces(moments), trainer.trunk_tensors(moments), trainer.ranks)
+            pending = Save(
+                path,
+                self._header(state),
+                trainer.item_pieces(moments),
+                trainer.trunk_tensors(moments),
+                trainer.ranks,
+            )
         except ValueError:
             self.finish()  # what was started before may still become whole
             raise
         if not pending.write_in_background():
             if not self._told:
                 self._told = True
-                self.say("saving in the foreground, block by block: no memory for a copy of the state")
+                self.say(
+                    "saving in the foreground, block by block: no memory for a copy of the state"
+                )
             pending.write()
         self._pending.append((pending, then))
 
@@ -123,9 +137,14 @@ class Saver:
             "shards_sha256": stream.manifest.shards_sha256,
             **positives.for_header(stream.manifest.positives),
             "data_sha256": stream.manifest.data_sha256,
-            "shards_from_run": os.path.relpath(config.data.shards, config.run.dir) if config.data.shards and config.run.dir else "",
+            "shards_from_run": os.path.relpath(config.data.shards, config.run.dir)
+            if config.data.shards and config.run.dir
+            else "",
             "n_items": stream.n_items,
-            "layout": {**asdict(self.trainer.ranks.layout), "zero_stage": config.parallel.zero_stage},
+            "layout": {
+                **asdict(self.trainer.ranks.layout),
+                "zero_stage": config.parallel.zero_stage,
+            },
             "optimizer": self.trainer.optimizer_scalars(),
             "seconds_training": state.seconds,
             "best": state.best,
@@ -146,7 +165,11 @@ def must_match(config: Config, shards_sha256: str) -> dict[str, Any]:
     return {
         **{f"model.{k}": v for k, v in asdict(config.model).items() if not k.startswith("ease_")},
         **{f"loss.{k}": v for k, v in asdict(config.loss).items()},
-        **{f"optimizer.{k}": v for k, v in asdict(config.optimizer).items() if k not in ("schedule", "accumulation")},
+        **{
+            f"optimizer.{k}": v
+            for k, v in asdict(config.optimizer).items()
+            if k not in ("schedule", "accumulation")
+        },
         "data.batch_size": config.data.batch_size,
         "data.halves": config.halves,
         "data.input_dropout": config.data.input_dropout,
@@ -171,12 +194,16 @@ def resume(trainer: Trainer, stream: TrainStream, folder: Path, ranks: Ranks) ->
         pieces = trainer.item_pieces(True)
         checkpoints.read_items(opened, pieces)
         tensors = checkpoints.read_trunk(opened) if trainer.trunk else {}
-        checkpoints.check_numbers(opened, [*((piece.name, piece.tensor) for piece in pieces), *tensors.items()])
+        checkpoints.check_numbers(
+            opened, [*((piece.name, piece.tensor) for piece in pieces), *tensors.items()]
+        )
         if trainer.trunk:
             trainer.trunk.check(tensors)
     if trainer.trunk:
         trainer.trunk.load(tensors)
-    trainer.load_scalars(opened.header["optimizer"], max(opened.step - 1, 0) // stream.steps_per_epoch)
+    trainer.load_scalars(
+        opened.header["optimizer"], max(opened.step - 1, 0) // stream.steps_per_epoch
+    )
     opened.close()
     return _state_of(opened, folder, ranks)
 
@@ -190,7 +217,12 @@ def newest_checkpoint(folder: Path) -> Checkpoint | None:
 def _state_of(opened: Checkpoint, folder: Path, ranks: Ranks) -> RunState:
     """Where the run stood at a checkpoint. What was best counts only if the weights are still there."""
     header = opened.header
-    state = RunState(opened.step, header.get("seconds_training", 0.0), header.get("best"), header.get("evaluation_due", False))
+    state = RunState(
+        opened.step,
+        header.get("seconds_training", 0.0),
+        header.get("best"),
+        header.get("evaluation_due", False),
+    )
     if state.best is None:
         return state
     path = folders.best_of(folder, header) if ranks.is_main else None
@@ -210,9 +242,16 @@ def check_same(opened: Checkpoint, matching: dict[str, Any], manifest: Manifest)
     before, now = _ABSENT | opened.header["must_match"], json.loads(json.dumps(matching))
     different = [key for key in now if before.get(key) != now[key]]
     if different:
-        different = ["model.kind"] if "model.kind" in different else different  # other kinds have other keys
-        changes = "; ".join(f"{key} was {_short(before.get(key))} and is now {_short(now[key])}" for key in different)
-        raise ValueError(f"{opened.path} cannot be resumed: {changes}; set it back, or start a new run.dir")
+        different = (
+            ["model.kind"] if "model.kind" in different else different
+        )  # other kinds have other keys
+        changes = "; ".join(
+            f"{key} was {_short(before.get(key))} and is now {_short(now[key])}"
+            for key in different
+        )
+        raise ValueError(
+            f"{opened.path} cannot be resumed: {changes}; set it back, or start a new run.dir"
+        )
     if opened.header.get("data_sha256", manifest.data_sha256) != manifest.data_sha256:
         raise ValueError(
             f"{opened.path} cannot be resumed: the validation or test users of data.shards are others than it began with; "

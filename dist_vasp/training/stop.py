@@ -67,7 +67,10 @@ def _launchers() -> dict[int, int]:
     parents = {rank: launcher}
     try:
         front_end = psutil.Process(launcher).ppid()
-        if any(os.path.basename(word) == "deepspeed" for word in psutil.Process(front_end).cmdline()[:3]):
+        if any(
+            os.path.basename(word) == "deepspeed"
+            for word in psutil.Process(front_end).cmdline()[:3]
+        ):
             parents[launcher] = front_end
     except psutil.Error:
         pass  # the processes of others may be hidden

@@ -59,7 +59,9 @@ class Wandb:
             dir=str(self._folder),
             config=asdict(self._config),
         )
-        self._run.define_metric("*", step_metric="step")  # a resumed run may repeat steps, which its own counter refuses
+        self._run.define_metric(
+            "*", step_metric="step"
+        )  # a resumed run may repeat steps, which its own counter refuses
         return name
 
     def log(self, lines: list[tuple[str, dict[str, Any]]]) -> None:
@@ -84,7 +86,9 @@ class MLflow:
             self._client.update_run(known, status="RUNNING")
             return known
         experiment = self._client.get_experiment_by_name("dist_vasp")
-        number = experiment.experiment_id if experiment else self._client.create_experiment("dist_vasp")
+        number = (
+            experiment.experiment_id if experiment else self._client.create_experiment("dist_vasp")
+        )
         self._name = self._client.create_run(number, run_name=self._folder.name).info.run_id
         for section, keys in asdict(self._config).items():
             for key, value in keys.items() if isinstance(keys, dict) else [("", keys)]:
@@ -94,7 +98,9 @@ class MLflow:
     def log(self, lines: list[tuple[str, dict[str, Any]]]) -> None:
         now = int(time.time() * 1000)
         metrics = [
-            self._library.entities.Metric(name.replace("@", "_at_"), float(value), now, line["step"])  # it takes no @ in a name
+            self._library.entities.Metric(
+                name.replace("@", "_at_"), float(value), now, line["step"]
+            )  # it takes no @ in a name
             for prefix, line in lines
             for name, value in numbers(prefix, line).items()
         ]
@@ -107,7 +113,11 @@ class MLflow:
 
 def numbers(prefix: str, line: dict[str, Any]) -> dict[str, float]:
     """The numbers of a metrics line under `prefix/`, its place in the run left out."""
-    return {f"{prefix}/{k}": v for k, v in line.items() if isinstance(v, int | float) and k not in ("step", "epoch")}
+    return {
+        f"{prefix}/{k}": v
+        for k, v in line.items()
+        if isinstance(v, int | float) and k not in ("step", "epoch")
+    }
 
 
 def services(folder: Path, config: Config) -> dict[str, Service]:
@@ -134,7 +144,9 @@ class Tracking:
 
     def __init__(self, folder: Path, config: Config) -> None:
         self._folder = folder
-        self._threads = [_Sender(name, service, folder) for name, service in services(folder, config).items()]
+        self._threads = [
+            _Sender(name, service, folder) for name, service in services(folder, config).items()
+        ]
 
     def add(self, prefix: str, line: dict[str, Any]) -> None:
         """Hand a metrics line to the services; neither waits nor raises."""
@@ -165,7 +177,9 @@ class _Sender(threading.Thread):
             self._lines.put_nowait((prefix, line))
         except queue.Full:
             if not self._left_out:
-                _warn(f"{self._service_name} takes the metrics more slowly than they come; some are left out")
+                _warn(
+                    f"{self._service_name} takes the metrics more slowly than they come; some are left out"
+                )
             self._left_out += 1
 
     def close(self, ok: bool, deadline: float) -> None:
@@ -173,14 +187,18 @@ class _Sender(threading.Thread):
             self._lines.put(ok, timeout=max(0.0, deadline - time.monotonic()))
         self.join(max(0.0, deadline - time.monotonic()))
         if self.is_alive():
-            _warn(f"{self._service_name} did not take the last metrics within {_LAST_WORDS_S:.0f} s; metrics.jsonl has them all")
+            _warn(
+                f"{self._service_name} did not take the last metrics within {_LAST_WORDS_S:.0f} s; metrics.jsonl has them all"
+            )
 
     def run(self) -> None:
         try:
             known = _read_ids(self._ids).get(self._service_name)
             name = self._service.start(known)
             with _ONE_WRITER:
-                replace_text(self._ids, json.dumps(_read_ids(self._ids) | {self._service_name: name}) + "\n")
+                replace_text(
+                    self._ids, json.dumps(_read_ids(self._ids) | {self._service_name: name}) + "\n"
+                )
             ended: bool | None = None
             while ended is None:
                 lines: list[tuple[str, dict[str, Any]]] = []

@@ -19,7 +19,14 @@ from dist_vasp.config import Config
 from dist_vasp.data.format import SPLITS, Manifest, read_shard
 from dist_vasp.data.stream import Batch, TrainStream
 from dist_vasp.model.item_layers import BLOCK_COLUMNS
-from dist_vasp.parallel.comm import AgreedError, Ranks, agreed, all_gather_bytes, all_gather_keys, any_rank
+from dist_vasp.parallel.comm import (
+    AgreedError,
+    Ranks,
+    agreed,
+    all_gather_bytes,
+    all_gather_keys,
+    any_rank,
+)
 from dist_vasp.parallel.launched import launched_world
 from dist_vasp.ranking.evaluate import Scorer, evaluate, model_scorer
 from dist_vasp.ranking.load import load_model
@@ -49,7 +56,9 @@ def train(config: Config, ranks: Ranks, init_from: str | None = None) -> dict[st
         return _train(config, ranks, init_from, workers, stop)
 
 
-def _train(config: Config, ranks: Ranks, init_from: str | None, workers: ExitStack, stop: StopRequest) -> dict[str, Any] | None:
+def _train(
+    config: Config, ranks: Ranks, init_from: str | None, workers: ExitStack, stop: StopRequest
+) -> dict[str, Any] | None:
     # Check everything that is cheap to check.
     stream = open_stream(config, ranks)
     check_shards(config.data.shards, stream.manifest, ranks)
@@ -80,9 +89,17 @@ def _train(config: Config, ranks: Ranks, init_from: str | None, workers: ExitSta
     if state.step != first:
         # Somebody has renamed the checkpoint.
         batches.close()
-        batches = workers.enter_context(closing(stream.batches(state.step, last, config.data.workers)))
-    environment, memory, moved = describe(ranks), Memory(ranks.device), sum(ranks.bytes_moved().values())
-    state.attempt = all_gather_bytes(secrets.token_hex(8).encode(), ranks.world, ranks.device)[0].decode()
+        batches = workers.enter_context(
+            closing(stream.batches(state.step, last, config.data.workers))
+        )
+    environment, memory, moved = (
+        describe(ranks),
+        Memory(ranks.device),
+        sum(ranks.bytes_moved().values()),
+    )
+    state.attempt = all_gather_bytes(secrets.token_hex(8).encode(), ranks.world, ranks.device)[
+        0
+    ].decode()
     progress = Progress("training", last, "step", state.step, show=ranks.is_main)
     if run_dir:
         _begin(run_dir, config, stream.manifest, state, environment, last, progress)
@@ -99,7 +116,9 @@ def _train(config: Config, ranks: Ranks, init_from: str | None, workers: ExitSta
     for batch, following in with_next(batches):
         waited = time.monotonic() - clock
         try:
-            report = trainer.step(batch, stop=stop.requested, written=saver.written, following=following)
+            report = trainer.step(
+                batch, stop=stop.requested, written=saver.written, following=following
+            )
         except DivergedError as error:
             saver.keep_what_is_good(state.step)
             raise _explained(error, batch, folder, run_dir, ranks) from None
@@ -109,12 +128,29 @@ def _train(config: Config, ranks: Ranks, init_from: str | None, workers: ExitSta
         state.seconds += elapsed
         rate = batch.global_users / elapsed
         if run_dir:
-            line = {"step": state.step, "epoch": batch.epoch, "loss": report.loss, "focal": report.focal, "kl": report.kl}
-            line |= {"lr": config.lr(batch.epoch), "grad_norm": report.grad_norm, "users_per_second": rate}
-            line |= {"step_seconds": elapsed, "data_wait": waited / elapsed, **report.paths, **memory.now()}
+            line = {
+                "step": state.step,
+                "epoch": batch.epoch,
+                "loss": report.loss,
+                "focal": report.focal,
+                "kl": report.kl,
+            }
+            line |= {
+                "lr": config.lr(batch.epoch),
+                "grad_norm": report.grad_norm,
+                "users_per_second": rate,
+            }
+            line |= {
+                "step_seconds": elapsed,
+                "data_wait": waited / elapsed,
+                **report.paths,
+                **memory.now(),
+            }
             line["bytes_moved"] = sum(ranks.bytes_moved().values()) - moved
             run_dir.record(line, "train")
-        progress.update(state.step, f"epoch {batch.epoch}, loss {report.loss:.4f}, {rate:,.0f} users/s")
+        progress.update(
+            state.step, f"epoch {batch.epoch}, loss {report.loss:.4f}, {rate:,.0f} users/s"
+        )
 
         # Evaluate at the end of an epoch, keep the best; save.
         if report.all_written:
@@ -124,20 +160,31 @@ def _train(config: Config, ranks: Ranks, init_from: str | None, workers: ExitSta
             config.run.evaluate_every_epochs,
             config.run.checkpoint_every_steps,
         )
-        state.evaluation_due = bool(every) and ((epoch_ends and (batch.epoch + 1) % every == 0) or state.step == last)
+        state.evaluation_due = bool(every) and (
+            (epoch_ends and (batch.epoch + 1) % every == 0) or state.step == last
+        )
         if state.evaluation_due and not report.stop:
             try:
-                _evaluate_and_keep_best(trainer, stream, state, saver, run_dir, progress, interrupted)
-            except AgreedError as error:  # shards that were replaced, for instance: the steps are not lost
+                _evaluate_and_keep_best(
+                    trainer, stream, state, saver, run_dir, progress, interrupted
+                )
+            except (
+                AgreedError
+            ) as error:  # shards that were replaced, for instance: the steps are not lost
                 saver.save(state)
                 saver.finish()
-                raise AgreedError(f"{error}; saved after step {state.step}, and the same command resumes there") from None
+                raise AgreedError(
+                    f"{error}; saved after step {state.step}, and the same command resumes there"
+                ) from None
         stopping = report.stop or state.evaluation_due
         if stopping or state.step == last or (state.step % cadence == 0 if cadence else epoch_ends):
             saver.save(state)
         if stopping:
             break
-        clock, moved = time.monotonic(), sum(ranks.bytes_moved().values())  # those of evaluating and saving left out
+        clock, moved = (
+            time.monotonic(),
+            sum(ranks.bytes_moved().values()),
+        )  # those of evaluating and saving left out
     saver.finish()
     progress.close()
 
@@ -148,9 +195,19 @@ def _train(config: Config, ranks: Ranks, init_from: str | None, workers: ExitSta
         del trainer, saver
         gc.collect()  # the optimizers are part of cycles: their matrices would stay beside those of the best checkpoint
         name = (
-            folders.best_path(folder, state.best_checkpoint["step"]) if state.best_checkpoint else folders.step_path(folder, last)
+            folders.best_path(folder, state.best_checkpoint["step"])
+            if state.best_checkpoint
+            else folders.step_path(folder, last)
         ).name
-        result = final_result(config, stream.manifest, name, ranks, state.seconds, last / stream.steps_per_epoch, interrupted)
+        result = final_result(
+            config,
+            stream.manifest,
+            name,
+            ranks,
+            state.seconds,
+            last / stream.steps_per_epoch,
+            interrupted,
+        )
     if run_dir and result:
         run_dir.write_result(result)
     if run_dir:
@@ -173,20 +230,32 @@ def _begin(
 ) -> None:
     """Make run.dir hold the past of `state` and nothing else, and say what of it is missing or damaged."""
     folder = run_dir.checkpoints
-    best = folders.best_path(folder, state.best_checkpoint["step"]) if state.best_checkpoint else None
+    best = (
+        folders.best_path(folder, state.best_checkpoint["step"]) if state.best_checkpoint else None
+    )
     if best is not None and not best.exists():
-        best = folder / folders.BEST  # a copy of the run that followed the link, and has nothing else
+        best = (
+            folder / folders.BEST
+        )  # a copy of the run that followed the link, and has nothing else
     folders.settle(folder, best)
     folders.prune(folder, config.run.keep)
     finished = state.step == last and not state.evaluation_due
-    kept = folders.best_path(folder, state.best_checkpoint["step"]) if state.best_checkpoint else folders.step_path(folder, last)
+    kept = (
+        folders.best_path(folder, state.best_checkpoint["step"])
+        if state.best_checkpoint
+        else folders.step_path(folder, last)
+    )
     header = checkpoints.header_of(kept) if finished else None
     run_dir.drop_result(unless=header["header_sha256"] if header else "")
     n_damaged = run_dir.open(config, manifest, state.step, environment, state.evaluation_due)
     if n_damaged:
-        progress.say(f"{n_damaged} damaged lines of metrics.jsonl are kept in metrics.damaged.jsonl")
+        progress.say(
+            f"{n_damaged} damaged lines of metrics.jsonl are kept in metrics.damaged.jsonl"
+        )
     if state.lost_best:
-        progress.say("the best checkpoint of the resumed run is not in its folder; the best one is looked for from here on")
+        progress.say(
+            "the best checkpoint of the resumed run is not in its folder; the best one is looked for from here on"
+        )
 
 
 def with_next(batches: Iterable[Batch]) -> Iterator[tuple[Batch, Batch | None]]:
@@ -213,18 +282,31 @@ def make_stream(config: Config, ranks: Ranks) -> TrainStream:
     """The part of the stream of `config` that this rank reads; ValueError where the shards do not fit."""
     d, p = config.data, config.parallel
     return TrainStream(
-        d.shards, d.batch_size, p.lanes, config.run.seed, config.halves, ranks.rank, ranks.world_size, d.input_dropout
+        d.shards,
+        d.batch_size,
+        p.lanes,
+        config.run.seed,
+        config.halves,
+        ranks.rank,
+        ranks.world_size,
+        d.input_dropout,
     )
 
 
 def check_folders(config: Config) -> None:
     """ValueError unless the data folder and the run's folder are given, and are two."""
     if not config.data.shards:
-        raise ValueError("data.shards is not set; pass --data.shards with a folder written by `python -m data_tools.shard`")
+        raise ValueError(
+            "data.shards is not set; pass --data.shards with a folder written by `python -m data_tools.shard`"
+        )
     if not config.run.dir:
-        raise ValueError("run.dir is not set; pass --run.dir with the folder that should hold the run")
+        raise ValueError(
+            "run.dir is not set; pass --run.dir with the folder that should hold the run"
+        )
     if Path(config.run.dir).resolve() == Path(config.data.shards).resolve():
-        raise ValueError(f"run.dir and data.shards are both {config.run.dir}; a run needs a folder of its own")
+        raise ValueError(
+            f"run.dir and data.shards are both {config.run.dir}; a run needs a folder of its own"
+        )
 
 
 def check_shards(folder: str | Path, manifest: Manifest, ranks: Ranks) -> None:
@@ -246,7 +328,9 @@ def check_memory(config: Config, n_items: int, ranks: Ranks) -> None:
     """
     m, owned = config.model, -(-n_items // ranks.layout.partitions)
     columns = config.parallel.block_columns or BLOCK_COLUMNS
-    pieces = -(-owned // columns) * 4 if m.shallow else 0  # W, its moments and its start, in a file of each partition
+    pieces = (
+        -(-owned // columns) * 4 if m.shallow else 0
+    )  # W, its moments and its start, in a file of each partition
     if pieces > MOST_TENSORS // 2:
         raise ValueError(
             f"parallel.block_columns is {columns}, which cuts the W of {owned:,} items into {pieces // 4:,} blocks, expected at most "
@@ -283,7 +367,8 @@ def dry_run(config: Config, ranks: Ranks) -> str:
         f"({stream.steps_per_epoch:,} an epoch)\n"
         f"weights and moments: item matrices {item_gb:.2f} GB, {item_gb / layout.partitions:.2f} GB on each of {layout.partitions} "
         f"partitions; trunk about {trunk_gb:.2f} GB over {layout.world_size} ranks\n"
-        f"run.dir {config.run.dir}: " + (f"would resume from {newest.name}" if newest else "would start anew")
+        f"run.dir {config.run.dir}: "
+        + (f"would resume from {newest.name}" if newest else "would start anew")
     )
 
 
@@ -295,7 +380,8 @@ def _opening(config: Config, stream: TrainStream, trainer: Trainer, step: int, l
     return (
         f"{config.model.kind} on {stream.n_users:,} users and {stream.n_items:,} items: {n_items / 1e6:.1f}M item parameters on this rank, "
         f"{n_trunk / 1e6:.1f}M in the trunk; {layout.partitions} partitions x {layout.replicas} replicas on {trainer.ranks.device.type}; "
-        f"{ahead}, {stream.steps_per_epoch} an epoch" + (f" (resumed from step {step})" if step else "")
+        f"{ahead}, {stream.steps_per_epoch} an epoch"
+        + (f" (resumed from step {step})" if step else "")
     )
 
 
@@ -316,7 +402,9 @@ def _evaluate_and_keep_best(
     if stream.manifest.splits["validation"].users:
         with trainer.evaluating() as trunk:
             scorer = model_scorer(trainer.model, trunk)
-            found = evaluate_split(scorer, trainer.config, stream.manifest, "validation", trainer.ranks, interrupted)
+            found = evaluate_split(
+                scorer, trainer.config, stream.manifest, "validation", trainer.ranks, interrupted
+            )
         if found is None:
             return
         metrics = found.result()
@@ -326,18 +414,27 @@ def _evaluate_and_keep_best(
     epoch = (state.step - 1) // stream.steps_per_epoch
     progress.say(f"step {state.step}, epoch {epoch}: validation {summary(metrics)}")
     if run_dir:
-        run_dir.record({"step": state.step, "epoch": epoch, "split": "validation", **metrics}, "validation")
+        run_dir.record(
+            {"step": state.step, "epoch": epoch, "split": "validation", **metrics}, "validation"
+        )
     if state.best is None or metrics[BEST_BY] > state.best[BEST_BY]:
         state.best = metrics
         saver.save_best(state)
 
 
 def evaluate_split(
-    scorer: Scorer, config: Config, manifest: Manifest, split: str, ranks: Ranks, interrupted: Callable[[], bool]
+    scorer: Scorer,
+    config: Config,
+    manifest: Manifest,
+    split: str,
+    ranks: Ranks,
+    interrupted: Callable[[], bool],
 ) -> RankingMetrics | None:
     """`evaluate` with its progress, as a part of a training, on the shards that it began with."""
     check_same_shards(config.data.shards, manifest, ranks)
-    progress = Progress(f"evaluating {split}", manifest.splits[split].users, "user", show=ranks.is_main, brief=True)
+    progress = Progress(
+        f"evaluating {split}", manifest.splits[split].users, "user", show=ranks.is_main, brief=True
+    )
     denominator = config.run.recall_denominator
     try:
         return evaluate(
@@ -405,7 +502,9 @@ def summary(metrics: dict[str, Any]) -> str:
     )
 
 
-def _explained(error: DivergedError, batch: Batch, folder: Path, run_dir: RunDir | None, ranks: Ranks) -> DivergedError:
+def _explained(
+    error: DivergedError, batch: Batch, folder: Path, run_dir: RunDir | None, ranks: Ranks
+) -> DivergedError:
     """The error with the users of the batch and the last good checkpoint; all ranks diverge at the same step."""
     keys = sorted(set(all_gather_keys(batch.user_keys, ranks)))
     path = Path(folder).parent / f"diverged-step-{batch.step + 1}.json"

@@ -59,7 +59,9 @@ class ZeroTrunk:
             dist_init_required=False,
         )
         if self.stage == 0 and ranks.world_size == 1:
-            self._engine.enable_backward_allreduce = False  # it would copy every gradient into a bucket and out again
+            self._engine.enable_backward_allreduce = (
+                False  # it would copy every gradient into a bucket and out again
+            )
 
     def __call__(self, pre_BH: Tensor, noise_BL: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         return self._engine(pre_BH, noise_BL)
@@ -85,10 +87,20 @@ class ZeroTrunk:
         """Of the whole trunk's gradient, between the last backward of a step and the update."""
         zero = self._engine.optimizer
         if self.stage == 0:
-            norms = [torch.linalg.vector_norm(p.grad) for p in self.module.parameters() if p.grad is not None]
+            norms = [
+                torch.linalg.vector_norm(p.grad)
+                for p in self.module.parameters()
+                if p.grad is not None
+            ]
             return float(torch.linalg.vector_norm(torch.stack(norms))) ** 2
-        norm = zero.scaled_global_norm() if self.stage < 3 else torch.linalg.vector_norm(torch.stack(zero._get_norm_groups()))
-        return float(norm) ** 2 if norm >= 0 else float("nan")  # DeepSpeed says -1 for a gradient that is not finite
+        norm = (
+            zero.scaled_global_norm()
+            if self.stage < 3
+            else torch.linalg.vector_norm(torch.stack(zero._get_norm_groups()))
+        )
+        return (
+            float(norm) ** 2 if norm >= 0 else float("nan")
+        )  # DeepSpeed says -1 for a gradient that is not finite
 
     @contextmanager
     def evaluating(self) -> Iterator[ZeroTrunk]:
@@ -105,7 +117,11 @@ class ZeroTrunk:
         zero = self._engine.optimizer
         if self.stage == 3:
             return [self.optimizer.ensure_state(p) for p in zero.fp32_partitioned_groups_flat]
-        states = [self.optimizer.ensure_state(p) for group in self.optimizer.param_groups for p in group["params"]]
+        states = [
+            self.optimizer.ensure_state(p)
+            for group in self.optimizer.param_groups
+            for p in group["params"]
+        ]
         if self.stage:
             zero._lazy_init_hp_params_optimizer_state()  # lets DeepSpeed's getters and setters see the moments
         return states
@@ -119,7 +135,11 @@ class ZeroTrunk:
         for name, p in self.module.named_parameters():
             found[name] = p.detach() if self.stage == 0 else safe_get_full_fp32_param(p)
             for moment in MOMENTS if moments else ():
-                state = self.optimizer.state[p][moment] if self.stage == 0 else safe_get_full_optimizer_state(p, moment)
+                state = (
+                    self.optimizer.state[p][moment]
+                    if self.stage == 0
+                    else safe_get_full_optimizer_state(p, moment)
+                )
                 found[f"{name}.{moment}"] = state
         return found
 
@@ -130,7 +150,9 @@ class ZeroTrunk:
             shape = tuple(p.ds_shape) if self.stage == 3 else tuple(p.shape)
             for key in (name, *(f"{name}.{m}" for m in MOMENTS)):
                 if key not in tensors or tuple(tensors[key].shape) != shape:
-                    raise ValueError(f"the checkpoint's trunk has no {key} of shape {shape}; use another checkpoint of the run")
+                    raise ValueError(
+                        f"the checkpoint's trunk has no {key} of shape {shape}; use another checkpoint of the run"
+                    )
 
     @torch.no_grad()
     def load(self, tensors: dict[str, Tensor]) -> None:
@@ -163,7 +185,9 @@ class ZeroTrunk:
         elif self.stage == 3:
             # the full setters fail where the length does not divide by the world: cut this rank's piece ourselves
             length = p.ds_tensor.numel()
-            padded = torch.nn.functional.pad(value.flatten(), (0, length * self.ranks.world_size - value.numel()))
+            padded = torch.nn.functional.pad(
+                value.flatten(), (0, length * self.ranks.world_size - value.numel())
+            )
             piece = padded.narrow(0, length * self.ranks.rank, length)
             if moment:
                 safe_set_local_optimizer_state(p, piece, moment)
@@ -182,14 +206,22 @@ def watch_traffic(count: Callable[[str, int], None]) -> None:
         original = getattr(comm.cdb, name)
 
         def counted(*args: Any, **kwargs: Any) -> Any:
-            whole = max((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), key=Tensor.numel)
+            whole = max(
+                (a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), key=Tensor.numel
+            )
             count(name, times * (size - 1) * whole.numel() * whole.element_size() // size)
             return original(*args, **kwargs)
 
         setattr(comm.cdb, name, counted)
 
     # how often a message passes each link of the ring
-    collectives = {"all_reduce": 2, "reduce": 1, "broadcast": 1, "all_gather_into_tensor": 1, "reduce_scatter_tensor": 1}
+    collectives = {
+        "all_reduce": 2,
+        "reduce": 1,
+        "broadcast": 1,
+        "all_gather_into_tensor": 1,
+        "reduce_scatter_tensor": 1,
+    }
     for name, times in collectives.items():
         watch(name, times)
 
@@ -207,5 +239,7 @@ def _import_deepspeed(device: torch.device) -> Any:
     if isinstance(ops, dict) and "deepspeed_shm_comm" in ops:
         ops["deepspeed_shm_comm"] = False
     if not deepspeed.comm.is_initialized():
-        deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False)
+        deepspeed.init_distributed(
+            dist_backend="nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False
+        )
     return deepspeed

@@ -35,7 +35,9 @@ class Reading:
     delimiter: str | None = None  # of a CSV: one character, or ::
     encoding: str | None = None  # of a CSV; None: UTF-8, or what a byte order mark says
     header: bool = True  # False: the first line is data and columns are named 1, 2, ...
-    names: tuple[str, ...] = ()  # of the columns of a file without a header, in place of the numbers
+    names: tuple[
+        str, ...
+    ] = ()  # of the columns of a file without a header, in place of the numbers
     quoting: bool = True  # False: a quote is a character like any other
     missing: tuple[str, ...] = ids.MISSING  # texts that stand for no id, besides the empty one
 
@@ -48,14 +50,20 @@ class MissingColumnError(ValueError):
         self.name = name
 
 
-def without_constants(columns: Columns, constants: Collection[str], names: Sequence[str]) -> Columns:
+def without_constants(
+    columns: Columns, constants: Collection[str], names: Sequence[str]
+) -> Columns:
     """Return the columns to look for among `names`, without those that only the names of folders (`constants`) give."""
     given = set(constants) - {name.strip() for name in names}
     absent = {role: None for role in ROLES if getattr(columns, role) in given}
-    return replace(columns, **absent, optional_rating=columns.optional_rating and "rating" not in given)
+    return replace(
+        columns, **absent, optional_rating=columns.optional_rating and "rating" not in given
+    )
 
 
-def find_columns(names: Sequence[str], columns: Columns, where: str, header: bool = True) -> dict[str, int]:
+def find_columns(
+    names: Sequence[str], columns: Columns, where: str, header: bool = True
+) -> dict[str, int]:
     """Positions among `names` by role; ValueError that names what is missing, what there is, and the option that helps.
 
     A name matches exactly or, where that is unambiguous, without the blanks around it.
@@ -72,7 +80,9 @@ def find_columns(names: Sequence[str], columns: Columns, where: str, header: boo
             continue
         if not header and name == role:
             name = {"user": "1", "item": "2"}.get(role, name)
-        places = [i for i, one in enumerate(names) if one == name] or [i for i, one in enumerate(plain) if one == name]
+        places = [i for i, one in enumerate(names) if one == name] or [
+            i for i, one in enumerate(plain) if one == name
+        ]
         if not places and any(typed):
             wanted = _ATOMIC.get(role, name) if name in (role, "timestamp") else name
             places = [i for i, one in enumerate(typed) if one in (name, wanted)]
@@ -90,13 +100,19 @@ def _check_apart(found: dict[str, int], names: Sequence[str], where: str) -> Non
     for role, place in found.items():
         other = next((r for r, p in found.items() if p == place and r != role), None)
         if other is not None:
-            raise ValueError(f"{where}: column {names[place]!r} is named as {role} and as {other}; name another for one of them")
+            raise ValueError(
+                f"{where}: column {names[place]!r} is named as {role} and as {other}; name another for one of them"
+            )
 
 
 def shown(names: Sequence[str]) -> str:
     """The names for a message, at most twenty of at most 40 characters."""
     more = f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else ""
-    return ", ".join(repr(name if len(name) <= 40 else name[:37] + "...") for name in names[:_SHOWN]) + more or "none"
+    return (
+        ", ".join(repr(name if len(name) <= 40 else name[:37] + "...") for name in names[:_SHOWN])
+        + more
+        or "none"
+    )
 
 
 def _problem(role: str, name: str, n_found: int, names: Sequence[str], header: bool) -> str:
@@ -106,4 +122,6 @@ def _problem(role: str, name: str, n_found: int, names: Sequence[str], header: b
         return f"has no column {name!r}; it has {len(names)} columns, named 1 to {len(names)}; pass --{role}_column N"
     close = difflib.get_close_matches(name.lower(), [n.lower() for n in names[:1000]], 1, 0.6)
     like = next((f" (is it {n!r}?)" for n in names if close and n.lower() == close[0]), "")
-    return f"has no column {name!r}; its columns are {shown(names)}; pass --{role}_column NAME{like}"
+    return (
+        f"has no column {name!r}; its columns are {shown(names)}; pass --{role}_column NAME{like}"
+    )

@@ -34,7 +34,12 @@ class Facts:
 
 
 def csv_pieces(
-    opener: Callable[[], Any], where: str, columns: Columns, reading: Reading, constants: Collection[str], facts: Facts
+    opener: Callable[[], Any],
+    where: str,
+    columns: Columns,
+    reading: Reading,
+    constants: Collection[str],
+    facts: Facts,
 ) -> Iterator[Raw]:
     """Pieces of the file that `opener` opens; every cell of them is text. ValueError names `where` and the row."""
     stream = opener()
@@ -42,9 +47,15 @@ def csv_pieces(
         blocks = csv_rows.Blocks(Utf8(stream, reading.encoding, where), where, csv_rows.BLOCK_BYTES)
         header = read_header(blocks, columns, reading, constants, where)
         facts.names = {role: header.names[i] for role, i in header.wanted.items()}
-        facts.unused = [name for i, name in enumerate(header.names) if i not in header.wanted.values()]
-        rows = csv_rows.Rows(blocks, header.dialect, len(header.names), list(header.wanted.values()), where)
-        rows.id_columns = [header.wanted[role] for role in ("user", "item") if role in header.wanted]
+        facts.unused = [
+            name for i, name in enumerate(header.names) if i not in header.wanted.values()
+        ]
+        rows = csv_rows.Rows(
+            blocks, header.dialect, len(header.names), list(header.wanted.values()), where
+        )
+        rows.id_columns = [
+            header.wanted[role] for role in ("user", "item") if role in header.wanted
+        ]
         for piece in rows.pieces(header.body or blocks.next()):
             yield Raw(piece.numbers, dict(zip(header.wanted, piece.columns, strict=True)))
         facts.n_broken = rows.n_broken

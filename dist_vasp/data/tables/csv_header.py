@@ -6,8 +6,22 @@ import csv
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from dist_vasp.data.tables.columns import Columns, MissingColumnError, Reading, find_columns, shown, without_constants
-from dist_vasp.data.tables.csv_rows import MAX_COLUMNS, MAX_ROW_BYTES, Blocks, Dialect, check_text, lines_of
+from dist_vasp.data.tables.columns import (
+    Columns,
+    MissingColumnError,
+    Reading,
+    find_columns,
+    shown,
+    without_constants,
+)
+from dist_vasp.data.tables.csv_rows import (
+    MAX_COLUMNS,
+    MAX_ROW_BYTES,
+    Blocks,
+    Dialect,
+    check_text,
+    lines_of,
+)
 
 DELIMITERS = (",", "\t", ";", "|", "::")
 _HEAD_BYTES = 1 << 16  # that are looked at first
@@ -25,12 +39,18 @@ class Header:
 def check_delimiter(text: str) -> str:
     """The delimiter that --delimiter names; ValueError where it cannot be one."""
     delimiter = _NAMED.get(text, text)
-    if delimiter != "::" and (len(delimiter) != 1 or delimiter.isalnum() or delimiter in '"\r\n\0.-+'):
-        raise ValueError(f"--delimiter {text!r} cannot separate cells; pass one character such as ';', tab or space, or '::'")
+    if delimiter != "::" and (
+        len(delimiter) != 1 or delimiter.isalnum() or delimiter in '"\r\n\0.-+'
+    ):
+        raise ValueError(
+            f"--delimiter {text!r} cannot separate cells; pass one character such as ';', tab or space, or '::'"
+        )
     return delimiter
 
 
-def read_header(blocks: Blocks, columns: Columns, reading: Reading, constants: Collection[str], where: str) -> Header:
+def read_header(
+    blocks: Blocks, columns: Columns, reading: Reading, constants: Collection[str], where: str
+) -> Header:
     """The header, or the numbers of the columns where there is none. `constants`: columns that the names of folders give.
 
     ValueError where the file is empty or no delimiter gives the wanted columns.
@@ -46,7 +66,9 @@ def read_header(blocks: Blocks, columns: Columns, reading: Reading, constants: C
         try:
             names, n_lines, n_bytes, block = _first_record(blocks, block, dialect, where)
             labels = names if reading.header else _labels(len(names), reading, where)
-            wanted = find_columns(labels, without_constants(columns, constants, labels), where, reading.header)
+            wanted = find_columns(
+                labels, without_constants(columns, constants, labels), where, reading.header
+            )
         except ValueError as error:
             errors[delimiter] = error
             continue
@@ -74,7 +96,9 @@ def _bytes(lines: list[str]) -> bytes:
 
 def _labels(n_columns: int, reading: Reading, where: str) -> list[str]:
     if reading.names and len(reading.names) != n_columns:
-        raise ValueError(f"{where}, row 1: {n_columns} cells where {len(reading.names)} are expected ({', '.join(reading.names)})")
+        raise ValueError(
+            f"{where}, row 1: {n_columns} cells where {len(reading.names)} are expected ({', '.join(reading.names)})"
+        )
     return list(reading.names) or [str(i + 1) for i in range(n_columns)]
 
 
@@ -88,13 +112,17 @@ def _skip_blank_lines(blocks: Blocks) -> bytes:
     return block
 
 
-def _first_record(blocks: Blocks, block: bytes, dialect: Dialect, where: str) -> tuple[list[str], int, int, bytes]:
+def _first_record(
+    blocks: Blocks, block: bytes, dialect: Dialect, where: str
+) -> tuple[list[str], int, int, bytes]:
     """The cells of the first row, its lines and bytes, and the block with as much more as a header of several lines needs."""
     size = _HEAD_BYTES
     while True:
         lines = _lines(_beginning(block, size))
         if lines[0].count(dialect.delimiter) >= MAX_COLUMNS:
-            raise ValueError(f"{where}: the first row has more than {MAX_COLUMNS:,} cells; it is no table of interactions")
+            raise ValueError(
+                f"{where}: the first row has more than {MAX_COLUMNS:,} cells; it is no table of interactions"
+            )
         reader = dialect.reader(lines)
         try:
             cells = next(iter(reader))
@@ -106,7 +134,11 @@ def _first_record(blocks: Blocks, block: bytes, dialect: Dialect, where: str) ->
                 continue
             more = blocks.next() if unclosed and len(block) <= MAX_ROW_BYTES else b""
             if not more:
-                problem = "a quote in the header does not close" if unclosed else f"the header is malformed: {error}"
+                problem = (
+                    "a quote in the header does not close"
+                    if unclosed
+                    else f"the header is malformed: {error}"
+                )
                 raise ValueError(
                     f"{where}, row {blocks.row}: {problem}; correct it, or pass --no_quoting if quotes are plain characters"
                 ) from None
@@ -132,11 +164,15 @@ def _check_unambiguous(cells: list[str], delimiter: str, where: str) -> None:
         )
 
 
-def _explained(error: ValueError, delimiter: str, first: str, reading: Reading, where: str) -> ValueError:
+def _explained(
+    error: ValueError, delimiter: str, first: str, reading: Reading, where: str
+) -> ValueError:
     """The error with the delimiter that was seen, or what else the first line looks like."""
     if not isinstance(error, MissingColumnError):
         return error
-    cells: list[str] = next(iter(Dialect(delimiter, reading.quoting).reader([first], strict=False)), [])
+    cells: list[str] = next(
+        iter(Dialect(delimiter, reading.quoting).reader([first], strict=False)), []
+    )
     if reading.header and sum(_is_number(cell) for cell in cells) * 2 > len(cells):
         return ValueError(
             f"{where} has no column {error.name!r}; its first line, {shown(cells)}, looks like data: "
@@ -147,7 +183,9 @@ def _explained(error: ValueError, delimiter: str, first: str, reading: Reading, 
             f"{where} has no column {error.name!r}; its first line is one cell, {shown(cells)}; "
             "pass the character that separates the cells as --delimiter"
         )
-    return ValueError(str(error).replace("its columns are", f"its columns, separated by {delimiter!r}, are"))
+    return ValueError(
+        str(error).replace("its columns are", f"its columns, separated by {delimiter!r}, are")
+    )
 
 
 def _is_number(cell: str) -> bool:

@@ -42,7 +42,9 @@ class Dialect:
         if len(self.delimiter) > 1:
             return _Split(lines, self.delimiter)
         if not self.quoting:
-            return csv.reader(lines, delimiter=self.delimiter, strict=strict, quoting=csv.QUOTE_NONE)
+            return csv.reader(
+                lines, delimiter=self.delimiter, strict=strict, quoting=csv.QUOTE_NONE
+            )
         return csv.reader(lines, delimiter=self.delimiter, strict=strict)
 
 
@@ -83,7 +85,9 @@ class Blocks:
             self._held = data[cut:]
             if len(self._held) > MAX_ROW_BYTES:
                 row = self.row + data.count(b"\n", 0, cut)
-                raise ValueError(f"{self._where}, row {row:,}: a line of more than {MAX_ROW_BYTES:,} bytes; it is no table")
+                raise ValueError(
+                    f"{self._where}, row {row:,}: a line of more than {MAX_ROW_BYTES:,} bytes; it is no table"
+                )
             if cut:
                 return data[:cut]
         data, self._held = self._held, b""
@@ -130,7 +134,12 @@ def _encloses_cells(block: bytes, delimiter: str) -> bool:
     opening, closing = places[0::2], places[1::2]
     before, after = letters[opening - 1], letters[np.minimum(closing + 1, len(letters) - 1)]
     opens = (before == ord(delimiter)) | (before == ord("\n")) | (opening == 0)
-    closes = (after == ord(delimiter)) | (after == ord("\n")) | (after == ord("\r")) | (closing == len(letters) - 1)
+    closes = (
+        (after == ord(delimiter))
+        | (after == ord("\n"))
+        | (after == ord("\r"))
+        | (closing == len(letters) - 1)
+    )
     if not (opens.all() and closes.all()):
         return False
     breaks = np.flatnonzero(letters == ord("\n"))
@@ -140,14 +149,25 @@ def _encloses_cells(block: bytes, delimiter: str) -> bool:
 class Rows:
     """The rows of `blocks` below the header, in pieces. `n_columns` is the width that every row must have."""
 
-    def __init__(self, blocks: Blocks, dialect: Dialect, n_columns: int, wanted: Sequence[int], where: str) -> None:
-        self._blocks, self._dialect, self._n_columns, self._wanted, self._where = blocks, dialect, n_columns, wanted, where
+    def __init__(
+        self, blocks: Blocks, dialect: Dialect, n_columns: int, wanted: Sequence[int], where: str
+    ) -> None:
+        self._blocks, self._dialect, self._n_columns, self._wanted, self._where = (
+            blocks,
+            dialect,
+            n_columns,
+            wanted,
+            where,
+        )
         self.id_columns: list[int] = []  # where a swallowed row would show
         self.n_broken = 0  # rows of several lines
         self._names = [str(i) for i in range(n_columns)]
         included = [str(i) for i in dict.fromkeys(wanted)]
         self._convert = pa_csv.ConvertOptions(
-            include_columns=included, column_types=dict.fromkeys(included, pa.string()), null_values=[], strings_can_be_null=False
+            include_columns=included,
+            column_types=dict.fromkeys(included, pa.string()),
+            null_values=[],
+            strings_can_be_null=False,
         )
 
     def pieces(self, block: bytes) -> Iterator[Piece]:
@@ -175,9 +195,13 @@ class Rows:
             if _SEPARATOR.encode() in block:
                 return None
             block, delimiter = block.replace(delimiter.encode(), _SEPARATOR.encode()), _SEPARATOR
-        read = pa_csv.ReadOptions(use_threads=False, block_size=len(block) + 1, column_names=self._names)
+        read = pa_csv.ReadOptions(
+            use_threads=False, block_size=len(block) + 1, column_names=self._names
+        )
         quote = '"' if self._dialect.quotes else False
-        parse = pa_csv.ParseOptions(delimiter=delimiter, quote_char=quote, double_quote=False, ignore_empty_lines=False)
+        parse = pa_csv.ParseOptions(
+            delimiter=delimiter, quote_char=quote, double_quote=False, ignore_empty_lines=False
+        )
         try:
             table = pa_csv.read_csv(pa.BufferReader(block), read, parse, self._convert)
         except pa.ArrowInvalid:
@@ -187,7 +211,10 @@ class Rows:
         first = self._blocks.row
         self._blocks.row += n_rows
         self._blocks.line += n_rows
-        return Piece(range(first, first + n_rows), [table.column(str(i)).combine_chunks() for i in self._wanted])
+        return Piece(
+            range(first, first + n_rows),
+            [table.column(str(i)).combine_chunks() for i in self._wanted],
+        )
 
     def _strict(self, block: bytes) -> tuple[Piece, bytes]:
         """The piece of a block by the csv module, and the bytes of a last row that goes on in the next block."""
@@ -220,7 +247,10 @@ class Rows:
         if not all(records):
             numbers = [number for number, record in zip(numbers, records, strict=True) if record]
             records = [record for record in records if record]
-        return Piece(numbers, [pa.array([record[i] for record in records], pa.string()) for i in self._wanted]), rest
+        return Piece(
+            numbers,
+            [pa.array([record[i] for record in records], pa.string()) for i in self._wanted],
+        ), rest
 
     def _check_width(self, records: list[list[str]], numbers: Sequence[int]) -> None:
         if set(map(len, records)) <= {0, self._n_columns}:  # a blank line has no cell
@@ -234,10 +264,17 @@ class Rows:
     def _check_swallowed(self, lines: list[str], number: int) -> None:
         """ValueError where every line of a row is a row itself: a stray quote has opened a cell, and another has closed it."""
         delimiter = self._dialect.delimiter
-        if any(line.count(delimiter) != self._n_columns - 1 for line in lines) or self._n_columns < 2:
+        if (
+            any(line.count(delimiter) != self._n_columns - 1 for line in lines)
+            or self._n_columns < 2
+        ):
             return
-        cells = [[cell.strip('"') for cell in line.rstrip("\r\n").split(delimiter)] for line in lines]
-        numeric = bool(self.id_columns) and all(_is_number(line[i]) for line in cells for i in self.id_columns)
+        cells = [
+            [cell.strip('"') for cell in line.rstrip("\r\n").split(delimiter)] for line in lines
+        ]
+        numeric = bool(self.id_columns) and all(
+            _is_number(line[i]) for line in cells for i in self.id_columns
+        )
         if numeric or (len(lines) > 3 and self._n_columns > 2):
             raise ValueError(
                 f"{self._where}, row {number:,}: a quote opens here and the cell holds {len(lines) - 1:,} lines that "
@@ -260,7 +297,9 @@ class Rows:
                 "or pass --no_quoting if quotes are plain characters"
             )
         if "field limit" in error:
-            return ValueError(f"{at}a cell has more than {MAX_ROW_BYTES:,} characters; is a quote not closed?")
+            return ValueError(
+                f"{at}a cell has more than {MAX_ROW_BYTES:,} characters; is a quote not closed?"
+            )
         return ValueError(f"{at}{error}; correct the row")
 
     def _line(self, line: int, row: int) -> str:

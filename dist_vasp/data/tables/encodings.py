@@ -15,7 +15,12 @@ _MARKS = {  # the longer ones first: UTF-32 begins with the mark of UTF-16
     codecs.BOM_UTF16_BE: "utf-16",
 }
 _LARGEST_HEAD = 32
-_NO_FILES = {"idna", "punycode", "unicode_escape", "raw_unicode_escape"}  # encodings of names and of program texts
+_NO_FILES = {
+    "idna",
+    "punycode",
+    "unicode_escape",
+    "raw_unicode_escape",
+}  # encodings of names and of program texts
 
 
 def check_encoding(name: str) -> str:
@@ -25,8 +30,14 @@ def check_encoding(name: str) -> str:
         "".encode(name)
     except (LookupError, UnicodeError, ValueError):
         known = None
-    if known is None or not getattr(known, "_is_text_encoding", True) or known.name.replace("-", "_") in _NO_FILES:
-        raise ValueError(f"--encoding {name!r} is not known; name one such as utf-8, utf-16, latin-1, cp1252 or cp932")
+    if (
+        known is None
+        or not getattr(known, "_is_text_encoding", True)
+        or known.name.replace("-", "_") in _NO_FILES
+    ):
+        raise ValueError(
+            f"--encoding {name!r} is not known; name one such as utf-8, utf-16, latin-1, cp1252 or cp932"
+        )
     return known.name
 
 
@@ -42,17 +53,23 @@ class Utf8:
         what = foreign(head)
         if what:
             raise ValueError(f"{where} is {what}")
-        mark, marked = next(((m, name) for m, name in _MARKS.items() if head.startswith(m)), (b"", None))
+        mark, marked = next(
+            ((m, name) for m, name in _MARKS.items() if head.startswith(m)), (b"", None)
+        )
         wanted = codecs.lookup(encoding).name if encoding else None
         if marked and wanted and not wanted.startswith(marked) and wanted != "utf-8-sig":
-            raise ValueError(f"{where} begins with the mark of {marked}, but --encoding is {wanted}; leave --encoding out")
+            raise ValueError(
+                f"{where} begins with the mark of {marked}, but --encoding is {wanted}; leave --encoding out"
+            )
         self.encoding = wanted or marked or "utf-8"
         if self.encoding in ("utf-8", "utf-8-sig"):
             self._decoder = None
             self._held = head.removeprefix(codecs.BOM_UTF8)
         else:
             self._decoder = codecs.getincrementaldecoder(self.encoding)()
-            self._held = head.removeprefix(mark) if wanted and wanted[-3:] in ("-le", "-be") else head
+            self._held = (
+                head.removeprefix(mark) if wanted and wanted[-3:] in ("-le", "-be") else head
+            )
         self._ended, self._n_bytes = False, 0
 
     def _head(self) -> bytes:

@@ -19,7 +19,11 @@ from urllib.parse import unquote
 from dist_vasp.data.tables.streams import open_file, open_member, open_zip, readable, unpacked_name
 
 CSV_SUFFIXES = (".csv", ".tsv", ".tab", ".inter")
-OTHER_CSV_SUFFIXES = (".dat", ".data", ".txt")  # often something else: those of a folder are read only where they are named
+OTHER_CSV_SUFFIXES = (
+    ".dat",
+    ".data",
+    ".txt",
+)  # often something else: those of a folder are read only where they are named
 PARQUET_SUFFIXES = (".parquet", ".pq", ".parq")
 _NO_PARTITION = "__HIVE_DEFAULT_PARTITION__"
 _FOREIGN = (
@@ -56,8 +60,14 @@ def kind_of(name: str) -> str | None:
 
 def tables_among(names: Sequence[str], kind: str | None) -> dict[str, str]:
     """The names that are those of tables, with their kind."""
-    kinds = {name: kind_of(name) for name in names if not unpacked_name(name.lower()).endswith(OTHER_CSV_SUFFIXES)}
-    return {name: found for name, found in kinds.items() if found is not None and kind in (None, found)}
+    kinds = {
+        name: kind_of(name)
+        for name in names
+        if not unpacked_name(name.lower()).endswith(OTHER_CSV_SUFFIXES)
+    }
+    return {
+        name: found for name, found in kinds.items() if found is not None and kind in (None, found)
+    }
 
 
 def is_hidden(name: str) -> bool:
@@ -96,8 +106,12 @@ def expand(text: str, skipped: list[str] | None = None) -> list[Path]:
     path = Path(text)
     if os.path.lexists(path) or _zip_above(path):
         return [path]
-    matched = [Path(p) for p in sorted(glob.glob(text, recursive=True))] if glob.has_magic(text) else []
-    fixed = next((n for n, part in enumerate(path.parts) if glob.has_magic(part)), 0)  # parts that are named as they are
+    matched = (
+        [Path(p) for p in sorted(glob.glob(text, recursive=True))] if glob.has_magic(text) else []
+    )
+    fixed = next(
+        (n for n, part in enumerate(path.parts) if glob.has_magic(part)), 0
+    )  # parts that are named as they are
     asked = is_hidden(path.parts[fixed])  # _part-*.csv names hidden files itself
     found = [p for p in matched if asked or not any(is_hidden(part) for part in p.parts[fixed:])]
     if skipped is not None:
@@ -120,7 +134,9 @@ def _files_of(path: Path, kind: str | None, skipped: list[str]) -> list[File]:
     _refuse_table(path.parent, path)
     found = kind or kind_of(path.name)
     if found is None:
-        raise ValueError(f"cannot tell the format of {path} from its name; pass --format csv or --format parquet")
+        raise ValueError(
+            f"cannot tell the format of {path} from its name; pass --format csv or --format parquet"
+        )
     return [_file(path, found, path)]
 
 
@@ -138,7 +154,10 @@ def _file(path: Path, kind: str, named: Path) -> File:
 
 def _partitions(parts: Iterable[str]) -> dict[str, str | None]:
     pairs = (part.split("=", 1) for part in parts if "=" in part[1:])
-    return {unquote(key): None if value in (_NO_PARTITION, "") else unquote(value) for key, value in pairs}
+    return {
+        unquote(key): None if value in (_NO_PARTITION, "") else unquote(value)
+        for key, value in pairs
+    }
 
 
 # --- folders ---------------------------------------------------------------------------------------------------------
@@ -148,9 +167,13 @@ def _files_below(folder: Path, kind: str | None, skipped: list[str]) -> list[Fil
     _refuse_table(folder, folder)
     paths = list(walk(folder, skipped))
     tables = tables_among([str(path) for path in paths], kind)
-    skipped += [f"{path} (no {_named(kind)} file by its name)" for path in paths if str(path) not in tables]
+    skipped += [
+        f"{path} (no {_named(kind)} file by its name)" for path in paths if str(path) not in tables
+    ]
     if not tables:
-        raise ValueError(f"the folder {folder} holds no {_named(kind)} file that is not hidden; name another")
+        raise ValueError(
+            f"the folder {folder} holds no {_named(kind)} file that is not hidden; name another"
+        )
     one_kind(folder, tables)
     return [_file(path, tables[str(path)], path) for path in paths if str(path) in tables]
 
@@ -158,7 +181,9 @@ def _files_below(folder: Path, kind: str | None, skipped: list[str]) -> list[Fil
 def one_kind(folder: Path, tables: dict[str, str]) -> None:
     """ValueError where a folder holds tables of both kinds."""
     if len(set(tables.values())) > 1:
-        raise ValueError(f"the folder {folder} holds both CSV and Parquet files; pass --format csv or --format parquet")
+        raise ValueError(
+            f"the folder {folder} holds both CSV and Parquet files; pass --format csv or --format parquet"
+        )
 
 
 def _named(kind: str | None) -> str:
@@ -188,7 +213,9 @@ def walk(folder: Path, skipped: list[str]) -> Iterator[Path]:
 
 
 def _raise(error: OSError) -> None:
-    raise ValueError(f"{error.filename} cannot be read ({error.strerror}); change its permissions, or name another folder")
+    raise ValueError(
+        f"{error.filename} cannot be read ({error.strerror}); change its permissions, or name another folder"
+    )
 
 
 def _refuse_table(folder: Path, named: Path) -> None:
@@ -226,16 +253,29 @@ def _members_of(path: Path, wanted: str | None, skipped: list[str]) -> list[File
         names = sorted(n for n in archive.namelist() if not n.endswith("/"))
     if len(set(names)) < len(names):
         raise ValueError(f"{path} holds two members of one name; pack it again")
-    chosen = [wanted] if wanted in names else [n for n in names if wanted is None or fnmatch(n, wanted)]
+    chosen = (
+        [wanted] if wanted in names else [n for n in names if wanted is None or fnmatch(n, wanted)]
+    )
     hidden = [n for n in chosen if any(is_hidden(part) for part in PurePosixPath(n).parts)]
     visible = [n for n in chosen if n not in set(hidden)]
     members = visible if wanted is not None else list(tables_among(visible, "csv"))
-    skipped += [f"{path}, {n} ({'hidden' if n in hidden else 'no CSV by its name'})" for n in chosen if n not in set(members)]
+    skipped += [
+        f"{path}, {n} ({'hidden' if n in hidden else 'no CSV by its name'})"
+        for n in chosen
+        if n not in set(members)
+    ]
     if not members:
         about = f"no CSV member {wanted!r}" if wanted else "no CSV member that is not hidden"
         raise ValueError(
             f"{path} holds {about}; its members are {', '.join(names[:5]) or 'none'}{' ...' if len(names) > 5 else ''}"
         )
     return [
-        File(f"{path}, {n}", "csv", path, partial(open_member, path, n), _partitions(PurePosixPath(n).parts[:-1])) for n in members
+        File(
+            f"{path}, {n}",
+            "csv",
+            path,
+            partial(open_member, path, n),
+            _partitions(PurePosixPath(n).parts[:-1]),
+        )
+        for n in members
     ]

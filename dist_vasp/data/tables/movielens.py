@@ -37,7 +37,9 @@ class MovieLens:
         return Columns(*_NAMES[:3], time=_NAMES[3] if with_time else None)
 
     def file(self) -> File:
-        return File(self.where, "csv", self.path / self.member, partial(_open, self.path, self.member))
+        return File(
+            self.where, "csv", self.path / self.member, partial(_open, self.path, self.member)
+        )
 
     def reading(self, missing: Sequence[str]) -> Reading:
         """How the file is written."""
@@ -55,7 +57,11 @@ class MovieLens:
             lines = read_titles(_open(self.path, member), f"{self.path}, {member}").splitlines()
         delimiter = _DELIMITERS.get(Path(member).suffix)
         rows = [line.split(delimiter) for line in lines] if delimiter else list(csv.reader(lines))
-        return {int(row[0]): row[1] for row in rows if len(row) > 1 and row[0].isascii() and row[0].isdecimal()}
+        return {
+            int(row[0]): row[1]
+            for row in rows
+            if len(row) > 1 and row[0].isascii() and row[0].isdecimal()
+        }
 
 
 def is_zip(path: Path) -> bool:
@@ -79,7 +85,11 @@ def find(path: Path, any_header: bool = False) -> MovieLens | None:
     with readable(found.where):
         stream = _open(found.path, found.member)
         try:
-            return found if stream.read(100).removeprefix(b"\xef\xbb\xbf").startswith(_HEADER) else None
+            return (
+                found
+                if stream.read(100).removeprefix(b"\xef\xbb\xbf").startswith(_HEADER)
+                else None
+            )
         finally:
             stream.close()
 
@@ -89,7 +99,11 @@ def _find(path: Path, wanted: Sequence[str], beside: str | None = None) -> str |
     if path.is_dir() and beside is not None:
         names = [str(Path(beside, w)) for w in wanted if (path / beside / w).is_file()]
     else:
-        names = [n for n in names_in(path) if Path(n).name in wanted and beside in (None, str(Path(n).parent))]
+        names = [
+            n
+            for n in names_in(path)
+            if Path(n).name in wanted and beside in (None, str(Path(n).parent))
+        ]
     return min(names, key=lambda n: (n.count("/"), n), default=None)
 
 
@@ -102,7 +116,9 @@ def read_titles(stream: Any, where: str) -> str:
     data: bytes = stream.read(MAX_TITLES_BYTES + 1)
     stream.close()
     if len(data) > MAX_TITLES_BYTES:
-        raise ValueError(f"{where} has more than {MAX_TITLES_BYTES:,} bytes, too many for titles; remove it, or name --titles")
+        raise ValueError(
+            f"{where} has more than {MAX_TITLES_BYTES:,} bytes, too many for titles; remove it, or name --titles"
+        )
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError:

@@ -17,10 +17,22 @@ def add_reading_options(parser: argparse.ArgumentParser) -> None:
         metavar="D",
         help="what separates the cells of a CSV: one character, tab, space or ::; default: seen from the header",
     )
-    add("--encoding", metavar="E", help="of a CSV: utf-16, latin-1, cp1252, ...; default UTF-8, or what a byte order mark says")
-    add("--no_header", action="store_true", help="CSV: the first line is data; columns are named 1, 2, ...")
+    add(
+        "--encoding",
+        metavar="E",
+        help="of a CSV: utf-16, latin-1, cp1252, ...; default UTF-8, or what a byte order mark says",
+    )
+    add(
+        "--no_header",
+        action="store_true",
+        help="CSV: the first line is data; columns are named 1, 2, ...",
+    )
     add("--no_quoting", action="store_true", help="CSV: a quote is a character like any other")
-    add("--missing", metavar="TEXTS", help=f"ids that stand for a missing one, separated by commas; default {','.join(MISSING)}")
+    add(
+        "--missing",
+        metavar="TEXTS",
+        help=f"ids that stand for a missing one, separated by commas; default {','.join(MISSING)}",
+    )
 
 
 def reading_of(arguments: argparse.Namespace, missing: tuple[str, ...] = MISSING) -> Reading:

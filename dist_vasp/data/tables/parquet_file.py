@@ -22,24 +22,33 @@ MAX_CHUNK_BYTES = 4 << 30  # of one column in one row group, unpacked
 MAX_MEAN_BYTES = 1 << 16  # of one value of a column
 
 
-def parquet_pieces(path: Path, columns: Columns, constants: Collection[str], facts: Facts) -> Iterator[Raw]:
+def parquet_pieces(
+    path: Path, columns: Columns, constants: Collection[str], facts: Facts
+) -> Iterator[Raw]:
     """Batches of the file, in its own types; dictionaries are left encoded. ValueError names the file."""
     with pq.ParquetFile(path, memory_map=False) as file:
         schema = file.schema_arrow
-        wanted = find_columns(schema.names, without_constants(columns, constants, schema.names), str(path))
+        wanted = find_columns(
+            schema.names, without_constants(columns, constants, schema.names), str(path)
+        )
         facts.names = {role: schema.names[i] for role, i in wanted.items()}
         facts.unused = [name for i, name in enumerate(schema.names) if i not in wanted.values()]
         names = list(dict.fromkeys(facts.names.values()))
         delta = _delta_encoded(file.metadata)
         text = [n for n in names if n not in delta and _is_text(schema.field(n).type)]
-        n_rows = ROWS_PER_BATCH if delta.isdisjoint(names) else min(ROWS_PER_BATCH, DELTA_ROWS_PER_BATCH)
+        n_rows = (
+            ROWS_PER_BATCH if delta.isdisjoint(names) else min(ROWS_PER_BATCH, DELTA_ROWS_PER_BATCH)
+        )
         _check_sizes(file.metadata, names, str(path))
     with pq.ParquetFile(
         path, read_dictionary=text, pre_buffer=False, buffer_size=1 << 20
     ) as file:  # buffered, all that was read stays
         row = 1
         for batch in file.iter_batches(n_rows, columns=names, use_threads=False):
-            yield Raw(range(row, row + len(batch)), {role: batch[name] for role, name in facts.names.items()})
+            yield Raw(
+                range(row, row + len(batch)),
+                {role: batch[name] for role, name in facts.names.items()},
+            )
             row += len(batch)
 
 
@@ -51,7 +60,11 @@ def _delta_encoded(metadata: pq.FileMetaData) -> set[str]:
     """Columns whose texts are stored as differences: Arrow reads no dictionary of them, and few bytes may hold many."""
     groups = (metadata.row_group(g) for g in range(metadata.num_row_groups))
     chunks = (group.column(c) for group in groups for c in range(group.num_columns))
-    return {chunk.path_in_schema for chunk in chunks if any(e.startswith("DELTA_") and "BYTE" in e for e in chunk.encodings)}
+    return {
+        chunk.path_in_schema
+        for chunk in chunks
+        if any(e.startswith("DELTA_") and "BYTE" in e for e in chunk.encodings)
+    }
 
 
 def _check_sizes(metadata: pq.FileMetaData, names: list[str], where: str) -> None:

@@ -51,8 +51,14 @@ class Table:
         file = self.files[0]
         with readable(file.where):
             is_parquet = file.kind == "parquet"
-            names = pq.read_schema(file.path).names if is_parquet else csv_names(file.open, file.where, self.reading)
-        return [name.strip() for name in [*names, *(key for key in file.partitions if key not in names)]]
+            names = (
+                pq.read_schema(file.path).names
+                if is_parquet
+                else csv_names(file.open, file.where, self.reading)
+            )
+        return [
+            name.strip() for name in [*names, *(key for key in file.partitions if key not in names)]
+        ]
 
     def batches(self) -> Iterator[pa.RecordBatch]:
         """Batches of all files, never empty ones; ValueError names file and row."""
@@ -77,7 +83,9 @@ class Table:
 
     def _same_roles(self, file: File, facts: Facts, before: list[str] | None) -> list[str]:
         """The roles that the file has columns of; ValueError where the files before it have others."""
-        roles = [role for role in ROLES if role in facts.names or self._name(role) in file.partitions]
+        roles = [
+            role for role in ROLES if role in facts.names or self._name(role) in file.partitions
+        ]
         if before is not None and roles != before:
             raise ValueError(
                 f"{file.where} has the columns {', '.join(roles)}, the files before it {', '.join(before)}; name files of one kind"
@@ -99,7 +107,9 @@ class Table:
 
     def _name(self, role: str) -> str | None:
         """The name of the column with this role, None where it is not read."""
-        return getattr(self.columns, role) or ("rating" if role == "rating" and self.columns.optional_rating else None)
+        return getattr(self.columns, role) or (
+            "rating" if role == "rating" and self.columns.optional_rating else None
+        )
 
     def notes(self) -> list[str]:
         """What there is to say of the last reading besides its counts."""
@@ -115,7 +125,9 @@ class Table:
             if file.kind == "parquet":
                 yield from parquet_pieces(file.path, self.columns, file.partitions, facts)
             else:
-                yield from csv_pieces(file.open, file.where, self.columns, self.reading, file.partitions, facts)
+                yield from csv_pieces(
+                    file.open, file.where, self.columns, self.reading, file.partitions, facts
+                )
 
     def _batch(self, raw: Raw, file: File, facts: Facts) -> pa.RecordBatch:
         """The rows with their ids, checked; rows without one are counted and left out."""
@@ -123,9 +135,13 @@ class Table:
         for role in ROLES:
             name = self._name(role)
             if name in file.partitions:
-                constant = pa.repeat(pa.scalar(file.partitions[name], pa.string()), len(raw.numbers))
+                constant = pa.repeat(
+                    pa.scalar(file.partitions[name], pa.string()), len(raw.numbers)
+                )
                 if role in columns:
-                    self._check_folder(role, columns[role], constant, raw.numbers, f"{file.where}: column {name!r}")
+                    self._check_folder(
+                        role, columns[role], constant, raw.numbers, f"{file.where}: column {name!r}"
+                    )
                 else:
                     columns[role], names[role] = constant, name
         where = {role: f"{file.where}: column {name!r}" for role, name in names.items()}
@@ -133,7 +149,9 @@ class Table:
         kept: Any = None
         for role in ("user", "item"):
             if role in columns:
-                columns[role] = ids.of_column(columns[role], raw.numbers, where[role], self.reading.missing)
+                columns[role] = ids.of_column(
+                    columns[role], raw.numbers, where[role], self.reading.missing
+                )
                 kept = self._count_missing(role, columns[role], kept)
         numbers = raw.numbers
         if kept is not None:
@@ -144,7 +162,9 @@ class Table:
         ordered = {role: columns[role] for role in ROLES if role in columns}
         return pa.RecordBatch.from_arrays(list(ordered.values()), list(ordered))
 
-    def _check_folder(self, role: str, column: pa.Array, constant: pa.Array, numbers: Sequence[int], where: str) -> None:
+    def _check_folder(
+        self, role: str, column: pa.Array, constant: pa.Array, numbers: Sequence[int], where: str
+    ) -> None:
         """ValueError where a column holds another value than the name of the folder says."""
         both = []
         for values in (column, constant):
@@ -176,7 +196,10 @@ class Table:
 
 
 def open_table(
-    inputs: Sequence[str | Path], columns: Columns | None = None, reading: Reading | None = None, kind: str | None = None
+    inputs: Sequence[str | Path],
+    columns: Columns | None = None,
+    reading: Reading | None = None,
+    kind: str | None = None,
 ) -> Table:
     """The table in the files, folders, globs and zips that are named; ValueError where there is none.
 
@@ -187,7 +210,9 @@ def open_table(
         paths = expand(str(inputs[0]))
         ratings = movielens.find(paths[0]) if len(paths) == 1 else None
         if ratings is not None:
-            return Table([ratings.file()], columns or ratings.columns(), ratings.reading(reading.missing))
+            return Table(
+                [ratings.file()], columns or ratings.columns(), ratings.reading(reading.missing)
+            )
     found = find_files(inputs, kind)
     return Table(found.files, columns or Columns(), reading, found.skipped)
 
@@ -215,8 +240,14 @@ def _texts(column: pa.Array, numbers: Sequence[int], where: str) -> pa.Array:
     """Text, null where it is missing."""
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
-    if not (ids.is_text(column.type) or pa.types.is_integer(column.type) or pa.types.is_null(column.type)):
-        raise ValueError(f"{where} is of type {column.type}, expected text or integers; convert it first")
+    if not (
+        ids.is_text(column.type)
+        or pa.types.is_integer(column.type)
+        or pa.types.is_null(column.type)
+    ):
+        raise ValueError(
+            f"{where} is of type {column.type}, expected text or integers; convert it first"
+        )
     return column.cast(pa.string())
 
 
@@ -237,7 +268,10 @@ def _times(column: pa.Array, numbers: Sequence[int], where: str) -> pa.Array:
     else:
         values = _numbers(column, numbers, where)
     _refuse(
-        pc.is_null(values, nan_is_null=True), numbers, where, "the time is missing; give every row one, or do not name the column"
+        pc.is_null(values, nan_is_null=True),
+        numbers,
+        where,
+        "the time is missing; give every row one, or do not name the column",
     )
     return values
 
@@ -248,7 +282,10 @@ def _microseconds(column: pa.Array) -> pa.Array:
         column = pc.replace_substring_regex(column, r"(\.[0-9]{6})[0-9]+", r"\1")
         column = pc.replace_substring_regex(column, r"\s*(UTC|Z)$", "Z")
     kind = pa.timestamp("us")
-    if ids.is_text(column.type) and pc.all(pc.match_substring_regex(column, _ZONE), min_count=0).as_py():
+    if (
+        ids.is_text(column.type)
+        and pc.all(pc.match_substring_regex(column, _ZONE), min_count=0).as_py()
+    ):
         kind = pa.timestamp("us", "UTC")
     return column.cast(kind, safe=False).cast(pa.int64()).cast(pa.float64(), safe=False)
 
@@ -264,10 +301,21 @@ def _dates(column: pa.Array, where: str) -> pa.Array:
 
 
 def _is_date(column: pa.Array) -> bool:
-    return bool(pc.any(pc.match_substring_regex(column, r"^\s*[0-9]{4}-[0-9]{2}-[0-9]{2}"), min_count=0).as_py())
+    return bool(
+        pc.any(
+            pc.match_substring_regex(column, r"^\s*[0-9]{4}-[0-9]{2}-[0-9]{2}"), min_count=0
+        ).as_py()
+    )
 
 
-_CONVERT = {"user": _ids, "item": _ids, "rating": _ratings, "split": _splits, "time": _times, "title": _texts}
+_CONVERT = {
+    "user": _ids,
+    "item": _ids,
+    "rating": _ratings,
+    "split": _splits,
+    "time": _times,
+    "title": _texts,
+}
 
 
 def of_memory(column: Any, role: str, where: str) -> pa.Array:
@@ -285,7 +333,9 @@ def _numbers(column: pa.Array, numbers: Sequence[int], where: str) -> pa.Array:
         try:
             return column.cast(pa.float64(), safe=not pa.types.is_integer(column.type))
         except pa.ArrowException:
-            raise ValueError(f"{where} of type {column.type} holds no numbers; convert it first") from None
+            raise ValueError(
+                f"{where} of type {column.type} holds no numbers; convert it first"
+            ) from None
     try:
         return column.cast(pa.float64())
     except pa.ArrowInvalid:
@@ -295,8 +345,12 @@ def _numbers(column: pa.Array, numbers: Sequence[int], where: str) -> pa.Array:
     try:
         return column.cast(pa.float64())
     except pa.ArrowInvalid:
-        at, text = next((i, t) for i, t in enumerate(column.to_pylist()) if t is not None and not _is_number(t))
-        raise ValueError(f"{where}, row {numbers[at]}: {text[:80]!r} is not a number; correct it") from None
+        at, text = next(
+            (i, t) for i, t in enumerate(column.to_pylist()) if t is not None and not _is_number(t)
+        )
+        raise ValueError(
+            f"{where}, row {numbers[at]}: {text[:80]!r} is not a number; correct it"
+        ) from None
 
 
 def _is_number(text: str) -> bool:
@@ -309,4 +363,6 @@ def _is_number(text: str) -> bool:
 
 def _refuse(bad: pa.Array, numbers: Sequence[int], where: str, problem: str) -> None:
     if pc.any(bad, min_count=0).as_py():
-        raise ValueError(f"{where.rsplit(': column ', 1)[0]}, row {numbers[pc.index(bad, True).as_py()]}: {problem}")
+        raise ValueError(
+            f"{where.rsplit(': column ', 1)[0]}, row {numbers[pc.index(bad, True).as_py()]}: {problem}"
+        )

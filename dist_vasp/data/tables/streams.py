@@ -51,11 +51,15 @@ def readable(where: str) -> Iterator[None]:
     try:
         yield
     except NotImplementedError as error:
-        raise ValueError(f"{where} is compressed in a way that cannot be read ({error}); compress it with deflate") from None
+        raise ValueError(
+            f"{where} is compressed in a way that cannot be read ({error}); compress it with deflate"
+        ) from None
     except FileNotFoundError:
         raise ValueError(f"{where} does not exist; name a file or folder") from None
     except PermissionError:
-        raise ValueError(f"{where} may not be read by this user (permission denied); change its permissions") from None
+        raise ValueError(
+            f"{where} may not be read by this user (permission denied); change its permissions"
+        ) from None
     except (
         pa.ArrowException,
         OSError,
@@ -71,10 +75,17 @@ def readable(where: str) -> Iterator[None]:
         if re.search("incorrect header check|unknown compression method", text):
             hint = "; it is not compressed with gzip, or something follows the data: correct its name, or compress it again"
         elif "magic bytes" in text:
-            hint = "; it is cut off, damaged, or no Parquet file: fetch it again, or correct its name"
-        elif re.search("runcated|ended before|unexpected end|CRC|data check|orrupt|thrift|smaller than|is 0 bytes", text):
+            hint = (
+                "; it is cut off, damaged, or no Parquet file: fetch it again, or correct its name"
+            )
+        elif re.search(
+            "runcated|ended before|unexpected end|CRC|data check|orrupt|thrift|smaller than|is 0 bytes",
+            text,
+        ):
             hint = "; the file is cut off or damaged, fetch it again"
-        elif re.search("not a zip file|not a bzip2|format not supported by decoder|nknown frame", text):
+        elif re.search(
+            "not a zip file|not a bzip2|format not supported by decoder|nknown frame", text
+        ):
             hint = "; it is not what its name says, correct the name"
         raise ValueError(f"{where} cannot be read: {text}{hint}") from None
 
@@ -98,10 +109,14 @@ def open_member(path: Path, member: str) -> Any:
     if info.flag_bits & 1:
         raise ValueError(f"{where} is encrypted; unpack it with its password first")
     if info.compress_type not in _METHODS:
-        raise ValueError(f"{where} is compressed with method {info.compress_type}; unpack it first, or compress with deflate")
+        raise ValueError(
+            f"{where} is compressed with method {info.compress_type}; unpack it first, or compress with deflate"
+        )
     stream = archive.open(info)
     archive.close()  # the file stays open until the member is closed
-    return _unpacked(member, Bounded(stream, info.compress_size, where), max(info.compress_size, 1), where)
+    return _unpacked(
+        member, Bounded(stream, info.compress_size, where), max(info.compress_size, 1), where
+    )
 
 
 def open_zip(path: Path) -> zipfile.ZipFile:
@@ -170,7 +185,9 @@ class _Xz:
             elif self._decoder.needs_input:
                 data = self._raw.read(1 << 16)
                 if not data:
-                    raise EOFError("the compressed data ended before the end of the stream was reached")
+                    raise EOFError(
+                        "the compressed data ended before the end of the stream was reached"
+                    )
             if out := self._decoder.decompress(data, size):
                 return out
 
