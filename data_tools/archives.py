@@ -1,4 +1,7 @@
-"""Members of zip and tar archives as streams, and files of folders in the same form. Nothing is extracted, ever."""
+"""Members of zip and tar archives as streams, and files of folders in the same form.
+
+Nothing is extracted, ever.
+"""
 
 from __future__ import annotations
 
@@ -26,10 +29,11 @@ def base_name(member: str) -> str:
 
 
 def members(path: Path) -> Iterator[tuple[str, Any]]:
-    """(name, stream) of every regular file in a folder, a zip, a tar or a tar inside a tar; or of the file itself.
+    """(name, stream) of every regular file in a folder, a zip, a tar or a tar inside a tar; or of
+    the file itself.
 
-    Folders and zips go by name, tars in their own order; hidden names are left out. A stream is valid until the next one
-    is asked for.
+    Folders and zips go by name, tars in their own order; hidden names are left out. A stream is
+    valid until the next one is asked for.
     """
     if path.is_dir():
         for file in sorted(walk(path, [])):

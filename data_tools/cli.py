@@ -24,7 +24,8 @@ SECONDS_BETWEEN_LINES = 15.0
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose mistakes are ValueErrors, so that they end like all others, with `--debug` for the traceback of an error."""
+    """A parser whose mistakes are ValueErrors, so that they end like all others, with `--debug` for
+    the traceback of an error."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"allow_abbrev": False} | options)
@@ -45,11 +46,13 @@ class Parser(argparse.ArgumentParser):
 def run(
     parser: Parser, command: Callable[[argparse.Namespace], int], argv: Sequence[str] | None = None
 ) -> int:
-    """Parse `argv`, run `command`, and return the exit status: 0 done, 2 bad input, 1 anything else.
+    """Parse `argv`, run `command`, and return the exit status: 0 done, 2 bad input, 1 anything
+    else.
 
-    A ValueError is the user's to mend and becomes one line, as does an OSError (a full disk); any other exception is
-    a bug and keeps its traceback. SIGTERM, Ctrl-C and SIGHUP end the command through its `finally` clauses, so that nothing is left
-    behind; the status is then 128 plus the signal's number.
+    A ValueError is the user's to mend and becomes one line, as does an OSError (a full disk); any
+    other exception is a bug and keeps its traceback. SIGTERM, Ctrl-C and SIGHUP end the command
+    through its `finally` clauses, so that nothing is left behind; the status is then 128 plus the
+    signal's number.
     """
     guard()
     debug = "--debug" in (sys.argv if argv is None else argv)

@@ -1,11 +1,14 @@
-"""Raw interactions grouped by user, out of core: rating filter, dense codes, one external sort, duplicates dropped.
+"""Raw interactions grouped by user, out of core: rating filter, dense codes, one external sort,
+duplicates dropped.
 
-The interactions go by three times, never all in memory. (1) Batches from a reader are filtered, their ids become codes
-in order of first appearance, and DuckDB sorts (user, position) with spilling to disk. (2) Of several rows of a pair one
-decides (dist_vasp/data/positives.py); the positives land in a flat scratch file, one uint32 an interaction. (3) Everything
-after that reads users from the scratch file, in any order.
+The interactions go by three times, never all in memory. (1) Batches from a reader are filtered,
+their ids become codes in order of first appearance, and DuckDB sorts (user, position) with spilling
+to disk. (2) Of several rows of a pair one decides (dist_vasp/data/positives.py); the positives land
+in a flat scratch file, one uint32 an interaction. (3) Everything after that reads users from the
+scratch file, in any order.
 
-From here on a user or an item is its rank among the ascending ids. Shapes: U users, I items, E interactions.
+From here on a user or an item is its rank among the ascending ids. Shapes: U users, I items, E
+interactions.
 """
 
 from __future__ import annotations
@@ -36,7 +39,8 @@ _EXTRA = {
 
 
 def _ascending(index: IdIndex) -> tuple[pa.Array, np.ndarray]:
-    """The ids in ascending order (strings by their UTF-8 bytes) and, for every code, its rank there."""
+    """The ids in ascending order (strings by their UTF-8 bytes) and, for every code, its rank
+    there."""
     assert index.ids is not None
     order = np.asarray(pc.array_sort_indices(index.ids))
     rank = np.empty(len(order), np.uint32)
@@ -55,7 +59,8 @@ class Counts:
 
 @dataclass(frozen=True)
 class Interactions:
-    """Distinct interactions by user, in input order within a user, in a scratch file that must outlive this object."""
+    """Distinct interactions by user, in input order within a user, in a scratch file that must
+    outlive this object."""
 
     user_ids: pa.Array  # (U,) int64 or string, ascending
     item_ids: pa.Array  # (I,) int64 or string, ascending
@@ -69,7 +74,8 @@ class Interactions:
     def blocks(
         self, users: np.ndarray, sizes: Sequence[int] | None = None
     ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
-        """Of `users`, in this order: (users (B,), indptr (B+1,) int64, items (E,) uint32, splits (E,) uint8), B by `sizes`."""
+        """Of `users`, in this order: (users (B,), indptr (B+1,) int64, items (E,) uint32, splits
+        (E,) uint8), B by `sizes`."""
         bounds = (
             np.cumsum([0, *sizes])
             if sizes is not None
@@ -94,7 +100,8 @@ class Interactions:
 
 
 def _read(handle: int, starts: np.ndarray, sizes: np.ndarray, width: int) -> bytes:
-    """`width` bytes for each of the `sizes` (B,) entries from `starts` (B,), one user after another."""
+    """`width` bytes for each of the `sizes` (B,) entries from `starts` (B,), one user after
+    another."""
     ends = starts + sizes
     if len(starts) and np.array_equal(starts[1:], ends[:-1]):  # neighbours in the file: one read
         starts, sizes = starts[:1], np.array([ends[-1] - starts[0]])
@@ -115,9 +122,10 @@ def collect(
 ) -> Interactions:
     """Group the positives of `batches` by user, with scratch files in `folder`.
 
-    batches: columns user, item, perhaps rating, split and time. Without a rating column every row counts. `repeats` says
-    which of several rows of a pair counts; times, where there are any, order them. ValueError from the reader passes
-    through; ValueError too for unknown split values, no row at all and no row left.
+    batches: columns user, item, perhaps rating, split and time. Without a rating column every row
+    counts. `repeats` says which of several rows of a pair counts; times, where there are any, order
+    them. ValueError from the reader passes through; ValueError too for unknown split values, no row
+    at all and no row left.
     """
     first = next(iterator := iter(batches), None)
     names = first.schema.names if first is not None else []
@@ -211,7 +219,8 @@ def collect(
 
 
 class _Encoder:
-    """Turns batches of ids into batches of codes, without the rows that are too low to decide anything."""
+    """Turns batches of ids into batches of codes, without the rows that are too low to decide
+    anything."""
 
     def __init__(self, rule: PositiveRule, extra: Sequence[str]):
         self.rule, self.extra = rule, extra
@@ -253,7 +262,8 @@ def _split_codes(splits: pa.Array) -> pa.Array:
 def _write_scratch(
     stream: Iterable[pa.RecordBatch], folder: Path, encoder: _Encoder
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Write the positives to `folder`; starts and sizes of every user, both (U,) int64, by user code."""
+    """Write the positives to `folder`; starts and sizes of every user, both (U,) int64, by user
+    code."""
     sizes: list[np.ndarray] = []
     item_rank: np.ndarray | None = None
     item_path, split_path = folder / "items", folder / "splits"
@@ -289,7 +299,8 @@ def _write_scratch(
 def _whole_users(
     stream: Iterable[pa.RecordBatch], names: Sequence[str]
 ) -> Iterator[dict[str, np.ndarray]]:
-    """The columns `names` of `stream`, cut where the user changes, so that no user is in two pieces."""
+    """The columns `names` of `stream`, cut where the user changes, so that no user is in two
+    pieces."""
     held: list[dict[str, np.ndarray]] = []
 
     def joined() -> dict[str, np.ndarray]:
@@ -325,7 +336,8 @@ def item_counts(data: Interactions) -> np.ndarray:
 
 
 def without_items(data: Interactions, dropped: np.ndarray) -> Interactions:
-    """The interactions without the items of `dropped`, (I,) bool, and without users who are left with none.
+    """The interactions without the items of `dropped`, (I,) bool, and without users who are left
+    with none.
 
     The scratch file is written anew; `data` can no longer be read.
     """

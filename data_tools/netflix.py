@@ -1,7 +1,8 @@
-"""The Netflix Prize: `combined_data_*.txt`, or `mv_*.txt` in a folder or tar, even inside the tar of the whole prize.
+"""The Netflix Prize: `combined_data_*.txt`, or `mv_*.txt` in a folder or tar, even inside the tar
+of the whole prize.
 
-Both are movies one after another: a line `MOVIE:`, then lines `USER,RATING,DATE`. Files are joined into blocks of some
-megabytes and parsed without a step of Python per row.
+Both are movies one after another: a line `MOVIE:`, then lines `USER,RATING,DATE`. Files are joined
+into blocks of some megabytes and parsed without a step of Python per row.
 """
 
 from __future__ import annotations
@@ -122,7 +123,8 @@ def _parse_titles(text: str) -> dict[int, str]:
 
 
 def _parse(block: list[_Piece], movie: int) -> tuple[pa.RecordBatch, int]:
-    """The ratings of a block and its last movie; `movie` (-1: none yet) is the one that goes on from the block before."""
+    """The ratings of a block and its last movie; `movie` (-1: none yet) is the one that goes on
+    from the block before."""
     data = b"".join(piece.data for piece in block)
     if b"\r" in data:
         data = data.replace(b"\r\n", b"\n")

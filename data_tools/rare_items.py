@@ -1,8 +1,9 @@
-"""Items that too few users have: dropped once, or together with users of too few items until nothing changes.
+"""Items that too few users have: dropped once, or together with users of too few items until
+nothing changes.
 
-Once: items first, then users, as `filter_triplets` of Liang et al. 2018 does; an item may end up with
-fewer users than asked for. Until nothing changes: the k-core, the largest set of users and items in
-which every user has `min_items` of the items and every item `min_users` of the users.
+Once: items first, then users, as `filter_triplets` of Liang et al. 2018 does; an item may end up
+with fewer users than asked for. Until nothing changes: the k-core, the largest set of users and
+items in which every user has `min_items` of the items and every item `min_users` of the users.
 
 Only counts are held; the interactions pass by in blocks. Shapes: U users, I items, E interactions.
 """

@@ -45,7 +45,8 @@ class Source(Protocol):
         ...
 
     def look(self) -> tuple[dict[str, str], list[str]]:
-        """Names of the columns that are read, by role, and of those that are not, before anything is read."""
+        """Names of the columns that are read, by role, and of those that are not, before anything
+        is read."""
         ...
 
     def read_times(self) -> str | None:
@@ -98,7 +99,8 @@ class TableSource:
 
 
 def infer_format(inputs: Inputs) -> str:
-    """The format that the names of the inputs (or of the files in them) tell; ValueError where they tell none."""
+    """The format that the names of the inputs (or of the files in them) tell; ValueError where they
+    tell none."""
     paths = _paths(inputs)
     formats = {_format_of(path) for path in paths}
     if len(formats) > 1:
@@ -148,7 +150,8 @@ def open_source(
     columns: Columns | None = None,
     reading: Reading | None = None,
 ) -> Source:
-    """The reader of `inputs` in format `name` (None: inferred); ValueError where there is none, or columns do not apply."""
+    """The reader of `inputs` in format `name` (None: inferred); ValueError where there is none, or
+    columns do not apply."""
     columns, reading = columns or Columns(), reading or Reading()
     fixed = (
         replace(columns, time=None) == Columns()

@@ -1,6 +1,7 @@
 """Turn raw interactions into the shards that training reads.
 
-python -m data_tools.shard INPUT [INPUT ...] OUT_DIR [--format csv|parquet|movielens|netflix] [--protocol liang|given] ...
+python -m data_tools.shard INPUT [INPUT ...] OUT_DIR [--format csv|parquet|movielens|netflix]
+[--protocol liang|given] ...
 """
 
 from __future__ import annotations
@@ -302,7 +303,8 @@ def _summary(
 
 
 def _counts_rows(reason: str) -> bool:
-    """Whether a count of what was left out is one of rows, not of the users or items that went with them."""
+    """Whether a count of what was left out is one of rows, not of the users or items that went with
+    them."""
     return not reason.startswith(("users_", "items_"))
 
 

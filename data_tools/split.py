@@ -3,8 +3,9 @@
 `liang`: users are split, following the notebook that D. Liang et al. published with "Variational Autoencoders for
 Collaborative Filtering" (WWW 2018), to the random number. `given`: a column splits the interactions of every user.
 
-Users and items are ranks among the ascending ids (see interactions.py); item rows are positions in the vocabulary.
-Shapes: U users, I items, V vocabulary items, B users of a block, E interactions of a block.
+Users and items are ranks among the ascending ids (see interactions.py); item rows are positions in
+the vocabulary. Shapes: U users, I items, V vocabulary items, B users of a block, E interactions of
+a block.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ class Plan(Protocol):
 
 
 def by_popularity(popularity: np.ndarray, in_vocabulary: np.ndarray) -> np.ndarray:
-    """Item ranks by descending popularity, ties by ascending id; only items of `in_vocabulary`, (I,) bool."""
+    """Item ranks by descending popularity, ties by ascending id; only items of `in_vocabulary`,
+    (I,) bool."""
     order = np.argsort(-popularity, kind="stable")
     return order[in_vocabulary[order]]
 
@@ -54,7 +56,8 @@ def _rows_of_items(vocabulary: np.ndarray, n_items: int) -> np.ndarray:
 def _csr(
     user: np.ndarray, row: np.ndarray, n_users: int, n_rows: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """indptr (B+1,) and item rows (E,) int32, ascending within a user; `user` (E,) ascending in [0, B)."""
+    """indptr (B+1,) and item rows (E,) int32, ascending within a user; `user` (E,) ascending in [0,
+    B)."""
     pairs = np.sort(user * n_rows + row)
     indptr = np.concatenate(
         [np.zeros(1, np.int64), np.cumsum(np.bincount(user, minlength=n_users))]
@@ -66,8 +69,8 @@ def _csr(
 
 
 def liang_users(n_users: int, val_users: int, test_users: int, seed: int) -> dict[str, np.ndarray]:
-    """Positions among the ascending user ids, by split, in permuted order: the last `test_users` are test, those before
-    validation, the rest train. ValueError where no train user is left."""
+    """Positions among the ascending user ids, by split, in permuted order: the last `test_users`
+    are test, those before validation, the rest train. ValueError where no train user is left."""
     if val_users + test_users >= n_users:
         raise ValueError(
             f"--val_users {val_users} and --test_users {test_users} leave no train user of {n_users} users (after filtering); "
@@ -104,7 +107,8 @@ class HeldOutDraw:
 
 
 class LiangPlan:
-    """Protocol `liang`: validation and test users are not seen in training; a fifth of their items is held out."""
+    """Protocol `liang`: validation and test users are not seen in training; a fifth of their items
+    is held out."""
 
     def __init__(
         self,
@@ -129,7 +133,8 @@ class LiangPlan:
             tenth if test_users is None else test_users,
             seed,
         )
-        # held-out users ascend, as the draw needs it; train users stay permuted, so that a shard is a random sample
+        # held-out users ascend, as the draw needs it; train users stay permuted, so that a shard is
+        # a random sample
         self.users = {
             split: kept[order] if split == "train" else np.sort(kept[order])
             for split, order in chosen.items()
@@ -193,7 +198,8 @@ def pair_hash(user_keys: np.ndarray, item_keys: np.ndarray, seed: int) -> np.nda
 def moved_to_validation(
     user: np.ndarray, hashes: np.ndarray, n_users: int, fraction: float
 ) -> np.ndarray:
-    """(E,) bool: of each user with at least 5 train items the int(fraction * n), at least 1, of smallest hash.
+    """(E,) bool: of each user with at least 5 train items the int(fraction * n), at least 1, of
+    smallest hash.
 
     `user` (E,) ascending in [0, B); depends on keys alone, not on the order of input, blocks or users.
     """
@@ -208,10 +214,12 @@ def moved_to_validation(
 
 
 class GivenPlan:
-    """Protocol `given`: every user trains on its train items, which are also its fold-in in validation and test."""
+    """Protocol `given`: every user trains on its train items, which are also its fold-in in
+    validation and test."""
 
     def __init__(self, data: Interactions, validation_fraction: float | None, seed: int):
-        """`validation_fraction` None: 0.1, or 0 where the data has validation interactions of its own."""
+        """`validation_fraction` None: 0.1, or 0 where the data has validation interactions of its
+        own."""
         self._data, self._seed = data, seed
         self._user_keys, self._item_keys = keys_of_ids(data.user_ids), keys_of_ids(data.item_ids)
         n_users, n_items = len(data.user_ids), len(data.item_ids)
@@ -281,7 +289,8 @@ class GivenPlan:
     def _move(
         self, users: np.ndarray, user: np.ndarray, items: np.ndarray, splits: np.ndarray
     ) -> np.ndarray:
-        """Turn the train interactions chosen by hash into validation ones, in place; their positions."""
+        """Turn the train interactions chosen by hash into validation ones, in place; their
+        positions."""
         train = np.flatnonzero(splits == TRAIN)
         hashes = pair_hash(
             self._user_keys[users[user[train]]], self._item_keys[items[train]], self._seed

@@ -1,4 +1,5 @@
-"""Implicit feedback with long tails and latent tastes, of any size: a stand-in for data that may not be passed on.
+"""Implicit feedback with long tails and latent tastes, of any size: a stand-in for data that may
+not be passed on.
 
     python -m data_tools.synthesize OUT.parquet --users N --items N --interactions N [--seed S]
 
@@ -29,7 +30,8 @@ USERS_PER_BLOCK = 2048
 N_TASTES = 24
 TASTES_PER_USER = 3
 BROAD = 0.05  # share of a user's draws that follow popularity alone
-ACTIVITY_SIGMA = 0.8  # log-normal: a mean of 123 items has a median of 89 and a maximum of about 4,000 in 463,435 users
+# log-normal: a mean of 123 items has a median of 89 and a maximum of about 4,000 in 463,435 users
+ACTIVITY_SIGMA = 0.8
 POPULARITY_SIGMA = 1.6
 SECOND_TASTE = 0.1  # weight of an item in its second taste
 DRAW_ROUNDS = 6
@@ -38,7 +40,8 @@ SCHEMA = pa.schema([("user", pa.int64()), ("item", pa.int64())], _WRITTEN_BY)
 
 
 def activity(users: int, items: int, interactions: int, rng: np.random.Generator) -> np.ndarray:
-    """Items per user, (users,) int64: long-tailed, between min(5, the mean) and `items`, summing exactly to `interactions`."""
+    """Items per user, (users,) int64: long-tailed, between min(5, the mean) and `items`, summing
+    exactly to `interactions`."""
     low = min(5, interactions // users)
     shape = np.exp(ACTIVITY_SIGMA * rng.standard_normal(users))
     small, large = 0.0, 1.0
@@ -61,7 +64,8 @@ def activity(users: int, items: int, interactions: int, rng: np.random.Generator
 
 @dataclass(frozen=True)
 class Tastes:
-    """`cumulative[k]` is the distribution function of taste k over `items` in [k, k+1); the last taste is popularity."""
+    """`cumulative[k]` is the distribution function of taste k over `items` in [k, k+1); the last
+    taste is popularity."""
 
     cumulative: np.ndarray  # ((K+1)*I,) float64, ascending
     probability: np.ndarray  # (K+1, I) float32
@@ -90,7 +94,8 @@ class Tastes:
 
 
 def mixtures(users: int, rng: np.random.Generator) -> np.ndarray:
-    """(U, K+1): how much of each taste a user has; TASTES_PER_USER of them, and BROAD of popularity."""
+    """(U, K+1): how much of each taste a user has; TASTES_PER_USER of them, and BROAD of
+    popularity."""
     mixture = np.zeros((users, N_TASTES + 1))
     chosen = rng.random((users, N_TASTES)).argpartition(TASTES_PER_USER, 1)[:, :TASTES_PER_USER]
     share = rng.dirichlet(np.ones(TASTES_PER_USER), users) * (1 - BROAD)
@@ -102,10 +107,12 @@ def mixtures(users: int, rng: np.random.Generator) -> np.ndarray:
 def draw_block(
     counts: np.ndarray, tastes: Tastes, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Users (positions in `counts`, ascending) and items of `counts.sum()` distinct pairs, each (E,) int64.
+    """Users (positions in `counts`, ascending) and items of `counts.sum()` distinct pairs, each
+    (E,) int64.
 
-    Draw with replacement, drop what a user has already, again for what is missing: the same distribution as drawing
-    without replacement. Who wants so much of the catalogue that this does not end gets the rest by Gumbel top-k.
+    Draw with replacement, drop what a user has already, again for what is missing: the same
+    distribution as drawing without replacement. Who wants so much of the catalogue that this does
+    not end gets the rest by Gumbel top-k.
     """
     items = tastes.probability.shape[1]
     mixture = mixtures(len(counts), rng)

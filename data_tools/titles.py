@@ -1,4 +1,5 @@
-"""Titles of items from a file of their own (`--titles`): CSV or Parquet with the item column and `title`."""
+"""Titles of items from a file of their own (`--titles`): CSV or Parquet with the item column and
+`title`."""
 
 from __future__ import annotations
 

@@ -2,7 +2,8 @@
 
     python -m data_tools.verify OUT_DIR
 
-Exit status 0 and one line, or 2 and one line for each fault. Shapes: U users of a shard, V items of the vocabulary.
+Exit status 0 and one line, or 2 and one line for each fault. Shapes: U users of a shard, V items of
+the vocabulary.
 """
 
 from __future__ import annotations

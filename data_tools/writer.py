@@ -1,4 +1,5 @@
-"""Write a plan as a data folder: tars, items.parquet, users-*.parquet and, last, manifest.json (DESIGN.md, section 4)."""
+"""Write a plan as a data folder: tars, items.parquet, users-*.parquet and, last, manifest.json
+(DESIGN.md, section 4)."""
 
 from __future__ import annotations
 
@@ -36,7 +37,8 @@ MAX_USERS_PER_BLOCK = 4096
 
 
 class _HashedFile:
-    """A binary file that digests what is written, so that a tar is never read again for its checksum."""
+    """A binary file that digests what is written, so that a tar is never read again for its
+    checksum."""
 
     def __init__(self, file: IO[bytes]):
         self._file, self._digest, self.bytes = file, hashlib.sha256(), 0

@@ -1,4 +1,5 @@
-"""`from dist_vasp import Recommender`: the one name here, found when it is asked for, so that importing the package loads nothing."""
+"""`from dist_vasp import Recommender`: the one name here, found when it is asked for, so that
+importing the package loads nothing."""
 
 from typing import TYPE_CHECKING, Any
 

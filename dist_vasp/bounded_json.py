@@ -1,4 +1,5 @@
-"""Read files, JSON above all, that others have written: the size is checked before reading, the depth before use."""
+"""Read files, JSON above all, that others have written: the size is checked before reading, the
+depth before use."""
 
 from __future__ import annotations
 
@@ -17,13 +18,15 @@ DEEPEST = 64  # levels of lists and objects; ours have six
 def read_json(path: str | Path, largest: int = LARGEST, folder: int | None = None) -> Any:
     """Return the content of a JSON file. With `folder`, an open folder, `path` is a name in it.
 
-    OSError where the file cannot be read; ValueError where it is no regular file, too large, too deep or not JSON.
+    OSError where the file cannot be read; ValueError where it is no regular file, too large, too
+    deep or not JSON.
     """
     return parse_json(read_bytes(path, largest, folder))
 
 
 def read_bytes(path: str | Path, largest: int, folder: int | None = None) -> bytes:
-    """Return the bytes of a regular file of at most `largest` bytes; OSError and ValueError as `read_json`."""
+    """Return the bytes of a regular file of at most `largest` bytes; OSError and ValueError as
+    `read_json`."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
     with open(descriptor, "rb") as handle:
         kind = os.fstat(descriptor)
@@ -37,7 +40,8 @@ def read_bytes(path: str | Path, largest: int, folder: int | None = None) -> byt
 
 
 def parse_json(data: bytes | str) -> Any:
-    """Return the value of a JSON text; ValueError where it is none, or nested deeper than DEEPEST levels."""
+    """Return the value of a JSON text; ValueError where it is none, or nested deeper than DEEPEST
+    levels."""
     try:
         value = json.loads(data)
     except RecursionError:
@@ -65,7 +69,8 @@ def _children(value: Any) -> Any:
 
 
 def reason(error: Exception) -> str:
-    """What is wrong with a JSON file, in words: an error of `read_json`, or one of looking into its value."""
+    """What is wrong with a JSON file, in words: an error of `read_json`, or one of looking into its
+    value."""
     if isinstance(error, KeyError):
         return f"the key {error} is missing"
     if isinstance(error, TypeError | AttributeError) and (

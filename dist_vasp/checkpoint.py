@@ -1,4 +1,5 @@
-"""Checkpoints: a directory of safetensors and JSON that loads on any layout (DESIGN.md, section 5). Nothing is pickled.
+"""Checkpoints: a directory of safetensors and JSON that loads on any layout (DESIGN.md, section 5).
+Nothing is pickled.
 
     checkpoints/step-00000180/   trunk.safetensors                  parameters of the trunk and their moments, whole
                                  items-00000-of-00002.safetensors   partition 0's pieces of every item matrix and moment
@@ -6,8 +7,8 @@
                                  checkpoint.json                    position, config, vocabulary, layout, SHA-256 of each file
     checkpoints/best -> best-00000180/                              the same without moments
 
-A tensor of an items file is named `NAME[lo:hi]` by the global items it covers. A checkpoint is written to a temporary
-directory, synced and renamed: it exists whole or not at all.
+A tensor of an items file is named `NAME[lo:hi]` by the global items it covers. A checkpoint is
+written to a temporary directory, synced and renamed: it exists whole or not at all.
 """
 
 from __future__ import annotations
@@ -60,7 +61,8 @@ class GoneError(ValueError):
 class Checkpoint:
     """A whole checkpoint on disk: what its header says, and its files, which stay open.
 
-    They are opened once, together. What is verified is what is read later, even if the names are removed or replaced.
+    They are opened once, together. What is verified is what is read later, even if the names are
+    removed or replaced.
     """
 
     path: Path
@@ -121,7 +123,8 @@ def save(
 
 
 class Save:
-    """One checkpoint on its way to disk: prepared and committed by all ranks together, written by each alone.
+    """One checkpoint on its way to disk: prepared and committed by all ranks together, written by
+    each alone.
 
     `trunk` is only looked at on rank 0, `pieces` only on replica 0. Raises AgreedError on every rank, and leaves nothing
     behind, when the disk is too small or a file cannot be written.
@@ -194,7 +197,8 @@ class Save:
         self.files = {}
 
     def write_in_background(self) -> bool:
-        """Copy this rank's tensors and write them from a thread, if every rank has the memory for a copy; else say False."""
+        """Copy this rank's tensors and write them from a thread, if every rank has the memory for a
+        copy; else say False."""
         local_world = launched_world()[3]
         fits = self.n_bytes * local_world < psutil.virtual_memory().available / 2
         if (
@@ -273,13 +277,17 @@ class Save:
 
 
 def header_sha256(header: dict[str, Any]) -> str:
-    """SHA-256 of the header's content, itself excepted: a damaged position or hash must not pass for a real one."""
+    """SHA-256 of the header's content, itself excepted: a damaged position or hash must not pass
+    for a real one."""
     content = {key: value for key, value in header.items() if key != "header_sha256"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def remove(path: Path) -> None:
-    """Drop a checkpoint, its header first: from then on it is none. Of a link only the link goes."""
+    """Drop a checkpoint, its header first: from then on it is none.
+
+    Of a link only the link goes.
+    """
     if path.is_symlink() or path.is_file():
         path.unlink(missing_ok=True)
         return
@@ -291,7 +299,10 @@ def remove(path: Path) -> None:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Read the header and open the files. ValueError if it is damaged or of another version, GoneError if it is not there."""
+    """Read the header and open the files.
+
+    ValueError if it is damaged or of another version, GoneError if it is not there.
+    """
     return open_files(
         path, HEADER, FORMAT_VERSION, _check_header, "use another checkpoint of the run"
     )
@@ -308,7 +319,8 @@ def header_of(path: Path) -> dict[str, Any] | None:
 def open_files(
     path: Path, header_name: str, version: int, check: Callable[[dict[str, Any]], None], remedy: str
 ) -> Checkpoint:
-    """Open the folder, its header and every file that this lists, so that all of them are of one moment."""
+    """Open the folder, its header and every file that this lists, so that all of them are of one
+    moment."""
     try:
         folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
@@ -366,7 +378,8 @@ def read_header(
     remedy: str,
     folder: int | None = None,
 ) -> dict[str, Any]:
-    """The JSON of `file`, which `check` and its own checksum found in order; ValueError if it is damaged or of another version.
+    """The JSON of `file`, which `check` and its own checksum found in order; ValueError if it is
+    damaged or of another version.
 
     With `folder`, an open folder, the file is looked up in it. OSError where it cannot be read.
     """
@@ -394,7 +407,8 @@ def read_header(
 
 
 def _check_header(header: dict[str, Any]) -> None:
-    """Raise unless everything a reader relies on is there and of its kind: a checksum only says that it is what was written."""
+    """Raise unless everything a reader relies on is there and of its kind: a checksum only says
+    that it is what was written."""
     for key in (
         "position",
         "config",
@@ -453,7 +467,8 @@ def _is_number(value: Any) -> bool:
 
 
 def verify(checkpoint: Checkpoint, ranks: Ranks) -> None:
-    """Check every open file against its SHA-256; the ranks share the files out and agree before anything is loaded."""
+    """Check every open file against its SHA-256; the ranks share the files out and agree before
+    anything is loaded."""
     error: Exception | None = None
     for i, (name, digest) in enumerate(sorted(checkpoint.header["files"].items())):
         if i % ranks.world_size != ranks.rank or error:
@@ -476,7 +491,8 @@ def verify(checkpoint: Checkpoint, ranks: Ranks) -> None:
 
 @contextmanager
 def readable(file: Path, remedy: str) -> Iterator[None]:
-    """What the disk or we say against `file` becomes a ValueError that names it and says what to do."""
+    """What the disk or we say against `file` becomes a ValueError that names it and says what to
+    do."""
     try:
         yield
     except OSError as error:
@@ -507,7 +523,8 @@ def parse_piece(key: str, file: Path | str = "the file") -> tuple[str, int, int]
 
 
 def _stored_items(checkpoint: Checkpoint) -> Iterator[tuple[TensorFile, str, str, int, int]]:
-    """(file, key, name, lo, hi) of every tensor in the items files; ValueError where one cannot be read."""
+    """(file, key, name, lo, hi) of every tensor in the items files; ValueError where one cannot be
+    read."""
     for file_name in sorted(checkpoint.header["files"]):
         if file_name.startswith("items-"):
             stored = checkpoint.tensors(file_name)
@@ -544,7 +561,8 @@ def stored_pieces(
 
 
 def read_items(checkpoint: Checkpoint, pieces: list[ItemSlice]) -> None:
-    """Fill this rank's pieces from whichever files hold their items; only the overlapping parts are read."""
+    """Fill this rank's pieces from whichever files hold their items; only the overlapping parts are
+    read."""
     filled: dict[tuple[str, int, int], list[tuple[int, int]]] = {
         (p.name, p.lo, p.hi): [] for p in pieces
     }
@@ -573,8 +591,8 @@ def _check_filled(
 
 
 def check_numbers(checkpoint: Checkpoint, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """ValueError where a loaded tensor holds what no training goes on from: NaN, infinity, numbers whose squares are infinite,
-    or a negative second moment."""
+    """ValueError where a loaded tensor holds what no training goes on from: NaN, infinity, numbers
+    whose squares are infinite, or a negative second moment."""
     for name, tensor in tensors:
         if not tensor.numel():
             continue

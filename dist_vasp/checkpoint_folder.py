@@ -1,8 +1,9 @@
 """Which checkpoints a run's folder holds, and which of them count.
 
-What a run resumes from decides. Every start of a training is an attempt with an id of its own, and a best checkpoint is known
-by its step and the attempt that wrote it. A step checkpoint names the best one of its past; whatever else the folder holds
-belongs to a future that is undone, or to another attempt, and goes when the run is resumed (`settle`).
+What a run resumes from decides. Every start of a training is an attempt with an id of its own, and
+a best checkpoint is known by its step and the attempt that wrote it. A step checkpoint names the
+best one of its past; whatever else the folder holds belongs to a future that is undone, or to
+another attempt, and goes when the run is resumed (`settle`).
 """
 
 from __future__ import annotations
@@ -75,7 +76,8 @@ def open_named(path: Path) -> Checkpoint:
 def find(folder: Path, name: str | None = None) -> Path:
     """The checkpoint `name`, else the best one, else the newest; ValueError lists what there is.
 
-    A link is followed here, once: what it points at later is another checkpoint. It never leads out of the folder.
+    A link is followed here, once: what it points at later is another checkpoint. It never leads out
+    of the folder.
     """
     path = _followed(folder / (BEST if name is None else name))
     if name is None and not path.exists():
@@ -103,7 +105,8 @@ def find(folder: Path, name: str | None = None) -> Path:
 
 
 def _best_without_link(folder: Path) -> Path | None:
-    """Where a copy of the run has lost the link: the best one that the newest step checkpoint names, else that itself."""
+    """Where a copy of the run has lost the link: the best one that the newest step checkpoint
+    names, else that itself."""
     path = newest(folder)
     header = header_of(path) if path else None
     return (best_of(folder, header) if header else None) or path
@@ -117,12 +120,14 @@ def _followed(path: Path) -> Path:
 
 
 def open_found(folder: Path, name: str | None = None) -> Checkpoint:
-    """Open the checkpoint `name`, else the best, else the newest; look again where it was replaced meanwhile."""
+    """Open the checkpoint `name`, else the best, else the newest; look again where it was replaced
+    meanwhile."""
     return persist(lambda: open_named(find(folder, name)))
 
 
 def persist(opening: Callable[[], Checkpoint]) -> Checkpoint:
-    """Call `opening` until what it finds is still there when it is opened; GoneError after a second of failures."""
+    """Call `opening` until what it finds is still there when it is opened; GoneError after a second
+    of failures."""
     for _ in range(_TRIES):
         try:
             return opening()
@@ -136,7 +141,8 @@ def open_together(
     ranks: Ranks,
     reopening: Callable[[Path], Checkpoint] = open_checkpoint,
 ) -> Checkpoint | None:
-    """Open on every rank what `opening` finds on rank 0, by the path it has there; None where it finds nothing.
+    """Open on every rank what `opening` finds on rank 0, by the path it has there; None where it
+    finds nothing.
 
     AgreedError where a rank cannot open it, or sees other content under that path.
     """
@@ -187,7 +193,8 @@ def point_best_at(path: Path) -> None:
 
 
 def prune(folder: Path, keep: int) -> None:
-    """Drop all but the `keep` newest step checkpoints, and the best ones that neither they nor the link name."""
+    """Drop all but the `keep` newest step checkpoints, and the best ones that neither they nor the
+    link name."""
     steps = _steps(folder)
     for old in steps[:-keep]:
         remove(old)
@@ -212,7 +219,8 @@ def _named_by(folder: Path, step: Path) -> set[str]:
 
 
 def best_of(folder: Path, header: dict[str, Any]) -> Path | None:
-    """The best checkpoint that the step checkpoint with this header names; None where that is not in the folder."""
+    """The best checkpoint that the step checkpoint with this header names; None where that is not
+    in the folder."""
     for path in [folder / BEST, *sorted(_ours(folder, BEST))]:
         found = header_of(path) if not path.is_symlink() else None
         if found is None or header.get("best") is None:
@@ -231,7 +239,8 @@ def best_of(folder: Path, header: dict[str, Any]) -> Path | None:
 
 
 def discard(folder: Path, *void: Path) -> None:
-    """Drop checkpoints that no run may resume from or rank with; the link goes to the best one before, if there is one."""
+    """Drop checkpoints that no run may resume from or rank with; the link goes to the best one
+    before, if there is one."""
     if _followed(folder / BEST) in void:
         remaining = [path for path in _steps(folder) if path not in void]
         header = header_of(remaining[-1]) if remaining else None
@@ -245,11 +254,13 @@ def discard(folder: Path, *void: Path) -> None:
 
 
 def settle(folder: Path, best: Path | None) -> None:
-    """Make the folder hold what its newest step checkpoint stands for and nothing beyond: `best` is the best one.
+    """Make the folder hold what its newest step checkpoint stands for and nothing beyond: `best` is
+    the best one.
 
     A best one that an older step checkpoint names stays, for a run that has to resume from there.
 
-    Also removes what a killed process has left half-written. Safe to be killed: the next start does it again.
+    Also removes what a killed process has left half-written. Safe to be killed: the next start does
+    it again.
     """
     if not folder.is_dir():
         return

@@ -1,4 +1,5 @@
-"""The configuration of a run: frozen dataclasses, read from YAML and the command line by jsonargparse.
+"""The configuration of a run: frozen dataclasses, read from YAML and the command line by
+jsonargparse.
 
 `parse` is the one way in; it raises ValueError with a message that names the key, what came, what was expected and what
 to do. Combinations that cannot work are refused here, before anything is built. Imports nothing of ours.
@@ -47,9 +48,11 @@ class DataConfig:
     batch_size: int = 1024
     """Users per optimizer step over all ranks; with halves each user gives two rows."""
     halves: bool | None = None
-    """Split each user's items anew every epoch into halves that predict each other; null: yes, except for model.kind nease."""
+    """Split each user's items anew every epoch into halves that predict each other; null: yes,
+    except for model.kind nease."""
     input_dropout: float = 0.0
-    """Share of the inputs' interactions that is left out, drawn anew every epoch; targets keep all of theirs."""
+    """Share of the inputs' interactions that is left out, drawn anew every epoch; targets keep all
+    of theirs."""
     workers: int = 1
     """Loader processes per rank that run ahead of training; 0 loads in the training process."""
 
@@ -59,7 +62,8 @@ class ModelConfig:
     """model: which paths there are, and their sizes."""
 
     kind: Literal["vasp", "flvae", "nease", "ease"] = "vasp"
-    """vasp multiplies flvae and nease, which also train alone; ease is the closed form and uses neither loss nor optimizer."""
+    """vasp multiplies flvae and nease, which also train alone; ease is the closed form and uses
+    neither loss nor optimizer."""
     hidden: int = 4096
     """Width H of the trunk."""
     latent: int = 2048
@@ -73,19 +77,27 @@ class ModelConfig:
     ease_lambda: float = 0.0
     """L2 regularisation of ease; 0: the one of a grid with the best validation NDCG@100."""
     ease_dtype: Literal["fp32", "fp64"] = "fp32"
-    """Precision in which ease is computed; fp64 takes twice the memory. Its weights are stored in fp32."""
+    """Precision in which ease is computed; fp64 takes twice the memory.
+
+    Its weights are stored in fp32.
+    """
     ease_dropout: float = 0.0
-    """Share of a user's items that ease is fitted to do without (EDLAE): adds share / (1 - share) of its own diagonal to G."""
+    """Share of a user's items that ease is fitted to do without (EDLAE): adds share / (1 - share)
+    of its own diagonal to G."""
     ease_user_exponent: float = 0.0
-    """A user of n items weighs (n / mean n)^this in G: below 0 long histories, of which every pair counts, have less of a say."""
+    """A user of n items weighs (n / mean n)^this in G: below 0 long histories, of which every pair
+    counts, have less of a say."""
     init_from_ease: str = ""
-    """Start NEASE's W from the closed form: closed_form computes it (ease_lambda), else the run.dir of an ease run; empty: Glorot."""
+    """Start NEASE's W from the closed form: closed_form computes it (ease_lambda), else the run.dir
+    of an ease run; empty: Glorot."""
     nease_scale: float = 1.0
     """With init_from_ease: W starts as this many times B."""
     nease_offset: float = 0.0
-    """Added to W x before the sigmoid: with B's small scores some -8 keeps sigmoid(W x + offset) from saturating."""
+    """Added to W x before the sigmoid: with B's small scores some -8 keeps sigmoid(W x + offset)
+    from saturating."""
     nease: Literal["trained", "frozen", "apart"] = "trained"
-    """W of vasp: trained; frozen at its start; or apart: frozen, the loss is FLVAE's alone, and the paths meet in the scores."""
+    """W of vasp: trained; frozen at its start; or apart: frozen, the loss is FLVAE's alone, and the
+    paths meet in the scores."""
 
     @property
     def deep(self) -> bool:
@@ -153,13 +165,15 @@ class OptimizerConfig:
     momentum_decay: float = 4e-3
     """Nadam's momentum decay."""
     item_state: Literal["full", "lean"] = "full"
-    """Second moments of the item matrices: one per weight, or (lean) one per row, which costs next to no memory."""
+    """Second moments of the item matrices: one per weight, or (lean) one per row, which costs next
+    to no memory."""
     weight_decay: float = 0.0
     """Decoupled weight decay; adamw only."""
     nease_lr: float = 1.0
     """Learning rate of NEASE's W, as a multiple of the schedule's."""
     nease_decay: float = 0.0
-    """With init_from_ease: W is drawn to its start by this times its learning rate a step; takes one more copy of W."""
+    """With init_from_ease: W is drawn to its start by this times its learning rate a step; takes
+    one more copy of W."""
     clip_norm: float = 0.0
     """Largest joint gradient norm of trunk and item matrices; 0 does not clip."""
     accumulation: int = 1
@@ -183,15 +197,24 @@ class ParallelConfig:
     zero_stage: int = 1
     """DeepSpeed ZeRO stage of the trunk, 0 to 3: what of it is partitioned over all ranks."""
     lanes: int = 48
-    """Reading lanes: a multiple of the number of ranks, at most batch_size. Part of the order of users: keep it when resuming."""
+    """Reading lanes: a multiple of the number of ranks, at most batch_size.
+
+    Part of the order of users: keep it when resuming.
+    """
     block_columns: int = 0
-    """Items of a block of the output side, which is made, used and dropped before the next; 0: 256 on a CPU, 2048 on a GPU."""
+    """Items of a block of the output side, which is made, used and dropped before the next; 0: 256
+    on a CPU, 2048 on a GPU."""
     compile: Literal["auto", "always", "never"] = "auto"
-    """Compile the loss and the update with torch.compile (needs g++ on a CPU); auto: where a rank holds 4M item weights or more."""
+    """Compile the loss and the update with torch.compile (needs g++ on a CPU); auto: where a rank
+    holds 4M item weights or more."""
     trunk_dtype: Literal["fp32", "bf16"] = "fp32"
-    """Precision of the trunk; bf16 at stages 1 to 3. Item matrices, logits and losses are always fp32."""
+    """Precision of the trunk; bf16 at stages 1 to 3.
+
+    Item matrices, logits and losses are always fp32.
+    """
     interface: str = ""
-    """Network interface of gloo and NCCL; empty: the loopback on one machine, else the libraries' choice."""
+    """Network interface of gloo and NCCL; empty: the loopback on one machine, else the libraries'
+    choice."""
 
 
 @dataclass(frozen=True)
@@ -199,7 +222,10 @@ class RunConfig:
     """run: where results go and how often."""
 
     dir: str = ""
-    """Folder of the run: metrics, checkpoints, result.json. A run that stopped goes on from here."""
+    """Folder of the run: metrics, checkpoints, result.json.
+
+    A run that stopped goes on from here.
+    """
     seed: int = 0
     """Seed of initialisation, order, halves and noise."""
     max_steps: int = 0
@@ -211,11 +237,18 @@ class RunConfig:
     evaluate_every_epochs: int = 1
     """Evaluate on validation every so many epochs; 0: never."""
     recall_denominator: Literal["min", "held_out"] = "min"
-    """Recall@k divides by min(k, held-out items), or (held_out, as in LightGCN's literature) by all held-out items."""
+    """Recall@k divides by min(k, held-out items), or (held_out, as in LightGCN's literature) by all
+    held-out items."""
     wandb: str = ""
-    """Project of Weights & Biases that also gets the metrics; empty: none. Needs the library wandb."""
+    """Project of Weights & Biases that also gets the metrics; empty: none.
+
+    Needs the library wandb.
+    """
     mlflow: str = ""
-    """Tracking URI of MLflow (a server, or a folder) that also gets the metrics; empty: none. Needs the library mlflow."""
+    """Tracking URI of MLflow (a server, or a folder) that also gets the metrics; empty: none.
+
+    Needs the library mlflow.
+    """
 
 
 @dataclass(frozen=True)
@@ -441,7 +474,8 @@ def check(config: Config) -> Config:
 
 
 def _check_ease(m: ModelConfig, o: OptimizerConfig) -> None:
-    """The keys of the closed form, and of a NEASE that starts from it; a run of the closed form itself uses none of the latter."""
+    """The keys of the closed form, and of a NEASE that starts from it; a run of the closed form
+    itself uses none of the latter."""
     _require(
         0 <= m.ease_dropout < 1,
         "model.ease_dropout",
@@ -510,7 +544,8 @@ def _check_ease(m: ModelConfig, o: OptimizerConfig) -> None:
 
 
 def read_yaml(path: str | Path, what: str) -> Any:
-    """The content of a YAML file; ValueError where it cannot be read or a key is there twice, of which YAML takes the last.
+    """The content of a YAML file; ValueError where it cannot be read or a key is there twice, of
+    which YAML takes the last.
 
     `what` says in messages what was expected.
     """
@@ -544,7 +579,8 @@ class _DuplicateKeyError(ValueError):
 
 
 def _count_values(node: yaml.Node | None, counted: dict[int, int], depth: int) -> int:
-    """The number of values under `node` once every alias is written out; ValueError where they are too many or endless.
+    """The number of values under `node` once every alias is written out; ValueError where they are
+    too many or endless.
 
     Aliases of aliases make a file of some lines stand for more values than memory holds.
     """
@@ -619,7 +655,8 @@ class _FileError(ValueError):
 
 
 def make_parser(prog: str, description: str) -> ArgumentParser:
-    """A parser with `--config FILE` and one `--section.key` for every field of Config; add further arguments to it."""
+    """A parser with `--config FILE` and one `--section.key` for every field of Config; add further
+    arguments to it."""
     parser = ArgumentParser(prog=prog, description=description, exit_on_error=False)
     parser.add_argument(
         "--config",
@@ -635,7 +672,8 @@ def make_parser(prog: str, description: str) -> ArgumentParser:
 
 
 def parse(parser: ArgumentParser, argv: Sequence[str] | None = None) -> tuple[Config, Any]:
-    """(checked Config, all parsed arguments); ValueError in one readable sentence for anything that does not fit."""
+    """(checked Config, all parsed arguments); ValueError in one readable sentence for anything that
+    does not fit."""
     try:
         namespace = parser.parse_args(argv)
         _require_sections(namespace)
@@ -649,7 +687,8 @@ def parse(parser: ArgumentParser, argv: Sequence[str] | None = None) -> tuple[Co
 
 
 def from_dict(raw: dict[str, Any]) -> Config:
-    """The Config that `dataclasses.asdict` took apart; ValueError where it does not fit this version."""
+    """The Config that `dataclasses.asdict` took apart; ValueError where it does not fit this
+    version."""
     _refuse_text(raw)
     parser = make_parser("config", "configuration")
     try:
@@ -662,7 +701,8 @@ def from_dict(raw: dict[str, Any]) -> Config:
 
 
 def _refuse_text(raw: dict[str, Any]) -> None:
-    """ValueError where text stands for a list or a table: the parser would read it as YAML, aliases and all."""
+    """ValueError where text stands for a list or a table: the parser would read it as YAML, aliases
+    and all."""
     for section in fields(Config):
         values, maker = raw.get(section.name), section.default_factory
         types: dict[str, Any] = (

@@ -1,4 +1,5 @@
-"""Standard output and error of a command, which may be closed, full, broken, or unable to show a character.
+"""Standard output and error of a command, which may be closed, full, broken, or unable to show a
+character.
 
 Nothing that happens to them ends a command: what it writes to files matters more. Control
 characters never reach a terminal, whoever put them into a title or a file name.
@@ -57,7 +58,10 @@ class _Descriptor(io.RawIOBase):
 
 
 class _Stream(io.TextIOWrapper):
-    """Text to such a descriptor. Control characters, and what the encoding lacks, become escape sequences."""
+    """Text to such a descriptor.
+
+    Control characters, and what the encoding lacks, become escape sequences.
+    """
 
     def __init__(self, descriptor: int, encoding: str) -> None:
         buffer = io.BufferedWriter(_Descriptor(descriptor))  # type: ignore[type-var]
@@ -133,7 +137,8 @@ def _move_handlers(before: TextIO, now: TextIO) -> None:
 
 
 def final_status(status: int) -> int:
-    """The exit status after a command that would exit with `status`: 1 where its output was lost to a failing disk."""
+    """The exit status after a command that would exit with `status`: 1 where its output was lost to
+    a failing disk."""
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
     if status or not _lost or _lost[0].errno in _READER_LEFT:

@@ -50,10 +50,11 @@ def new_file(
     inputs: Inputs = (),
     make_parents: bool = False,
 ) -> Iterator[BinaryIO]:
-    """Yield a file to write; it appears at `path` when the block ends, and not at all when the block fails.
+    """Yield a file to write; it appears at `path` when the block ends, and not at all when the
+    block fails.
 
-    ValueError where it may not be written (see `places.check_file`), where it cannot be, and where another command is
-    writing it.
+    ValueError where it may not be written (see `places.check_file`), where it cannot be, and where
+    another command is writing it.
     """
 
     def check() -> Path:
@@ -82,10 +83,12 @@ def new_folder(
     inputs: Inputs = (),
     make_parents: bool = False,
 ) -> Iterator[Path]:
-    """Yield an empty folder to fill; it appears at `path` when the block ends, and not at all when the block fails.
+    """Yield an empty folder to fill; it appears at `path` when the block ends, and not at all when
+    the block fails.
 
-    With `overwrite` it takes the place of an earlier folder, which is removed afterwards. ValueError where it may not be
-    written (see `places.check_folder`), where it cannot be, and where another command is writing it.
+    With `overwrite` it takes the place of an earlier folder, which is removed afterwards.
+    ValueError where it may not be written (see `places.check_folder`), where it cannot be, and
+    where another command is writing it.
     """
 
     def check() -> Path:
@@ -128,7 +131,8 @@ def replacing(path: Path, remedy: str = "") -> Iterator[BinaryIO]:
 
 @contextmanager
 def replacing_all(folder: Path, names: Sequence[str], remedy: str = "") -> Iterator[list[BinaryIO]]:
-    """Yield several files to write that belong together: none of them appears before all are on the disk."""
+    """Yield several files to write that belong together: none of them appears before all are on the
+    disk."""
     with ExitStack() as stack:
         handles = [
             stack.enter_context(replacing(folder / name, remedy)) for name in reversed(names)
@@ -139,7 +143,10 @@ def replacing_all(folder: Path, names: Sequence[str], remedy: str = "") -> Itera
 
 
 def replace_text(path: Path, text: str, remedy: str = "") -> None:
-    """Write a text file in a folder that this process owns. ValueError where it cannot be written."""
+    """Write a text file in a folder that this process owns.
+
+    ValueError where it cannot be written.
+    """
     with replacing(path, remedy) as handle:
         handle.write(text.encode())
 
@@ -160,7 +167,10 @@ def open_append(path: Path, remedy: str = "") -> BinaryIO:
 
 
 def finish(handle: BinaryIO) -> None:
-    """Bring what was written to the disk. Of outputs that belong together, finish all before the first appears."""
+    """Bring what was written to the disk.
+
+    Of outputs that belong together, finish all before the first appears.
+    """
     handle.flush()
     os.fsync(handle.fileno())
 
@@ -173,10 +183,12 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def lock_or_owner(path: Path) -> io.FileIO | str:
-    """Take the lock of a folder that this process will own until it ends, and write into `path` who owns it.
+    """Take the lock of a folder that this process will own until it ends, and write into `path` who
+    owns it.
 
-    Returns the open file that holds the lock, which goes when it is closed or the process ends; or, where another process
-    holds it, what that one has written there. The file is never a link. A filesystem without locks refuses nobody.
+    Returns the open file that holds the lock, which goes when it is closed or the process ends; or,
+    where another process holds it, what that one has written there. The file is never a link. A
+    filesystem without locks refuses nobody.
     """
     descriptor = os.open(
         path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666
@@ -224,10 +236,12 @@ def parents(path: Path, option: str) -> Iterator[None]:
 
 @contextmanager
 def sole_writer(path: Path, option: str = "") -> Iterator[None]:
-    """Hold the lock on an output, so that no other command writes it. ValueError where one does already.
+    """Hold the lock on an output, so that no other command writes it. ValueError where one does
+    already.
 
-    The lock belongs to the open file `.NAME.lock` beside the output: it goes with the process, however that ends. Where
-    the filesystem has no locks, two commands write under names of their own, and the later one stays.
+    The lock belongs to the open file `.NAME.lock` beside the output: it goes with the process,
+    however that ends. Where the filesystem has no locks, two commands write under names of their
+    own, and the later one stays.
     """
     lock = _beside(path, "lock")
     descriptor, held = None, False
@@ -283,7 +297,10 @@ class _Output(io.BufferedWriter):
 def _explained(
     path: Path, option: str, remedy: str = "", within: Path | None = None
 ) -> Iterator[None]:
-    """Turn an OSError into the user's error. With `within`, only one that is about writing into that folder."""
+    """Turn an OSError into the user's error.
+
+    With `within`, only one that is about writing into that folder.
+    """
     try:
         yield
     except OSError as error:
@@ -319,7 +336,10 @@ def _temporary_file(path: Path, option: str, remedy: str = "") -> Iterator[tuple
 
 
 def _appear(temporary: Path, path: Path, replace: bool) -> None:
-    """Give the temporary file its name, in one step. FileExistsError where that exists and `replace` is False."""
+    """Give the temporary file its name, in one step.
+
+    FileExistsError where that exists and `replace` is False.
+    """
     if replace:
         os.replace(temporary, path)
     else:
@@ -333,7 +353,8 @@ def _appear(temporary: Path, path: Path, replace: bool) -> None:
 
 
 def _replace_folder(temporary: Path, path: Path) -> None:
-    """Give the temporary folder its name; what had the name is removed afterwards, and put back if that fails."""
+    """Give the temporary folder its name; what had the name is removed afterwards, and put back if
+    that fails."""
     if not path.exists():
         os.rename(temporary, path)
     elif _exchange(temporary, path):
@@ -368,7 +389,8 @@ def _beside(path: Path, ending: str) -> Path:
 
 
 def _lock(lock: Path) -> tuple[int | None, bool]:
-    """The open lock file and whether it is locked (a filesystem may have no locks); None where another has the lock."""
+    """The open lock file and whether it is locked (a filesystem may have no locks); None where
+    another has the lock."""
     while True:
         descriptor = os.open(
             lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666
@@ -392,7 +414,8 @@ def _lock(lock: Path) -> tuple[int | None, bool]:
 
 
 def _clear(path: Path) -> None:
-    """Remove what killed processes have left of this output; a folder that one of them had moved aside comes back."""
+    """Remove what killed processes have left of this output; a folder that one of them had moved
+    aside comes back."""
     start = _beside(path, "").name
     for entry in sorted(os.scandir(path.parent), key=lambda entry: entry.name):
         ending = entry.name.removeprefix(start)

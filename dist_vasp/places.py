@@ -1,7 +1,8 @@
 """Where an output may be written: the rules that are checked before anything is.
 
-An output never replaces an input of its command, a file that a run, a data folder, an export, an ensemble or a
-checkpoint consists of, or a file that the command did not write. It never goes through a link, a pipe or a device.
+An output never replaces an input of its command, a file that a run, a data folder, an export, an
+ensemble or a checkpoint consists of, or a file that the command did not write. It never goes
+through a link, a pipe or a device.
 """
 
 from __future__ import annotations
@@ -55,8 +56,8 @@ _KINDS = (
 
 
 def unwritable(error: OSError, path: str | Path, option: str = "", remedy: str = "") -> ValueError:
-    """Return the error for a user: the path, what the system says, and what to do. `remedy` is said in place of
-    "choose another `option`"."""
+    """Return the error for a user: the path, what the system says, and what to do. `remedy` is said
+    in place of "choose another `option`"."""
     remedy = remedy or f"choose another {option or 'place'}"
     if error.errno in _NO_SPACE and "free some space" not in remedy:
         remedy = f"free some space or {remedy}"
@@ -68,7 +69,8 @@ def unwritable(error: OSError, path: str | Path, option: str = "", remedy: str =
 
 
 def path_error(error: Exception) -> str:
-    """Return one line on an error about a path that cannot be used as it is; "" for any other error."""
+    """Return one line on an error about a path that cannot be used as it is; "" for any other
+    error."""
     if (
         not isinstance(error, OSError)
         or error.errno not in _OF_THE_PATH
@@ -89,8 +91,8 @@ def check_file(
 ) -> Path:
     """Return the path where a file may be written there; ValueError where it may not.
 
-    An existing file needs `overwrite` (None: the command has no such option), and `ours` must recognise it as an
-    earlier output of the command. An empty file may always be replaced.
+    An existing file needs `overwrite` (None: the command has no such option), and `ours` must
+    recognise it as an earlier output of the command. An empty file may always be replaced.
     """
     path, what = Path(path), _named(path, option)
     if len(endings) == 1 and path.suffix not in endings:
@@ -128,8 +130,9 @@ def check_folder(
 ) -> Path:
     """Return the path where a folder may be written there; ValueError where it may not.
 
-    An existing folder needs `overwrite` (None: the command has no such option, and replaces no folder). It is replaced
-    only where it holds no other files than `files_of` lists, which is a ValueError for a folder of another kind.
+    An existing folder needs `overwrite` (None: the command has no such option, and replaces no
+    folder). It is replaced only where it holds no other files than `files_of` lists, which is a
+    ValueError for a folder of another kind.
     """
     path, what = Path(path), _named(path, option)
     if path.is_symlink() and path.is_dir():  # a link to a folder is that folder
@@ -165,8 +168,8 @@ def check_folder(
 
 
 def check_writable_file(path: Path) -> None:
-    """ValueError unless a file of ours in a folder of ours is absent or a regular file: nothing is written through a
-    link."""
+    """ValueError unless a file of ours in a folder of ours is absent or a regular file: nothing is
+    written through a link."""
     found = _look(path, "", True)
     if found is not None:
         if stat.S_ISDIR(found.st_mode):
@@ -175,7 +178,8 @@ def check_writable_file(path: Path) -> None:
 
 
 def check_own_folder(path: Path) -> None:
-    """ValueError unless a folder inside a folder of ours is absent or a real folder, not a link to one elsewhere."""
+    """ValueError unless a folder inside a folder of ours is absent or a real folder, not a link to
+    one elsewhere."""
     found = _look(path, "", True)
     if found is not None and stat.S_ISLNK(found.st_mode):
         raise ValueError(
@@ -186,7 +190,8 @@ def check_own_folder(path: Path) -> None:
 
 
 def check_run_folder(folder: Path) -> None:
-    """ValueError unless a training may write into `folder`: it is new, or a run's, and nothing of it is a link."""
+    """ValueError unless a training may write into `folder`: it is new, or a run's, and nothing of
+    it is a link."""
     check_belongs_to_nothing(folder, "run.dir")
     if not folder.is_dir():
         return
@@ -214,7 +219,8 @@ def check_run_folder(folder: Path) -> None:
 
 
 def is_json(fits: Callable[[Any], bool], largest: int = 1 << 26) -> Callable[[Path], bool]:
-    """Return a recogniser of JSON files: `fits` is asked about the content; it may raise KeyError or TypeError."""
+    """Return a recogniser of JSON files: `fits` is asked about the content; it may raise KeyError
+    or TypeError."""
 
     def ours(path: Path) -> bool:
         if path.stat().st_size > largest:
@@ -283,7 +289,8 @@ def _check_regular(path: Path, option: str, found: os.stat_result) -> None:
 
 
 def _check_inputs(path: Path, option: str, inputs: Inputs) -> None:
-    """ValueError where `path` is, or holds, an input: under another spelling, or as a link to it, too."""
+    """ValueError where `path` is, or holds, an input: under another spelling, or as a link to it,
+    too."""
     place = Path(os.path.realpath(path))
     for name, source in inputs:
         if source and Path(source).exists():
@@ -304,7 +311,8 @@ def _check_inputs(path: Path, option: str, inputs: Inputs) -> None:
 
 
 def check_belongs_to_nothing(path: Path, option: str) -> None:
-    """ValueError where the name is one that a run, a data folder, an export or the like keeps for itself."""
+    """ValueError where the name is one that a run, a data folder, an export or the like keeps for
+    itself."""
     place = Path(os.path.realpath(path.parent)) / path.name
     for folder in place.parents[:_DEPTH]:
         first = place.relative_to(folder).parts[0]

@@ -1,9 +1,12 @@
-"""Memory, traffic and time of one rank before a cluster is rented: arithmetic on the configuration, nothing is built.
+"""Memory, traffic and time of one rank before a cluster is rented: arithmetic on the configuration,
+nothing is built.
 
-The terms follow the step of DESIGN.md, section 3. Memory is what a process holds at its peak; traffic is what one rank puts
-on the wire in a step (ring algorithms); time is a sum without overlap, so a little more than a step takes.
+The terms follow the step of DESIGN.md, section 3. Memory is what a process holds at its peak;
+traffic is what one rank puts on the wire in a step (ring algorithms); time is a sum without
+overlap, so a little more than a step takes.
 
-Shapes: B rows of a rank, G = P * B rows of a partition group, N rows of a step, I items, J items of a rank, E items of a row.
+Shapes: B rows of a rank, G = P * B rows of a partition group, N rows of a step, I items, J items of
+a rank, E items of a row.
 """
 
 from __future__ import annotations
@@ -20,17 +23,20 @@ PROCESS_BASE = {
     "cpu": 0.47e9,
     "cuda": 1.2e9,
 }  # interpreter, torch, deepspeed and gloo, with next to no model (docs/experiments.md)
-# a loader process beside what it shares with its rank: estimated, 50 decoded shards of 2 MB and what it writes to
+# a loader process beside what it shares with its rank: estimated, 50 decoded shards of 2 MB and
+# what it writes to
 LOADER_BASE = 0.15e9
 BLOCK_COLUMNS = {"cpu": 256, "cuda": 2048}  # parallel.block_columns 0
 GRADIENT_ROWS = 1024
-IDS_BYTES = 80  # an interaction of a row: int64 as it came, sorted by item and its row, of x and of y; int32 on its way
+# an interaction of a row: int64 as it came, sorted by item and its row, of x and of y; int32 on its
+# way
+IDS_BYTES = 80
 ROW_STATS = {
     "cosine": 3,
     "multinomial": 2,
 }  # floats of a row that a loss sums over the partitions first
-# by ZeRO stage, how often the trunk passes each link of a ring: DeepSpeed all-reduces gradients (2) and gathers parameters (1);
-# stage 3 scatters gradients (1) and gathers what is not small twice (2)
+# by ZeRO stage, how often the trunk passes each link of a ring: DeepSpeed all-reduces gradients (2)
+# and gathers parameters (1); stage 3 scatters gradients (1) and gathers what is not small twice (2)
 ZERO_MESSAGES = {0: 2, 1: 3, 2: 3, 3: 3}
 ZERO_BUCKET = 500e6  # elements; the flat buckets of training/zero.py, which stay between steps
 SAMPLED_STEPS = 4096
@@ -59,7 +65,10 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Plan:
-    """The estimate for one rank. Dictionaries map a kind to bytes, floating-point operations or seconds."""
+    """The estimate for one rank.
+
+    Dictionaries map a kind to bytes, floating-point operations or seconds.
+    """
 
     partitions: int
     replicas: int
@@ -105,13 +114,15 @@ def make_plan(
     moments = 2 * FLOAT if o.item_state == "full" else FLOAT
     gathered = J * (shallow and m.nease != "apart")  # of W's columns, in a step
 
-    # Memory: weights and state stay; the peak comes when the output side has a block at hand, or in the trunk's backward, when its
-    # gradients exist and not all activations are gone. Counts of activations follow the operations that autograd keeps inputs of.
+    # Memory: weights and state stay; the peak comes when the output side has a block at hand, or in
+    # the trunk's backward, when its gradients exist and not all activations are gone. Counts of
+    # activations follow the operations that autograd keeps inputs of.
     trunk_share = 1 if p.zero_stage == 0 else world
     master = FLOAT * n_trunk / world if p.zero_stage else 0
     held = n_trunk / world if p.zero_stage == 3 else n_trunk
-    # a block: of (G, C) logits, misses and shares of each path and 14 others while the loss is taken uncompiled; then the gradient
-    # of each path and that of some rows of W (lean: of all rows, and what their update makes)
+    # a block: of (G, C) logits, misses and shares of each path and 14 others while the loss is
+    # taken uncompiled; then the gradient of each path and that of some rows of W (lean: of all
+    # rows, and what their update makes)
     of_weights = GRADIENT_ROWS if o.item_state == "full" else 2 * sizes.n_items
     one_block = FLOAT * C * max(G * (3 * n_paths + 14), G * n_paths + of_weights * shallow)
     # stages 1 and up copy gradients into one flat bucket and keep their own share of its average
@@ -183,7 +194,8 @@ def make_plan(
 
 
 def padded_users(n_users: int, batch_size: int, lanes: int, world: int) -> float:
-    """Users of the rank that has most in a step, meaned over an epoch: the others pad to it (DESIGN.md, section 4)."""
+    """Users of the rank that has most in a step, meaned over an epoch: the others pad to it
+    (DESIGN.md, section 4)."""
     if not n_users or lanes % world:
         return math.ceil(batch_size / world)
     steps = -(-n_users // batch_size)
@@ -199,7 +211,8 @@ def padded_users(n_users: int, batch_size: int, lanes: int, world: int) -> float
 def _ease_plan(
     config: Config, sizes: Sizes, partitions: int, replicas: int, rates: Rates, device: str
 ) -> Plan:
-    """The closed form for one lambda (model/ease.py): its Gram matrix and its inverse are what a step is elsewhere."""
+    """The closed form for one lambda (model/ease.py): its Gram matrix and its inverse are what a
+    step is elsewhere."""
     I, J, C = sizes.n_items, math.ceil(sizes.n_items / partitions), EASE_COLUMNS
     word = {"fp32": 4, "fp64": 8}[config.model.ease_dtype]
     interactions = sizes.n_users * sizes.items_per_user
@@ -229,7 +242,8 @@ def _ease_plan(
 def smallest_that_fits(
     config: Config, sizes: Sizes, device_memory: float, rates: Rates, device: str
 ) -> Plan | None:
-    """The plan with the fewest partitions (one replica) whose memory fits; None where even one item a rank does not."""
+    """The plan with the fewest partitions (one replica) whose memory fits; None where even one item
+    a rank does not."""
     partitions = 1
     while partitions <= min(sizes.n_items, 1 << 16):
         plan = make_plan(config, sizes, partitions, 1, rates, device)
@@ -240,9 +254,10 @@ def smallest_that_fits(
 
 
 def dense_reference_memory(config: Config, sizes: Sizes) -> float:
-    """What plain dense torch (tests/bench_dense.py) holds in the optimizer's step: every matrix whole with gradient and two moments,
-    the two temporaries that torch.optim.NAdam makes of the largest matrix (v / correction, its root), dense x and y. The closed form:
-    what numpy.linalg.inv holds, the matrix and three copies, in float64 (tests/bench_ease.py measured it)."""
+    """What plain dense torch (tests/bench_dense.py) holds in the optimizer's step: every matrix
+    whole with gradient and two moments, the two temporaries that torch.optim.NAdam makes of the
+    largest matrix (v / correction, its root), dense x and y. The closed form: what numpy.linalg.inv
+    holds, the matrix and three copies, in float64 (tests/bench_ease.py measured it)."""
     I = sizes.n_items
     if config.model.linear:
         return 4 * 8 * I**2

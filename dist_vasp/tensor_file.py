@@ -1,7 +1,9 @@
-"""Safetensors files of fp32 tensors: a length, a JSON header and the raw numbers. Nothing of the header is believed unchecked.
+"""Safetensors files of fp32 tensors: a length, a JSON header and the raw numbers. Nothing of the
+header is believed unchecked.
 
-A file is read through one open descriptor, so that what was verified, what is mapped and what is copied are the same bytes,
-whatever happens to the name meanwhile. The format is that of the safetensors library, whose own reader opens files by name.
+A file is read through one open descriptor, so that what was verified, what is mapped and what is
+copied are the same bytes, whatever happens to the name meanwhile. The format is that of the
+safetensors library, whose own reader opens files by name.
 """
 
 from __future__ import annotations
@@ -38,7 +40,10 @@ class Stored:
 
 
 class TensorFile:
-    """An open safetensors file. ValueError, which names `path`, where its header does not describe its bytes."""
+    """An open safetensors file.
+
+    ValueError, which names `path`, where its header does not describe its bytes.
+    """
 
     def __init__(self, handle: BinaryIO, path: Path) -> None:
         self.path, self._handle = path, handle
@@ -54,7 +59,8 @@ class TensorFile:
         return self.stored[name].shape
 
     def read(self, name: str, first: int = 0, last: int | None = None) -> Tensor:
-        """Return a copy of a tensor, or of its rows `first` to `last`; nothing else of the file is touched."""
+        """Return a copy of a tensor, or of its rows `first` to `last`; nothing else of the file is
+        touched."""
         stored = self.stored[name]
         shape, start, end = stored.shape, stored.start, stored.end
         if last is not None:
@@ -93,7 +99,8 @@ class TensorFile:
 
 
 def _parse_header(descriptor: int) -> dict[str, Stored]:
-    """What the header says of each tensor; ValueError unless that is all that the file holds, byte after byte."""
+    """What the header says of each tensor; ValueError unless that is all that the file holds, byte
+    after byte."""
     size = os.fstat(descriptor).st_size
     length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
     if length > min(size - 8, _LARGEST_HEADER):
@@ -142,7 +149,8 @@ def write_safetensors(
 ) -> str:
     """Write fp32 tensors as a new safetensors file, one after the other; return its SHA-256.
 
-    The library's own writer wants all of them in memory at once. `progress` is told the bytes of each tensor written.
+    The library's own writer wants all of them in memory at once. `progress` is told the bytes of
+    each tensor written.
     """
     header, end = {}, 0
     assert len(tensors) <= MOST_TENSORS, len(tensors)
@@ -169,6 +177,7 @@ def write_safetensors(
 
 
 def map_tensors(path: Path) -> dict[str, Tensor]:
-    """Every tensor of a safetensors file as a read-only view of its pages; ValueError where it cannot be one."""
+    """Every tensor of a safetensors file as a read-only view of its pages; ValueError where it
+    cannot be one."""
     with open(path, "rb") as handle:
         return TensorFile(handle, path).map()[0]

@@ -1,11 +1,13 @@
-"""Text that came from outside (ids, titles, file names, messages of other processes), made safe to print."""
+"""Text that came from outside (ids, titles, file names, messages of other processes), made safe to
+print."""
 
 from __future__ import annotations
 
 import html
 import re
 
-# Control characters (C0, C1, DEL), line and paragraph separators, and what changes the direction of text. Not \n, not \t.
+# Control characters (C0, C1, DEL), line and paragraph separators, and what changes the direction of
+# text. Not \n, not \t.
 _UNSAFE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufff9-\ufffb]"
 )

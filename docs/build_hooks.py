@@ -1,6 +1,8 @@
-"""What `mkdocs build` makes out of the code: configuration.md from the dataclasses, python.md from the docstrings.
+"""What `mkdocs build` makes out of the code: configuration.md from the dataclasses, python.md from
+the docstrings.
 
-Both files are in the folder only as an opening text with a marker; the rest is written at build time, so it cannot be stale.
+Both files are in the folder only as an opening text with a marker; the rest is written at build
+time, so it cannot be stale.
 """
 
 from __future__ import annotations

@@ -98,7 +98,8 @@ def _default(node: ast.expr | None) -> str:
 
 
 def python() -> str:
-    """Signatures and docstrings of what `from dist_vasp import Recommender` gives and what that returns."""
+    """Signatures and docstrings of what `from dist_vasp import Recommender` gives and what that
+    returns."""
     parts = []
     for node in _tree("dist_vasp/ranking/recommender.py").body:
         if not isinstance(node, ast.ClassDef):

@@ -1,7 +1,9 @@
-"""Scaling of a config: python launch/benchmark.py --config configs/X.yaml --ranks 1,2 --output DIR [--floor]
+"""Scaling of a config: python launch/benchmark.py --config configs/X.yaml --ranks 1,2 --output DIR
+[--floor]
 
-Starts one job per number of ranks, in turn and several times over, and writes benchmark.json, benchmark.md and scaling.png.
-Weak scaling keeps the users per rank, strong scaling the users per step.
+Starts one job per number of ranks, in turn and several times over, and writes benchmark.json,
+benchmark.md and scaling.png. Weak scaling keeps the users per rank, strong scaling the users per
+step.
 """
 
 from __future__ import annotations
@@ -276,7 +278,8 @@ def _summarise(mode: str, n: int, batch: int, rounds: list[list[dict[str, Any]]]
 
 
 def _markdown(result: dict[str, Any], floor: bool) -> str:
-    """The table for people: time, traffic and memory of a step; with `floor`, what the machine could do at best."""
+    """The table for people: time, traffic and memory of a step; with `floor`, what the machine
+    could do at best."""
     more = ("MB moved", "peak GB", "GFLOP/s useful", "of measured")
     head = (
         "scaling",

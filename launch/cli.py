@@ -1,7 +1,9 @@
-"""What every launch script does around its work: exit statuses, one readable message per error, quiet ranks.
+"""What every launch script does around its work: exit statuses, one readable message per error,
+quiet ranks.
 
-Exit status 0: done; 2: bad input or configuration; 128 + N: ended by signal N (a training saves instead, and exits with 0);
-1: anything else. Rank 0 alone prints, except for an error that only another rank has met.
+Exit status 0: done; 2: bad input or configuration; 128 + N: ended by signal N (a training saves
+instead, and exits with 0); 1: anything else. Rank 0 alone prints, except for an error that only
+another rank has met.
 """
 
 from __future__ import annotations
@@ -42,7 +44,8 @@ _LINGER_S = (
 
 
 def run(main: Callable[[Sequence[str] | None], int | None]) -> NoReturn:
-    """Call `main(argv)` and exit with its status; a ValueError is a user's error, a DivergedError a failed run."""
+    """Call `main(argv)` and exit with its status; a ValueError is a user's error, a DivergedError a
+    failed run."""
     guard()
     warnings.filterwarnings("ignore", category=FutureWarning)
     failed = ""  # what this rank alone has met
@@ -52,7 +55,9 @@ def run(main: Callable[[Sequence[str] | None], int | None]) -> NoReturn:
             found, world = launched_world()[:2]
             if world > 1:
                 meeting_point(world)
-            rank = found  # from here on rank 0 speaks for all; what is wrong with its own environment, each rank says
+            # from here on rank 0 speaks for all; what is wrong with its own environment, each rank
+            # says
+            rank = found
             status = main(None) or 0
     except EndedBySignal as ended:
         print(f"error: {ended}", file=sys.stderr, flush=True)
@@ -100,8 +105,9 @@ def run(main: Callable[[Sequence[str] | None], int | None]) -> NoReturn:
     if status == 0:
         shut_down()
     sys.stderr.flush()
-    # All is said and written. After a failure nothing may wait for a collective, a thread or a worker that will not come. And one
-    # finished run among some hundreds was seen to abort on its way out ("terminate called"): the interpreter's end is left out.
+    # All is said and written. After a failure nothing may wait for a collective, a thread or a
+    # worker that will not come. And one finished run among some hundreds was seen to abort on its
+    # way out ("terminate called"): the interpreter's end is left out.
     os._exit(status)
 
 

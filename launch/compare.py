@@ -1,4 +1,5 @@
-"""Train and test a list of models and say which is best: python launch/compare.py --config configs/compare.yaml --output DIR
+"""Train and test a list of models and say which is best: python launch/compare.py --config
+configs/compare.yaml --output DIR
 
 Writes report.md, report.json and per_user.parquet into DIR. Finished runs are not repeated, others go on where they stopped.
 `--section.key value` overrides a key of every trained model.

@@ -1,7 +1,9 @@
-"""Checks before a job is submitted: [deepspeed [launcher flags]] launch/doctor.py [--config configs/X.yaml] [--ranks N] [--json]
+"""Checks before a job is submitted: [deepspeed [launcher flags]] launch/doctor.py [--config
+configs/X.yaml] [--ranks N] [--json]
 
-Without a launcher it looks at this machine and starts a few ranks itself; under the launcher at every host of the job. With a config,
-or with keys of it, also at data, disk and memory. Exit status 0, 1 where something would fail, 2 for a wrong command line.
+Without a launcher it looks at this machine and starts a few ranks itself; under the launcher at
+every host of the job. With a config, or with keys of it, also at data, disk and memory. Exit status
+0, 1 where something would fail, 2 for a wrong command line.
 """
 
 from __future__ import annotations

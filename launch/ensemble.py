@@ -1,6 +1,8 @@
-"""Several runs as one model that ranks by the product of theirs: python launch/ensemble.py --members RUN ... --output DIR
+"""Several runs as one model that ranks by the product of theirs: python launch/ensemble.py
+--members RUN ... --output DIR
 
-Score = sum over members of weight * log p (of ease: weight * x B). launch/evaluate.py and launch/recommend.py take DIR as --run.
+Score = sum over members of weight * log p (of ease: weight * x B). launch/evaluate.py and
+launch/recommend.py take DIR as --run.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Evaluate a run, or a baseline: deepspeed [launcher flags] launch/evaluate.py --run RUN_DIR [--split test|validation] [--json FILE]"""
+"""Evaluate a run, or a baseline: deepspeed [launcher flags] launch/evaluate.py --run RUN_DIR
+[--split test|validation] [--json FILE]"""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""A trained model as one folder without its training: python launch/export.py --run RUN_DIR --output DIR"""
+"""A trained model as one folder without its training: python launch/export.py --run RUN_DIR
+--output DIR"""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Memory, traffic and time before you rent the cluster: python launch/plan.py --config configs/X.yaml --ranks N [--device_memory_gb M]"""
+"""Memory, traffic and time before you rent the cluster: python launch/plan.py --config
+configs/X.yaml --ranks N [--device_memory_gb M]"""
 
 from __future__ import annotations
 

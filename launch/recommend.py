@@ -1,4 +1,5 @@
-"""Top-N lists for histories: deepspeed [launcher flags] launch/recommend.py --run RUN_DIR --histories FILE --k 20 --output FILE"""
+"""Top-N lists for histories: deepspeed [launcher flags] launch/recommend.py --run RUN_DIR
+--histories FILE --k 20 --output FILE"""
 
 from __future__ import annotations
 
@@ -98,7 +99,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _check(arguments: argparse.Namespace) -> list[tuple[str, str | Path]]:
-    """The files that are read, by option; ValueError where a number is out of range or the output is one of them."""
+    """The files that are read, by option; ValueError where a number is out of range or the output
+    is one of them."""
     if arguments.k < 1:
         raise ValueError(f"--k is {arguments.k}, expected at least 1")
     if not 0 <= arguments.explain <= _MOST_REASONS:

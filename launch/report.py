@@ -1,4 +1,5 @@
-"""One self-contained HTML page on a run, or on several side by side: python launch/report.py RUN [RUN ...] [--out FILE.html]"""
+"""One self-contained HTML page on a run, or on several side by side: python launch/report.py RUN
+[RUN ...] [--out FILE.html]"""
 
 from __future__ import annotations
 
@@ -70,7 +71,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _look(one: Run, shards: str | None, n_users: int, n_samples: int, k: int) -> Looked:
-    """Lists of the run's model; a run without a model or data is reported without them, a wrong --shards is an error."""
+    """Lists of the run's model; a run without a model or data is reported without them, a wrong
+    --shards is an error."""
     folder = shards or str(one.at("data", "shards") or "")
     if not n_users:
         return Looked()

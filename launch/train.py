@@ -1,4 +1,5 @@
-"""Train a model: deepspeed [launcher flags] launch/train.py --config configs/X.yaml [--section.key value ...] [--dry_run]"""
+"""Train a model: deepspeed [launcher flags] launch/train.py --config configs/X.yaml [--section.key
+value ...] [--dry_run]"""
 
 from __future__ import annotations
 

@@ -1,7 +1,9 @@
-"""Our step against the dense reference of tests/dense.py, alternating in one run: python -m tests.bench_dense --config X.yaml ...
+"""Our step against the dense reference of tests/dense.py, alternating in one run: python -m
+tests.bench_dense --config X.yaml ...
 
-Each side lives in a process of its own, so that each has its own peak memory; they take the same batches in turn, one at a time. Reading a
-batch is not timed, as loaders do it ahead; what a side makes of it is.
+Each side lives in a process of its own, so that each has its own peak memory; they take the same
+batches in turn, one at a time. Reading a batch is not timed, as loaders do it ahead; what a side
+makes of it is.
 """
 
 from __future__ import annotations
@@ -52,7 +54,8 @@ def _ours(config: Config, threads: int):
 
 
 def _dense(config: Config, threads: int):
-    """Plain torch: dense x and y, autograd, torch.optim with its defaults, the diagonal zeroed after the step, gradients set to None."""
+    """Plain torch: dense x and y, autograd, torch.optim with its defaults, the diagonal zeroed
+    after the step, gradients set to None."""
     torch.set_num_threads(threads)
     stream, m = _stream(config), config.model
     I, generator = stream.n_items, torch.Generator().manual_seed(0)

@@ -1,7 +1,10 @@
-"""Closed-form EASE against numpy.linalg.inv of the same float64 matrix, alternating: python -m tests.bench_ease --shards DIR --value 600
+"""Closed-form EASE against numpy.linalg.inv of the same float64 matrix, alternating: python -m
+tests.bench_ease --shards DIR --value 600
 
-Each inverse runs in a process of its own: the peak of resident memory less what it held just before, its Gram matrix included, is
-what the inverse took. The Gram matrix is made by both in the same way and not counted. `--conditioning` measures instead how exact float32 is on ever worse matrices.
+Each inverse runs in a process of its own: the peak of resident memory less what it held just
+before, its Gram matrix included, is what the inverse took. The Gram matrix is made by both in the
+same way and not counted. `--conditioning` measures instead how exact float32 is on ever worse
+matrices.
 """
 
 from __future__ import annotations
@@ -45,7 +48,8 @@ def _peak() -> float:
 
 
 def one(side: str, shards: str, value: float) -> dict[str, Any]:
-    """Seconds, peak GB of the process, what the inverse took of it, and some entries of P that both sides must share."""
+    """Seconds, peak GB of the process, what the inverse took of it, and some entries of P that both
+    sides must share."""
     G = gram(shards, value, torch.float64, init_ranks(device="cpu"))
     if side == "numpy":
         G.fill()

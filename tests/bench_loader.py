@@ -1,4 +1,5 @@
-"""One epoch of the loader alone, as a rank that computes nothing would see it: python -m tests.bench_loader --shards DIR"""
+"""One epoch of the loader alone, as a rank that computes nothing would see it: python -m
+tests.bench_loader --shards DIR"""
 
 from __future__ import annotations
 

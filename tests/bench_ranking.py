@@ -1,7 +1,8 @@
-"""Our ranking against straight numpy (dense scores, argpartition) in one run, alternating: python -m tests.bench_ranking --run RUN_DIR
+"""Our ranking against straight numpy (dense scores, argpartition) in one run, alternating: python
+-m tests.bench_ranking --run RUN_DIR
 
-The lists of the users that both rank are compared, and by how much the process grows beside the weights. We rank all users of the
-split in blocks; numpy those whose dense scores it can hold.
+The lists of the users that both rank are compared, and by how much the process grows beside the
+weights. We rank all users of the split in blocks; numpy those whose dense scores it can hold.
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ def numpy_lists(
 
 
 class Measured:
-    """Seconds of every round, and by how much the process grew at its peak meanwhile (resident memory; Linux resets its record)."""
+    """Seconds of every round, and by how much the process grew at its peak meanwhile (resident
+    memory; Linux resets its record)."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []

@@ -1,11 +1,13 @@
-"""Lists from an exported model on one process: python -m tests.bench_recommender FOLDER [--run RUN --histories FILE.parquet]
+"""Lists from an exported model on one process: python -m tests.bench_recommender FOLDER [--run RUN
+--histories FILE.parquet]
 
-With `--run` the model is that run's, exported into FOLDER/model, and the histories are the file's. Without, it is one of Gowalla's
-shape with random weights.
+With `--run` the model is that run's, exported into FOLDER/model, and the histories are the file's.
+Without, it is one of Gowalla's shape with random weights.
 
-Writes a run of that shape (W alone has 6.7 GB) into FOLDER, a block at a time, exports it, drops the run, and recommends from the
-mapped export: users a second and memory, with the files in the page cache and out of it, by users per pass. Everything is deleted
-at the end. `RssAnon` is memory that the process owns; `RssFile` are pages of the mapped files, which the system takes back.
+Writes a run of that shape (W alone has 6.7 GB) into FOLDER, a block at a time, exports it, drops
+the run, and recommends from the mapped export: users a second and memory, with the files in the
+page cache and out of it, by users per pass. Everything is deleted at the end. `RssAnon` is memory
+that the process owns; `RssFile` are pages of the mapped files, which the system takes back.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
-"""Does launch/recommend.py hold a block or the users? python -m tests.bench_streaming FOLDER --users 1000000
+"""Does launch/recommend.py hold a block or the users? python -m tests.bench_streaming FOLDER
+--users 1000000
 
-Synthetic histories and a model of random weights are written into FOLDER; the command then runs in a process of its own, whose
-resident memory is read ten times a second. Everything is deleted at the end.
+Synthetic histories and a model of random weights are written into FOLDER; the command then runs in
+a process of its own, whose resident memory is read ten times a second. Everything is deleted at the
+end.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
-"""Headless Chromium over its debugging pipe: open a page from disk, look at it in a size and a colour scheme, hear what it complains of.
+"""Headless Chromium over its debugging pipe: open a page from disk, look at it in a size and a
+colour scheme, hear what it complains of.
 
-The protocol is JSON between NUL bytes on the browser's file descriptors 3 and 4, so no port is opened and no library is needed.
+The protocol is JSON between NUL bytes on the browser's file descriptors 3 and 4, so no port is
+opened and no library is needed.
 """
 
 from __future__ import annotations

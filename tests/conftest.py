@@ -73,7 +73,8 @@ def pytest_terminal_summary(terminalreporter, config):
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session):
-    """Nothing that a test started is still at work, or the interpreter would wait for it at its end, perhaps for ever."""
+    """Nothing that a test started is still at work, or the interpreter would wait for it at its
+    end, perhaps for ever."""
     left = [str(process) for process in multiprocessing.active_children()]
     threads = [
         t for t in threading.enumerate() if not t.daemon and t is not threading.main_thread()

@@ -1,6 +1,8 @@
-"""The oracle: VASP in plain dense torch on one process, as a reader of the paper would write it (DESIGN.md, section 2).
+"""The oracle: VASP in plain dense torch on one process, as a reader of the paper would write it
+(DESIGN.md, section 2).
 
-Dense x, whole matrices, autograd, torch.optim. It shares no code with the partitioned model but the names of parameters.
+Dense x, whole matrices, autograd, torch.optim. It shares no code with the partitioned model but the
+names of parameters.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ def dense_rows(rows: list[list[int]], n_items: int, dtype: torch.dtype) -> Tenso
 
 @dataclass
 class DenseVASP:
-    """`parameters`: `input.weight` (I, H), `output.*` whole (`output.nease.weight` as W^T: row i feeds column j), `trunk.*`."""
+    """`parameters`: `input.weight` (I, H), `output.*` whole (`output.nease.weight` as W^T: row i
+    feeds column j), `trunk.*`."""
 
     kind: str
     parameters: dict[str, Tensor]
@@ -145,7 +148,8 @@ class DenseVASP:
         optimizer: torch.optim.Optimizer | None,
         kl_weight: float = 1.0,
     ) -> tuple[float, float]:
-        """Loss, gradients (kept in `gradients`, W's diagonal zeroed) and, with an optimizer, one update."""
+        """Loss, gradients (kept in `gradients`, W's diagonal zeroed) and, with an optimizer, one
+        update."""
         for p in self.parameters.values():
             p.grad = None
         reconstruction, kl = self.loss(x, y, noise, kind)

@@ -1,4 +1,7 @@
-"""Small filesystems to write on: full ones and read-only ones. Tests that need one skip where none can be mounted."""
+"""Small filesystems to write on: full ones and read-only ones.
+
+Tests that need one skip where none can be mounted.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Launchers and ranks that are forked from one process, so that a job starts without loading the libraries again.
+"""Launchers and ranks that are forked from one process, so that a job starts without loading the
+libraries again.
 
 `Forks()` starts that process. `Job(..., forks=...)` asks it for a launcher: a fork that runs DeepSpeed's own per-host
 launcher, whose ranks are forks too. Seen from outside they are what `deepspeed` starts: a process group, a launcher with its

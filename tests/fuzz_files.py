@@ -1,4 +1,5 @@
-"""Damaged and malicious shards and checkpoints: each a pure function of its integer seed and of the sound folder.
+"""Damaged and malicious shards and checkpoints: each a pure function of its integer seed and of the
+sound folder.
 
 `mutate(seed, folder)` changes one file of `folder`, which holds `shards/` and two runs, `vasp/` and `nease/`. For two of three
 seeds the checksum that guards the file is made right again, where there is one, so that what lies behind it meets the damage: for
@@ -33,7 +34,10 @@ Mutator = Callable[[bytes, Random], bytes]
 
 @dataclass(frozen=True)
 class Mutation:
-    """What was done to which file; `vouched`: its checksum was made right again. `run`: the run it belongs to, if any."""
+    """What was done to which file; `vouched`: its checksum was made right again.
+
+    `run`: the run it belongs to, if any.
+    """
 
     file: str
     kind: str
@@ -57,7 +61,8 @@ def pt_file() -> bytes:
 
 
 def gz_bomb(inner: bytes, random: Random) -> bytes:
-    """A tar of 2 GB of zeros that gzip makes small; with an extra field that puts a tar's magic where a check may look."""
+    """A tar of 2 GB of zeros that gzip makes small; with an extra field that puts a tar's magic
+    where a check may look."""
     blob = gzip.compress(inner[:512] + bytes(1 << 22), 9, mtime=0)
     if random.integers(2):  # FEXTRA: magic at offset 257 of the file
         extra = bytearray(300)
@@ -156,7 +161,8 @@ def swap_bodies(data: bytes, random: Random) -> bytes:
 
 
 def strange_member(data: bytes, random: Random) -> bytes:
-    """A link, a device, a path that leads outside, a second member of a name, a pickle: added or in place of a real one."""
+    """A link, a device, a path that leads outside, a second member of a name, a pickle: added or in
+    place of a real one."""
     members = untar(data)
     at = int(random.integers(len(members)))
     info, body = members[at]
@@ -542,7 +548,8 @@ TARGETS: list[tuple[float, str, list[Mutator]]] = [
 
 
 def target(seed: int) -> tuple[str, list[Mutator], Random]:
-    """The pattern of the files that `seed` chooses from, the mutators made for them, and the generator for all that follows."""
+    """The pattern of the files that `seed` chooses from, the mutators made for them, and the
+    generator for all that follows."""
     random = np.random.default_rng([2024, seed])
     _, pattern, special = TARGETS[
         random.choice(len(TARGETS), p=[weight for weight, _, _ in TARGETS])
@@ -567,7 +574,8 @@ def mutate(seed: int, folder: Path) -> Mutation:
 
 
 def vouch(path: Path, folder: Path) -> bool:
-    """Make the checksum of a changed file right; False where nothing holds one, or the file that holds it cannot be read."""
+    """Make the checksum of a changed file right; False where nothing holds one, or the file that
+    holds it cannot be read."""
     data = path.read_bytes()
     if path.name == HEADER:
         try:

@@ -1,9 +1,11 @@
-"""Runs the commands on mutated files, each case in a forked process of its own with limits on memory, time and file size.
+"""Runs the commands on mutated files, each case in a forked process of its own with limits on
+memory, time and file size.
 
     python -m tests.fuzz_server BASE FIRST STOP [STEP]      one line of JSON per seed
 
-A fork of a process that has imported everything costs milliseconds where a fresh interpreter costs seconds; what runs in it is
-the launch script's own `main` under `launch.cli.run`, so exit status and stderr are those of the command.
+A fork of a process that has imported everything costs milliseconds where a fresh interpreter costs
+seconds; what runs in it is the launch script's own `main` under `launch.cli.run`, so exit status
+and stderr are those of the command.
 """
 
 from __future__ import annotations
@@ -118,7 +120,8 @@ def import_everything() -> dict[str, Callable[[], int]]:
 
 
 def forked(main: Callable[[], int], argv: list[str], folder: Path) -> tuple[int, str, int]:
-    """(exit status or minus the signal, stderr, peak resident kilobytes) of `main` in a child with limits."""
+    """(exit status or minus the signal, stderr, peak resident kilobytes) of `main` in a child with
+    limits."""
     errors = folder / "stderr"
     pid = os.fork()
     if pid == 0:

@@ -1,4 +1,5 @@
-"""Commands as a user types them, each in a process of its own, without paying for the imports each time.
+"""Commands as a user types them, each in a process of its own, without paying for the imports each
+time.
 
 `Commands(folder)` starts one process that loads the libraries once and forks for every line that is given to it: what
 comes back is the true exit status, standard output and standard error of `python launch/X.py ...` or `python -m data_tools.X ...`.
@@ -162,7 +163,8 @@ def _exit_status(main: Callable[[], Any], argv: Sequence[str]) -> int:
 
 
 def _python(line: str) -> int:
-    """Run the statements of `line`, print the value of the last one; a ValueError is `error: ...` and 2, as in a command."""
+    """Run the statements of `line`, print the value of the last one; a ValueError is `error: ...`
+    and 2, as in a command."""
     from dist_vasp import Recommender
 
     names: dict[str, Any] = {"Recommender": Recommender}

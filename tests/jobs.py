@@ -1,7 +1,9 @@
-"""Training jobs of several ranks, as processes that a test may kill: start, watch, signal, and see the end of.
+"""Training jobs of several ranks, as processes that a test may kill: start, watch, signal, and see
+the end of.
 
-A job runs in a process group of its own, so that a signal to "the whole process group" reaches the launcher, the ranks and their
-loader workers and nothing else, and so that whatever outlives the launcher can be found and, at the end, ended.
+A job runs in a process group of its own, so that a signal to "the whole process group" reaches the
+launcher, the ranks and their loader workers and nothing else, and so that whatever outlives the
+launcher can be found and, at the end, ended.
 """
 
 from __future__ import annotations
@@ -53,8 +55,9 @@ def environment(**more: str) -> dict[str, str]:
 class Job:
     """`launch/train.py` on `ranks` ranks, under DeepSpeed's per-host launcher or, with `bare`, started rank by rank.
 
-    Without a launcher each rank's exit status can be read, and no one ends the others when one fails. Use it as a context
-    manager: leaving it ends whatever is left. `variables` are added to the environment; `forks` starts launcher and ranks fast.
+    Without a launcher each rank's exit status can be read, and no one ends the others when one
+    fails. Use it as a context manager: leaving it ends whatever is left. `variables` are added to
+    the environment; `forks` starts launcher and ranks fast.
     """
 
     def __init__(
@@ -100,7 +103,8 @@ class Job:
                     )
                 )
         else:
-            # what `deepspeed --num_accelerators N` runs on each host, without the seconds that its front end takes
+            # what `deepspeed --num_accelerators N` runs on each host, without the seconds that its
+            # front end takes
             world = base64.urlsafe_b64encode(
                 json.dumps({"localhost": list(range(ranks))}).encode()
             ).decode()
@@ -177,7 +181,8 @@ class Job:
     def wait_until(
         self, condition: Callable[[], bool], what: str, every: float = 0.005, ended: bool = False
     ) -> None:
-        """Come back when `condition()` holds; fail where it takes for ever, or the job ends first: unless `ended` is as good."""
+        """Come back when `condition()` holds; fail where it takes for ever, or the job ends first:
+        unless `ended` is as good."""
         deadline = time.monotonic() + PATIENCE_S
         while not condition():
             if ended and self.started[0].poll() is not None:
@@ -199,7 +204,8 @@ class Job:
         os.killpg(self.group, number)
 
     def end(self, within: float = PATIENCE_S) -> list[int]:
-        """The exit status of the launcher (of each rank where there is none), once no process of the job is left."""
+        """The exit status of the launcher (of each rank where there is none), once no process of
+        the job is left."""
         deadline = time.monotonic() + within
         try:
             statuses = [
@@ -270,7 +276,8 @@ class RunFolder:
         }
 
     def told(self) -> list[dict]:
-        """metrics.jsonl without what a clock has measured, or what a start changes: memory, and what has been sent ahead."""
+        """metrics.jsonl without what a clock has measured, or what a start changes: memory, and
+        what has been sent ahead."""
         clocked = ("users_per_second", "step_seconds", "data_wait", "memory", "bytes_moved")
         return [{k: v for k, v in line.items() if k not in clocked} for line in self.lines()]
 

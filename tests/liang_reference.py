@@ -1,6 +1,8 @@
-"""Protocol `liang` told straight, in plain Python and numpy: the oracle of data_tools. Shares no code with it.
+"""Protocol `liang` told straight, in plain Python and numpy: the oracle of data_tools. Shares no
+code with it.
 
-Follows the notebook of D. Liang et al. 2018 step by step: filter, split users, vocabulary, held-out fold.
+Follows the notebook of D. Liang et al. 2018 step by step: filter, split users, vocabulary, held-out
+fold.
 """
 
 from __future__ import annotations
@@ -11,8 +13,9 @@ import numpy as np
 def liang(rows, min_rating=4.0, min_items=5, val_users=10, test_users=10, seed=98765):
     """`rows`: (user, item, rating) triples in input order, rating None for implicit feedback.
 
-    Returns {"items": ids in row order, "popularity": {id: count}, "train"/"validation"/"test": {user: (fold-in, held-out)}}, the
-    users in the order of the split (train permuted, the others ascending), the item ids of a user in input order.
+    Returns {"items": ids in row order, "popularity": {id: count}, "train"/"validation"/"test":
+    {user: (fold-in, held-out)}}, the users in the order of the split (train permuted, the others
+    ascending), the item ids of a user in input order.
     """
     history: dict = {}
     for user, item, rating in rows:

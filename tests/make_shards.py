@@ -78,10 +78,11 @@ def write_folder(
     users_per_block: int = 8,
     item_ids: Sequence[int] | None = None,
 ) -> fmt.Manifest:
-    """Write a complete data folder: train rows, (fold_in, held_out) rows, item ids (default: 1000 + item row) as integers.
+    """Write a complete data folder: train rows, (fold_in, held_out) rows, item ids (default: 1000 +
+    item row) as integers.
 
-    User keys count from 1 over train, validation, test. n_items defaults to the largest item row + 1. Returns the
-    manifest, which is also on disk.
+    User keys count from 1 over train, validation, test. n_items defaults to the largest item row +
+    1. Returns the manifest, which is also on disk.
     """
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)

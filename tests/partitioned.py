@@ -36,7 +36,8 @@ def csr(rows: list[list[int]]) -> Rows:
 
 
 def share(n_rows: int, ranks: Ranks) -> tuple[slice, int]:
-    """This rank's consecutive rows of `n_rows`, uneven on purpose, and the largest number that any rank has."""
+    """This rank's consecutive rows of `n_rows`, uneven on purpose, and the largest number that any
+    rank has."""
     bounds = [
         0,
         *sorted(

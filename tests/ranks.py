@@ -1,7 +1,7 @@
 """`run_ranks(fn, world_size, *args)`: run a function on several ranks in processes of their own and return what each returned.
 
-gloo with a file rendezvous, one thread per rank, a hard timeout; the first failing rank's traceback is shown and the
-survivors are ended.
+gloo with a file rendezvous, one thread per rank, a hard timeout; the first failing rank's traceback
+is shown and the survivors are ended.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ def _worker(
 def run_ranks(
     fn: Callable[..., Any], world_size: int, *args: Any, replicas: int = 1, timeout: float = 120
 ) -> list[Any]:
-    """[fn(ranks, *args) of rank 0, of rank 1, ...]; `fn` must be importable, results must pickle (use numpy)."""
+    """[fn(ranks, *args) of rank 0, of rank 1, ...]; `fn` must be importable, results must pickle
+    (use numpy)."""
     layout = Layout.of(world_size, 0, replicas)
     context = mp.get_context("spawn")
     results = context.Queue()

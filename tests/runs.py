@@ -1,4 +1,5 @@
-"""Run directories with random weights, written without training: what a load, a recommendation or an export reads."""
+"""Run directories with random weights, written without training: what a load, a recommendation or
+an export reads."""
 
 from __future__ import annotations
 
@@ -90,7 +91,8 @@ def write_run(
     sharper: float = 4.0,
     rule: PositiveRule | None = None,
 ) -> DenseVASP:
-    """A run of a tiny model whose weights, `sharper` than Glorot's, differ from item to item; returns the dense oracle of it."""
+    """A run of a tiny model whose weights, `sharper` than Glorot's, differ from item to item;
+    returns the dense oracle of it."""
     folder.mkdir(parents=True, exist_ok=True)
     n_items = len(ids)
     config = Config(

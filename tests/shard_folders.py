@@ -29,7 +29,8 @@ def random_rows(
 
 
 def read_folder(folder: Path) -> dict:
-    """{"items": ids by row, "popularity": {id: n}, split: {user id: (fold-in ids, held-out ids)}} in the order of the shards."""
+    """{"items": ids by row, "popularity": {id: n}, split: {user id: (fold-in ids, held-out ids)}}
+    in the order of the shards."""
     manifest = Manifest.load(folder)
     items = load_items(folder, manifest)
     ids = items.ids.to_pylist()

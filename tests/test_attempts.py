@@ -1,4 +1,5 @@
-"""What a run resumes from decides which checkpoints count; what is beyond it, or of another attempt, goes."""
+"""What a run resumes from decides which checkpoints count; what is beyond it, or of another
+attempt, goes."""
 
 from __future__ import annotations
 
@@ -110,7 +111,8 @@ def test_best_checkpoints_that_kept_steps_name_are_kept(tmp_path):
 
 @pytest.mark.parametrize("diverged", [5, 8])
 def test_void_weights_are_neither_kept_nor_pointed_at(tmp_path, diverged):
-    """The loss after step 8 is no number: with its checkpoints still being written (8), or whole already."""
+    """The loss after step 8 is no number: with its checkpoints still being written (8), or whole
+    already."""
     save = saver(tmp_path, keep=2)
     good = best(save, 4, "a")
     step(save, 5, good)

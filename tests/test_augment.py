@@ -39,7 +39,8 @@ def plain_halves(user_keys, indptr, item_keys, seed, epoch) -> np.ndarray:
 
 @st.composite
 def users(draw) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(user_keys, indptr, item_keys); few distinct item keys at times, so that hashes tie within a row."""
+    """(user_keys, indptr, item_keys); few distinct item keys at times, so that hashes tie within a
+    row."""
     lengths = draw(st.lists(st.integers(0, 12), min_size=0, max_size=12))
     item = st.integers(0, 3) if draw(st.booleans()) else WORD
     keys = draw(st.lists(WORD, min_size=len(lengths), max_size=len(lengths)))

@@ -1,4 +1,5 @@
-"""The benchmark as a user meets it: two tiny jobs, what the JSON, the table and the plot hold, and one sentence per mistake."""
+"""The benchmark as a user meets it: two tiny jobs, what the JSON, the table and the plot hold, and
+one sentence per mistake."""
 
 from __future__ import annotations
 

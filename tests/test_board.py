@@ -1,4 +1,5 @@
-"""TensorBoard events: what is written can be read again, and a failed write is one error and no traceback of a thread."""
+"""TensorBoard events: what is written can be read again, and a failed write is one error and no
+traceback of a thread."""
 
 import subprocess
 import sys
@@ -11,7 +12,8 @@ from pathlib import Path
 from dist_vasp.training.board import Board
 
 board = Board(Path(sys.argv[1]), 0)
-resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))  # the kernel refuses what goes beyond, as on a full disk
+# the kernel refuses what goes beyond, as on a full disk
+resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
 try:
     for step in range(1, 2000):
         board.add("train", {"step": step, "loss": 0.5})

@@ -46,7 +46,8 @@ def alone() -> Ranks:
 
 
 def make_pieces(ranks: Ranks, fill: bool, block_columns: int) -> list[ItemSlice]:
-    """Every item matrix and two moments of it; filled by global item, so that every layout holds the same."""
+    """Every item matrix and two moments of it; filled by global item, so that every layout holds
+    the same."""
     item_layers.BLOCK_COLUMNS, default = block_columns, item_layers.BLOCK_COLUMNS
     try:
         weights = make_model("vasp", N_ITEMS, ranks, dtype=torch.float32).slices()
@@ -119,7 +120,8 @@ def flip(file: Path, position: int) -> None:
 
 
 def _save_and_read(ranks, mine, others, damaged):
-    """Save `mine`, then read it and `others` with another width of block; and what reading `damaged` says."""
+    """Save `mine`, then read it and `others` with another width of block; and what reading
+    `damaged` says."""
     torch.set_grad_enabled(False)
     save(mine, ranks)
     found = {}
@@ -581,7 +583,8 @@ def _state(trainer) -> dict[str, np.ndarray]:
 
 
 def _train_save_go_on(ranks, folder):
-    """For each case, the state after five steps in one go, and after three, a checkpoint, and two of a fresh trainer."""
+    """For each case, the state after five steps in one go, and after three, a checkpoint, and two
+    of a fresh trainer."""
     from dist_vasp.training.engine import Trainer
 
     found = []

@@ -1,4 +1,5 @@
-"""Checkpoints whose checksums are right and whose content is not: refused with a reason, and before anything large is made."""
+"""Checkpoints whose checksums are right and whose content is not: refused with a reason, and before
+anything large is made."""
 
 from __future__ import annotations
 

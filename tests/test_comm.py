@@ -1,4 +1,5 @@
-"""Collectives against numpy over real ranks, the bytes they count, and errors that all ranks raise together."""
+"""Collectives against numpy over real ranks, the bytes they count, and errors that all ranks raise
+together."""
 
 from __future__ import annotations
 
@@ -87,7 +88,8 @@ def test_collectives_equal_numpy():
             for operation, value in expected.items():
                 out, moved, n_bytes = found[name, operation]
                 np.testing.assert_array_equal(out, value, err_msg=f"{name} {operation}")
-                # twice the collective was called; bytes that this rank sends to the others, in the ring's count
+                # twice the collective was called; bytes that this rank sends to the others, in the
+                # ring's count
                 sent = {
                     "all_gather": {"all_gather": 2 * (world - 1) * n_bytes},
                     "reduce_scatter": {"reduce_scatter": 2 * (world - 1) * (n_bytes // world)},
@@ -348,7 +350,8 @@ def test_a_meeting_point_that_is_none(environment, message, monkeypatch):
 
 
 def test_threads_of_a_rank(monkeypatch):
-    """OMP_NUM_THREADS where the user has set it, else the cores divided among the ranks of the host."""
+    """OMP_NUM_THREADS where the user has set it, else the cores divided among the ranks of the
+    host."""
     cores = len(os.sched_getaffinity(0))
     given_environment(monkeypatch, "")
     assert (threads_per_rank(1), threads_per_rank(cores), threads_per_rank(3 * cores)) == (

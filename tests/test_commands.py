@@ -1,4 +1,5 @@
-"""The launch scripts as a user meets them: files, exit statuses, one readable line per mistake (DESIGN.md, section 7)."""
+"""The launch scripts as a user meets them: files, exit statuses, one readable line per mistake
+(DESIGN.md, section 7)."""
 
 from __future__ import annotations
 
@@ -89,7 +90,8 @@ def training(shards: Path | str, run_dir: Path | str, *more: str) -> list[str]:
 def command(
     script: str, *arguments: str | Path, ranks: int = 0
 ) -> subprocess.CompletedProcess[str]:
-    """Run a launch script in a process of its own: under plain python, or with the deepspeed launcher on `ranks` ranks."""
+    """Run a launch script in a process of its own: under plain python, or with the deepspeed
+    launcher on `ranks` ranks."""
     launcher = [sys.executable]
     if ranks:
         with socket.socket() as probe:

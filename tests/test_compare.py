@@ -1,4 +1,5 @@
-"""The comparison: its arithmetic against plain numpy, its sentences, its configuration, and a whole one end to end."""
+"""The comparison: its arithmetic against plain numpy, its sentences, its configuration, and a whole
+one end to end."""
 
 from __future__ import annotations
 

@@ -32,7 +32,8 @@ def command_line(*argv: str) -> Config:
 
 
 def refused(tmp_path: Path, key: str, value: str) -> list[str]:
-    """The messages for `key: value` (YAML) in a file, on the command line and in a checkpoint's header."""
+    """The messages for `key: value` (YAML) in a file, on the command line and in a checkpoint's
+    header."""
     nested = yaml.safe_load(value)
     for part in reversed(key.split(".")):
         nested = {part: nested}

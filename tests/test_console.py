@@ -1,4 +1,5 @@
-"""Standard output that is closed, broken, full or of another encoding ends no command; nothing printed controls a terminal."""
+"""Standard output that is closed, broken, full or of another encoding ends no command; nothing
+printed controls a terminal."""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
-"""Both readers of CSV against Python's csv module, on generated files whose cells cross the borders of blocks.
+"""Both readers of CSV against Python's csv module, on generated files whose cells cross the borders
+of blocks.
 
-Rows are equal, or there is an error that names the row. CSV_FILES=2000 in the environment runs more of them.
+Rows are equal, or there is an error that names the row. CSV_FILES=2000 in the environment runs more
+of them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""README and docs/: links lead somewhere, pages made from the code are whole, and documented commands run.
+"""README and docs/: links lead somewhere, pages made from the code are whole, and documented
+commands run.
 
 Every block of commands is run here, on a small catalogue and with smaller models under the documented names, unless a comment before it
 says why not:  <!-- needs: WHAT -->  for a cluster, real data, time; <!-- run by: FILE -->  where another test or .ci/run does;
@@ -85,7 +86,8 @@ def test_every_command_is_run_or_says_why_not():
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory) -> Path:
-    """A project folder after the demo and a first training: interactions.csv, demo/, data/mine, runs/mine, model/, small configs/."""
+    """A project folder after the demo and a first training: interactions.csv, demo/, data/mine,
+    runs/mine, model/, small configs/."""
     folder = tmp_path_factory.mktemp("project")
     shutil.copytree(ROOT / "configs", folder / "configs")
     for name in ("ml-1m", "demo"):

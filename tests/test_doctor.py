@@ -1,4 +1,5 @@
-"""The doctor finds what would stop a job, says what to do, and has nothing to say against what is sound."""
+"""The doctor finds what would stop a job, says what to do, and has nothing to say against what is
+sound."""
 
 from __future__ import annotations
 

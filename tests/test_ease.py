@@ -1,4 +1,5 @@
-"""Closed-form EASE against numpy's inverse in double precision, on 1, 2 and 3 ranks, and as a run from the command line."""
+"""Closed-form EASE against numpy's inverse in double precision, on 1, 2 and 3 ranks, and as a run
+from the command line."""
 
 from __future__ import annotations
 
@@ -129,7 +130,8 @@ def test_a_weighted_gram_matrix_is_that_of_numpy(world_size):
     np.testing.assert_allclose(found, x.T @ (weights[:, None] * x), rtol=1e-12, atol=1e-12)
 
 
-# blocks that do and do not divide the items, an even and an odd number of them, one block, one item a block
+# blocks that do and do not divide the items, an even and an odd number of them, one block, one item
+# a block
 WEIGHTS = [(37, 8), (40, 10), (45, 5), (7, 16), (9, 1)]
 
 
@@ -210,7 +212,8 @@ N_ITEMS = 60
 
 
 def tastes(n_users: int, seed: int) -> list[np.ndarray]:
-    """Users with two of ten tastes, and a third of their items from anywhere: too small a lambda learns the noise."""
+    """Users with two of ten tastes, and a third of their items from anywhere: too small a lambda
+    learns the noise."""
     rng = np.random.default_rng(seed)
     rows = []
     for _ in range(n_users):
@@ -285,7 +288,8 @@ def test_the_search_finds_the_lambda_that_is_best_on_validation(run):
     x, pairs = train_matrix(), held_out(150, 1)
     for line in lines:
         expected = figures(oracle(x, line["ease_lambda"]), pairs)
-        # the run scores with its weights in float32, which may swap two items that are as good as tied
+        # the run scores with its weights in float32, which may swap two items that are as good as
+        # tied
         assert line["ndcg@100"] == pytest.approx(expected["ndcg@100"], abs=1e-4)
     every = {value: figures(oracle(x, value), pairs)["ndcg@100"] for value in closed_form.GRID}
     planted = max(every, key=every.__getitem__)
@@ -429,7 +433,8 @@ def test_a_search_that_was_cut_off_goes_on_behind_the_best(run, shards, tmp_path
 
 
 def test_sigterm_ends_a_run_with_status_0(tmp_path):
-    """Between two lambdas or in the middle of one: nothing half-written stays, and the lock is gone."""
+    """Between two lambdas or in the middle of one: nothing half-written stays, and the lock is
+    gone."""
     write_folder(tmp_path / "shards", random_rows(60, 1500, 0), [([0], [1])] * 3, n_items=1500)
     command = [
         sys.executable,

@@ -1,4 +1,5 @@
-"""The real step through DeepSpeed against the dense oracle (invariant 1, float32) and across layouts (invariant 2)."""
+"""The real step through DeepSpeed against the dense oracle (invariant 1, float32) and across
+layouts (invariant 2)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Ensembles: the weighted sum of the members' scores against the dense oracle, on any number of ranks, and what is refused."""
+"""Ensembles: the weighted sum of the members' scores against the dense oracle, on any number of
+ranks, and what is refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Wrong invocations of every command, as docs/errors.md lists them: one line, status 2, nothing written (DESIGN.md, section 7)."""
+"""Wrong invocations of every command, as docs/errors.md lists them: one line, status 2, nothing
+written (DESIGN.md, section 7)."""
 
 from __future__ import annotations
 
@@ -39,7 +40,8 @@ def commands(folder):
 
 
 def _listing(folder: Path) -> dict[Path, int]:
-    """What lies there, and since when; who owns an existing run is noted in its .lock before anything is compared."""
+    """What lies there, and since when; who owns an existing run is noted in its .lock before
+    anything is compared."""
     return {
         p: 0 if p.name == ".lock" else p.stat().st_mtime_ns
         for p in folder.rglob("*")

@@ -1,4 +1,5 @@
-"""Evaluation on every layout against a full ranking of the dense oracle's scores in double precision."""
+"""Evaluation on every layout against a full ranking of the dense oracle's scores in double
+precision."""
 
 from __future__ import annotations
 
@@ -125,7 +126,8 @@ def dense_scores(kind: str, loss: str, seen: list[list[int]]) -> np.ndarray:
 
 
 def _evaluate(ranks, folder):
-    """For each model: metrics of both splits, per-user values, lists of the test users; and what popularity gives."""
+    """For each model: metrics of both splits, per-user values, lists of the test users; and what
+    popularity gives."""
     item_layers.BLOCK_COLUMNS, module.USERS_PER_BLOCK, module._SELECT_COLUMNS = 7, 8, 20
     seen, _ = histories(folder, "test")
     found = {}
@@ -174,7 +176,8 @@ def test_metrics_equal_a_full_ranking_on_every_layout(folder, by_layout, kind, l
             for found in by_rank:
                 assert found[kind][place].keys() == expected.exact.keys()
                 for name, value in found[kind][place].items():
-                    # a metric moves only where rounding decides the order of two items; it is a float64
+                    # a metric moves only where rounding decides the order of two items; it is a
+                    # float64
                     within(value, expected, name, f"{layout} {split}", at_least=1e-12)
     _, held_out = histories(folder, "test")
     for by_rank in by_layout.values():

@@ -1,4 +1,5 @@
-"""Every fault of docs/faults.md, made for real: how the run ends, what it says, and that a resume ends as if nothing had happened.
+"""Every fault of docs/faults.md, made for real: how the run ends, what it says, and that a resume
+ends as if nothing had happened.
 
 `pytest tests/test_faults.py -s` prints for each what was seen; the table in docs/faults.md is written from that.
 """
@@ -148,7 +149,10 @@ def resumes(arguments: list[str], run: RunFolder, whole: RunFolder, log: Path) -
     ],
 )
 def test_a_signal_saves_and_stops_every_rank(shards, whole, tmp_path, number, to, threads):
-    """Ranks without a launcher, so that each one's status can be seen. To all: their loader workers too."""
+    """Ranks without a launcher, so that each one's status can be seen.
+
+    To all: their loader workers too.
+    """
     run = RunFolder(tmp_path / "run")
     variables = {"OMP_NUM_THREADS": str(threads)}
     with Job(
@@ -276,7 +280,10 @@ def test_a_rank_that_dies_ends_the_run(shards, tmp_path, rank):
 @pytest.mark.parametrize("after", [0.0, 0.3, 1.0, 2.0])
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_dies_during_start_up_ends_the_run(shards, tmp_path, rank, after):
-    """DeepSpeed builds its engine then, in collectives that would wait for half an hour. No launcher ends the survivor here."""
+    """DeepSpeed builds its engine then, in collectives that would wait for half an hour.
+
+    No launcher ends the survivor here.
+    """
     run = RunFolder(tmp_path / "run")
     with Job(*training(shards, run.path), log=tmp_path / "log", bare=True) as job:
         job.wait_until(lambda: (run.path / ".lock").exists(), "run.dir is taken")
@@ -327,7 +334,8 @@ def test_a_rank_without_its_launcher_saves_and_ends(shards, whole, tmp_path):
 
 
 def test_a_rank_that_fails_is_named_with_its_error():
-    """A bug on one rank: its traceback, then one line; it ends at once, whatever else still runs in it."""
+    """A bug on one rank: its traceback, then one line; it ends at once, whatever else still runs in
+    it."""
     code = "import threading, time\nfrom launch.cli import run\n"
     code += "def main(_):\n    threading.Thread(target=time.sleep, args=(600,)).start()\n    [][3]\nrun(main)"
     env = environment(
@@ -385,7 +393,8 @@ def test_a_full_disk_leaves_the_last_checkpoint_good(shards, whole, tmp_path, sm
 
 
 def test_a_write_that_fails_half_way_leaves_the_last_checkpoint_good(shards, whole, tmp_path):
-    """The kernel refuses the second half of a file to one rank: RLIMIT_FSIZE of rank 1 falls while it runs."""
+    """The kernel refuses the second half of a file to one rank: RLIMIT_FSIZE of rank 1 falls while
+    it runs."""
     run = RunFolder(tmp_path / "run")
     with Job(*training(shards, run.path), log=tmp_path / "log") as job:
         job.wait_until(lambda: run.saved_step() > 0, "the first checkpoint")
@@ -417,7 +426,10 @@ def test_a_metrics_file_that_cannot_be_written_says_so(tmp_path):
 
 @pytest.mark.parametrize("cadence", [4, 1])
 def test_a_loss_that_is_no_number_names_step_users_and_checkpoint(shards, whole, tmp_path, cadence):
-    """The second epoch's learning rate is absurd. The weights of its first step are void; saved at every step, they have to go."""
+    """The second epoch's learning rate is absurd.
+
+    The weights of its first step are void; saved at every step, they have to go.
+    """
     run = RunFolder(tmp_path / "run")
     arguments = training(
         shards, run.path, "--optimizer.schedule", "[{epochs: 1, lr: 0.001}, {epochs: 9, lr: 900.0}]"
@@ -543,7 +555,8 @@ def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 
 def test_a_grown_catalogue_keeps_what_is_known(whole, tmp_path):
-    """A larger vocabulary in another order; a learning rate of 0 shows the weights that training would start from."""
+    """A larger vocabulary in another order; a learning rate of 0 shows the weights that training
+    would start from."""
     grown, n_new, rng = tmp_path / "grown", 340, np.random.default_rng(5)
     ids = rng.permutation(
         np.concatenate([1000 + np.arange(10, N_ITEMS), 5000 + np.arange(n_new - (N_ITEMS - 10))])

@@ -1,4 +1,5 @@
-"""A file or folder of ours appears whole or not at all, never over what is not ours, and by one command at a time."""
+"""A file or folder of ours appears whole or not at all, never over what is not ours, and by one
+command at a time."""
 
 from __future__ import annotations
 
@@ -67,7 +68,8 @@ def test_nothing_appears_when_the_work_fails(tmp_path, error, before):
 
 @pytest.mark.parametrize("make", [new_file, new_folder])
 def test_a_signal_at_any_moment_leaves_nothing(tmp_path, make):
-    """An exception comes before each line of the module in turn, as a signal's handler would raise it."""
+    """An exception comes before each line of the module in turn, as a signal's handler would raise
+    it."""
     counted, limit = 0, 0
 
     def trace(frame, event, argument):

@@ -211,7 +211,8 @@ def test_columns_without_a_header(tmp_path):
 
 
 def test_columns_of_movielens(tmp_path):
-    """Its files have no header, or one of their own; the shards may come from either, or from another table."""
+    """Its files have no header, or one of their own; the shards may come from either, or from
+    another table."""
     header = "userId,movieId,rating,timestamp\n"
     for name, content in (("ratings.dat", "1::2::5::9\n"), ("ratings.csv", header + "1,2,5,9\n")):
         path = written(tmp_path, name, content)

@@ -1,4 +1,5 @@
-"""A Recommender that was loaded before a fork answers in the children; files that are written over are noticed."""
+"""A Recommender that was loaded before a fork answers in the children; files that are written over
+are noticed."""
 
 from __future__ import annotations
 

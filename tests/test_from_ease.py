@@ -1,4 +1,5 @@
-"""NEASE that starts from the closed form: against the dense oracle, on several ranks, from a run and from the shards, resumed."""
+"""NEASE that starts from the closed form: against the dense oracle, on several ranks, from a run
+and from the shards, resumed."""
 
 from __future__ import annotations
 
@@ -399,7 +400,8 @@ def test_impossible_keys_are_named(section, keys, expected):
 
 
 def test_lists_and_explanations_know_the_offset(shards, ease_run, tmp_path, call):  # noqa: F811
-    """Mapped and loaded, before and after an export: p = p_flvae * sigmoid(W x + offset), whatever the loss was taken of."""
+    """Mapped and loaded, before and after an export: p = p_flvae * sigmoid(W x + offset), whatever
+    the loss was taken of."""
     from dist_vasp import Recommender
     from launch.recommend import main as recommend
     from launch.train import main

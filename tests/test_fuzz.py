@@ -1,7 +1,8 @@
-"""Mutated shards and checkpoints: every one is detected with exit status 2 and one line, or is a change of values that trains on.
+"""Mutated shards and checkpoints: every one is detected with exit status 2 and one line, or is a
+change of values that trains on.
 
-The cases are pure functions of their seeds, which count from 0: a failure is repeated with `python -m tests.fuzz_server BASE SEED
-SEED+1`, where BASE is what `make_base` writes.
+The cases are pure functions of their seeds, which count from 0: a failure is repeated with `python
+-m tests.fuzz_server BASE SEED SEED+1`, where BASE is what `make_base` writes.
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ def launch(
 
 
 def make_base(folder: Path) -> Path:
-    """Sound shards, histories, and a run of each kind that stopped after two steps; the one with a trunk on two ranks."""
+    """Sound shards, histories, and a run of each kind that stopped after two steps; the one with a
+    trunk on two ranks."""
     random = np.random.default_rng(0)
     popular = np.arange(N_ITEMS, 0, -1) / np.arange(N_ITEMS, 0, -1).sum()
     rows = [
@@ -136,7 +138,8 @@ def test_mutated_files(base, request, tmp_path, capsys):
 
 
 def figures(cases: list[dict]) -> str:
-    """A case counts as what its most severe command said: a checksum, a parser, a loss that is not finite, or nothing."""
+    """A case counts as what its most severe command said: a checksum, a parser, a loss that is not
+    finite, or nothing."""
     order = ["checksum", "parser", "diverged", "went on"]
     worst = [
         (case["vouched"], min(case["results"].values(), key=order.index))

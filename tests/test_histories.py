@@ -1,4 +1,5 @@
-"""Histories that stream: blocks of whole users in any order of rows, memory of a block, formats of the output."""
+"""Histories that stream: blocks of whole users in any order of rows, memory of a block, formats of
+the output."""
 
 from __future__ import annotations
 
@@ -106,7 +107,10 @@ def test_blocks_of_whole_users_in_order_of_appearance(
 
 
 def test_numbers_are_not_ascending_as_text(tmp_path, small_batches):
-    """9, 10: ascending only as numbers; a1, b1, a2: as neither. One late text makes all of them text."""
+    """9, 10: ascending only as numbers; a1, b1, a2: as neither.
+
+    One late text makes all of them text.
+    """
     rows = [(u, 1000) for u in (8, 9, 10, 11, 100)]
     with open_histories(write(tmp_path / "h.csv", rows), tmp_path) as file:
         assert not list(tmp_path.glob(".*")) and file.user_type == pa.int64()
@@ -337,7 +341,8 @@ from dist_vasp.ranking.history_file import open_histories
 from dist_vasp.ranking.recommend import recommend_to_file
 from dist_vasp.ranking import writers
 from tests.test_recommend import NUMBERED, alone
-folder, writers._ROWS_PER_GROUP = Path(sys.argv[1]), 1 << 14  # the buffers of the output have their size early
+# the buffers of the output have their size early
+folder, writers._ROWS_PER_GROUP = Path(sys.argv[1]), 1 << 14
 torch.set_num_threads(1)
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4 / 1024
@@ -351,8 +356,9 @@ print(max(s for a, s in zip(at, seen) if a <= file.n_users / 5), max(seen))
 
 
 def test_memory_is_that_of_a_block(tmp_path):
-    """300,000 users of 20 interactions, together but not ascending: no more is resident at the end than after a fifth of them.
-    To hold them all would take 72 MB at least, more than the twentieth that is allowed."""
+    """300,000 users of 20 interactions, together but not ascending: no more is resident at the end
+    than after a fifth of them. To hold them all would take 72 MB at least, more than the twentieth
+    that is allowed."""
     n_users, per_user = 300_000, 20
     users = np.random.default_rng(0).permutation(n_users)
     with pq.ParquetWriter(

@@ -1,4 +1,5 @@
-"""Ids have one identity: what shard accepts, recommend finds on the same file, and ids come back as they were written."""
+"""Ids have one identity: what shard accepts, recommend finds on the same file, and ids come back as
+they were written."""
 
 from __future__ import annotations
 

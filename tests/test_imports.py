@@ -86,7 +86,8 @@ PICKLES = ("pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "mar
 
 
 def imported(tree: ast.AST) -> set[str]:
-    """Every module that is imported, inside functions too; `from package import module` names the module."""
+    """Every module that is imported, inside functions too; `from package import module` names the
+    module."""
     names = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -101,7 +102,8 @@ def imported(tree: ast.AST) -> set[str]:
 
 
 def level(module: str) -> int:
-    """0 for BASE, then the room's place; launch on top, and the package, which offers what is below it."""
+    """0 for BASE, then the room's place; launch on top, and the package, which offers what is below
+    it."""
     if module in BASE:
         return 0
     if module == "dist_vasp":

@@ -25,7 +25,8 @@ STEPS = 200
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Users with tastes: items near a user's own place on a ring, so that there is something to learn."""
+    """Users with tastes: items near a user's own place on a ring, so that there is something to
+    learn."""
     rng = np.random.default_rng(0)
     users = []
     for _ in range(400):

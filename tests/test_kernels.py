@@ -1,4 +1,5 @@
-"""Compiled and uncompiled, the loss and the update are the same to rounding; no compiler is a remark, or an error where it was demanded."""
+"""Compiled and uncompiled, the loss and the update are the same to rounding; no compiler is a
+remark, or an error where it was demanded."""
 
 import pytest
 import torch

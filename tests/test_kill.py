@@ -1,12 +1,14 @@
-"""Stopped or killed at any moment and resumed, a run ends bitwise as one that was left alone (invariant 4).
+"""Stopped or killed at any moment and resumed, a run ends bitwise as one that was left alone
+(invariant 4).
 
-Two ranks of two threads with two loader workers each. Every round asks for some more steps, sends a signal to a rank, a
-loader worker, the launcher or all of them at a random moment, resumes, and evaluates what was delivered: the metrics of
-result.json are those of the weights beside it, to the last digit. Copies of the run are resumed with another schedule, and
-with one that diverges.
+Two ranks of two threads with two loader workers each. Every round asks for some more steps, sends a
+signal to a rank, a loader worker, the launcher or all of them at a random moment, resumes, and
+evaluates what was delivered: the metrics of result.json are those of the weights beside it, to the
+last digit. Copies of the run are resumed with another schedule, and with one that diverges.
 
-Every tenth round and the run left alone are processes of their own; the others are forks of one that has loaded the libraries
-(forks.py). `pytest tests/test_kill.py --kills 100 -s` makes 100 rounds and prints a line for each.
+Every tenth round and the run left alone are processes of their own; the others are forks of one
+that has loaded the libraries (forks.py). `pytest tests/test_kill.py --kills 100 -s` makes 100
+rounds and prints a line for each.
 """
 
 from __future__ import annotations
@@ -120,7 +122,8 @@ def start(arguments: list[str], log: Path, forks: Forks | None) -> Job:
 
 
 def check_delivered(run: RunFolder, commands: Commands, scratch: Path) -> None:
-    """What result.json says of the best checkpoint is what evaluate.py finds for it, and the best line of metrics.jsonl."""
+    """What result.json says of the best checkpoint is what evaluate.py finds for it, and the best
+    line of metrics.jsonl."""
     result = json.loads((run.path / "result.json").read_text())
     assert result["checkpoint"] == (run.checkpoints / "best").resolve().name
     for split in ("validation", "test"):

@@ -1,4 +1,5 @@
-"""Any layout, any stage: saved on one, resumed on another, the run goes on as if nothing had happened (invariant 4)."""
+"""Any layout, any stage: saved on one, resumed on another, the run goes on as if nothing had
+happened (invariant 4)."""
 
 from __future__ import annotations
 
@@ -175,7 +176,8 @@ def test_every_layout_resumes_from_every_layout(shards, tmp_path):
 
 
 def _train_on_four(ranks: Ranks, shards: Path, cases: list[tuple[int, int, int]], steps: int):
-    """Losses and state of (replicas, stage, accumulation) after some steps, all in one set of processes."""
+    """Losses and state of (replicas, stage, accumulation) after some steps, all in one set of
+    processes."""
     found = []
     for replicas, stage, accumulation in cases:
         of_case = form_groups(ranks.rank, Layout.of(4, 0, replicas), torch.device("cpu"))
@@ -190,7 +192,8 @@ def _train_on_four(ranks: Ranks, shards: Path, cases: list[tuple[int, int, int]]
 
 @pytest.mark.slow
 def test_layouts_and_accumulation_do_not_change_the_run(shards):
-    """4x1, 2x2 and 1x4 train to the same parameters; micro-batches give the step of the whole batch."""
+    """4x1, 2x2 and 1x4 train to the same parameters; micro-batches give the step of the whole
+    batch."""
     cases = [(1, 1, 1), (2, 1, 1), (4, 1, 1), (2, 0, 1), (2, 1, 2), (2, 2, 3), (1, 3, 3)]
     by_rank = run_ranks(_train_on_four, 4, shards, cases, 12, timeout=200)
     losses = np.array([of_case[0] for of_case in by_rank[0]])

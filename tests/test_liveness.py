@@ -1,4 +1,5 @@
-"""A lost rank is named at once, by one rank of each host, however it went; a rank that leaves on purpose is not missed."""
+"""A lost rank is named at once, by one rank of each host, however it went; a rank that leaves on
+purpose is not missed."""
 
 from __future__ import annotations
 
@@ -37,7 +38,8 @@ time.sleep(60)
 
 
 class World:
-    """`ranks` processes that watch over each other and do nothing else; `does`: what a rank does when told to `go`."""
+    """`ranks` processes that watch over each other and do nothing else; `does`: what a rank does
+    when told to `go`."""
 
     def __init__(self, hosts: str, **does: str) -> None:
         server = socket.create_server(("127.0.0.1", 0))
@@ -132,7 +134,8 @@ def nonce_of(connection: socket.socket) -> str:
 
 
 def test_strangers_are_not_listened_to():
-    """Junk, a wrong secret, a greeting of another connection, a line without an end: the ranks go on."""
+    """Junk, a wrong secret, a greeting of another connection, a line without an end: the ranks go
+    on."""
     server = socket.create_server(("127.0.0.1", 0))
     address = server.getsockname()
     alive = Liveness(0, 0, 1, b"right", address, server)

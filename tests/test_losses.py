@@ -1,4 +1,5 @@
-"""Closed-form losses and gradients against autograd of the plain formulas, and against exact arithmetic for large logits."""
+"""Closed-form losses and gradients against autograd of the plain formulas, and against exact
+arithmetic for large logits."""
 
 from __future__ import annotations
 
@@ -128,7 +129,8 @@ def test_value_and_gradient_equal_autograd(name, n_paths):
     st.sets(st.integers(1, C - 1), max_size=4),
 )
 def test_blocks_change_nothing(name, n_paths, seed, cuts):
-    """Losses add up over blocks; row statistics of cosine and multinomial combine to those of the whole row."""
+    """Losses add up over blocks; row statistics of cosine and multinomial combine to those of the
+    whole row."""
     loss = LOSSES[name]
     logits, y, weight = case(n_paths, seed)
     value, grads = ours(loss, logits, y, weight)
@@ -243,7 +245,8 @@ def test_large_logits_are_exact(name, positive):
         for i, (value, gradient) in enumerate(expected):
             one = [l[i : i + 1] for l in logits]
             found, grads = ours(loss, one, torch.full((1, 1), float(positive)), torch.ones(1))
-            # A logarithm of size m is known to m * 2^-24, and so is what it is the logarithm of. Below 2e-38 float32 is zero.
+            # A logarithm of size m is known to m * 2^-24, and so is what it is the logarithm of.
+            # Below 2e-38 float32 is zero.
             tolerance = {
                 "rtol": 3e-5 if max(map(abs, table[i])) < 1e4 else 2e-3,
                 "atol": 2e-38,

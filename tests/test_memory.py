@@ -1,4 +1,5 @@
-"""What a rank holds: of the trunk what ZeRO promises, of the item matrices its share, and never a whole catalogue (invariant 5)."""
+"""What a rank holds: of the trunk what ZeRO promises, of the item matrices its share, and never a
+whole catalogue (invariant 5)."""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ WORLD = 4
 
 
 def _held(ranks: Ranks, model: ModelConfig, n_items: int, stage: int) -> dict[str, int]:
-    """What lives on this rank before the first step, counted from the tensors themselves; moments exist."""
+    """What lives on this rank before the first step, counted from the tensors themselves; moments
+    exist."""
     from dist_vasp.training.engine import Trainer
 
     config = Config(
@@ -88,7 +90,10 @@ def _check_held(model: ModelConfig, n_items: int) -> None:
 
 @pytest.mark.slow
 def test_fifty_million_parameters_are_shared_out():
-    """No forward: H 2048 and L 1024 are only built. Biases and norms (under 1e5 elements) stay whole at stage 3 besides."""
+    """No forward: H 2048 and L 1024 are only built.
+
+    Biases and norms (under 1e5 elements) stay whole at stage 3 besides.
+    """
     _check_held(ModelConfig(hidden=2048, latent=1024), 1009)
 
 
@@ -97,7 +102,8 @@ def _gradients(ranks: Ranks, folder: Path) -> list[dict[str, int]]:
 
 
 def _gradients_at(ranks: Ranks, folder: Path, stage: int) -> dict[str, int]:
-    """Gradient elements of the trunk on this rank between the last backward of a step and the update."""
+    """Gradient elements of the trunk on this rank between the last backward of a step and the
+    update."""
     trainer, stream = _trainer(ranks, folder, stage)
     trunk, seen = trainer.trunk, {}
     assert trunk is not None
@@ -143,7 +149,8 @@ def test_gradients_and_moments_of_a_step(folder):
 
 # --- what is ever allocated --------------------------------------------------------------------------------------------
 
-# I is prime and the smallest whole matrix that may not exist, I x L, is larger than the largest share that may: J x H.
+# I is prime and the smallest whole matrix that may not exist, I x L, is larger than the largest
+# share that may: J x H.
 N_ITEMS, H, L, COLUMNS, USERS = 997, 37, 19, 16, 46
 
 
@@ -187,7 +194,8 @@ def _trainer(ranks: Ranks, folder: Path, stage: int, **optimizer):
 class Allocations(TorchDispatchMode):
     """Shape, bytes and operation of every tensor that an operation gives back while the mode is on.
 
-    Not those that only look into a file: safetensors maps it whole, of any size, and copies parts of it out.
+    Not those that only look into a file: safetensors maps it whole, of any size, and copies parts
+    of it out.
     """
 
     def __init__(self) -> None:
@@ -290,7 +298,8 @@ def test_no_rank_ever_holds_a_whole_catalogue(folder, tmp_path, world_size):
                 assert not whole_axes or len(shape) == 1 or width <= COLUMNS, (
                     f"rank {rank}, {what}: {operation} gives {shape}"
                 )
-        # the record is worth something: the shares themselves are seen, and so is the gradient's block
+        # the record is worth something: the shares themselves are seen, and so is the gradient's
+        # block
         blocks = {
             (N_ITEMS, COLUMNS),
             ((rank + 1) * N_ITEMS // world_size - rank * N_ITEMS // world_size, H),

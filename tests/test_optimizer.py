@@ -68,7 +68,8 @@ def test_forget_starts_anew():
 
 @pytest.mark.parametrize("lean_dim", [0, 1])
 def test_lean_shares_one_second_moment_per_vector(lean_dim, monkeypatch):
-    """By hand: v is the running mean of the squared gradient averaged over the vector; pieces give the same as the whole."""
+    """By hand: v is the running mean of the squared gradient averaged over the vector; pieces give
+    the same as the whole."""
     monkeypatch.setattr(module, "CPU_CHUNK", 8)
     generator = torch.Generator().manual_seed(2)
     start = torch.randn(6, 4, generator=generator, dtype=torch.float64)

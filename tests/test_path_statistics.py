@@ -1,4 +1,5 @@
-"""Mean and deviation of each path's logits equal the dense oracle's over the sampled items, on every layout."""
+"""Mean and deviation of each path's logits equal the dense oracle's over the sampled items, on
+every layout."""
 
 from __future__ import annotations
 

@@ -53,7 +53,8 @@ def folder(tmp_path_factory):
 
 
 def test_thirds_by_hand():
-    # 30 interactions; before the items stand 0, 8, 14, 19, 23, ...: an item that crosses 10 or 20 belongs to the third it begins in
+    # 30 interactions; before the items stand 0, 8, 14, 19, 23, ...: an item that crosses 10 or 20
+    # belongs to the third it begins in
     assert popularity_thirds(np.array([8, 6, 5, 4, 3, 2, 1, 1, 0])).tolist() == [
         0,
         0,

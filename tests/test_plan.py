@@ -49,7 +49,8 @@ def _folder(path, n_items: int, lengths: list[int]):
 
 
 def _moved(ranks, config: Config):
-    """(bytes a step of the item layers, of the trunk's engine; parameters of items, of the trunk), meaned over an epoch's steps."""
+    """(bytes a step of the item layers, of the trunk's engine; parameters of items, of the trunk),
+    meaned over an epoch's steps."""
     from dist_vasp.training.engine import Trainer
     from dist_vasp.training.zero import watch_traffic
 
@@ -75,7 +76,8 @@ def _moved(ranks, config: Config):
     [(2, 1, 1, {}), (3, 1, 0, {"accumulation": 2}), (4, 2, 2, {"clip_norm": 0.5}), (2, 1, 3, {})],
 )
 def test_bytes_moved_are_those_of_a_real_epoch(tmp_path, world, replicas, stage, options):
-    """To the byte for the item layers, whose collectives are ours; the engine's send some scalars besides and pad."""
+    """To the byte for the item layers, whose collectives are ours; the engine's send some scalars
+    besides and pad."""
     config = _config(
         _folder(tmp_path / "d", 211, [20] * 400),
         optimizer=options,
@@ -89,7 +91,8 @@ def test_bytes_moved_are_those_of_a_real_epoch(tmp_path, world, replicas, stage,
     )
     found = run_ranks(_moved, world, config, replicas=replicas)
     for moved, of_trunk, n_item, n_trunk in found:
-        # J, and with it a replica's gradients, is one item more on some ranks; the counts of comm are whole numbers
+        # J, and with it a replica's gradients, is one item more on some ranks; the counts of comm
+        # are whole numbers
         exact = plan.traffic_total - trunk - over_replicas
         assert moved - exact == pytest.approx(
             over_replicas, rel=0.02, abs=1 + 0.01 * exact * (options.get("accumulation", 1) > 1)
@@ -124,9 +127,11 @@ def test_traffic_does_not_grow_with_the_catalogue(tmp_path, catalogues):
 
 
 def _peak(ranks, config: Config) -> tuple[float, float]:
-    """Bytes of weights and moments, and what a step holds beside them at its peak by the allocator's own events.
+    """Bytes of weights and moments, and what a step holds beside them at its peak by the
+    allocator's own events.
 
-    The least of four steps: the threads of the collectives let go of their buffers a little sooner or later.
+    The least of four steps: the threads of the collectives let go of their buffers a little sooner
+    or later.
     """
     from torch.profiler import ProfilerActivity, profile
 
@@ -157,7 +162,8 @@ def _peak(ranks, config: Config) -> tuple[float, float]:
 
 @pytest.mark.parametrize("state", ["full", "lean"])
 def test_memory_is_that_of_live_tensors(tmp_path, state):
-    """Weights and moments to the byte, what a step holds for a while within a tenth; 2 ranks, a trunk that counts."""
+    """Weights and moments to the byte, what a step holds for a while within a tenth; 2 ranks, a
+    trunk that counts."""
     config = _config(_folder(tmp_path / "d", 900, [20] * 192), optimizer={"item_state": state})
     config = replace(config, model=ModelConfig(hidden=96, latent=48))
     plan = make_plan(config, Sizes(900, 20.0, 192), 2, 1, Rates()).memory

@@ -1,4 +1,5 @@
-"""The rule that makes a positive, held against a straight-line reference; what manifests and headers keep of it."""
+"""The rule that makes a positive, held against a straight-line reference; what manifests and
+headers keep of it."""
 
 from __future__ import annotations
 

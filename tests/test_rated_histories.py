@@ -1,4 +1,5 @@
-"""Histories with ratings: likes are the input, everything seen is masked; the same from Python, files and any layout."""
+"""Histories with ratings: likes are the input, everything seen is masked; the same from Python,
+files and any layout."""
 
 from __future__ import annotations
 
@@ -55,7 +56,8 @@ def a_run(folder: Path, rule: PositiveRule | None, partitions: int = 1) -> Path:
 
 
 def rows_of(seed: int = 0, n_users: int = 14) -> list[tuple[int, int, int, int]]:
-    """(user, item, rating, time) in any order; pairs repeat, one item in ten is unknown, user 0 likes nothing."""
+    """(user, item, rating, time) in any order; pairs repeat, one item in ten is unknown, user 0
+    likes nothing."""
     random = np.random.default_rng(seed)
     rows = []
     for user in range(n_users):
@@ -254,7 +256,8 @@ def test_an_export_keeps_the_rule(folder, tmp_path):
 
 
 def a_frame(module: str, name: str, **members):
-    """An object of a class that pretends to come from a library of frames; iterating gives names of columns."""
+    """An object of a class that pretends to come from a library of frames; iterating gives names of
+    columns."""
     kind = type(
         name, (), {"__iter__": lambda self: iter(["user", "item"]), "__module__": module, **members}
     )
@@ -624,7 +627,8 @@ def test_every_layout_gives_the_same_lists(folder, tmp_path, n_ranks):
 
 
 def test_a_run_of_before_asks_its_shards(folder, tmp_path):
-    """Its checkpoint holds no rule; the arguments in the manifest of its shards do, where they are still the same ones."""
+    """Its checkpoint holds no rule; the arguments in the manifest of its shards do, where they are
+    still the same ones."""
     path = tmp_path / "run"
     write_run(path, IDS, "nease")
     best = path / "checkpoints" / "best"

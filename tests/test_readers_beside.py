@@ -1,4 +1,5 @@
-"""Readers beside a training that saves a best checkpoint with every step: none is wrong, none fails.
+"""Readers beside a training that saves a best checkpoint with every step: none is wrong, none
+fails.
 
 `pytest tests/test_readers_beside.py --loads 200 -m slow -s` reads more often, through the commands too.
 """
@@ -141,7 +142,8 @@ def check_digests(r: Recommender) -> None:
 
 @pytest.mark.slow
 def test_commands_beside_a_training(shards, tmp_path, pytestconfig):
-    """evaluate, recommend and the Recommender in turn; evaluate's figure is the one that the training had for that step."""
+    """evaluate, recommend and the Recommender in turn; evaluate's figure is the one that the
+    training had for that step."""
     loads = pytestconfig.getoption("loads") or 24
     (tmp_path / "histories.csv").write_text("user,item\na,1\na,2\nb,3\n")
     kinds = {"evaluate": 0, "recommend": 0, "Recommender": 0}

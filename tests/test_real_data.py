@@ -1,4 +1,5 @@
-"""MovieLens 1M from the command line, as a newcomer would run it: baseline figures, the stream's invariant, the trained model."""
+"""MovieLens 1M from the command line, as a newcomer would run it: baseline figures, the stream's
+invariant, the trained model."""
 
 from __future__ import annotations
 
@@ -142,7 +143,8 @@ def test_vasp_reaches_the_authors_figure(folders, tmp_path):
 @pytest.mark.slow
 @pytest.mark.data
 def test_lists_from_the_file_that_was_sharded(folders, data_dir, tmp_path):
-    """The README's sequence: likes are the ratings of at least 4, and what was rated at all is never listed."""
+    """The README's sequence: likes are the ratings of at least 4, and what was rated at all is
+    never listed."""
     source = data_dir / "ml-1m" / "ratings.csv.gz"
     config = [
         "--config",

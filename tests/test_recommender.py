@@ -1,4 +1,5 @@
-"""The Python interface: lists, similar items, explanations and exports, held against the dense oracle and the command."""
+"""The Python interface: lists, similar items, explanations and exports, held against the dense
+oracle and the command."""
 
 from __future__ import annotations
 
@@ -321,7 +322,8 @@ def test_explanations_add_up(runs, kind, partitions):
 
 
 def test_similar_items_on_planted_clusters(runs):
-    """Items come in clusters of 4: those of one cluster speak for each other and have one direction in R."""
+    """Items come in clusters of 4: those of one cluster speak for each other and have one direction
+    in R."""
     path, _ = a_run(runs, "vasp", 2)
     r = Recommender.load(path)
     random = np.random.default_rng(0)
@@ -808,7 +810,8 @@ def test_no_copy_of_the_matrix_is_ever_made(runs):
 
 
 def test_private_memory_does_not_grow_with_the_matrix(runs, tmp_path):
-    """In a process of its own: 64 MB of W, of which private memory takes no part; a copied load is seen."""
+    """In a process of its own: 64 MB of W, of which private memory takes no part; a copied load is
+    seen."""
     path, n_items = runs / "private", 4000
     write_run(path, list(range(n_items)), "nease", 1, columns=256, sharper=1.0)
     script = f"""
@@ -840,7 +843,8 @@ print(private() - before)
 
 
 def test_a_file_larger_than_memory_is_mapped(tmp_path):
-    """A sparse file of twice the machine's memory; torch's own mapping of it is refused by the kernel."""
+    """A sparse file of twice the machine's memory; torch's own mapping of it is refused by the
+    kernel."""
     n = psutil.virtual_memory().total // 2  # fp32 numbers
     header = json.dumps(
         {"w": {"dtype": "F32", "shape": [n // 8, 8], "data_offsets": [0, n // 8 * 32]}}

@@ -1,4 +1,5 @@
-"""The report of a run, in a real browser too: nothing leaves the page, no text becomes code, no layout overflows."""
+"""The report of a run, in a real browser too: nothing leaves the page, no text becomes code, no
+layout overflows."""
 
 from __future__ import annotations
 

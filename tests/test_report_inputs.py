@@ -1,4 +1,5 @@
-"""A report of files that hold anything: odd numbers, text where numbers belong, bytes that are no text. It is a page, or one line."""
+"""A report of files that hold anything: odd numbers, text where numbers belong, bytes that are no
+text. It is a page, or one line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Signals are noticed whatever the main thread does, end a command through its clean-up, and stop a training after a step."""
+"""Signals are noticed whatever the main thread does, end a command through its clean-up, and stop a
+training after a step."""
 
 from __future__ import annotations
 

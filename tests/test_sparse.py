@@ -140,7 +140,8 @@ def test_gather_rows_equals_dense(world_size):
                     assert real.sum() == len(rows)
                     assert len(real) == len(indptr) - 1
                     listed = [items[a:b].tolist() for a, b in itertools.pairwise(indptr)]
-                    # ranks hold consecutive rows, so the real rows are the rows in order; padding is empty
+                    # ranks hold consecutive rows, so the real rows are the rows in order; padding
+                    # is empty
                     assert [
                         row for row, is_real in zip(listed, real, strict=True) if is_real
                     ] == rows

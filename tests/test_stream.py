@@ -1,4 +1,5 @@
-"""The order of training users: every user once, the same for any number of ranks, workers, lanes and any sharding."""
+"""The order of training users: every user once, the same for any number of ranks, workers, lanes
+and any sharding."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Synthetic data: exact counts, no repeats, one file per seed, long tails, and tastes that a model can find."""
+"""Synthetic data: exact counts, no repeats, one file per seed, long tails, and tastes that a model
+can find."""
 
 from __future__ import annotations
 
@@ -58,7 +59,8 @@ def test_activity_has_a_long_tail():
 
 
 def test_draws_follow_the_weights():
-    # with one item per user, every draw is an independent one from the user's mixture: compare with its expectation
+    # with one item per user, every draw is an independent one from the user's mixture: compare with
+    # its expectation
     tastes = Tastes.draw(30, np.random.default_rng(0))
     _, item = draw_block(np.ones(40_000, np.int64), tastes, np.random.default_rng(1))
     share = np.bincount(item, minlength=30) / 40_000
@@ -79,7 +81,8 @@ def test_large_appetites_take_the_whole_catalogue():
 
 
 def test_a_model_beats_popularity(tmp_path):
-    """Closed-form EASE on 2,000 users x 500 items: at least twice popularity's NDCG@100, on popularity that has a tail."""
+    """Closed-form EASE on 2,000 users x 500 items: at least twice popularity's NDCG@100, on
+    popularity that has a tail."""
     user, item = make(tmp_path / "x.parquet", 2000, 500, 80_000)
     dense = np.zeros((2000, 500))
     dense[user - 1, item - 1] = 1

@@ -1,4 +1,5 @@
-"""Which files are read, how they are unpacked and decoded, and what is refused before memory is spent."""
+"""Which files are read, how they are unpacked and decoded, and what is refused before memory is
+spent."""
 
 from __future__ import annotations
 
@@ -295,7 +296,8 @@ def test_lines_and_headers_are_bounded(tmp_path, monkeypatch):
 
 
 def test_texts_of_a_parquet_file_are_bounded(tmp_path, monkeypatch):
-    """A long text that repeats is refused by its length in the dictionary, without a copy for every row."""
+    """A long text that repeats is refused by its length in the dictionary, without a copy for every
+    row."""
     path = tmp_path / "a.parquet"
     repeated = pa.DictionaryArray.from_arrays(
         pa.array([0] * 2000, pa.int32()), pa.array(["x" * 3_000_000])

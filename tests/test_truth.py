@@ -1,4 +1,5 @@
-"""result.json speaks of the weights beside it, whatever attempts came before, and of the data that training began with."""
+"""result.json speaks of the weights beside it, whatever attempts came before, and of the data that
+training began with."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Invariant 1: the partitioned model equals the dense oracle, in double precision and without an engine."""
+"""Invariant 1: the partitioned model equals the dense oracle, in double precision and without an
+engine."""
 
 from __future__ import annotations
 
@@ -36,7 +37,8 @@ def _data():
 
 
 def _partitioned_step(ranks, cases):
-    """For each case: parameters before, loss, gradients, scores and parameters after one step, of this rank."""
+    """For each case: parameters before, loss, gradients, scores and parameters after one step, of
+    this rank."""
     item_layers.BLOCK_COLUMNS, item_layers.GRADIENT_ROWS = 5, 7
     torch.set_grad_enabled(False)
     found = []

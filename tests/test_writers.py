@@ -1,6 +1,8 @@
-"""Commands that write a file: full and read-only disks, outputs that are not its own, two at once, signals.
+"""Commands that write a file: full and read-only disks, outputs that are not its own, two at once,
+signals.
 
-The cases are those of tests/writers.py. WRITERS=all runs every writer, else those that show each kind of output.
+The cases are those of tests/writers.py. WRITERS=all runs every writer, else those that show each
+kind of output.
 """
 
 from __future__ import annotations
@@ -50,7 +52,8 @@ def test_writer(writer, situation, folder, commands):
     "writer", [w for w in SHOWN if w not in (*SLOW, "train", "compare", "benchmark")]
 )
 def test_two_at_the_same_moment(writer, folder, commands, tmp_path_factory):
-    """One of them writes the whole output, the other says so, or comes later and finds or replaces it."""
+    """One of them writes the whole output, the other says so, or comes later and finds or replaces
+    it."""
     place = folder / "both-at-once"
     for _ in range(4 if ALL else 2):
         place.mkdir()

@@ -1,4 +1,5 @@
-"""Everything that writes a file, and where it must not: on a full disk, on a read-only one, over what is not its own, twice at once.
+"""Everything that writes a file, and where it must not: on a full disk, on a read-only one, over
+what is not its own, twice at once.
 
 `python -m tests.writers` runs all of it and prints a table; tests/test_writers.py runs the same cases as tests.
 """

@@ -41,7 +41,8 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 @dataclass(frozen=True)
 class Model:
-    """One row of the report: a configuration without seed and folder, a baseline, or an ensemble of rows above it."""
+    """One row of the report: a configuration without seed and folder, a baseline, or an ensemble of
+    rows above it."""
 
     name: str
     seeds: tuple[int, ...]
@@ -109,7 +110,8 @@ class Comparison:
         )
 
     def runs(self, output: str | Path) -> list[Run]:
-        """All runs, the first seed of every model first: the report may be read early if the rest is called off."""
+        """All runs, the first seed of every model first: the report may be read early if the rest
+        is called off."""
         folder = Path(output) / "runs"
         found: dict[tuple[str, int], Run] = {}
         alone = {model.name for model in self.models if len(model.seeds) == 1}
@@ -135,7 +137,10 @@ def _config_of(model: Model, seed: int, folder: Path) -> Config | None:
 
 
 def read_comparison(path: str | Path, more: Mapping[str, Any] | None = None) -> Comparison:
-    """The comparison in a YAML file; `more` overrides every trained model's keys, and `shards`. ValueError says what does not fit."""
+    """The comparison in a YAML file; `more` overrides every trained model's keys, and `shards`.
+
+    ValueError says what does not fit.
+    """
     raw = _mapping(read_yaml(path, "the configuration of a comparison"), str(path))
     more = dict(more or {})
     _known(raw, ("shards", "reference", "seeds", "models", "overrides"), str(path))
@@ -242,7 +247,8 @@ def _model(
 def _members(
     raw: Any, where: str, seeds: tuple[int, ...], above: Sequence[Model]
 ) -> tuple[tuple[str, float], ...]:
-    """(model, weight) of each member: trained models above the ensemble that have as many seeds as it has, or one alone."""
+    """(model, weight) of each member: trained models above the ensemble that have as many seeds as
+    it has, or one alone."""
     trained = {model.name: model.seeds for model in above if model.config}
     if not isinstance(raw, dict) or not raw:
         raise ValueError(

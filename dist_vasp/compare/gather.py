@@ -38,7 +38,10 @@ COLUMNS = (*METRICS, *(f"{metric}_{third}" for third in THIRDS for metric in MET
 def gather(
     comparison: Comparison, output: Path, failures: Sequence[Failure], command: str
 ) -> dict[str, Any]:
-    """Read what the finished runs have left. ValueError when the reference has no result, or no user could be scored."""
+    """Read what the finished runs have left.
+
+    ValueError when the reference has no result, or no user could be scored.
+    """
     failed = {failure.run.stem for failure in failures}
     finished: dict[str, list[Run]] = {model.name: [] for model in comparison.models}
     for run in comparison.runs(output):
@@ -139,7 +142,8 @@ def _number(value: float) -> float | None:
 
 
 def _cost(runs: Sequence[Run], model: Model, n_items: int) -> dict[str, Any]:
-    """Of the fastest run the seconds, of the largest the memory (the sum of its ranks' peaks); None where nothing is trained."""
+    """Of the fastest run the seconds, of the largest the memory (the sum of its ranks' peaks); None
+    where nothing is trained."""
     jobs = [read_json(run.file("job.json")) for run in runs]
     cost: dict[str, Any] = dict.fromkeys(
         (
@@ -171,7 +175,8 @@ def _cost(runs: Sequence[Run], model: Model, n_items: int) -> dict[str, Any]:
 
 
 def _sum(runs: Sequence[Run], model: Model, costs: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-    """Of an ensemble: what its members' trainings took one after another, and the memory of ranking with all of them."""
+    """Of an ensemble: what its members' trainings took one after another, and the memory of ranking
+    with all of them."""
     jobs = [read_json(run.file("job.json")) for run in runs]
     members = [costs[name] for name, _ in model.members]
     summed = ("seconds_training", "seconds_training_slowest", "seconds_job", "parameters", "epochs")
@@ -230,7 +235,8 @@ def _data(shards: str, manifest: Manifest) -> dict[str, Any]:
 def write_per_user(
     file: BinaryIO, comparison: Comparison, output: Path, failed: Mapping[str, Any] | set[str]
 ) -> None:
-    """Write all per-user files as one Parquet file with columns `model` and `seed` before theirs, one run at a time."""
+    """Write all per-user files as one Parquet file with columns `model` and `seed` before theirs,
+    one run at a time."""
     with ExitStack() as stack:
         writer: pq.ParquetWriter | None = None
         for run in comparison.runs(output):

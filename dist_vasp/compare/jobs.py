@@ -1,7 +1,9 @@
-"""Jobs of one or several ranks as processes: started, watched for memory, and stopped so that they save.
+"""Jobs of one or several ranks as processes: started, watched for memory, and stopped so that they
+save.
 
-A job has a process group of its own, so a Ctrl-C reaches this process alone; it then asks the ranks, not the launcher, to stop:
-DeepSpeed's launcher would end rank 0 before the others have heard of it (docs/cluster.md).
+A job has a process group of its own, so a Ctrl-C reaches this process alone; it then asks the
+ranks, not the launcher, to stop: DeepSpeed's launcher would end rank 0 before the others have heard
+of it (docs/cluster.md).
 """
 
 from __future__ import annotations
@@ -69,7 +71,10 @@ def free_port() -> int:
 
 
 class Jobs:
-    """Runs one job after another. While it is entered, signals stop the job and then end the whole: Stopped."""
+    """Runs one job after another.
+
+    While it is entered, signals stop the job and then end the whole: Stopped.
+    """
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
@@ -89,7 +94,8 @@ class Jobs:
     def run(
         self, script: Path, arguments: Sequence[str], ranks: int, log: Path, device: str = "auto"
     ) -> Ended:
-        """Run `script` on `ranks` ranks, its output added to `log`, to the end. Raises Stopped when a signal came meanwhile.
+        """Run `script` on `ranks` ranks, its output added to `log`, to the end. Raises Stopped when
+        a signal came meanwhile.
 
         A first signal asks the ranks to save, as Ctrl-C does for training; a second one kills them.
         """
@@ -136,7 +142,8 @@ class Jobs:
 def ranks_of(pid: int, ranks: int) -> list[int]:
     """The process ids of the ranks of the job that `pid` started; empty while they do not run yet.
 
-    With several, a rank is a child of the launcher, which puts RANK into its environment; its own children are loader workers.
+    With several, a rank is a child of the launcher, which puts RANK into its environment; its own
+    children are loader workers.
     """
     if ranks == 1:
         return [pid]
@@ -157,7 +164,8 @@ def ranks_of(pid: int, ranks: int) -> list[int]:
 
 
 def peak_resident(pid: int) -> int:
-    """Bytes of the largest resident size so far, as the kernel keeps it; 0 when the process is gone."""
+    """Bytes of the largest resident size so far, as the kernel keeps it; 0 when the process is
+    gone."""
     try:
         for line in Path(f"/proc/{pid}/status").read_text().splitlines():
             if line.startswith("VmHWM:"):

@@ -1,4 +1,5 @@
-"""The report as Markdown, for somebody who sees the project for the first time: verdict, metrics, long tail, cost, how it was made."""
+"""The report as Markdown, for somebody who sees the project for the first time: verdict, metrics,
+long tail, cost, how it was made."""
 
 from __future__ import annotations
 

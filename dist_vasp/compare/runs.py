@@ -1,4 +1,5 @@
-"""The runs of a comparison, one after another: train what is not finished, evaluate it user by user, note what it cost.
+"""The runs of a comparison, one after another: train what is not finished, evaluate it user by
+user, note what it cost.
 
 Beside each run.dir `runs/NAME-seedK` lie its files:
 
@@ -54,8 +55,9 @@ def data_sha256(manifest: Manifest) -> str:
 
 
 def state_of(run: Run, data: str) -> str:
-    """What is there of a run on the data with hash `data`. A result of another configuration or of other data is not taken:
-    train.py is started then, which goes on where it may and refuses where it must not."""
+    """What is there of a run on the data with hash `data`. A result of another configuration or of
+    other data is not taken: train.py is started then, which goes on where it may and refuses where
+    it must not."""
     evaluated = run.file("test.json").is_file() and run.file("per_user.parquet").is_file()
     same_data = _job(run).get("data_sha256") == data
     if run.members:
@@ -138,7 +140,10 @@ def carry_out(
     say: Callable[[str], None],
     device: str = "auto",
 ) -> list[Failure]:
-    """Bring every run to its end, one after another; a run that fails is said and the others go on. Raises Stopped."""
+    """Bring every run to its end, one after another; a run that fails is said and the others go on.
+
+    Raises Stopped.
+    """
     failures: list[Failure] = []
     seconds: dict[str, list[float]] = {}  # by model, of what was done here
     to_do = [run for run in runs if state_of(run, data) != DONE]
@@ -276,7 +281,8 @@ def _reason(log: Path, start: int) -> str:
 
 
 def _time_left(runs: Sequence[Run], seconds: dict[str, list[float]]) -> str:
-    """`, about 0:02:10 left` for all of `runs`: each as long as its model took before, else as a mean model."""
+    """`, about 0:02:10 left` for all of `runs`: each as long as its model took before, else as a
+    mean model."""
     if not seconds:
         return ""
     mean = fmean(fmean(taken) for taken in seconds.values())

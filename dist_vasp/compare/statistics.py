@@ -1,12 +1,16 @@
-"""The arithmetic of a comparison: means with standard errors, paired differences, and the sentence of verdict.
+"""The arithmetic of a comparison: means with standard errors, paired differences, and the sentence
+of verdict.
 
-For a metric, x[s, u] is what the run of seed s gave user u. A model's value for a user is the mean over its seeds, x[u]; its metric
-the mean over the n scored users; the standard error sd(x[u]) / sqrt(n), which is that of another draw of users.
+For a metric, x[s, u] is what the run of seed s gave user u. A model's value for a user is the mean
+over its seeds, x[u]; its metric the mean over the n scored users; the standard error sd(x[u]) /
+sqrt(n), which is that of another draw of users.
 
-Two models are compared user by user: d[u] = x_a[u] - x_b[u], its mean and sd(d[u]) / sqrt(n). Users are hard or easy for both, so
-this is smaller than the two standard errors suggest. sd is the sample standard deviation (n - 1).
+Two models are compared user by user: d[u] = x_a[u] - x_b[u], its mean and sd(d[u]) / sqrt(n). Users
+are hard or easy for both, so this is smaller than the two standard errors suggest. sd is the sample
+standard deviation (n - 1).
 
-The spread over seeds is the sd of the seeds' metrics: what another seed would change. The paired standard error does not hold it.
+The spread over seeds is the sd of the seeds' metrics: what another seed would change. The paired
+standard error does not hold it.
 """
 
 from __future__ import annotations
@@ -62,7 +66,8 @@ def estimate(values: np.ndarray) -> Estimate:
 
 @dataclass(frozen=True)
 class Scores:
-    """A model's metrics of every user: by column of the per-user files, (seeds, users) float64 with NaN where not scored."""
+    """A model's metrics of every user: by column of the per-user files, (seeds, users) float64 with
+    NaN where not scored."""
 
     name: str
     seeds: tuple[int, ...]
@@ -87,7 +92,8 @@ class Scores:
 
 
 def read_scores(name: str, files: Mapping[int, Path]) -> Scores:
-    """Stack the per-user files of a model, {seed: file}; ValueError where they are not of the same users in the same order."""
+    """Stack the per-user files of a model, {seed: file}; ValueError where they are not of the same
+    users in the same order."""
     tables = {seed: _read(path) for seed, path in files.items()}
     first_seed, first = next(iter(tables.items()))
     keys = np.asarray(first.column("key"))
@@ -121,7 +127,8 @@ def paired(a: Scores, b: Scores, column: str) -> Estimate:
 
 
 def seed_noise(a: Scores, b: Scores, column: str) -> float:
-    """Standard error of the difference that the choice of seeds alone makes; NaN where neither has several seeds."""
+    """Standard error of the difference that the choice of seeds alone makes; NaN where neither has
+    several seeds."""
     parts = [x.seed_sd(column) ** 2 / len(x.seeds) for x in (a, b) if len(x.seeds) > 1]
     return math.sqrt(sum(parts)) if parts else math.nan
 
@@ -135,15 +142,18 @@ class Cost:
     """What a model's training took; None where nothing was trained or measured."""
 
     seconds: float | None = (
-        None  # of the fastest seed: all seeds do the same work, and a busy machine can only add to it
+        # of the fastest seed: all seeds do the same work, and a busy machine can only add to it
+        None
     )
     peak_memory: float | None = None  # bytes
 
 
 def verdict(models: Sequence[Scores], reference: str, costs: Mapping[str, Cost]) -> str:
-    """Who wins, by how much, whether that exceeds two standard errors of the paired difference, and at what cost.
+    """Who wins, by how much, whether that exceeds two standard errors of the paired difference, and
+    at what cost.
 
-    The best by NDCG@100 is held against the reference; where the reference is the best, against the second best.
+    The best by NDCG@100 is held against the reference; where the reference is the best, against the
+    second best.
     """
     first = best_of(models)
     others = [model for model in models if model.name != first.name]
@@ -212,7 +222,8 @@ def _cost(first: str, second: str, costs: Mapping[str, Cost]) -> str:
 
 
 def against_reference(models: Sequence[Scores], reference: str) -> str:
-    """Which of the other models are better, worse or no different by NDCG@100 at two standard errors of the paired difference."""
+    """Which of the other models are better, worse or no different by NDCG@100 at two standard
+    errors of the paired difference."""
     base = next(model for model in models if model.name == reference)
     groups: dict[str, list[str]] = {"better": [], "no different": [], "worse": []}
     for model in models:

@@ -1,7 +1,8 @@
-"""Augmentation: each epoch splits a user's items at random into halves A and B (DESIGN.md, sections 2 and 4), and may leave some out.
+"""Augmentation: each epoch splits a user's items at random into halves A and B (DESIGN.md, sections
+2 and 4), and may leave some out.
 
-Pure functions of keys. Whether an interaction is in A depends on (seed, epoch, user key, item key) and on the user's
-other items, never on the block, rank, worker or shard that the user is read in.
+Pure functions of keys. Whether an interaction is in A depends on (seed, epoch, user key, item key)
+and on the user's other items, never on the block, rank, worker or shard that the user is read in.
 
 Shapes: U users, E interactions.
 """
@@ -26,9 +27,10 @@ def hash64(*words: Word) -> np.ndarray:
     word picks the w-th number of the splitmix64 sequence that starts at the hash of the words before it. The order and
     the number of words matter.
 
-    words: Python integers (taken modulo 2^64) or integer arrays; they broadcast. Returns uint64 of the broadcast shape,
-    a 0-d array if every word is a scalar. Source: Steele, Lea, Flood, "Fast splittable pseudorandom number generators",
-    OOPSLA 2014; multipliers and shifts of Stafford's variant 13.
+    words: Python integers (taken modulo 2^64) or integer arrays; they broadcast. Returns uint64 of
+    the broadcast shape, a 0-d array if every word is a scalar. Source: Steele, Lea, Flood, "Fast
+    splittable pseudorandom number generators", OOPSLA 2014; multipliers and shifts of Stafford's
+    variant 13.
     """
     state: np.ndarray | np.uint64 = np.uint64(len(words))
     for word in words:
@@ -37,7 +39,10 @@ def hash64(*words: Word) -> np.ndarray:
 
 
 def _absorb(state: np.ndarray | np.uint64, word: np.ndarray | np.uint64) -> np.ndarray:
-    """One step of hash64: the state after one more word. In place on one fresh buffer: E is large and this is the hot path."""
+    """One step of hash64: the state after one more word.
+
+    In place on one fresh buffer: E is large and this is the hot path.
+    """
     with np.errstate(over="ignore"):  # arithmetic modulo 2^64 is meant
         h = np.asarray(
             (np.asarray(word).astype(np.uint64, copy=False) + np.uint64(1)) * _GAMMA + state
@@ -52,8 +57,8 @@ def _absorb(state: np.ndarray | np.uint64, word: np.ndarray | np.uint64) -> np.n
 def permutation(n: int, *words: Word) -> np.ndarray:
     """A random order of 0..n-1 that is a function of `words` alone. Returns (n,) int64.
 
-    It sorts by a hash and does not draw from a numpy generator, whose numbers may change between numpy releases: a run
-    that is resumed after an upgrade must see the same order.
+    It sorts by a hash and does not draw from a numpy generator, whose numbers may change between
+    numpy releases: a run that is resumed after an upgrade must see the same order.
     """
     return np.argsort(hash64(int(hash64(*words)), np.arange(n, dtype=np.uint64)), kind="stable")
 
@@ -61,14 +66,16 @@ def permutation(n: int, *words: Word) -> np.ndarray:
 def split_halves(
     user_keys: np.ndarray, indptr: np.ndarray, item_keys: np.ndarray, seed: int, epoch: int
 ) -> np.ndarray:
-    """True where an interaction falls in half A: the user's floor(n/2) items of smallest hash64(seed, epoch, user, item).
+    """True where an interaction falls in half A: the user's floor(n/2) items of smallest
+    hash64(seed, epoch, user, item).
 
-    user_keys (U,) uint64; indptr (U+1,) int64; item_keys (E,) uint64, the key of each interaction's item. Returns (E,)
-    bool. Equal hashes are ranked by position in the row.
+    user_keys (U,) uint64; indptr (U+1,) int64; item_keys (E,) uint64, the key of each interaction's
+    item. Returns (E,) bool. Equal hashes are ranked by position in the row.
 
-    A user's threshold is the (floor(n/2)+1)-th smallest of his hashes. All users' hashes are sorted at once, with the
-    row's number in the upper bits in place of the hash's lowest ones; that is several times faster than an argsort.
-    Where the bits that were cut off matter (two equal truncated hashes at the threshold) the row is ranked in full.
+    A user's threshold is the (floor(n/2)+1)-th smallest of his hashes. All users' hashes are sorted
+    at once, with the row's number in the upper bits in place of the hash's lowest ones; that is
+    several times faster than an argsort. Where the bits that were cut off matter (two equal
+    truncated hashes at the threshold) the row is ranked in full.
     """
     n_users = len(user_keys)
     lengths = np.diff(indptr)
@@ -103,11 +110,13 @@ def keep_inputs(
     seed: int,
     epoch: int,
 ) -> np.ndarray:
-    """True where an interaction stays in the input: each is left out with probability `dropout`, by its hash alone.
+    """True where an interaction stays in the input: each is left out with probability `dropout`, by
+    its hash alone.
 
-    Arguments as in `split_halves`, of which the draw is independent. Returns (E,) bool. Source: the input dropout of Mult-DAE
-    (Liang et al., arXiv 1802.05814, section 3.4), drawn per interaction and without the factor 1 / (1 - dropout): a history with
-    fewer items is what the model meets, not a fainter one.
+    Arguments as in `split_halves`, of which the draw is independent. Returns (E,) bool. Source: the
+    input dropout of Mult-DAE (Liang et al., arXiv 1802.05814, section 3.4), drawn per interaction
+    and without the factor 1 / (1 - dropout): a history with fewer items is what the model meets,
+    not a fainter one.
     """
     users = np.repeat(user_keys, np.diff(indptr))
     return hash64(seed, epoch, users, item_keys, _INPUT) >= np.uint64(int(dropout * 2.0**64))

@@ -1,7 +1,8 @@
 """The shard format: what data_tools writes and dist_vasp.data.stream reads (DESIGN.md, section 4).
 
-A data folder holds WebDataset tars, `manifest.json`, `items.parquet` and one `users-SPLIT.parquet` per
-split. One sample of a tar is a block of users in CSR form, five numpy arrays at most. Nothing here unpickles.
+A data folder holds WebDataset tars, `manifest.json`, `items.parquet` and one `users-SPLIT.parquet`
+per split. One sample of a tar is a block of users in CSR form, five numpy arrays at most. Nothing
+here unpickles.
 
 Shapes: U users of a block, E interactions of a block, I items of the vocabulary.
 """
@@ -75,7 +76,8 @@ class Block:
         return len(self.user_keys)
 
     def check(self, n_items: int, where: str) -> None:
-        """Raise ValueError, naming `where`, unless the arrays form a legal block over `n_items` items."""
+        """Raise ValueError, naming `where`, unless the arrays form a legal block over `n_items`
+        items."""
         if (self.heldout_indptr is None) != (self.heldout_items is None):
             raise ValueError(
                 f"{where}: heldout_indptr and heldout_items come together, only one is present"
@@ -139,7 +141,8 @@ def _concatenate_indptr(pointers: list[np.ndarray]) -> np.ndarray:
 
 
 def encode_block(key: str, block: Block) -> dict[str, Any]:
-    """The sample that `webdataset.TarWriter.write` takes: `KEY.user_keys.npy`, `KEY.indptr.npy`, ..."""
+    """The sample that `webdataset.TarWriter.write` takes: `KEY.user_keys.npy`, `KEY.indptr.npy`,
+    ..."""
     sample: dict[str, Any] = {"__key__": key}
     for name, dtype in _DTYPES.items():
         array = getattr(block, name)
@@ -151,7 +154,8 @@ def encode_block(key: str, block: Block) -> dict[str, Any]:
 
 
 def _decode_array(name: str, data: bytes, where: str) -> np.ndarray:
-    """The one-dimensional array in the bytes of an .npy file; its header is believed only if the size agrees."""
+    """The one-dimensional array in the bytes of an .npy file; its header is believed only if the
+    size agrees."""
     buffer = io.BytesIO(data)
     try:
         if np.lib.format.read_magic(buffer) != (1, 0):
@@ -169,7 +173,8 @@ def _decode_array(name: str, data: bytes, where: str) -> np.ndarray:
 
 
 def decode_sample(sample: dict[str, Any], split: str, n_items: int, where: str) -> Block:
-    """The block in one WebDataset sample; ValueError names `where` and the member that does not belong."""
+    """The block in one WebDataset sample; ValueError names `where` and the member that does not
+    belong."""
     names = _TRAIN_MEMBERS if split == "train" else tuple(_DTYPES)
     members = {k for k in sample if not k.startswith("__")}
     expected = {f"{name}.npy" for name in names}
@@ -188,7 +193,8 @@ def decode_sample(sample: dict[str, Any], split: str, n_items: int, where: str) 
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """One tar: its users, interactions (fold-in) and held-out interactions, size in bytes and SHA-256."""
+    """One tar: its users, interactions (fold-in) and held-out interactions, size in bytes and
+    SHA-256."""
 
     name: str
     users: int
@@ -246,7 +252,8 @@ class Manifest:
 
     @staticmethod
     def load(folder: str | Path) -> Manifest:
-        """Read `folder/manifest.json`; ValueError if it is missing, malformed or of another format version."""
+        """Read `folder/manifest.json`; ValueError if it is missing, malformed or of another format
+        version."""
         path = Path(folder) / MANIFEST
         if not path.is_file():
             raise ValueError(
@@ -277,7 +284,10 @@ class Manifest:
 
 
 def files_of(folder: Path) -> set[str]:
-    """The names of all files of a data folder. ValueError where it is none of ours, so that nothing deletes it."""
+    """The names of all files of a data folder.
+
+    ValueError where it is none of ours, so that nothing deletes it.
+    """
     if not (folder / MANIFEST).is_file():
         raise ValueError(
             f"{folder} is not empty and holds no {MANIFEST}, so it was not written by data_tools.shard: --overwrite does not "
@@ -347,7 +357,10 @@ def iterate_shard(data: bytes, split: str, n_items: int, where: str) -> Iterator
 
 
 def _tar_members(data: bytes) -> Iterator[dict[str, Any]]:
-    """Name and bytes of every member. webdataset's own reader would decompress, skip links and fill holes of any size."""
+    """Name and bytes of every member.
+
+    webdataset's own reader would decompress, skip links and fill holes of any size.
+    """
     if data[257:262] != b"ustar":
         raise ValueError("not an uncompressed tar archive")
     with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as archive:
@@ -365,9 +378,11 @@ def _tar_members(data: bytes) -> Iterator[dict[str, Any]]:
 
 
 def read_shard(folder: str | Path, split: str, entry: ShardEntry, n_items: int) -> Block:
-    """All users of one shard as one block, after its size and SHA-256 were compared with the manifest.
+    """All users of one shard as one block, after its size and SHA-256 were compared with the
+    manifest.
 
-    Raises ValueError naming the file when it is missing, was changed or damaged, or holds anything unexpected.
+    Raises ValueError naming the file when it is missing, was changed or damaged, or holds anything
+    unexpected.
     """
     path = Path(folder) / entry.name
     try:
@@ -400,7 +415,8 @@ def default_users_per_shard(n_train_users: int) -> int:
 
 
 def keys_of_ids(ids: pa.Array | pa.ChunkedArray) -> np.ndarray:
-    """The uint64 key of every id: the id itself where integer, else the first 8 bytes of its BLAKE2b digest."""
+    """The uint64 key of every id: the id itself where integer, else the first 8 bytes of its
+    BLAKE2b digest."""
     if pa.types.is_integer(ids.type):
         return np.asarray(ids.cast(pa.int64())).astype(np.uint64)
     digests = b"".join(
@@ -430,7 +446,8 @@ class ItemTable:
 
 
 def load_items(folder: str | Path, manifest: Manifest) -> ItemTable:
-    """Read items.parquet of a data folder and hold it against the manifest's vocabulary; ValueError where they differ."""
+    """Read items.parquet of a data folder and hold it against the manifest's vocabulary; ValueError
+    where they differ."""
     path = Path(folder) / ITEMS_FILE
     try:
         with open(path, "rb") as handle:
@@ -453,7 +470,8 @@ def load_items(folder: str | Path, manifest: Manifest) -> ItemTable:
 def read_items_file(
     path: Path, n_items: int, expected_sha256: str, source: Path | None = None
 ) -> ItemTable:
-    """Read an items.parquet that must hold the vocabulary with this hash; ValueError where it does not.
+    """Read an items.parquet that must hold the vocabulary with this hash; ValueError where it does
+    not.
 
     `source`: the file that it is a copy of, which the error then names.
     """
@@ -491,7 +509,8 @@ def read_items_file(
 
 
 def _check_length(path: Path, n_items: int, expected_sha256: str) -> None:
-    """ValueError unless the file says that it holds `n_items` rows; only its footer is read, and nothing of that length made."""
+    """ValueError unless the file says that it holds `n_items` rows; only its footer is read, and
+    nothing of that length made."""
     try:
         n_rows = pq.read_metadata(path).num_rows
     except (OSError, pa.ArrowException) as error:

@@ -1,8 +1,10 @@
-"""What an id is, for every command and for Python: a non-negative 64-bit number, or text kept byte for byte.
+"""What an id is, for every command and for Python: a non-negative 64-bit number, or text kept byte
+for byte.
 
-A column is numeric only when the text of every id is the canonical decimal form of an integer in [0, 2^63): no sign,
-no leading zero, no blank, no exponent. Then int64 stands for the text and loses nothing. Otherwise all ids are strings,
-sorted by their UTF-8 bytes. So 17 in a Parquet file and the text 17 in a CSV are one id; 017, ` 17` and 17.0 are others.
+A column is numeric only when the text of every id is the canonical decimal form of an integer in
+[0, 2^63): no sign, no leading zero, no blank, no exponent. Then int64 stands for the text and loses
+nothing. Otherwise all ids are strings, sorted by their UTF-8 bytes. So 17 in a Parquet file and the
+text 17 in a CSV are one id; 017, ` 17` and 17.0 are others.
 
 Shapes: E ids of a batch, I ids of a vocabulary.
 """
@@ -42,7 +44,8 @@ def as_text(ids: pa.Array) -> pa.Array:
 
 
 def compact(ids: pa.Array) -> pa.Array:
-    """(E,) int64 where every one of the strings is a canonical integer, else the strings themselves. No id is null."""
+    """(E,) int64 where every one of the strings is a canonical integer, else the strings
+    themselves. No id is null."""
     if not len(ids):
         return pa.array([], pa.int64())
     if not is_text(ids.type):
@@ -79,7 +82,10 @@ def join(arrays: Sequence[pa.Array]) -> pa.Array:
 
 
 def find(ids: pa.Array, vocabulary: pa.Array) -> np.ndarray:
-    """(E,) int32 positions of `ids` in `vocabulary` (I,), -1 where there is none. Ids are equal when their texts are."""
+    """(E,) int32 positions of `ids` in `vocabulary` (I,), -1 where there is none.
+
+    Ids are equal when their texts are.
+    """
     if pa.types.is_integer(vocabulary.type):
         wanted = _numbers(ids)
         positions = pc.index_in(wanted, value_set=vocabulary.cast(pa.int64()))
@@ -107,7 +113,10 @@ def _numbers(ids: pa.Array) -> pa.Array:
 
 
 class IdIndex:
-    """Codes for ids in order of first appearance. It works a batch at a time and never leaves Arrow."""
+    """Codes for ids in order of first appearance.
+
+    It works a batch at a time and never leaves Arrow.
+    """
 
     def __init__(self) -> None:
         self.ids: pa.Array | None = None
@@ -128,7 +137,8 @@ class IdIndex:
 
 
 def remarks(role: str, ids: pa.Array, column: str) -> list[str]:
-    """Lines on distinct ids of a column that may not be what the user means: kept as they are, but said."""
+    """Lines on distinct ids of a column that may not be what the user means: kept as they are, but
+    said."""
     if not is_text(ids.type):
         return []
     said = []
@@ -199,7 +209,8 @@ class _FirstUses(Sequence[int]):
 
 
 def _without(values: pa.Array, missing: Sequence[str]) -> pa.Array:
-    """The numbers, null where one of the missing texts is how a whole number is written, such as -1."""
+    """The numbers, null where one of the missing texts is how a whole number is written, such as
+    -1."""
     markers = [
         float(text) if pa.types.is_floating(values.type) else int(text)
         for text in missing

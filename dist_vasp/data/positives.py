@@ -141,7 +141,8 @@ def of_preparation(preparation: Mapping[str, Any]) -> PositiveRule | None:
 
 
 def in_header(header: Mapping[str, Any]) -> PositiveRule | None:
-    """Read the rule out of the header of a checkpoint or export; None where an earlier version wrote it.
+    """Read the rule out of the header of a checkpoint or export; None where an earlier version
+    wrote it.
 
     ValueError where the rule is malformed.
     """
@@ -318,7 +319,8 @@ def _only(names: Sequence[str], name: str, role: str, where: str, dashes: str) -
 def _there(
     names: Sequence[str], asked: str | None, remembered: str, plain: str, where: str
 ) -> tuple[str, list[str]]:
-    """Return the name that was asked for or remembered, else `plain` where that is there; and a note on the latter.
+    """Return the name that was asked for or remembered, else `plain` where that is there; and a
+    note on the latter.
 
     RecBole's files add a type to a name, `rating:float`.
     """
@@ -333,7 +335,8 @@ def _there(
 
 
 def _option(dashes: str, role: str, name: str) -> str:
-    """Return how the caller names a column: `--item_column movie`, or `item_column='movie'` in Python."""
+    """Return how the caller names a column: `--item_column movie`, or `item_column='movie'` in
+    Python."""
     return f"{dashes}{role}_column {name}" if dashes else f"{role}_column={name!r}"
 
 

@@ -1,8 +1,9 @@
 """Shards -> batches in the fixed order of DESIGN.md, section 4 ("Reading for training").
 
-The users of an epoch form one sequence: shards permuted by (seed, epoch), users within each by (seed, epoch, shard).
-The sequence is cut into `lanes` equal pieces that are read side by side; rank r reads its share of the lanes. What a
-step holds is a pure function of its number, so ranks and workers change nothing and a resume needs only the number.
+The users of an epoch form one sequence: shards permuted by (seed, epoch), users within each by
+(seed, epoch, shard). The sequence is cut into `lanes` equal pieces that are read side by side; rank
+r reads its share of the lanes. What a step holds is a pure function of its number, so ranks and
+workers change nothing and a resume needs only the number.
 
 Shapes: U users of the split, S steps of an epoch, B rows of this rank's batch, E interactions.
 """
@@ -25,7 +26,8 @@ _SPARE_SHARDS = 4  # decoded shards kept beyond one per lane
 
 @dataclass(frozen=True)
 class Rows:
-    """Sparse binary rows in CSR form: row b holds `items[indptr[b]:indptr[b + 1]]`, ascending item rows."""
+    """Sparse binary rows in CSR form: row b holds `items[indptr[b]:indptr[b + 1]]`, ascending item
+    rows."""
 
     indptr: np.ndarray  # (B+1,) int64
     items: np.ndarray  # (E,) int32
@@ -77,8 +79,8 @@ def concatenate_rows(parts: Sequence[Rows]) -> Rows:
 class Batch:
     """What one rank trains on in one step.
 
-    With halves a user gives two consecutive rows, (A -> B) then (B -> A); without, one row x -> x. Input dropout leaves items out
-    of the inputs, never out of the targets. Rows are not padded.
+    With halves a user gives two consecutive rows, (A -> B) then (B -> A); without, one row x -> x.
+    Input dropout leaves items out of the inputs, never out of the targets. Rows are not padded.
     """
 
     epoch: int
@@ -98,9 +100,10 @@ class Batch:
 class TrainStream:
     """The training users of a data folder as batches, for one rank.
 
-    batch_size: users per step over all ranks (an even share: a step has fewer than 3 users more or less than U/S, so
-    at most batch_size + 2). lanes: pieces that are read side by side. Raises ValueError where the folder, or the
-    combination of batch_size, lanes and world_size, cannot be trained on.
+    batch_size: users per step over all ranks (an even share: a step has fewer than 3 users more or
+    less than U/S, so at most batch_size + 2). lanes: pieces that are read side by side. Raises
+    ValueError where the folder, or the combination of batch_size, lanes and world_size, cannot be
+    trained on.
     """
 
     def __init__(
@@ -161,7 +164,8 @@ class TrainStream:
     # --- order -------------------------------------------------------------------------------------------------------
 
     def _given(self, s: int) -> np.ndarray:
-        """c(s) = (s * n_l + (l * S) // lanes) // S: users that each lane has given before step s of an epoch. (lanes,)"""
+        """c(s) = (s * n_l + (l * S) // lanes) // S: users that each lane has given before step s of
+        an epoch. (lanes,)"""
         return (s * self._lane_users + self._phases) // self.steps_per_epoch
 
     def _order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
@@ -173,7 +177,8 @@ class TrainStream:
         return self._epoch_order[1:]
 
     def _pieces(self, epoch: int, first: int, stop: int) -> Iterator[tuple[int, int, int]]:
-        """Positions first to stop of the epoch's sequence as (shard, from, to) within the permuted shards."""
+        """Positions first to stop of the epoch's sequence as (shard, from, to) within the permuted
+        shards."""
         order, starts = self._order(epoch)
         while first < stop:
             slot = int(np.searchsorted(starts, first, side="right")) - 1
@@ -194,14 +199,18 @@ class TrainStream:
         return self._cache[key]
 
     def _evict(self, used: int) -> None:
-        """Forget the shards used longest ago, but none of the `used` ones of this step: the next step reads them on."""
+        """Forget the shards used longest ago, but none of the `used` ones of this step: the next
+        step reads them on."""
         while len(self._cache) > max(used, len(self._my_lanes) + _SPARE_SHARDS):
             self._cache.popitem(last=False)
 
     # --- batches -----------------------------------------------------------------------------------------------------
 
     def batch(self, step: int) -> Batch:
-        """This rank's batch of global step `step` (steps before it, from 0). ValueError where a shard is damaged."""
+        """This rank's batch of global step `step` (steps before it, from 0).
+
+        ValueError where a shard is damaged.
+        """
         epoch, s = divmod(step, self.steps_per_epoch)
         before, users = self._given(s), self._given(s + 1) - self._given(s)  # (lanes,)
         pieces = []
@@ -249,12 +258,14 @@ class TrainStream:
     def batches(
         self, start: int, stop: int, workers: int
     ) -> Generator[Batch, None, None] | ReadAhead[Batch]:
-        """The batches of the global steps start to stop, in order, read ahead by `workers` processes (0: none).
+        """The batches of the global steps start to stop, in order, read ahead by `workers`
+        processes (0: none).
 
-        Workers start now, with nothing decoded, and live as long as the iterator: ask once for a whole run, not per epoch, and
-        before the model exists. A worker is a fork, and keeps the pages of what was there until somebody writes to them: of weights
-        that the parent goes on to update it would hold an old copy. Closing the iterator ends them. An error of a worker is raised
-        here as the same error.
+        Workers start now, with nothing decoded, and live as long as the iterator: ask once for a
+        whole run, not per epoch, and before the model exists. A worker is a fork, and keeps the
+        pages of what was there until somebody writes to them: of weights that the parent goes on to
+        update it would hold an old copy. Closing the iterator ends them. An error of a worker is
+        raised here as the same error.
         """
         if workers == 0:
             return (self.batch(step) for step in range(start, stop))
@@ -262,7 +273,10 @@ class TrainStream:
 
 
 def _both_ways(rows: Rows, in_a: np.ndarray) -> tuple[Rows, Rows]:
-    """Inputs A, B, A, B, ... and targets B, A, B, A, ... of users given as rows; `in_a` (E,) bool. Items stay ascending."""
+    """Inputs A, B, A, B, ...
+
+    and targets B, A, B, A, ... of users given as rows; `in_a` (E,) bool. Items stay ascending.
+    """
     before = np.concatenate([np.zeros(1, np.int64), np.cumsum(in_a)])
     n_a = np.diff(before[rows.indptr])
     n_b = rows.lengths - n_a
@@ -290,7 +304,8 @@ def _interleave(
 
 @dataclass(frozen=True)
 class EvalBlock:
-    """Consecutive held-out users: the model sees `fold_in` and is asked for `held_out` (may be empty)."""
+    """Consecutive held-out users: the model sees `fold_in` and is asked for `held_out` (may be
+    empty)."""
 
     user_keys: np.ndarray  # (U,) uint64
     fold_in: Rows
@@ -305,11 +320,13 @@ def evaluation_blocks(
     stop: int | None = None,
     manifest: Manifest | None = None,
 ) -> Iterator[EvalBlock]:
-    """The users start to stop of `split` ("validation" or "test") in order, `users_per_block` at a time (the last: fewer).
+    """The users start to stop of `split` ("validation" or "test") in order, `users_per_block` at a
+    time (the last: fewer).
 
-    Every rank of a partition group iterates the same blocks; they do not depend on the shards. Memory holds one shard
-    and one block. Shards before `start` are not read. `manifest`: what the folder held when it was read before, to which the
-    shards must still answer. ValueError where a shard is damaged.
+    Every rank of a partition group iterates the same blocks; they do not depend on the shards.
+    Memory holds one shard and one block. Shards before `start` are not read. `manifest`: what the
+    folder held when it was read before, to which the shards must still answer. ValueError where a
+    shard is damaged.
     """
     if split not in ("validation", "test"):
         raise ValueError(f"split is {split!r}, expected validation or test")

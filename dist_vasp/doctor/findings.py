@@ -10,7 +10,8 @@ Level = Literal["ok", "warning", "error"]
 
 @dataclass(frozen=True)
 class Finding:
-    """`level` error: a job would fail or give nothing; warning: it would run, but slowly or not for long."""
+    """`level` error: a job would fail or give nothing; warning: it would run, but slowly or not for
+    long."""
 
     check: str
     level: Level

@@ -147,7 +147,8 @@ def _plan(config: Config, sizes: Sizes, layout: Layout, local_ranks: int) -> Fin
 
 
 def _disk(config: Config, n_items: int) -> Finding:
-    """Room where the run will lie: the kept checkpoints with their moments, one that is being written, and the best without."""
+    """Room where the run will lie: the kept checkpoints with their moments, one that is being
+    written, and the best without."""
     folder = Path(config.run.dir) if config.run.dir else None
     if folder is None:
         return warning("run.dir", "run.dir is not set", "pass --run.dir DIR")

@@ -1,4 +1,7 @@
-"""The machine before a job: versions, devices, compiler, cores, memory. Limits of a control group count, as batch systems set them."""
+"""The machine before a job: versions, devices, compiler, cores, memory.
+
+Limits of a control group count, as batch systems set them.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,8 @@ _SMALL_SHARED_MEMORY = 128 << 20  # containers start with 64 MB
 
 
 def check_machine(device: str, compile_always: bool = False) -> Iterator[Finding]:
-    """Everything that does not depend on data or model; `device` and `compile_always` are what the configuration asks for."""
+    """Everything that does not depend on data or model; `device` and `compile_always` are what the
+    configuration asks for."""
     yield from _versions()
     yield _devices(device)
     yield _compiler(compile_always)
@@ -176,7 +180,8 @@ def _shared_memory() -> Iterator[Finding]:
 
 
 def available_memory() -> tuple[int, bool]:
-    """(bytes that processes started here can still take, whether a control group's limit is what binds)."""
+    """(bytes that processes started here can still take, whether a control group's limit is what
+    binds)."""
     free, limited = psutil.virtual_memory().available, False
     for folder in _groups():
         limit = _number(folder / "memory.max")

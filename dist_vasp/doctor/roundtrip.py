@@ -1,6 +1,7 @@
 """Sums between ranks, as training makes them: whether they come out right, how fast they are.
 
-Under a launcher the job's own ranks take part; else some are started here, as processes of their own.
+Under a launcher the job's own ranks take part; else some are started here, as processes of their
+own.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ _REPEATS = 3
 
 
 def measure(ranks: Ranks) -> dict[str, Any]:
-    """Seconds and bytes/s of 64 MB summed over all ranks, seconds of 8 bytes, and whether every collective gave the right numbers.
-    All ranks call it together."""
+    """Seconds and bytes/s of 64 MB summed over all ranks, seconds of 8 bytes, and whether every
+    collective gave the right numbers. All ranks call it together."""
     n, rank, device = ranks.world_size, ranks.rank, ranks.device
     local = torch.full((_ELEMENTS,), float(rank + 1), device=device)
     total = n * (n + 1) / 2
@@ -79,7 +80,8 @@ def judge(found: dict[str, Any]) -> Finding:
 
 
 def start_here(script: Path, n: int, device: str, threads: int) -> Finding:
-    """Start `n` ranks of `script` on this machine, which `measure` and print the result, and judge it."""
+    """Start `n` ranks of `script` on this machine, which `measure` and print the result, and judge
+    it."""
     do = "see what the ranks said; a firewall on the loopback, or a GPU that another job holds, are the usual reasons"
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -2,18 +2,20 @@
 
     G = X^T X,    P = (G + lambda I)^-1,    B = I - P diagMat(1 / diag P),    score = x B,    diag(B) = 0
 
-Each rank owns the columns J of the one I x I matrix, in blocks (I, C). G, then -P, then B take each other's place in it; beside it
-there are two panels (I, C) and a block of users.
+Each rank owns the columns J of the one I x I matrix, in blocks (I, C). G, then -P, then B take each
+other's place in it; beside it there are two panels (I, C) and a block of users.
 
-The inverse is a blocked symmetric sweep. For every block K of columns, with the panel A_IK on all ranks:
+The inverse is a blocked symmetric sweep. For every block K of columns, with the panel A_IK on all
+ranks:
 
     A_KK = L L^T  (Cholesky),    V = A_IK L^-T,    V_K = -L^-T,    A_IK = 0,  A_KI = 0,    A <- A - V V^T
 
-After the last block A is -P. Why this, and not Cholesky, inverse of the factor and product: A stays symmetric, so of every two
-mirrored blocks only one is kept up to date; that is I^3 operations like the three steps together, in one loop of matrix products
-whose work is even over the columns, and one panel on the wire. An inverse by Gauss and Jordan without the symmetry takes 2 I^3. Its
-error in float32 is that of LAPACK's Cholesky and LU, up to a factor of 1.4 either way, at conditions of 1e2 to 1e8
-(docs/experiments.md, EASE).
+After the last block A is -P. Why this, and not Cholesky, inverse of the factor and product: A stays
+symmetric, so of every two mirrored blocks only one is kept up to date; that is I^3 operations like
+the three steps together, in one loop of matrix products whose work is even over the columns, and
+one panel on the wire. An inverse by Gauss and Jordan without the symmetry takes 2 I^3. Its error in
+float32 is that of LAPACK's Cholesky and LU, up to a factor of 1.4 either way, at conditions of 1e2
+to 1e8 (docs/experiments.md, EASE).
 
 Shapes: U users of a block, I items, J this rank's items, C columns of a block, K the pivot block.
 """
@@ -29,14 +31,17 @@ from dist_vasp.model.sparse import ItemRows, sum_rows
 from dist_vasp.parallel.comm import Ranks, agreed, all_reduce
 from dist_vasp.parallel.partition import ItemPartition
 
-SWEEP_COLUMNS = 512  # smaller: more passes over the matrix; larger: more work on the diagonal blocks, which are computed whole
+# smaller: more passes over the matrix; larger: more work on the diagonal blocks, which are computed
+# whole
+SWEEP_COLUMNS = 512
 _GATHER_COLUMNS = 256  # a block of dense users stays in a CPU core's cache (docs/experiments.md)
 
 Range = tuple[int, int]
 
 
 class SymmetricColumns:
-    """This rank's column blocks of a symmetric I x I matrix; of two mirrored blocks of the matrix one is kept, the other stale.
+    """This rank's column blocks of a symmetric I x I matrix; of two mirrored blocks of the matrix
+    one is kept, the other stale.
 
     Column block c keeps the row blocks c, c + 1, ..., half the way round: every column has the same share, on every rank.
     `columns`: (I, C) each, the blocks `partition.blocks(width)` of this rank, written in place.
@@ -53,7 +58,8 @@ class SymmetricColumns:
         )
 
     def kept_rows(self, block: int) -> list[Range]:
-        """The rows of column block `block` that are kept up to date: one range, or two where it goes over the end."""
+        """The rows of column block `block` that are kept up to date: one range, or two where it
+        goes over the end."""
         n = len(self.blocks)
         last = block + (n - 1) // 2 + (n % 2 == 0 and block < n // 2)
         if last < n:
@@ -65,7 +71,8 @@ class SymmetricColumns:
         return list(enumerate(self.columns, self.first))
 
     def panel(self, block: int) -> Tensor:
-        """The columns of `block`, (I, C), on every rank: its kept rows, and the others from the columns that keep their mirror."""
+        """The columns of `block`, (I, C), on every rank: its kept rows, and the others from the
+        columns that keep their mirror."""
         lo, hi = self.blocks[block]
         panel_IC = self.columns[0].new_zeros((self.n_items, hi - lo))
         for c, column in self.own():
@@ -95,10 +102,11 @@ class SymmetricColumns:
 
 
 def add_gram(G: SymmetricColumns, x: ItemRows, weight_U: Tensor | None = None) -> None:
-    """G += x^T diag(weight) x on what is kept, for the users x (U rows): their dense rows exist for one block of columns at a time.
+    """G += x^T diag(weight) x on what is kept, for the users x (U rows): their dense rows exist for
+    one block of columns at a time.
 
-    Row i of the sum is the sum of the rows of those users that have item i; without weights a float32 G is exact up to 2^24 users of
-    a pair.
+    Row i of the sum is the sum of the rows of those users that have item i; without weights a
+    float32 G is exact up to 2^24 users of a pair.
     """
     dtype = torch.float32 if weight_U is None else weight_U.dtype
     for c, column in G.own():
@@ -117,7 +125,8 @@ def add_gram(G: SymmetricColumns, x: ItemRows, weight_U: Tensor | None = None) -
 def invert(A: SymmetricColumns, tick: Callable[[int], None] = lambda done: None) -> None:
     """A <- -A^-1, whole columns, in place; `tick(blocks done)` after each block of columns.
 
-    Raises AgreedError on every rank where a pivot is not positive: A is not positive definite in its precision.
+    Raises AgreedError on every rank where a pivot is not positive: A is not positive definite in
+    its precision.
     """
     for block, (lo, hi) in enumerate(A.blocks):
         V_IC = A.panel(block)
@@ -149,7 +158,10 @@ def _cholesky(pivot_CC: Tensor, first: int) -> Tensor:
 
 
 def to_weights(negative_P: SymmetricColumns) -> None:
-    """-P -> B, whole columns, in place: B_ij = -P_ij / P_jj, zero on the diagonal. AgreedError where P_jj is not positive."""
+    """-P -> B, whole columns, in place: B_ij = -P_ij / P_jj, zero on the diagonal.
+
+    AgreedError where P_jj is not positive.
+    """
     with agreed(negative_P.ranks):
         for c, column in negative_P.own():
             lo, hi = negative_P.blocks[c]

@@ -1,18 +1,19 @@
 """Input and output side of VASP, partitioned by item (DESIGN.md, section 3).
 
-Each rank of a partition group owns the items J = [start, stop): rows J of W1, R and Q, entries J of the biases, columns
-J of the NEASE matrix W (column j holds the weights into output item j).
+Each rank of a partition group owns the items J = [start, stop): rows J of W1, R and Q, entries J of
+the biases, columns J of the NEASE matrix W (column j holds the weights into output item j).
 
               W1_J (J,H)          R_J (J,H)   Q_J (J,L)   W_J (I,J)
     x_G  --> [ input side ] ...  [          output side          ] --> logits of J, loss, gradients
               sum over J             one block of items at a time: no (G, J) tensor is ever held
               reduce_scatter
 
-A block's weight gradient is handed to a `Sink` as soon as it exists and is not kept: the sink updates the weights at once,
-or adds it up, or takes its norm. The gradient to the trunk is taken from the old weights first.
+A block's weight gradient is handed to a `Sink` as soon as it exists and is not kept: the sink
+updates the weights at once, or adds it up, or takes its norm. The gradient to the trunk is taken
+from the old weights first.
 
-Shapes: B rows of this rank, G = P * B rows of the partition group, I items, J items of this rank, C items of a block,
-H hidden width, L latent width.
+Shapes: B rows of this rank, G = P * B rows of the partition group, I items, J items of this rank, C
+items of a block, H hidden width, L latent width.
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ def accumulate(parameter: Tensor, first: int, grad: Tensor) -> None:
 
 @dataclass(frozen=True)
 class ItemSlice:
-    """One stored piece of an item matrix: the items [lo, hi) along dimension `item_dim` of `tensor`."""
+    """One stored piece of an item matrix: the items [lo, hi) along dimension `item_dim` of
+    `tensor`."""
 
     name: str
     lo: int
@@ -62,7 +64,8 @@ class ItemSlice:
     tensor: Tensor
 
     def glorot(self, seed: int, name_id: int, fan: int) -> None:
-        """Draw each item's vector from a generator of its own, so that every layout starts from the same matrix."""
+        """Draw each item's vector from a generator of its own, so that every layout starts from the
+        same matrix."""
         bound = (6 / fan) ** 0.5
         keys = hash64(seed, name_id, np.arange(self.lo, self.hi, dtype=np.uint64))
         by_item = self.tensor.movedim(self.item_dim, 0)
@@ -77,7 +80,8 @@ class ItemSlice:
 
 
 class InputSide:
-    """x -> W1 x for this rank's own rows: local sums over J, then a reduce_scatter over the partition group."""
+    """x -> W1 x for this rank's own rows: local sums over J, then a reduce_scatter over the
+    partition group."""
 
     def __init__(
         self,
@@ -118,7 +122,8 @@ class Head:
     def backward(
         self, source_GK: Tensor, grads: HeadGradients, grad_GC: Tensor, lo: int, hi: int, sink: Sink
     ) -> None:
-        """Add dL/dsource, from the weights as they still are, then hand the block's weight gradient to the sink."""
+        """Add dL/dsource, from the weights as they still are, then hand the block's weight gradient
+        to the sink."""
         grads.source_GK.addmm_(grad_GC, self.weight_JK[lo:hi])
         grads.bias_J[lo:hi] = grad_GC.sum(dim=0)
         sink(self.weight_JK, lo, grad_GC.T @ source_GK)
@@ -183,7 +188,8 @@ class OutputSide:
 
     @staticmethod
     def _diagonal(block_IC: Tensor, lo: int) -> Tensor:
-        """The entries of W's diagonal that lie in the block of columns starting at item `lo`: a view (C,)."""
+        """The entries of W's diagonal that lie in the block of columns starting at item `lo`: a
+        view (C,)."""
         return torch.diagonal(block_IC[lo : lo + block_IC.shape[1]])
 
     def slices(self) -> list[ItemSlice]:
@@ -202,7 +208,8 @@ class OutputSide:
     def logits(
         self, block: int, sources: list[Tensor], x: ItemRows, in_loss: bool = False
     ) -> list[Tensor]:
-        """The block's logits, (G, C) per path, in the order R, Q, W; without W where it is no part of the loss (`in_loss`)."""
+        """The block's logits, (G, C) per path, in the order R, Q, W; without W where it is no part
+        of the loss (`in_loss`)."""
         lo, hi = (b - self.part.start for b in self.blocks[block])
         paths = [
             head.logits(source, lo, hi) for head, source in zip(self.heads, sources, strict=True)
@@ -215,7 +222,8 @@ class OutputSide:
     def row_stats(
         self, loss: RowLoss, sources: list[Tensor], x: ItemRows, y: ItemRows | None
     ) -> Tensor:
-        """The row statistics of `loss` over all items of all partitions: a first pass over the blocks. (G, n)"""
+        """The row statistics of `loss` over all items of all partitions: a first pass over the
+        blocks. (G, n)"""
         nothing = torch.zeros(0, dtype=torch.int64, device=x.items.device)
         shares = [
             loss.row_stats(
@@ -238,8 +246,8 @@ class OutputSide:
     ) -> tuple[Tensor, list[Tensor]]:
         """One pass over the blocks: forward, loss and backward of each, before the next.
 
-        Returns this rank's share of the loss (scalar) and of the gradient to each source; both are sums over partitions still to
-        be taken.
+        Returns this rank's share of the loss (scalar) and of the gradient to each source; both are
+        sums over partitions still to be taken.
         """
         stats, total = None, weight_G.new_zeros(())
         if isinstance(loss, RowLoss):
@@ -266,7 +274,8 @@ class OutputSide:
         return total, [head_grad.source_GK for head_grad in head_grads]
 
     def _shallow_backward(self, block: int, grad_GC: Tensor, x: ItemRows, sink: Sink) -> None:
-        """Hand dL/dW of the block to the sink, some input items at a time; W's diagonal has no gradient."""
+        """Hand dL/dW of the block to the sink, some input items at a time; W's diagonal has no
+        gradient."""
         lo, hi = self.blocks[block]
         for first in range(0, self.part.n_items, self.gradient_rows):
             last = min(first + self.gradient_rows, self.part.n_items)
@@ -283,7 +292,8 @@ class OutputSide:
     def scores(
         self, sources: list[Tensor], x: ItemRows, loss: Loss
     ) -> Iterator[tuple[int, Tensor]]:
-        """(first item, log p (G, C)) of every block, in item order; a multinomial model's p is its softmax."""
+        """(first item, log p (G, C)) of every block, in item order; a multinomial model's p is its
+        softmax."""
         stats = (
             self.row_stats(loss, sources, x, None) if isinstance(loss, MultinomialLoss) else None
         )

@@ -1,7 +1,9 @@
-"""Losses of one block of item columns and their gradients in closed form: elementwise, no collectives.
+"""Losses of one block of item columns and their gradients in closed form: elementwise, no
+collectives.
 
-A model's prediction is a product of sigmoids, one per path: p = prod_k s_k with s_k = sigmoid(l_k), and q = 1 - p. With
-u_k = exp(-|l_k|), the one exponential that a path costs, both are made of positive terms only, so no digits are lost:
+A model's prediction is a product of sigmoids, one per path: p = prod_k s_k with s_k = sigmoid(l_k),
+and q = 1 - p. With u_k = exp(-|l_k|), the one exponential that a path costs, both are made of
+positive terms only, so no digits are lost:
 
     log p = sum_k min(l_k, 0) - log(prod_k (1 + u_k))          q = (1 - s_1) + s_1 (1 - s_2) + s_1 s_2 (1 - s_3)
 
@@ -9,8 +11,8 @@ A loss is a function of (log p, log q); with its two slopes S_p = dL/d(log p) an
 
     dL/dl_k = (1 - sigmoid(l_k)) * (S_p - S_q * p/q) = (1 - sigmoid(l_k))/q * (q * S_p - p * S_q)
 
-Focal loss: Lin et al. 2017 (arXiv 1708.02002), as used by VASP (arXiv 2102.05774), section 3.1. Multinomial: Liang et
-al. 2018 (arXiv 1802.05814), equation 2. Cosine: VASP, section 3.2.
+Focal loss: Lin et al. 2017 (arXiv 1708.02002), as used by VASP (arXiv 2102.05774), section 3.1.
+Multinomial: Liang et al. 2018 (arXiv 1802.05814), equation 2. Cosine: VASP, section 3.2.
 
 Shapes: G rows, C columns of the block. Targets are the positions (rows, columns) of the ones.
 """
@@ -32,7 +34,8 @@ Positions = tuple[Tensor, Tensor]  # rows (E,), columns (E,) of the ones of a bl
 
 @dataclass
 class Probability:
-    """p and q = 1 - p of a product of sigmoids, their logarithms, and (1 - sigmoid) / q of each path; all (G, C)."""
+    """p and q = 1 - p of a product of sigmoids, their logarithms, and (1 - sigmoid) / q of each
+    path; all (G, C)."""
 
     p: Tensor
     q: Tensor
@@ -44,8 +47,9 @@ class Probability:
 def probability(logits: list[Tensor]) -> Probability:
     """Of a product of sigmoids, exact for p near 0 and near 1 and finite for every logit.
 
-    Where all logits are so large that 1 + u_k is 1 (above 17 in float32), q is the sum of the u_k: all are then taken exp(shift) times
-    too large, so that none is lost to underflow, and q and log p are scaled back.
+    Where all logits are so large that 1 + u_k is 1 (above 17 in float32), q is the sum of the u_k:
+    all are then taken exp(shift) times too large, so that none is lost to underflow, and q and log
+    p are scaled back.
     """
     shift = (reduce(torch.minimum, logits) + math.log(torch.finfo(logits[0].dtype).eps / 4)).clamp(
         min=0
@@ -91,7 +95,8 @@ class ElementwiseLoss:
     def block(
         self, logits: list[Tensor], ones: Positions, weight_G: Tensor, stats: Tensor | None = None
     ) -> tuple[Tensor, list[Tensor]]:
-        """The block's weighted loss (scalar) and its gradient with respect to each path's logits, (G, C) each."""
+        """The block's weighted loss (scalar) and its gradient with respect to each path's logits,
+        (G, C) each."""
         is_one = torch.zeros(logits[0].shape, dtype=torch.bool, device=weight_G.device)
         is_one[ones] = True
         weight_GC = (
@@ -152,7 +157,10 @@ class SquaredError(ElementwiseLoss):
 
 @dataclass
 class CosineLoss(ElementwiseLoss):
-    """1 - <p, y> / (|p| |y|) of each row. Row statistics: <p, y> and |p|^2, summed over the blocks and partitions, and |y|^2."""
+    """1 - <p, y> / (|p| |y|) of each row.
+
+    Row statistics: <p, y> and |p|^2, summed over the blocks and partitions, and |y|^2.
+    """
 
     def row_stats(self, logits: list[Tensor], ones: Positions) -> Tensor:
         """This block's share of (<p, y>, |p|^2, |y|^2): (G, 3)."""
@@ -186,7 +194,10 @@ class CosineLoss(ElementwiseLoss):
 
 @dataclass
 class MultinomialLoss:
-    """-sum_j y_j log softmax(l)_j with l the sum of the paths' logits. Row statistics: log sum exp l and the number of ones."""
+    """-sum_j y_j log softmax(l)_j with l the sum of the paths' logits.
+
+    Row statistics: log sum exp l and the number of ones.
+    """
 
     def row_stats(self, logits: list[Tensor], ones: Positions) -> Tensor:
         """This block's (log sum exp, number of ones): (G, 2)."""

@@ -1,7 +1,9 @@
-"""Mean and standard deviation of each path's logits, from a sample of the catalogue that every layout takes alike.
+"""Mean and standard deviation of each path's logits, from a sample of the catalogue that every
+layout takes alike.
 
-VASP's p is a product: where one path's logits grow while the other's stand still, the deep and the shallow part of the model no longer
-share the work. Every SAMPLE_EVERY-th item is looked at, on logits that the step has anyway; the sums travel with the loss.
+VASP's p is a product: where one path's logits grow while the other's stand still, the deep and the
+shallow part of the model no longer share the work. Every SAMPLE_EVERY-th item is looked at, on
+logits that the step has anyway; the sums travel with the loss.
 
 Shapes: G rows of the partition group, C columns of a block.
 """
@@ -17,14 +19,16 @@ SAMPLE_EVERY = 61  # a prime, so that the sample runs through the positions of a
 
 
 class PathStatistics:
-    """Sums over (sampled items, real rows): `sums` (paths, 3), float64, holds the count, the sum and the sum of squares."""
+    """Sums over (sampled items, real rows): `sums` (paths, 3), float64, holds the count, the sum
+    and the sum of squares."""
 
     def __init__(self, paths: list[str], device: torch.device) -> None:
         self.paths = paths
         self.sums = torch.zeros((len(paths), 3), dtype=torch.float64, device=device)
 
     def add(self, first_item: int, logits: list[Tensor], weight_G: Tensor) -> None:
-        """Take the sample out of one block, whose first column is `first_item`; rows of weight 0 are padding."""
+        """Take the sample out of one block, whose first column is `first_item`; rows of weight 0
+        are padding."""
         first = -first_item % SAMPLE_EVERY
         if first >= logits[0].shape[1]:
             return
@@ -36,7 +40,8 @@ class PathStatistics:
             )
 
     def named(self, totals: list[float]) -> dict[str, float]:
-        """{PATH_logit_mean, PATH_logit_std} from `sums` summed over all ranks; nothing where no item was in the sample."""
+        """{PATH_logit_mean, PATH_logit_std} from `sums` summed over all ranks; nothing where no
+        item was in the sample."""
         found = {}
         for i, path in enumerate(self.paths):
             count, total, squares = totals[3 * i : 3 * i + 3]

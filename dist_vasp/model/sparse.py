@@ -21,7 +21,10 @@ from dist_vasp.parallel.comm import Gathering, Group
 
 
 def sum_rows(table: Tensor, ids: Tensor, indptr: Tensor) -> Tensor:
-    """Row n of the result is the sum of `table[ids[indptr[n]:indptr[n + 1]]]`: (n, C). An empty bag sums to zero."""
+    """Row n of the result is the sum of `table[ids[indptr[n]:indptr[n + 1]]]`: (n, C).
+
+    An empty bag sums to zero.
+    """
     if len(ids) == 0:
         return table.new_zeros((len(indptr) - 1, table.shape[1]))
     return embedding_bag(ids, table, indptr, mode="sum", include_last_offset=True)
@@ -54,7 +57,8 @@ class ItemRows:
 
     @cached_property
     def _by_item(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Interactions sorted by item: their rows (E,), their items (E,), and the index pointer over items (I+1,)."""
+        """Interactions sorted by item: their rows (E,), their items (E,), and the index pointer
+        over items (I+1,)."""
         items, order = torch.sort(self.items, stable=True)
         bounds = torch.arange(self.n_items + 1, device=items.device)
         return self.row_of[order], items, torch.searchsorted(items, bounds)
@@ -79,10 +83,12 @@ class ItemRows:
 
 
 class RowExchange:
-    """The CSRs of this rank's rows on their way to every rank of the partition group, G = size * n_padded rows in all.
+    """The CSRs of this rank's rows on their way to every rank of the partition group, G = size *
+    n_padded rows in all.
 
-    Two collectives: the lengths of the rows, then the ids, padded to the longest rank; both go on while this rank does other
-    work. `advance` when there is time, `finish` when the rows are needed. Padding rows are empty.
+    Two collectives: the lengths of the rows, then the ids, padded to the longest rank; both go on
+    while this rank does other work. `advance` when there is time, `finish` when the rows are
+    needed. Padding rows are empty.
     """
 
     def __init__(

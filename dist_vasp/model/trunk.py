@@ -1,4 +1,5 @@
-"""The residual trunk of FLVAE: every layer of width H and L, no item axis (VASP paper, section 3.1, and the authors' code).
+"""The residual trunk of FLVAE: every layer of width H and L, no item axis (VASP paper, section 3.1,
+and the authors' code).
 
     encoder   e1 = LN(swish(h + b1)),  h = W1 x     ek = LN(swish(Wk e(k-1) + bk + e1 + ... + e(k-1)))
     heads     mu = Wm e + bm    logvar = Wv e + bv    z = mu + exp(logvar / 2) * noise   (z = mu without noise)
@@ -17,7 +18,8 @@ LN_EPS = 1e-3
 
 
 class ResidualStack(nn.Module):
-    """Densely residual layers of width H: the sum of all earlier outputs enters the next layer inside swish."""
+    """Densely residual layers of width H: the sum of all earlier outputs enters the next layer
+    inside swish."""
 
     def __init__(self, n_layers: int, hidden: int, dtype: torch.dtype) -> None:
         super().__init__()
@@ -39,7 +41,8 @@ class ResidualStack(nn.Module):
 
 
 class Trunk(nn.Module):
-    """W1 x (B, H), noise (B, L) or None -> d (B, H), z (B, L), and each row's KL divergence averaged over L (B,)."""
+    """W1 x (B, H), noise (B, L) or None -> d (B, H), z (B, L), and each row's KL divergence
+    averaged over L (B,)."""
 
     def __init__(
         self,
@@ -61,7 +64,8 @@ class Trunk(nn.Module):
 
     @torch.no_grad()
     def _glorot(self, seed: int) -> None:
-        """Glorot uniform weights and zero biases; drawn in float32, so that every dtype starts from the same numbers."""
+        """Glorot uniform weights and zero biases; drawn in float32, so that every dtype starts from
+        the same numbers."""
         generator = torch.Generator().manual_seed(seed)
         for module in self.modules():
             if isinstance(module, nn.Linear):

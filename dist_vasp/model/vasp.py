@@ -5,10 +5,11 @@
     VASP(x)  = FLVAE(x) * NEASE(x)                     both paths must agree
     loss     = mean over rows of (sum over items of focal(VASP(x), y))  +  KL(z)
 
-One step of one rank (DESIGN.md, section 3): its B rows meet the others' of the partition group as ids; what crosses
-ranks is of width H + L and never of width I.
+One step of one rank (DESIGN.md, section 3): its B rows meet the others' of the partition group as
+ids; what crosses ranks is of width H + L and never of width I.
 
-Shapes: B rows of this rank, G = P * B rows of the partition group, N rows of the whole step, H hidden, L latent.
+Shapes: B rows of this rank, G = P * B rows of the partition group, N rows of the whole step, H
+hidden, L latent.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ Backward = Callable[[Tensor], None]
 
 @dataclass
 class StepLoss:
-    """This rank's share of a step's loss, as scalars on the device: the whole is their sum over all ranks."""
+    """This rank's share of a step's loss, as scalars on the device: the whole is their sum over all
+    ranks."""
 
     reconstruction: Tensor
     kl: Tensor
@@ -43,8 +45,8 @@ class StepLoss:
 
 
 class VASP:
-    """The partitioned model of `model.kind`. The trunk is handed in, plain or wrapped by an engine. What ease holds as W is its
-    B, and what it scores by is x B (model/ease.py)."""
+    """The partitioned model of `model.kind`. The trunk is handed in, plain or wrapped by an engine.
+    What ease holds as W is its B, and what it scores by is x B (model/ease.py)."""
 
     def __init__(
         self,
@@ -107,7 +109,8 @@ class VASP:
     def encode(
         self, trunk: TrunkCall | None, x: ItemRows, noise_BL: Tensor | None
     ) -> tuple[Tensor, ...]:
-        """This rank's W1 x (B, H), what feeds the output heads, [d z] (B, H+L) or d (B, H), and KL (B,)."""
+        """This rank's W1 x (B, H), what feeds the output heads, [d z] (B, H+L) or d (B, H), and KL
+        (B,)."""
         assert self.input is not None
         assert trunk is not None
         pre_BH = self.input.forward(x).requires_grad_(torch.is_grad_enabled())
@@ -125,11 +128,13 @@ class VASP:
         n_rows: int,
         sink: Sink,
     ) -> StepLoss:
-        """Forward and backward of one micro-batch; the gradients of this rank's item matrices go to `sink`.
+        """Forward and backward of one micro-batch; the gradients of this rank's item matrices go to
+        `sink`.
 
-        x, y: the G rows of the partition group, padding marked in `real_rows`. `backward` runs autograd from a scalar into the
-        trunk; what enters it is multiplied by `trunk_scale`, because an engine that averages over W ranks would otherwise
-        divide by W what is already a sum over N rows.
+        x, y: the G rows of the partition group, padding marked in `real_rows`. `backward` runs
+        autograd from a scalar into the trunk; what enters it is multiplied by `trunk_scale`,
+        because an engine that averages over W ranks would otherwise divide by W what is already a
+        sum over N rows.
         """
         weight_G = self.row_weights(x, y, n_rows)
         if self.input is None:
@@ -167,7 +172,8 @@ class VASP:
         return StepLoss(reconstruction, kl.detach(), replay)
 
     def row_weights(self, x: ItemRows, y: ItemRows, n_rows: int) -> Tensor:
-        """1/N for a row that counts, 0 for padding; cosine and multinomial loss of an empty input or target is 0."""
+        """1/N for a row that counts, 0 for padding; cosine and multinomial loss of an empty input
+        or target is 0."""
         counts = x.real_rows
         if isinstance(self.loss, CosineLoss | MultinomialLoss):
             counts = counts & (x.lengths > 0) & (y.lengths > 0)
@@ -175,7 +181,8 @@ class VASP:
 
     @torch.no_grad()
     def scores(self, trunk: TrunkCall | None, x: ItemRows) -> Iterator[tuple[int, Tensor]]:
-        """(first item, log p (G, C)) of every block of this rank's items, for the G rows of the partition group; ease: x B."""
+        """(first item, log p (G, C)) of every block of this rank's items, for the G rows of the
+        partition group; ease: x B."""
         if self.config.linear:
             yield from (
                 (lo, self.output.logits(i, [], x)[0])
@@ -186,7 +193,8 @@ class VASP:
 
     @torch.no_grad()
     def sources(self, trunk: TrunkCall | None, x: ItemRows) -> list[Tensor]:
-        """What feeds the deep paths, for the G rows of the partition group: [d (G, H), z (G, L)], [d], or nothing for NEASE."""
+        """What feeds the deep paths, for the G rows of the partition group: [d (G, H), z (G, L)],
+        [d], or nothing for NEASE."""
         if self.input is None:
             return []
         _, dz_BX, _ = self.encode(trunk, x, None)

@@ -5,7 +5,8 @@ Two kinds of group cross each other (DESIGN.md, section 3):
     partition group   the P ranks of one replica, which share the catalogue out among them
     replica group     the ranks of all replicas that own the same item range
 
-Collectives never write into their input and always return the reduced buffer; over one rank each is the identity.
+Collectives never write into their input and always return the reduced buffer; over one rank each is
+the identity.
 
 Shapes: B rows of this rank, G = P * B rows of the partition group.
 """
@@ -47,7 +48,8 @@ class LostPeerError(RuntimeError):
 
 @dataclass
 class Group:
-    """Some ranks that talk to each other; by collective, the bytes this rank has put on the wire and the seconds it waited."""
+    """Some ranks that talk to each other; by collective, the bytes this rank has put on the wire
+    and the seconds it waited."""
 
     size: int
     rank: int  # this rank's place in the group
@@ -82,8 +84,8 @@ class Ranks:
         return self.rank == 0
 
     def bytes_moved(self) -> dict[str, int]:
-        """Bytes this rank has put on the wire so far, by collective, in all its groups; the trunk engine's own only where somebody
-        counts them."""
+        """Bytes this rank has put on the wire so far, by collective, in all its groups; the trunk
+        engine's own only where somebody counts them."""
         moved: dict[str, int] = {}
         for group in (self.world, self.partition_group, self.replica_group):
             for name, n_bytes in group.bytes_moved.items():
@@ -121,7 +123,8 @@ def init_ranks(
     interface: str = "",
     shared: str = "",
 ) -> Ranks:
-    """Join the process group that the launcher describes (one rank without a launcher) and cut it into groups.
+    """Join the process group that the launcher describes (one rank without a launcher) and cut it
+    into groups.
 
     `shared`: a folder, perhaps still to be made, on a filesystem that all hosts share. Raises ValueError when partitions x replicas
     is not the number of ranks, the device or `interface` does not exist, or the environment does not describe a group.
@@ -145,7 +148,8 @@ def _join(
     interface: str,
     shared: str,
 ) -> None:
-    """Meet the other ranks at a store, start the process group, and from then on know who is still there."""
+    """Meet the other ranks at a store, start the process group, and from then on know who is still
+    there."""
     global _liveness
     backend = "nccl" if device.type == "cuda" else "gloo"
     timeout, start_up = (
@@ -197,9 +201,11 @@ def _watch_over(
     all_here: bool,
     shared: str,
 ) -> Liveness | None:
-    """Rank 0 listens where the store does, on a port of its own, and tells the others at the store; None: it cannot be done.
+    """Rank 0 listens where the store does, on a port of its own, and tells the others at the store;
+    None: it cannot be done.
 
-    Anybody on this machine can read and write the store: the secret itself lies in a file that only this user can read.
+    Anybody on this machine can read and write the store: the secret itself lies in a file that only
+    this user can read.
     """
     if rank == 0:
         server = private_server(address, interface, all_here)
@@ -222,7 +228,10 @@ def _watch_over(
 
 
 def form_groups(rank: int, layout: Layout, device: torch.device) -> Ranks:
-    """The groups of `layout` over an initialised process group. Every rank creates every group, in one order."""
+    """The groups of `layout` over an initialised process group.
+
+    Every rank creates every group, in one order.
+    """
     P, R = layout.partitions, layout.replicas
     world = Group(layout.world_size, rank, None)
     if R == 1:
@@ -261,13 +270,19 @@ def is_lost_peer(error: RuntimeError) -> bool:
 
 
 def leave(failed: str = "", status: int = 1) -> None:
-    """Before this process ends: tell the others that it does. `failed`: the error that this rank alone has met and printed."""
+    """Before this process ends: tell the others that it does.
+
+    `failed`: the error that this rank alone has met and printed.
+    """
     if _liveness:
         _liveness.leave(failed, status)
 
 
 def lost_rank(wait_s: float) -> Loss | None:
-    """The rank whose end explains that a collective has just failed; it has been named already. None: no rank is known to be lost."""
+    """The rank whose end explains that a collective has just failed; it has been named already.
+
+    None: no rank is known to be lost.
+    """
     return _liveness.wait_for_loss(wait_s) if _liveness else None
 
 
@@ -370,7 +385,8 @@ def all_gather_keys(keys: np.ndarray, ranks: Ranks) -> list[int]:
 
 
 def agree(error: Exception | None, ranks: Ranks) -> None:
-    """Raise one AgreedError on every rank if any rank brings a user's error (ValueError); call it on all ranks."""
+    """Raise one AgreedError on every rank if any rank brings a user's error (ValueError); call it
+    on all ranks."""
     if error is not None and not isinstance(error, ValueError):
         raise error
     text = "" if error is None else str(error) or type(error).__name__
@@ -386,7 +402,10 @@ def agree(error: Exception | None, ranks: Ranks) -> None:
 
 @contextmanager
 def agreed(ranks: Ranks) -> Iterator[None]:
-    """A ValueError that any rank meets in the body becomes one AgreedError on all. The body must hold no collective."""
+    """A ValueError that any rank meets in the body becomes one AgreedError on all.
+
+    The body must hold no collective.
+    """
     error: Exception | None = None
     try:
         yield

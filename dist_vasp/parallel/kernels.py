@@ -1,7 +1,9 @@
-"""Chains of elementwise operations compiled into one kernel each, by torch.compile: the loss of a block, the optimizer's update.
+"""Chains of elementwise operations compiled into one kernel each, by torch.compile: the loss of a
+block, the optimizer's update.
 
-Operation by operation, a chain reads and writes memory (or cache) once for each; compiled, every number passes once through the
-registers. The same functions run uncompiled where compiling does not pay or there is no compiler: the results agree to rounding.
+Operation by operation, a chain reads and writes memory (or cache) once for each; compiled, every
+number passes once through the registers. The same functions run uncompiled where compiling does not
+pay or there is no compiler: the results agree to rounding.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ def plain(function: F) -> F:
 def kernels(wanted: str, n_weights: int) -> tuple[Fuse, str]:
     """How to fuse a function under `parallel.compile`, on a rank with `n_weights` item weights.
 
-    Also returns a remark for the user, empty if all is as wanted. Raises ValueError where `always` cannot be had.
+    Also returns a remark for the user, empty if all is as wanted. Raises ValueError where `always`
+    cannot be had.
     """
     if wanted == "never" or (wanted == "auto" and n_weights < WORTH_COMPILING):
         return plain, ""
@@ -56,7 +59,8 @@ def fused(function: F) -> F:
 
 
 def _configure() -> None:
-    """Compile in this process, and keep compiled code where nobody else can write: it would be loaded without a question."""
+    """Compile in this process, and keep compiled code where nobody else can write: it would be
+    loaded without a question."""
     import torch._functorch.config
     import torch._inductor.config
 

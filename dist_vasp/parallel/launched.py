@@ -1,4 +1,5 @@
-"""What a launcher (deepspeed, torchrun, srun) has put into the environment of a rank, checked before it is used."""
+"""What a launcher (deepspeed, torchrun, srun) has put into the environment of a rank, checked
+before it is used."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ _HINT = "unset it, or start with deepspeed or torchrun"
 
 
 def launched_world() -> tuple[int, int, int, int]:
-    """(rank, world size, local rank, ranks on this host) as the launcher says; one rank without a launcher.
+    """(rank, world size, local rank, ranks on this host) as the launcher says; one rank without a
+    launcher.
 
     ValueError names the variable that is not a number, or does not fit the others.
     """
@@ -68,7 +70,8 @@ def meeting_point(world_size: int) -> tuple[str, int]:
 
 
 def threads_per_rank(local_world: int) -> int:
-    """Threads of one rank: OMP_NUM_THREADS where the user has set it, else the cores divided among the ranks of this host.
+    """Threads of one rank: OMP_NUM_THREADS where the user has set it, else the cores divided among
+    the ranks of this host.
 
     torchrun sets OMP_NUM_THREADS to 1 where it was not set, so a 1 under torchrun says nothing.
     """

@@ -1,8 +1,10 @@
-"""Who is still there: a rank that dies, fails or falls silent is named within seconds, whatever the others are waiting for.
+"""Who is still there: a rank that dies, fails or falls silent is named within seconds, whatever the
+others are waiting for.
 
-A collective whose peer is gone may wait for half an hour, and what it says then names nobody. So every rank keeps one connection
-to rank 0, which the kernel closes with the process and gives up when the host no longer answers. Rank 0 tells the others. What
-travels is a line of JSON, nothing else is understood:
+A collective whose peer is gone may wait for half an hour, and what it says then names nobody. So
+every rank keeps one connection to rank 0, which the kernel closes with the process and gives up
+when the host no longer answers. Rank 0 tells the others. What travels is a line of JSON, nothing
+else is understood:
 
     {"nonce"}                    from rank 0, to whoever connects; every line after it is signed (secret.py)
     {"nonce", "rank", "host"}    hello, to rank 0; its answer is {"host"}
@@ -10,8 +12,8 @@ travels is a line of JSON, nothing else is understood:
     {"failed": text, "status"}   I leave because of an error that I alone met, and have said what it is; either way
     {"lost": {rank, host, ...}}  that one is gone, from rank 0
 
-The first surviving rank of each host says which rank was lost, except where that rank has spoken for itself. Then every rank ends,
-with the exit status of the lost one where it has left one.
+The first surviving rank of each host says which rank was lost, except where that rank has spoken
+for itself. Then every rank ends, with the exit status of the lost one where it has left one.
 """
 
 from __future__ import annotations
@@ -65,7 +67,8 @@ class Loss:
 
 
 class Liveness:
-    """This rank's end of it. `server` is a listening socket on rank 0, None elsewhere; `address` is where the others find it.
+    """This rank's end of it. `server` is a listening socket on rank 0, None elsewhere; `address` is
+    where the others find it.
 
     `secret`: what all ranks share; rank 0 removes its file when all have come.
     """
@@ -103,7 +106,8 @@ class Liveness:
             self._all_here.wait(_ANSWER_S)
 
     def leave(self, failed: str = "", status: int = 1) -> None:
-        """Tell the others that this process ends; `failed`: because of an error that this rank alone has met, and has printed."""
+        """Tell the others that this process ends; `failed`: because of an error that this rank
+        alone has met, and has printed."""
         self._left.set()
         self._tell({"failed": failed[:_TEXT], "status": status} if failed else {"goodbye": True})
         if self._file:
@@ -237,7 +241,8 @@ class Liveness:
             return False
 
     def _welcome(self, line: bytes, link: _Link, connection: socket.socket) -> None:
-        """Rank 0 hears a first line; ValueError unless it is the hello of a rank that has not come yet."""
+        """Rank 0 hears a first line; ValueError unless it is the hello of a rank that has not come
+        yet."""
         claimed = json.loads(line.partition(b" ")[2])
         channel = Channel(self._secret, link.nonce, str(claimed["nonce"]), server=True)
         hello = json.loads(channel.verify(line))

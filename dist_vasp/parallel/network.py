@@ -1,6 +1,8 @@
-"""On which addresses the ranks listen: the loopback where all of them are on one machine, else the interface that was chosen.
+"""On which addresses the ranks listen: the loopback where all of them are on one machine, else the
+interface that was chosen.
 
-Left to themselves gloo listens on the address that the host's name resolves to, and torch's rendezvous store on every address.
+Left to themselves gloo listens on the address that the host's name resolves to, and torch's
+rendezvous store on every address.
 """
 
 from __future__ import annotations
@@ -17,10 +19,11 @@ _VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 
 def choose_interface(interface: str, all_here: bool) -> None:
-    """Tell gloo and NCCL to use `interface`, or where there is none and all ranks are here, the loopback.
+    """Tell gloo and NCCL to use `interface`, or where there is none and all ranks are here, the
+    loopback.
 
-    A choice that is already in the environment stands unless `interface` is given. ValueError where the machine has no such
-    interface.
+    A choice that is already in the environment stands unless `interface` is given. ValueError where
+    the machine has no such interface.
     """
     present = [name for _, name in socket.if_nameindex()]
     if interface and interface not in present:
@@ -41,11 +44,13 @@ def choose_interface(interface: str, all_here: bool) -> None:
 
 
 def listen(address: str, port: int, interface: str, all_here: bool) -> int | None:
-    """A listening socket for the rendezvous store on the address of MASTER_ADDR alone; None: let torch listen everywhere.
+    """A listening socket for the rendezvous store on the address of MASTER_ADDR alone; None: let
+    torch listen everywhere.
 
-    Some hosts take their own name for the loopback, where the others would not find them; and some addresses only lead to a host,
-    as the name of a service does. With ranks elsewhere the address of `interface` is used then, or the one that the host's name
-    stands for. ValueError where the port is taken, or may not be used.
+    Some hosts take their own name for the loopback, where the others would not find them; and some
+    addresses only lead to a host, as the name of a service does. With ranks elsewhere the address
+    of `interface` is used then, or the one that the host's name stands for. ValueError where the
+    port is taken, or may not be used.
     """
     for where in _addresses(address, interface, all_here):
         try:

@@ -10,7 +10,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ItemPartition:
-    """The range [start, stop) of items that partition `index` of `n_partitions` owns. J = `size` = stop - start."""
+    """The range [start, stop) of items that partition `index` of `n_partitions` owns.
+
+    J = `size` = stop - start.
+    """
 
     n_items: int
     n_partitions: int
@@ -44,7 +47,10 @@ class ItemPartition:
 
 @dataclass(frozen=True)
 class Layout:
-    """World = replicas x partitions. The ranks of one partition group are neighbours: rank = replica * P + partition."""
+    """World = replicas x partitions.
+
+    The ranks of one partition group are neighbours: rank = replica * P + partition.
+    """
 
     world_size: int
     partitions: int
@@ -52,7 +58,8 @@ class Layout:
 
     @staticmethod
     def of(world_size: int, partitions: int, replicas: int) -> Layout:
-        """Resolve `parallel.partitions` = 0 to world / replicas; ValueError unless partitions x replicas = world."""
+        """Resolve `parallel.partitions` = 0 to world / replicas; ValueError unless partitions x
+        replicas = world."""
         if replicas < 1 or world_size % replicas:
             raise ValueError(
                 f"parallel.replicas is {replicas}, which does not divide the {world_size} ranks; choose a divisor"

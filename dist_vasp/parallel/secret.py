@@ -23,7 +23,10 @@ _FLAGS = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 
 
 class SharedSecret:
-    """Rank 0's end: the secret, in a file until `remove`. OSError where `folder` cannot be written."""
+    """Rank 0's end: the secret, in a file until `remove`.
+
+    OSError where `folder` cannot be written.
+    """
 
     def __init__(self, folder: str | Path) -> None:
         self.value = secrets.token_hex(_DIGITS // 2).encode()
@@ -42,7 +45,10 @@ class SharedSecret:
 
 
 def read_secret(path: str) -> bytes:
-    """The secret in a file of SharedSecret. OSError or ValueError where this user's rank 0 cannot have written it."""
+    """The secret in a file of SharedSecret.
+
+    OSError or ValueError where this user's rank 0 cannot have written it.
+    """
     if not _NAME.fullmatch(os.path.basename(path)):
         raise ValueError("not the name of a secret")
     with os.fdopen(os.open(path, os.O_RDONLY | _FLAGS), "rb") as handle:
@@ -59,7 +65,8 @@ def read_secret(path: str) -> bytes:
 
 
 def nearest_folder(path: str) -> Path:
-    """`path`, or the nearest folder above it that exists: where a file can lie before `path` is made."""
+    """`path`, or the nearest folder above it that exists: where a file can lie before `path` is
+    made."""
     folder = Path(path).absolute()
     while not folder.is_dir() and folder != folder.parent:
         folder = folder.parent
@@ -67,7 +74,8 @@ def nearest_folder(path: str) -> Path:
 
 
 class Channel:
-    """Lines of one connection, signed in one order each way, so that none is forged, repeated or turned back.
+    """Lines of one connection, signed in one order each way, so that none is forged, repeated or
+    turned back.
 
     The nonces of both ends make the key: a line of another connection is worth nothing here.
     """

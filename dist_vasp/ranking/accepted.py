@@ -1,4 +1,5 @@
-"""What Python callers may pass as ids and as histories; other objects are refused by name, with the way out.
+"""What Python callers may pass as ids and as histories; other objects are refused by name, with the
+way out.
 
 Frames are recognised by where their classes come from, so that no library of theirs is imported.
 """

@@ -1,7 +1,9 @@
-"""Several trained models that rank together: score = sum over members of weight * (log p, or x B of ease).
+"""Several trained models that rank together: score = sum over members of weight * (log p, or x B of
+ease).
 
-VASP's own product (arXiv 2102.05774, section 3.3) with more factors: in log space every member adds its log p, and an item is
-listed where all agree. A weight is the exponent of its member's p. A folder with one file, `ensemble.json`, names the members:
+VASP's own product (arXiv 2102.05774, section 3.3) with more factors: in log space every member adds
+its log p, and an item is listed where all agree. A weight is the exponent of its member's p. A
+folder with one file, `ensemble.json`, names the members:
 
     format_version  vocabulary_sha256  n_items  members: [{run, checkpoint, weight}, ...]  header_sha256
 
@@ -86,7 +88,8 @@ class Ranker:
 
 
 def weighted_sum(scorers: Sequence[Scorer], weights: Sequence[float]) -> Scorer:
-    """The scorer whose score is the sum of the others' times their weights; all must cut the items into the same blocks."""
+    """The scorer whose score is the sum of the others' times their weights; all must cut the items
+    into the same blocks."""
 
     def score(x: ItemRows) -> Iterator[tuple[int, Tensor]]:
         for blocks in zip(*(scorer(x) for scorer in scorers), strict=True):
@@ -101,9 +104,11 @@ def weighted_sum(scorers: Sequence[Scorer], weights: Sequence[float]) -> Scorer:
 
 
 def load_ranker(folder: str | Path, checkpoint: str | None, ranks: Ranks) -> Ranker:
-    """The model of a run (`checkpoint`, else its best, else its newest) or of an exported folder, or all those of an ensemble.
+    """The model of a run (`checkpoint`, else its best, else its newest) or of an exported folder,
+    or all those of an ensemble.
 
-    Raises AgreedError where there is none, a file of it is damaged, or an ensemble's member has another vocabulary by now.
+    Raises AgreedError where there is none, a file of it is damaged, or an ensemble's member has
+    another vocabulary by now.
     """
     folder = Path(folder)
     if not is_ensemble(folder):
@@ -186,7 +191,8 @@ def _check_header(header: dict[str, Any]) -> None:
 def describe_ensemble(
     folder: str | Path, runs: Sequence[str | Path], weights: Sequence[float]
 ) -> str:
-    """The text of `ensemble.json` in `folder`, with the runs as members: each stands for its best checkpoint at the time of use.
+    """The text of `ensemble.json` in `folder`, with the runs as members: each stands for its best
+    checkpoint at the time of use.
 
     weights: one for each run. ValueError unless all runs have a model, of one vocabulary.
     """
@@ -220,7 +226,10 @@ def describe_ensemble(
 
 
 def _common_rule(rules: dict[str, PositiveRule | None]) -> PositiveRule | None:
-    """The rule of the members, by their folders; members that do not know theirs follow the others. ValueError where two differ."""
+    """The rule of the members, by their folders; members that do not know theirs follow the others.
+
+    ValueError where two differ.
+    """
     known = {run: rule for run, rule in rules.items() if rule is not None}
     if not known:
         return None

@@ -1,9 +1,11 @@
-"""Top-k lists and their metrics over a partitioned catalogue: local top-k per item range, then a merge.
+"""Top-k lists and their metrics over a partitioned catalogue: local top-k per item range, then a
+merge.
 
-No rank ever holds a full row of scores: blocks of columns pass by, each rank keeps its best k, and only the lists of
-length k travel. Replicas share the users out.
+No rank ever holds a full row of scores: blocks of columns pass by, each rank keeps its best k, and
+only the lists of length k travel. Replicas share the users out.
 
-Shapes: U users of a block, G padded users (a multiple of the partitions), I items, C columns of a block.
+Shapes: U users of a block, G padded users (a multiple of the partitions), I items, C columns of a
+block.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ from dist_vasp.parallel.comm import Ranks, agreed, all_gather
 from dist_vasp.ranking.metrics import RankingMetrics
 from dist_vasp.ranking.topk import TopK, merge_topk
 
-# Users x -> (first item, scores (G, C)) of each block of this rank's items, in item order; the scores are the caller's to write
+# Users x -> (first item, scores (G, C)) of each block of this rank's items, in item order; the
+# scores are the caller's to write
 Scorer = Callable[[ItemRows], Iterator[tuple[int, Tensor]]]
 
 USERS_PER_BLOCK = 512
@@ -72,11 +75,13 @@ def top_items(
     mask_input: bool = True,
     seen: Rows | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(scores, item rows) of each user's k best unseen items, (U, k) each, on every rank; padded with -inf and -1.
+    """(scores, item rows) of each user's k best unseen items, (U, k) each, on every rank; padded
+    with -inf and -1.
 
-    Descending score, ties to the lower item row. Every rank of the partition group passes the same histories. With `mask_input`
-    False seen items may be listed too. `seen`: what the users have seen, where that is more than the histories that are scored.
-    The scorer may leave blocks out: their items are not listed.
+    Descending score, ties to the lower item row. Every rank of the partition group passes the same
+    histories. With `mask_input` False seen items may be listed too. `seen`: what the users have
+    seen, where that is more than the histories that are scored. The scorer may leave blocks out:
+    their items are not listed.
     """
     partitions = ranks.layout.partitions
     n_rows = -(-max(histories.n_rows, 1) // partitions) * partitions

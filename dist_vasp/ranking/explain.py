@@ -1,11 +1,13 @@
-"""Why an item is recommended: what each past item adds to the shallow path, and how far the two paths agree.
+"""Why an item is recommended: what each past item adds to the shallow path, and how far the two
+paths agree.
 
     shallow logit of item j = sum over the history's items i of W[i, j]      (VASP paper, section 3.2: one linear layer)
     p = p_flvae * p_nease,   p_nease = sigmoid(shallow logit + model.nease_offset)
 
 The deep path has no such sum; of it only its probability is told.
 
-Shapes: E pairs of a user and an item, F = the pairs' history items one after another, N reasons per pair, K as width of a path.
+Shapes: E pairs of a user and an item, F = the pairs' history items one after another, N reasons per
+pair, K as width of a path.
 """
 
 from __future__ import annotations
@@ -29,7 +31,10 @@ _PAIRS_AT_ONCE = 4096  # rows of R and Q that are gathered at once
 
 @dataclass(frozen=True)
 class Reasons:
-    """For each of E pairs the N past items that add most to the shallow path, and the factors of p. None: no such path."""
+    """For each of E pairs the N past items that add most to the shallow path, and the factors of p.
+
+    None: no such path.
+    """
 
     items_EN: Tensor | None  # int64 item rows, -1 where the history is shorter than N
     weights_EN: (
@@ -40,7 +45,8 @@ class Reasons:
     log_p_nease_E: Tensor | None
 
 
-# (users as rows, row of each pair (E,), item of each pair (E,), log p or score of each pair (E,), N) -> reasons
+# (users as rows, row of each pair (E,), item of each pair (E,), log p or score of each pair (E,),
+# N) -> reasons
 Explainer = Callable[[ItemRows, Tensor, Tensor, Tensor, int], Reasons]
 
 
@@ -55,7 +61,10 @@ def mapped_explainer(model: MappedModel) -> Explainer:
 
 
 def model_explainer(model: VASP, trunk: TrunkCall | None, ranks: Ranks) -> Explainer:
-    """For a model that ranks share: each adds the pairs whose item it owns. Every rank passes the same users and pairs."""
+    """For a model that ranks share: each adds the pairs whose item it owns.
+
+    Every rank passes the same users and pairs.
+    """
 
     def explain(x: ItemRows, row_E: Tensor, item_E: Tensor, score_E: Tensor, n: int) -> Reasons:
         parts = pair_parts([model.output], model.sources(trunk, x), x, row_E, item_E)
@@ -97,7 +106,8 @@ def pair_parts(
 
 
 def _histories_of(x: ItemRows, row_E: Tensor) -> tuple[Tensor, Tensor]:
-    """The history items of every pair's user one after another (F,), and the pair each belongs to (F,)."""
+    """The history items of every pair's user one after another (F,), and the pair each belongs to
+    (F,)."""
     length_E = x.lengths[row_E]
     pair_F = torch.repeat_interleave(torch.arange(len(row_E), device=row_E.device), length_E)
     first_E = length_E.cumsum(0) - length_E

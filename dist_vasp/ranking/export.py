@@ -1,4 +1,5 @@
-"""A trained model as one folder to carry to where lists are made: weights, vocabulary and a header, nothing of the training.
+"""A trained model as one folder to carry to where lists are made: weights, vocabulary and a header,
+nothing of the training.
 
     EXPORT/  export.json                         format version, config, vocabulary, SHA-256 of each file
              items.parquet                       original ids, popularity, titles
@@ -6,8 +7,9 @@
              items-PPPPP-of-PPPPP.safetensors    as in a checkpoint, without moments
              trunk.pt2                           asked for: the trunk as a torch.export program, for a consumer of its own
 
-The tensors are those of a checkpoint in the same files and blocks, so an export answers bitwise as its run does. It exists
-whole or not at all (`dist_vasp.files`). Nothing of it is unpickled by us: trunk.pt2 is only hashed.
+The tensors are those of a checkpoint in the same files and blocks, so an export answers bitwise as
+its run does. It exists whole or not at all (`dist_vasp.files`). Nothing of it is unpickled by us:
+trunk.pt2 is only hashed.
 """
 
 from __future__ import annotations
@@ -91,9 +93,11 @@ def export(
     progress: Callable[[int, int], None] | None = None,
     rule: PositiveRule | None = None,
 ) -> str:
-    """Write the weights of a checkpoint (or of an export) and the vocabulary to a new folder; returns one line on what was written.
+    """Write the weights of a checkpoint (or of an export) and the vocabulary to a new folder;
+    returns one line on what was written.
 
-    With `trunk` that program is written besides. `rule` goes into the header: what makes a positive of a history. The caller has verified the checkpoint. `progress(bytes done, bytes in all)` is
+    With `trunk` that program is written besides. `rule` goes into the header: what makes a positive
+    of a history. The caller has verified the checkpoint. `progress(bytes done, bytes in all)` is
     called after each tensor. ValueError where the folder exists, the disk is too small or fails.
     """
     output = check_folder(output)
@@ -165,7 +169,8 @@ class _Scoring(nn.Module):
 
 
 def write_program(trunk: Trunk, file: Path) -> str:
-    """The trunk as a torch.export program of any batch size, once it gives what the trunk gives; returns the file's SHA-256."""
+    """The trunk as a torch.export program of any batch size, once it gives what the trunk gives;
+    returns the file's SHA-256."""
     scoring, hidden = _Scoring(trunk).eval(), len(trunk.input_bias)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

@@ -29,7 +29,8 @@ def allowed_items(
 ) -> tuple[np.ndarray | None, list[str]]:
     """(I,) bool of the items that may be listed (None: all), and lines on what the files hold.
 
-    reading: its encoding and what stands for a missing id. ValueError where a file cannot be read, or no item is left.
+    reading: its encoding and what stands for a missing id. ValueError where a file cannot be read,
+    or no item is left.
     """
     if filter_items is None and restrict_to is None:
         return None, []

@@ -1,6 +1,7 @@
 """Interaction histories with original ids -> item rows. Those of files come from history_file.py.
 
-Items that are not in the vocabulary are ignored and counted; users without a known item are told of, never dropped silently.
+Items that are not in the vocabulary are ignored and counted; users without a known item are told
+of, never dropped silently.
 
 Shapes: U users, E interactions, I items.
 """
@@ -28,9 +29,9 @@ NO_LIKE = "no known item of the history is a positive of the rule the model was 
 class Read:
     """What became of the rows of histories: the other five add up to `rows`.
 
-    likes: pairs of a user and an item that are input of the model. disliked: further pairs, which are
-    masked. repeated: further rows of the same pairs. unknown: rows of items outside the vocabulary.
-    missing: rows without an id.
+    likes: pairs of a user and an item that are input of the model. disliked: further pairs, which
+    are masked. repeated: further rows of the same pairs. unknown: rows of items outside the
+    vocabulary. missing: rows without an id.
     """
 
     rows: int = 0
@@ -59,7 +60,8 @@ class Read:
 
 @dataclass(frozen=True)
 class Histories:
-    """Some users with a like among the known items, in order of first appearance, and what was left out."""
+    """Some users with a like among the known items, in order of first appearance, and what was left
+    out."""
 
     users: pa.Array  # (U,) original ids
     rows: Rows  # (U,) the item rows of their likes, ascending, without repeats
@@ -79,7 +81,10 @@ class Histories:
 
 
 def find_items(original: pa.Array, items: ItemTable) -> np.ndarray:
-    """(E,) int32 item rows of original ids, -1 where unknown. Ids compare as text: 17 in a CSV is 17 in a column of integers."""
+    """(E,) int32 item rows of original ids, -1 where unknown.
+
+    Ids compare as text: 17 in a CSV is 17 in a column of integers.
+    """
     return ids.find(original, items.ids)
 
 

@@ -1,4 +1,5 @@
-"""Which columns of the histories' files a model reads: those its shards were made from, or the ones that are named."""
+"""Which columns of the histories' files a model reads: those its shards were made from, or the ones
+that are named."""
 
 from __future__ import annotations
 
@@ -19,8 +20,8 @@ def history_columns(
 ) -> tuple[Columns, list[str]]:
     """The columns to read, and lines for the user on what was chosen.
 
-    asked: by role, what the user named. The rest is what the rule remembers; where a file has no such
-    user or item column, `user` and `item`. ValueError where a column is not there.
+    asked: by role, what the user named. The rest is what the rule remembers; where a file has no
+    such user or item column, `user` and `item`. ValueError where a column is not there.
     """
     table = open_table(inputs, None, reading, kind)
     user, item = (asked.get("user"), asked.get("item"))
@@ -53,7 +54,8 @@ def history_columns(
 
 
 def _look(table: Table, pairs: Sequence[tuple[str, str]]) -> tuple[dict[str, str], list[str]]:
-    """Names by role and other names with the first pair of a user and an item column that is there; the first error else."""
+    """Names by role and other names with the first pair of a user and an item column that is there;
+    the first error else."""
     errors: list[ValueError] = []
     for user, item in pairs:
         table.columns = Columns(user, item, optional_rating=False)

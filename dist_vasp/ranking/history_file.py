@@ -1,8 +1,9 @@
 """Histories of a file or several, user by user, in the memory of one block.
 
-The files are read twice: once to check every row and to see in what order the users come, once to hand out blocks of users.
-The rows of a user must lie together for that; where they do not, DuckDB brings them together on disk, so rows may come in
-any order and users keep the order of their first appearance.
+The files are read twice: once to check every row and to see in what order the users come, once to
+hand out blocks of users. The rows of a user must lie together for that; where they do not, DuckDB
+brings them together on disk, so rows may come in any order and users keep the order of their first
+appearance.
 
 Shapes: U users of a block, E rows, I items.
 """
@@ -44,8 +45,9 @@ def open_histories(
 ) -> Iterator[HistoryFile]:
     """The histories in files, folders or globs, checked; ValueError if they cannot be used.
 
-    columns: default user and item alone. kind: csv or parquet, None: by the names. With a column of ratings `rule` says which rows are likes.
-    Where the rows of a user do not lie together, DuckDB sorts in a folder of its own under `scratch`, gone at the end.
+    columns: default user and item alone. kind: csv or parquet, None: by the names. With a column of
+    ratings `rule` says which rows are likes. Where the rows of a user do not lie together, DuckDB
+    sorts in a folder of its own under `scratch`, gone at the end.
     """
     named = [inputs] if isinstance(inputs, str | Path) else list(inputs)
     table = open_table(named, columns or Columns(optional_rating=False), reading, kind)
@@ -116,7 +118,8 @@ class HistoryFile:
                 self._find_scattered(connection)
 
     def _find_scattered(self, connection: duckdb.DuckDBPyConnection) -> None:
-        """Where users do not ascend, whether some have several runs; the first place of each is kept then."""
+        """Where users do not ascend, whether some have several runs; the first place of each is
+        kept then."""
         runs = pa.RecordBatchReader.from_batches(
             pa.schema([("user", self.user_type), ("place", pa.int64())]), self._runs()
         )
@@ -132,7 +135,8 @@ class HistoryFile:
             connection.close()  # with what it has cached
 
     def blocks(self, items: ItemTable, users_per_block: int) -> Iterator[Histories]:
-        """Blocks of `users_per_block` users (the skipped ones counted), in order of their first appearance."""
+        """Blocks of `users_per_block` users (the skipped ones counted), in order of their first
+        appearance."""
         held: list[pa.RecordBatch] = []
         with _disk_errors(self.name):
             for batch in self._grouped(items) if self._scattered else self._batches(items):
@@ -165,7 +169,8 @@ class HistoryFile:
     def no_list(self, items: ItemTable, n_known: int, n_ended: int = 0) -> ValueError:
         """What to say where nobody has a list, and `n_known` rows are of known items.
 
-        Without such rows: how ids are written here and there. n_ended: users who have seen all that may be listed.
+        Without such rows: how ids are written here and there. n_ended: users who have seen all that
+        may be listed.
         """
         if n_ended:
             return ValueError(

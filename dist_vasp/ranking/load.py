@@ -40,7 +40,8 @@ class LoadedModel:
 def load_model(
     run_dir: str | Path, name: str | None, ranks: Ranks, block_columns: int | None = None
 ) -> LoadedModel:
-    """The checkpoint `name` of a run, else its best by validation NDCG@100, else its newest; or the model of an exported folder.
+    """The checkpoint `name` of a run, else its best by validation NDCG@100, else its newest; or the
+    model of an exported folder.
 
     `block_columns` takes the place of the one it was trained with.
 
@@ -110,7 +111,8 @@ def _reopen(path: Path) -> Checkpoint:
 def positives_of(opened: Checkpoint, folder: str | Path) -> PositiveRule | None:
     """The rule that made the positives the model was trained on; None where nothing tells.
 
-    A run of an earlier version does not say; its shards do, where they are still those it began with.
+    A run of an earlier version does not say; its shards do, where they are still those it began
+    with.
     """
     rule = positives.in_header(opened.header)
     if rule is not None or is_export(Path(folder)):
@@ -138,7 +140,8 @@ def same_on_all(rule: PositiveRule | None, ranks: Ranks) -> PositiveRule | None:
 
 
 def check_size(opened: Checkpoint, config: Config) -> None:
-    """ValueError where the config describes a larger model than the files can hold: nothing of that size is made then."""
+    """ValueError where the config describes a larger model than the files can hold: nothing of that
+    size is made then."""
     n_items = opened.header["n_items"]
     described = 4 * (
         config.model.item_parameters(n_items, n_items) + config.model.trunk_parameters()
@@ -176,8 +179,9 @@ def check_vocabulary(loaded: LoadedModel, folder: str | Path, manifest: Manifest
 def shards_of(loaded: LoadedModel) -> tuple[str, str]:
     """(the data folder that the model was trained on, what to say about it).
 
-    Where the folder that the configuration names is not there, as in a run that was moved with its data, the one that lies as it
-    lay from run.dir is taken, if it holds the same data. ValueError where neither does.
+    Where the folder that the configuration names is not there, as in a run that was moved with its
+    data, the one that lies as it lay from run.dir is taken, if it holds the same data. ValueError
+    where neither does.
     """
     header, named = loaded.checkpoint.header, loaded.config.data.shards
     run_dir = loaded.checkpoint.path.parent.parent

@@ -1,13 +1,16 @@
-"""A trained model that computes from its files as they lie on the disk: item matrices are mapped, never read whole or copied.
+"""A trained model that computes from its files as they lie on the disk: item matrices are mapped,
+never read whole or copied.
 
-A safetensors file is a header and raw numbers, so a stored tensor is a view of the file's pages, which the operating system
-brings in when they are touched and drops when memory is short: a catalogue larger than memory still answers. Each items file is
-one partition; the sides of the model (model/item_layers.py) are built over its tensors, one pair for each file, and what
-crosses ranks in training is here a sum over the files.
+A safetensors file is a header and raw numbers, so a stored tensor is a view of the file's pages,
+which the operating system brings in when they are touched and drops when memory is short: a
+catalogue larger than memory still answers. Each items file is one partition; the sides of the model
+(model/item_layers.py) are built over its tensors, one pair for each file, and what crosses ranks in
+training is here a sum over the files.
 
-What is touched: a history of n items reads n rows of every block of W, C numbers each. A few users need a few pages of every
-block, and the kernel is told not to read around them; some hundreds need nearly all. So blocks of W are the outer loop and many
-users go through each together (ranking/recommender.py): W passes once for all of them, in the order in which it lies in the file.
+What is touched: a history of n items reads n rows of every block of W, C numbers each. A few users
+need a few pages of every block, and the kernel is told not to read around them; some hundreds need
+nearly all. So blocks of W are the outer loop and many users go through each together
+(ranking/recommender.py): W passes once for all of them, in the order in which it lies in the file.
 
 Shapes: U users, I items, C columns of a block, H hidden, L latent.
 """
@@ -59,7 +62,10 @@ class MappedFile:
 
 @dataclass(frozen=True)
 class Part:
-    """One partition of the catalogue: the sides that are built over one items file. NEASE has no input side."""
+    """One partition of the catalogue: the sides that are built over one items file.
+
+    NEASE has no input side.
+    """
 
     input: InputSide | None
     output: OutputSide
@@ -67,7 +73,10 @@ class Part:
 
 
 class MappedModel:
-    """The model of `model.kind` over mapped item matrices. Scores are log p; of the closed form (`ease`), W x itself."""
+    """The model of `model.kind` over mapped item matrices.
+
+    Scores are log p; of the closed form (`ease`), W x itself.
+    """
 
     def __init__(
         self,
@@ -91,7 +100,8 @@ class MappedModel:
 
     @torch.no_grad()
     def sources(self, x: ItemRows) -> list[Tensor]:
-        """What feeds the deep paths: [d (U, H), z (U, L)] or [d]; empty where there is no deep path."""
+        """What feeds the deep paths: [d (U, H), z (U, L)] or [d]; empty where there is no deep
+        path."""
         if self.trunk is None:
             return []
         pre_UH: Tensor | None = None
@@ -105,8 +115,8 @@ class MappedModel:
 
     @torch.no_grad()
     def scores(self, x: ItemRows, allowed_I: Tensor | None = None) -> Iterator[tuple[int, Tensor]]:
-        """(first item, scores (U, C)) of every block, in item order; with `allowed_I` (bool) -inf elsewhere, and a block without
-        an allowed item is left out and not computed."""
+        """(first item, scores (U, C)) of every block, in item order; with `allowed_I` (bool) -inf
+        elsewhere, and a block without an allowed item is left out and not computed."""
         self.expect(len(torch.unique(x.items)))
         sources, stats = self.sources(x), None
         if isinstance(self.loss, MultinomialLoss):
@@ -135,7 +145,8 @@ class MappedModel:
 
 
 def map_model(opened: Checkpoint, config: Config) -> MappedModel:
-    """The model of a checkpoint or export over its mapped files; ValueError where a tensor is missing or of another shape."""
+    """The model of a checkpoint or export over its mapped files; ValueError where a tensor is
+    missing or of another shape."""
     shallow, deep = config.model.shallow, config.model.deep
     n_items = opened.header["n_items"]
     trunk = _map_trunk(opened, config) if deep else None
@@ -201,7 +212,8 @@ def _make_part(
 def _stored_blocks(
     file: Path, part: ItemPartition, tensors: dict[str, Tensor]
 ) -> list[tuple[int, int]]:
-    """The blocks of columns in which the file holds W, in order; ValueError unless they make up the partition."""
+    """The blocks of columns in which the file holds W, in order; ValueError unless they make up the
+    partition."""
     blocks = sorted(
         (lo, hi)
         for name, lo, hi in map(checkpoints.parse_piece, tensors)

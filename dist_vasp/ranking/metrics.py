@@ -1,4 +1,5 @@
-"""Recall@k, NDCG@k and coverage from top-k ids (DESIGN.md, section 7; Liang et al. 2018, section 4.2).
+"""Recall@k, NDCG@k and coverage from top-k ids (DESIGN.md, section 7; Liang et al. 2018, section
+4.2).
 
 Shapes: U users, K length of a list, I items of the vocabulary. A list holds item rows, best first, and is padded with
 -1 where fewer unseen items exist. A user with an empty target is not scored: NaN.
@@ -17,7 +18,10 @@ _COVERAGE_K = 100
 
 
 def hits(topk_ids: np.ndarray, held_out: Rows) -> np.ndarray:
-    """True where a listed item is in the user's target. topk_ids (U, K) integer; held_out of U rows. Returns (U, K) bool."""
+    """True where a listed item is in the user's target.
+
+    topk_ids (U, K) integer; held_out of U rows. Returns (U, K) bool.
+    """
     n_users = len(topk_ids)
     assert held_out.n_rows == n_users, (held_out.n_rows, n_users)
     stride = max(int(topk_ids.max(initial=0)), int(held_out.items.max(initial=0))) + 1
@@ -34,7 +38,8 @@ def hits(topk_ids: np.ndarray, held_out: Rows) -> np.ndarray:
 def recall_at_k(
     topk_ids: np.ndarray, held_out: Rows, k: int, denominator: str = "min"
 ) -> np.ndarray:
-    """Hits among the first k / min(k, held-out items); with the denominator `held_out`, / held-out items (He et al. 2020, LightGCN).
+    """Hits among the first k / min(k, held-out items); with the denominator `held_out`, / held-out
+    items (He et al. 2020, LightGCN).
 
     Returns (U,) float64, NaN where the target is empty.
     """
@@ -45,9 +50,11 @@ def recall_at_k(
 
 
 def ndcg_at_k(topk_ids: np.ndarray, held_out: Rows, k: int) -> np.ndarray:
-    """DCG / ideal DCG, where DCG = sum of 1 / log2(rank + 2) over the hits, rank from 0 and below k.
+    """DCG / ideal DCG, where DCG = sum of 1 / log2(rank + 2) over the hits, rank from 0 and below
+    k.
 
-    The ideal has its min(k, held-out items) hits at the top. Returns (U,) float64, NaN where the target is empty.
+    The ideal has its min(k, held-out items) hits at the top. Returns (U,) float64, NaN where the
+    target is empty.
     """
     discounts = 1 / np.log2(np.arange(k) + 2)
     hit = hits(topk_ids[:, :k], held_out)
@@ -77,7 +84,10 @@ _METRICS: dict[str, Callable[[np.ndarray, Rows, str], np.ndarray]] = {
 def user_metrics(
     topk_ids: np.ndarray, held_out: Rows, recall_denominator: str = "min"
 ) -> dict[str, np.ndarray]:
-    """Each metric of each user, (U,) float64, NaN where the target is empty. topk_ids (U, K), held_out of U rows."""
+    """Each metric of each user, (U,) float64, NaN where the target is empty.
+
+    topk_ids (U, K), held_out of U rows.
+    """
     return {
         name: metric(topk_ids, held_out, recall_denominator) for name, metric in _METRICS.items()
     }
@@ -95,7 +105,8 @@ class RankingMetrics:
         self._values: dict[str, list[np.ndarray]] = {name: [] for name in _METRICS}
 
     def update(self, topk_ids: np.ndarray, held_out: Rows) -> None:
-        """Add a block of users: topk_ids (U, K) with K >= 100 or as many as the vocabulary has; held_out of U rows."""
+        """Add a block of users: topk_ids (U, K) with K >= 100 or as many as the vocabulary has;
+        held_out of U rows."""
         topk_ids = np.asarray(topk_ids)
         first = topk_ids[:, :_COVERAGE_K]
         self._listed[first[first >= 0]] = True
@@ -103,13 +114,16 @@ class RankingMetrics:
             self._values[name].append(values)
 
     def per_user(self) -> dict[str, np.ndarray]:
-        """Each metric of each user, (n,) float64, in the order they were added; NaN where the target was empty."""
+        """Each metric of each user, (n,) float64, in the order they were added; NaN where the
+        target was empty."""
         return {name: np.concatenate([np.empty(0), *parts]) for name, parts in self._values.items()}
 
     def result(self) -> dict[str, float | int | None]:
-        """Means over the scored users, standard errors (`_se`: sample standard deviation / sqrt(n)), coverage and counts.
+        """Means over the scored users, standard errors (`_se`: sample standard deviation /
+        sqrt(n)), coverage and counts.
 
-        A standard error of fewer than two users is None; without a scored user every metric is None.
+        A standard error of fewer than two users is None; without a scored user every metric is
+        None.
         """
         out: dict[str, float | int | None] = {}
         n_scored = n_users = 0

@@ -1,12 +1,15 @@
-"""Metrics of each user as a Parquet file, over all held-out items and by the popularity of the held-out item.
+"""Metrics of each user as a Parquet file, over all held-out items and by the popularity of the
+held-out item.
 
-Thirds of popularity. Order the items by descending training popularity, ties to the lower item row. An item is head where the
-items before it hold less than a third of all training interactions, middle where they hold less than two thirds, else tail: each
-third holds about a third of the interactions, the head very few items, the tail most of the catalogue.
+Thirds of popularity. Order the items by descending training popularity, ties to the lower item row.
+An item is head where the items before it hold less than a third of all training interactions,
+middle where they hold less than two thirds, else tail: each third holds about a third of the
+interactions, the head very few items, the tail most of the catalogue.
 
-A metric of a third asks how well the user's one list finds the held-out items of that third: the target is cut down to them, the
-list is not. Recall@k of the tail is its hits among the first k / min(k, held-out tail items); NDCG likewise, with the ranks of the
-whole list. A user without a held-out item in a third is not scored there.
+A metric of a third asks how well the user's one list finds the held-out items of that third: the
+target is cut down to them, the list is not. Recall@k of the tail is its hits among the first k /
+min(k, held-out tail items); NDCG likewise, with the ranks of the whole list. A user without a
+held-out item in a third is not scored there.
 
 Shapes: U users of a block, E held-out items, I items of the vocabulary.
 """
@@ -36,7 +39,10 @@ def is_per_user(path: Path) -> bool:
 
 
 def popularity_thirds(popularity: np.ndarray) -> np.ndarray:
-    """The third of each item, (I,) int8: 0 head, 1 middle, 2 tail. popularity (I,): training interactions of each item."""
+    """The third of each item, (I,) int8: 0 head, 1 middle, 2 tail.
+
+    popularity (I,): training interactions of each item.
+    """
     order = np.argsort(-popularity, kind="stable")
     before = np.concatenate([[0], np.cumsum(popularity[order])])[:-1]
     total = int(popularity.sum())
@@ -53,10 +59,12 @@ def keep_items(rows: Rows, keep: np.ndarray) -> Rows:
 
 
 class PerUserFile:
-    """Written block by block: `key`, `id`, `n_held_out`, the metrics, and the same with `_head`, `_middle`, `_tail`.
+    """Written block by block: `key`, `id`, `n_held_out`, the metrics, and the same with `_head`,
+    `_middle`, `_tail`.
 
-    A metric is null where its target is empty. A context manager: the file appears when the block ends without an error. Raises
-    ValueError where it cannot be written, or the users of the data folder cannot be read.
+    A metric is null where its target is empty. A context manager: the file appears when the block
+    ends without an error. Raises ValueError where it cannot be written, or the users of the data
+    folder cannot be read.
     """
 
     def __init__(
@@ -133,7 +141,8 @@ class PerUserFile:
 
 
 def _read_users(folder: str | Path, split: str, manifest: Manifest) -> tuple[np.ndarray, pa.Array]:
-    """Keys (uint64) and original ids of the users of a split; ValueError unless the file is the one of the manifest."""
+    """Keys (uint64) and original ids of the users of a split; ValueError unless the file is the one
+    of the manifest."""
     name = users_file(split)
     path = Path(folder) / name
     try:

@@ -1,4 +1,5 @@
-"""Top-N lists with original ids, block by block: histories in, user, rank, item, score out, explained where asked for.
+"""Top-N lists with original ids, block by block: histories in, user, rank, item, score out,
+explained where asked for.
 
 Users without a list are in `<output stem>.skipped.csv` with the reason, never dropped silently.
 
@@ -26,7 +27,8 @@ from dist_vasp.ranking.history_file import HistoryFile
 from dist_vasp.ranking.writers import ListFile, skipped_file
 from dist_vasp.text import one_line
 
-USERS_PER_BLOCK = 2048  # W passes once for a block: 512 took four times as long on a large one (docs/experiments.md)
+# W passes once for a block: 512 took four times as long on a large one (docs/experiments.md)
+USERS_PER_BLOCK = 2048
 
 
 def list_schema(user_type: pa.DataType, item_type: pa.DataType, n_reasons: int = 0) -> pa.Schema:
@@ -60,13 +62,15 @@ def recommend_to_file(
     overwrite: bool | None = None,
     inputs: Inputs = (),
 ) -> str:
-    """Write each user's k best unseen items block by block; returns lines on what was written, read and left out.
+    """Write each user's k best unseen items block by block; returns lines on what was written, read
+    and left out.
 
-    allowed: (I,) bool, the items that may be listed; None for all. With `keep_seen` seen items may be listed too.
-    With `show` the histories and lists of that many first users stand before the lines. With `n_reasons` every row says which past
-    items speak for it most. `score` is `to_score` of what the scorer ranks by: p of a log p; a linear model's scores as they are.
-    Fewer than k rows where fewer unseen items exist. The file appears when complete. Earlier lists are replaced (with `overwrite`
-    False they are not), any other file and `inputs` never are.
+    allowed: (I,) bool, the items that may be listed; None for all. With `keep_seen` seen items may
+    be listed too. With `show` the histories and lists of that many first users stand before the
+    lines. With `n_reasons` every row says which past items speak for it most. `score` is `to_score`
+    of what the scorer ranks by: p of a log p; a linear model's scores as they are. Fewer than k
+    rows where fewer unseen items exist. The file appears when complete. Earlier lists are replaced
+    (with `overwrite` False they are not), any other file and `inputs` never are.
     """
     output, file, error = Path(output), None, None
     done = n_skipped = n_ended = 0  # users; n_ended: with likes, but no item is left to list
@@ -124,7 +128,8 @@ def recommend_to_file(
 
 
 def _without_list(block: Histories, rows: np.ndarray) -> tuple[pa.Array, pa.Array]:
-    """The users of a block who get no list, and why: no like, or no item that may be listed is unseen. rows: (U, K)."""
+    """The users of a block who get no list, and why: no like, or no item that may be listed is
+    unseen. rows: (U, K)."""
     ended = block.users.filter(pa.array(~(rows >= 0).any(axis=1)))
     reasons = pa.repeat(pa.scalar(NO_ITEM_LEFT, pa.string()), len(ended))
     return pa.concat_arrays([block.skipped, ended]), pa.concat_arrays([block.reasons, reasons])

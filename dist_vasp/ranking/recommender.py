@@ -1,11 +1,13 @@
-"""Lists, similar items and explanations of a trained model in Python: no launcher, no GPU, no second copy of the weights.
+"""Lists, similar items and explanations of a trained model in Python: no launcher, no GPU, no
+second copy of the weights.
 
     from dist_vasp import Recommender
     r = Recommender.load("runs/mine")
     ids, scores = r.recommend([[17, 23], [5]], k=10)
 
-Original ids come in and go out: ints where the vocabulary is numeric, else strings. The item matrices are mapped
-(ranking/mapped.py), so that loading costs one reading of the files for their checksums and no memory of their size.
+Original ids come in and go out: ints where the vocabulary is numeric, else strings. The item
+matrices are mapped (ranking/mapped.py), so that loading costs one reading of the files for their
+checksums and no memory of their size.
 
 Shapes: U users, I items, K list length.
 """
@@ -55,7 +57,8 @@ USERS_PER_PASS = 4096  # users that go through the blocks of W together (docs/ex
 _ROWS_AT_ONCE = 4096  # rows of R that are compared at once
 
 Id = int | str
-HistoriesLike: TypeAlias = Any  # Sequence[Iterable[Id]] | scipy.sparse matrix | pa.Table, neither of which has types to check
+# Sequence[Iterable[Id]] | scipy.sparse matrix | pa.Table, neither of which has types to check
+HistoriesLike: TypeAlias = Any
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,8 @@ class Lists:
         yield self.scores
 
     def to_table(self) -> pa.Table:
-        """One row per recommendation as launch/recommend.py writes them: user (the row where there are no ids), rank, item, score."""
+        """One row per recommendation as launch/recommend.py writes them: user (the row where there
+        are no ids), rank, item, score."""
         users = pa.array(np.arange(len(self.ids))) if self.users is None else self.users
         table = list_table(users, self.scores, self._rows, self._items)
         if self._items.titles is not None:
@@ -164,7 +168,8 @@ class Recommender:
 
     @staticmethod
     def load(folder: str | Path, checkpoint: str | None = None, verify: bool = True) -> Recommender:
-        """The model of a run directory (its best checkpoint, else its newest, else the one named) or of an exported folder.
+        """The model of a run directory (its best checkpoint, else its newest, else the one named)
+        or of an exported folder.
 
         `verify` holds every file against its SHA-256 and looks for numbers that are none, which reads all of them; without it
         only what is asked for is read. ValueError where the folder holds no model or a file is damaged.
@@ -192,7 +197,8 @@ class Recommender:
         trunk: Literal["torch_export"] | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> str:
-        """Write the model to a new folder that `load` and launch/recommend.py take; returns one line on what was written.
+        """Write the model to a new folder that `load` and launch/recommend.py take; returns one
+        line on what was written.
 
         `trunk` "torch_export" adds trunk.pt2, a program W1 x (B, H) -> d (B, H), z (B, L) for another runtime.
         `progress(bytes done, bytes in all)` is called on the way.
@@ -219,7 +225,8 @@ class Recommender:
         return {name: (stat.st_size, stat.st_mtime_ns) for name, stat in found.items()}
 
     def _check_unchanged(self) -> None:
-        """ValueError where somebody wrote into a mapped file: a replaced or removed one is kept, but not a changed one."""
+        """ValueError where somebody wrote into a mapped file: a replaced or removed one is kept,
+        but not a changed one."""
         for name, stamp in self._read_stamps().items():
             if stamp != self._stamps[name]:
                 raise ValueError(
@@ -243,7 +250,8 @@ class Recommender:
         rating_column: str | None = None,
         time_column: str | None = None,
     ) -> Lists:
-        """The k best items of every history, as launch/recommend.py ranks them: `ids, scores = r.recommend(...)`.
+        """The k best items of every history, as launch/recommend.py ranks them: `ids, scores =
+        r.recommend(...)`.
 
         histories: a list of lists of original ids, all of them likes; a sparse matrix (U, I) whose columns are item rows
         (non-zero: seen; ratings unless all of them are 1); or an Arrow table, whose columns are those the shards were made
@@ -288,7 +296,8 @@ class Recommender:
     def similar_items(
         self, item: Id, k: int, by: Literal["nease", "decoder"] | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """(ids, scores) of the k items nearest to `item`, itself excepted; fewer where the catalogue is smaller.
+        """(ids, scores) of the k items nearest to `item`, itself excepted; fewer where the
+        catalogue is smaller.
 
         `nease`: W[item, j], what having `item` adds to the logit of j. It is directed: a rare sequel may point at its famous
         first part and not the other way round; a list of "goes with" is wanted in just this direction. `decoder`: cosine of the
@@ -314,7 +323,10 @@ class Recommender:
         return self._ids(ids[found]), scores[found]
 
     def explain(self, history: Iterable[Id], item: Id, n: int = 5) -> Explanation:
-        """Which of the past items speak for `item`, and what either path says. ValueError for an unknown item or no known history."""
+        """Which of the past items speak for `item`, and what either path says.
+
+        ValueError for an unknown item or no known history.
+        """
         _check_count("n", n)
         self._check_unchanged()
         row = self._known_item(item)
@@ -379,7 +391,10 @@ class Recommender:
         return bool(self.model.outputs[0].heads)
 
     def title(self, item: Id) -> str | None:
-        """The title of an item, None where items.parquet has none. ValueError for an unknown item."""
+        """The title of an item, None where items.parquet has none.
+
+        ValueError for an unknown item.
+        """
         return self._title(self._known_item(item))
 
     def _title(self, row: int) -> str | None:
@@ -445,7 +460,10 @@ class Recommender:
         )
 
     def _read_matrix(self, matrix: Any, all_positive: bool) -> _Given:
-        """Non-zero entries are seen items. They are ratings where the rule reads ratings and not all of them are 1."""
+        """Non-zero entries are seen items.
+
+        They are ratings where the rule reads ratings and not all of them are 1.
+        """
         if matrix.ndim != 2 or matrix.shape[1] != self.n_items:
             raise ValueError(
                 f"the matrix has shape {matrix.shape}, expected (users, {self.n_items}): columns are item rows"
@@ -476,7 +494,8 @@ class Recommender:
         return _Given(rows, seen, count_rows(item_rows, rows, seen))
 
     def _find(self, ids: Sequence[Any], what: str) -> np.ndarray:
-        """Item rows of ids, -1 where unknown; ValueError unless they are all whole numbers or all strings."""
+        """Item rows of ids, -1 where unknown; ValueError unless they are all whole numbers or all
+        strings."""
         if len(ids) == 0:
             return np.empty(0, np.int32)
         try:
@@ -506,7 +525,8 @@ class Recommender:
     def _allowed(
         self, filter_items: Iterable[Id] | None, restrict_to: Iterable[Id] | None
     ) -> tuple[torch.Tensor | None, list[str]]:
-        """(I,) bool of the items that may be listed, None for all, and lines on the ids that were passed."""
+        """(I,) bool of the items that may be listed, None for all, and lines on the ids that were
+        passed."""
         if filter_items is None and restrict_to is None:
             return None, []
         allowed, notes = np.ones(self.n_items, bool), []
@@ -551,9 +571,11 @@ _prepared_for_forks = False
 
 
 def _answer_after_forks() -> None:
-    """Make children of this process compute with one thread: the threads of torch's pool do not live on in a fork.
+    """Make children of this process compute with one thread: the threads of torch's pool do not
+    live on in a fork.
 
-    A web server that loads the model and then forks its workers would otherwise wait for them for ever.
+    A web server that loads the model and then forks its workers would otherwise wait for them for
+    ever.
     """
     global _prepared_for_forks
     if not _prepared_for_forks:

@@ -1,10 +1,13 @@
-"""The k best items per user, exactly: local top-k over a partition's columns, and the merge of several.
+"""The k best items per user, exactly: local top-k over a partition's columns, and the merge of
+several.
 
-Order: descending score, ties to the lower item row. `torch.topk` promises neither which of several equal scores it
-takes nor their order, and popularity counts and saturated probabilities tie often: the choice at the border and the
-order within are settled here, the same on every device and for every partitioning.
+Order: descending score, ties to the lower item row. `torch.topk` promises neither which of several
+equal scores it takes nor their order, and popularity counts and saturated probabilities tie often:
+the choice at the border and the order within are settled here, the same on every device and for
+every partitioning.
 
-A score of -inf marks an item that must not be listed (seen by the user). Lists are padded with id -1, score -inf.
+A score of -inf marks an item that must not be listed (seen by the user). Lists are padded with id
+-1, score -inf.
 
 Shapes: U users, J columns of scores, K list length.
 """
@@ -22,8 +25,8 @@ NO_ITEM = -1
 def local_topk(scores_UJ: Tensor, k: int, item_offset: int = 0) -> tuple[Tensor, Tensor]:
     """The min(k, J) best columns of every row.
 
-    scores_UJ: float32 or float64, column j is item row item_offset + j. Returns (scores, ids), both (U, min(k, J)), ids
-    int64. Raises ValueError on NaN, which cannot be ranked.
+    scores_UJ: float32 or float64, column j is item row item_offset + j. Returns (scores, ids), both
+    (U, min(k, J)), ids int64. Raises ValueError on NaN, which cannot be ranked.
     """
     n_columns = scores_UJ.shape[1]
     k = min(k, n_columns)
@@ -31,7 +34,8 @@ def local_topk(scores_UJ: Tensor, k: int, item_offset: int = 0) -> tuple[Tensor,
         return scores_UJ[:, :k], torch.empty(
             scores_UJ.shape[0], k, dtype=torch.int64, device=scores_UJ.device
         )
-    # one more than asked for: only where the next score equals the last listed one can the choice be wrong
+    # one more than asked for: only where the next score equals the last listed one can the choice
+    # be wrong
     best, columns = torch.topk(scores_UJ, min(k + 1, n_columns), dim=1)
     if best[:, 0].isnan().any():  # topk ranks NaN first
         raise ValueError(
@@ -54,7 +58,8 @@ def local_topk(scores_UJ: Tensor, k: int, item_offset: int = 0) -> tuple[Tensor,
 
 
 def _lowest_of_the_tied(scores_RJ: Tensor, last_R: Tensor, k: int) -> Tensor:
-    """Columns (R, k), ascending: all above the k-th score `last_R`, then the lowest columns among those equal to it."""
+    """Columns (R, k), ascending: all above the k-th score `last_R`, then the lowest columns among
+    those equal to it."""
     above = scores_RJ > last_R[:, None]
     equal = scores_RJ == last_R[:, None]
     vacant = k - above.sum(dim=1, keepdim=True)
@@ -65,8 +70,8 @@ def _lowest_of_the_tied(scores_RJ: Tensor, last_R: Tensor, k: int) -> Tensor:
 def merge_topk(scores: Sequence[Tensor], ids: Sequence[Tensor], k: int) -> tuple[Tensor, Tensor]:
     """The k best of several partitions' lists, in any order of the partitions.
 
-    scores[p], ids[p]: (U, K_p) as local_topk returns them, of disjoint items. Returns (scores, ids), both (U, k), padded
-    with -inf and -1.
+    scores[p], ids[p]: (U, K_p) as local_topk returns them, of disjoint items. Returns (scores,
+    ids), both (U, k), padded with -inf and -1.
     """
     all_scores, all_ids = torch.cat(list(scores), dim=1), torch.cat(list(ids), dim=1)
     missing = k - all_scores.shape[1]
@@ -80,7 +85,8 @@ def merge_topk(scores: Sequence[Tensor], ids: Sequence[Tensor], k: int) -> tuple
 
 
 class TopK:
-    """Keeps the k best while blocks of columns pass by, lowest items first, so that (U, J) need never exist."""
+    """Keeps the k best while blocks of columns pass by, lowest items first, so that (U, J) need
+    never exist."""
 
     def __init__(self, k: int) -> None:
         self.k = k
@@ -89,13 +95,17 @@ class TopK:
         self._end = 0  # items below have passed
 
     def update(self, scores_UC: Tensor, item_offset: int) -> None:
-        """Take columns item_offset to item_offset + C, of the same users in every call. ValueError on NaN."""
+        """Take columns item_offset to item_offset + C, of the same users in every call.
+
+        ValueError on NaN.
+        """
         assert item_offset >= self._end, (item_offset, self._end)
         self._end = item_offset + scores_UC.shape[1]
         if self._scores is None or self._ids is None:
             self._scores, self._ids = local_topk(scores_UC, self.k, item_offset)
             return
-        # the list first, then the block: among equal scores the position then has the order of the ids, as in one block
+        # the list first, then the block: among equal scores the position then has the order of the
+        # ids, as in one block
         n_listed = self._ids.shape[1]
         self._scores, position = local_topk(torch.cat([self._scores, scores_UC], dim=1), self.k)
         listed = self._ids.gather(1, position.clamp(0, n_listed - 1)) if n_listed else position
@@ -105,7 +115,8 @@ class TopK:
         )
 
     def result(self) -> tuple[Tensor, Tensor]:
-        """(scores, ids), both (U, k), padded with -inf and -1; at least one block must have been taken."""
+        """(scores, ids), both (U, k), padded with -inf and -1; at least one block must have been
+        taken."""
         assert self._scores is not None, "TopK.result before any update"
         assert self._ids is not None
         return merge_topk([self._scores], [self._ids], self.k)

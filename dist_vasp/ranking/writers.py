@@ -1,4 +1,5 @@
-"""Lists on their way to a file: CSV, Parquet or JSON Lines by the file's ending, complete or not there at all.
+"""Lists on their way to a file: CSV, Parquet or JSON Lines by the file's ending, complete or not
+there at all.
 
 One row is one recommendation: `user`, `rank` (from 1), `item`, `score`; explained ones have `p_flvae`, `p_nease` and, N times,
 `because_1`, `weight_1`, ... besides. In JSON Lines the latter are one list, `"because": [{"item": ..., "weight": ...}, ...]`.
@@ -101,7 +102,8 @@ def _is_list(path: Path) -> bool:
 
 
 def check_output(output: str | Path, overwrite: bool | None, inputs: Inputs = ()) -> None:
-    """ValueError unless lists may be written to `output`, and skipped users beside it; `inputs` as in `places`."""
+    """ValueError unless lists may be written to `output`, and skipped users beside it; `inputs` as
+    in `places`."""
     check_file(output, "--output", overwrite, _is_list, inputs, tuple(_WRITERS))
     check_file(skipped_file(output), "", overwrite, _is_skipped, inputs)
 
@@ -112,7 +114,8 @@ def skipped_file(output: str | Path) -> Path:
 
 
 class ListFile:
-    """An output file and its `<output stem>.skipped.csv`, which appear at `finish`. ValueError where the disk fails.
+    """An output file and its `<output stem>.skipped.csv`, which appear at `finish`. ValueError
+    where the disk fails.
 
     Both are locked until then, so that another command does not write them.
     """

@@ -1,4 +1,7 @@
-"""Which drawings a report has: learning curves, popularity, scaling. Each is a card: a title, what it says, the drawing, a legend."""
+"""Which drawings a report has: learning curves, popularity, scaling.
+
+Each is a card: a title, what it says, the drawing, a legend.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,8 @@ def _swatch(colour: int | str) -> str:
 
 
 def learning(runs: Sequence[Run]) -> list[str]:
-    """Learning curves of all runs, one colour each; of a single run also what only makes sense for one."""
+    """Learning curves of all runs, one colour each; of a single run also what only makes sense for
+    one."""
     x_name = "lambda" if all(run.at("model", "kind") == "ease" for run in runs) else "epochs"
 
     def drawn_card(
@@ -125,7 +129,8 @@ def learning(runs: Sequence[Run]) -> list[str]:
 
 
 def _closed_form_across(runs: Sequence[Run], drawn: Sequence[Line]) -> list[Line]:
-    """Beside runs that take epochs the closed form is a level: the best of its lambdas, from the first epoch to the last."""
+    """Beside runs that take epochs the closed form is a level: the best of its lambdas, from the
+    first epoch to the last."""
     closed = [run.at("model", "kind") == "ease" for run in runs]
     xs = [
         p[0]
@@ -166,7 +171,8 @@ def _paths(run: Run) -> str:
 
 
 def popularity(views: Sequence[tuple[int, str, Popularity]]) -> str:
-    """Share of the recommended places by decile of popularity, against what users took; `views` are (colour, name, view)."""
+    """Share of the recommended places by decile of popularity, against what users took; `views` are
+    (colour, name, view)."""
     labels = [str(i + 1) for i in range(len(views[0][2].recommended))]
     groups = [
         Bars(name if len(views) > 1 else "recommended", view.recommended, colour)

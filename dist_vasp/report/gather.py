@@ -1,4 +1,5 @@
-"""What a run has left, read for the report: nothing of it is believed more than it has to be, and no line is ever evaluated."""
+"""What a run has left, read for the report: nothing of it is believed more than it has to be, and
+no line is ever evaluated."""
 
 from __future__ import annotations
 
@@ -51,7 +52,8 @@ class Run:
         ]
 
     def evaluated(self, name: str) -> list[tuple[float, float, float]]:
-        """(epochs done, or lambda of the closed form; value; standard error or 0) of every evaluation on validation."""
+        """(epochs done, or lambda of the closed form; value; standard error or 0) of every
+        evaluation on validation."""
         per = self.steps_per_epoch
         found = []
         for line in self.evaluations:
@@ -106,7 +108,10 @@ def read_run(folder: str | Path, benchmark: dict[str, Any] | None = None) -> Run
 
 
 def read_runs(folders: list[str], benchmarks: list[str]) -> list[Run]:
-    """All runs of a report, under names that differ. A benchmark given by name belongs to the first run."""
+    """All runs of a report, under names that differ.
+
+    A benchmark given by name belongs to the first run.
+    """
     if len(folders) > MOST_RUNS:
         raise ValueError(
             f"{len(folders)} runs were given, expected at most {MOST_RUNS}; compare fewer at a time"
@@ -128,7 +133,8 @@ def read_runs(folders: list[str], benchmarks: list[str]) -> list[Run]:
 
 
 def read_benchmark(path: Path, missing_ok: bool = False) -> dict[str, Any] | None:
-    """benchmark.json of launch/benchmark.py, or None where there is none; ValueError where it is something else."""
+    """benchmark.json of launch/benchmark.py, or None where there is none; ValueError where it is
+    something else."""
     if missing_ok and not path.exists():
         return None
     found = _json(path / "benchmark.json" if path.is_dir() else path)

@@ -1,4 +1,5 @@
-"""What the model recommends to test users, for the report: by popularity of the items, and in full for a few of them.
+"""What the model recommends to test users, for the report: by popularity of the items, and in full
+for a few of them.
 
 Shapes: U users, I items, K length of a list.
 """
@@ -25,7 +26,8 @@ _USERS_PER_BLOCK = 512
 
 @dataclass(frozen=True)
 class Popularity:
-    """By decile of the catalogue, the most popular tenth of the items first: shares that add up to 1."""
+    """By decile of the catalogue, the most popular tenth of the items first: shares that add up to
+    1."""
 
     recommended: list[float]  # of the first SLOTS places of all lists
     trained: list[float]  # of the training interactions
@@ -62,7 +64,8 @@ def look(
     k: int,
     progress: Callable[[int, int], None],
 ) -> tuple[Popularity, list[Sample]]:
-    """Lists for the first `n_users` users of the test split (of validation where there is none), and some in full.
+    """Lists for the first `n_users` users of the test split (of validation where there is none),
+    and some in full.
 
     ValueError where the shards are another catalogue's, or hold no such user.
     """
@@ -113,7 +116,8 @@ def look(
 
 
 def decile_of(n_items: int) -> np.ndarray:
-    """(I,) the tenth of the catalogue that each item row lies in: rows are in descending popularity."""
+    """(I,) the tenth of the catalogue that each item row lies in: rows are in descending
+    popularity."""
     return np.arange(n_items) * DECILES // max(n_items, 1)
 
 
@@ -131,7 +135,8 @@ def _matrix(rows: Rows, n_items: int) -> scipy.sparse.csr_matrix:
 def _samples(
     recommender: Recommender, blocks: list[EvalBlock], ids: dict[int, Id], n: int, k: int
 ) -> list[Sample]:
-    """Users with a short, a middling and a long history among those who have held-out items: the quantiles of its length."""
+    """Users with a short, a middling and a long history among those who have held-out items: the
+    quantiles of its length."""
     users = [
         (int(block.fold_in.lengths[u]), int(block.user_keys[u]), b, u)
         for b, block in enumerate(blocks)

@@ -1,6 +1,7 @@
 """The report as one HTML page that opens from disk: no script, no request, every text escaped.
 
-What a run has left may be anything, item titles above all; the page's own policy forbids scripts and every address besides.
+What a run has left may be anything, item titles above all; the page's own policy forbids scripts
+and every address besides.
 """
 
 from __future__ import annotations

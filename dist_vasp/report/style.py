@@ -1,4 +1,5 @@
-"""The page's style sheet: one column of text, cards that flow, tables that scroll in their own box; light and dark."""
+"""The page's style sheet: one column of text, cards that flow, tables that scroll in their own box;
+light and dark."""
 
 # Six hues told apart by people with colour blindness, darker on white and lighter on black.
 _LIGHT = ("#1f6fc4", "#d9541e", "#12855c", "#a86f00", "#8a4fbf", "#c2347a")

@@ -1,7 +1,8 @@
 """Small drawings as inline SVG, without a script: lines with bands, bars, stacked bars.
 
-Colours are classes (`s1` to `s6`) that the page's style sheet gives a light and a dark value, so a drawing follows the reader's scheme.
-Values in the drawing have a `<title>`, which browsers show as a tooltip and readers of screens can speak.
+Colours are classes (`s1` to `s6`) that the page's style sheet gives a light and a dark value, so a
+drawing follows the reader's scheme. Values in the drawing have a `<title>`, which browsers show as
+a tooltip and readers of screens can speak.
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ Format = Callable[[float], str]
 
 @dataclass(frozen=True)
 class Line:
-    """`points` are (x, y) or (x, y, half width of the band). `marks`: draw a dot with a tooltip at each."""
+    """`points` are (x, y) or (x, y, half width of the band).
+
+    `marks`: draw a dot with a tooltip at each.
+    """
 
     name: str
     points: Sequence[tuple[float, ...]]
@@ -99,7 +103,8 @@ def bars(
     x_name: str,
     markers: Sequence[Bars] = (),
 ) -> str:
-    """Grouped bars; `markers` are short horizontal lines over the group, for what the bars are held against."""
+    """Grouped bars; `markers` are short horizontal lines over the group, for what the bars are held
+    against."""
     top = max([v for group in (*groups, *markers) for v in group.values], default=0.0) or 1.0
     y = _axis(0.0, top, HEIGHT - _BOTTOM, _TOP, False, 5, True)
     step = (WIDTH - _LEFT - _RIGHT) / max(len(labels), 1)
@@ -155,7 +160,8 @@ def stacked(labels: Sequence[str], parts: Sequence[Bars], y_format: Format, x_na
 
 
 def thin(points: Sequence[tuple[float, ...]], most: int = _MOST_POINTS) -> list[tuple[float, ...]]:
-    """At most `most` points: means over equal stretches, with the standard deviation in each as its band where there is none yet."""
+    """At most `most` points: means over equal stretches, with the standard deviation in each as its
+    band where there is none yet."""
     if len(points) <= most:
         return list(points)
     found: list[tuple[float, ...]] = []

@@ -1,7 +1,8 @@
 """One job of a benchmark: some steps on real batches, and where the time of each went.
 
-Labels are exclusive: while a collective runs inside the input side, the time is communication's. On a GPU the device is waited
-for at every border, so the parts add up but the whole is a little slower than training.
+Labels are exclusive: while a collective runs inside the input side, the time is communication's. On
+a GPU the device is waited for at every border, so the parts add up but the whole is a little slower
+than training.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ LABELS = ("input", "trunk", "output", "optimizer", "communication", "data wait",
 
 
 class StopWatch:
-    """Adds up the seconds between entering and leaving wrapped functions, by label, less what wrapped functions inside took."""
+    """Adds up the seconds between entering and leaving wrapped functions, by label, less what
+    wrapped functions inside took."""
 
     def __init__(self, device: torch.device) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
@@ -83,7 +85,8 @@ def watch(trainer: Trainer) -> StopWatch:
 
 
 def measure(config: Config, ranks: Ranks, steps: int, warm_up: int = 2) -> dict[str, Any]:
-    """Train `steps` steps after a warm-up, then measure the machine's rates; medians and totals of this rank."""
+    """Train `steps` steps after a warm-up, then measure the machine's rates; medians and totals of
+    this rank."""
     stream = make_stream(config, ranks)
     batches = with_next(
         stream.batches(0, warm_up + steps, config.data.workers)

@@ -1,4 +1,5 @@
-"""TensorBoard events of a run: the numbers of a metrics line, under one prefix each for training and validation."""
+"""TensorBoard events of a run: the numbers of a metrics line, under one prefix each for training
+and validation."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ from dist_vasp.training.tracking import numbers
 
 
 class Board:
-    """An event file in `folder`; events of steps after `after_step`, of a future that is undone, are no longer shown.
+    """An event file in `folder`; events of steps after `after_step`, of a future that is undone,
+    are no longer shown.
 
     OSError from `add` and `close` when the file could not be written.
     """
@@ -31,8 +33,8 @@ class Board:
 
 
 def _let_the_caller_report() -> None:
-    """A failed write of the writer's own thread raises again in the next `add` or `close`, where it gets one readable line; the
-    thread need not print its traceback first."""
+    """A failed write of the writer's own thread raises again in the next `add` or `close`, where it
+    gets one readable line; the thread need not print its traceback first."""
     before = threading.excepthook
 
     def hook(args: threading.ExceptHookArgs) -> None:

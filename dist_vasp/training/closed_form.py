@@ -1,9 +1,11 @@
-"""Closed-form EASE as a run: Gram matrix of the shards, inverse, validation, checkpoint, result (`model.kind: ease`).
+"""Closed-form EASE as a run: Gram matrix of the shards, inverse, validation, checkpoint, result
+(`model.kind: ease`).
 
-A step is one lambda: the given one, or those of GRID from large to small until the validation NDCG@100 has fallen twice in a row.
-The matrix is kept once: the Gram matrix of the next lambda is computed again, into the same memory, because it costs a small part of
-what the inverse does. The best lambda so far is on disk; a run that stopped goes on behind it. Loss, optimizer and reading lanes of
-the configuration are not used.
+A step is one lambda: the given one, or those of GRID from large to small until the validation
+NDCG@100 has fallen twice in a row. The matrix is kept once: the Gram matrix of the next lambda is
+computed again, into the same memory, because it costs a small part of what the inverse does. The
+best lambda so far is on disk; a run that stopped goes on behind it. Loss, optimizer and reading
+lanes of the configuration are not used.
 """
 
 from __future__ import annotations
@@ -49,9 +51,11 @@ PATIENCE = 2  # lambdas in a row that may be worse than the best before the sear
 
 
 def solve(config: Config, ranks: Ranks) -> dict[str, Any] | None:
-    """Compute EASE, or go on with the search of its lambda. Returns what result.json holds, None when a signal stopped it.
+    """Compute EASE, or go on with the search of its lambda. Returns what result.json holds, None
+    when a signal stopped it.
 
-    Raises AgreedError for what a user can mend, a matrix that is singular in its precision included.
+    Raises AgreedError for what a user can mend, a matrix that is singular in its precision
+    included.
     """
     with closing(StopRequest()) as stop:
         return _solve(config, ranks, stop)
@@ -116,7 +120,8 @@ def _search(
     say: Callable[[str], None],
     stop: StopRequest,
 ) -> dict[str, Any]:
-    """Header of the best checkpoint after every lambda that is to be tried; `header` is that of an earlier attempt."""
+    """Header of the best checkpoint after every lambda that is to be tried; `header` is that of an
+    earlier attempt."""
 
     def interrupted() -> bool:
         return any_rank(stop.requested, ranks)
@@ -236,7 +241,8 @@ def _matching(config: Config, manifest: Manifest) -> dict[str, Any]:
 def _resume(
     config: Config, manifest: Manifest, folder: Path, ranks: Ranks
 ) -> tuple[dict[str, Any] | None, bool]:
-    """Header of the best lambda so far, None where there is none, and whether the run has its result already."""
+    """Header of the best lambda so far, None where there is none, and whether the run has its
+    result already."""
     header = None
     opened = folders.open_together(lambda: newest_checkpoint(folder), ranks)
     with agreed(ranks):
@@ -271,7 +277,8 @@ def _save(
     seconds: float,
     metrics: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    """Write the model as step-XXXXXXXX, from the matrix itself; point `best` at it if it was validated. Returns its header."""
+    """Write the model as step-XXXXXXXX, from the matrix itself; point `best` at it if it was
+    validated. Returns its header."""
     header = {
         "position": {"epoch": 0, "step_in_epoch": 0, "step": step},
         "config": asdict(config),
@@ -316,7 +323,8 @@ def _opening(
 
 
 def dry_run(config: Config, ranks: Ranks) -> str:
-    """Check config and shards as `solve` does, and say what memory and time it takes; nothing is built or written."""
+    """Check config and shards as `solve` does, and say what memory and time it takes; nothing is
+    built or written."""
     manifest = _open(config, ranks)
     check_shards(config.data.shards, manifest, ranks)
     train, layout = manifest.splits["train"], ranks.layout

@@ -1,8 +1,9 @@
 """One optimizer step: the trunk as a DeepSpeed ZeRO engine, the item matrices beside it.
 
-The item matrices stay outside the engine, because `deepspeed.initialize` overwrites every rank's parameters with rank 0's.
-DeepSpeed averages gradients over the world; the loss is already divided by the N rows of the whole step, so what enters
-the trunk's backward is multiplied by the world size, and what comes out at its input is divided by it (VASP.gradients).
+The item matrices stay outside the engine, because `deepspeed.initialize` overwrites every rank's
+parameters with rank 0's. DeepSpeed averages gradients over the world; the loss is already divided
+by the N rows of the whole step, so what enters the trunk's backward is multiplied by the world
+size, and what comes out at its input is divided by it (VASP.gradients).
 
 Shapes: B rows of this rank, N rows of the whole step, L latent width.
 """
@@ -37,7 +38,8 @@ from dist_vasp.training.zero import ZeroTrunk
 
 @dataclass(frozen=True)
 class StepReport:
-    """What a step measured, summed over all ranks: `loss` = `focal` (the reconstruction, whatever its kind) + weighted KL."""
+    """What a step measured, summed over all ranks: `loss` = `focal` (the reconstruction, whatever
+    its kind) + weighted KL."""
 
     loss: float
     focal: float
@@ -186,7 +188,8 @@ class Trainer:
 
     @contextmanager
     def evaluating(self) -> Iterator[TrunkCall | None]:
-        """The trunk as a function in evaluation mode, for the time of the body; None for NEASE alone."""
+        """The trunk as a function in evaluation mode, for the time of the body; None for NEASE
+        alone."""
         if self.trunk is None:
             yield None
         else:
@@ -201,7 +204,8 @@ class Trainer:
     # --- state -------------------------------------------------------------------------------------------------------
 
     def item_pieces(self, moments: bool) -> list[ItemSlice]:
-        """This rank's pieces of the item matrices and, if asked, of their moments (`NAME.exp_avg`, `NAME.exp_avg_sq`)."""
+        """This rank's pieces of the item matrices and, if asked, of their moments (`NAME.exp_avg`,
+        `NAME.exp_avg_sq`)."""
         pieces = self.model.slices()
         if not moments:
             return pieces
@@ -226,7 +230,8 @@ class Trainer:
         return {name: float(state[name]) for name in SCALARS}
 
     def load_scalars(self, scalars: dict[str, float], epoch: int) -> None:
-        """Restore `optimizer_scalars`, and remember the schedule's stage that `epoch`, the last one trained in, lies in."""
+        """Restore `optimizer_scalars`, and remember the schedule's stage that `epoch`, the last one
+        trained in, lies in."""
         states = [self._state_of(piece) for piece in self.model.trained_slices()]
         for state in states + (self.trunk.ensure_state() if self.trunk else []):
             for name in SCALARS:
@@ -236,7 +241,8 @@ class Trainer:
     # --- parts of a step -----------------------------------------------------------------------------------------------
 
     def _set_rate(self, epoch: int) -> None:
-        """The schedule's rate for `epoch`; where a new stage begins the moments are kept, unless told otherwise."""
+        """The schedule's rate for `epoch`; where a new stage begins the moments are kept, unless
+        told otherwise."""
         stage = self.config.stage(epoch)
         for optimizer in self.optimizers():
             for group in optimizer.param_groups:
@@ -251,7 +257,8 @@ class Trainer:
         self._stage = stage
 
     def _exchange(self, batch: Batch) -> list[RowExchange]:
-        """Start sending the batch's rows, in `optimizer.accumulation` slices, to the partition group."""
+        """Start sending the batch's rows, in `optimizer.accumulation` slices, to the partition
+        group."""
         n = self.config.optimizer.accumulation
         rows = -(-batch.padded_rows // n)
         exchanges = []
@@ -284,7 +291,8 @@ class Trainer:
         return found
 
     def _noise(self, batch: Batch, n_rows: int) -> Tensor:
-        """Standard normal noise of this rank's rows (n_rows, L), drawn per lane: the same for every number of ranks."""
+        """Standard normal noise of this rank's rows (n_rows, L), drawn per lane: the same for every
+        number of ranks."""
         latent, device = self.config.model.latent, self.ranks.device
         noise = torch.zeros((n_rows, latent), device=device)
         first = 0
@@ -309,7 +317,8 @@ class Trainer:
         )
 
     def _accumulate(self, micro_batches: list[MicroBatch], n_rows: int) -> StepLoss:
-        """Gradients of all micro-batches, kept in `.grad` and summed over the replicas; the sum of their losses."""
+        """Gradients of all micro-batches, kept in `.grad` and summed over the replicas; the sum of
+        their losses."""
         shares = []
         for i, rows in enumerate(micro_batches):
             shares.append(self._gradients(rows, n_rows, accumulate))
@@ -336,8 +345,8 @@ class Trainer:
         self._squared_norm += self._apply(parameter, first, self._over_replicas(grad))
 
     def _apply(self, parameter: Tensor, first: int, grad: Tensor) -> Tensor:
-        """Update the rows of an item matrix from `first` on; W is first drawn to where it started. Returns the gradient's squared
-        norm."""
+        """Update the rows of an item matrix from `first` on; W is first drawn to where it started.
+        Returns the gradient's squared norm."""
         optimizer = self.item_optimizers[self._item_dim[parameter]]
         start = self._start_of.get(parameter)
         if start is not None:

@@ -1,4 +1,7 @@
-"""What a run ran on, for environment.json: versions, devices, ranks, hosts. No names of users, hosts or folders."""
+"""What a run ran on, for environment.json: versions, devices, ranks, hosts.
+
+No names of users, hosts or folders.
+"""
 
 from __future__ import annotations
 

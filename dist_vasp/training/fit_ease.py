@@ -1,8 +1,10 @@
-"""The closed form from the shards, into columns that exist: as a run of its own (training/closed_form.py), or as NEASE's start.
+"""The closed form from the shards, into columns that exist: as a run of its own
+(training/closed_form.py), or as NEASE's start.
 
-With `model.ease_dropout` s the diagonal of G grows by s / (1 - s) of itself: the ridge regression whose inputs lose the share s of
-their items at random, in expectation (Steck 2020, arXiv 1911.02459, "Autoencoders that don't overfit towards the identity").
-With `model.ease_user_exponent` a, the squared error of a user of n items weighs (n / mean n)^a: G = X^T diag(weights) X.
+With `model.ease_dropout` s the diagonal of G grows by s / (1 - s) of itself: the ridge regression
+whose inputs lose the share s of their items at random, in expectation (Steck 2020, arXiv
+1911.02459, "Autoencoders that don't overfit towards the identity"). With `model.ease_user_exponent`
+a, the squared error of a user of n items weighs (n / mean n)^a: G = X^T diag(weights) X.
 """
 
 from __future__ import annotations
@@ -121,9 +123,11 @@ def training_users(folder: str | Path, manifest: Manifest) -> Iterator[Rows]:
 
 
 def start_from_ease(trainer: Trainer, manifest: Manifest) -> None:
-    """W = model.nease_scale * B, from what model.init_from_ease names; the copy that optimizer.nease_decay draws to is the same.
+    """W = model.nease_scale * B, from what model.init_from_ease names; the copy that
+    optimizer.nease_decay draws to is the same.
 
-    AgreedError where the named run is of another kind or of other items, or a file of it is damaged.
+    AgreedError where the named run is of another kind or of other items, or a file of it is
+    damaged.
     """
     config, ranks, output = trainer.config, trainer.ranks, trainer.model.output
     if config.model.init_from_ease == CLOSED_FORM:

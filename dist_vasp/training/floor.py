@@ -33,7 +33,8 @@ def _seconds(work: Callable[[], object], device: torch.device, repeats: int = 5)
 def measure_rates(
     device: torch.device, n_items: int, rows: int = 1024, items_per_row: int = 64
 ) -> Rates:
-    """Matrix products of 2,048 squared, a copy of 256 MB, and sums of rows 256 wide out of a table of `n_items` rows."""
+    """Matrix products of 2,048 squared, a copy of 256 MB, and sums of rows 256 wide out of a table
+    of `n_items` rows."""
     a, b = torch.rand(2, 2048, 2048, device=device)
     product = torch.empty_like(a)
     flops = 2 * 2048**3 / _seconds(lambda: torch.mm(a, b, out=product), device)
@@ -50,7 +51,8 @@ def measure_rates(
 def step_floor(
     config: Config, n_items: int, own_items: int, rows: float, items_per_row: float, rates: Rates
 ) -> dict[str, float]:
-    """Seconds that the rates set for one step of a rank that owns `own_items` of the items; `rows`: a step's, over the ranks."""
+    """Seconds that the rates set for one step of a rank that owns `own_items` of the items; `rows`:
+    a step's, over the ranks."""
     m = config.model
     deep, shallow = m.deep, m.shallow
     heads = n_items * (m.hidden + m.latent * m.latent_head) * deep

@@ -1,7 +1,8 @@
 """Catalogue growth: a new run that starts from another run's weights, items matched by original id.
 
-Rows and columns of known items are kept, in whatever order the new vocabulary has them; new items keep their fresh
-initialisation. Moments and position start anew. Each rank reads one stored piece at a time and keeps its own items of it.
+Rows and columns of known items are kept, in whatever order the new vocabulary has them; new items
+keep their fresh initialisation. Moments and position start anew. Each rank reads one stored piece
+at a time and keeps its own items of it.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ _SIZES = ("kind", "hidden", "latent", "encoder_layers", "decoder_layers", "laten
 
 
 def open_source(run: str, ours: ModelConfig) -> checkpoints.Checkpoint:
-    """The best (else newest) checkpoint of `run`; ValueError where there is none, or one of another model."""
+    """The best (else newest) checkpoint of `run`; ValueError where there is none, or one of another
+    model."""
     if not Path(run).is_dir():
         raise ValueError(f"--init_from {run} is not a folder; name the run.dir of a training run")
     opened = folders.open_found(Path(run) / "checkpoints")
@@ -44,7 +46,8 @@ def open_source(run: str, ours: ModelConfig) -> checkpoints.Checkpoint:
 
 
 def initialise_from(trainer: Trainer, run: str, shards: str) -> None:
-    """Copy the best (else newest) weights of `run` into `trainer`; AgreedError where the models differ in shape or files are bad."""
+    """Copy the best (else newest) weights of `run` into `trainer`; AgreedError where the models
+    differ in shape or files are bad."""
     ranks = trainer.ranks
     opened = folders.open_together(lambda: open_source(run, trainer.config.model), ranks)
     assert opened is not None

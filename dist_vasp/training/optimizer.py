@@ -1,16 +1,17 @@
-"""Nadam, Adam and AdamW, updated in place: one rule for the trunk (inside DeepSpeed) and the item matrices (outside it).
+"""Nadam, Adam and AdamW, updated in place: one rule for the trunk (inside DeepSpeed) and the item
+matrices (outside it).
 
-An update is one compiled pass over parameter, gradient and moments; uncompiled, it walks them in chunks that stay in cache.
-Either way each is read and written once, and no temporary has the parameter's size (torch.optim.NAdam needs 32 to 37 bytes a
-parameter at its peak).
+An update is one compiled pass over parameter, gradient and moments; uncompiled, it walks them in
+chunks that stay in cache. Either way each is read and written once, and no temporary has the
+parameter's size (torch.optim.NAdam needs 32 to 37 bytes a parameter at its peak).
 
     m = b1 m + (1 - b1) g          v = b2 v + (1 - b2) g^2          denom = sqrt(v / (1 - b2^t)) + eps
     Adam   p -= lr / (1 - b1^t) * m / denom                          AdamW first shrinks p by 1 - lr * weight_decay
     Nadam  p -= lr * ((1 - mu_t) / (1 - prod mu_1..t) * g  +  mu_(t+1) / (1 - prod mu_1..t+1) * m) / denom
            mu_t = b1 * (1 - 0.5 * 0.96^(t * momentum_decay))
 
-Sources: Kingma and Ba 2015 (Adam), Loshchilov and Hutter 2019 (AdamW), Dozat 2016 (Nadam); the same numbers as torch.optim's
-Adam, AdamW and NAdam.
+Sources: Kingma and Ba 2015 (Adam), Loshchilov and Hutter 2019 (AdamW), Dozat 2016 (Nadam); the same
+numbers as torch.optim's Adam, AdamW and NAdam.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ SCALARS = ("step", "mu_product")
 
 
 class Factors(NamedTuple):
-    """The scalars of one step's update, as tensors: a compiled update would be compiled anew for every other number."""
+    """The scalars of one step's update, as tensors: a compiled update would be compiled anew for
+    every other number."""
 
     of_grad: Tensor
     of_momentum: Tensor
@@ -44,7 +46,8 @@ class Factors(NamedTuple):
 
 
 class InPlaceAdam(torch.optim.Optimizer):
-    """Adam, AdamW or Nadam by `config.name`. `grad_scale` multiplies every gradient before it is used (joint clipping).
+    """Adam, AdamW or Nadam by `config.name`. `grad_scale` multiplies every gradient before it is
+    used (joint clipping).
 
     State per parameter: `exp_avg`, `exp_avg_sq` of its shape, and the scalars `step` and `mu_product`. A parameter group with
     `lean_dim` set keeps one second moment per vector along that dimension of its matrices, the mean of the squared gradient over
@@ -79,16 +82,18 @@ class InPlaceAdam(torch.optim.Optimizer):
                         self._apply(p, p.grad, self.state[p], by)  # type: ignore[arg-type]
 
     def begin_step(self) -> None:
-        """Count a step for every parameter at once; `update` then takes their gradients piece by piece."""
+        """Count a step for every parameter at once; `update` then takes their gradients piece by
+        piece."""
         for group in self.param_groups:
             self._factors = self._advance(group["params"], group["lr"])
 
     @torch.no_grad()
     def update(self, parameter: Tensor, first: int, grad: Tensor) -> Tensor:
-        """Update the rows of `parameter` from `first` on with their gradient, in the step that `begin_step` opened.
+        """Update the rows of `parameter` from `first` on with their gradient, in the step that
+        `begin_step` opened.
 
-        Returns the squared norm of the gradient as it was used, a scalar: it passes through the registers anyway. A lean matrix whose
-        vectors are its columns wants all of its rows at once.
+        Returns the squared norm of the gradient as it was used, a scalar: it passes through the
+        registers anyway. A lean matrix whose vectors are its columns wants all of its rows at once.
         """
         rows, state = slice(first, first + len(grad)), self.state[parameter]
         moments = {
@@ -113,7 +118,8 @@ class InPlaceAdam(torch.optim.Optimizer):
         return state
 
     def _lean_dim(self, p: Tensor) -> int | None:
-        """The dimension along which each vector of `p` shares a second moment; None where every weight has its own."""
+        """The dimension along which each vector of `p` shares a second moment; None where every
+        weight has its own."""
         groups = [group for group in self.param_groups if any(p is q for q in group["params"])]
         return groups[0]["lean_dim"] if groups and p.dim() == 2 else None
 
@@ -125,7 +131,8 @@ class InPlaceAdam(torch.optim.Optimizer):
             state["mu_product"].fill_(1.0)
 
     def _advance(self, params: list[Tensor], lr: float) -> Factors:
-        """Count a step in the state of each; what the step, one for all of them, multiplies gradient, momentum and weights by."""
+        """Count a step in the state of each; what the step, one for all of them, multiplies
+        gradient, momentum and weights by."""
         c, states = self.config, [self.ensure_state(p) for p in params]
         t = float(states[0]["step"]) + 1
         of_grad, of_momentum, mu = 0.0, lr / (1 - c.beta1**t), 1.0
@@ -164,7 +171,8 @@ class InPlaceAdam(torch.optim.Optimizer):
         return p.numel() <= SMALL and self.state[p]["exp_avg_sq"].shape == p.shape
 
     def _apply_together(self, params: list[Tensor], by: Factors) -> None:
-        """Update small parameters, such as biases, as if they were one: what a call costs is more than what it does."""
+        """Update small parameters, such as biases, as if they were one: what a call costs is more
+        than what it does."""
         if not params:
             return
         moments = [[self.state[p][name].view(-1) for p in params] for name in MOMENTS]
@@ -176,7 +184,8 @@ class InPlaceAdam(torch.optim.Optimizer):
             torch._foreach_copy_(part, list(updated_n.split([len(x) for x in part])))
 
     def _lean_denom(self, grad: Tensor, v: Tensor, by: Factors) -> Tensor:
-        """Update the one second moment per row (n, 1) or per column (1, n); the denominator of its shape."""
+        """Update the one second moment per row (n, 1) or per column (1, n); the denominator of its
+        shape."""
         along = 1 if v.shape[1] == 1 else 0
         rows = max(1, CPU_CHUNK // grad.shape[1]) if grad.device.type == "cpu" else len(grad)
         sums = [(g_n * g_n).sum(dim=along, keepdim=True) for g_n in grad.split(rows)]

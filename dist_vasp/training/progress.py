@@ -81,7 +81,8 @@ class Progress:
 
 @contextmanager
 def counting(what: str, unit: str, per: int = 1) -> Iterator[Callable[[int, int], None]]:
-    """A callback (done, in all) for brief work whose size is known when it begins; `per` of what it counts make a `unit`."""
+    """A callback (done, in all) for brief work whose size is known when it begins; `per` of what it
+    counts make a `unit`."""
     progress: Progress | None = None
 
     def show(done: int, total: int) -> None:

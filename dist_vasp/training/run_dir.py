@@ -30,7 +30,10 @@ _SHARED_WITHIN_S = 5.0  # a network filesystem may show a new file late
 
 
 class RunDir:
-    """What rank 0 writes. Raises ValueError if another run owns the folder, or it cannot be written."""
+    """What rank 0 writes.
+
+    Raises ValueError if another run owns the folder, or it cannot be written.
+    """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
@@ -60,10 +63,12 @@ class RunDir:
         environment: dict[str, Any],
         evaluation_due: bool = False,
     ) -> int:
-        """Write the resolved config, add `environment` to those of earlier starts, and continue metrics after `after_step`.
+        """Write the resolved config, add `environment` to those of earlier starts, and continue
+        metrics after `after_step`.
 
-        Later lines belong to a future that is undone. Returns how many lines were damaged and are kept in metrics.damaged.jsonl.
-        ValueError where a service of `run` has no library, or items.parquet is not what the manifest says.
+        Later lines belong to a future that is undone. Returns how many lines were damaged and are
+        kept in metrics.damaged.jsonl. ValueError where a service of `run` has no library, or
+        items.parquet is not what the manifest says.
         """
         write_atomically(self.folder / "config.yaml", config.to_yaml())
         path = self.folder / "environment.json"
@@ -79,7 +84,8 @@ class RunDir:
         return n_damaged
 
     def record(self, line: dict[str, Any], prefix: str) -> None:
-        """Append one line to metrics.jsonl, and its numbers to TensorBoard and the tracking services under `prefix/`."""
+        """Append one line to metrics.jsonl, and its numbers to TensorBoard and the tracking
+        services under `prefix/`."""
         assert self._metrics is not None
         with _writing(self.folder / "metrics.jsonl"):
             self._metrics.write(json.dumps(line) + "\n")
@@ -91,7 +97,8 @@ class RunDir:
         self._step = line["step"]
 
     def drop_result(self, unless: str = "") -> None:
-        """Remove the result.json of an earlier end, which speaks of other weights; not if it names the checkpoint `unless`."""
+        """Remove the result.json of an earlier end, which speaks of other weights; not if it names
+        the checkpoint `unless`."""
         path = self.folder / "result.json"
         with suppress(OSError, ValueError, KeyError, TypeError):
             if unless and read_json(path)["checkpoint_sha256"] == unless:
@@ -130,8 +137,8 @@ def _writing(path: Path, remedy: str = _REMEDY) -> Iterator[None]:
 
 
 def check_shared(folder: str | Path, ranks: Ranks) -> None:
-    """AgreedError unless every rank sees the folder that rank 0 writes into: hosts without a shared filesystem would each see
-    their own, and a resume would find nothing or something else."""
+    """AgreedError unless every rank sees the folder that rank 0 writes into: hosts without a shared
+    filesystem would each see their own, and a resume would find nothing or something else."""
     token: Path | None = None
     with agreed(ranks):
         if ranks.is_main:
@@ -176,9 +183,10 @@ def earlier_starts(path: Path) -> list[dict[str, Any]]:
 
 
 def cut_after(path: Path, step: int, evaluation_due: bool = False) -> int:
-    """Keep the lines of metrics.jsonl that belong to steps up to `step`, without the evaluation of `step` where that is still to be
-    made and told (an earlier attempt may have told it and then been stopped); move damaged ones to metrics.damaged.jsonl, and count
-    them. A line after a damaged one is kept like any other."""
+    """Keep the lines of metrics.jsonl that belong to steps up to `step`, without the evaluation of
+    `step` where that is still to be made and told (an earlier attempt may have told it and then
+    been stopped); move damaged ones to metrics.damaged.jsonl, and count them. A line after a
+    damaged one is kept like any other."""
     n_damaged = 0
     with ExitStack() as stack:
         try:
@@ -220,7 +228,8 @@ def _step_of(line: bytes) -> int | None:
 
 
 def _copy_items(shards: str, manifest: Manifest, target: Path) -> None:
-    """The vocabulary beside the weights; ValueError where it is not the one that training began with."""
+    """The vocabulary beside the weights; ValueError where it is not the one that training began
+    with."""
     source = Path(shards) / ITEMS_FILE
     data = source.read_bytes()
     if sha256_of(data) != manifest.files.get(ITEMS_FILE):

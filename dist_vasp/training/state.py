@@ -1,4 +1,5 @@
-"""The state of a run between steps: what is saved with a checkpoint, what must match when it is resumed."""
+"""The state of a run between steps: what is saved with a checkpoint, what must match when it is
+resumed."""
 
 from __future__ import annotations
 
@@ -45,7 +46,8 @@ def total_steps(config: Config, steps_per_epoch: int) -> int:
 
 
 class Saver:
-    """Writes checkpoints in order, in the background where memory allows, and commits each when every rank has written."""
+    """Writes checkpoints in order, in the background where memory allows, and commits each when
+    every rank has written."""
 
     def __init__(
         self, trainer: Trainer, stream: TrainStream, folder: Path, say: Callable[[str], None]
@@ -55,7 +57,8 @@ class Saver:
         self._told = False
 
     def save(self, state: RunState) -> None:
-        """Everything a resume needs, as step-XXXXXXXX; older ones beyond `run.keep` go when it is whole."""
+        """Everything a resume needs, as step-XXXXXXXX; older ones beyond `run.keep` go when it is
+        whole."""
         config = self.trainer.config
         self._start(
             folders.step_path(self.folder, state.step),
@@ -97,7 +100,8 @@ class Saver:
         self._pending.append((pending, then))
 
     def keep_what_is_good(self, step: int) -> None:
-        """Commit what was started, after the weights of `step` gave no finite loss: their checkpoints are void, and go."""
+        """Commit what was started, after the weights of `step` gave no finite loss: their
+        checkpoints are void, and go."""
         void = (folders.step_path(self.folder, step), folders.best_path(self.folder, step))
         for pending, _ in self._pending:
             if pending.path in void:
@@ -182,7 +186,8 @@ def must_match(config: Config, shards_sha256: str) -> dict[str, Any]:
 def resume(trainer: Trainer, stream: TrainStream, folder: Path, ranks: Ranks) -> RunState | None:
     """Load the newest checkpoint of `folder` into `trainer`; None where there is none.
 
-    AgreedError where it is damaged, or where the run has changed in what it may not: the difference is named.
+    AgreedError where it is damaged, or where the run has changed in what it may not: the difference
+    is named.
     """
     opened = folders.open_together(lambda: newest_checkpoint(folder), ranks)
     if opened is None:
@@ -215,7 +220,10 @@ def newest_checkpoint(folder: Path) -> Checkpoint | None:
 
 
 def _state_of(opened: Checkpoint, folder: Path, ranks: Ranks) -> RunState:
-    """Where the run stood at a checkpoint. What was best counts only if the weights are still there."""
+    """Where the run stood at a checkpoint.
+
+    What was best counts only if the weights are still there.
+    """
     header = opened.header
     state = RunState(
         opened.step,
@@ -238,7 +246,8 @@ def _state_of(opened: Checkpoint, folder: Path, ranks: Ranks) -> RunState:
 
 
 def check_same(opened: Checkpoint, matching: dict[str, Any], manifest: Manifest) -> None:
-    """ValueError names what of `matching`, or of the data, is not what the checkpoint was written with."""
+    """ValueError names what of `matching`, or of the data, is not what the checkpoint was written
+    with."""
     before, now = _ABSENT | opened.header["must_match"], json.loads(json.dumps(matching))
     different = [key for key in now if before.get(key) != now[key]]
     if different:

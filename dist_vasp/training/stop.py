@@ -21,7 +21,8 @@ _ORPHAN_PATIENCE_S = 20.0
 
 
 class StopRequest:
-    """`requested` turns True when this rank is asked to stop; `close` puts the old signal handlers back."""
+    """`requested` turns True when this rank is asked to stop; `close` puts the old signal handlers
+    back."""
 
     def __init__(self) -> None:
         self.requested = False

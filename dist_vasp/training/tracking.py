@@ -1,8 +1,9 @@
 """Weights & Biases and MLflow: what metrics.jsonl gets, sent there too (`run.wandb`, `run.mlflow`).
 
-Sending goes on in a thread of its own, one per service, so that a slow or broken network costs no step: a service that fails is
-named once and left alone from then on, lines that it cannot take as fast as they come are left out and counted. The libraries are
-imported only when asked for, and are no requirement of ours.
+Sending goes on in a thread of its own, one per service, so that a slow or broken network costs no
+step: a service that fails is named once and left alone from then on, lines that it cannot take as
+fast as they come are left out and counted. The libraries are imported only when asked for, and are
+no requirement of ours.
 
 RUN_DIR/tracking.json keeps the services' own ids, so that a resumed run goes on where it was.
 """
@@ -121,7 +122,10 @@ def numbers(prefix: str, line: dict[str, Any]) -> dict[str, float]:
 
 
 def services(folder: Path, config: Config) -> dict[str, Service]:
-    """Those that the configuration asks for, not started yet. ValueError where a library is missing."""
+    """Those that the configuration asks for, not started yet.
+
+    ValueError where a library is missing.
+    """
     found: dict[str, Service] = {}
     if config.run.wandb:
         found["wandb"] = Wandb(config.run.wandb, folder, config)
@@ -154,7 +158,10 @@ class Tracking:
             sender.add(prefix, line)
 
     def close(self, ok: bool) -> None:
-        """Let the services take what is waiting, for a minute at most. `ok`: the run has come to its end."""
+        """Let the services take what is waiting, for a minute at most.
+
+        `ok`: the run has come to its end.
+        """
         deadline = time.monotonic() + _LAST_WORDS_S
         for sender in self._threads:
             sender.close(ok, deadline)

@@ -1,4 +1,5 @@
-"""The training loop, told straight: check, build, resume, train, evaluate, keep the best, write the result."""
+"""The training loop, told straight: check, build, resume, train, evaluate, keep the best, write the
+result."""
 
 from __future__ import annotations
 
@@ -193,7 +194,9 @@ def _train(
     if state.step == last and not state.evaluation_due:
         trainer.close()
         del trainer, saver
-        gc.collect()  # the optimizers are part of cycles: their matrices would stay beside those of the best checkpoint
+        # the optimizers are part of cycles: their matrices would stay beside those of the best
+        # checkpoint
+        gc.collect()
         name = (
             folders.best_path(folder, state.best_checkpoint["step"])
             if state.best_checkpoint
@@ -228,7 +231,8 @@ def _begin(
     last: int,
     progress: Progress,
 ) -> None:
-    """Make run.dir hold the past of `state` and nothing else, and say what of it is missing or damaged."""
+    """Make run.dir hold the past of `state` and nothing else, and say what of it is missing or
+    damaged."""
     folder = run_dir.checkpoints
     best = (
         folders.best_path(folder, state.best_checkpoint["step"]) if state.best_checkpoint else None
@@ -279,7 +283,8 @@ def open_stream(config: Config, ranks: Ranks) -> TrainStream:
 
 
 def make_stream(config: Config, ranks: Ranks) -> TrainStream:
-    """The part of the stream of `config` that this rank reads; ValueError where the shards do not fit."""
+    """The part of the stream of `config` that this rank reads; ValueError where the shards do not
+    fit."""
     d, p = config.data, config.parallel
     return TrainStream(
         d.shards,
@@ -310,7 +315,10 @@ def check_folders(config: Config) -> None:
 
 
 def check_shards(folder: str | Path, manifest: Manifest, ranks: Ranks) -> None:
-    """Read every shard once before hours are spent; the ranks share them out. AgreedError names the damaged one."""
+    """Read every shard once before hours are spent; the ranks share them out.
+
+    AgreedError names the damaged one.
+    """
     with agreed(ranks):
         shards = [(split, entry) for split in SPLITS for entry in manifest.splits[split].shards]
         mine = shards[ranks.rank :: ranks.world_size]
@@ -322,7 +330,8 @@ def check_shards(folder: str | Path, manifest: Manifest, ranks: Ranks) -> None:
 
 
 def check_memory(config: Config, n_items: int, ranks: Ranks) -> None:
-    """ValueError where the bare fp32 weights of this machine's ranks exceed its memory, or W has more blocks than a file may hold.
+    """ValueError where the bare fp32 weights of this machine's ranks exceed its memory, or W has
+    more blocks than a file may hold.
 
     `launch/plan.py` estimates the rest.
     """
@@ -348,7 +357,8 @@ def check_memory(config: Config, n_items: int, ranks: Ranks) -> None:
 
 
 def dry_run(config: Config, ranks: Ranks) -> str:
-    """Check config and shards as `train` does, and say what would be trained; nothing is built or written."""
+    """Check config and shards as `train` does, and say what would be trained; nothing is built or
+    written."""
     stream = open_stream(config, ranks)
     check_shards(config.data.shards, stream.manifest, ranks)
     with agreed(ranks):
@@ -452,7 +462,8 @@ def evaluate_split(
 
 
 def check_same_shards(folder: str, manifest: Manifest, ranks: Ranks) -> None:
-    """AgreedError where the data folder has been replaced since `manifest` was read, when the run began."""
+    """AgreedError where the data folder has been replaced since `manifest` was read, when the run
+    began."""
     with agreed(ranks):
         if ranks.is_main and (found := Manifest.load(folder).data_sha256) != manifest.data_sha256:
             raise ValueError(
@@ -505,7 +516,8 @@ def summary(metrics: dict[str, Any]) -> str:
 def _explained(
     error: DivergedError, batch: Batch, folder: Path, run_dir: RunDir | None, ranks: Ranks
 ) -> DivergedError:
-    """The error with the users of the batch and the last good checkpoint; all ranks diverge at the same step."""
+    """The error with the users of the batch and the last good checkpoint; all ranks diverge at the
+    same step."""
     keys = sorted(set(all_gather_keys(batch.user_keys, ranks)))
     path = Path(folder).parent / f"diverged-step-{batch.step + 1}.json"
     if run_dir:

@@ -1,7 +1,9 @@
-"""The trunk under DeepSpeed ZeRO: build it, step it, take its state out whole and put it back. The only importer of deepspeed.
+"""The trunk under DeepSpeed ZeRO: build it, step it, take its state out whole and put it back. The
+only importer of deepspeed.
 
-What each stage partitions over the world: 0 nothing, 1 moments, 2 moments and gradients, 3 parameters too. The state that
-leaves here is whole and plain, so a checkpoint knows nothing of the stage it was written at.
+What each stage partitions over the world: 0 nothing, 1 moments, 2 moments and gradients, 3
+parameters too. The state that leaves here is whole and plain, so a checkpoint knows nothing of the
+stage it was written at.
 
 Sources: Rajbhandari et al. 2020 (ZeRO, arXiv 1910.02054); DeepSpeed 0.19.
 """
@@ -113,7 +115,8 @@ class ZeroTrunk:
     # --- state -------------------------------------------------------------------------------------------------------
 
     def ensure_state(self) -> list[dict]:
-        """The optimizer's state of everything this rank updates, created empty before the first step."""
+        """The optimizer's state of everything this rank updates, created empty before the first
+        step."""
         zero = self._engine.optimizer
         if self.stage == 3:
             return [self.optimizer.ensure_state(p) for p in zero.fp32_partitioned_groups_flat]
@@ -123,11 +126,13 @@ class ZeroTrunk:
             for p in group["params"]
         ]
         if self.stage:
-            zero._lazy_init_hp_params_optimizer_state()  # lets DeepSpeed's getters and setters see the moments
+            # lets DeepSpeed's getters and setters see the moments
+            zero._lazy_init_hp_params_optimizer_state()
         return states
 
     def tensors(self, moments: bool) -> dict[str, Tensor]:
-        """Every parameter whole in fp32 and, if asked, its moments (`NAME.exp_avg`, ...); all ranks call it together."""
+        """Every parameter whole in fp32 and, if asked, its moments (`NAME.exp_avg`, ...); all ranks
+        call it together."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         self.ensure_state()
@@ -156,7 +161,8 @@ class ZeroTrunk:
 
     @torch.no_grad()
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """Put back what `tensors(moments=True)` gave at any stage; ValueError where one is missing or of another shape."""
+        """Put back what `tensors(moments=True)` gave at any stage; ValueError where one is missing
+        or of another shape."""
         self.check(tensors)
         self.ensure_state()
         for name, p in self.module.named_parameters():
@@ -165,7 +171,8 @@ class ZeroTrunk:
                 self._set(p, tensors[f"{name}.{moment}"].to(self.ranks.device), moment)
 
     def _set(self, p: Any, value: Tensor, moment: str | None) -> None:
-        """Write one whole tensor into wherever the stage keeps it: the master copy or moment, and the module's own copy."""
+        """Write one whole tensor into wherever the stage keeps it: the master copy or moment, and
+        the module's own copy."""
         from deepspeed.utils import (
             safe_set_full_fp32_param,
             safe_set_full_optimizer_state,
@@ -183,7 +190,8 @@ class ZeroTrunk:
             else:
                 safe_set_full_fp32_param(p, value)
         elif self.stage == 3:
-            # the full setters fail where the length does not divide by the world: cut this rank's piece ourselves
+            # the full setters fail where the length does not divide by the world: cut this rank's
+            # piece ourselves
             length = p.ds_tensor.numel()
             padded = torch.nn.functional.pad(
                 value.flatten(), (0, length * self.ranks.world_size - value.numel())
@@ -197,7 +205,8 @@ class ZeroTrunk:
 
 
 def watch_traffic(count: Callable[[str, int], None]) -> None:
-    """From now on tell `count(collective, bytes)` what this rank puts on the wire for the trunk (over a ring, as comm counts)."""
+    """From now on tell `count(collective, bytes)` what this rank puts on the wire for the trunk
+    (over a ring, as comm counts)."""
     from deepspeed.comm import comm
 
     size = comm.get_world_size()  # the engine knows no smaller group

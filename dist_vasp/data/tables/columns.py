@@ -1,4 +1,5 @@
-"""Which columns of a table are read, how its text is written, and how a column is found by its name."""
+"""Which columns of a table are read, how its text is written, and how a column is found by its
+name."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ _SHOWN = 20
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of the input's columns, None for a role that is not read; `rating` None: the column `rating` if there is one."""
+    """Names of the input's columns, None for a role that is not read; `rating` None: the column
+    `rating` if there is one."""
 
     user: str | None = "user"
     item: str | None = "item"
@@ -53,7 +55,8 @@ class MissingColumnError(ValueError):
 def without_constants(
     columns: Columns, constants: Collection[str], names: Sequence[str]
 ) -> Columns:
-    """Return the columns to look for among `names`, without those that only the names of folders (`constants`) give."""
+    """Return the columns to look for among `names`, without those that only the names of folders
+    (`constants`) give."""
     given = set(constants) - {name.strip() for name in names}
     absent = {role: None for role in ROLES if getattr(columns, role) in given}
     return replace(
@@ -64,7 +67,8 @@ def without_constants(
 def find_columns(
     names: Sequence[str], columns: Columns, where: str, header: bool = True
 ) -> dict[str, int]:
-    """Positions among `names` by role; ValueError that names what is missing, what there is, and the option that helps.
+    """Positions among `names` by role; ValueError that names what is missing, what there is, and
+    the option that helps.
 
     A name matches exactly or, where that is unambiguous, without the blanks around it.
     """

@@ -41,7 +41,10 @@ def csv_pieces(
     constants: Collection[str],
     facts: Facts,
 ) -> Iterator[Raw]:
-    """Pieces of the file that `opener` opens; every cell of them is text. ValueError names `where` and the row."""
+    """Pieces of the file that `opener` opens; every cell of them is text.
+
+    ValueError names `where` and the row.
+    """
     stream = opener()
     try:
         blocks = csv_rows.Blocks(Utf8(stream, reading.encoding, where), where, csv_rows.BLOCK_BYTES)

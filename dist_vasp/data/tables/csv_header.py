@@ -1,4 +1,5 @@
-"""The header of a CSV file and what separates its cells: --delimiter, or the delimiter with which the wanted columns are there."""
+"""The header of a CSV file and what separates its cells: --delimiter, or the delimiter with which
+the wanted columns are there."""
 
 from __future__ import annotations
 
@@ -51,7 +52,8 @@ def check_delimiter(text: str) -> str:
 def read_header(
     blocks: Blocks, columns: Columns, reading: Reading, constants: Collection[str], where: str
 ) -> Header:
-    """The header, or the numbers of the columns where there is none. `constants`: columns that the names of folders give.
+    """The header, or the numbers of the columns where there is none. `constants`: columns that the
+    names of folders give.
 
     ValueError where the file is empty or no delimiter gives the wanted columns.
     """
@@ -115,7 +117,8 @@ def _skip_blank_lines(blocks: Blocks) -> bytes:
 def _first_record(
     blocks: Blocks, block: bytes, dialect: Dialect, where: str
 ) -> tuple[list[str], int, int, bytes]:
-    """The cells of the first row, its lines and bytes, and the block with as much more as a header of several lines needs."""
+    """The cells of the first row, its lines and bytes, and the block with as much more as a header
+    of several lines needs."""
     size = _HEAD_BYTES
     while True:
         lines = _lines(_beginning(block, size))

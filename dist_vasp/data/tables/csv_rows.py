@@ -1,7 +1,9 @@
-"""Rows of a CSV file as Python's csv module reads them in strict mode, but a block at a time and mostly without it.
+"""Rows of a CSV file as Python's csv module reads them in strict mode, but a block at a time and
+mostly without it.
 
-A block of whole lines has only one reading where it holds no lone carriage return, no blank line, and no quotes but those
-around whole cells of one line: Arrow splits it. Every other block goes through csv.reader. So the rows are those of the csv module, or there is an error with the row.
+A block of whole lines has only one reading where it holds no lone carriage return, no blank line,
+and no quotes but those around whole cells of one line: Arrow splits it. Every other block goes
+through csv.reader. So the rows are those of the csv module, or there is an error with the row.
 
 Rows are numbered from 1, the header included; cells with line breaks make a row of several lines.
 """
@@ -95,7 +97,8 @@ class Blocks:
 
 
 def check_text(block: bytes, dialect: Dialect, row: int, where: str) -> None:
-    """ValueError that names the row where the block, which begins with `row`, holds a NUL or is not UTF-8."""
+    """ValueError that names the row where the block, which begins with `row`, holds a NUL or is not
+    UTF-8."""
     at, problem = block.find(b"\0"), "there is a NUL byte, which is no text"
     if at >= 0 and max(block[0:8:2].count(0), block[1:8:2].count(0)) > 1:
         order = "be" if block[0:8:2].count(0) > 1 else "le"
@@ -112,12 +115,14 @@ def check_text(block: bytes, dialect: Dialect, row: int, where: str) -> None:
 
 
 def lines_of(text: str) -> list[str]:
-    """Lines with their ends, split where the csv module's documentation has files split: at \\n, \\r\\n and \\r."""
+    """Lines with their ends, split where the csv module's documentation has files split: at \\n,
+    \\r\\n and \\r."""
     return list(io.StringIO(text, newline=""))
 
 
 def is_plain(block: bytes, dialect: Dialect) -> bool:
-    """True where the lines of the block are its rows, and quotes only enclose whole cells without quotes and line breaks."""
+    """True where the lines of the block are its rows, and quotes only enclose whole cells without
+    quotes and line breaks."""
     if b"\n\n" in block or b"\n\r" in block or block.startswith((b"\n", b"\r", b"\xef\xbb\xbf")):
         return False
     if b"\r" in block and block.count(b"\r") != block.count(b"\r\n"):
@@ -147,7 +152,10 @@ def _encloses_cells(block: bytes, delimiter: str) -> bool:
 
 
 class Rows:
-    """The rows of `blocks` below the header, in pieces. `n_columns` is the width that every row must have."""
+    """The rows of `blocks` below the header, in pieces.
+
+    `n_columns` is the width that every row must have.
+    """
 
     def __init__(
         self, blocks: Blocks, dialect: Dialect, n_columns: int, wanted: Sequence[int], where: str
@@ -188,7 +196,8 @@ class Rows:
             block = rest + block
 
     def _plain(self, block: bytes) -> Piece | None:
-        """The piece of a plain block by Arrow; None where Arrow would not say the same of it as the csv module."""
+        """The piece of a plain block by Arrow; None where Arrow would not say the same of it as the
+        csv module."""
         n_rows = block.count(b"\n") + (not block.endswith(b"\n"))
         delimiter = self._dialect.delimiter
         if len(delimiter.encode()) > 1:
@@ -217,7 +226,8 @@ class Rows:
         )
 
     def _strict(self, block: bytes) -> tuple[Piece, bytes]:
-        """The piece of a block by the csv module, and the bytes of a last row that goes on in the next block."""
+        """The piece of a block by the csv module, and the bytes of a last row that goes on in the
+        next block."""
         lines = lines_of(block.decode())
         reader = self._dialect.reader(lines)
         records: list[list[str]] = []
@@ -262,7 +272,8 @@ class Rows:
         )
 
     def _check_swallowed(self, lines: list[str], number: int) -> None:
-        """ValueError where every line of a row is a row itself: a stray quote has opened a cell, and another has closed it."""
+        """ValueError where every line of a row is a row itself: a stray quote has opened a cell,
+        and another has closed it."""
         delimiter = self._dialect.delimiter
         if (
             any(line.count(delimiter) != self._n_columns - 1 for line in lines)

@@ -1,4 +1,7 @@
-"""Text of any encoding as UTF-8 bytes without a byte order mark. An encoding is found by its mark or named, never guessed."""
+"""Text of any encoding as UTF-8 bytes without a byte order mark.
+
+An encoding is found by its mark or named, never guessed.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Which files an input names: a file, a folder, a glob, a zip or members of one. Hidden files are left out, and said.
+"""Which files an input names: a file, a folder, a glob, a zip or members of one. Hidden files are
+left out, and said.
 
 Names of folders of the form `key=value` (Hive partitions) are columns of the files below them.
 """
@@ -35,7 +36,8 @@ _FOREIGN = (
 
 @dataclass(frozen=True)
 class File:
-    """A file of a table: how messages name it, what it is, and the columns that its folders give (None: missing)."""
+    """A file of a table: how messages name it, what it is, and the columns that its folders give
+    (None: missing)."""
 
     where: str
     kind: str  # csv or parquet
@@ -76,7 +78,8 @@ def is_hidden(name: str) -> bool:
 
 
 def find_files(inputs: Sequence[str | Path], kind: str | None = None) -> Found:
-    """The files of all inputs, in the order given, those of a folder by name; ValueError where there is none to read."""
+    """The files of all inputs, in the order given, those of a folder by name; ValueError where
+    there is none to read."""
     files: list[File] = []
     skipped: list[str] = []
     for text in inputs:
@@ -95,7 +98,8 @@ def find_files(inputs: Sequence[str | Path], kind: str | None = None) -> Found:
 
 
 def expand(text: str, skipped: list[str] | None = None) -> list[Path]:
-    """The paths that an input names, without hidden ones that a glob matches; ValueError where there is none, or it is an address."""
+    """The paths that an input names, without hidden ones that a glob matches; ValueError where
+    there is none, or it is an address."""
     if not text:
         raise ValueError("the input is an empty text; name a file or folder")
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", text):
@@ -191,7 +195,8 @@ def _named(kind: str | None) -> str:
 
 
 def walk(folder: Path, skipped: list[str]) -> Iterator[Path]:
-    """Regular files below a folder by name, links followed once; what is hidden or special goes to `skipped`."""
+    """Regular files below a folder by name, links followed once; what is hidden or special goes to
+    `skipped`."""
     visited: set[str] = set()
     for root, folders, names in os.walk(folder, followlinks=True, onerror=_raise):
         if os.path.realpath(root) in visited:
@@ -219,7 +224,8 @@ def _raise(error: OSError) -> None:
 
 
 def _refuse_table(folder: Path, named: Path) -> None:
-    """ValueError where the folder, or one of three above it, is a table whose files also hold rows that were deleted."""
+    """ValueError where the folder, or one of three above it, is a table whose files also hold rows
+    that were deleted."""
     for place in (folder, *list(folder.resolve().parents)[:3]):
         for pattern, what, function in _FOREIGN:
             if any(True for _ in place.glob(pattern)):

@@ -1,4 +1,5 @@
-"""MovieLens as GroupLens distributes it: `ratings.csv` (20M, 25M), `ratings.dat` (1M, 10M) or `u.data` (100K), in a folder or its zip."""
+"""MovieLens as GroupLens distributes it: `ratings.csv` (20M, 25M), `ratings.dat` (1M, 10M) or
+`u.data` (100K), in a folder or its zip."""
 
 from __future__ import annotations
 
@@ -69,7 +70,8 @@ def is_zip(path: Path) -> bool:
 
 
 def find(path: Path, any_header: bool = False) -> MovieLens | None:
-    """The ratings file at `path`: itself, or in the folder or zip; a `ratings.csv` only with the header of MovieLens."""
+    """The ratings file at `path`: itself, or in the folder or zip; a `ratings.csv` only with the
+    header of MovieLens."""
     if not path.is_dir() and not is_zip(path):
         if path.name.lower() not in RATINGS:
             return None
@@ -112,7 +114,10 @@ def _open(path: Path, member: str) -> Any:
 
 
 def read_titles(stream: Any, where: str) -> str:
-    """Text of a title file: UTF-8 in the newer data sets, Latin-1 in the older. ValueError where it is too large to be one."""
+    """Text of a title file: UTF-8 in the newer data sets, Latin-1 in the older.
+
+    ValueError where it is too large to be one.
+    """
     data: bytes = stream.read(MAX_TITLES_BYTES + 1)
     stream.close()
     if len(data) > MAX_TITLES_BYTES:

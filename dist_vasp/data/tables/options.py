@@ -1,4 +1,5 @@
-"""The options that say how the files of a table are written, alike for every command that reads one."""
+"""The options that say how the files of a table are written, alike for every command that reads
+one."""
 
 from __future__ import annotations
 
@@ -36,7 +37,10 @@ def add_reading_options(parser: argparse.ArgumentParser) -> None:
 
 
 def reading_of(arguments: argparse.Namespace, missing: tuple[str, ...] = MISSING) -> Reading:
-    """What the options say; `missing` where --missing does not. ValueError for a value that cannot be."""
+    """What the options say; `missing` where --missing does not.
+
+    ValueError for a value that cannot be.
+    """
     if arguments.missing is not None:
         missing = tuple(text for text in arguments.missing.split(",") if text)
     return Reading(

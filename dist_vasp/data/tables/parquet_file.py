@@ -1,7 +1,7 @@
 """The columns of one Parquet file by role, a batch at a time.
 
-What the file says of its sizes is bounded before it is read, and text columns are read with their dictionaries, so that
-one long text that repeats is held once and refused for its length.
+What the file says of its sizes is bounded before it is read, and text columns are read with their
+dictionaries, so that one long text that repeats is held once and refused for its length.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ MAX_MEAN_BYTES = 1 << 16  # of one value of a column
 def parquet_pieces(
     path: Path, columns: Columns, constants: Collection[str], facts: Facts
 ) -> Iterator[Raw]:
-    """Batches of the file, in its own types; dictionaries are left encoded. ValueError names the file."""
+    """Batches of the file, in its own types; dictionaries are left encoded.
+
+    ValueError names the file.
+    """
     with pq.ParquetFile(path, memory_map=False) as file:
         schema = file.schema_arrow
         wanted = find_columns(
@@ -57,7 +60,8 @@ def _is_text(kind: pa.DataType) -> bool:
 
 
 def _delta_encoded(metadata: pq.FileMetaData) -> set[str]:
-    """Columns whose texts are stored as differences: Arrow reads no dictionary of them, and few bytes may hold many."""
+    """Columns whose texts are stored as differences: Arrow reads no dictionary of them, and few
+    bytes may hold many."""
     groups = (metadata.row_group(g) for g in range(metadata.num_row_groups))
     chunks = (group.column(c) for group in groups for c in range(group.num_columns))
     return {
@@ -68,7 +72,8 @@ def _delta_encoded(metadata: pq.FileMetaData) -> set[str]:
 
 
 def _check_sizes(metadata: pq.FileMetaData, names: list[str], where: str) -> None:
-    """ValueError where a row group says that one of the columns unpacks to more than is held at once."""
+    """ValueError where a row group says that one of the columns unpacks to more than is held at
+    once."""
     for g in range(metadata.num_row_groups):
         group = metadata.row_group(g)
         for c in range(group.num_columns):

@@ -1,4 +1,5 @@
-"""The one reader of tables: files in, record batches with the columns user, item, rating, split, time out.
+"""The one reader of tables: files in, record batches with the columns user, item, rating, split,
+time out.
 
     table = open_table(["ratings-*.csv"], Columns(rating="stars"))
     for batch in table.batches(): ...
@@ -35,7 +36,10 @@ _NAMED = 10  # of the files that are skipped
 
 @dataclass
 class Table:
-    """Some files, one after another. It can be read more than once; the counts are those of the last reading."""
+    """Some files, one after another.
+
+    It can be read more than once; the counts are those of the last reading.
+    """
 
     files: list[File]
     columns: Columns
@@ -47,7 +51,8 @@ class Table:
     n_broken: int = 0  # rows of several lines
 
     def names(self) -> list[str]:
-        """The names of the first file's columns, those of its folders included, without the blanks around them."""
+        """The names of the first file's columns, those of its folders included, without the blanks
+        around them."""
         file = self.files[0]
         with readable(file.where):
             is_parquet = file.kind == "parquet"
@@ -93,7 +98,8 @@ class Table:
         return roles
 
     def look(self) -> tuple[dict[str, str], list[str]]:
-        """Names of the first file's columns that are read, by role, and of the others; ValueError where one is missing."""
+        """Names of the first file's columns that are read, by role, and of the others; ValueError
+        where one is missing."""
         file, facts = self.files[0], Facts()
         with closing(self._pieces(file, facts)) as pieces:
             next(pieces, None)
@@ -201,9 +207,11 @@ def open_table(
     reading: Reading | None = None,
     kind: str | None = None,
 ) -> Table:
-    """The table in the files, folders, globs and zips that are named; ValueError where there is none.
+    """The table in the files, folders, globs and zips that are named; ValueError where there is
+    none.
 
-    A data set of MovieLens is its ratings, unless `kind` or `reading` say how the files are written.
+    A data set of MovieLens is its ratings, unless `kind` or `reading` say how the files are
+    written.
     """
     reading = reading or Reading()
     if kind is None and reading == Reading(missing=reading.missing) and len(inputs) == 1:
@@ -277,7 +285,10 @@ def _times(column: pa.Array, numbers: Sequence[int], where: str) -> pa.Array:
 
 
 def _microseconds(column: pa.Array) -> pa.Array:
-    """float64 since 1970, of times or of the texts of times. A text may have more digits than microseconds need."""
+    """float64 since 1970, of times or of the texts of times.
+
+    A text may have more digits than microseconds need.
+    """
     if ids.is_text(column.type):
         column = pc.replace_substring_regex(column, r"(\.[0-9]{6})[0-9]+", r"\1")
         column = pc.replace_substring_regex(column, r"\s*(UTC|Z)$", "Z")
@@ -319,7 +330,8 @@ _CONVERT = {
 
 
 def of_memory(column: Any, role: str, where: str) -> pa.Array:
-    """float64 of a column in memory that holds the role rating or time; ValueError names `where` and the row."""
+    """float64 of a column in memory that holds the role rating or time; ValueError names `where`
+    and the row."""
     if isinstance(column, pa.ChunkedArray):
         column = column.combine_chunks()
     return _CONVERT[role](column, range(1, len(column) + 1), where)

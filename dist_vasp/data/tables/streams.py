@@ -1,7 +1,9 @@
-"""Bytes of files as they are once unpacked: gzip, zstd, bzip2, xz, and members of a zip. Nothing is extracted to disk.
+"""Bytes of files as they are once unpacked: gzip, zstd, bzip2, xz, and members of a zip. Nothing is
+extracted to disk.
 
-What a compressed file claims is bounded before memory or time is spent: a zip's directory by its size, the dictionary
-of an xz file by its memory, and all of them by how much more may come out than went in.
+What a compressed file claims is bounded before memory or time is spent: a zip's directory by its
+size, the dictionary of an xz file by its memory, and all of them by how much more may come out than
+went in.
 """
 
 from __future__ import annotations
@@ -140,7 +142,8 @@ def open_zip(path: Path) -> zipfile.ZipFile:
 
 
 class Bounded:
-    """A stream that ends in a ValueError where far more comes out than `packed` bytes can hold in earnest."""
+    """A stream that ends in a ValueError where far more comes out than `packed` bytes can hold in
+    earnest."""
 
     def __init__(self, stream: Any, packed: int, where: str) -> None:
         self._stream, self._where = stream, where
@@ -205,5 +208,6 @@ def _unpacked(name: str, raw: Any, packed: int, where: str) -> Any:
 
 
 def foreign(head: bytes) -> str | None:
-    """What a file that should be text is instead, by its first bytes, and what to do; None where it may be text."""
+    """What a file that should be text is instead, by its first bytes, and what to do; None where it
+    may be text."""
     return next((what for magic, what in _FOREIGN.items() if head.startswith(magic)), None)
