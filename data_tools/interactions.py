@@ -131,7 +131,8 @@ def collect(
     names = first.schema.names if first is not None else []
     if repeats == "max" and first is not None and "rating" not in names:
         raise ValueError(
-            "--repeats max takes the highest rating of a pair, and no rating column was read; pass --rating_column NAME"
+            "--repeats max takes the highest rating of a pair, and no rating column was read; "
+            "pass --rating_column NAME"
         )
     rule = (
         PositiveRule(rating_column="rating", min_rating=min_rating, repeats=repeats)
@@ -183,11 +184,13 @@ def collect(
             if isinstance(error, duckdb.OutOfMemoryException):
                 reason = str(error).split("Possible solutions")[0].strip()
                 raise ValueError(
-                    f"the sort does not fit into --memory_limit {memory_limit}; pass a larger one ({reason})"
+                    f"the sort does not fit into --memory_limit {memory_limit}; pass a larger one "
+                    f"({reason})"
                 ) from None
             if isinstance(error, duckdb.IOException):
                 raise ValueError(
-                    f"the sort cannot spill beside the output ({error}); free some space or choose another place"
+                    f"the sort cannot spill beside the output ({error}); free some space or "
+                    "choose another place"
                 ) from None
             raise
     finally:
@@ -324,7 +327,7 @@ def _whole_users(
         yield joined()
 
 
-# --- items that are dropped ------------------------------------------------------------------------------------------
+# --- items that are dropped -----------------------------------------------------------------------
 
 
 def item_counts(data: Interactions) -> np.ndarray:

@@ -77,7 +77,8 @@ class NetflixSource:
                 yield _parse(block, movie)[0]
             elif movie == -1:
                 raise ValueError(
-                    f"{self.path} holds no line of combined_data_*.txt or mv_*.txt; expected the Netflix Prize data"
+                    f"{self.path} holds no line of combined_data_*.txt or mv_*.txt; expected the "
+                    "Netflix Prize data"
                 )
 
     def _pieces(self) -> Iterator[_Piece]:
@@ -95,7 +96,8 @@ class NetflixSource:
                 held = data[cut:]
                 if len(held) > MAX_ROW_BYTES:
                     raise ValueError(
-                        f"{member}, line {line}: more than {MAX_ROW_BYTES:,} bytes without an end; expected lines of ratings"
+                        f"{member}, line {line}: more than {MAX_ROW_BYTES:,} bytes without an "
+                        "end; expected lines of ratings"
                     )
                 if cut:
                     yield _Piece(member, line, data[:cut])
@@ -182,12 +184,14 @@ def _explain(block: list[_Piece], movie: int, error: ValueError) -> ValueError:
             seen = line.decode("latin-1")[:80]
             if not _LINE.fullmatch(line):
                 return ValueError(
-                    f"{piece.name}, line {number}: {seen!r} is neither 'MOVIE:' nor 'USER,RATING,DATE'"
+                    f"{piece.name}, line {number}: {seen!r} is neither 'MOVIE:' nor "
+                    "'USER,RATING,DATE'"
                 )
             if line.endswith(b":"):
                 movie = int(line[:-1])
             elif movie < 0:
                 return ValueError(
-                    f"{piece.name}, line {number}: the rating {seen!r} comes before any 'MOVIE:' line"
+                    f"{piece.name}, line {number}: the rating {seen!r} comes before any 'MOVIE:' "
+                    "line"
                 )
     return ValueError(f"{block[0].name} from line {block[0].line}: {error}")

@@ -30,9 +30,15 @@ def drop_rare_items(
     counts = item_counts(data)
     kept = _core(data, min_users, min_items) if core else counts >= min_users
     if not kept.any():
-        reason = f"no item has {min_users} users or more (the most is {int(counts.max())}); lower --min_users"
+        reason = (
+            f"no item has {min_users} users or more (the most is {int(counts.max())}); lower "
+            "--min_users"
+        )
         if core and counts.max() >= min_users:
-            reason = f"no set of users and items has {min_items} items a user and {min_users} users an item; lower --min_items or --min_users"
+            reason = (
+                f"no set of users and items has {min_items} items a user and {min_users} users an "
+                "item; lower --min_items or --min_users"
+            )
         raise ValueError(f"the input has no interaction to keep: {reason}")
     rest = data if kept.all() else without_items(data, ~kept)
     return rest, {

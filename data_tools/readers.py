@@ -105,7 +105,8 @@ def infer_format(inputs: Inputs) -> str:
     formats = {_format_of(path) for path in paths}
     if len(formats) > 1:
         raise ValueError(
-            f"the inputs are {' and '.join(sorted(formats))} by their names; pass --format, or name files of one kind"
+            f"the inputs are {' and '.join(sorted(formats))} by their names; pass --format, or "
+            "name files of one kind"
         )
     return formats.pop()
 
@@ -139,7 +140,8 @@ def _format_of(path: Path) -> str:
         if os.path.lexists(path):
             check_file(path)
         raise ValueError(
-            f"cannot tell the format of {path} from its name; pass --format, one of {', '.join(FORMATS)}"
+            f"cannot tell the format of {path} from its name; pass --format, one of "
+            f"{', '.join(FORMATS)}"
         )
     return kind
 
@@ -169,13 +171,15 @@ def open_source(
         )
     if not fixed or (inferred == "netflix" and columns.time is not None):
         raise ValueError(
-            f"the {inferred} format has fixed columns and no split; leave out --*_column, --delimiter and the like, "
+            f"the {inferred} format has fixed columns and no split; leave out --*_column, "
+            "--delimiter and the like, "
             "or pass --format csv or parquet"
         )
     paths = _paths(inputs)
     if len(paths) != 1:
         raise ValueError(
-            f"the {inferred} format is read from one file, folder or archive, {len(paths)} are named; name one"
+            f"the {inferred} format is read from one file, folder or archive, {len(paths)} are "
+            "named; name one"
         )
     if not paths[0].is_dir():
         check_file(paths[0])

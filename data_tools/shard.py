@@ -174,13 +174,15 @@ def _check_protocol(args: argparse.Namespace) -> None:
         )
     if args.repeats == "max" and args.time_column is not None:
         raise ValueError(
-            "--time_column orders the rows for --repeats first and last, but it is max; leave one of them out"
+            "--time_column orders the rows for --repeats first and last, but it is max; leave one "
+            "of them out"
         )
     for name in _LIANG_ONLY if args.protocol == "given" else _GIVEN_ONLY:
         if getattr(args, name) is not None:
             other = "given" if args.protocol == "liang" else "liang"
             raise ValueError(
-                f"--{name} belongs to --protocol {other}, but the protocol is {args.protocol}; leave one of them out"
+                f"--{name} belongs to --protocol {other}, but the protocol is {args.protocol}; "
+                "leave one of them out"
             )
 
 
@@ -280,7 +282,8 @@ def _summary(
     for name, split in splits.items():
         heldout = f", {split.heldout:,} held out" if name != "train" else ""
         print(
-            f"  {name:<10} {split.users:,} users, {split.interactions:,} interactions{heldout}, {len(split.shards)} shards"
+            f"  {name:<10} {split.users:,} users, {split.interactions:,} interactions{heldout}, "
+            f"{len(split.shards)} shards"
         )
     for note in (from_json(preparation["positives"]), *notes):
         print(f"  {note}")

@@ -36,7 +36,7 @@ class Plan(Protocol):
         ...
 
 
-# --- shared ----------------------------------------------------------------------------------------------------------
+# --- shared ---------------------------------------------------------------------------------------
 
 
 def by_popularity(popularity: np.ndarray, in_vocabulary: np.ndarray) -> np.ndarray:
@@ -65,7 +65,7 @@ def _csr(
     return indptr, (pairs - user * n_rows).astype(np.int32)
 
 
-# --- liang -----------------------------------------------------------------------------------------------------------
+# --- liang ----------------------------------------------------------------------------------------
 
 
 def liang_users(n_users: int, val_users: int, test_users: int, seed: int) -> dict[str, np.ndarray]:
@@ -73,7 +73,8 @@ def liang_users(n_users: int, val_users: int, test_users: int, seed: int) -> dic
     are test, those before validation, the rest train. ValueError where no train user is left."""
     if val_users + test_users >= n_users:
         raise ValueError(
-            f"--val_users {val_users} and --test_users {test_users} leave no train user of {n_users} users (after filtering); "
+            f"--val_users {val_users} and --test_users {test_users} leave no train user of "
+            f"{n_users} users (after filtering); "
             f"together they must stay below {n_users}"
         )
     order = np.random.RandomState(seed).permutation(
@@ -122,7 +123,8 @@ class LiangPlan:
         kept = np.flatnonzero(data.sizes >= min_items)
         if not len(kept):
             raise ValueError(
-                f"no user has {min_items} items or more (the most is {int(data.sizes.max())} of {len(data.sizes)} users); lower --min_items"
+                f"no user has {min_items} items or more (the most is {int(data.sizes.max())} of "
+                f"{len(data.sizes)} users); lower --min_items"
             )
         self._data, self._seed = data, seed
         self._keys = keys_of_ids(data.user_ids)
@@ -178,7 +180,7 @@ class LiangPlan:
             )
 
 
-# --- given -----------------------------------------------------------------------------------------------------------
+# --- given ----------------------------------------------------------------------------------------
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
@@ -226,8 +228,10 @@ class GivenPlan:
         of_split = self._count(n_users)
         if of_split[VALIDATION].any() and validation_fraction:
             raise ValueError(
-                f"the split column marks {int(of_split[VALIDATION].sum())} interactions as validation and --validation_fraction "
-                f"{validation_fraction:g} would add others; pass --validation_fraction 0 or leave it out"
+                f"the split column marks {int(of_split[VALIDATION].sum())} interactions as "
+                "validation and --validation_fraction "
+                f"{validation_fraction:g} would add others; pass --validation_fraction 0 or leave "
+                "it out"
             )
         default = 0.0 if of_split[VALIDATION].any() else DEFAULT_VALIDATION_FRACTION
         self.fraction = default if validation_fraction is None else validation_fraction
@@ -235,7 +239,8 @@ class GivenPlan:
         trained = of_split[TRAIN] > 0
         if not trained.any():
             raise ValueError(
-                "the split column marks no interaction as train (0 or train); nothing could be learned from this input"
+                "the split column marks no interaction as train (0 or train); nothing could be "
+                "learned from this input"
             )
         in_vocabulary, popularity = np.zeros(n_items, bool), np.zeros(n_items, np.int64)
         validated = (of_split[VALIDATION] > 0) & trained

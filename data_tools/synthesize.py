@@ -170,12 +170,14 @@ def synthesize(
     """Write the Parquet file; ValueError where so many interactions do not fit or do not suffice."""
     if interactions > users * items:
         raise ValueError(
-            f"--interactions {interactions} is more than the {users * items} pairs of {users} users and {items} items; "
+            f"--interactions {interactions} is more than the {users * items} pairs of {users} "
+            f"users and {items} items; "
             f"pass at most {users * items}"
         )
     if interactions < users:
         raise ValueError(
-            f"--interactions {interactions} leaves some of the {users} users without any; pass at least {users}"
+            f"--interactions {interactions} leaves some of the {users} users without any; pass at "
+            f"least {users}"
         )
     progress = cli.Progress("drawing", "interactions", interactions)
     opened = new_file(path, "", overwrite, _ours, make_parents=True)
@@ -218,7 +220,8 @@ def _command(args: argparse.Namespace) -> int:
     synthesize(args.output, args.users, args.items, args.interactions, args.seed, args.overwrite)
     seconds = time.monotonic() - start
     print(
-        f"{args.output}: {args.interactions:,} interactions of {args.users:,} users with {args.items:,} items, {seconds:.1f} s"
+        f"{args.output}: {args.interactions:,} interactions of {args.users:,} users with "
+        f"{args.items:,} items, {seconds:.1f} s"
     )
     return 0
 

@@ -103,7 +103,10 @@ def _changed_files(folder: Path, manifest: Manifest) -> Iterator[str]:
             yield f"{folder / name}: cannot be read ({error.strerror}); {MANIFEST} lists it"
             continue
         if found != manifest.files[name]:
-            yield f"{folder / name}: SHA-256 is {found[:12]}..., {MANIFEST} says {manifest.files[name][:12]}..."
+            yield (
+                f"{folder / name}: SHA-256 is {found[:12]}..., {MANIFEST} says "
+                f"{manifest.files[name][:12]}..."
+            )
 
 
 def _shards(
@@ -124,7 +127,10 @@ def _shards(
             seen.popularity += np.bincount(block.items, minlength=manifest.n_items)
         overlap = _users_with_overlap(block)
         if len(overlap):
-            yield f"{folder / entry.name}: fold-in and held-out items of {_some('user', overlap)} overlap"
+            yield (
+                f"{folder / entry.name}: fold-in and held-out items of {_some('user', overlap)} "
+                "overlap"
+            )
 
 
 def _users_with_overlap(block: Block) -> np.ndarray:
@@ -145,13 +151,17 @@ def _vocabulary(path: Path, items: ItemTable, train: _Seen) -> Iterator[str]:
     steps = np.diff(items.popularity)
     wrong = np.flatnonzero((steps > 0) | ((steps == 0) & (np.diff(rank) <= 0)))
     if len(wrong):
-        yield f"{path}: items are not by descending popularity with ties by ascending id, first at row {wrong[0] + 1}"
+        yield (
+            f"{path}: items are not by descending popularity with ties by ascending id, first at "
+            f"row {wrong[0] + 1}"
+        )
     if train.whole:
         differ = np.flatnonzero(items.popularity != train.popularity)
         if len(differ):
             row = differ[0]
             yield (
-                f"{path}: popularity of {len(differ)} items differs from the train shards, first at row {row}: "
+                f"{path}: popularity of {len(differ)} items differs from the train shards, first "
+                f"at row {row}: "
                 f"{items.popularity[row]} here, {train.popularity[row]} there"
             )
 
@@ -174,7 +184,10 @@ def _users(path: Path, split: str, seen: _Seen) -> Iterator[str]:
         elif np.array_equal(np.sort(keys), np.sort(found)):
             yield f"{path}: its users are those of the {split} shards, in another order"
         else:
-            yield f"{path}: the {split} shards hold {_some('user', np.setdiff1d(found, keys))}, which it does not list"
+            yield (
+                f"{path}: the {split} shards hold {_some('user', np.setdiff1d(found, keys))}, "
+                "which it does not list"
+            )
     repeated = _repeated(found)
     if len(repeated):
         yield f"{path.parent}: {_some('user', repeated)} is in the {split} shards more than once"
@@ -189,13 +202,19 @@ def _ids_and_keys(path: Path, kind: str, ids: pa.Array, keys: np.ndarray) -> Ite
         )
         or ids.null_count
     ):
-        yield f"{path}: {kind} ids are {ids.type} with {ids.null_count} missing; expected int64 or string, none missing"
+        yield (
+            f"{path}: {kind} ids are {ids.type} with {ids.null_count} missing; expected int64 or "
+            "string, none missing"
+        )
         return
     if pc.count_distinct(ids).as_py() != len(ids):
         yield f"{path}: some {kind} id is listed more than once"
     wrong = np.flatnonzero(keys_of_ids(ids) != keys)
     if len(wrong):
-        yield f"{path}: the key of {len(wrong)} {kind} ids does not belong to the id, first at row {wrong[0]}"
+        yield (
+            f"{path}: the key of {len(wrong)} {kind} ids does not belong to the id, first at row "
+            f"{wrong[0]}"
+        )
 
 
 def _across_splits(manifest: Manifest, seen: dict[str, _Seen]) -> Iterator[str]:
@@ -205,7 +224,10 @@ def _across_splits(manifest: Manifest, seen: dict[str, _Seen]) -> Iterator[str]:
         for split in ("validation", "test"):
             strangers = np.setdiff1d(found[split], found["train"])
             if seen["train"].whole and len(strangers):
-                yield f"{split} shards hold {_some('user', strangers)} without a row in the train shards"
+                yield (
+                    f"{split} shards hold {_some('user', strangers)} without a row in the train "
+                    "shards"
+                )
         return
     for i, one in enumerate(SPLITS):
         for other in SPLITS[i + 1 :]:
@@ -224,7 +246,10 @@ def _some(kind: str, keys: np.ndarray) -> str:
     examples = ", ".join(str(k) for k in keys[:MAX_EXAMPLES]) + (
         ", ..." if len(keys) > MAX_EXAMPLES else ""
     )
-    return f"{len(keys)} {kind}{'s' if len(keys) != 1 else ''} (key{'s' if len(keys) != 1 else ''} {examples})"
+    return (
+        f"{len(keys)} {kind}{'s' if len(keys) != 1 else ''} (key{'s' if len(keys) != 1 else ''} "
+        f"{examples})"
+    )
 
 
 def _command(args: argparse.Namespace) -> int:

@@ -126,7 +126,8 @@ def _check_keys(kind: str, ids: pa.Array, keys: np.ndarray) -> None:
     if len(same):
         one, other = (ids[int(order[same[0] + i])].as_py() for i in (0, 1))
         raise ValueError(
-            f"{kind} ids {one!r} and {other!r} have the same 64-bit key; rename one of them in the input"
+            f"{kind} ids {one!r} and {other!r} have the same 64-bit key; rename one of them in "
+            "the input"
         )
 
 

@@ -42,7 +42,10 @@ class _Descriptor(io.RawIOBase):
                 if self._descriptor == 1:
                     _lost.append(error)
                     print(
-                        f"warning: standard output cannot be written ({error.strerror}); the command continues",
+                        (
+                            f"warning: standard output cannot be written ({error.strerror}); the "
+                            "command continues"
+                        ),
                         file=sys.stderr,
                     )
         return len(data)
@@ -144,7 +147,10 @@ def final_status(status: int) -> int:
     if status or not _lost or _lost[0].errno in _READER_LEFT:
         return status
     print(
-        f"error: standard output could not be written ({_lost[0].strerror}); what was printed is lost, files are complete",
+        (
+            f"error: standard output could not be written ({_lost[0].strerror}); what was printed is "
+            "lost, files are complete"
+        ),
         file=sys.stderr,
     )
     return 1

@@ -250,7 +250,10 @@ def sole_writer(path: Path, option: str = "") -> Iterator[None]:
             descriptor, held = _lock(lock)
         if descriptor is None:
             raise ValueError(
-                f"{option} {path} is being written by another command; wait for it to end, or choose another name".lstrip()
+                (
+                    f"{option} {path} is being written by another command; wait for it to end, or "
+                    "choose another name"
+                ).lstrip()
             )
         if held:
             _clear(path)
@@ -263,7 +266,7 @@ def sole_writer(path: Path, option: str = "") -> Iterator[None]:
             os.close(descriptor)
 
 
-# --- inside ----------------------------------------------------------------------------------------------------------
+# --- inside ---------------------------------------------------------------------------------------
 
 
 class _Raw(io.FileIO):

@@ -77,7 +77,10 @@ def path_error(error: Exception) -> str:
         or not isinstance(error.filename, str | bytes)
     ):
         return ""
-    return f"{os.fsdecode(error.filename):.300} cannot be used ({error.strerror}); correct that, or name another place"
+    return (
+        f"{os.fsdecode(error.filename):.300} cannot be used ({error.strerror}); correct that, or "
+        "name another place"
+    )
 
 
 def check_file(
@@ -115,7 +118,8 @@ def check_file(
             )
         if found.st_size and ours is not None and not _recognised(ours, path):
             raise ValueError(
-                f"{what} exists and was not written by this command; choose another name, or remove it yourself"
+                f"{what} exists and was not written by this command; choose another name, or "
+                "remove it yourself"
             )
     return path
 
@@ -161,7 +165,8 @@ def check_folder(
         if foreign:
             more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
             raise ValueError(
-                f"{what} holds {foreign[0]!r}{more}, which this command did not write: --overwrite does not delete it; "
+                f"{what} holds {foreign[0]!r}{more}, which this command did not write: "
+                "--overwrite does not delete it; "
                 "name another folder, or move it away"
             )
     return path
@@ -183,7 +188,8 @@ def check_own_folder(path: Path) -> None:
     found = _look(path, "", True)
     if found is not None and stat.S_ISLNK(found.st_mode):
         raise ValueError(
-            f"{path} is a link to {os.readlink(path)}, and nothing is written through a link; put the folder itself there"
+            f"{path} is a link to {os.readlink(path)}, and nothing is written through a link; put "
+            "the folder itself there"
         )
     if found is not None and not stat.S_ISDIR(found.st_mode):
         raise ValueError(f"{path} is not a folder; remove it")
@@ -212,7 +218,8 @@ def check_run_folder(folder: Path) -> None:
         check_writable_file(folder / name)
         if not began and (folder / name).exists():
             raise ValueError(
-                f"run.dir {folder} holds a {name} that no training wrote, which would be replaced; a run needs a folder of its own"
+                f"run.dir {folder} holds a {name} that no training wrote, which would be "
+                "replaced; a run needs a folder of its own"
             )
     for name in ("checkpoints", "tensorboard"):
         check_own_folder(folder / name)
@@ -278,7 +285,8 @@ def _look(path: Path, option: str, make_parents: bool) -> os.stat_result | None:
 def _check_regular(path: Path, option: str, found: os.stat_result) -> None:
     if stat.S_ISLNK(found.st_mode):
         raise ValueError(
-            f"{_named(path, option)} is a link to {os.readlink(path)}, and nothing is written through a link; "
+            f"{_named(path, option)} is a link to {os.readlink(path)}, and nothing is written "
+            "through a link; "
             "name the place itself, or remove the link"
         )
     for is_kind, kind in _KINDS:
@@ -298,15 +306,18 @@ def _check_inputs(path: Path, option: str, inputs: Inputs) -> None:
             kind = "folder" if real.is_dir() else "file"
             if real == place or (path.exists() and path.samefile(source)):
                 raise ValueError(
-                    f"{_named(path, option)} is the {kind} of {name}, which would be lost; choose another name"
+                    f"{_named(path, option)} is the {kind} of {name}, which would be lost; choose "
+                    "another name"
                 )
             if real in place.parents and path.is_file():
                 raise ValueError(
-                    f"{_named(path, option)} is a file of {name} {source}, which would be lost; choose another name"
+                    f"{_named(path, option)} is a file of {name} {source}, which would be lost; "
+                    "choose another name"
                 )
             if place in real.parents and path.exists():
                 raise ValueError(
-                    f"{_named(path, option)} holds {source} of {name}, which would be lost; choose another"
+                    f"{_named(path, option)} holds {source} of {name}, which would be lost; "
+                    "choose another"
                 )
 
 
@@ -319,5 +330,6 @@ def check_belongs_to_nothing(path: Path, option: str) -> None:
         for kind, telling, names in _FOLDERS:
             if re.fullmatch(names, first) and any((folder / name).exists() for name in telling):
                 raise ValueError(
-                    f"{_named(path, option)} would be a file of {kind}, {folder}, which is never replaced; choose another name"
+                    f"{_named(path, option)} would be a file of {kind}, {folder}, which is never "
+                    "replaced; choose another name"
                 )

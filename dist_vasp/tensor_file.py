@@ -105,7 +105,8 @@ def _parse_header(descriptor: int) -> dict[str, Stored]:
     length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
     if length > min(size - 8, _LARGEST_HEADER):
         raise ValueError(
-            f"its header has {length:,} bytes, the file {size:,}; expected at most {_LARGEST_HEADER:,}"
+            f"its header has {length:,} bytes, the file {size:,}; expected at most "
+            f"{_LARGEST_HEADER:,}"
         )
     header = parse_json(os.pread(descriptor, length, 8))
     if not isinstance(header, dict):
@@ -139,7 +140,8 @@ def _stored(name: str, entry: Any, begin: int) -> Stored:
     start, end = offsets
     if end - start != 4 * math.prod(shape) or (begin + start) % 4:
         raise ValueError(
-            f"{name:.80} of shape {shape} lies in bytes {start} to {end}, expected {4 * math.prod(shape):,} of them"
+            f"{name:.80} of shape {shape} lies in bytes {start} to {end}, expected "
+            f"{4 * math.prod(shape):,} of them"
         )
     return Stored(tuple(shape), begin + start, begin + end)
 

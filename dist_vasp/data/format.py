@@ -54,7 +54,7 @@ def shard_name(split: str, index: int) -> str:
     return f"{split}-{index:06d}.tar"
 
 
-# --- blocks of users -------------------------------------------------------------------------------------------------
+# --- blocks of users ------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -103,13 +103,15 @@ def _check_csr(
         or (np.diff(indptr) < 0).any()
     ):
         raise ValueError(
-            f"{where}: the index pointer does not describe {n_users} users with {len(items)} interactions"
+            f"{where}: the index pointer does not describe {n_users} users with {len(items)} "
+            "interactions"
         )
     if len(items) == 0:
         return
     if items.min() < 0 or items.max() >= n_items:
         raise ValueError(
-            f"{where}: item rows go from {items.min()} to {items.max()}, expected 0 to {n_items - 1}"
+            f"{where}: item rows go from {items.min()} to {items.max()}, expected 0 to "
+            f"{n_items - 1}"
         )
     ascending = np.diff(items) > 0
     starts = indptr[1:-1]
@@ -181,14 +183,15 @@ def decode_sample(sample: dict[str, Any], split: str, n_items: int, where: str) 
     if members != expected:
         extra, missing = sorted(members - expected), sorted(expected - members)
         raise ValueError(
-            f"{where}: unexpected members {extra}, missing members {missing}; a {split} sample has {sorted(expected)}"
+            f"{where}: unexpected members {extra}, missing members {missing}; a {split} sample "
+            f"has {sorted(expected)}"
         )
     block = Block(**{name: _decode_array(name, sample[f"{name}.npy"], where) for name in names})
     block.check(n_items, where)
     return block
 
 
-# --- manifest --------------------------------------------------------------------------------------------------------
+# --- manifest -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -257,13 +260,15 @@ class Manifest:
         path = Path(folder) / MANIFEST
         if not path.is_file():
             raise ValueError(
-                f"{folder} holds no {MANIFEST}; expected a folder written by `python -m data_tools.shard`"
+                f"{folder} holds no {MANIFEST}; expected a folder written by `python -m "
+                "data_tools.shard`"
             )
         try:
             raw = read_json(path, LARGEST_MANIFEST)
             if raw["format_version"] != FORMAT_VERSION:
                 raise ValueError(
-                    f"format_version is {raw['format_version']}, this version reads {FORMAT_VERSION}; shard the data again"
+                    f"format_version is {raw['format_version']}, this version reads "
+                    f"{FORMAT_VERSION}; shard the data again"
                 )
             splits = {name: _split_from_json(name, raw["splits"][name]) for name in SPLITS}
             manifest = Manifest(
@@ -290,7 +295,8 @@ def files_of(folder: Path) -> set[str]:
     """
     if not (folder / MANIFEST).is_file():
         raise ValueError(
-            f"{folder} is not empty and holds no {MANIFEST}, so it was not written by data_tools.shard: --overwrite does not "
+            f"{folder} is not empty and holds no {MANIFEST}, so it was not written by "
+            "data_tools.shard: --overwrite does not "
             "delete it; name another output folder, or remove it yourself"
         )
     manifest = Manifest.load(folder)
@@ -335,7 +341,7 @@ def _split_from_json(split: str, raw: dict[str, Any]) -> SplitEntry:
     return entry
 
 
-# --- reading a shard -------------------------------------------------------------------------------------------------
+# --- reading a shard ------------------------------------------------------------------------------
 
 
 def sha256_of(data: bytes) -> str:
@@ -352,7 +358,8 @@ def iterate_shard(data: bytes, split: str, n_items: int, where: str) -> Iterator
         raise ValueError(text if text.startswith(where) else f"{where}: {text}") from None
     except Exception as error:  # tarfile and webdataset raise many kinds on damaged archives
         raise ValueError(
-            f"{where}: damaged tar archive ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
+            f"{where}: damaged tar archive ({type(error).__name__}: "
+            f"{str(error).splitlines()[0] if str(error) else ''})"
         ) from None
 
 
@@ -389,12 +396,15 @@ def read_shard(folder: str | Path, split: str, entry: ShardEntry, n_items: int) 
         data = path.read_bytes()
     except OSError as error:
         raise ValueError(
-            f"{path} cannot be read ({error.strerror}); manifest.json lists it; shard the data again"
+            f"{path} cannot be read ({error.strerror}); manifest.json lists it; shard the data "
+            "again"
         ) from None
     if len(data) != entry.bytes or sha256_of(data) != entry.sha256:
         raise ValueError(
-            f"{path} has {len(data)} bytes and SHA-256 {sha256_of(data)[:12]}..., manifest.json says {entry.bytes} bytes and "
-            f"{entry.sha256[:12]}...: it was damaged or replaced; restore it or shard the data again"
+            f"{path} has {len(data)} bytes and SHA-256 {sha256_of(data)[:12]}..., manifest.json "
+            f"says {entry.bytes} bytes and "
+            f"{entry.sha256[:12]}...: it was damaged or replaced; restore it or shard the data "
+            "again"
         )
     block = concatenate(iterate_shard(data, split, n_items, str(path)))
     heldout = 0 if block.heldout_items is None else len(block.heldout_items)
@@ -402,12 +412,13 @@ def read_shard(folder: str | Path, split: str, entry: ShardEntry, n_items: int) 
     if found != (entry.users, entry.interactions, entry.heldout):
         raise ValueError(
             f"{path} holds {found[0]} users, {found[1]} interactions and {found[2]} held-out ones, "
-            f"manifest.json says {entry.users}, {entry.interactions} and {entry.heldout}; shard the data again"
+            f"manifest.json says {entry.users}, {entry.interactions} and {entry.heldout}; shard "
+            "the data again"
         )
     return block
 
 
-# --- ids and keys ----------------------------------------------------------------------------------------------------
+# --- ids and keys ---------------------------------------------------------------------------------
 
 
 def default_users_per_shard(n_train_users: int) -> int:
@@ -461,7 +472,8 @@ def load_items(folder: str | Path, manifest: Manifest) -> ItemTable:
             path, manifest.n_items, manifest.vocabulary_sha256
         )  # another preparation's file is the likelier mistake
         raise ValueError(
-            f"{path} has SHA-256 {found[:12]}..., {MANIFEST} says {manifest.files.get(ITEMS_FILE, 'nothing')[:12]}...: "
+            f"{path} has SHA-256 {found[:12]}..., {MANIFEST} says "
+            f"{manifest.files.get(ITEMS_FILE, 'nothing')[:12]}...: "
             "it was damaged or replaced; restore it or shard the data again"
         )
     return read_items_file(path, manifest.n_items, manifest.vocabulary_sha256)
@@ -497,7 +509,10 @@ def read_items_file(
     rows, keys = np.asarray(columns["item"]), np.asarray(columns["key"]).astype(np.uint64)
     if not np.array_equal(rows, np.arange(n_items)) or vocabulary_sha256(keys) != expected_sha256:
         raise ValueError(
-            f"{path} lists {len(rows)} items whose vocabulary hash is {vocabulary_sha256(keys)[:12]}..., "
+            (
+                f"{path} lists {len(rows)} items whose vocabulary hash is "
+                f"{vocabulary_sha256(keys)[:12]}..., "
+            )
             + _another_preparation(n_items, expected_sha256)
         )
     if not np.array_equal(
@@ -544,7 +559,8 @@ def _check_item_columns(table: pa.Table) -> None:
         )
         if column.null_count or not (pa.types.is_integer(column.type) or text):
             raise ValueError(
-                f"column {name} is {column.type} with {column.null_count} missing, expected integers, none missing"
+                f"column {name} is {column.type} with {column.null_count} missing, expected "
+                "integers, none missing"
             )
     if "title" in table.column_names and not pa.types.is_string(table.column("title").type):
         raise ValueError(f"column title is {table.column('title').type}, expected string")

@@ -148,7 +148,8 @@ def remarks(role: str, ids: pa.Array, column: str) -> list[str]:
     )
     if heading is not None:
         said.append(
-            f"the {role} id {heading!r:.60} is the name of a column; is a row of the input a header?"
+            f"the {role} id {heading!r:.60} is the name of a column; is a row of the input a "
+            "header?"
         )
     for pattern, problem in (
         (r"^\s|\s$", "begin or end with blanks, which belong to the id"),
@@ -162,7 +163,7 @@ def remarks(role: str, ids: pa.Array, column: str) -> list[str]:
     return said
 
 
-# --- ids of a column -------------------------------------------------------------------------------------------------
+# --- ids of a column ------------------------------------------------------------------------------
 
 
 def of_column(
@@ -246,7 +247,10 @@ def _of_floats(values: pa.Array, numbers: Sequence[int], where: str) -> pa.Array
         pc.equal(values, pc.floor(values)),
         pc.and_(pc.greater_equal(values, 0.0), pc.less(values, limit)),
     )
-    problem = f"is not a whole number from 0 to 2^{int(np.log2(limit))}-1, which a column of floats may hold; write it as text"
+    problem = (
+        f"is not a whole number from 0 to 2^{int(np.log2(limit))}-1, which a column of floats may "
+        "hold; write it as text"
+    )
     _refuse(pc.invert(whole), values, numbers, where, problem)
     return values.cast(pa.int64())
 
@@ -258,7 +262,8 @@ def _of_text(
     if pc.any(long, min_count=0).as_py():
         at = pc.index(long, True).as_py()
         raise ValueError(
-            f"{where}, row {numbers[at]}: the id has more than {MAX_BYTES:,} bytes; expected an id, not a text"
+            f"{where}, row {numbers[at]}: the id has more than {MAX_BYTES:,} bytes; expected an "
+            "id, not a text"
         )
     try:
         values = values.cast(pa.string())
@@ -270,7 +275,8 @@ def _of_text(
             if one is not None and not _is_utf8(one)
         )
         raise ValueError(
-            f"{where}, row {numbers[at]}: the id is not UTF-8 text; write the column as UTF-8 strings"
+            f"{where}, row {numbers[at]}: the id is not UTF-8 text; write the column as UTF-8 "
+            "strings"
         ) from None
     absent = pc.is_in(values, value_set=pa.array(["", *missing], pa.string()))
     return (

@@ -155,7 +155,7 @@ def for_header(rule: PositiveRule | None) -> dict[str, Any]:
     return {} if rule is None else {"positives": rule.to_json()}
 
 
-# --- which row of a pair decides -----------------------------------------------------------------
+# --- which row of a pair decides ------------------------------------------------------------------
 
 
 def deciding_rows(
@@ -208,7 +208,7 @@ def positive_rows(
     return np.flatnonzero(liked_E) if rows is None else rows[liked_E[rows]]
 
 
-# --- which columns are read ----------------------------------------------------------------------
+# --- which columns are read -----------------------------------------------------------------------
 
 
 def unused_columns(
@@ -279,7 +279,8 @@ def serving_columns(
         columns[role] = _only(names, name, role, where, dashes)
     if columns["user"] == columns["item"]:
         raise ValueError(
-            f"{where}: column {columns['user']!r} is named as user and as item; name another for one of them"
+            f"{where}: column {columns['user']!r} is named as user and as item; name another for "
+            "one of them"
         )
     columns["rating"], said = _rating_column(
         names, rule, asked.get("rating"), where, all_positive, dashes
@@ -359,15 +360,20 @@ def _rating_column(
     if rule is None:
         if asked:
             raise ValueError(
-                f"{option} is {asked}, but the model does not know which ratings are likes; leave it out, or train again"
+                f"{option} is {asked}, but the model does not know which ratings are likes; leave "
+                "it out, or train again"
             )
         return None, [
-            "warning: what made a positive in training is not known, every row is taken as a like; train or export again to keep it"
+            (
+                "warning: what made a positive in training is not known, every row is taken as a "
+                "like; train or export again to keep it"
+            )
         ]
     if rule.is_implicit:
         if asked:
             raise ValueError(
-                f"{option} is {asked}, but the model was trained on every row, without ratings; leave it out"
+                f"{option} is {asked}, but the model was trained on every row, without ratings; "
+                "leave it out"
             )
         return None, []
     assert rule.rating_column is not None
@@ -389,7 +395,8 @@ def _time_column(
     needed = rule is not None and rule.repeats == "last" and rated
     if asked and not needed:
         raise ValueError(
-            f"{dashes}time_column is {asked}, but no rating is chosen by its time here; leave it out"
+            f"{dashes}time_column is {asked}, but no rating is chosen by its time here; leave it "
+            "out"
         )
     remembered = rule.time_column if rule else None
     if not needed or not (asked or remembered):
@@ -398,5 +405,8 @@ def _time_column(
     if name in names or asked:
         return _only(names, name, "time", where, dashes), notes
     return None, [
-        f"{where} has no column {name}: of several ratings of a user and an item the last row counts"
+        (
+            f"{where} has no column {name}: of several ratings of a user and an item the last row "
+            "counts"
+        )
     ]

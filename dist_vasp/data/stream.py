@@ -123,7 +123,8 @@ class TrainStream:
             raise ValueError(f"data.batch_size is {batch_size}, expected at least 1 user per step")
         if lanes < 1:
             raise ValueError(
-                f"parallel.lanes is {lanes}, expected at least 1; choose a multiple of the number of ranks"
+                f"parallel.lanes is {lanes}, expected at least 1; choose a multiple of the number "
+                "of ranks"
             )
         if lanes % world_size:
             raise ValueError(
@@ -132,7 +133,8 @@ class TrainStream:
             )
         if lanes > batch_size:
             raise ValueError(
-                f"parallel.lanes is {lanes} but data.batch_size is {batch_size}, expected at least one user per lane; "
+                f"parallel.lanes is {lanes} but data.batch_size is {batch_size}, expected at "
+                "least one user per lane; "
                 f"lower parallel.lanes or raise data.batch_size"
             )
         self.folder, self.seed, self.halves, self.input_dropout = (
@@ -147,7 +149,8 @@ class TrainStream:
         self.n_items = self.manifest.n_items
         if self.n_users < 1:
             raise ValueError(
-                f"{folder} has no training users; prepare the data with fewer val_users and test_users"
+                f"{folder} has no training users; prepare the data with fewer val_users and "
+                "test_users"
             )
         self.steps_per_epoch = -(-self.n_users // batch_size)
         self._item_keys = load_items(folder, self.manifest).keys
@@ -161,7 +164,7 @@ class TrainStream:
         self._epoch_order: tuple[int, np.ndarray, np.ndarray] = (-1, np.empty(0), np.empty(0))
         self._cache: OrderedDict[tuple[int, int], tuple[np.ndarray, Rows]] = OrderedDict()
 
-    # --- order -------------------------------------------------------------------------------------------------------
+    # --- order ------------------------------------------------------------------------------------
 
     def _given(self, s: int) -> np.ndarray:
         """c(s) = (s * n_l + (l * S) // lanes) // S: users that each lane has given before step s of
@@ -186,7 +189,7 @@ class TrainStream:
             yield int(order[slot]), first - int(starts[slot]), end - int(starts[slot])
             first = end
 
-    # --- shards ------------------------------------------------------------------------------------------------------
+    # --- shards -----------------------------------------------------------------------------------
 
     def _shard(self, epoch: int, shard: int) -> tuple[np.ndarray, Rows]:
         """User keys and rows of one shard in the order of `epoch`; kept until no lane reads it."""
@@ -204,7 +207,7 @@ class TrainStream:
         while len(self._cache) > max(used, len(self._my_lanes) + _SPARE_SHARDS):
             self._cache.popitem(last=False)
 
-    # --- batches -----------------------------------------------------------------------------------------------------
+    # --- batches ----------------------------------------------------------------------------------
 
     def batch(self, step: int) -> Batch:
         """This rank's batch of global step `step` (steps before it, from 0).
@@ -299,7 +302,7 @@ def _interleave(
     return Rows(indptr_of(lengths), items)
 
 
-# --- evaluation ------------------------------------------------------------------------------------------------------
+# --- evaluation -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -107,7 +107,8 @@ def resolve_device(device: str, local_rank: int) -> torch.device:
             )
         if local_rank >= torch.cuda.device_count():
             raise ValueError(
-                f"local rank {local_rank} has no CUDA device of its own: {torch.cuda.device_count()} found; start fewer ranks"
+                f"local rank {local_rank} has no CUDA device of its own: "
+                f"{torch.cuda.device_count()} found; start fewer ranks"
             )
         torch.cuda.set_device(local_rank)
         return torch.device("cuda", local_rank)
@@ -179,7 +180,10 @@ def _join(
             rank, local_rank, world_size, store, address, interface, all_here, shared
         )
     except dist.DistError as error:
-        text = f"rank {rank} waited {start_up.seconds} s for {world_size} ranks to start, but some never came ({error})"
+        text = (
+            f"rank {rank} waited {start_up.seconds} s for {world_size} ranks to start, but some "
+            f"never came ({error})"
+        )
         hint = (
             "set LOCAL_SIZE to the ranks of this machine if others run elsewhere; "
             if all_here
@@ -291,7 +295,7 @@ def shut_down() -> None:
         dist.destroy_process_group()
 
 
-# --- collectives -----------------------------------------------------------------------------------------------------
+# --- collectives ----------------------------------------------------------------------------------
 
 
 def all_gather(local: Tensor, group: Group) -> Tensor:

@@ -48,7 +48,10 @@ def kernels(wanted: str, n_weights: int) -> tuple[Fuse, str]:
             ) from None
         return (
             plain,
-            f"not compiled, and slower for it: torch.compile does not work here ({why[0]}); install a C++ compiler (g++)",
+            (
+                f"not compiled, and slower for it: torch.compile does not work here ({why[0]}); "
+                "install a C++ compiler (g++)"
+            ),
         )
     return fused, ""
 

@@ -21,28 +21,33 @@ def launched_world() -> tuple[int, int, int, int]:
         other = "WORLD_SIZE" if variable == "RANK" else "RANK"
         if variable in os.environ and other not in os.environ and (variable == "RANK" or world > 1):
             raise ValueError(
-                f"{variable} is {os.environ[variable]} in the environment but {other} is not set; {_HINT}"
+                f"{variable} is {os.environ[variable]} in the environment but {other} is not set; "
+                f"{_HINT}"
             )
     rank = _number("RANK", 0)
     if rank >= world:
         raise ValueError(
-            f"RANK is {rank} in the environment, expected 0 to {world - 1} with WORLD_SIZE {world}; {_HINT}"
+            f"RANK is {rank} in the environment, expected 0 to {world - 1} with WORLD_SIZE "
+            f"{world}; {_HINT}"
         )
     here = "LOCAL_WORLD_SIZE" if "LOCAL_WORLD_SIZE" in os.environ else "LOCAL_SIZE"
     local_world = _number(here, world, at_least=1)
     if local_world > world:
         raise ValueError(
-            f"{here} is {local_world} in the environment, expected at most WORLD_SIZE {world}; {_HINT}"
+            f"{here} is {local_world} in the environment, expected at most WORLD_SIZE {world}; "
+            f"{_HINT}"
         )
     if "LOCAL_RANK" not in os.environ and 1 < local_world < world:
         raise ValueError(
-            f"LOCAL_RANK is not set in the environment, expected 0 to {local_world - 1} with {here} {local_world}; "
+            f"LOCAL_RANK is not set in the environment, expected 0 to {local_world - 1} with "
+            f"{here} {local_world}; "
             "set it, or start with deepspeed or torchrun"
         )
     local_rank = _number("LOCAL_RANK", rank if local_world == world else 0)
     if local_rank >= local_world:
         raise ValueError(
-            f"LOCAL_RANK is {local_rank} in the environment, expected 0 to {local_world - 1} with {here} {local_world}; {_HINT}"
+            f"LOCAL_RANK is {local_rank} in the environment, expected 0 to {local_world - 1} with "
+            f"{here} {local_world}; {_HINT}"
         )
     return rank, world, local_rank, local_world
 
@@ -52,19 +57,22 @@ def meeting_point(world_size: int) -> tuple[str, int]:
     for variable in ("MASTER_ADDR", "MASTER_PORT"):
         if not os.environ.get(variable):
             raise ValueError(
-                f"WORLD_SIZE is {world_size} but {variable} is not set; start with deepspeed or torchrun"
+                f"WORLD_SIZE is {world_size} but {variable} is not set; start with deepspeed or "
+                "torchrun"
             )
     address, port = os.environ["MASTER_ADDR"], _number("MASTER_PORT", 0)
     if not 1 <= port <= 65535:
         raise ValueError(
-            f"MASTER_PORT is {port} in the environment, expected 1 to 65535; choose one with --master_port"
+            f"MASTER_PORT is {port} in the environment, expected 1 to 65535; choose one with "
+            "--master_port"
         )
     try:
         socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise ValueError(
-            f"MASTER_ADDR is {address!r} in the environment, which is no host ({reason}); choose one with --master_addr"
+            f"MASTER_ADDR is {address!r} in the environment, which is no host ({reason}); choose "
+            "one with --master_addr"
         ) from None
     return address, port
 
@@ -91,6 +99,7 @@ def _number(variable: str, default: int, at_least: int = 0) -> int:
 def _whole(variable: str, text: str, at_least: int, hint: str) -> int:
     if not re.fullmatch("[0-9]{1,9}", text) or int(text) < at_least:
         raise ValueError(
-            f"{variable} is {text[:80]!r} in the environment, expected a whole number of at least {at_least}; {hint}"
+            f"{variable} is {text[:80]!r} in the environment, expected a whole number of at least "
+            f"{at_least}; {hint}"
         )
     return int(text)

@@ -118,7 +118,7 @@ class Liveness:
         self._lost.wait(seconds)
         return self.loss
 
-    # --- the connections ---------------------------------------------------------------------------------------------
+    # --- the connections --------------------------------------------------------------------------
 
     def _connect(self, address: Any) -> bool:
         try:
@@ -132,7 +132,10 @@ class Liveness:
         except (OSError, ValueError, KeyError, TypeError) as error:
             say_unwatched(
                 self._rank,
-                f"cannot reach rank 0 at {address[0]}:{address[1]} ({getattr(error, 'strerror', None) or error})",
+                (
+                    f"cannot reach rank 0 at {address[0]}:{address[1]} "
+                    f"({getattr(error, 'strerror', None) or error})"
+                ),
             )
             return False
         self._add(connection, _Link(rank=0, host="", channel=channel))
@@ -161,7 +164,7 @@ class Liveness:
                     with contextlib.suppress(OSError):
                         connection.send(link.channel.sign(json.dumps(message)))
 
-    # --- the thread --------------------------------------------------------------------------------------------------
+    # --- the thread -------------------------------------------------------------------------------
 
     def _watch(self) -> None:
         with selectors.DefaultSelector() as selector:

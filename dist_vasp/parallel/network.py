@@ -28,7 +28,8 @@ def choose_interface(interface: str, all_here: bool) -> None:
     present = [name for _, name in socket.if_nameindex()]
     if interface and interface not in present:
         raise ValueError(
-            f"parallel.interface is {interface!r}, expected one of {', '.join(present)}; or leave it empty"
+            f"parallel.interface is {interface!r}, expected one of {', '.join(present)}; or leave "
+            "it empty"
         )
     loopback = next((name for name in ("lo", "lo0") if name in present), "") if all_here else ""
     for variable in _VARIABLES:
@@ -39,7 +40,8 @@ def choose_interface(interface: str, all_here: bool) -> None:
     chosen = os.environ.get("GLOO_SOCKET_IFNAME", "")
     if unknown := [name for name in chosen.split(",") if chosen and name not in present]:
         raise ValueError(
-            f"GLOO_SOCKET_IFNAME is {chosen!r} in the environment, but {unknown[0]!r} is not one of {', '.join(present)}; unset it"
+            f"GLOO_SOCKET_IFNAME is {chosen!r} in the environment, but {unknown[0]!r} is not one "
+            f"of {', '.join(present)}; unset it"
         )
 
 
@@ -63,7 +65,8 @@ def listen(address: str, port: int, interface: str, all_here: bool) -> int | Non
                 ) from None
             if error.errno != errno.EADDRNOTAVAIL:
                 raise ValueError(
-                    f"MASTER_ADDR {address} cannot be listened on ({error.strerror}); choose another"
+                    f"MASTER_ADDR {address} cannot be listened on ({error.strerror}); choose "
+                    "another"
                 ) from None
     return None
 

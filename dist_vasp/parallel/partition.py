@@ -24,7 +24,8 @@ class ItemPartition:
             raise ValueError(f"partition {self.index} of {self.n_partitions} does not exist")
         if self.n_items < self.n_partitions:
             raise ValueError(
-                f"{self.n_items} items cannot be cut into parallel.partitions = {self.n_partitions} ranges; "
+                f"{self.n_items} items cannot be cut into parallel.partitions = "
+                f"{self.n_partitions} ranges; "
                 "use fewer partitions (and more parallel.replicas)"
             )
 
@@ -62,13 +63,16 @@ class Layout:
         replicas = world."""
         if replicas < 1 or world_size % replicas:
             raise ValueError(
-                f"parallel.replicas is {replicas}, which does not divide the {world_size} ranks; choose a divisor"
+                f"parallel.replicas is {replicas}, which does not divide the {world_size} ranks; "
+                "choose a divisor"
             )
         resolved = partitions or world_size // replicas
         if resolved * replicas != world_size:
             raise ValueError(
-                f"parallel.partitions {partitions} x parallel.replicas {replicas} is {partitions * replicas} but {world_size} ranks "
-                f"were started; set parallel.partitions to {world_size // replicas}, or to 0 for as many as fit"
+                f"parallel.partitions {partitions} x parallel.replicas {replicas} is "
+                f"{partitions * replicas} but {world_size} ranks "
+                f"were started; set parallel.partitions to {world_size // replicas}, or to 0 for "
+                "as many as fit"
             )
         return Layout(world_size, resolved, replicas)
 

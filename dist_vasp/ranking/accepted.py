@@ -52,7 +52,8 @@ def refuse_frame(value: Any, what: str) -> None:
     )
     if is_table and not is_series:
         raise ValueError(
-            f"{what} is a {package}.{kind.__name__}, which is not read; pass lists of ids, or histories as a pyarrow.Table"
+            f"{what} is a {package}.{kind.__name__}, which is not read; pass lists of ids, or "
+            "histories as a pyarrow.Table"
         )
 
 
@@ -73,11 +74,13 @@ def history_lists(histories: Any, n_items: int) -> list[list[Any]]:
     refuse_frame(histories, "the argument histories")
     if isinstance(histories, str | bytes | dict) or not isinstance(histories, Iterable):
         raise ValueError(
-            f"histories are {type(histories).__name__}, expected a list of lists of ids, a sparse matrix or a pyarrow.Table"
+            f"histories are {type(histories).__name__}, expected a list of lists of ids, a sparse "
+            "matrix or a pyarrow.Table"
         )
     if isinstance(histories, np.ndarray) and histories.ndim == 2 and histories.shape[1] == n_items:
         raise ValueError(
-            f"histories are an array of shape {histories.shape}, as wide as the catalogue: ids, or one column for each item? "
+            f"histories are an array of shape {histories.shape}, as wide as the catalogue: ids, "
+            "or one column for each item? "
             "pass histories.tolist() for ids, scipy.sparse.csr_matrix(histories) for columns"
         )
     if isinstance(histories, pa.Array | pa.ChunkedArray):

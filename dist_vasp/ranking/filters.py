@@ -45,7 +45,8 @@ def allowed_items(
         allowed[rows] = option == "--restrict_to"
     if not allowed.any():
         raise ValueError(
-            f"{' and '.join(note.split(':')[0] for note in notes)} leave no item that the model knows; name other ids"
+            f"{' and '.join(note.split(':')[0] for note in notes)} leave no item that the model "
+            "knows; name other ids"
         )
     return allowed, notes
 
@@ -59,7 +60,10 @@ def _read(
     except ValueError as error:
         text = str(error)
         if "has no column" in text or "cannot tell the format" in text:
-            text = f"{path} is no CSV or Parquet file with a column {item_column!r}, and no .txt file with an id a line; name one"
+            text = (
+                f"{path} is no CSV or Parquet file with a column {item_column!r}, and no .txt "
+                "file with an id a line; name one"
+            )
         raise ValueError(f"{option}: {text}") from None
     rows = ids.find(found, items.ids)
     if (

@@ -47,7 +47,10 @@ class Read:
     def line(self, keep_seen: bool = False) -> str:
         """One line for the user."""
         further = "further items seen" if keep_seen else "further items masked"
-        used = f"read {self.rows:,} rows: {self.likes:,} likes used as input, {self.disliked:,} {further}"
+        used = (
+            f"read {self.rows:,} rows: {self.likes:,} likes used as input, {self.disliked:,} "
+            f"{further}"
+        )
         left_out = {
             "repeated": self.repeated,
             "of unknown items": self.unknown,

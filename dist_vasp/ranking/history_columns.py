@@ -37,7 +37,10 @@ def history_columns(
     pairs = [remembered, plain, (remembered[0], plain[1]), (plain[0], remembered[1]), of_format]
     names, unused = _look(table, list(dict.fromkeys(pairs)))
     notes = [
-        f"{table.files[0].where} has no column {wanted}, which the shards were made from; column {names[role]} is read"
+        (
+            f"{table.files[0].where} has no column {wanted}, which the shards were made from; column "
+            f"{names[role]} is read"
+        )
         for role, wanted in zip(("user", "item"), remembered, strict=True)
         if not asked.get(role)
         and rule is not None

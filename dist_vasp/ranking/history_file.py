@@ -60,7 +60,8 @@ def open_histories(
         folder = Path(tempfile.mkdtemp(prefix=f".{name}.grouping-", dir=scratch))
     except OSError as error:
         raise ValueError(
-            f"{name} cannot be grouped by user under {scratch} ({error.strerror}); name another --output"
+            f"{name} cannot be grouped by user under {scratch} ({error.strerror}); name another "
+            "--output"
         ) from None
     connection = duckdb.connect(
         config={"temp_directory": str(folder), "preserve_insertion_order": False}
@@ -125,7 +126,8 @@ class HistoryFile:
         )
         connection.register("runs", runs)
         connection.execute(
-            "CREATE TABLE firsts AS SELECT user, min(place) AS first, count(*) AS n FROM runs GROUP BY user"
+            "CREATE TABLE firsts AS SELECT user, min(place) AS first, count(*) AS n FROM runs "
+            "GROUP BY user"
         )
         self.n_users, most = connection.execute(
             "SELECT count(*), coalesce(max(n), 0) FROM firsts"
@@ -174,18 +176,23 @@ class HistoryFile:
         """
         if n_ended:
             return ValueError(
-                f"{self.name}: {n_ended:,} users have seen every item that may be listed, so that nobody gets a list; "
+                f"{self.name}: {n_ended:,} users have seen every item that may be listed, so that "
+                "nobody gets a list; "
                 "pass --keep_seen to list seen items, too, or allow more items"
             )
         if n_known:
             return ValueError(
-                f"{self.name}: {n_known:,} rows are of items that the model knows, and none is a like, so that nobody gets a list "
-                f"({self._rule}); name another --rating_column, or pass --all_positive to take every row as a like"
+                f"{self.name}: {n_known:,} rows are of items that the model knows, and none is a "
+                "like, so that nobody gets a list "
+                f"({self._rule}); name another --rating_column, or pass --all_positive to take "
+                "every row as a like"
             )
         wanted = [repr(one) for one in items.ids[:_EXAMPLES].to_pylist()]
         return ValueError(
-            f"{self.name}: no item is known to the model, so that nobody gets a list; its items are written "
-            f"{', '.join(self._examples)}, those of the model {', '.join(wanted)}; ids must be equal as texts"
+            f"{self.name}: no item is known to the model, so that nobody gets a list; its items "
+            "are written "
+            f"{', '.join(self._examples)}, those of the model {', '.join(wanted)}; ids must be "
+            "equal as texts"
         )
 
     def _histories(self, rows: pa.RecordBatch, lo: int, hi: int, n_items: int) -> Histories:
@@ -298,5 +305,6 @@ def _disk_errors(name: str) -> Iterator[None]:
     except duckdb.Error as error:
         text = " ".join(str(error).split())
         raise ValueError(
-            f"{name} cannot be grouped by user beside the output ({text}); sort it by user, or free some space"
+            f"{name} cannot be grouped by user beside the output ({text}); sort it by user, or "
+            "free some space"
         ) from None

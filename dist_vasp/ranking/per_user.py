@@ -135,7 +135,8 @@ class PerUserFile:
         ]
         if not np.array_equal(self._keys[places], keys):
             raise ValueError(
-                f"{self.path}: the shards hold users that the file of user ids does not; shard the data again"
+                f"{self.path}: the shards hold users that the file of user ids does not; shard "
+                "the data again"
             )
         return self._ids.take(pa.array(places))
 

@@ -121,9 +121,9 @@ def recommend_to_file(
     )
     examples.append("")
     n_rows = file.n_rows if file is not None else 0
-    return (
-        "\n".join(examples)
-        + f"{output}: {n_rows:,} recommendations for {done - n_skipped:,} users{others}\n{read.line(keep_seen)}"
+    return "\n".join(examples) + (
+        f"{output}: {n_rows:,} recommendations for {done - n_skipped:,} "
+        f"users{others}\n{read.line(keep_seen)}"
     )
 
 
@@ -221,4 +221,7 @@ def _example(
         for s, i in zip(scores, rows, strict=True)
         if i >= 0
     ]
-    return f"user {one_line(str(block.users[user]))}\n  history  {', '.join(seen)}{more}\n  list     {', '.join(listed)}"
+    return (
+        f"user {one_line(str(block.users[user]))}\n  history  {', '.join(seen)}{more}\n  list     "
+        f"{', '.join(listed)}"
+    )

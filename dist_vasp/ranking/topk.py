@@ -39,7 +39,8 @@ def local_topk(scores_UJ: Tensor, k: int, item_offset: int = 0) -> tuple[Tensor,
     best, columns = torch.topk(scores_UJ, min(k + 1, n_columns), dim=1)
     if best[:, 0].isnan().any():  # topk ranks NaN first
         raise ValueError(
-            "scores contain NaN, which cannot be ranked: the model has diverged; use an earlier checkpoint"
+            "scores contain NaN, which cannot be ranked: the model has diverged; use an earlier "
+            "checkpoint"
         )
     last = best[:, k - 1]
     tied = (

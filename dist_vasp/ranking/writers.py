@@ -183,5 +183,6 @@ class ListFile:
             return work(*arguments)
         except (OSError, pa.ArrowException) as error:
             raise ValueError(
-                f"{self.output} cannot be written ({error}); free some space or choose another --output"
+                f"{self.output} cannot be written ({error}); free some space or choose another "
+                "--output"
             ) from None

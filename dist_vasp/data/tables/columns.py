@@ -105,7 +105,8 @@ def _check_apart(found: dict[str, int], names: Sequence[str], where: str) -> Non
         other = next((r for r, p in found.items() if p == place and r != role), None)
         if other is not None:
             raise ValueError(
-                f"{where}: column {names[place]!r} is named as {role} and as {other}; name another for one of them"
+                f"{where}: column {names[place]!r} is named as {role} and as {other}; name "
+                "another for one of them"
             )
 
 
@@ -123,7 +124,10 @@ def _problem(role: str, name: str, n_found: int, names: Sequence[str], header: b
     if n_found:
         return f"has more than one column {name!r}; rename one of them"
     if not header:
-        return f"has no column {name!r}; it has {len(names)} columns, named 1 to {len(names)}; pass --{role}_column N"
+        return (
+            f"has no column {name!r}; it has {len(names)} columns, named 1 to {len(names)}; pass "
+            f"--{role}_column N"
+        )
     close = difflib.get_close_matches(name.lower(), [n.lower() for n in names[:1000]], 1, 0.6)
     like = next((f" (is it {n!r}?)" for n in names if close and n.lower() == close[0]), "")
     return (

@@ -44,7 +44,8 @@ def check_delimiter(text: str) -> str:
         len(delimiter) != 1 or delimiter.isalnum() or delimiter in '"\r\n\0.-+'
     ):
         raise ValueError(
-            f"--delimiter {text!r} cannot separate cells; pass one character such as ';', tab or space, or '::'"
+            f"--delimiter {text!r} cannot separate cells; pass one character such as ';', tab or "
+            "space, or '::'"
         )
     return delimiter
 
@@ -99,7 +100,8 @@ def _bytes(lines: list[str]) -> bytes:
 def _labels(n_columns: int, reading: Reading, where: str) -> list[str]:
     if reading.names and len(reading.names) != n_columns:
         raise ValueError(
-            f"{where}, row 1: {n_columns} cells where {len(reading.names)} are expected ({', '.join(reading.names)})"
+            f"{where}, row 1: {n_columns} cells where {len(reading.names)} are expected "
+            f"({', '.join(reading.names)})"
         )
     return list(reading.names) or [str(i + 1) for i in range(n_columns)]
 
@@ -124,7 +126,8 @@ def _first_record(
         lines = _lines(_beginning(block, size))
         if lines[0].count(dialect.delimiter) >= MAX_COLUMNS:
             raise ValueError(
-                f"{where}: the first row has more than {MAX_COLUMNS:,} cells; it is no table of interactions"
+                f"{where}: the first row has more than {MAX_COLUMNS:,} cells; it is no table of "
+                "interactions"
             )
         reader = dialect.reader(lines)
         try:
@@ -143,7 +146,8 @@ def _first_record(
                     else f"the header is malformed: {error}"
                 )
                 raise ValueError(
-                    f"{where}, row {blocks.row}: {problem}; correct it, or pass --no_quoting if quotes are plain characters"
+                    f"{where}, row {blocks.row}: {problem}; correct it, or pass --no_quoting if "
+                    "quotes are plain characters"
                 ) from None
             block += more
             size = len(block)
@@ -163,7 +167,8 @@ def _check_unambiguous(cells: list[str], delimiter: str, where: str) -> None:
     others = [d for d in DELIMITERS if any(d in cell for cell in cells)]
     if others:
         raise ValueError(
-            f"{where}: the first line holds both {delimiter!r} and {others[0]!r}; pass the one that separates the cells as --delimiter"
+            f"{where}: the first line holds both {delimiter!r} and {others[0]!r}; pass the one "
+            "that separates the cells as --delimiter"
         )
 
 
@@ -178,7 +183,8 @@ def _explained(
     )
     if reading.header and sum(_is_number(cell) for cell in cells) * 2 > len(cells):
         return ValueError(
-            f"{where} has no column {error.name!r}; its first line, {shown(cells)}, looks like data: "
+            f"{where} has no column {error.name!r}; its first line, {shown(cells)}, looks like "
+            "data: "
             "pass --no_header, then --user_column 1 --item_column 2 name columns by number"
         )
     if len(cells) < 2:

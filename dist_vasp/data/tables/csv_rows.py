@@ -88,7 +88,8 @@ class Blocks:
             if len(self._held) > MAX_ROW_BYTES:
                 row = self.row + data.count(b"\n", 0, cut)
                 raise ValueError(
-                    f"{self._where}, row {row:,}: a line of more than {MAX_ROW_BYTES:,} bytes; it is no table"
+                    f"{self._where}, row {row:,}: a line of more than {MAX_ROW_BYTES:,} bytes; it "
+                    "is no table"
                 )
             if cut:
                 return data[:cut]
@@ -267,7 +268,8 @@ class Rows:
             return
         at = next(i for i, record in enumerate(records) if len(record) not in (0, self._n_columns))
         raise ValueError(
-            f"{self._where}, row {numbers[at]:,}: {len(records[at])} cells where the header has {self._n_columns} "
+            f"{self._where}, row {numbers[at]:,}: {len(records[at])} cells where the header has "
+            f"{self._n_columns} "
             f"(delimiter {self._dialect.delimiter!r}); correct the row"
         )
 
@@ -288,8 +290,10 @@ class Rows:
         )
         if numeric or (len(lines) > 3 and self._n_columns > 2):
             raise ValueError(
-                f"{self._where}, row {number:,}: a quote opens here and the cell holds {len(lines) - 1:,} lines that "
-                "look like rows of the table; correct the quote, or pass --no_quoting if quotes are plain characters"
+                f"{self._where}, row {number:,}: a quote opens here and the cell holds "
+                f"{len(lines) - 1:,} lines that "
+                "look like rows of the table; correct the quote, or pass --no_quoting if quotes "
+                "are plain characters"
             )
 
     def _unclosed(self, problem: str) -> ValueError:

@@ -39,7 +39,8 @@ def check_encoding(name: str) -> str:
         or known.name.replace("-", "_") in _NO_FILES
     ):
         raise ValueError(
-            f"--encoding {name!r} is not known; name one such as utf-8, utf-16, latin-1, cp1252 or cp932"
+            f"--encoding {name!r} is not known; name one such as utf-8, utf-16, latin-1, cp1252 "
+            "or cp932"
         )
     return known.name
 
@@ -62,7 +63,8 @@ class Utf8:
         wanted = codecs.lookup(encoding).name if encoding else None
         if marked and wanted and not wanted.startswith(marked) and wanted != "utf-8-sig":
             raise ValueError(
-                f"{where} begins with the mark of {marked}, but --encoding is {wanted}; leave --encoding out"
+                f"{where} begins with the mark of {marked}, but --encoding is {wanted}; leave "
+                "--encoding out"
             )
         self.encoding = wanted or marked or "utf-8"
         if self.encoding in ("utf-8", "utf-8-sig"):
@@ -92,7 +94,8 @@ class Utf8:
                 text = self._decoder.decode(data, final=self._ended)
             except UnicodeDecodeError as error:
                 raise ValueError(
-                    f"{self._where}: the bytes after {self._n_bytes + error.start:,} are not {self.encoding} ({error.reason}); "
+                    f"{self._where}: the bytes after {self._n_bytes + error.start:,} are not "
+                    f"{self.encoding} ({error.reason}); "
                     "name the right --encoding"
                 ) from None
             self._n_bytes += len(data)

@@ -105,7 +105,8 @@ def expand(text: str, skipped: list[str] | None = None) -> list[Path]:
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", text):
         scheme = text.split(":")[0]
         raise ValueError(
-            f"{text} is a remote address and only local files are read; copy it here first, or mount the {scheme} store"
+            f"{text} is a remote address and only local files are read; copy it here first, or "
+            f"mount the {scheme} store"
         )
     path = Path(text)
     if os.path.lexists(path) or _zip_above(path):
@@ -164,7 +165,7 @@ def _partitions(parts: Iterable[str]) -> dict[str, str | None]:
     }
 
 
-# --- folders ---------------------------------------------------------------------------------------------------------
+# --- folders --------------------------------------------------------------------------------------
 
 
 def _files_below(folder: Path, kind: str | None, skipped: list[str]) -> list[File]:
@@ -186,7 +187,8 @@ def one_kind(folder: Path, tables: dict[str, str]) -> None:
     """ValueError where a folder holds tables of both kinds."""
     if len(set(tables.values())) > 1:
         raise ValueError(
-            f"the folder {folder} holds both CSV and Parquet files; pass --format csv or --format parquet"
+            f"the folder {folder} holds both CSV and Parquet files; pass --format csv or --format "
+            "parquet"
         )
 
 
@@ -219,7 +221,8 @@ def walk(folder: Path, skipped: list[str]) -> Iterator[Path]:
 
 def _raise(error: OSError) -> None:
     raise ValueError(
-        f"{error.filename} cannot be read ({error.strerror}); change its permissions, or name another folder"
+        f"{error.filename} cannot be read ({error.strerror}); change its permissions, or name "
+        "another folder"
     )
 
 
@@ -230,8 +233,10 @@ def _refuse_table(folder: Path, named: Path) -> None:
         for pattern, what, function in _FOREIGN:
             if any(True for _ in place.glob(pattern)):
                 raise ValueError(
-                    f"{named} belongs to {what} ({place / pattern}), whose files also hold rows that were replaced or deleted; "
-                    f"export its present rows first, with DuckDB for example: COPY (FROM {function}('{place}')) TO 'rows.parquet'"
+                    f"{named} belongs to {what} ({place / pattern}), whose files also hold rows "
+                    "that were replaced or deleted; "
+                    "export its present rows first, with DuckDB for example: COPY (FROM "
+                    f"{function}('{place}')) TO 'rows.parquet'"
                 )
 
 
@@ -244,7 +249,7 @@ def names_in(path: Path) -> list[str]:
     return [n for n in inside if not any(is_hidden(part) for part in PurePosixPath(n).parts)]
 
 
-# --- zips ------------------------------------------------------------------------------------------------------------
+# --- zips -----------------------------------------------------------------------------------------
 
 
 def _zip_above(path: Path) -> Path | None:
@@ -273,7 +278,8 @@ def _members_of(path: Path, wanted: str | None, skipped: list[str]) -> list[File
     if not members:
         about = f"no CSV member {wanted!r}" if wanted else "no CSV member that is not hidden"
         raise ValueError(
-            f"{path} holds {about}; its members are {', '.join(names[:5]) or 'none'}{' ...' if len(names) > 5 else ''}"
+            f"{path} holds {about}; its members are "
+            f"{', '.join(names[:5]) or 'none'}{' ...' if len(names) > 5 else ''}"
         )
     return [
         File(

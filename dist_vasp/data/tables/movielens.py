@@ -122,7 +122,8 @@ def read_titles(stream: Any, where: str) -> str:
     stream.close()
     if len(data) > MAX_TITLES_BYTES:
         raise ValueError(
-            f"{where} has more than {MAX_TITLES_BYTES:,} bytes, too many for titles; remove it, or name --titles"
+            f"{where} has more than {MAX_TITLES_BYTES:,} bytes, too many for titles; remove it, "
+            "or name --titles"
         )
     try:
         return data.decode("utf-8-sig")

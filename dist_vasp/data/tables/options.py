@@ -16,7 +16,10 @@ def add_reading_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--delimiter",
         metavar="D",
-        help="what separates the cells of a CSV: one character, tab, space or ::; default: seen from the header",
+        help=(
+            "what separates the cells of a CSV: one character, tab, space or ::; default: seen "
+            "from the header"
+        ),
     )
     add(
         "--encoding",

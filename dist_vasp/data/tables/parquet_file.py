@@ -83,6 +83,8 @@ def _check_sizes(metadata: pq.FileMetaData, names: list[str], where: str) -> Non
             size, values = chunk.total_uncompressed_size, chunk.num_values
             if size > MAX_CHUNK_BYTES or size > MAX_MEAN_BYTES * max(values, 16):
                 raise ValueError(
-                    f"{where}: column {chunk.path_in_schema!r} has {size:,} bytes for {values:,} values in row group {g}; "
-                    f"at most {MAX_CHUNK_BYTES:,} bytes and {MAX_MEAN_BYTES:,} a value are read; write smaller row groups of short ids"
+                    f"{where}: column {chunk.path_in_schema!r} has {size:,} bytes for {values:,} "
+                    f"values in row group {g}; "
+                    f"at most {MAX_CHUNK_BYTES:,} bytes and {MAX_MEAN_BYTES:,} a value are read; "
+                    "write smaller row groups of short ids"
                 )

@@ -83,7 +83,8 @@ class Table:
             named = ", ".join(self.reading.missing)
             raise ValueError(
                 f"{self.files[0].where}: all {self.rows:,} rows are without a user or an item; "
-                f"empty cells and {named or 'no other text'} stand for a missing id, name others with --missing"
+                f"empty cells and {named or 'no other text'} stand for a missing id, name others "
+                "with --missing"
             )
 
     def _same_roles(self, file: File, facts: Facts, before: list[str] | None) -> list[str]:
@@ -93,7 +94,8 @@ class Table:
         ]
         if before is not None and roles != before:
             raise ValueError(
-                f"{file.where} has the columns {', '.join(roles)}, the files before it {', '.join(before)}; name files of one kind"
+                f"{file.where} has the columns {', '.join(roles)}, the files before it "
+                f"{', '.join(before)}; name files of one kind"
             )
         return roles
 
@@ -183,7 +185,8 @@ class Table:
         if pc.any(differs, min_count=0).as_py():
             at = pc.index(differs, True).as_py()
             raise ValueError(
-                f"{where}, row {numbers[at]}: {both[0][at].as_py()!r} where the name of the folder says {both[1][at].as_py()!r}; "
+                f"{where}, row {numbers[at]}: {both[0][at].as_py()!r} where the name of the "
+                f"folder says {both[1][at].as_py()!r}; "
                 "move the row to its folder, or rename one of the two"
             )
 
@@ -225,7 +228,7 @@ def open_table(
     return Table(found.files, columns or Columns(), reading, found.skipped)
 
 
-# --- columns ---------------------------------------------------------------------------------------------------------
+# --- columns --------------------------------------------------------------------------------------
 
 
 def _ids(column: pa.Array, numbers: Sequence[int], where: str) -> pa.Array:
@@ -307,7 +310,8 @@ def _dates(column: pa.Array, where: str) -> pa.Array:
     except pa.ArrowInvalid as error:
         raise ValueError(
             f"{where} holds a time that is no date ({str(error).splitlines()[0].rstrip('.')}); "
-            "write all as 2026-01-31 12:00:00, all with an offset such as +02:00 or Z, or all as numbers"
+            "write all as 2026-01-31 12:00:00, all with an offset such as +02:00 or Z, or all as "
+            "numbers"
         ) from None
 
 
@@ -376,5 +380,6 @@ def _is_number(text: str) -> bool:
 def _refuse(bad: pa.Array, numbers: Sequence[int], where: str, problem: str) -> None:
     if pc.any(bad, min_count=0).as_py():
         raise ValueError(
-            f"{where.rsplit(': column ', 1)[0]}, row {numbers[pc.index(bad, True).as_py()]}: {problem}"
+            f"{where.rsplit(': column ', 1)[0]}, row {numbers[pc.index(bad, True).as_py()]}: "
+            f"{problem}"
         )

@@ -54,7 +54,8 @@ def readable(where: str) -> Iterator[None]:
         yield
     except NotImplementedError as error:
         raise ValueError(
-            f"{where} is compressed in a way that cannot be read ({error}); compress it with deflate"
+            f"{where} is compressed in a way that cannot be read ({error}); compress it with "
+            "deflate"
         ) from None
     except FileNotFoundError:
         raise ValueError(f"{where} does not exist; name a file or folder") from None
@@ -75,13 +76,19 @@ def readable(where: str) -> Iterator[None]:
         text = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         hint = ""
         if re.search("incorrect header check|unknown compression method", text):
-            hint = "; it is not compressed with gzip, or something follows the data: correct its name, or compress it again"
+            hint = (
+                "; it is not compressed with gzip, or something follows the data: correct its "
+                "name, or compress it again"
+            )
         elif "magic bytes" in text:
             hint = (
                 "; it is cut off, damaged, or no Parquet file: fetch it again, or correct its name"
             )
         elif re.search(
-            "runcated|ended before|unexpected end|CRC|data check|orrupt|thrift|smaller than|is 0 bytes",
+            (
+                "runcated|ended before|unexpected end|CRC|data check|orrupt|thrift|smaller than|is 0 "
+                "bytes"
+            ),
             text,
         ):
             hint = "; the file is cut off or damaged, fetch it again"
@@ -112,7 +119,8 @@ def open_member(path: Path, member: str) -> Any:
         raise ValueError(f"{where} is encrypted; unpack it with its password first")
     if info.compress_type not in _METHODS:
         raise ValueError(
-            f"{where} is compressed with method {info.compress_type}; unpack it first, or compress with deflate"
+            f"{where} is compressed with method {info.compress_type}; unpack it first, or "
+            "compress with deflate"
         )
     stream = archive.open(info)
     archive.close()  # the file stays open until the member is closed
@@ -135,7 +143,8 @@ def open_zip(path: Path) -> zipfile.ZipFile:
             (claimed,) = struct.unpack_from("<Q", tail, wide + 40)
         if claimed > MAX_DIRECTORY_BYTES:
             raise ValueError(
-                f"{path} says that its directory of members has {claimed:,} bytes, at most {MAX_DIRECTORY_BYTES:,} are read; "
+                f"{path} says that its directory of members has {claimed:,} bytes, at most "
+                f"{MAX_DIRECTORY_BYTES:,} are read; "
                 "put the tables into a folder"
             )
     return zipfile.ZipFile(path)
@@ -155,7 +164,8 @@ class Bounded:
         self._left -= len(data)
         if self._left < 0:
             raise ValueError(
-                f"{self._where} unpacks to more than {MAX_RATIO:,} times its size; unpack it first if that is what you expect"
+                f"{self._where} unpacks to more than {MAX_RATIO:,} times its size; unpack it "
+                "first if that is what you expect"
             )
         return data
 
