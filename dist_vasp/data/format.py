@@ -126,13 +126,12 @@ def concatenate(blocks: Iterable[Block]) -> Block:
     if len(blocks) == 1:
         return blocks[0]
     has_heldout = bool(blocks) and blocks[0].heldout_indptr is not None
+    pointers = [b.heldout_indptr for b in blocks]
     return Block(
         user_keys=np.concatenate([np.empty(0, np.uint64), *(b.user_keys for b in blocks)]),
         indptr=_concatenate_indptr([b.indptr for b in blocks]),
         items=np.concatenate([np.empty(0, np.int32), *(b.items for b in blocks)]),
-        heldout_indptr=_concatenate_indptr([b.heldout_indptr for b in blocks])
-        if has_heldout
-        else None,  # type: ignore[misc]
+        heldout_indptr=_concatenate_indptr(pointers) if has_heldout else None,  # type: ignore
         heldout_items=np.concatenate([b.heldout_items for b in blocks]) if has_heldout else None,  # type: ignore[misc]
     )
 

@@ -329,8 +329,10 @@ class Trainer:
             piece.tensor.grad = self._over_replicas(piece.tensor.grad)
             self._squared_norm += _squared(piece.tensor.grad)
         return StepLoss(
-            sum(s.reconstruction for s in shares), sum(s.kl for s in shares), shares[-1].replay
-        )  # type: ignore[arg-type]
+            sum(s.reconstruction for s in shares),  # type: ignore[arg-type]
+            sum(s.kl for s in shares),  # type: ignore[arg-type]
+            shares[-1].replay,
+        )
 
     def _over_replicas(self, grad: Tensor) -> Tensor:
         """The gradient summed over the ranks that own the same items."""
