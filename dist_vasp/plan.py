@@ -254,10 +254,10 @@ def smallest_that_fits(
 
 
 def dense_reference_memory(config: Config, sizes: Sizes) -> float:
-    """What plain dense torch (tests/bench_dense.py) holds in the optimizer's step: every matrix
+    """What plain dense torch (benchmarks/bench_dense.py) holds in the optimizer's step: every matrix
     whole with gradient and two moments, the two temporaries that torch.optim.NAdam makes of the
     largest matrix (v / correction, its root), dense x and y. The closed form: what numpy.linalg.inv
-    holds, the matrix and three copies, in float64 (tests/bench_ease.py measured it)."""
+    holds, the matrix and three copies, in float64 (benchmarks/bench_ease.py measured it)."""
     I = sizes.n_items
     if config.model.linear:
         return 4 * 8 * I**2

@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config, arguments = parse(parser, argv)
     if config.model.linear:
         raise ValueError(
-            "model.kind is 'ease', expected a model that is trained in steps; python -m tests.bench_ease times ease"
+            "model.kind is 'ease', expected a model that is trained in steps; python -m benchmarks.bench_ease times ease"
         )
     if arguments.job:
         _job(config, arguments)

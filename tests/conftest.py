@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.rounding import RATIOS
-
-ROOT = Path(__file__).resolve().parent.parent
+from tests.oracles.rounding import RATIOS
+from tests.support.paths import ROOT
 
 
 def pytest_addoption(parser):
@@ -24,19 +23,23 @@ def pytest_addoption(parser):
         "--fuzz",
         type=int,
         default=300,
-        help="mutated files of tests/test_fuzz.py (2000 before a release)",
+        help="mutated files of tests/faults/test_fuzz.py (2000 before a release)",
     )
     parser.addoption(
-        "--rounding", help="write every error over its bound (tests/rounding.py) to this file"
+        "--rounding",
+        help="write every error over its bound (tests/oracles/rounding.py) to this file",
     )
     parser.addoption(
         "--loads",
         type=int,
         default=0,
-        help="loads of tests/test_readers_beside.py (200 before a release)",
+        help="loads of tests/faults/test_readers_beside.py (200 before a release)",
     )
     parser.addoption(
-        "--kills", type=int, default=4, help="SIGKILLs of tests/test_kill.py (50 before a release)"
+        "--kills",
+        type=int,
+        default=4,
+        help="SIGKILLs of tests/faults/test_kill.py (50 before a release)",
     )
 
 

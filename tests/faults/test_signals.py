@@ -1,0 +1,140 @@
+"""Signals are noticed whatever the main thread does, end a command through its clean-up, and stop a
+training after a step."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from dist_vasp.training.stop import StopRequest
+from tests.support.paths import ROOT
+
+COMMAND = """
+import hashlib, os, signal, sys, time
+from pathlib import Path
+from dist_vasp.signals import EndedBySignal, ending_on_signals
+def busy():  # in C, where no Python handler runs
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 2_000_000_000)
+def idle():
+    time.sleep(60)
+try:
+    with ending_on_signals(float(sys.argv[2])):
+        try:
+            print("here", flush=True)
+            globals()[sys.argv[1]]()
+        finally:
+            Path(sys.argv[3]).touch()
+except EndedBySignal as ended:
+    print(ended, flush=True)
+    os._exit(ended.status)
+"""
+
+
+def start(code: str, *arguments: str | Path, **options) -> subprocess.Popen[str]:
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    hear_hangups = partial(
+        signal.signal, signal.SIGHUP, signal.SIG_DFL
+    )  # the tests may run under nohup
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    process = subprocess.Popen(
+        command, env=env, text=True, preexec_fn=hear_hangups, **pipes, **options
+    )
+    assert process.stdout and process.stdout.readline() == "here\n"
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_command_ends_through_its_clean_up(tmp_path, number):
+    process = start(COMMAND, "idle", 30, tmp_path / "cleaned")
+    process.send_signal(number)
+    assert process.communicate(timeout=30) == (f"ended by {number.name}\n", "")
+    assert process.returncode == 128 + number
+    assert (tmp_path / "cleaned").exists()
+
+
+def test_a_command_ends_although_its_main_thread_is_busy(tmp_path):
+    process = start(COMMAND, "busy", 0.2, tmp_path / "cleaned")
+    time.sleep(0.5)  # until it is busy
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=30) == ("", "error: ended by SIGTERM\n")
+    assert process.returncode == 128 + signal.SIGTERM
+
+
+def test_a_second_ctrl_c_ends_at_once(tmp_path):
+    process = start(COMMAND, "busy", 600, tmp_path / "cleaned")
+    while process.poll() is None:
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.05)
+    said, errors = process.communicate(timeout=30)
+    assert said in ("", "ended by SIGINT\n"), (
+        "the second one may come when the first has done its work"
+    )
+    assert (errors, process.returncode) == ("", 130)
+
+
+def test_nohup_is_respected(tmp_path):
+    ignore = "import signal\nsignal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
+    process = start(ignore + COMMAND, "idle", 30, tmp_path / "cleaned")
+    process.send_signal(signal.SIGHUP)
+    time.sleep(0.2)
+    assert process.poll() is None
+    process.kill()
+    process.communicate()
+
+
+def test_whoever_takes_a_signal_over_has_it_alone(tmp_path):
+    """Neither an exception nor an end after the patience."""
+    own = "def own():\n    signal.signal(signal.SIGTERM, lambda *_: print('own', flush=True))\n    time.sleep(0.5)\n    os.kill(os.getpid(), signal.SIGTERM)\n"
+    process = start(
+        COMMAND.replace("def idle", own + "    time.sleep(0.5)\ndef idle"),
+        "own",
+        0.1,
+        tmp_path / "cleaned",
+    )
+    assert process.communicate(timeout=30) == ("own\n", "")
+    assert process.returncode == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_training_is_asked_to_stop(number):
+    hangup = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    before = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)]
+    stop = StopRequest()
+    assert not stop.requested
+    os.kill(os.getpid(), number)
+    deadline = time.monotonic() + 10
+    while not stop.requested and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert stop.requested
+    stop.close()
+    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)] == before
+    assert signal.set_wakeup_fd(-1) == -1, "the wake-up descriptor is given back"
+    signal.signal(signal.SIGHUP, hangup)
+
+
+@pytest.mark.parametrize("front_end", [True, False])
+def test_a_training_without_its_front_end_is_asked_to_stop(tmp_path, front_end):
+    """`deepspeed` starts the launcher, the launcher the rank. SIGTERM ends `deepspeed` alone."""
+    rank = "import time\nfrom dist_vasp.training.stop import StopRequest\nstop = StopRequest()\nprint('here', flush=True)\n"
+    rank += "deadline = time.monotonic() + 3\nwhile not stop.requested and time.monotonic() < deadline: time.sleep(0.05)\n"
+    rank += "print(stop.requested, flush=True)"
+    launcher = f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {rank!r}])"
+    script = tmp_path / ("deepspeed" if front_end else "start_and_leave")
+    script.write_text(
+        f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {launcher!r}])"
+    )
+    env = os.environ | {"PYTHONPATH": str(ROOT), "LOCAL_RANK": "0", "WORLD_SIZE": "2"}
+    with subprocess.Popen(
+        [sys.executable, str(script)], env=env, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout and process.stdout.readline() == "here\n"
+        process.kill()
+        assert process.stdout.readline() == f"{front_end}\n"

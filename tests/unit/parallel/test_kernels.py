@@ -1,0 +1,109 @@
+"""Compiled and uncompiled, the loss and the update are the same to rounding; no compiler is a
+remark, or an error where it was demanded."""
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from dist_vasp.config import OptimizerConfig
+from dist_vasp.model.losses import make_loss
+from dist_vasp.parallel import kernels as module
+from dist_vasp.parallel.kernels import fused, kernels, plain
+from dist_vasp.training.optimizer import InPlaceAdam
+from tests.oracles.rounding import bounded, within
+
+
+@pytest.fixture(autouse=True)
+def configured(monkeypatch, tmp_path):
+    """As `kernels` does it. torch's graph cache would hand out code made for other vector units."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "kernels"))
+    module._configure()
+
+
+def case(rows: int, columns: int, n_paths: int):
+    generator = torch.Generator().manual_seed(rows + columns)
+    logits = [torch.randn(rows, columns, generator=generator) * 4 for _ in range(n_paths)]
+    ones = (torch.rand(rows, columns, generator=generator) < 0.1).nonzero(as_tuple=True)
+    return logits, ones, torch.rand(rows, generator=generator)
+
+
+def in_double(
+    kind: str, logits: list, ones: tuple, weight: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Value and gradients of the plain block in double precision."""
+    loss, logits = make_loss(kind), [path.double() for path in logits]
+    stats = loss.row_stats(logits, ones) if kind == "cosine" else None
+    value, grads = loss.block(logits, ones, weight.double(), stats)
+    return {"value": value} | {f"gradient {path}": grad for path, grad in enumerate(grads)}
+
+
+@pytest.mark.parametrize("kind", ["focal", "cosine"])
+def test_a_compiled_block_equals_the_plain_one(kind):
+    compiled, reference = make_loss(kind), make_loss(kind)
+    compiled.fuse(fused)
+    graphs = []
+    for rows, columns in ((12, 40), (33, 17), (7, 256)):
+        logits, ones, weight = case(rows, columns, 3)
+        stats = reference.row_stats(logits, ones) if kind == "cosine" else None
+        (a, grads_a), (b, grads_b) = (
+            loss.block(logits, ones, weight, stats) for loss in (compiled, reference)
+        )
+        exact = bounded(lambda kind=kind, data=(logits, ones, weight): in_double(kind, *data))
+        for value, grads in ((a, grads_a), (b, grads_b)):
+            within(value, exact, "value", kind)
+            for path, grad in enumerate(grads):
+                within(grad, exact, f"gradient {path}", kind)
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[0] == graphs[-1] > 0, "one compilation serves every size"
+
+
+@pytest.mark.parametrize(
+    "config",
+    [OptimizerConfig(), OptimizerConfig(name="adamw", weight_decay=0.1)],
+    ids=["nadam", "adamw"],
+)
+@pytest.mark.parametrize("lean_dim", [None, 0, 1])
+def test_a_compiled_update_equals_the_plain_one(config, lean_dim):
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(30, 20, generator=generator)
+    gradients = [torch.randn(30, 20, generator=generator) for _ in range(4)]
+
+    def updated(weight, fuse) -> dict[str, torch.Tensor]:
+        """The weight after four steps, and what the optimizer keeps of it."""
+        optimizer = InPlaceAdam(
+            [{"params": [weight], "lean_dim": lean_dim}], config, lr=0.1, fuse=fuse
+        )
+        for step, gradient in enumerate(gradients):
+            optimizer.param_groups[0]["lr"] = 0.1 / (1 + step)  # another number every step
+            optimizer.grad_scale = 1.0 if step % 2 else 0.5
+            optimizer.begin_step()
+            optimizer.update(weight, 0, gradient.to(weight.dtype, copy=True))
+            graphs.append(counters["stats"]["unique_graphs"])
+        return {"weight": weight, **optimizer.state[weight]}
+
+    graphs: list[int] = []
+    found = updated(start.clone(), fused)
+    assert graphs[0] == graphs[-1] > 0, "one compilation serves every step"
+    exact = bounded(lambda: updated(start.double(), plain))
+    for result in (found, updated(start.clone(), plain)):
+        for name, value in result.items():
+            within(value, exact, name)
+    assert (found["weight"] - start).abs().max() > 0.05
+
+
+def test_no_compiler(monkeypatch):
+    def no_compiler():
+        raise RuntimeError("No working C++ compiler found\nand much more")
+
+    monkeypatch.setattr(module, "_try", no_compiler)
+    many = module.WORTH_COMPILING
+    assert kernels("never", many) == (plain, "")
+    assert kernels("auto", many - 1) == (plain, "")
+    fuse, remark = kernels("auto", many)
+    assert fuse is plain
+    assert "No working C++ compiler found); install" in remark
+    with pytest.raises(
+        ValueError,
+        match=r"parallel\.compile is always.*No working C\+\+ compiler found\); install a C\+\+ compiler",
+    ):
+        kernels("always", 1)

@@ -1,0 +1,805 @@
+"""Histories with ratings: likes are the input, everything seen is masked; the same from Python,
+files and any layout."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import scipy.sparse
+
+from data_tools.shard import main as shard
+from dist_vasp import Recommender
+from dist_vasp.checkpoint import header_sha256
+from dist_vasp.data.format import Manifest, load_items
+from dist_vasp.data.ids import MISSING
+from dist_vasp.data.positives import PositiveRule
+from dist_vasp.data.tables.columns import Reading
+from dist_vasp.ranking import recommend as recommend_module
+from dist_vasp.ranking.accepted import history_lists, id_list
+from dist_vasp.ranking.ensemble import describe_ensemble, load_ranker
+from dist_vasp.ranking.explain import model_explainer
+from dist_vasp.ranking.filters import allowed_items
+from dist_vasp.ranking.histories import Read
+from dist_vasp.ranking.history_columns import history_columns
+from dist_vasp.ranking.history_file import open_histories
+from dist_vasp.ranking.recommend import recommend_to_file
+from launch.recommend import main as recommend
+from launch.train import main as train
+from tests.support.make_shards import write_folder
+from tests.support.ranks import run_ranks
+from tests.support.runs import write_run
+from tests.support.shard_folders import read_folder
+
+N_ITEMS = 31
+IDS = [1000 + 3 * i for i in range(N_ITEMS)]
+RULE = PositiveRule(rating_column="rating", min_rating=4.0)
+K = 5
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+def a_run(folder: Path, rule: PositiveRule | None, partitions: int = 1) -> Path:
+    path = folder / f"{hash(rule)}-{partitions}"
+    if not path.is_dir():
+        write_run(path, IDS, "vasp", partitions, rule=rule)
+    return path
+
+
+def rows_of(seed: int = 0, n_users: int = 14) -> list[tuple[int, int, int, int]]:
+    """(user, item, rating, time) in any order; pairs repeat, one item in ten is unknown, user 0
+    likes nothing."""
+    random = np.random.default_rng(seed)
+    rows = []
+    for user in range(n_users):
+        for _ in range(int(random.integers(4, 14))):
+            item = int(random.choice([*IDS, 5, 6, 7]))
+            rows.append(
+                (
+                    user,
+                    item,
+                    int(random.integers(1, 4 if user == 0 else 6)),
+                    int(random.integers(0, 50)),
+                )
+            )
+    return [rows[n] for n in random.permutation(len(rows))]
+
+
+def split_by_user(
+    rows, repeats: str, by_time: bool = False
+) -> tuple[dict[int, set], dict[int, set]]:
+    """(liked, seen) known items of every user, told straight."""
+    pairs: dict[tuple[int, int], list] = {}
+    for user, item, rating, time in rows:
+        if item in IDS:
+            pairs.setdefault((user, item), []).append((rating, time))
+    liked: dict[int, set] = {}
+    seen: dict[int, set] = {}
+    for (user, item), given in pairs.items():
+        decides = max(given, key=lambda g: g[0])[0]
+        if repeats == "last":
+            decides = given[
+                max(range(len(given)), key=lambda n: (given[n][1] if by_time else 0, n))
+            ][0]
+        seen.setdefault(user, set()).add(item)
+        if decides >= 4:
+            liked.setdefault(user, set()).add(item)
+    return liked, seen
+
+
+def expected_lists(
+    r: Recommender, liked: dict[int, set], seen: dict[int, set]
+) -> dict[int, list[int]]:
+    """Lists from the likes alone, with what was seen taken out of them by hand."""
+    lists = {}
+    for user, items in liked.items():
+        ranked = r.recommend([sorted(items)], N_ITEMS, mask_input=False).ids[0].tolist()
+        lists[user] = [item for item in ranked if item not in seen[user]][:K]
+    return lists
+
+
+def found_lists(lists) -> dict[int, list[int]]:
+    pairs = zip(lists.users.to_pylist(), lists.ids.tolist(), strict=True)
+    return {user: [i for i in row if i != -1] for user, row in pairs if row[0] != -1}
+
+
+def table_of(rows) -> pa.Table:
+    return pa.table(
+        dict(
+            zip(
+                ("user", "item", "rating", "timestamp"),
+                map(list, zip(*rows, strict=True)),
+                strict=True,
+            )
+        )
+    )
+
+
+@pytest.mark.parametrize("repeats", ["first", "last", "max"])
+@pytest.mark.parametrize("by_time", [False, True])
+def test_a_table_follows_the_rule(folder, repeats, by_time):
+    rule = PositiveRule(
+        rating_column="rating",
+        min_rating=4.0,
+        repeats=repeats,
+        time_column="timestamp" if by_time else None,
+    )
+    r, rows = Recommender.load(a_run(folder, rule)), rows_of()
+    liked, seen = split_by_user(rows, repeats, by_time)
+    lists = r.recommend(table_of(rows), K)
+    assert found_lists(lists) == expected_lists(r, liked, seen)
+    n_seen, n_liked, n_unknown = (
+        sum(map(len, seen.values())),
+        sum(map(len, liked.values())),
+        sum(i not in IDS for _, i, *_ in rows),
+    )
+    repeated = len(rows) - n_unknown - n_seen
+    assert lists.read == Read(len(rows), n_liked, n_seen - n_liked, repeated, n_unknown, 0)
+    assert lists.read.disliked > 0 and repeated > 0 and n_unknown > 0, "or nothing was tested"
+    nobody = {user for user, *_ in rows} - set(liked)
+    assert 0 in nobody and set(lists.users.to_pylist()[-len(nobody) :]) == nobody, (
+        "who likes nothing comes last"
+    )
+    assert set(lists.ids[-len(nobody) :].ravel()) == {-1}, "who likes nothing has no list"
+
+
+def test_everything_can_be_a_like(folder):
+    r, rows = Recommender.load(a_run(folder, RULE)), rows_of()
+    _, seen = split_by_user(rows, "first")
+    lists = r.recommend(table_of(rows), K, all_positive=True)
+    assert found_lists(lists) == expected_lists(r, seen, seen) and lists.read.disliked == 0
+    plain = r.recommend(table_of(rows).select(["user", "item"]), K)
+    assert found_lists(plain) == found_lists(lists)
+    assert plain.notes[0] == "the table has no column rating: every row is taken as a like"
+
+
+@pytest.mark.parametrize("rule", [None, PositiveRule()])
+def test_ratings_are_not_read_where_training_did_not(folder, rule):
+    r, rows = Recommender.load(a_run(folder, rule)), rows_of()
+    _, seen = split_by_user(rows, "first")
+    lists = r.recommend(table_of(rows), K)
+    assert found_lists(lists) == expected_lists(r, seen, seen)
+    assert ("not known" in lists.notes[0]) == (rule is None)
+
+
+def test_named_columns(folder):
+    r, rows = Recommender.load(a_run(folder, RULE)), rows_of()
+    table = table_of(rows).rename_columns(["who", "what", "stars", "timestamp"])
+    named = {"user_column": "who", "item_column": "what", "rating_column": "stars"}
+    assert found_lists(r.recommend(table, K, **named)) == found_lists(
+        r.recommend(table_of(rows), K)
+    )
+    with pytest.raises(ValueError, match=r"the table has no column 'user'; .*pass user_column="):
+        r.recommend(table, K)
+    with pytest.raises(
+        ValueError, match="rating_column is 'stars', but histories are no table; leave it out"
+    ):
+        r.recommend([[1000]], K, rating_column="stars")
+
+
+def test_rows_without_an_id_are_counted(folder):
+    r = Recommender.load(a_run(folder, RULE))
+    table = pa.table(
+        {
+            "user": ["a", None, "b", "NULL"],
+            "item": ["1000", "1003", "", "1000"],
+            "rating": [5, 5, 5, 5],
+        }
+    )
+    lists = r.recommend(table, K)
+    assert lists.users.to_pylist() == ["a"] and lists.read == Read(4, 1, 0, 0, 0, 3)
+
+
+def test_ratings_that_are_none(folder):
+    r = Recommender.load(a_run(folder, RULE))
+    for ratings in ([5, None], ["5", "five"]):
+        with pytest.raises(
+            ValueError, match=r"the table.*row 2: .*rating|the table.*row 2: 'five' is not a number"
+        ):
+            r.recommend(pa.table({"user": [1, 1], "item": [1000, 1003], "rating": ratings}), K)
+
+
+def test_a_matrix_of_ratings(folder):
+    """Ones are likes; other numbers are ratings, as in a table."""
+    r, rows = (
+        Recommender.load(a_run(folder, RULE)),
+        [row for row in {row[:2]: row for row in rows_of()}.values() if row[1] in IDS],
+    )
+    users, items, ratings = np.array([(u, IDS.index(i), s) for u, i, s, _ in rows]).T
+    matrix = scipy.sparse.csr_matrix((ratings, (users, items)), shape=(14, N_ITEMS))
+    lists = r.recommend(matrix, K)
+    expected = found_lists(r.recommend(table_of(rows), K))
+    assert {
+        u: [i for i in row if i != -1] for u, row in enumerate(lists.ids.tolist()) if row[0] != -1
+    } == expected
+    ones = matrix.copy()
+    ones.data[:] = 1
+    np.testing.assert_array_equal(
+        r.recommend(ones, K).ids, r.recommend(matrix, K, all_positive=True).ids
+    )
+    implicit = Recommender.load(a_run(folder, PositiveRule()))
+    np.testing.assert_array_equal(
+        implicit.recommend(ones, K).ids, implicit.recommend(matrix, K).ids
+    )
+    ones.data = ones.data.astype(float)
+    ones.data[0] = np.nan
+    with pytest.raises(ValueError, match="not finite"):
+        r.recommend(ones, K)
+    with pytest.raises(ValueError, match="the matrix holds complex128, expected numbers"):
+        r.recommend(ones.astype(complex), K)
+    twice = scipy.sparse.coo_matrix(([2, 3, 1], ([0, 0, 0], [4, 4, 7])), shape=(1, N_ITEMS))
+    np.testing.assert_array_equal(r.recommend(twice, K).ids, r.recommend(twice.tocsr(), K).ids)
+    assert r.recommend(twice, K).read == Read(2, 1, 1, 0, 0, 0), "2 and 3 add up to a rating of 5"
+
+
+def test_an_export_keeps_the_rule(folder, tmp_path):
+    r = Recommender.load(a_run(folder, RULE))
+    r.export(tmp_path / "export")
+    exported = Recommender.load(tmp_path / "export")
+    assert exported.positives == RULE
+    table = table_of(rows_of())
+    np.testing.assert_array_equal(exported.recommend(table, K).ids, r.recommend(table, K).ids)
+    exported.export(tmp_path / "again")
+    assert Recommender.load(tmp_path / "again").positives == RULE
+
+
+# --- objects that are not read -------------------------------------------------------------------
+
+
+def a_frame(module: str, name: str, **members):
+    """An object of a class that pretends to come from a library of frames; iterating gives names of
+    columns."""
+    kind = type(
+        name, (), {"__iter__": lambda self: iter(["user", "item"]), "__module__": module, **members}
+    )
+    return kind()
+
+
+FRAMES = [
+    (
+        a_frame("pandas.core.frame", "DataFrame", ndim=2),
+        r"a pandas\.DataFrame, .*pass pyarrow\.Table\.from_pandas\(frame\)",
+    ),
+    (
+        a_frame("polars.dataframe.frame", "DataFrame"),
+        r"a polars\.DataFrame, .*pass frame\.to_arrow\(\)",
+    ),
+    (
+        a_frame("polars.lazyframe.frame", "LazyFrame"),
+        r"a polars\.LazyFrame, .*pass frame\.collect\(\)\.to_arrow\(\)",
+    ),
+    (
+        a_frame("modin.pandas.dataframe", "DataFrame"),
+        r"a modin\.DataFrame, .*pass a pyarrow\.Table",
+    ),
+    (
+        a_frame("somewhere.else", "Frame", __arrow_c_stream__=None),
+        r"a somewhere\.Frame, which is not read",
+    ),
+    (
+        a_frame("somewhere.else", "Frame", __dataframe__=None),
+        r"a somewhere\.Frame, which is not read",
+    ),
+]
+
+
+@pytest.mark.parametrize(("frame", "message"), FRAMES)
+def test_frames_are_refused_by_name(folder, frame, message):
+    r = Recommender.load(a_run(folder, RULE))
+    for call in (
+        lambda: r.recommend(frame, K),
+        lambda: r.recommend([frame], K),
+        lambda: r.recommend([[1000]], K, filter_items=frame),
+        lambda: r.recommend([[1000]], K, restrict_to=frame),
+        lambda: r.explain(frame, 1000),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_arrays_that_are_ids_are_read(folder):
+    r = Recommender.load(a_run(folder, RULE))
+    series = a_frame(
+        "pandas.core.series", "Series", ndim=1, __iter__=lambda self: iter([1000, 1003])
+    )
+    expected = r.recommend([[1000, 1003]], K).ids
+    for history in (
+        series,
+        np.array([1000, 1003]),
+        pa.array([1000, 1003]),
+        pa.chunked_array([[1000], [1003]]),
+        {1000, 1003},
+    ):
+        np.testing.assert_array_equal(r.recommend([history], K).ids, expected)
+        assert sorted(id_list(history, "x")) == [1000, 1003]
+    np.testing.assert_array_equal(r.recommend(pa.array([[1000, 1003]]), K).ids, expected)
+    np.testing.assert_array_equal(r.recommend(np.array([[1000, 1003]]), K).ids, expected)
+
+
+def test_an_array_as_wide_as_the_catalogue_is_refused():
+    with pytest.raises(ValueError, match=r"shape \(2, 3\), as wide as the catalogue"):
+        history_lists(np.zeros((2, 3), int), 3)
+    for ids in (
+        pa.table({"user": [1], "item": [2]}),
+        pa.record_batch({"item": [2]}),
+        np.zeros((2, 2), int),
+        "abc",
+        {1: 2},
+        7,
+    ):
+        with pytest.raises(ValueError, match="x is "):
+            id_list(ids, "x")
+
+
+# --- the command ---------------------------------------------------------------------------------
+
+
+def written(folder: Path, name: str, rows, header: str = "user,item,rating,timestamp") -> Path:
+    path = folder / name
+    path.write_text("\n".join([header, *(",".join(map(str, row)) for row in rows)]) + "\n")
+    return path
+
+
+def command(capsys, *argv) -> str:
+    """Run launch/recommend.py on one rank; returns what it prints."""
+    recommend(["--device", "cpu", *map(str, argv)])
+    return capsys.readouterr().out
+
+
+def lists_in(path: Path) -> dict[int, list[int]]:
+    table = pq.read_table(path)
+    assert table.column_names == ["user", "rank", "item", "score"]
+    lists: dict[int, list[int]] = {}
+    for user, item in zip(table["user"].to_pylist(), table["item"].to_pylist(), strict=True):
+        lists.setdefault(user, []).append(item)
+    return lists
+
+
+@pytest.mark.parametrize("repeats", ["first", "last", "max"])
+def test_a_file_follows_the_rule(folder, tmp_path, capsys, repeats):
+    """The command on a shuffled file gives the lists and counts of a table in memory."""
+    by_time = repeats == "last"
+    rule = PositiveRule(
+        rating_column="rating",
+        min_rating=4.0,
+        repeats=repeats,
+        time_column="timestamp" if by_time else None,
+    )
+    path, rows = a_run(folder, rule), rows_of()
+    source = written(tmp_path, "h.csv", rows)
+    printed = command(
+        capsys, "--run", path, "--histories", source, "--k", K, "--output", tmp_path / "l.parquet"
+    )
+    r = Recommender.load(path)
+    liked, seen = split_by_user(rows, repeats, by_time)
+    found = r.recommend(table_of(rows), K)
+    assert lists_in(tmp_path / "l.parquet") == expected_lists(r, liked, seen) == found_lists(found)
+    read = found.read
+    assert printed.splitlines()[-1] == (
+        f"read {len(rows):,} rows: {read.likes:,} likes used as input, {read.disliked:,} further items masked; left out: "
+        f"{read.repeated:,} repeated, {read.unknown:,} of unknown items"
+    )
+    assert str(rule) in printed
+    skipped = (tmp_path / "l.skipped.csv").read_text().splitlines()[1:]
+    nobody = {user for user, *_ in rows} - set(liked)
+    assert {int(line.split(",")[0]) for line in skipped} == nobody
+    assert all("is a positive of the rule" in line for line in skipped)
+
+
+def test_everything_in_a_file_can_be_a_like(folder, tmp_path, capsys):
+    path, rows = a_run(folder, RULE), rows_of()
+    source, plain = (
+        written(tmp_path, "h.csv", rows),
+        written(tmp_path, "p.csv", [row[:2] for row in rows], "user,item"),
+    )
+    _, seen = split_by_user(rows, "first")
+    printed = command(
+        capsys,
+        "--run",
+        path,
+        "--histories",
+        source,
+        "--k",
+        K,
+        "--output",
+        tmp_path / "a.parquet",
+        "--all_positive",
+    )
+    assert (
+        "every row is taken as a like (--all_positive)" in printed
+        and " 0 further items masked" in printed
+    )
+    printed = command(
+        capsys, "--run", path, "--histories", plain, "--k", K, "--output", tmp_path / "b.parquet"
+    )
+    assert "p.csv has no column rating: every row is taken as a like" in printed
+    r = Recommender.load(path)
+    assert (
+        lists_in(tmp_path / "a.parquet")
+        == lists_in(tmp_path / "b.parquet")
+        == expected_lists(r, seen, seen)
+    )
+    unknown = a_run(folder, None)
+    printed = command(
+        capsys,
+        "--run",
+        unknown,
+        "--histories",
+        source,
+        "--k",
+        K,
+        "--output",
+        tmp_path / "c.parquet",
+    )
+    assert (
+        printed.count(
+            "warning: what made a positive in training is not known, every row is taken as a like"
+        )
+        == 1
+    )
+    assert lists_in(tmp_path / "c.parquet") == lists_in(tmp_path / "a.parquet")
+
+
+def test_filters_of_the_command(folder, tmp_path, capsys):
+    path, rows = a_run(folder, RULE), rows_of()
+    source = written(tmp_path, "h.csv", rows)
+    gone, only = IDS[::3], IDS[::2]
+    (tmp_path / "gone.txt").write_text("".join(f"{i}\n" for i in [*gone, 5]))
+    pq.write_table(pa.table({"item": pa.array([*only, 6])}), tmp_path / "only.parquet")
+    liked, _ = split_by_user(rows, "first")
+    r = Recommender.load(path)
+    table = table_of(rows)
+    for options, kept, python in (
+        (["--filter_items", tmp_path / "gone.txt"], set(IDS) - set(gone), {"filter_items": gone}),
+        (["--restrict_to", tmp_path / "only.parquet"], set(only), {"restrict_to": only}),
+        (
+            [
+                "--restrict_to",
+                tmp_path / "only.parquet",
+                "--filter_items",
+                tmp_path / "gone.txt",
+                "--keep_seen",
+            ],
+            set(only) - set(gone),
+            {"restrict_to": only, "filter_items": gone, "mask_input": False},
+        ),
+    ):
+        output = tmp_path / "l.parquet"
+        printed = command(
+            capsys,
+            "--run",
+            path,
+            "--histories",
+            source,
+            "--k",
+            K,
+            "--output",
+            output,
+            "--overwrite",
+            *options,
+        )
+        lists = lists_in(output)
+        assert set(lists) == set(liked) and {i for items in lists.values() for i in items} <= kept
+        assert lists == found_lists(r.recommend(table, K, **python))
+        assert printed.count(", 1 of them not in the vocabulary") == len(
+            [o for o in options if str(o).startswith(("--f", "--r"))]
+        )
+        assert ("further items seen" in printed) == ("--keep_seen" in options)
+    printed = command(
+        capsys,
+        "--run",
+        path,
+        "--histories",
+        source,
+        "--k",
+        40,
+        "--output",
+        output,
+        "--overwrite",
+        "--keep_seen",
+    )
+    assert all(sorted(items) == IDS for items in lists_in(output).values()), (
+        "seen items are listed, too"
+    )
+
+
+def test_columns_of_the_shards_and_named_ones(folder, tmp_path, capsys):
+    rows = rows_of()
+    rule = PositiveRule("uid", "movie", "stars", None, 4.0)
+    path = a_run(folder, rule)
+    names = ("uid,movie,stars,t", "user,item,stars,t", "a,b,c,d")
+    printed, lists = [], []
+    for n, header in enumerate(names):
+        options = (
+            ["--user_column", "a", "--item_column", "b", "--rating_column", "c"] if n == 2 else []
+        )
+        source, output = written(tmp_path, f"h{n}.csv", rows, header), tmp_path / f"l{n}.parquet"
+        printed.append(
+            command(
+                capsys, "--run", path, "--histories", source, "--k", K, "--output", output, *options
+            )
+        )
+        lists.append(lists_in(output))
+    assert (
+        lists[0]
+        == lists[1]
+        == lists[2]
+        == found_lists(Recommender.load(a_run(folder, RULE)).recommend(table_of(rows), K))
+    )
+    assert "made from" not in printed[0] and "columns not used: t" in printed[0]
+    assert "has no column uid, which the shards were made from; column user is read" in printed[1]
+
+
+def test_who_likes_nothing_at_all_is_an_error(folder, tmp_path, capsys):
+    source = written(tmp_path, "h.csv", [(u, i, 3, 0) for u in range(3) for i in IDS[:4]])
+    with pytest.raises(
+        ValueError,
+        match=r"12 rows are of items that the model knows, and none is a like, .*--all_positive",
+    ):
+        command(
+            capsys,
+            "--run",
+            a_run(folder, RULE),
+            "--histories",
+            source,
+            "--k",
+            K,
+            "--output",
+            tmp_path / "l.parquet",
+        )
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["h.csv"]
+
+
+def test_a_filter_is_not_overwritten(folder, tmp_path, capsys):
+    source, gone = (
+        written(tmp_path, "h.csv", rows_of()),
+        written(tmp_path, "gone.csv", [(1000,)], "item"),
+    )
+    for options in (["--filter_items", gone], ["--restrict_to", gone]):
+        with pytest.raises(ValueError, match=r"gone\.csv"):
+            command(
+                capsys,
+                "--run",
+                a_run(folder, RULE),
+                "--histories",
+                source,
+                "--output",
+                gone,
+                "--overwrite",
+                *options,
+            )
+    assert gone.read_text() == "item\n1000\n"
+
+
+def _lists_of(ranks, run: Path, source: Path, output: Path) -> str:
+    recommend_module.USERS_PER_BLOCK = 5
+    ranker = load_ranker(run, None, ranks)
+    assert ranker.alone is not None
+    columns, _ = history_columns([str(source)], Reading(), ranker.positives, {})
+    allowed, _ = allowed_items(ranker.items, str(source.with_name("gone.txt")), None)
+    explainer = model_explainer(ranker.alone.model, ranker.alone.trunk, ranks)
+    with open_histories(source, output.parent, columns, Reading(), ranker.positives) as histories:
+        return recommend_to_file(
+            ranker.scorer(),
+            histories,
+            ranker.items,
+            K,
+            output,
+            ranks,
+            n_reasons=2,
+            explainer=explainer,
+            allowed=allowed,
+        )
+
+
+@pytest.mark.parametrize("n_ranks", [2, 3])
+def test_every_layout_gives_the_same_lists(folder, tmp_path, n_ranks):
+    source = written(tmp_path, "h.csv", rows_of())
+    (tmp_path / "gone.txt").write_text("".join(f"{i}\n" for i in IDS[::4]))
+    path = a_run(folder, RULE)
+    one = _lists_of(Recommender.load(path)._alone, path, source, tmp_path / "1.parquet")
+    several = run_ranks(_lists_of, n_ranks, path, source, tmp_path / f"{n_ranks}.parquet")
+    assert one.splitlines()[-1] == several[0].splitlines()[-1]
+    expected, found = (pq.read_table(tmp_path / f"{n}.parquet") for n in (1, n_ranks))
+    liked, seen = split_by_user(rows_of(), "first")
+    because: dict[int, set] = {}
+    for row in found.to_pylist():
+        because.setdefault(row["user"], set()).update({row["because_1"], row["because_2"]} - {None})
+        assert row["item"] not in seen[row["user"]] and row["item"] not in IDS[::4]
+    assert all(items <= liked[user] for user, items in because.items()), "only likes are reasons"
+    for name in expected.column_names:
+        if pa.types.is_floating(expected[name].type):
+            np.testing.assert_allclose(expected[name].to_numpy(), found[name].to_numpy(), rtol=1e-5)
+        else:
+            assert expected[name].equals(found[name]), name
+
+
+# --- where the rule comes from -------------------------------------------------------------------
+
+
+def test_a_run_of_before_asks_its_shards(folder, tmp_path):
+    """Its checkpoint holds no rule; the arguments in the manifest of its shards do, where they are
+    still the same ones."""
+    path = tmp_path / "run"
+    write_run(path, IDS, "nease")
+    best = path / "checkpoints" / "best"
+    manifest = write_folder(tmp_path / "shards", [[0, 1, 2], [1, 2]], n_items=N_ITEMS, item_ids=IDS)
+    preparation = {"protocol": "liang", "arguments": {"min_rating": 3.5}}
+    (tmp_path / "shards" / "manifest.json").write_text(
+        replace(manifest, preparation=preparation).to_json()
+    )
+    header = json.loads((best / "checkpoint.json").read_text())
+    header["config"]["data"]["shards"] = str(tmp_path / "shards")
+    for hash_of_shards, expected in (
+        (manifest.shards_sha256, PositiveRule(rating_column="rating", min_rating=3.5)),
+        ("another", None),
+    ):
+        header["shards_sha256"] = hash_of_shards
+        header["header_sha256"] = header_sha256(header)
+        (best / "checkpoint.json").write_text(json.dumps(header))
+        assert Recommender.load(path).positives == expected
+        output = tmp_path / f"export-{hash_of_shards[:7]}"
+        Recommender.load(path).export(output)
+        assert Recommender.load(output).positives == expected
+
+
+def test_training_keeps_the_rule_of_its_shards(tmp_path, capsys):
+    rows = [(u, i, 3 + (u + i) % 3) for u in range(40) for i in range(u % 5, 20, 2)]
+    source = written(tmp_path, "in.csv", rows, "who,what,Stars")
+    names = ["--user_column", "who", "--item_column", "what", "--rating_column", "Stars"]
+    assert (
+        shard(
+            [str(source), str(tmp_path / "shards"), *names, "--min_items", "2", "--repeats", "max"]
+        )
+        == 0
+    )
+    expected = PositiveRule("who", "what", "Stars", None, 4.0, "max", MISSING)
+    assert Manifest.load(tmp_path / "shards").positives == expected
+    small = [
+        "--model.hidden",
+        "8",
+        "--model.latent",
+        "4",
+        "--model.encoder_layers",
+        "2",
+        "--model.decoder_layers",
+        "2",
+    ]
+    for kind, options in (
+        (
+            "vasp",
+            [
+                *small,
+                "--run.max_steps",
+                "2",
+                "--data.batch_size",
+                "16",
+                "--data.workers",
+                "0",
+                "--parallel.lanes",
+                "4",
+            ],
+        ),
+        ("ease", []),
+    ):
+        run = tmp_path / kind
+        train(
+            [
+                "--data.shards",
+                str(tmp_path / "shards"),
+                "--run.dir",
+                str(run),
+                "--model.kind",
+                kind,
+                "--device",
+                "cpu",
+                *options,
+            ]
+        )
+        shutil.move(tmp_path / "shards", tmp_path / "away")  # the run knows it by itself
+        assert Recommender.load(run).positives == expected
+        output = tmp_path / f"{kind}.parquet"
+        printed = command(capsys, "--run", run, "--histories", source, "--k", 3, "--output", output)
+        assert str(expected) in printed and lists_in(output)
+        shutil.move(tmp_path / "away", tmp_path / "shards")
+
+
+def test_members_of_an_ensemble_agree(folder, tmp_path):
+    renamed = PositiveRule("u", "i", "r", None, 4.0)
+    stricter = PositiveRule(rating_column="rating", min_rating=5.0)
+    runs = {
+        name: a_run(folder, rule)
+        for name, rule in (
+            ("a", RULE),
+            ("b", renamed),
+            ("c", stricter),
+            ("d", PositiveRule()),
+            ("e", None),
+        )
+    }
+
+    def combined(*names: str) -> Path:
+        output = tmp_path / "-".join(names)
+        output.mkdir()
+        (output / "ensemble.json").write_text(
+            describe_ensemble(output, [runs[name] for name in names], [1.0] * len(names))
+        )
+        return output
+
+    alone = Recommender.load(runs["a"])._alone
+    for names, expected in (
+        (("a", "b"), RULE),
+        (("b", "a"), renamed),
+        (("e", "a"), RULE),
+        (("e", "e"), None),
+    ):
+        assert load_ranker(combined(*names), None, alone).positives == expected
+    for names in (("a", "c"), ("a", "d"), ("e", "c", "a")):
+        with pytest.raises(ValueError, match="was trained on other positives than"):
+            combined(*names)
+    (tmp_path / "late").mkdir()
+    text = describe_ensemble(tmp_path / "late", [runs["a"], runs["b"]], [1.0, 1.0])
+    (tmp_path / "late" / "ensemble.json").write_text(text)
+    shutil.copytree(runs["b"], tmp_path / "kept", symlinks=True)
+    try:
+        shutil.rmtree(runs["b"])
+        shutil.copytree(runs["c"], runs["b"], symlinks=True)  # trained anew, on other positives
+        with pytest.raises(ValueError, match="was trained on other positives than"):
+            load_ranker(tmp_path / "late", None, alone)
+    finally:
+        shutil.rmtree(runs["b"])
+        shutil.copytree(tmp_path / "kept", runs["b"], symlinks=True)
+
+
+@pytest.mark.parametrize("repeats", ["first", "last", "max"])
+@pytest.mark.parametrize(
+    "options",
+    [[], ["--time_column", "timestamp"], ["--min_rating", "2.5"], ["--missing", "3,nothing"]],
+)
+def test_training_and_serving_have_the_same_positives(tmp_path, repeats, options):
+    """The rows of the train shards are the likes that recommend reads out of the same file."""
+    if repeats == "max" and "--time_column" in options:
+        return
+    random = np.random.default_rng(len(options))
+    rows = [
+        (*random.integers(0, 9, 2), random.choice([1, 2, 2.5, 3, 4, 5]), random.integers(0, 9))
+        for _ in range(400)
+    ]
+    source = written(tmp_path, "in.csv", rows)
+    split = [
+        "--min_items",
+        "1",
+        "--val_users",
+        "0",
+        "--test_users",
+        "0",
+        "--repeats",
+        repeats,
+        *options,
+    ]
+    assert shard([str(source), str(tmp_path / "shards"), *split]) == 0
+    manifest = Manifest.load(tmp_path / "shards")
+    rule = manifest.positives
+    assert rule is not None and rule.missing is not None
+    trained = {
+        user: set(items) for user, (items, _) in read_folder(tmp_path / "shards")["train"].items()
+    }
+    table = load_items(tmp_path / "shards", manifest)
+    reading = Reading(missing=rule.missing)
+    columns, _ = history_columns([str(source)], reading, rule, {})
+    served: dict[int, set[int]] = {}
+    with open_histories(source, tmp_path, columns, reading, rule) as histories:
+        for block in histories.blocks(table, 3):
+            for u, user in enumerate(block.users.to_pylist()):
+                rows_of_user = block.rows.items[block.rows.indptr[u] : block.rows.indptr[u + 1]]
+                served[user] = {table.ids[int(i)].as_py() for i in rows_of_user}
+    assert served == trained

@@ -1,0 +1,204 @@
+"""Imports go one way (DESIGN.md, section 8), and nothing is ever unpickled or evaluated."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.support.paths import ROOT
+
+TABLES = {"dist_vasp.data.ids"} | {
+    f"dist_vasp.data.tables.{name}"
+    for name in (
+        "columns",
+        "csv_file",
+        "csv_header",
+        "csv_rows",
+        "encodings",
+        "inputs",
+        "movielens",
+        "options",
+        "parquet_file",
+        "read",
+        "streams",
+    )
+}  # import each other alone
+BASE = TABLES | {
+    "dist_vasp.config",
+    "dist_vasp.data.format",
+    "dist_vasp.data.positives",
+    "dist_vasp.parallel.partition",
+    "dist_vasp.parallel.network",
+    "dist_vasp.parallel.launched",
+    "dist_vasp.parallel.liveness",
+    "dist_vasp.parallel.secret",
+    "dist_vasp.parallel.kernels",
+    "dist_vasp.places",
+    "dist_vasp.files",
+    "dist_vasp.text",
+    "dist_vasp.console",
+    "dist_vasp.signals",
+    "dist_vasp.bounded_json",
+    "dist_vasp.tensor_file",
+}  # import nothing of ours
+ROOMS = [
+    "parallel.comm",
+    "data",
+    "model",
+    "checkpoint",
+    "checkpoint_folder",
+    "ranking",
+    "training",
+    "compare",
+    "report",
+    "doctor",
+]  # each imports itself, those before it and BASE
+NARROW = {
+    "dist_vasp.plan": {"dist_vasp.config", "dist_vasp.parallel.partition"}
+}  # imports these alone
+WITHIN_BASE = {
+    "dist_vasp.files": {"dist_vasp.places"},
+    "dist_vasp.console": {"dist_vasp.text"},
+    "dist_vasp.parallel.liveness": {"dist_vasp.parallel.secret", "dist_vasp.text"},
+    "dist_vasp.data.format": {"dist_vasp.data.positives", "dist_vasp.bounded_json"},
+    "dist_vasp.tensor_file": {"dist_vasp.bounded_json"},
+    "dist_vasp.config": {"dist_vasp.bounded_json"},
+}  # the only imports inside BASE
+SHARED_WITH_TOOLS = {
+    f"dist_vasp.{name}"
+    for name in ("data.format", "data.positives", "files", "places", "text", "console", "signals")
+}
+FILES = sorted(
+    p for top in ("dist_vasp", "data_tools", "launch") for p in (ROOT / top).rglob("*.py")
+)
+MODULES = {
+    ".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p for p in FILES
+}
+ONE_IMPORTER = {
+    "torch.distributed": "dist_vasp.parallel.comm",
+    "deepspeed": "dist_vasp.training.zero",
+}
+PICKLES = ("pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve")
+
+
+def imported(tree: ast.AST) -> set[str]:
+    """Every module that is imported, inside functions too; `from package import module` names the
+    module."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            both = {f"{node.module}.{alias.name}" for alias in node.names}
+            names |= {
+                name if name in MODULES or name in ONE_IMPORTER else node.module for name in both
+            }
+    return names
+
+
+def level(module: str) -> int:
+    """0 for BASE, then the room's place; launch on top, and the package, which offers what is below
+    it."""
+    if module in BASE:
+        return 0
+    if module == "dist_vasp":
+        return len(ROOMS)
+    if module.split(".")[0] == "launch":
+        return len(ROOMS) + 1
+    return 1 + next(
+        i for i, room in enumerate(ROOMS) if f"{module}.".startswith(f"dist_vasp.{room}.")
+    )
+
+
+def within(name: str, package: str) -> bool:
+    return f"{name}.".startswith(f"{package}.")
+
+
+def allowed(importer: str, name: str) -> bool:
+    if importer in TABLES:
+        return name in TABLES
+    if importer in NARROW or importer in BASE:
+        return name in NARROW.get(importer, ()) or name in WITHIN_BASE.get(importer, ())
+    if within(importer, "data_tools"):
+        return name in SHARED_WITH_TOOLS or name in TABLES or within(name, "data_tools")
+    if within(name, "data_tools"):
+        return within(importer, "launch")
+    if (
+        name in NARROW
+    ):  # the floor of a step, the dry run of the closed form and the doctor are the plan's arithmetic
+        users = (
+            "training.floor",
+            "training.benchmark",
+            "training.closed_form",
+            "training.fit_ease",
+            "doctor.job",
+        )
+        return within(importer, "launch") or importer.removeprefix("dist_vasp.") in users
+    return level(name) == 0 or level(name) <= level(importer)
+
+
+@pytest.mark.parametrize("module", [m for m, path in MODULES.items() if path.stat().st_size])
+def test_imports_go_one_way(module):
+    names = imported(ast.parse(MODULES[module].read_text()))
+    ours = {
+        name
+        for name in names
+        if name.split(".")[0] in ("dist_vasp", "data_tools", "launch", "tests", "benchmarks")
+    }
+    wrong = {name for name in ours if name not in MODULES or not allowed(module, name)}
+    assert not wrong, f"{module} must not import {sorted(wrong)}"
+    for package, only in ONE_IMPORTER.items():
+        assert module == only or not any(within(name, package) for name in names), (
+            f"only {only} imports {package}"
+        )
+    assert not any(within(name, p) for name in names for p in PICKLES), f"{module} imports a pickle"
+
+
+@pytest.mark.parametrize("module", [m for m, path in MODULES.items() if path.stat().st_size])
+def test_nothing_is_unpickled_or_evaluated(module):
+    for node in ast.walk(ast.parse(MODULES[module].read_text())):
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            assert called not in (
+                "eval",
+                "exec",
+                "torch.load",
+                "__import__",
+                "builtins.eval",
+                "builtins.exec",
+            ), called
+            for keyword in node.keywords:
+                if keyword.arg == "allow_pickle":
+                    assert (
+                        isinstance(keyword.value, ast.Constant) and keyword.value.value is False
+                    ), ast.unparse(node)
+        if isinstance(node, ast.Attribute) and module != ONE_IMPORTER["torch.distributed"]:
+            assert ast.unparse(node) != "torch.distributed"
+
+
+def test_every_package_init_is_empty():
+    for path in FILES:
+        if path.name == "__init__.py" and path.parent.name != "dist_vasp":
+            assert not path.read_text().strip(), path
+
+
+def test_the_package_loads_nothing_until_asked_and_never_deepspeed():
+    """`from dist_vasp import Recommender` is for a server: no trainer, no launcher."""
+    lazy = "import sys, dist_vasp; assert 'torch' not in sys.modules; "
+    asked = "from dist_vasp import Recommender; bad = {'deepspeed', 'dist_vasp.training', 'data_tools'} & set(sys.modules); assert not bad, bad"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", lazy + asked],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    with pytest.raises(ImportError, match="cannot import name 'Trainer'"):
+        from dist_vasp import Trainer  # noqa: F401
