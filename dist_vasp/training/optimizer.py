@@ -186,7 +186,7 @@ class InPlaceAdam(torch.optim.Optimizer):
     def _lean_denom(self, grad: Tensor, v: Tensor, by: Factors) -> Tensor:
         """Update the one second moment per row (n, 1) or per column (1, n); the denominator of its
         shape."""
-        along = 1 if v.shape[1] == 1 else 0
+        along = 0 if v.shape[1] == grad.shape[1] else 1
         rows = max(1, CPU_CHUNK // grad.shape[1]) if grad.device.type == "cpu" else len(grad)
         sums = [(g_n * g_n).sum(dim=along, keepdim=True) for g_n in grad.split(rows)]
         squared = (torch.cat(sums) if along else torch.stack(sums).sum(dim=0)).mul_(
