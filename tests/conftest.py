@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import faulthandler
 import multiprocessing
+import re
 import threading
 from pathlib import Path
 
@@ -43,12 +44,28 @@ def pytest_addoption(parser):
     )
 
 
+def pytest_make_parametrize_id(config, val, argname):
+    """Name a parameter in a test's id by short, printable text, or else by its argument."""
+    if isinstance(val, bytes):
+        val = val.decode("latin-1")
+    if isinstance(val, str):
+        return (val if len(val) <= 60 else f"{val[:57]}...") if val.isprintable() else argname
+    return argname if getattr(val, "__name__", "") == "<lambda>" else None
+
+
+def pytest_collection_modifyitems(items):
+    """Refuse ids that differ from run to run: addresses and temporary paths."""
+    changing = [i.nodeid for i in items if re.search(r"\bat 0x|<lambda>|/tmp/", i.nodeid)]
+    if changing:
+        raise pytest.UsageError(f"give these parameters ids: {'; '.join(changing)}")
+
+
 @pytest.fixture(scope="session")
 def data_dir(request) -> Path:
     """The folder of real data sets; tests that ask for it skip where it is absent."""
     folder = Path(request.config.getoption("--data"))
     if not (folder / "ml-1m" / "ratings.csv.gz").is_file():
-        pytest.skip(f"no real data under {folder}; pass --data DIR")
+        pytest.skip(f"no real data under {folder}; pass --data=DIR")
     return folder
 
 

@@ -462,12 +462,12 @@ def test_a_stray_quote_between_numbers_is_found(tmp_path):
         ("a.csv", b"version https://git-lfs.github.com/spec/v1\n", "a pointer of Git LFS"),
         (
             "a.csv.gz",
-            gzip.compress(CSV) + b"rest",
+            gzip.compress(CSV, mtime=0) + b"rest",
             "not compressed with gzip, or something follows the data",
         ),
         (
             "a.csv.gz",
-            gzip.compress(CSV)[:-8] + b"wrongsum",
+            gzip.compress(CSV, mtime=0)[:-8] + b"wrongsum",
             "incorrect data check; the file is cut off or damaged",
         ),
         ("a.parquet", CSV, "cut off, damaged, or no Parquet file"),
