@@ -18,7 +18,8 @@ import torch
 
 from dist_vasp import config as configs
 from dist_vasp.config import Config
-from dist_vasp.data.stream import Batch, Rows, TrainStream
+from dist_vasp.data.rows import Rows
+from dist_vasp.data.stream import Batch, TrainStream
 from dist_vasp.model.vasp import make_trunk
 from dist_vasp.parallel.comm import init_ranks
 from tests.oracles.dense import TORCH_OPTIMIZERS, DenseVASP

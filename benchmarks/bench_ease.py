@@ -22,7 +22,7 @@ import numpy as np
 import psutil
 import torch
 
-from dist_vasp.data.format import Manifest
+from dist_vasp.data.manifest import Manifest
 from dist_vasp.model.ease import SWEEP_COLUMNS, SymmetricColumns, add_gram, add_to_diagonal, invert
 from dist_vasp.parallel.comm import Ranks, init_ranks
 from dist_vasp.ranking.evaluate import to_item_rows

@@ -16,7 +16,8 @@ from statistics import median
 import numpy as np
 import torch
 
-from dist_vasp.data.stream import EvalBlock, concatenate_rows, evaluation_blocks
+from dist_vasp.data.held_out import EvalBlock, evaluation_blocks
+from dist_vasp.data.rows import concatenate_rows
 from dist_vasp.parallel.comm import init_ranks
 from dist_vasp.ranking.evaluate import USERS_PER_BLOCK, model_scorer, top_items
 from dist_vasp.ranking.load import LoadedModel, load_model

@@ -21,18 +21,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from data_tools import cli
-from dist_vasp.data.format import (
-    ITEMS_FILE,
-    MANIFEST,
-    SPLITS,
-    Block,
-    ItemTable,
-    Manifest,
-    keys_of_ids,
-    load_items,
-    read_shard,
-    users_file,
-)
+from dist_vasp.data.block import Block
+from dist_vasp.data.hashing import keys_of_ids
+from dist_vasp.data.items import ItemTable, load_items
+from dist_vasp.data.manifest import ITEMS_FILE, MANIFEST, SPLITS, Manifest, users_file
+from dist_vasp.data.shard import read_shard
 from dist_vasp.text import one_line
 
 MAX_EXAMPLES = 3
@@ -124,7 +117,7 @@ def _shards(
             yield f"{folder / entry.name}: it holds no users"
         seen.keys.append(block.user_keys)
         if len(seen.popularity):
-            seen.popularity += np.bincount(block.items, minlength=manifest.n_items)
+            seen.popularity += np.bincount(block.rows.items, minlength=manifest.n_items)
         overlap = _users_with_overlap(block)
         if len(overlap):
             yield (
@@ -135,12 +128,12 @@ def _shards(
 
 def _users_with_overlap(block: Block) -> np.ndarray:
     """Keys of the users who have an item both in fold-in and held-out."""
-    if block.heldout_indptr is None or block.heldout_items is None:
+    if block.held_out is None:
         return np.empty(0, np.uint64)
-    user = np.arange(block.n_users)
-    n_items = 1 + int(max(block.items.max(initial=0), block.heldout_items.max(initial=0)))
-    fold_in = np.repeat(user, np.diff(block.indptr)) * n_items + block.items
-    held_out = np.repeat(user, np.diff(block.heldout_indptr)) * n_items + block.heldout_items
+    n_items = 1 + int(max(block.rows.items.max(initial=0), block.held_out.items.max(initial=0)))
+    fold_in, held_out = (
+        rows.row_of * n_items + rows.items for rows in (block.rows, block.held_out)
+    )
     return block.user_keys[np.unique(np.intersect1d(fold_in, held_out) // n_items)]
 
 

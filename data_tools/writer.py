@@ -16,21 +16,18 @@ from webdataset import TarWriter
 
 from data_tools.cli import Progress
 from data_tools.interactions import Interactions
-from data_tools.split import Plan
-from dist_vasp.data.format import (
+from data_tools.plan import Plan
+from dist_vasp.data.block import Block, encode_block
+from dist_vasp.data.hashing import keys_of_ids, sha256_of, vocabulary_sha256
+from dist_vasp.data.manifest import (
     ITEMS_FILE,
     MANIFEST,
     SPLITS,
-    Block,
     Manifest,
     ShardEntry,
     SplitEntry,
-    encode_block,
-    keys_of_ids,
-    sha256_of,
     shard_name,
     users_file,
-    vocabulary_sha256,
 )
 
 MAX_USERS_PER_BLOCK = 4096
@@ -79,8 +76,8 @@ def write_split(folder: Path, plan: Plan, split: str, users_per_shard: int) -> S
                     for number, (_, block) in enumerate(blocks):
                         tar.write(encode_block(f"{split}-{index:06d}-{number:03d}", block))
                         users += block.n_users
-                        interactions += len(block.items)
-                        heldout += 0 if block.heldout_items is None else len(block.heldout_items)
+                        interactions += len(block.rows.items)
+                        heldout += block.n_held_out
                         progress.add(block.n_users)
             entries.append(
                 ShardEntry(name, users, interactions, heldout, file.bytes, file.sha256())
@@ -94,10 +91,7 @@ def count_split(plan: Plan, split: str, users_per_shard: int) -> SplitEntry:
     for index, pairs in groupby(
         _blocks_by_shard(plan, split, users_per_shard), key=lambda pair: pair[0]
     ):
-        blocks = [
-            (b.n_users, len(b.items), 0 if b.heldout_items is None else len(b.heldout_items))
-            for _, b in pairs
-        ]
+        blocks = [(block.n_users, len(block.rows.items), block.n_held_out) for _, block in pairs]
         users, interactions, heldout = (sum(column) for column in zip(*blocks, strict=True))
         entries.append(ShardEntry(shard_name(split, index), users, interactions, heldout, 0, ""))
     return split_entry(entries)

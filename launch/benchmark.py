@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 
 from dist_vasp.bounded_json import read_json
 from dist_vasp.config import Config, make_parser, parse
-from dist_vasp.data.format import Manifest
+from dist_vasp.data.manifest import Manifest
 from dist_vasp.files import parents, replace_text, replacing_all, sole_writer
 from dist_vasp.parallel.comm import init_ranks
 from dist_vasp.parallel.partition import Layout

@@ -24,7 +24,7 @@ from dist_vasp.compare.gather import gather, is_per_user_of_all, write_per_user
 from dist_vasp.compare.jobs import Jobs, Stopped
 from dist_vasp.compare.report import markdown
 from dist_vasp.compare.runs import carry_out, count_runs, data_sha256, plan
-from dist_vasp.data.format import Manifest
+from dist_vasp.data.manifest import Manifest
 from dist_vasp.files import parents, replacing_all, sole_writer
 from dist_vasp.parallel.partition import Layout
 from dist_vasp.places import begins_with, check_file, check_own_folder, is_json, unwritable

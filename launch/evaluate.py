@@ -8,7 +8,8 @@ import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 
-from dist_vasp.data.format import Manifest, load_items
+from dist_vasp.data.items import load_items
+from dist_vasp.data.manifest import Manifest
 from dist_vasp.files import finish, new_file
 from dist_vasp.parallel.comm import agreed, init_ranks
 from dist_vasp.places import check_file, is_json

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from dist_vasp.bounded_json import read_json
 from dist_vasp.config import make_parser, parse
-from dist_vasp.data.format import MANIFEST, Manifest
+from dist_vasp.data.manifest import MANIFEST, Manifest
 from dist_vasp.files import new_file
 from dist_vasp.parallel.partition import Layout
 from dist_vasp.places import check_file, is_json

@@ -8,7 +8,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from dist_vasp.data.format import Manifest
+from dist_vasp.data.manifest import Manifest
 from dist_vasp.files import new_file
 from dist_vasp.places import check_file
 from dist_vasp.ranking.recommender import Recommender

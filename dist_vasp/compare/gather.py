@@ -29,7 +29,8 @@ from dist_vasp.compare.statistics import (
     read_scores,
     verdict,
 )
-from dist_vasp.data.format import Manifest, load_items
+from dist_vasp.data.items import load_items
+from dist_vasp.data.manifest import Manifest
 from dist_vasp.ranking.per_user import THIRDS, popularity_thirds
 
 COLUMNS = (*METRICS, *(f"{metric}_{third}" for third in THIRDS for metric in METRICS))

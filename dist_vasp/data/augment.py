@@ -11,56 +11,9 @@ from __future__ import annotations
 
 import numpy as np
 
-_MASK = 0xFFFF_FFFF_FFFF_FFFF
-_GAMMA = np.uint64(0x9E37_79B9_7F4A_7C15)  # 2^64 over the golden ratio, splitmix64's increment
-_MULTIPLIERS = (np.uint64(0xBF58_476D_1CE4_E5B9), np.uint64(0x94D0_49BB_1331_11EB))
+from dist_vasp.data.hashing import absorb, hash64
+
 _INPUT = 1  # the fifth word: a hash of five words is independent of the halves' four
-_SHIFTS = (np.uint64(30), np.uint64(27), np.uint64(31))
-
-Word = int | np.ndarray
-
-
-def hash64(*words: Word) -> np.ndarray:
-    """Counter-based 64-bit hash of a sequence of words, elementwise over arrays.
-
-    h(0) = number of words;  h(i) = mix(h(i-1) + (w(i) + 1) * gamma), where mix is the finaliser of splitmix64: each
-    word picks the w-th number of the splitmix64 sequence that starts at the hash of the words before it. The order and
-    the number of words matter.
-
-    words: Python integers (taken modulo 2^64) or integer arrays; they broadcast. Returns uint64 of
-    the broadcast shape, a 0-d array if every word is a scalar. Source: Steele, Lea, Flood, "Fast
-    splittable pseudorandom number generators", OOPSLA 2014; multipliers and shifts of Stafford's
-    variant 13.
-    """
-    state: np.ndarray | np.uint64 = np.uint64(len(words))
-    for word in words:
-        state = _absorb(state, np.uint64(word & _MASK) if isinstance(word, int) else word)
-    return np.asarray(state)
-
-
-def _absorb(state: np.ndarray | np.uint64, word: np.ndarray | np.uint64) -> np.ndarray:
-    """One step of hash64: the state after one more word.
-
-    In place on one fresh buffer: E is large and this is the hot path.
-    """
-    with np.errstate(over="ignore"):  # arithmetic modulo 2^64 is meant
-        h = np.asarray(
-            (np.asarray(word).astype(np.uint64, copy=False) + np.uint64(1)) * _GAMMA + state
-        )
-        for shift, multiplier in zip(_SHIFTS, _MULTIPLIERS, strict=False):
-            h ^= h >> shift
-            h *= multiplier
-        h ^= h >> _SHIFTS[2]
-    return h
-
-
-def permutation(n: int, *words: Word) -> np.ndarray:
-    """A random order of 0..n-1 that is a function of `words` alone. Returns (n,) int64.
-
-    It sorts by a hash and does not draw from a numpy generator, whose numbers may change between
-    numpy releases: a run that is resumed after an upgrade must see the same order.
-    """
-    return np.argsort(hash64(int(hash64(*words)), np.arange(n, dtype=np.uint64)), kind="stable")
 
 
 def split_halves(
@@ -81,10 +34,8 @@ def split_halves(
     lengths = np.diff(indptr)
     if len(item_keys) == 0:
         return np.zeros(0, bool)
-    prefix = _absorb(
-        _absorb(_absorb(np.uint64(4), np.uint64(seed & _MASK)), np.uint64(epoch & _MASK)), user_keys
-    )
-    hashes = _absorb(np.repeat(prefix, lengths), item_keys)
+    prefix = absorb(absorb(absorb(np.uint64(4), seed), epoch), user_keys)
+    hashes = absorb(np.repeat(prefix, lengths), item_keys)  # hash64(seed, epoch, user, item)
 
     row_bits = np.uint64(max(1, (n_users - 1).bit_length()))
     packed = hashes >> row_bits

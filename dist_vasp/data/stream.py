@@ -11,68 +11,21 @@ Shapes: U users of the split, S steps of an epoch, B rows of this rank's batch, 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from dist_vasp.data.augment import keep_inputs, permutation, split_halves
-from dist_vasp.data.format import Block, Manifest, load_items, read_shard
+from dist_vasp.data.augment import keep_inputs, split_halves
+from dist_vasp.data.hashing import permutation
+from dist_vasp.data.items import load_items
+from dist_vasp.data.manifest import Manifest
+from dist_vasp.data.rows import Rows, concatenate_rows, indptr_of
+from dist_vasp.data.shard import read_shard
 from dist_vasp.data.workers import ReadAhead
 
 _SPARE_SHARDS = 4  # decoded shards kept beyond one per lane
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Sparse binary rows in CSR form: row b holds `items[indptr[b]:indptr[b + 1]]`, ascending item
-    rows."""
-
-    indptr: np.ndarray  # (B+1,) int64
-    items: np.ndarray  # (E,) int32
-
-    @property
-    def n_rows(self) -> int:
-        return len(self.indptr) - 1
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """Interactions per row, (B,) int64."""
-        return np.diff(self.indptr)
-
-    def slice(self, start: int, stop: int) -> Rows:
-        """Rows start to stop (consecutive); the items are a view."""
-        first, last = self.indptr[start], self.indptr[stop]
-        return Rows(self.indptr[start : stop + 1] - first, self.items[first:last])
-
-    def where(self, keep: np.ndarray) -> Rows:
-        """The same rows with the interactions that `keep`, (E,) bool, says."""
-        before = np.concatenate([np.zeros(1, np.int64), np.cumsum(keep)])
-        return Rows(before[self.indptr], self.items[keep])
-
-    def take(self, order: np.ndarray) -> Rows:
-        """Rows in the order of `order`, (n,) int64."""
-        lengths = self.lengths[order]
-        indptr = indptr_of(lengths)
-        source = np.repeat(self.indptr[order] - indptr[:-1], lengths)
-        source += np.arange(len(source))
-        return Rows(indptr, self.items[source])
-
-
-def indptr_of(lengths: np.ndarray) -> np.ndarray:
-    """(B,) row lengths -> (B+1,) int64 index pointer."""
-    indptr = np.zeros(len(lengths) + 1, np.int64)
-    np.cumsum(lengths, out=indptr[1:])
-    return indptr
-
-
-def concatenate_rows(parts: Sequence[Rows]) -> Rows:
-    """All rows of `parts`, in order; no parts give no rows."""
-    lengths = np.concatenate([np.empty(0, np.int64), *(p.lengths for p in parts)])
-    return Rows(
-        indptr_of(lengths), np.concatenate([np.empty(0, np.int32), *(p.items for p in parts)])
-    )
 
 
 @dataclass(frozen=True)
@@ -197,7 +150,7 @@ class TrainStream:
         if key not in self._cache:
             block = read_shard(self.folder, "train", self._shards[shard], self.n_items)
             order = permutation(block.n_users, self.seed, epoch, shard)
-            self._cache[key] = (block.user_keys[order], Rows(block.indptr, block.items).take(order))
+            self._cache[key] = (block.user_keys[order], block.rows.take(order))
         self._cache.move_to_end(key)
         return self._cache[key]
 
@@ -300,82 +253,3 @@ def _interleave(
     items[np.flatnonzero(from_first)] = first
     items[np.flatnonzero(~from_first)] = second
     return Rows(indptr_of(lengths), items)
-
-
-# --- evaluation -----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class EvalBlock:
-    """Consecutive held-out users: the model sees `fold_in` and is asked for `held_out` (may be
-    empty)."""
-
-    user_keys: np.ndarray  # (U,) uint64
-    fold_in: Rows
-    held_out: Rows
-
-
-def evaluation_blocks(
-    folder: str | Path,
-    split: str,
-    users_per_block: int,
-    start: int = 0,
-    stop: int | None = None,
-    manifest: Manifest | None = None,
-) -> Iterator[EvalBlock]:
-    """The users start to stop of `split` ("validation" or "test") in order, `users_per_block` at a
-    time (the last: fewer).
-
-    Every rank of a partition group iterates the same blocks; they do not depend on the shards.
-    Memory holds one shard and one block. Shards before `start` are not read. `manifest`: what the
-    folder held when it was read before, to which the shards must still answer. ValueError where a
-    shard is damaged.
-    """
-    if split not in ("validation", "test"):
-        raise ValueError(f"split is {split!r}, expected validation or test")
-    assert users_per_block >= 1, users_per_block
-    manifest = manifest or Manifest.load(folder)
-    entry = manifest.splits[split]
-    stop = entry.users if stop is None else min(stop, entry.users)
-    waiting: EvalBlock | None = None
-    position = 0
-    for shard in entry.shards:
-        first, last = max(start - position, 0), min(stop - position, shard.users)
-        position += shard.users
-        if first >= last:
-            continue
-        block = _eval_block(read_shard(folder, split, shard, manifest.n_items))
-        read = _slice_eval(block, first, last)
-        waiting = read if waiting is None else _join_eval(waiting, read)
-        n, done = len(waiting.user_keys), 0
-        while n - done >= users_per_block:
-            yield _slice_eval(waiting, done, done + users_per_block)
-            done += users_per_block
-        waiting = _slice_eval(waiting, done, n)
-    if waiting is not None and len(waiting.user_keys):
-        yield waiting
-
-
-def _eval_block(block: Block) -> EvalBlock:
-    assert block.heldout_indptr is not None
-    assert block.heldout_items is not None
-    return EvalBlock(
-        block.user_keys,
-        Rows(block.indptr, block.items),
-        Rows(block.heldout_indptr, block.heldout_items),
-    )
-
-
-def _slice_eval(block: EvalBlock, start: int, stop: int) -> EvalBlock:
-    return EvalBlock(
-        block.user_keys[start:stop],
-        block.fold_in.slice(start, stop),
-        block.held_out.slice(start, stop),
-    )
-
-
-def _join_eval(a: EvalBlock, b: EvalBlock) -> EvalBlock:
-    keys = np.concatenate([a.user_keys, b.user_keys])
-    return EvalBlock(
-        keys, concatenate_rows([a.fold_in, b.fold_in]), concatenate_rows([a.held_out, b.held_out])
-    )

@@ -11,7 +11,9 @@ import torch
 
 from dist_vasp import checkpoint_folder as folders
 from dist_vasp.config import Config
-from dist_vasp.data.format import SPLITS, Manifest, load_items, read_shard
+from dist_vasp.data.items import load_items
+from dist_vasp.data.manifest import SPLITS, Manifest
+from dist_vasp.data.shard import read_shard
 from dist_vasp.doctor.findings import Finding, error, ok, warning
 from dist_vasp.doctor.machine import available_memory
 from dist_vasp.parallel.partition import ItemPartition, Layout

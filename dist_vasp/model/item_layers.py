@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dist_vasp.data.augment import hash64
+from dist_vasp.data.hashing import hash64
 from dist_vasp.model.losses import Loss, MultinomialLoss, RowLoss, sum_log_sigmoid
 from dist_vasp.model.path_statistics import PathStatistics
 from dist_vasp.model.sparse import ItemRows, sum_rows

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from dist_vasp.data.stream import Rows
+from dist_vasp.data.rows import Rows
 from dist_vasp.parallel.comm import Gathering, Group
 
 

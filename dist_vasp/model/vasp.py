@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from dist_vasp.config import LossConfig, ModelConfig
-from dist_vasp.data.augment import hash64
+from dist_vasp.data.hashing import hash64
 from dist_vasp.model.item_layers import NEASE_WEIGHT, InputSide, ItemSlice, OutputSide, Sink
 from dist_vasp.model.losses import CosineLoss, MultinomialLoss, make_loss
 from dist_vasp.model.sparse import ItemRows

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from dist_vasp import checkpoint as checkpoints
 from dist_vasp.config import Config
-from dist_vasp.data.format import ItemTable
+from dist_vasp.data.items import ItemTable
 from dist_vasp.data.positives import PositiveRule
 from dist_vasp.model.sparse import ItemRows
 from dist_vasp.parallel.comm import Ranks, agreed

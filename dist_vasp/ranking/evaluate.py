@@ -18,8 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dist_vasp.data.format import ItemTable, Manifest
-from dist_vasp.data.stream import EvalBlock, Rows, evaluation_blocks
+from dist_vasp.data.held_out import EvalBlock, evaluation_blocks
+from dist_vasp.data.items import ItemTable
+from dist_vasp.data.manifest import Manifest
+from dist_vasp.data.rows import Rows
 from dist_vasp.model.sparse import ItemRows
 from dist_vasp.model.vasp import VASP, TrunkCall
 from dist_vasp.parallel.comm import Ranks, agreed, all_gather

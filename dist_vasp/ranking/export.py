@@ -30,7 +30,8 @@ from torch import Tensor, nn
 from dist_vasp import checkpoint as checkpoints
 from dist_vasp.checkpoint import Checkpoint
 from dist_vasp.data import positives
-from dist_vasp.data.format import ITEMS_FILE, read_items_file
+from dist_vasp.data.items import read_items_file
+from dist_vasp.data.manifest import ITEMS_FILE
 from dist_vasp.data.positives import PositiveRule
 from dist_vasp.files import new_folder
 from dist_vasp.model.trunk import Trunk

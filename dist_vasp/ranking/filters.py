@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from dist_vasp.data import ids
-from dist_vasp.data.format import ItemTable
+from dist_vasp.data.items import ItemTable
 from dist_vasp.data.tables.columns import Columns, Reading
 from dist_vasp.data.tables.read import Table, open_table
 from dist_vasp.data.tables.streams import unpacked_name

@@ -15,9 +15,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dist_vasp.data import ids
-from dist_vasp.data.format import ItemTable
+from dist_vasp.data.items import ItemTable
 from dist_vasp.data.positives import PositiveRule, ServingColumns, positive_rows
-from dist_vasp.data.stream import Rows, indptr_of
+from dist_vasp.data.rows import Rows, indptr_of
 from dist_vasp.data.tables.read import of_memory
 
 NO_KNOWN_ITEM = "no item of the history is in the vocabulary"

@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from dist_vasp.data.format import ItemTable
+from dist_vasp.data.items import ItemTable
 from dist_vasp.data.positives import PositiveRule
 from dist_vasp.data.tables.columns import Columns, Reading
 from dist_vasp.data.tables.read import Table, open_table

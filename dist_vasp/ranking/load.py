@@ -14,7 +14,8 @@ from dist_vasp import checkpoint_folder as folders
 from dist_vasp.checkpoint import Checkpoint
 from dist_vasp.config import Config, from_dict
 from dist_vasp.data import positives
-from dist_vasp.data.format import ITEMS_FILE, MANIFEST, ItemTable, Manifest, read_items_file
+from dist_vasp.data.items import ItemTable, read_items_file
+from dist_vasp.data.manifest import ITEMS_FILE, MANIFEST, Manifest
 from dist_vasp.data.positives import PositiveRule
 from dist_vasp.model.trunk import Trunk
 from dist_vasp.model.vasp import VASP, make_trunk

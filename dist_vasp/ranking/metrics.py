@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from dist_vasp.data.stream import Rows
+from dist_vasp.data.rows import Rows
 
 _COVERAGE_K = 100
 

@@ -25,8 +25,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dist_vasp.data.format import MANIFEST, ItemTable, Manifest, users_file
-from dist_vasp.data.stream import EvalBlock, Rows, indptr_of
+from dist_vasp.data.held_out import EvalBlock
+from dist_vasp.data.items import ItemTable
+from dist_vasp.data.manifest import MANIFEST, Manifest, users_file
+from dist_vasp.data.rows import Rows, indptr_of
 from dist_vasp.files import new_file
 from dist_vasp.ranking.metrics import user_metrics
 

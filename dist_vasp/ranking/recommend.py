@@ -16,7 +16,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from dist_vasp.data.format import ItemTable
+from dist_vasp.data.items import ItemTable
 from dist_vasp.model.sparse import ItemRows
 from dist_vasp.parallel.comm import Ranks, agree
 from dist_vasp.places import Inputs

@@ -29,10 +29,11 @@ import torch
 from dist_vasp import checkpoint as checkpoints
 from dist_vasp.checkpoint import Checkpoint
 from dist_vasp.config import from_dict
-from dist_vasp.data.format import ITEMS_FILE, ItemTable, read_items_file
 from dist_vasp.data.ids import of_column
+from dist_vasp.data.items import ItemTable, read_items_file
+from dist_vasp.data.manifest import ITEMS_FILE
 from dist_vasp.data.positives import PositiveRule, serving_columns
-from dist_vasp.data.stream import Rows, indptr_of
+from dist_vasp.data.rows import Rows, indptr_of
 from dist_vasp.parallel.comm import form_groups
 from dist_vasp.parallel.partition import Layout
 from dist_vasp.ranking import export as exports

@@ -14,8 +14,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import scipy.sparse
 
-from dist_vasp.data.format import Manifest, users_file
-from dist_vasp.data.stream import EvalBlock, Rows, evaluation_blocks
+from dist_vasp.data.held_out import EvalBlock, evaluation_blocks
+from dist_vasp.data.manifest import Manifest, users_file
+from dist_vasp.data.rows import Rows
 from dist_vasp.ranking.recommender import Explanation, Id, Recommender
 
 DECILES = 10

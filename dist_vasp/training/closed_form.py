@@ -24,7 +24,7 @@ from dist_vasp import checkpoint_folder as folders
 from dist_vasp.bounded_json import read_json, reason
 from dist_vasp.config import Config
 from dist_vasp.data import positives
-from dist_vasp.data.format import Manifest
+from dist_vasp.data.manifest import Manifest
 from dist_vasp.model.ease import SWEEP_COLUMNS
 from dist_vasp.model.vasp import VASP
 from dist_vasp.parallel.comm import AgreedError, Ranks, agreed, any_rank

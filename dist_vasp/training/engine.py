@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dist_vasp.config import Config
-from dist_vasp.data.augment import hash64
+from dist_vasp.data.hashing import hash64
 from dist_vasp.data.stream import Batch
 from dist_vasp.model.item_layers import (
     FUSED_GRADIENT_ROWS,

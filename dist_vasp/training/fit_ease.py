@@ -18,8 +18,9 @@ from torch import Tensor
 from dist_vasp import checkpoint as checkpoints
 from dist_vasp import checkpoint_folder as folders
 from dist_vasp.config import Config, from_dict
-from dist_vasp.data.format import Manifest, read_shard
-from dist_vasp.data.stream import Rows, concatenate_rows
+from dist_vasp.data.manifest import Manifest
+from dist_vasp.data.rows import Rows, concatenate_rows
+from dist_vasp.data.shard import read_shard
 from dist_vasp.model.ease import (
     SymmetricColumns,
     add_gram,
@@ -108,7 +109,7 @@ def training_users(folder: str | Path, manifest: Manifest) -> Iterator[Rows]:
     waiting: list[Rows] = []
     for entry in manifest.splits["train"].shards:
         block = read_shard(folder, "train", entry, manifest.n_items)
-        waiting.append(Rows(block.indptr, block.items))
+        waiting.append(block.rows)
         if (
             sum(len(rows.items) for rows in waiting) >= enough
             or sum(rows.n_rows for rows in waiting) >= _MOST_USERS

@@ -17,7 +17,8 @@ import torch
 from dist_vasp import checkpoint as checkpoints
 from dist_vasp import checkpoint_folder as folders
 from dist_vasp.config import ModelConfig, from_dict
-from dist_vasp.data.format import ITEMS_FILE, Manifest, load_items, read_items_file
+from dist_vasp.data.items import load_items, read_items_file
+from dist_vasp.data.manifest import ITEMS_FILE, Manifest
 from dist_vasp.model.item_layers import ItemSlice
 from dist_vasp.parallel.comm import agreed
 from dist_vasp.training.engine import Trainer

@@ -16,7 +16,7 @@ from dist_vasp import checkpoint_folder as folders
 from dist_vasp.checkpoint import Checkpoint, Save
 from dist_vasp.config import Config
 from dist_vasp.data import positives
-from dist_vasp.data.format import Manifest
+from dist_vasp.data.manifest import Manifest
 from dist_vasp.data.stream import TrainStream
 from dist_vasp.parallel.comm import Ranks, agreed, all_gather_bytes
 from dist_vasp.training.engine import Trainer

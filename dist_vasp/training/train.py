@@ -17,7 +17,8 @@ import psutil
 from dist_vasp import checkpoint as checkpoints
 from dist_vasp import checkpoint_folder as folders
 from dist_vasp.config import Config
-from dist_vasp.data.format import SPLITS, Manifest, read_shard
+from dist_vasp.data.manifest import SPLITS, Manifest
+from dist_vasp.data.shard import read_shard
 from dist_vasp.data.stream import Batch, TrainStream
 from dist_vasp.model.item_layers import BLOCK_COLUMNS
 from dist_vasp.parallel.comm import (

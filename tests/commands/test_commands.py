@@ -24,7 +24,7 @@ import torch
 import yaml
 
 from dist_vasp.config import load
-from dist_vasp.data.format import sha256_of
+from dist_vasp.data.hashing import sha256_of
 from tests.support.make_shards import write_folder
 from tests.support.paths import ROOT
 

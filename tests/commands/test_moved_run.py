@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from dist_vasp.config import Config, DataConfig
-from dist_vasp.data.format import Manifest
+from dist_vasp.data.manifest import Manifest
 from dist_vasp.ranking.load import shards_of
 from tests.support.make_shards import write_folder
 

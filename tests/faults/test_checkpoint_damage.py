@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from dist_vasp import checkpoint as checkpoints
 from dist_vasp.config import Config, LossConfig, ModelConfig
-from dist_vasp.data.format import keys_of_ids, sha256_of, vocabulary_sha256
+from dist_vasp.data.hashing import keys_of_ids, sha256_of, vocabulary_sha256
 from dist_vasp.model.vasp import VASP, make_trunk
 from dist_vasp.parallel.comm import AgreedError, form_groups
 from dist_vasp.parallel.partition import Layout

@@ -19,8 +19,8 @@ import scipy.sparse
 import torch
 
 from dist_vasp.config import Config, DataConfig, ModelConfig, RunConfig
-from dist_vasp.data.format import Manifest
-from dist_vasp.data.stream import concatenate_rows
+from dist_vasp.data.manifest import Manifest
+from dist_vasp.data.rows import concatenate_rows
 from dist_vasp.model import ease
 from dist_vasp.model.ease import SymmetricColumns, add_gram, add_to_diagonal, invert, to_weights
 from dist_vasp.model.vasp import VASP

@@ -105,7 +105,7 @@ def _whole(states):
 
 
 def _noise(step: int) -> torch.Tensor:
-    from dist_vasp.data.augment import hash64
+    from dist_vasp.data.hashing import hash64
 
     keys = [int(hash64(np.uint64(5), np.uint64(step), np.uint64(lane))) for lane in range(N_ROWS)]
     return torch.cat(

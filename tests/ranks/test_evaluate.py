@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from dist_vasp.data.format import ItemTable, Manifest, load_items
-from dist_vasp.data.stream import evaluation_blocks
+from dist_vasp.data.held_out import evaluation_blocks
+from dist_vasp.data.items import ItemTable, load_items
+from dist_vasp.data.manifest import Manifest
 from dist_vasp.model import item_layers
 from dist_vasp.model.vasp import make_trunk
 from dist_vasp.parallel.comm import Ranks, form_groups

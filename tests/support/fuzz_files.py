@@ -23,7 +23,8 @@ import numpy as np
 import torch
 
 from dist_vasp.checkpoint import HEADER, header_sha256
-from dist_vasp.data.format import MANIFEST, sha256_of
+from dist_vasp.data.hashing import sha256_of
+from dist_vasp.data.manifest import MANIFEST
 
 CANARY = (
     "canary"  # a file in the working directory: whoever unpickles or evaluates a payload creates it

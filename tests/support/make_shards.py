@@ -1,4 +1,4 @@
-"""Writes small shard folders for tests, straight through dist_vasp.data.format (no data_tools)."""
+"""Writes small shard folders for tests, straight through dist_vasp.data.block (no data_tools)."""
 
 from __future__ import annotations
 
@@ -10,62 +10,67 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import webdataset
 
-from dist_vasp.data import format as fmt
+from dist_vasp.data.block import Block, encode_block
+from dist_vasp.data.hashing import keys_of_ids, sha256_of, vocabulary_sha256
+from dist_vasp.data.manifest import (
+    ITEMS_FILE,
+    MANIFEST,
+    SPLITS,
+    Manifest,
+    ShardEntry,
+    SplitEntry,
+    shard_name,
+    users_file,
+)
+from dist_vasp.data.rows import Rows, indptr_of
 
 Row = Sequence[int] | np.ndarray
 
 
-def _csr(rows: Sequence[Row]) -> tuple[np.ndarray, np.ndarray]:
-    indptr = np.concatenate([[0], np.cumsum([len(r) for r in rows])]).astype(np.int64)
+def _csr(rows: Sequence[Row]) -> Rows:
     items = np.concatenate(
         [np.empty(0, np.int32), *(np.sort(np.asarray(r, np.int32)) for r in rows)]
     )
-    return indptr, items
+    return Rows(indptr_of(np.array([len(r) for r in rows], np.int64)), items)
 
 
 def make_block(
     keys: np.ndarray, rows: Sequence[Row], heldout: Sequence[Row] | None = None
-) -> fmt.Block:
+) -> Block:
     """A block of users from lists of item rows."""
-    indptr, items = _csr(rows)
-    if heldout is None:
-        return fmt.Block(keys, indptr, items)
-    return fmt.Block(keys, indptr, items, *_csr(heldout))
+    return Block(keys, _csr(rows), None if heldout is None else _csr(heldout))
 
 
 def _write_split(
-    folder: Path, split: str, block: fmt.Block, users_per_shard: int, users_per_block: int
-) -> fmt.SplitEntry:
+    folder: Path, split: str, block: Block, users_per_shard: int, users_per_block: int
+) -> SplitEntry:
     shards = []
     for index, first in enumerate(range(0, block.n_users, users_per_shard)):
-        path = folder / fmt.shard_name(split, index)
+        path = folder / shard_name(split, index)
         last = min(first + users_per_shard, block.n_users)
         with webdataset.TarWriter(str(path)) as writer:
             for start in range(first, last, users_per_block):
                 piece = _slice(block, start, min(start + users_per_block, last))
-                writer.write(fmt.encode_block(f"{start:08d}", piece))
+                writer.write(encode_block(f"{start:08d}", piece))
         whole = _slice(block, first, last)
         data = path.read_bytes()
-        heldout = 0 if whole.heldout_items is None else len(whole.heldout_items)
+        n_interactions = len(whole.rows.items)
         shards.append(
-            fmt.ShardEntry(
-                path.name, whole.n_users, len(whole.items), heldout, len(data), fmt.sha256_of(data)
+            ShardEntry(
+                path.name,
+                whole.n_users,
+                n_interactions,
+                whole.n_held_out,
+                len(data),
+                sha256_of(data),
             )
         )
-    return fmt.SplitEntry(
-        block.n_users,
-        len(block.items),
-        0 if block.heldout_items is None else len(block.heldout_items),
-        shards,
-    )
+    return SplitEntry(block.n_users, len(block.rows.items), block.n_held_out, shards)
 
 
-def _slice(block: fmt.Block, start: int, stop: int) -> fmt.Block:
-    def cut(indptr: np.ndarray, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return indptr[start : stop + 1] - indptr[start], items[indptr[start] : indptr[stop]]
-
-    heldout = () if block.heldout_indptr is None else cut(block.heldout_indptr, block.heldout_items)
-    return fmt.Block(block.user_keys[start:stop], *cut(block.indptr, block.items), *heldout)
+def _slice(block: Block, start: int, stop: int) -> Block:
+    held_out = None if block.held_out is None else block.held_out.slice(start, stop)
+    return Block(block.user_keys[start:stop], block.rows.slice(start, stop), held_out)
 
 
 def write_folder(
@@ -77,7 +82,7 @@ def write_folder(
     users_per_shard: int = 16,
     users_per_block: int = 8,
     item_ids: Sequence[int] | None = None,
-) -> fmt.Manifest:
+) -> Manifest:
     """Write a complete data folder: train rows, (fold_in, held_out) rows, item ids (default: 1000 +
     item row) as integers.
 
@@ -94,15 +99,15 @@ def write_folder(
         if item_ids is None
         else np.asarray(item_ids, np.int64)
     )
-    item_keys = fmt.keys_of_ids(ids)
-    popularity = np.bincount(_csr(train)[1], minlength=n_items).astype(np.int64)
+    item_keys = keys_of_ids(ids)
+    popularity = np.bincount(_csr(train).items, minlength=n_items).astype(np.int64)
     columns = {
         "item": np.arange(n_items, dtype=np.int64),
         "id": ids,
         "key": item_keys,
         "popularity": popularity,
     }
-    pq.write_table(pa.table(columns), folder / fmt.ITEMS_FILE)
+    pq.write_table(pa.table(columns), folder / ITEMS_FILE)
 
     splits, next_key = {}, 1
     for split, rows in (("train", train), ("validation", validation), ("test", test)):
@@ -112,14 +117,14 @@ def write_folder(
         block = make_block(keys, rows if split == "train" else [r[0] for r in rows], heldout)
         splits[split] = _write_split(folder, split, block, users_per_shard, users_per_block)
         pq.write_table(
-            pa.table({"key": keys, "id": keys.astype(np.int64)}), folder / fmt.users_file(split)
+            pa.table({"key": keys, "id": keys.astype(np.int64)}), folder / users_file(split)
         )
     files = {
-        name: fmt.sha256_of((folder / name).read_bytes())
-        for name in (fmt.ITEMS_FILE, *map(fmt.users_file, fmt.SPLITS))
+        name: sha256_of((folder / name).read_bytes())
+        for name in (ITEMS_FILE, *map(users_file, SPLITS))
     }
-    manifest = fmt.Manifest(
-        n_items, fmt.vocabulary_sha256(item_keys), splits, files, {"protocol": "made for a test"}
+    manifest = Manifest(
+        n_items, vocabulary_sha256(item_keys), splits, files, {"protocol": "made for a test"}
     )
-    (folder / fmt.MANIFEST).write_text(manifest.to_json())
+    (folder / MANIFEST).write_text(manifest.to_json())
     return manifest

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from dist_vasp.config import LossConfig, ModelConfig
-from dist_vasp.data.stream import Rows
+from dist_vasp.data.rows import Rows
 from dist_vasp.model.item_layers import ItemSlice
 from dist_vasp.model.sparse import ItemRows, gather_rows
 from dist_vasp.model.vasp import VASP

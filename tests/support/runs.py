@@ -16,7 +16,8 @@ import torch
 from dist_vasp import checkpoint as checkpoints
 from dist_vasp import checkpoint_folder as folders
 from dist_vasp.config import Config, LossConfig, ModelConfig, ParallelConfig
-from dist_vasp.data.format import ITEMS_FILE, keys_of_ids, vocabulary_sha256
+from dist_vasp.data.hashing import keys_of_ids, vocabulary_sha256
+from dist_vasp.data.manifest import ITEMS_FILE
 from dist_vasp.data.positives import PositiveRule, for_header
 from dist_vasp.model.item_layers import ItemSlice
 from dist_vasp.model.vasp import VASP, make_trunk

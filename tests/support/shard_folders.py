@@ -7,7 +7,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
-from dist_vasp.data.format import SPLITS, Manifest, load_items, read_shard, users_file
+from dist_vasp.data.items import load_items
+from dist_vasp.data.manifest import SPLITS, Manifest, users_file
+from dist_vasp.data.shard import read_shard
 
 
 def write_csv(path: Path, rows, header: str = "user,item,rating") -> Path:
@@ -45,15 +47,10 @@ def read_folder(folder: Path) -> dict:
         for entry in manifest.splits[split].shards:
             block = read_shard(folder, split, entry, manifest.n_items)
             for u, key in enumerate(block.user_keys.tolist()):
-                fold_in = [ids[i] for i in block.items[block.indptr[u] : block.indptr[u + 1]]]
-                held_out = []
-                if block.heldout_indptr is not None:
-                    held_out = [
-                        ids[i]
-                        for i in block.heldout_items[
-                            block.heldout_indptr[u] : block.heldout_indptr[u + 1]
-                        ]
-                    ]
+                fold_in, held_out = (
+                    [] if rows is None else [ids[i] for i in rows.slice(u, u + 1).items]
+                    for rows in (block.rows, block.held_out)
+                )
                 result[split][name[key]] = (fold_in, held_out)
     return result
 

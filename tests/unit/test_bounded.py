@@ -13,7 +13,7 @@ import yaml
 from dist_vasp import checkpoint as checkpoints
 from dist_vasp.bounded_json import DEEPEST, LARGEST, parse_json, read_json
 from dist_vasp.config import LARGEST_YAML, Config, from_dict, load, read_yaml
-from dist_vasp.data.format import Manifest
+from dist_vasp.data.manifest import Manifest
 from dist_vasp.ranking.ensemble import MOST_MEMBERS, read_ensemble
 from dist_vasp.tensor_file import MOST_TENSORS, map_tensors, write_safetensors
 

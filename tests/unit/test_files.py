@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from dist_vasp import checkpoint, files, places
-from dist_vasp.data import format as data_format
+from dist_vasp.data.manifest import ITEMS_FILE, MANIFEST, SPLITS, shard_name, users_file
 from dist_vasp.files import new_file, new_folder, open_append, replace_text, sole_writer
 from dist_vasp.ranking import export, load
 from tests.support.disks import fill, read_only, small_disk
@@ -251,7 +251,7 @@ def test_names_of_a_run_and_of_data_are_protected(tmp_path):
     best.mkdir(parents=True)
     (run / "tensorboard").mkdir()
     for folder, name in (
-        (data, data_format.MANIFEST),
+        (data, MANIFEST),
         (exported, export.HEADER),
         (both, load.ENSEMBLE),
         (best, checkpoint.HEADER),
@@ -270,18 +270,17 @@ def test_names_of_a_run_and_of_data_are_protected(tmp_path):
     ]
     protected += [
         best / checkpoint.items_file(0, 2),
-        run / data_format.ITEMS_FILE,
+        run / ITEMS_FILE,
         both / load.ENSEMBLE,
     ]
     protected += [
-        data / data_format.MANIFEST,
-        data / data_format.ITEMS_FILE,
-        data / data_format.shard_name("test", 7),
+        data / MANIFEST,
+        data / ITEMS_FILE,
+        data / shard_name("test", 7),
     ]
-    protected += [data / data_format.users_file(split) for split in data_format.SPLITS]
+    protected += [data / users_file(split) for split in SPLITS]
     protected += [
-        exported / name
-        for name in (export.HEADER, data_format.ITEMS_FILE, export.PROGRAM, checkpoint.TRUNK)
+        exported / name for name in (export.HEADER, ITEMS_FILE, export.PROGRAM, checkpoint.TRUNK)
     ]
     (tmp_path / "elsewhere").symlink_to(run)
     protected += [

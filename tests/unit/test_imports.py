@@ -29,8 +29,13 @@ TABLES = {"dist_vasp.data.ids"} | {
 }  # import each other alone
 BASE = TABLES | {
     "dist_vasp.config",
-    "dist_vasp.data.format",
     "dist_vasp.data.positives",
+    "dist_vasp.data.rows",
+    "dist_vasp.data.hashing",
+    "dist_vasp.data.block",
+    "dist_vasp.data.manifest",
+    "dist_vasp.data.shard",
+    "dist_vasp.data.items",
     "dist_vasp.parallel.partition",
     "dist_vasp.parallel.network",
     "dist_vasp.parallel.launched",
@@ -64,13 +69,33 @@ WITHIN_BASE = {
     "dist_vasp.files": {"dist_vasp.places"},
     "dist_vasp.console": {"dist_vasp.text"},
     "dist_vasp.parallel.liveness": {"dist_vasp.parallel.secret", "dist_vasp.text"},
-    "dist_vasp.data.format": {"dist_vasp.data.positives", "dist_vasp.bounded_json"},
+    "dist_vasp.data.block": {"dist_vasp.data.rows"},
+    "dist_vasp.data.manifest": {"dist_vasp.data.positives", "dist_vasp.bounded_json"},
+    "dist_vasp.data.shard": {
+        "dist_vasp.data.block",
+        "dist_vasp.data.hashing",
+        "dist_vasp.data.manifest",
+    },
+    "dist_vasp.data.items": {"dist_vasp.data.hashing", "dist_vasp.data.manifest"},
     "dist_vasp.tensor_file": {"dist_vasp.bounded_json"},
     "dist_vasp.config": {"dist_vasp.bounded_json"},
 }  # the only imports inside BASE
 SHARED_WITH_TOOLS = {
     f"dist_vasp.{name}"
-    for name in ("data.format", "data.positives", "files", "places", "text", "console", "signals")
+    for name in (
+        "data.rows",
+        "data.hashing",
+        "data.block",
+        "data.manifest",
+        "data.shard",
+        "data.items",
+        "data.positives",
+        "files",
+        "places",
+        "text",
+        "console",
+        "signals",
+    )
 }
 FILES = sorted(
     p for top in ("dist_vasp", "data_tools", "launch") for p in (ROOT / top).rglob("*.py")

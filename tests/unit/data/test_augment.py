@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_vasp.data.augment import hash64, keep_inputs, permutation, split_halves
+from dist_vasp.data.augment import keep_inputs, split_halves
+from dist_vasp.data.hashing import hash64, permutation
 
 MASK = 2**64 - 1
 WORD = st.integers(0, MASK)

@@ -15,7 +15,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_vasp.data import format as fmt
+from dist_vasp.data.block import Block, concatenate, encode_block
+from dist_vasp.data.hashing import keys_of_ids
+from dist_vasp.data.items import load_items, read_items_file
+from dist_vasp.data.manifest import ITEMS_FILE, MANIFEST, Manifest, default_users_per_shard
+from dist_vasp.data.shard import iterate_shard
 from tests.support.make_shards import make_block, write_folder
 
 N_ITEMS = 12
@@ -32,10 +36,10 @@ def as_tar(members: dict[str, bytes]) -> bytes:
     return buffer.getvalue()
 
 
-def as_members(block: fmt.Block, key: str = "train-000000-000") -> dict[str, bytes]:
+def as_members(block: Block, key: str = "train-000000-000") -> dict[str, bytes]:
     return {
         f"{key}.{name}": data
-        for name, data in fmt.encode_block(key, block).items()
+        for name, data in encode_block(key, block).items()
         if name != "__key__"
     }
 
@@ -60,13 +64,15 @@ def test_round_trip(rows, heldout, cut):
     data = as_tar(
         {k: v for i, piece in enumerate(pieces) for k, v in as_members(piece, f"x-{i}").items()}
     )
-    found = fmt.concatenate(fmt.iterate_shard(data, split, N_ITEMS, "x.tar"))
-    for name in ("user_keys", "indptr", "items", "heldout_indptr", "heldout_items"):
-        expected, array = getattr(whole, name), getattr(found, name)
-        assert (array is None) == (expected is None)
-        if expected is not None:
-            np.testing.assert_array_equal(array, expected)
-            assert array.dtype == expected.dtype
+    found = concatenate(iterate_shard(data, split, N_ITEMS, "x.tar"))
+    assert (found.held_out is None) == (whole.held_out is None) == (not heldout)
+    pairs = [(found.user_keys, whole.user_keys)]
+    for rows, expected_rows in ((found.rows, whole.rows), (found.held_out, whole.held_out)):
+        if rows is not None:
+            pairs += [(rows.indptr, expected_rows.indptr), (rows.items, expected_rows.items)]
+    for array, expected in pairs:
+        np.testing.assert_array_equal(array, expected)
+        assert array.dtype == expected.dtype
 
 
 BLOCK = make_block(np.arange(3, dtype=np.uint64), [[0, 3], [], [1, 2, 11]])
@@ -117,7 +123,7 @@ def damaged(**changes: np.ndarray) -> dict[str, bytes]:
 )
 def test_refuses_what_is_no_block(members, message):
     with pytest.raises(ValueError, match=message) as error:
-        list(fmt.iterate_shard(as_tar(members), "train", N_ITEMS, "x.tar"))
+        list(iterate_shard(as_tar(members), "train", N_ITEMS, "x.tar"))
     assert "x.tar" in str(error.value)
 
 
@@ -130,7 +136,7 @@ def test_any_damage_is_a_value_error_or_a_legal_block(data):
     raw = raw[: data.draw(st.integers(1, len(raw)))]
     message = "x.tar"
     try:
-        for block in fmt.iterate_shard(bytes(raw), "train", N_ITEMS, "x.tar"):
+        for block in iterate_shard(bytes(raw), "train", N_ITEMS, "x.tar"):
             block.check(N_ITEMS, "x.tar")
     except ValueError as error:
         message = str(error)
@@ -147,7 +153,7 @@ def test_refuses_links_holes_and_compression():
     header[148:156] = b"%06o\x00 " % sum(header)
     for member in (link.tobuf(tarfile.USTAR_FORMAT), bytes(header)):
         with pytest.raises(ValueError, match=r"x\.tar: member 'a\.items\.npy' is not a plain file"):
-            list(fmt.iterate_shard(member + bytes(1024), "train", N_ITEMS, "x.tar"))
+            list(iterate_shard(member + bytes(1024), "train", N_ITEMS, "x.tar"))
     whole = gzip.compress(as_tar(as_members(BLOCK)), mtime=0)
     extra = (
         bytes(257 - 12) + b"ustar" + bytes(40)
@@ -162,31 +168,31 @@ def test_refuses_links_holes_and_compression():
     )
     assert gzip.decompress(posing) and posing[257:262] == b"ustar"
     with pytest.raises(ValueError, match=r"x\.tar: "):
-        list(fmt.iterate_shard(posing, "train", N_ITEMS, "x.tar"))
+        list(iterate_shard(posing, "train", N_ITEMS, "x.tar"))
 
 
 def test_refuses_items_that_the_manifest_does_not_vouch_for(tmp_path):
     manifest = write_folder(tmp_path, [[0, 1], [2]], n_items=N_ITEMS)
-    path = tmp_path / fmt.ITEMS_FILE
+    path = tmp_path / ITEMS_FILE
     table = pq.read_table(path)
     pq.write_table(table.set_column(3, "popularity", pa.array([0] * N_ITEMS)), path)
     with pytest.raises(ValueError, match=r"items\.parquet has SHA-256 .* damaged or replaced"):
-        fmt.load_items(tmp_path, manifest)
+        load_items(tmp_path, manifest)
     with pytest.raises(
         ValueError, match=rf"lists {N_ITEMS} items of another vocabulary, expected {2**47} items"
     ):
-        fmt.read_items_file(path, 2**47, manifest.vocabulary_sha256)
+        read_items_file(path, 2**47, manifest.vocabulary_sha256)
     pq.write_table(table.set_column(1, "id", pa.array(range(N_ITEMS))), path)
     with pytest.raises(ValueError, match=r"items\.parquet: the keys do not belong to the ids"):
-        fmt.read_items_file(path, N_ITEMS, manifest.vocabulary_sha256)
+        read_items_file(path, N_ITEMS, manifest.vocabulary_sha256)
     for column in (["x"] * N_ITEMS, [None] * N_ITEMS, [0.5] * N_ITEMS):
         pq.write_table(table.set_column(3, "popularity", pa.array(column)), path)
         with pytest.raises(ValueError, match=r"items\.parquet: column popularity is"):
-            fmt.read_items_file(path, N_ITEMS, manifest.vocabulary_sha256)
+            read_items_file(path, N_ITEMS, manifest.vocabulary_sha256)
 
 
 def edited(folder, change):
-    path = folder / fmt.MANIFEST
+    path = folder / MANIFEST
     raw = json.loads(path.read_text())
     change(raw)
     path.write_text(json.dumps(raw))
@@ -210,33 +216,33 @@ def edited(folder, change):
 )
 def test_refuses_what_is_no_manifest(tmp_path, change, message):
     write_folder(tmp_path, [[0, 1], [2]], n_items=N_ITEMS)
-    fmt.Manifest.load(tmp_path)
+    Manifest.load(tmp_path)
     edited(tmp_path, change)
     with pytest.raises(ValueError, match=message):
-        fmt.Manifest.load(tmp_path)
+        Manifest.load(tmp_path)
 
 
 def test_manifest_round_trip(tmp_path):
     write_folder(tmp_path, [[0, 1], [2]], n_items=N_ITEMS)
-    manifest = fmt.Manifest.load(tmp_path)
-    (tmp_path / fmt.MANIFEST).write_text(manifest.to_json())
-    assert fmt.Manifest.load(tmp_path) == manifest
+    manifest = Manifest.load(tmp_path)
+    (tmp_path / MANIFEST).write_text(manifest.to_json())
+    assert Manifest.load(tmp_path) == manifest
     for text in ("", "{", "[]", "\udcff", '{"a":' * 100_000):
-        (tmp_path / fmt.MANIFEST).write_bytes(text.encode("utf-8", "surrogateescape"))
+        (tmp_path / MANIFEST).write_bytes(text.encode("utf-8", "surrogateescape"))
         with pytest.raises(ValueError, match="not a manifest of this project"):
-            fmt.Manifest.load(tmp_path)
+            Manifest.load(tmp_path)
 
 
 def test_keys():
-    assert fmt.keys_of_ids(pa.array([0, 5, 2**63 - 1])).tolist() == [0, 5, 2**63 - 1]
+    assert keys_of_ids(pa.array([0, 5, 2**63 - 1])).tolist() == [0, 5, 2**63 - 1]
     # written into every data folder with string ids, so they must never change
-    assert fmt.keys_of_ids(pa.array(["a", "é"])).tolist() == [
+    assert keys_of_ids(pa.array(["a", "é"])).tolist() == [
         3405396810240292928,
         3394012004367669963,
     ]
-    assert fmt.keys_of_ids(pa.array([], pa.string())).tolist() == []
+    assert keys_of_ids(pa.array([], pa.string())).tolist() == []
 
 
 @pytest.mark.parametrize(("n", "expected"), [(1, 1), (64, 1), (65, 2), (4534, 71), (463_435, 4096)])
 def test_default_users_per_shard(n, expected):
-    assert fmt.default_users_per_shard(n) == expected
+    assert default_users_per_shard(n) == expected

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from data_tools import shard
 from dist_vasp.data import ids
-from dist_vasp.data.format import Manifest, load_items, users_file
+from dist_vasp.data.items import load_items
+from dist_vasp.data.manifest import Manifest, users_file
 from dist_vasp.data.tables.columns import Reading
 from dist_vasp.ranking.history_file import open_histories
 from dist_vasp.ranking.recommend import recommend_to_file

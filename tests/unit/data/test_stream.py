@@ -18,8 +18,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_vasp.data.format import read_shard
-from dist_vasp.data.stream import Batch, Rows, TrainStream, concatenate_rows, evaluation_blocks
+from dist_vasp.data.held_out import evaluation_blocks
+from dist_vasp.data.rows import Rows, concatenate_rows
+from dist_vasp.data.shard import read_shard
+from dist_vasp.data.stream import Batch, TrainStream
 from tests.support.make_shards import write_folder
 
 N_USERS, N_ITEMS = 203, 60

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from data_tools import shard
-from dist_vasp.data.format import Manifest
+from dist_vasp.data.manifest import Manifest
 from dist_vasp.data.positives import PositiveRule
 from tests.oracles.liang_reference import liang
 from tests.support.shard_folders import assert_equal_to_reference, read_folder, write_csv

@@ -16,8 +16,10 @@ import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 import pytest
 
-from data_tools import interactions, shard, writer
-from dist_vasp.data.format import SPLITS, Manifest, iterate_shard, load_items
+from data_tools import collect, shard, writer
+from dist_vasp.data.items import load_items
+from dist_vasp.data.manifest import SPLITS, Manifest
+from dist_vasp.data.shard import iterate_shard
 from tests.oracles.liang_reference import liang
 from tests.support.shard_folders import (
     assert_equal_to_reference,
@@ -82,7 +84,7 @@ def test_large_shards_hold_blocks_of_limited_size(tmp_path, source, monkeypatch)
 def test_same_input_same_bytes(tmp_path, source, monkeypatch):
     assert shard.main([str(source), str(tmp_path / "a"), *SPLIT]) == 0
     monkeypatch.setattr(
-        interactions, "ROWS_PER_BATCH", 50
+        collect, "ROWS_PER_BATCH", 50
     )  # neither batches nor the clock leave a trace
     monkeypatch.setattr(time, "time", lambda: 12345.0)
     assert shard.main([str(source), str(tmp_path / "b"), *SPLIT, "--memory_limit", "100MB"]) == 0

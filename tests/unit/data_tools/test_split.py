@@ -11,16 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_tools import shard
-from data_tools.interactions import collect
-from data_tools.split import (
-    GivenPlan,
-    HeldOutDraw,
-    LiangPlan,
-    liang_users,
-    moved_to_validation,
-    pair_hash,
-)
-from dist_vasp.data.format import Manifest
+from data_tools.collect import collect
+from data_tools.given import GivenPlan, moved_to_validation
+from data_tools.liang import HeldOutDraw, LiangPlan, liang_users
+from dist_vasp.data.hashing import pair_hash
+from dist_vasp.data.manifest import Manifest
 from tests.oracles.liang_reference import liang
 from tests.support.shard_folders import (
     assert_equal_to_reference,
@@ -30,8 +25,12 @@ from tests.support.shard_folders import (
 )
 
 
-def collected(rows, folder, batch_rows=7, min_rating=4.0, **columns):
+def collected(rows, folder, **options):
     """Interactions from (user, item, ...) tuples, in small batches."""
+    return collect_rows(rows, folder, **options)[0]
+
+
+def collect_rows(rows, folder, batch_rows=7, min_rating=4.0, **columns):
     names = ["user", "item", *columns]
     types = [
         pa.int64() if isinstance(rows[0][0], int) else pa.string(),
@@ -62,15 +61,10 @@ def plan_by_id(plan, data, users_per_block):
         for block in plan.blocks(split, sizes):
             block.check(len(items), split)
             for u in range(block.n_users):
-                fold_in = [items[i] for i in block.items[block.indptr[u] : block.indptr[u + 1]]]
-                held_out = []
-                if block.heldout_indptr is not None:
-                    held_out = [
-                        items[i]
-                        for i in block.heldout_items[
-                            block.heldout_indptr[u] : block.heldout_indptr[u + 1]
-                        ]
-                    ]
+                fold_in, held_out = (
+                    [] if rows is None else [items[i] for i in rows.slice(u, u + 1).items]
+                    for rows in (block.rows, block.held_out)
+                )
                 result[split][next(users)] = (fold_in, held_out)
         assert next(users, None) is None
     return result
@@ -246,9 +240,9 @@ def test_a_pair_in_train_and_test_counts_once(tmp_path):
         (2, 2, "train"),
         (2, 1, "train"),
     ]
-    data = collected(rows, tmp_path, split=pa.string())
+    data, summary = collect_rows(rows, tmp_path, split=pa.string())
     found = plan_by_id(GivenPlan(data, 0.0, 1), data, 5)
-    assert data.counts.duplicates == 2
+    assert summary.duplicates == 2
     assert {u: (sorted(f), h) for u, (f, h) in found["test"].items()} == {2: ([1], [2])}
 
 

@@ -16,14 +16,10 @@ import pytest
 import webdataset
 
 from data_tools import shard, verify
-from dist_vasp.data.format import (
-    Block,
-    Manifest,
-    concatenate,
-    encode_block,
-    iterate_shard,
-    sha256_of,
-)
+from dist_vasp.data.block import Block, concatenate, encode_block
+from dist_vasp.data.hashing import sha256_of
+from dist_vasp.data.manifest import Manifest
+from dist_vasp.data.shard import iterate_shard
 from tests.support.shard_folders import random_rows, write_csv
 
 
@@ -70,12 +66,11 @@ def rewrite_shard(folder: Path, name: str, change) -> None:
     with open(folder / name, "wb") as file, webdataset.TarWriter(file, encoder=False) as tar:
         tar.write(encode_block(name.removesuffix(".tar") + "-000", block))
     data = (folder / name).read_bytes()
-    heldout = 0 if block.heldout_items is None else len(block.heldout_items)
     new = replace(
         entry,
         users=block.n_users,
-        interactions=len(block.items),
-        heldout=heldout,
+        interactions=len(block.rows.items),
+        heldout=block.n_held_out,
         bytes=len(data),
         sha256=sha256_of(data),
     )
@@ -204,28 +199,32 @@ def test_no_folder_and_no_manifest(tmp_path, capsys):
 # --- faults of a writer ----------------------------------------------------------------------------------------------
 
 
+def with_items(block: Block, items: np.ndarray) -> Block:
+    return replace(block, rows=replace(block.rows, items=items))
+
+
 def test_fold_in_and_held_out_overlap(folder, capsys):
     rewrite_shard(
         folder,
         "test-000000.tar",
-        lambda b: replace(b, heldout_indptr=b.indptr, heldout_items=b.items),
+        lambda b: replace(b, held_out=b.rows),
     )
     named(capsys, folder, "fold-in and held-out items of 7 users (keys")
 
 
 def test_items_not_ascending_and_out_of_range(folder, capsys):
-    rewrite_shard(folder, "train-000000.tar", lambda b: replace(b, items=b.items[::-1].copy()))
+    rewrite_shard(folder, "train-000000.tar", lambda b: with_items(b, b.rows.items[::-1].copy()))
     rewrite_shard(
         folder,
         "train-000001.tar",
-        lambda b: replace(b, items=np.append(b.items[:-1], np.int32(30))),
+        lambda b: with_items(b, np.append(b.rows.items[:-1], np.int32(30))),
     )
     named(capsys, folder, "a user's item rows are not strictly ascending", "expected 0 to 29")
 
 
 def test_popularity_that_is_not_the_count(folder, capsys):
     def one_less(b: Block) -> Block:
-        return replace(b, items=b.items[:-1], indptr=np.append(b.indptr[:-1], b.indptr[-1] - 1))
+        return replace(b, rows=b.rows.where(np.arange(len(b.rows.items)) < len(b.rows.items) - 1))
 
     rewrite_shard(folder, "train-000000.tar", one_less)
     named(capsys, folder, "popularity of 1 items differs from the train shards")

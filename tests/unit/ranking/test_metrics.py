@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_vasp.data.stream import Rows
+from dist_vasp.data.rows import Rows
 from dist_vasp.ranking.metrics import RankingMetrics, hits, ndcg_at_k, recall_at_k
 
 KEYS = [

@@ -17,8 +17,9 @@ import scipy.sparse
 from data_tools.shard import main as shard
 from dist_vasp import Recommender
 from dist_vasp.checkpoint import header_sha256
-from dist_vasp.data.format import Manifest, load_items
 from dist_vasp.data.ids import MISSING
+from dist_vasp.data.items import load_items
+from dist_vasp.data.manifest import Manifest
 from dist_vasp.data.positives import PositiveRule
 from dist_vasp.data.tables.columns import Reading
 from dist_vasp.ranking import recommend as recommend_module

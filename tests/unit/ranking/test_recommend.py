@@ -13,8 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from dist_vasp.data.format import ItemTable, keys_of_ids
-from dist_vasp.data.stream import Rows
+from dist_vasp.data.hashing import keys_of_ids
+from dist_vasp.data.items import ItemTable
+from dist_vasp.data.rows import Rows
 from dist_vasp.data.tables.columns import Reading
 from dist_vasp.model.vasp import make_trunk
 from dist_vasp.parallel.comm import Ranks, form_groups

@@ -15,7 +15,8 @@ import pytest
 
 from data_tools.readers import open_source
 from dist_vasp.data import ids
-from dist_vasp.data.format import ItemTable, keys_of_ids
+from dist_vasp.data.hashing import keys_of_ids
+from dist_vasp.data.items import ItemTable
 from dist_vasp.data.tables import csv_rows
 from dist_vasp.ranking.history_file import open_histories
 from tests.oracles.csv_files import CsvFile, generate

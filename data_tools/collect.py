@@ -1,0 +1,281 @@
+"""Group raw interactions by user, out of core.
+
+The interactions are read once and never held in memory together:
+
+1. Batches from a reader are filtered by rating, and ids become codes in order of first appearance.
+2. DuckDB sorts the codes by (user, position) and spills to disk.
+3. Where a user and an item have several rows, one row decides (dist_vasp/data/positives.py). The
+   positives go to the scratch files of `Interactions`, sorted by user.
+
+Shapes: U users, I items, E interactions.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from data_tools.cli import Progress
+from data_tools.interactions import Interactions, Summary, item_counts, without_items
+from dist_vasp.data.ids import IdIndex
+from dist_vasp.data.positives import PositiveRule, positive_rows
+
+ROWS_PER_BATCH = 1 << 19
+SPLIT_VALUES = pa.array(["0", "train", "1", "test", "2", "validation"])  # code = position // 2
+
+
+def collect(
+    batches: Iterable[pa.RecordBatch],
+    folder: Path,
+    min_rating: float,
+    memory_limit: str,
+    repeats: str = "first",
+) -> tuple[Interactions, Summary]:
+    """Group the positives of `batches` by user, with scratch files in `folder`.
+
+    batches: columns user and item, and optionally rating, split and time. Without a rating column
+    every row counts. `repeats` says which of several rows of a pair counts; times, where there are
+    any, order them. ValueError for unknown split values, for an input without rows and for one
+    without positives; ValueError of the reader passes through.
+    """
+    rest = iter(batches)
+    first = next(rest, None)
+    schema = first.schema if first is not None else pa.schema([])
+    rule, extra = _rule_and_columns(schema.names, min_rating, repeats, first is None)
+    encoder = _Encoder(rule, extra, has_ratings="rating" in schema.names)
+    folder.mkdir(parents=True, exist_ok=True)
+    encoded = _EncodedBatches(encoder, itertools.chain([] if first is None else [first], rest))
+    types = {"split": pa.uint8(), "rating": pa.float64()}
+    if "time" in schema.names:
+        types["time"] = schema.field("time").type
+    fields = [("user", pa.uint32()), ("item", pa.uint32()), ("position", pa.uint64())]
+    sorted_schema = pa.schema([*fields, *((name, types[name]) for name in extra)])
+    with _sorted_by_user(encoded, sorted_schema, folder, memory_limit) as stream:
+        sizes = _write_scratch(stream, folder, encoder)
+    if not sizes.any():
+        raise ValueError(_nothing_kept(encoder.summary, min_rating, repeats))
+    return _interactions(encoder, sizes, folder), encoder.summary
+
+
+def _rule_and_columns(
+    names: Sequence[str], min_rating: float, repeats: str, is_empty: bool
+) -> tuple[PositiveRule, list[str]]:
+    """Return which rows are positives, and which columns the sort carries besides user and item."""
+    if repeats == "max" and not is_empty and "rating" not in names:
+        raise ValueError(
+            "--repeats max takes the highest rating of a pair, and no rating column was read; "
+            "pass --rating_column NAME"
+        )
+    extra = [name for name in ("split", "time") if name in names]
+    if "rating" not in names:
+        return PositiveRule(repeats=repeats), extra
+    if repeats != "first":
+        extra.append("rating")
+    return PositiveRule(rating_column="rating", min_rating=min_rating, repeats=repeats), extra
+
+
+def _nothing_kept(summary: Summary, min_rating: float, repeats: str) -> str:
+    reason = f"all {summary.rows} rows have a rating below {min_rating:g}; lower --min_rating"
+    if repeats == "last":
+        reason = f"the last rating of every pair is below {min_rating:g}; lower --min_rating"
+    if not summary.rows:
+        reason = "it holds no rows; name another"
+    return f"the input has no interaction to keep: {reason}"
+
+
+def _interactions(encoder: _Encoder, sizes: np.ndarray, folder: Path) -> Interactions:
+    """Return the scratch files with users by ascending id; `sizes` (U,) are by user code."""
+    user_ids, user_rank = _ascending(encoder.users)
+    order = np.argsort(user_rank)
+    data = Interactions(
+        user_ids,
+        _ascending(encoder.items)[0],
+        (np.cumsum(sizes) - sizes)[order],
+        sizes[order],
+        "split" in encoder.extra,
+        folder,
+    )
+    if encoder.rule.repeats == "last" and encoder.summary.has_ratings:
+        # some users and items appear only in rows of low ratings
+        return without_items(data, item_counts(data) == 0)
+    return data
+
+
+def _ascending(index: IdIndex) -> tuple[pa.Array, np.ndarray]:
+    """Return the ids in ascending order (strings by their UTF-8 bytes), and the rank of each code
+    there."""
+    assert index.ids is not None
+    order = np.asarray(pc.array_sort_indices(index.ids))
+    rank = np.empty(len(order), np.uint32)
+    rank[order] = np.arange(len(order), dtype=np.uint32)
+    return index.ids.take(pa.array(order)), rank
+
+
+class _Encoder:
+    """Turns batches of ids into batches of codes, and drops the rows whose rating is too low."""
+
+    def __init__(self, rule: PositiveRule, extra: Sequence[str], has_ratings: bool):
+        self.rule = rule
+        self.extra = extra
+        self.users = IdIndex()
+        self.items = IdIndex()
+        self.summary = Summary(has_ratings=has_ratings)
+        self._position = 0
+
+    def encode(self, batch: pa.RecordBatch) -> pa.RecordBatch:
+        self.summary.rows += len(batch)
+        kept = batch
+        if self.rule.min_rating is not None and self.rule.repeats != "last":
+            # with `last`, a low rating may be the last row of its pair
+            kept = batch.filter(pc.greater_equal(batch["rating"], self.rule.min_rating))
+            self.summary.below_min_rating += len(batch) - len(kept)
+        positions = np.arange(self._position, self._position + len(kept), dtype=np.uint64)
+        self._position += len(kept)
+        columns = {
+            "user": self.users.encode(kept["user"]),
+            "item": self.items.encode(kept["item"]),
+            "position": pa.array(positions),
+        }
+        for name in self.extra:
+            columns[name] = _split_codes(kept["split"]) if name == "split" else kept[name]
+        return pa.record_batch(columns)
+
+
+def _split_codes(splits: pa.Array) -> pa.Array:
+    codes = pc.index_in(splits, value_set=SPLIT_VALUES)
+    if codes.null_count:
+        bad = splits.filter(pc.is_null(codes))[0].as_py()
+        raise ValueError(
+            f"the split column holds {bad!r}; expected 0 or train, 1 or test, 2 or validation"
+        )
+    return pa.array((np.asarray(codes) // 2).astype(np.uint8))
+
+
+class _EncodedBatches:
+    """The encoded batches as DuckDB reads them.
+
+    DuckDB reports only the text of an error that reading raises; `failure` keeps the error itself.
+    """
+
+    def __init__(self, encoder: _Encoder, batches: Iterable[pa.RecordBatch]):
+        self._encoder = encoder
+        self._batches = batches
+        self.failure: BaseException | None = None
+
+    def __iter__(self) -> Iterator[pa.RecordBatch]:
+        try:
+            with Progress("reading", "rows") as progress:
+                for batch in self._batches:
+                    progress.add(len(batch))
+                    kept = self._encoder.encode(batch)
+                    if len(kept):
+                        yield kept
+        except BaseException as error:
+            self.failure = error
+            raise
+
+
+@contextmanager
+def _sorted_by_user(
+    batches: _EncodedBatches, schema: pa.Schema, folder: Path, memory_limit: str
+) -> Iterator[Iterable[pa.RecordBatch]]:
+    """Sort the batches by (user, position) with a bound on memory, spilling to `folder`.
+
+    ValueError where the sort lacks memory or disk; an error of the reader passes through.
+    """
+    connection = duckdb.connect(
+        config={"temp_directory": str(folder / "spill"), "preserve_insertion_order": False}
+    )
+    try:
+        # one thread feeds the sort; more threads only cost memory
+        connection.execute("SET threads = 1")
+        connection.execute("SET memory_limit = ?", [memory_limit])
+        connection.register("rows", pa.RecordBatchReader.from_batches(schema, iter(batches)))
+        columns = ", ".join(name for name in schema.names if name != "position")
+        query = connection.sql(f"SELECT {columns} FROM rows ORDER BY user, position")
+        yield query.to_arrow_reader(ROWS_PER_BATCH)
+    except Exception as error:
+        if batches.failure is not None:
+            raise batches.failure from None
+        if isinstance(error, duckdb.OutOfMemoryException):
+            reason = str(error).split("Possible solutions")[0].strip()
+            raise ValueError(
+                f"the sort does not fit into --memory_limit {memory_limit}; pass a larger one "
+                f"({reason})"
+            ) from None
+        if isinstance(error, duckdb.IOException):
+            raise ValueError(
+                f"the sort cannot spill beside the output ({error}); free some space or choose "
+                "another place"
+            ) from None
+        raise
+    finally:
+        connection.close()
+
+
+def _write_scratch(stream: Iterable[pa.RecordBatch], folder: Path, encoder: _Encoder) -> np.ndarray:
+    """Write the positives to `folder`; return their number for every user, (U,) int64, by code."""
+    sizes: list[np.ndarray] = []
+    item_rank: np.ndarray | None = None
+    with (
+        open(folder / "items", "wb") as items_file,
+        open(folder / "splits", "wb") as splits_file,
+        Progress("grouping", "rows") as progress,
+    ):
+        for rows in _whole_users(stream, ["user", "item", *encoder.extra]):
+            if item_rank is None:  # the sort has consumed all input, so the index is complete
+                item_rank = _ascending(encoder.items)[1]
+            user, item = rows["user"], rows["item"]
+            progress.add(len(user))
+            local = user - user[0]  # codes are dense: every user has a row
+            pairs = local.astype(np.int64) * len(item_rank) + item
+            kept = positive_rows(encoder.rule, pairs, rows.get("rating"), rows.get("time"))
+            _count_left_out(encoder, pairs, len(kept))
+            items_file.write(item_rank[item[kept]].tobytes())
+            if "split" in rows:
+                splits_file.write(rows["split"][kept].tobytes())
+            sizes.append(np.bincount(local[kept], minlength=int(local[-1]) + 1))
+    return np.concatenate([np.empty(0, np.int64), *sizes]).astype(np.int64)
+
+
+def _count_left_out(encoder: _Encoder, pairs: np.ndarray, n_kept: int) -> None:
+    n_pairs = n_kept
+    if encoder.rule.repeats == "last" and not encoder.rule.is_implicit:
+        n_pairs = len(np.unique(pairs))
+    encoder.summary.duplicates += len(pairs) - n_pairs
+    encoder.summary.below_min_rating += n_pairs - n_kept
+
+
+def _whole_users(
+    stream: Iterable[pa.RecordBatch], names: Sequence[str]
+) -> Iterator[dict[str, np.ndarray]]:
+    """Yield the columns `names` of `stream` in parts that end where the user changes, so that the
+    rows of a user are never in two parts."""
+    waiting: list[dict[str, np.ndarray]] = []  # rows of one user, whose end has not come
+    for batch in stream:
+        if not len(batch):
+            continue
+        columns = {name: np.asarray(batch[name]) for name in names}
+        user = columns["user"]
+        cut = int(np.searchsorted(user, user[-1]))
+        if cut:
+            waiting.append({name: column[:cut] for name, column in columns.items()})
+            yield _joined(waiting)
+            waiting = []
+        elif waiting and waiting[-1]["user"][-1] != user[0]:
+            yield _joined(waiting)
+            waiting = []
+        waiting.append({name: column[cut:] for name, column in columns.items()})
+    if waiting:
+        yield _joined(waiting)
+
+
+def _joined(parts: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

@@ -1,0 +1,114 @@
+"""The options of data_tools.shard: parser, types, and which options go together."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+
+from data_tools import cli
+from data_tools.readers import FORMATS
+from dist_vasp.data.positives import REPEATS
+from dist_vasp.data.tables.options import add_reading_options
+
+_LIANG_ONLY = (
+    "rating_column",
+    "min_rating",
+    "min_items",
+    "min_users",
+    "core",
+    "val_users",
+    "test_users",
+)
+_GIVEN_ONLY = ("split_column", "validation_fraction")
+
+
+def parser() -> cli.Parser:
+    result = cli.Parser(
+        prog="python -m data_tools.shard", description="Turn raw interactions into shards."
+    )
+    add = result.add_argument
+    add("inputs", nargs="+", metavar="INPUT", help="files, folders, globs or archives to read")
+    add("output", type=Path, metavar="OUT_DIR", help="folder to write; appears only when complete")
+    add("--format", choices=FORMATS, help="default: inferred from the name of INPUT")
+    _add_columns(result)
+    _add_protocol(result)
+    help = "CSV or Parquet with the item column and title; default: the titles of INPUT, if any"
+    add("--titles", type=Path, metavar="FILE", help=help)
+    add_reading_options(result)
+    add("--seed", type=cli.seed, default=98765, help="default 98765")
+    add("--users_per_shard", type=cli.at_least(1), help="default min(4096, train users / 64)")
+    help = "memory for the sort, which spills to disk; default 800MB"
+    add("--memory_limit", type=_memory, default="800MB", help=help)
+    help = "replace OUT_DIR if it is a folder that this command wrote"
+    add("--overwrite", action="store_true", help=help)
+    add("--dry_run", action="store_true", help="print what would be written, write nothing")
+    return result
+
+
+def _add_columns(result: cli.Parser) -> None:
+    add = result.add_argument
+    add("--user_column", metavar="NAME", help="csv, parquet: default user")
+    add("--item_column", metavar="NAME", help="csv, parquet: default item")
+    help = "liang: default rating; without such a column every row counts (implicit feedback)"
+    add("--rating_column", metavar="NAME", help=help)
+    help = "orders the rows of a user and an item; default for --repeats last: timestamp, if any"
+    add("--time_column", metavar="NAME", help=help)
+    help = "given: default split; 0 or train, 1 or test, 2 or validation"
+    add("--split_column", metavar="NAME", help=help)
+
+
+def _add_protocol(result: cli.Parser) -> None:
+    add = result.add_argument
+    help = "liang splits users, given follows a column; default liang"
+    add("--protocol", choices=("liang", "given"), default="liang", help=help)
+    add("--min_rating", type=cli.number, help="liang: keep ratings of at least this; default 4")
+    help = "which of several rows of a user and an item counts; default first"
+    add("--repeats", choices=REPEATS, default="first", help=help)
+    at_least_one, count = cli.at_least(1), cli.at_least(0)
+    help = "liang: keep users with at least this many items; default 5"
+    add("--min_items", type=at_least_one, help=help)
+    help = "liang: keep items with at least this many users; default 1"
+    add("--min_users", type=at_least_one, help=help)
+    help = "liang: apply --min_items and --min_users until nothing changes"
+    add("--core", action="store_true", default=None, help=help)
+    help = "liang: default a tenth of the users, at most 10,000"
+    add("--val_users", type=count, help=help)
+    add("--test_users", type=count, help=help)
+    help = "given: fraction of train items moved to validation; default 0.1, 0 moves none"
+    add("--validation_fraction", type=_fraction, help=help)
+
+
+def _fraction(text: str) -> float:
+    value = cli.number(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 0 and below 1")
+    return value
+
+
+def _memory(text: str) -> str:
+    if not re.fullmatch(r"\d+(\.\d+)?\s*([KMGT]i?B)", text, re.IGNORECASE):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not an amount of memory; write 1GB, 500MB, ..."
+        )
+    return text
+
+
+def check_protocol(args: argparse.Namespace) -> None:
+    """ValueError where an option does not go with --protocol or --repeats."""
+    if args.protocol == "given" and args.repeats == "max":
+        raise ValueError(
+            "--repeats max takes ratings, which --protocol given does not read; pass first or last"
+        )
+    if args.repeats == "max" and args.time_column is not None:
+        raise ValueError(
+            "--time_column orders the rows for --repeats first and last, but it is max; leave one "
+            "of them out"
+        )
+    for name in _LIANG_ONLY if args.protocol == "given" else _GIVEN_ONLY:
+        if getattr(args, name) is not None:
+            other = "given" if args.protocol == "liang" else "liang"
+            raise ValueError(
+                f"--{name} belongs to --protocol {other}, but the protocol is {args.protocol}; "
+                "leave one of them out"
+            )
