@@ -1,6 +1,6 @@
-"""Members of zip and tar archives as streams, and files of folders in the same form.
+"""Read the files of folders, zip archives and tar archives as streams.
 
-Nothing is extracted, ever.
+Nothing is extracted to disk.
 """
 
 from __future__ import annotations
@@ -29,11 +29,10 @@ def base_name(member: str) -> str:
 
 
 def members(path: Path) -> Iterator[tuple[str, Any]]:
-    """(name, stream) of every regular file in a folder, a zip, a tar or a tar inside a tar; or of
-    the file itself.
+    """Yield (name, stream) of every regular file in a folder, a zip, a tar or a tar inside a tar.
 
-    Folders and zips go by name, tars in their own order; hidden names are left out. A stream is
-    valid until the next one is asked for.
+    For another file, yield the file itself. Folders and zips are read by name, tars in their own
+    order. Hidden files are skipped. A stream is valid until the next one is requested.
     """
     if path.is_dir():
         for file in sorted(walk(path, [])):

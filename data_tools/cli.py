@@ -1,4 +1,4 @@
-"""What the commands of data_tools share: exit status, one readable error, progress on stderr."""
+"""Parser, exit status, error message and progress of the data_tools commands."""
 
 from __future__ import annotations
 
@@ -24,8 +24,7 @@ SECONDS_BETWEEN_LINES = 15.0
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose mistakes are ValueErrors, so that they end like all others, with `--debug` for
-    the traceback of an error."""
+    """An ArgumentParser that raises ValueError for a wrong command line, and has `--debug`."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"allow_abbrev": False} | options)
@@ -46,13 +45,12 @@ class Parser(argparse.ArgumentParser):
 def run(
     parser: Parser, command: Callable[[argparse.Namespace], int], argv: Sequence[str] | None = None
 ) -> int:
-    """Parse `argv`, run `command`, and return the exit status: 0 done, 2 bad input, 1 anything
-    else.
+    """Parse `argv`, run `command`, and return the exit status.
 
-    A ValueError is the user's to mend and becomes one line, as does an OSError (a full disk); any
-    other exception is a bug and keeps its traceback. SIGTERM, Ctrl-C and SIGHUP end the command
-    through its `finally` clauses, so that nothing is left behind; the status is then 128 plus the
-    signal's number.
+    The status is 0 when done, 2 for bad input, and 1 for anything else. A ValueError or OSError
+    becomes one line; any other exception is a bug and keeps its traceback. SIGTERM, Ctrl-C and
+    SIGHUP end the command through its `finally` clauses, so that nothing is left behind; the status
+    is then 128 plus the signal's number.
     """
     guard()
     debug = "--debug" in (sys.argv if argv is None else argv)
@@ -69,8 +67,8 @@ def run(
             debug,
         )
     except OSError as error:
-        said = path_error(error)
-        return _report(ValueError(said) if said else error, 2 if said else 1, debug)
+        message = path_error(error)
+        return _report(ValueError(message) if message else error, 2 if message else 1, debug)
     except EndedBySignal as ended:
         return _report(ended, ended.status, False)
     return final_status(status)
@@ -84,11 +82,14 @@ def _report(error: BaseException, status: int, debug: bool) -> int:
 
 
 class Progress:
-    """A tqdm bar on a terminal; elsewhere a plain line now and then. Both on stderr."""
+    """Progress on stderr: a bar on a terminal, elsewhere a plain line every 15 seconds."""
 
     def __init__(self, what: str, unit: str, total: int | None = None):
-        self.what, self.unit, self.total, self.done = what, unit, total, 0
-        self._began = self._spoke = time.monotonic()
+        self.what = what
+        self.unit = unit
+        self.total = total
+        self.done = 0
+        self._start = self._last_line = time.monotonic()
         self._bar = (
             tqdm(desc=what, unit=f" {unit}", total=total, unit_scale=True, leave=False)
             if sys.stderr.isatty()
@@ -99,16 +100,14 @@ class Progress:
         self.done += n
         if self._bar is not None:
             self._bar.update(n)
-        elif time.monotonic() - self._spoke > SECONDS_BETWEEN_LINES:
-            self._spoke = time.monotonic()
-            rate = self.done / (self._spoke - self._began)
-            of, left = "", ""
+        elif time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES:
+            self._last_line = time.monotonic()
+            rate = self.done / (self._last_line - self._start)
+            of = left = ""
             if self.total and rate:
                 seconds = int(max(0, self.total - self.done) / rate)
-                of, left = (
-                    f" of {self.total:,}",
-                    f", {seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d} left",
-                )
+                of = f" of {self.total:,}"
+                left = f", {seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d} left"
             print(
                 f"{self.what}: {self.done:,}{of} {self.unit}, {rate:,.0f}/s{left}",
                 file=sys.stderr,
@@ -127,7 +126,7 @@ class Progress:
 
 
 def at_least(low: int) -> Callable[[str], int]:
-    """An argparse type: an integer of at least `low`."""
+    """Return an argparse type: an integer of at least `low`."""
 
     def integer(text: str) -> int:
         try:
@@ -142,7 +141,7 @@ def at_least(low: int) -> Callable[[str], int]:
 
 
 def number(text: str) -> float:
-    """An argparse type: a finite number."""
+    """Parse a finite number (an argparse type)."""
     try:
         value = float(text)
     except ValueError:
@@ -153,7 +152,7 @@ def number(text: str) -> float:
 
 
 def seed(text: str) -> int:
-    """An argparse type: what numpy.random.seed takes."""
+    """Parse a seed that numpy.random.seed takes (an argparse type)."""
     value = at_least(0)(text)
     if value >= 2**32:
         raise argparse.ArgumentTypeError(f"{text} is too large for a seed; pass 0 to {2**32 - 1}")

@@ -1,8 +1,8 @@
-"""The Netflix Prize: `combined_data_*.txt`, or `mv_*.txt` in a folder or tar, even inside the tar
-of the whole prize.
+"""Read the Netflix Prize data: `combined_data_*.txt`, or `mv_*.txt` in a folder or tar.
 
-Both are movies one after another: a line `MOVIE:`, then lines `USER,RATING,DATE`. Files are joined
-into blocks of some megabytes and parsed without a step of Python per row.
+A tar inside the tar of the whole prize is read, too. Both formats list one movie after another: a
+line `MOVIE:`, then lines `USER,RATING,DATE`. Lines are parsed in blocks of some megabytes, without
+a Python step per row.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def holds_ratings(names: list[str]) -> bool:
 
 
 @dataclass(frozen=True)
-class _Piece:
+class _Lines:
     """Whole lines of one file; the first of them has number `line`."""
 
     name: str
@@ -49,7 +49,7 @@ class _Piece:
 
 @dataclass
 class NetflixSource:
-    """`path` is a folder, a tar, a zip or one file. Movie titles are picked up on the way."""
+    """The ratings and movie titles in `path`: a folder, a tar, a zip or one file."""
 
     path: Path
     left_out: dict[str, int] = field(default_factory=dict)
@@ -60,15 +60,17 @@ class NetflixSource:
         return {role: role for role in ("user", "item", "rating")}, []
 
     def read_times(self) -> str | None:
-        """The dates are not read."""
+        """Return None: the dates of this format are not read."""
         return None
 
     def batches(self) -> Iterator[pa.RecordBatch]:
         with readable(str(self.path)):
-            movie, block, size = -1, list[_Piece](), 0
-            for piece in self._pieces():
-                block.append(piece)
-                size += len(piece.data)
+            movie = -1
+            block: list[_Lines] = []
+            size = 0
+            for lines in self._lines():
+                block.append(lines)
+                size += len(lines.data)
                 if size >= BLOCK_BYTES:
                     batch, movie = _parse(block, movie)
                     yield batch
@@ -81,7 +83,7 @@ class NetflixSource:
                     "Netflix Prize data"
                 )
 
-    def _pieces(self) -> Iterator[_Piece]:
+    def _lines(self) -> Iterator[_Lines]:
         for member, stream in archives.members(self.path):
             name = archives.base_name(member)
             if _TITLES.match(name):
@@ -100,13 +102,13 @@ class NetflixSource:
                         "end; expected lines of ratings"
                     )
                 if cut:
-                    yield _Piece(member, line, data[:cut])
+                    yield _Lines(member, line, data[:cut])
                     line += data.count(b"\n", 0, cut)
             if held:
-                yield _Piece(member, line, held + b"\n")
+                yield _Lines(member, line, held + b"\n")
 
     def titles(self) -> dict[int, str] | None:
-        """Movie titles by id, where movie_titles.csv or .txt was met or lies beside `path`."""
+        """Return movie titles by id, from movie_titles.csv or .txt inside `path` or next to it."""
         for name in ("movie_titles.csv", "movie_titles.txt"):
             beside = self.path.parent / name
             if not self._titles and beside.is_file():
@@ -115,7 +117,7 @@ class NetflixSource:
 
 
 def _parse_titles(text: str) -> dict[int, str]:
-    """Lines `ID,YEAR,TITLE`; a title may hold commas."""
+    """Parse lines `ID,YEAR,TITLE`; a title may hold commas."""
     rows = (line.split(",", 2) for line in text.splitlines())
     return {
         int(row[0]): row[2]
@@ -124,10 +126,12 @@ def _parse_titles(text: str) -> dict[int, str]:
     }
 
 
-def _parse(block: list[_Piece], movie: int) -> tuple[pa.RecordBatch, int]:
-    """The ratings of a block and its last movie; `movie` (-1: none yet) is the one that goes on
-    from the block before."""
-    data = b"".join(piece.data for piece in block)
+def _parse(block: list[_Lines], movie: int) -> tuple[pa.RecordBatch, int]:
+    """Return the ratings of a block and its last movie.
+
+    `movie` is the last one of the block before, which may continue here; -1: none yet.
+    """
+    data = b"".join(lines.data for lines in block)
     if b"\r" in data:
         data = data.replace(b"\r\n", b"\n")
     text = np.frombuffer(data, np.uint8)
@@ -137,9 +141,8 @@ def _parse(block: list[_Piece], movie: int) -> tuple[pa.RecordBatch, int]:
     bounds = np.concatenate([starts[headers], [len(data)]])
     cuts = np.concatenate([[0], ends[headers] + 1])
     body = b"".join(data[a:b] for a, b in zip(cuts.tolist(), bounds.tolist(), strict=True))
-    sizes = (
-        np.diff(np.concatenate([[-1], headers, [len(ends)]])) - 1
-    )  # ratings before, between and after the headers
+    # numbers of ratings before, between and after the headers
+    sizes = np.diff(np.concatenate([[-1], headers, [len(ends)]])) - 1
     try:
         movies = [
             movie,
@@ -166,7 +169,7 @@ def _parse(block: list[_Piece], movie: int) -> tuple[pa.RecordBatch, int]:
             or np.isnan(rated["rating"]).any()
         ):
             raise ValueError("a rating is incomplete")
-    except ValueError as error:  # find the line the slow way, once
+    except ValueError as error:
         raise _explain(block, movie, error) from None
     item = pa.array(np.repeat(np.array(movies, np.int64), sizes))
     columns = {name: rated[name].combine_chunks() for name in ("user", "rating")}
@@ -178,20 +181,21 @@ def _parse(block: list[_Piece], movie: int) -> tuple[pa.RecordBatch, int]:
 _CONVERT_EMPTY = pa.table({"user": pa.array([], pa.int64()), "rating": pa.array([], pa.float64())})
 
 
-def _explain(block: list[_Piece], movie: int, error: ValueError) -> ValueError:
-    for piece in block:
-        for number, line in enumerate(piece.data.splitlines(), piece.line):
+def _explain(block: list[_Lines], movie: int, error: ValueError) -> ValueError:
+    """Return an error that names the line; found by parsing the block again, line by line."""
+    for lines in block:
+        for number, line in enumerate(lines.data.splitlines(), lines.line):
             seen = line.decode("latin-1")[:80]
             if not _LINE.fullmatch(line):
                 return ValueError(
-                    f"{piece.name}, line {number}: {seen!r} is neither 'MOVIE:' nor "
+                    f"{lines.name}, line {number}: {seen!r} is neither 'MOVIE:' nor "
                     "'USER,RATING,DATE'"
                 )
             if line.endswith(b":"):
                 movie = int(line[:-1])
             elif movie < 0:
                 return ValueError(
-                    f"{piece.name}, line {number}: the rating {seen!r} comes before any 'MOVIE:' "
-                    "line"
+                    f"{lines.name}, line {number}: the rating {seen!r} comes before any "
+                    "'MOVIE:' line"
                 )
     return ValueError(f"{block[0].name} from line {block[0].line}: {error}")

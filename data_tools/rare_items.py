@@ -20,7 +20,7 @@ from data_tools.interactions import Interactions, item_counts, without_items
 def drop_rare_items(
     data: Interactions, min_users: int, min_items: int, core: bool
 ) -> tuple[Interactions, dict[str, int]]:
-    """Drop items with fewer than `min_users` users; return the rest, and counts of what was dropped.
+    """Drop items with fewer than `min_users` users; return the rest, and counts by reason.
 
     With `core`, users who keep fewer than `min_items` items do not count as users of an item, and
     this repeats until nothing changes. These users stay in the result: the protocol drops and

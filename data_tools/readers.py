@@ -1,4 +1,4 @@
-"""Which reader reads an input: by --format, or by the name of the file, folder or archive."""
+"""Choose the reader of an input: by --format, or by the name of the file, folder or archive."""
 
 from __future__ import annotations
 
@@ -36,35 +36,37 @@ class Source(Protocol):
 
     @property
     def left_out(self) -> dict[str, int]:
-        """Rows that `batches` has left out, by reason."""
+        """Counts of the rows that `batches` left out, by reason."""
         ...
 
     @property
     def notes(self) -> list[str]:
-        """What else there is to say of the input, once `batches` has run."""
+        """Other remarks on the input for the user; complete once `batches` has run."""
         ...
 
     def look(self) -> tuple[dict[str, str], list[str]]:
-        """Names of the columns that are read, by role, and of those that are not, before anything
-        is read."""
+        """Return the names of the columns that are read, by role, and of those that are not.
+
+        This reads no rows.
+        """
         ...
 
     def read_times(self) -> str | None:
-        """Read a column timestamp besides, where there is one; returns its name."""
+        """Read the column timestamp, too, if there is one; return its name."""
         ...
 
     def batches(self) -> Iterator[pa.RecordBatch]:
-        """Batches as dist_vasp/data/tables/read.py describes them; ValueError for bad input."""
+        """Yield batches as in dist_vasp/data/tables/read.py; ValueError for bad input."""
         ...
 
     def titles(self) -> dict[int, str] | None:
-        """Titles by item id, complete once `batches` has run; None where the input has none."""
+        """Return titles by item id, complete once `batches` has run; None if there are none."""
         ...
 
 
 @dataclass
 class TableSource:
-    """A table in CSV or Parquet, perhaps with titles beside it."""
+    """A table in CSV or Parquet, optionally with titles from another file."""
 
     table: Table
     titles_of: movielens.MovieLens | None = None
@@ -75,9 +77,8 @@ class TableSource:
 
     def look(self) -> tuple[dict[str, str], list[str]]:
         names, unused = self.table.look()
-        later = [
-            name for name in self.table.unused if name not in names.values()
-        ]  # of the files after the first
+        # of the files after the first
+        later = [name for name in self.table.unused if name not in names.values()]
         return names, list(dict.fromkeys([*unused, *later]))
 
     def read_times(self) -> str | None:
@@ -99,8 +100,10 @@ class TableSource:
 
 
 def infer_format(inputs: Inputs) -> str:
-    """The format that the names of the inputs (or of the files in them) tell; ValueError where they
-    tell none."""
+    """Return the format of the inputs by their names, or by the names of the files in them.
+
+    ValueError where the names do not tell it.
+    """
     paths = _paths(inputs)
     formats = {_format_of(path) for path in paths}
     if len(formats) > 1:
@@ -112,7 +115,7 @@ def infer_format(inputs: Inputs) -> str:
 
 
 def _paths(inputs: Inputs) -> list[Path]:
-    """The paths that one input or several name."""
+    """Return the paths that one or several inputs name."""
     several = [inputs] if isinstance(inputs, str | Path) else inputs
     return [path for text in several for path in expand(str(text))]
 
@@ -152,8 +155,10 @@ def open_source(
     columns: Columns | None = None,
     reading: Reading | None = None,
 ) -> Source:
-    """The reader of `inputs` in format `name` (None: inferred); ValueError where there is none, or
-    columns do not apply."""
+    """Return the reader of `inputs` in format `name` (None: inferred).
+
+    ValueError where the format has fixed columns and others are named.
+    """
     columns, reading = columns or Columns(), reading or Reading()
     fixed = (
         replace(columns, time=None) == Columns()
@@ -162,7 +167,7 @@ def open_source(
     )
     inferred = name or infer_format(inputs)
     if name is None and inferred == "movielens" and not fixed:
-        inferred = "csv"  # columns were named: it is read as they say
+        inferred = "csv"  # the user names columns: read it as a plain table
     if inferred in ("csv", "parquet"):
         return TableSource(
             open_table(
@@ -172,8 +177,8 @@ def open_source(
     if not fixed or (inferred == "netflix" and columns.time is not None):
         raise ValueError(
             f"the {inferred} format has fixed columns and no split; leave out --*_column, "
-            "--delimiter and the like, "
-            "or pass --format csv or parquet"
+            "--delimiter "
+            "and the like, or pass --format csv or parquet"
         )
     paths = _paths(inputs)
     if len(paths) != 1:

@@ -1,11 +1,15 @@
-"""Implicit feedback with long tails and latent tastes, of any size: a stand-in for data that may
-not be passed on.
+"""Generate synthetic implicit feedback of any size, with long tails and latent tastes.
 
     python -m data_tools.synthesize OUT.parquet --users N --items N --interactions N [--seed S]
 
-A user draws without replacement from  p(i) = sum_k m_k t_k(i):  a sparse mixture m over N_TASTES tastes and, with weight
-BROAD, the popularity of everything. Every item belongs to one taste and, weaker, to a second; within a taste its weight is
-long-tailed. Users are drawn in blocks, each from its own generator, so a seed fixes the file whatever the machine.
+It stands in for data that may not be shared. A user draws items without replacement from
+
+    p(i) = sum over k of m_k t_k(i)
+
+where m is a sparse mixture over N_TASTES tastes and, with weight POPULAR, the popularity of all
+items. Every item belongs to one taste and, with less weight, to a second. Weights within a taste
+have a long tail. Users are drawn in blocks, each from its own generator, so that a seed gives the
+same file on every machine.
 
 Shapes: U users of a block, K tastes, I items, E draws.
 """
@@ -29,7 +33,7 @@ from dist_vasp.files import new_file
 USERS_PER_BLOCK = 2048
 N_TASTES = 24
 TASTES_PER_USER = 3
-BROAD = 0.05  # share of a user's draws that follow popularity alone
+POPULAR = 0.05  # fraction of a user's draws that follow popularity alone
 # log-normal: a mean of 123 items has a median of 89 and a maximum of about 4,000 in 463,435 users
 ACTIVITY_SIGMA = 0.8
 POPULARITY_SIGMA = 1.6
@@ -40,8 +44,10 @@ SCHEMA = pa.schema([("user", pa.int64()), ("item", pa.int64())], _WRITTEN_BY)
 
 
 def activity(users: int, items: int, interactions: int, rng: np.random.Generator) -> np.ndarray:
-    """Items per user, (users,) int64: long-tailed, between min(5, the mean) and `items`, summing
-    exactly to `interactions`."""
+    """Return the number of items of each user, (users,) int64, which sum to `interactions`.
+
+    The distribution has a long tail, from min(5, the mean) to `items`.
+    """
     low = min(5, interactions // users)
     shape = np.exp(ACTIVITY_SIGMA * rng.standard_normal(users))
     small, large = 0.0, 1.0
@@ -64,8 +70,10 @@ def activity(users: int, items: int, interactions: int, rng: np.random.Generator
 
 @dataclass(frozen=True)
 class Tastes:
-    """`cumulative[k]` is the distribution function of taste k over `items` in [k, k+1); the last
-    taste is popularity."""
+    """The distributions of items in each taste; the last taste is popularity.
+
+    `cumulative` holds one distribution function after another, that of taste k in [k, k+1).
+    """
 
     cumulative: np.ndarray  # ((K+1)*I,) float64, ascending
     probability: np.ndarray  # (K+1, I) float32
@@ -87,32 +95,32 @@ class Tastes:
         )
 
     def sample(self, taste: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """One item for every entry of `taste`, (E,) int64."""
+        """Return one item for every entry of `taste`, (E,) int64."""
         position = np.searchsorted(self.cumulative, taste + rng.random(len(taste)), side="right")
         items = self.probability.shape[1]
         return np.minimum(position - taste * items, items - 1)
 
 
 def mixtures(users: int, rng: np.random.Generator) -> np.ndarray:
-    """(U, K+1): how much of each taste a user has; TASTES_PER_USER of them, and BROAD of
-    popularity."""
+    """Return the weight of each taste for each user, (U, K+1): TASTES_PER_USER tastes and
+    popularity are above zero."""
     mixture = np.zeros((users, N_TASTES + 1))
     chosen = rng.random((users, N_TASTES)).argpartition(TASTES_PER_USER, 1)[:, :TASTES_PER_USER]
-    share = rng.dirichlet(np.ones(TASTES_PER_USER), users) * (1 - BROAD)
-    np.put_along_axis(mixture, chosen, share, 1)
-    mixture[:, N_TASTES] = BROAD
+    weights = rng.dirichlet(np.ones(TASTES_PER_USER), users) * (1 - POPULAR)
+    np.put_along_axis(mixture, chosen, weights, 1)
+    mixture[:, N_TASTES] = POPULAR
     return mixture
 
 
 def draw_block(
     counts: np.ndarray, tastes: Tastes, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Users (positions in `counts`, ascending) and items of `counts.sum()` distinct pairs, each
+    """Draw `counts[u]` distinct items for each user u; return users (ascending) and items, each
     (E,) int64.
 
-    Draw with replacement, drop what a user has already, again for what is missing: the same
-    distribution as drawing without replacement. Who wants so much of the catalogue that this does
-    not end gets the rest by Gumbel top-k.
+    Items are drawn with replacement; repeated ones are dropped and drawn again, which gives the
+    same distribution as drawing without replacement. Users who need so much of the catalogue that
+    this takes too many rounds get the rest by Gumbel top-k.
     """
     items = tastes.probability.shape[1]
     mixture = mixtures(len(counts), rng)
@@ -137,20 +145,18 @@ def draw_block(
         pairs = np.sort(np.concatenate([pairs, fresh[rank < missing[user]]]))
     missing = counts - np.bincount(pairs // items, minlength=len(counts))
     rest = [pairs]
-    for one in np.flatnonzero(missing):
-        taken = (
-            pairs[np.searchsorted(pairs, one * items) : np.searchsorted(pairs, (one + 1) * items)]
-            - one * items
-        )
-        gumbel = np.log(mixture[one] @ tastes.probability) + rng.gumbel(size=items)
-        gumbel[taken] = -np.inf
-        rest.append(one * items + np.argpartition(-gumbel, missing[one] - 1)[: missing[one]])
+    for u in np.flatnonzero(missing):
+        first, last = np.searchsorted(pairs, (u * items, (u + 1) * items))
+        chosen = pairs[first:last] - u * items
+        gumbel = np.log(mixture[u] @ tastes.probability) + rng.gumbel(size=items)
+        gumbel[chosen] = -np.inf
+        rest.append(u * items + np.argpartition(-gumbel, missing[u] - 1)[: missing[u]])
     pairs = np.sort(np.concatenate(rest))
     return pairs // items, pairs % items
 
 
 def blocks(users: int, items: int, interactions: int, seed: int) -> Iterator[pa.RecordBatch]:
-    """The data set in blocks of users: columns `user` and `item`, ids from 1."""
+    """Yield the data set in blocks of users: columns `user` and `item`, ids from 1."""
     rng = np.random.default_rng([seed, 0])
     counts = activity(users, items, interactions, rng)
     tastes = Tastes.draw(items, rng)
@@ -167,7 +173,7 @@ def blocks(users: int, items: int, interactions: int, seed: int) -> Iterator[pa.
 def synthesize(
     path: Path, users: int, items: int, interactions: int, seed: int, overwrite: bool = False
 ) -> None:
-    """Write the Parquet file; ValueError where so many interactions do not fit or do not suffice."""
+    """Write the Parquet file; ValueError for too many or too few interactions."""
     if interactions > users * items:
         raise ValueError(
             f"--interactions {interactions} is more than the {users * items} pairs of {users} "
@@ -199,16 +205,19 @@ def _parser() -> cli.Parser:
         "output", type=Path, metavar="OUT.parquet", help="file to write: columns user, item"
     )
     parser.add_argument(
-        "--users", type=cli.at_least(1), required=True, help="every one of them has an interaction"
+        "--users",
+        type=cli.at_least(1),
+        required=True,
+        help="number of users; each has an interaction",
     )
     parser.add_argument(
         "--items",
         type=cli.at_least(1),
         required=True,
-        help="size of the catalogue; the rarest may stay unused",
+        help="size of the catalogue; rare items may stay unused",
     )
     parser.add_argument(
-        "--interactions", type=cli.at_least(1), required=True, help="exactly so many distinct pairs"
+        "--interactions", type=cli.at_least(1), required=True, help="exact number of distinct pairs"
     )
     parser.add_argument("--seed", type=cli.seed, default=0, help="default 0")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT.parquet if it exists")

@@ -1,9 +1,10 @@
-"""Hold a data folder against what it says of itself, and name every fault.
+"""Check a data folder against its own manifest, and report every fault.
 
     python -m data_tools.verify OUT_DIR
 
-Exit status 0 and one line, or 2 and one line for each fault. Shapes: U users of a shard, V items of
-the vocabulary.
+Exit status 0 and one line if the folder is sound, otherwise 2 and one line for each fault.
+
+Shapes: U users of a shard, V items of the vocabulary.
 """
 
 from __future__ import annotations
@@ -33,15 +34,15 @@ MAX_EXAMPLES = 3
 
 @dataclass
 class _Seen:
-    """What the shards of one split held: user keys in order, and how often each item row was read."""
+    """What the shards of one split hold: user keys in order, and the count of each item row."""
 
     keys: list[np.ndarray] = field(default_factory=list)
     popularity: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
-    whole: bool = True  # every shard could be read
+    is_complete: bool = True  # every shard could be read
 
 
 def faults(folder: Path) -> Iterator[str]:
-    """Every fault of a data folder, one line each; none for a sound one."""
+    """Yield every fault of a data folder, one line each."""
     try:
         manifest = Manifest.load(folder)
     except ValueError as error:
@@ -59,9 +60,8 @@ def faults(folder: Path) -> Iterator[str]:
         "verifying", "users", sum(s.users for s in manifest.splits.values())
     ) as progress:
         for split in SPLITS:
-            known = (
-                len(items.ids) if items is not None else 0
-            )  # the manifest's number may be absurd
+            # the length of the file, because the manifest's number may be absurd
+            known = len(items.ids) if items is not None else 0
             seen[split] = _Seen(popularity=np.zeros(known, np.int64))
             yield from _shards(folder, manifest, split, seen[split], progress)
     if items is not None:
@@ -91,13 +91,13 @@ def _changed_files(folder: Path, manifest: Manifest) -> Iterator[str]:
     for name in sorted(expected & set(manifest.files)):
         try:
             with open(folder / name, "rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
+                actual = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
             yield f"{folder / name}: cannot be read ({error.strerror}); {MANIFEST} lists it"
             continue
-        if found != manifest.files[name]:
+        if actual != manifest.files[name]:
             yield (
-                f"{folder / name}: SHA-256 is {found[:12]}..., {MANIFEST} says "
+                f"{folder / name}: SHA-256 is {actual[:12]}..., {MANIFEST} says "
                 f"{manifest.files[name][:12]}..."
             )
 
@@ -110,7 +110,7 @@ def _shards(
         try:
             block = read_shard(folder, split, entry, manifest.n_items)
         except ValueError as error:
-            seen.whole = False
+            seen.is_complete = False
             yield str(error)
             continue
         if entry.users == 0:
@@ -127,7 +127,7 @@ def _shards(
 
 
 def _users_with_overlap(block: Block) -> np.ndarray:
-    """Keys of the users who have an item both in fold-in and held-out."""
+    """Return the keys of users who have an item both in the fold-in and held out."""
     if block.held_out is None:
         return np.empty(0, np.uint64)
     n_items = 1 + int(max(block.rows.items.max(initial=0), block.held_out.items.max(initial=0)))
@@ -148,7 +148,7 @@ def _vocabulary(path: Path, items: ItemTable, train: _Seen) -> Iterator[str]:
             f"{path}: items are not by descending popularity with ties by ascending id, first at "
             f"row {wrong[0] + 1}"
         )
-    if train.whole:
+    if train.is_complete:
         differ = np.flatnonzero(items.popularity != train.popularity)
         if len(differ):
             row = differ[0]
@@ -170,18 +170,18 @@ def _users(path: Path, split: str, seen: _Seen) -> Iterator[str]:
         yield f"{path}: cannot be read as the users of {split} (columns key, id): {error}"
         return
     yield from _ids_and_keys(path, "user", ids, keys)
-    found = np.concatenate([np.empty(0, np.uint64), *seen.keys])
-    if seen.whole and not np.array_equal(keys, found):
-        if len(keys) != len(found):
-            yield f"{path}: it lists {len(keys)} users, the {split} shards hold {len(found)}"
-        elif np.array_equal(np.sort(keys), np.sort(found)):
+    in_shards = np.concatenate([np.empty(0, np.uint64), *seen.keys])
+    if seen.is_complete and not np.array_equal(keys, in_shards):
+        if len(keys) != len(in_shards):
+            yield f"{path}: it lists {len(keys)} users, the {split} shards hold {len(in_shards)}"
+        elif np.array_equal(np.sort(keys), np.sort(in_shards)):
             yield f"{path}: its users are those of the {split} shards, in another order"
         else:
             yield (
-                f"{path}: the {split} shards hold {_some('user', np.setdiff1d(found, keys))}, "
+                f"{path}: the {split} shards hold {_some('user', np.setdiff1d(in_shards, keys))}, "
                 "which it does not list"
             )
-    repeated = _repeated(found)
+    repeated = _repeated(in_shards)
     if len(repeated):
         yield f"{path.parent}: {_some('user', repeated)} is in the {split} shards more than once"
 
@@ -211,12 +211,15 @@ def _ids_and_keys(path: Path, kind: str, ids: pa.Array, keys: np.ndarray) -> Ite
 
 
 def _across_splits(manifest: Manifest, seen: dict[str, _Seen]) -> Iterator[str]:
-    """Liang's splits share no user; the users of the given protocol's targets are train users."""
-    found = {split: np.concatenate([np.empty(0, np.uint64), *s.keys]) for split, s in seen.items()}
+    """Check the users across splits.
+
+    In `liang` no user is in two splits; in `given` every held-out user is a train user.
+    """
+    users = {split: np.concatenate([np.empty(0, np.uint64), *s.keys]) for split, s in seen.items()}
     if manifest.preparation.get("protocol") == "given":
         for split in ("validation", "test"):
-            strangers = np.setdiff1d(found[split], found["train"])
-            if seen["train"].whole and len(strangers):
+            strangers = np.setdiff1d(users[split], users["train"])
+            if seen["train"].is_complete and len(strangers):
                 yield (
                     f"{split} shards hold {_some('user', strangers)} without a row in the train "
                     "shards"
@@ -224,7 +227,7 @@ def _across_splits(manifest: Manifest, seen: dict[str, _Seen]) -> Iterator[str]:
         return
     for i, one in enumerate(SPLITS):
         for other in SPLITS[i + 1 :]:
-            both = np.intersect1d(found[one], found[other])
+            both = np.intersect1d(users[one], users[other])
             if len(both):
                 yield f"{one} and {other} shards share {_some('user', both)}"
 
@@ -235,7 +238,7 @@ def _repeated(keys: np.ndarray) -> np.ndarray:
 
 
 def _some(kind: str, keys: np.ndarray) -> str:
-    """`2 users (keys 5, 9)`, with a few examples."""
+    """Return a text such as `2 users (keys 5, 9)`, with a few examples."""
     examples = ", ".join(str(k) for k in keys[:MAX_EXAMPLES]) + (
         ", ..." if len(keys) > MAX_EXAMPLES else ""
     )
@@ -250,11 +253,11 @@ def _command(args: argparse.Namespace) -> int:
         raise ValueError(
             f"{args.folder} is not a folder; pass one that `python -m data_tools.shard` wrote"
         )
-    found = 0
+    n_faults = 0
     for fault in faults(args.folder):
-        found += 1
+        n_faults += 1
         print("error: " + one_line(fault), file=sys.stderr)
-    if found:
+    if n_faults:
         return 2
     manifest = Manifest.load(args.folder)
     users = ", ".join(f"{split.users:,} {name}" for name, split in manifest.splits.items())

@@ -1,5 +1,4 @@
-"""Write a plan as a data folder: tars, items.parquet, users-*.parquet and, last, manifest.json
-(DESIGN.md, section 4)."""
+"""Write a plan as a data folder: tars, items.parquet, users-*.parquet and, last, manifest.json."""
 
 from __future__ import annotations
 
@@ -34,11 +33,12 @@ MAX_USERS_PER_BLOCK = 4096
 
 
 class _HashedFile:
-    """A binary file that digests what is written, so that a tar is never read again for its
-    checksum."""
+    """A binary file that computes the SHA-256 of what is written to it."""
 
     def __init__(self, file: IO[bytes]):
-        self._file, self._digest, self.bytes = file, hashlib.sha256(), 0
+        self._file = file
+        self._digest = hashlib.sha256()
+        self.bytes = 0
 
     def write(self, data: bytes) -> int:
         self._digest.update(data)
@@ -50,7 +50,7 @@ class _HashedFile:
 
 
 def _blocks_by_shard(plan: Plan, split: str, users_per_shard: int) -> Iterator[tuple[int, Block]]:
-    """(shard index, block): blocks of at most 4,096 users that do not straddle shards."""
+    """Return pairs (shard index, block): blocks of at most 4,096 users of one shard each."""
     n_users = len(plan.users[split])
     shards, sizes = [], []
     for index, first in enumerate(range(0, n_users, users_per_shard)):
@@ -62,7 +62,7 @@ def _blocks_by_shard(plan: Plan, split: str, users_per_shard: int) -> Iterator[t
 
 
 def write_split(folder: Path, plan: Plan, split: str, users_per_shard: int) -> SplitEntry:
-    """Write the tars of one split; the same plan gives the same bytes."""
+    """Write the tars of one split. The same plan gives the same bytes."""
     entries: list[ShardEntry] = []
     with Progress(f"writing {split}", "users", len(plan.users[split])) as progress:
         for index, blocks in groupby(
@@ -86,7 +86,7 @@ def write_split(folder: Path, plan: Plan, split: str, users_per_shard: int) -> S
 
 
 def count_split(plan: Plan, split: str, users_per_shard: int) -> SplitEntry:
-    """What `write_split` would return, but for sizes and checksums of tars that are not written."""
+    """Return what `write_split` would, without the sizes and checksums of the tars."""
     entries = []
     for index, pairs in groupby(
         _blocks_by_shard(plan, split, users_per_shard), key=lambda pair: pair[0]
@@ -107,7 +107,7 @@ def split_entry(shards: list[ShardEntry]) -> SplitEntry:
 
 
 def check_unique_keys(data: Interactions, plan: Plan) -> None:
-    """ValueError where two users, or two items of the vocabulary, have one key."""
+    """ValueError where two users, or two items of the vocabulary, have the same key."""
     items = data.item_ids.take(pa.array(plan.vocabulary))
     _check_keys("item", items, keys_of_ids(items))
     users = data.user_ids.take(pa.array(np.unique(np.concatenate(list(plan.users.values())))))
@@ -120,8 +120,8 @@ def _check_keys(kind: str, ids: pa.Array, keys: np.ndarray) -> None:
     if len(same):
         one, other = (ids[int(order[same[0] + i])].as_py() for i in (0, 1))
         raise ValueError(
-            f"{kind} ids {one!r} and {other!r} have the same 64-bit key; rename one of them in "
-            "the input"
+            f"{kind} ids {one!r} and {other!r} have the same 64-bit key; rename one of "
+            "them in the input"
         )
 
 

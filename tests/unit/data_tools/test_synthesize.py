@@ -66,8 +66,8 @@ def test_draws_follow_the_weights():
     share = np.bincount(item, minlength=30) / 40_000
     n = len(tastes.probability) - 1
     expected = (
-        tastes.probability[:n].mean(0) * (1 - synthesize.BROAD)
-        + tastes.probability[n] * synthesize.BROAD
+        tastes.probability[:n].mean(0) * (1 - synthesize.POPULAR)
+        + tastes.probability[n] * synthesize.POPULAR
     )
     assert (abs(share - expected) < 6 * np.sqrt(expected / 40_000) + 1e-4).all()
 
