@@ -21,7 +21,7 @@ from dist_vasp.config import Config
 from dist_vasp.data.rows import Rows
 from dist_vasp.data.stream import Batch, TrainStream
 from dist_vasp.model.vasp import make_trunk
-from dist_vasp.parallel.comm import init_ranks
+from dist_vasp.parallel.start import init_ranks
 from tests.oracles.dense import TORCH_OPTIMIZERS, DenseVASP
 
 

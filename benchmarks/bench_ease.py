@@ -24,7 +24,8 @@ import torch
 
 from dist_vasp.data.manifest import Manifest
 from dist_vasp.model.ease import SWEEP_COLUMNS, SymmetricColumns, add_gram, add_to_diagonal, invert
-from dist_vasp.parallel.comm import Ranks, init_ranks
+from dist_vasp.parallel.comm import Ranks
+from dist_vasp.parallel.start import init_ranks
 from dist_vasp.ranking.evaluate import to_item_rows
 from dist_vasp.training.closed_form import training_users
 

@@ -18,7 +18,7 @@ import torch
 
 from dist_vasp.data.held_out import EvalBlock, evaluation_blocks
 from dist_vasp.data.rows import concatenate_rows
-from dist_vasp.parallel.comm import init_ranks
+from dist_vasp.parallel.start import init_ranks
 from dist_vasp.ranking.evaluate import USERS_PER_BLOCK, model_scorer, top_items
 from dist_vasp.ranking.load import LoadedModel, load_model
 

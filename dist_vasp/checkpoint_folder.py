@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from dist_vasp.checkpoint import HEADER, Checkpoint, GoneError, header_of, open_checkpoint, remove
-from dist_vasp.parallel.comm import Ranks, agree, all_gather_bytes, any_rank
+from dist_vasp.parallel.agree import agree, any_rank
+from dist_vasp.parallel.comm import Ranks, all_gather_bytes
 
 BEST = "best"
 _OURS = re.compile(

@@ -24,8 +24,8 @@ from dist_vasp.bounded_json import read_json
 from dist_vasp.config import Config, make_parser, parse
 from dist_vasp.data.manifest import Manifest
 from dist_vasp.files import parents, replace_text, replacing_all, sole_writer
-from dist_vasp.parallel.comm import init_ranks
 from dist_vasp.parallel.partition import Layout
+from dist_vasp.parallel.start import init_ranks
 from dist_vasp.places import check_file, is_json
 from dist_vasp.training.benchmark import LABELS, measure
 from dist_vasp.training.progress import duration

@@ -21,8 +21,9 @@ import torch
 
 from data_tools.cli import Parser
 from dist_vasp.console import final_status, guard
-from dist_vasp.parallel.comm import (
-    AgreedError,
+from dist_vasp.parallel.agree import AgreedError
+from dist_vasp.parallel.launched import launched_world, meeting_point
+from dist_vasp.parallel.start import (
     LostPeerError,
     is_initialized,
     is_lost_peer,
@@ -30,7 +31,6 @@ from dist_vasp.parallel.comm import (
     lost_rank,
     shut_down,
 )
-from dist_vasp.parallel.launched import launched_world, meeting_point
 from dist_vasp.places import path_error
 from dist_vasp.signals import EndedBySignal, ending_on_signals
 from dist_vasp.text import one_line

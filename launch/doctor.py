@@ -23,8 +23,9 @@ try:
     from dist_vasp.doctor.machine import check_machine
     from dist_vasp.doctor.roundtrip import judge, measure, start_here
     from dist_vasp.files import new_file
-    from dist_vasp.parallel.comm import Ranks, all_gather_bytes, init_ranks
+    from dist_vasp.parallel.comm import Ranks, all_gather_bytes
     from dist_vasp.parallel.launched import launched_world, threads_per_rank
+    from dist_vasp.parallel.start import init_ranks
     from dist_vasp.places import check_file, is_json
     from dist_vasp.training.progress import counting
     from launch.cli import run

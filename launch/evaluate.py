@@ -11,7 +11,8 @@ from contextlib import ExitStack
 from dist_vasp.data.items import load_items
 from dist_vasp.data.manifest import Manifest
 from dist_vasp.files import finish, new_file
-from dist_vasp.parallel.comm import agreed, init_ranks
+from dist_vasp.parallel.agree import agreed
+from dist_vasp.parallel.start import init_ranks
 from dist_vasp.places import check_file, is_json
 from dist_vasp.ranking.ensemble import load_ranker
 from dist_vasp.ranking.evaluate import evaluate, popularity_scorer

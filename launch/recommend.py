@@ -13,7 +13,8 @@ import numpy as np
 
 from dist_vasp.data.tables.inputs import expand
 from dist_vasp.data.tables.options import add_reading_options, reading_of
-from dist_vasp.parallel.comm import agreed, init_ranks
+from dist_vasp.parallel.agree import agreed
+from dist_vasp.parallel.start import init_ranks
 from dist_vasp.ranking.ensemble import load_ranker
 from dist_vasp.ranking.explain import model_explainer
 from dist_vasp.ranking.filters import allowed_items

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dist_vasp.config import make_parser, parse
-from dist_vasp.parallel.comm import init_ranks
+from dist_vasp.parallel.start import init_ranks
 from dist_vasp.training import closed_form
 from dist_vasp.training.train import dry_run, summary, train
 from launch.cli import run

@@ -28,7 +28,8 @@ import torch
 from torch import Tensor
 
 from dist_vasp.model.sparse import ItemRows, sum_rows
-from dist_vasp.parallel.comm import Ranks, agreed, all_reduce
+from dist_vasp.parallel.agree import agreed
+from dist_vasp.parallel.comm import Ranks, all_reduce
 from dist_vasp.parallel.partition import ItemPartition
 
 # smaller: more passes over the matrix; larger: more work on the diagonal blocks, which are computed

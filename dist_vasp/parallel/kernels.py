@@ -1,9 +1,9 @@
-"""Chains of elementwise operations compiled into one kernel each, by torch.compile: the loss of a
-block, the optimizer's update.
+"""Compile chains of elementwise operations into one kernel each, with torch.compile.
 
-Operation by operation, a chain reads and writes memory (or cache) once for each; compiled, every
-number passes once through the registers. The same functions run uncompiled where compiling does not
-pay or there is no compiler: the results agree to rounding.
+The loss of a block and the optimizer's update are such chains. Uncompiled, every operation reads
+and writes memory; compiled, every number is read and written once. Where compiling takes longer
+than it saves, or there is no compiler, the same functions run uncompiled. The results agree to
+rounding.
 """
 
 from __future__ import annotations
@@ -18,57 +18,55 @@ import torch
 F = TypeVar("F", bound=Callable)
 Fuse = Callable[[F], F]
 
-WORTH_COMPILING = (
-    4_000_000  # item weights of a rank; below, a run is over before compiling (5 to 15 s) has paid
-)
+# Item weights of a rank. With fewer, a run takes less time than compiling (5 to 15 s) would save.
+WORTH_COMPILING = 4_000_000
 
 
 def plain(function: F) -> F:
-    """Leave the function as it is."""
+    """Return the function as it is."""
     return function
 
 
 def kernels(wanted: str, n_weights: int) -> tuple[Fuse, str]:
-    """How to fuse a function under `parallel.compile`, on a rank with `n_weights` item weights.
+    """Return how to fuse a function under `parallel.compile`, and a remark for the user or "".
 
-    Also returns a remark for the user, empty if all is as wanted. Raises ValueError where `always`
-    cannot be had.
+    `n_weights`: item weights of this rank. ValueError where `always` is set and compiling fails.
     """
     if wanted == "never" or (wanted == "auto" and n_weights < WORTH_COMPILING):
         return plain, ""
     _configure()
     try:
         _try()
-    except Exception as error:  # whatever a toolchain may come up with
+    except Exception as error:  # toolchains raise many types
         why = str(error).strip().splitlines() or [type(error).__name__]
         if wanted == "always":
             raise ValueError(
                 f"parallel.compile is always, but torch.compile does not work here ({why[0]}); "
                 "install a C++ compiler (g++) or set it to auto"
             ) from None
-        return (
-            plain,
-            (
-                f"not compiled, and slower for it: torch.compile does not work here ({why[0]}); "
-                "install a C++ compiler (g++)"
-            ),
+        remark = (
+            f"not compiled, and slower for it: torch.compile does not work here ({why[0]}); "
+            "install a C++ compiler (g++)"
         )
+        return plain, remark
     return fused, ""
 
 
 def fused(function: F) -> F:
-    """Compile at the first call, for tensors of every size."""
+    """Return the function, compiled at its first call for tensors of every size."""
     return torch.compile(function, dynamic=True, fullgraph=True)  # type: ignore[return-value]
 
 
 def _configure() -> None:
-    """Compile in this process, and keep compiled code where nobody else can write: it would be
-    loaded without a question."""
+    """Compile in this process, and keep compiled code where only this user can write.
+
+    Compiled code is loaded without a check.
+    """
     import torch._functorch.config
     import torch._inductor.config
 
     torch._inductor.config.compile_threads = 1
-    torch._inductor.config.fx_graph_cache = False  # would unpickle what it finds
+    torch._inductor.config.fx_graph_cache = False  # it would unpickle its files
     torch._functorch.config.enable_autograd_cache = False
     cache = (
         Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dist_vasp" / "kernels"
@@ -77,6 +75,6 @@ def _configure() -> None:
 
 
 def _try() -> None:
-    """Compile and run something small."""
+    """Compile and run a small function."""
     x = torch.arange(64.0)
     assert torch.equal(fused(lambda t: t * 2 + 1)(x), x * 2 + 1)

@@ -1,20 +1,33 @@
-"""What a launcher (deepspeed, torchrun, srun) has put into the environment of a rank, checked
-before it is used."""
+"""Read and check the environment variables that a launcher (deepspeed, torchrun, srun) sets."""
 
 from __future__ import annotations
 
 import os
 import re
 import socket
+from typing import NamedTuple
 
 _HINT = "unset it, or start with deepspeed or torchrun"
 
 
-def launched_world() -> tuple[int, int, int, int]:
-    """(rank, world size, local rank, ranks on this host) as the launcher says; one rank without a
-    launcher.
+class LaunchedRank(NamedTuple):
+    """This process among all that the launcher has started."""
 
-    ValueError names the variable that is not a number, or does not fit the others.
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world: int  # ranks on this host
+
+    @property
+    def is_one_host(self) -> bool:
+        """Whether all ranks run on this host."""
+        return self.local_world == self.world_size
+
+
+def launched_world() -> LaunchedRank:
+    """Return what the launcher says about this rank; without a launcher there is one rank.
+
+    ValueError names the variable that is not a number, or contradicts the others.
     """
     world = _number("WORLD_SIZE", 1, at_least=1)
     for variable in ("RANK", "WORLD_SIZE"):
@@ -40,8 +53,7 @@ def launched_world() -> tuple[int, int, int, int]:
     if "LOCAL_RANK" not in os.environ and 1 < local_world < world:
         raise ValueError(
             f"LOCAL_RANK is not set in the environment, expected 0 to {local_world - 1} with "
-            f"{here} {local_world}; "
-            "set it, or start with deepspeed or torchrun"
+            f"{here} {local_world}; set it, or start with deepspeed or torchrun"
         )
     local_rank = _number("LOCAL_RANK", rank if local_world == world else 0)
     if local_rank >= local_world:
@@ -49,11 +61,11 @@ def launched_world() -> tuple[int, int, int, int]:
             f"LOCAL_RANK is {local_rank} in the environment, expected 0 to {local_world - 1} with "
             f"{here} {local_world}; {_HINT}"
         )
-    return rank, world, local_rank, local_world
+    return LaunchedRank(rank, world, local_rank, local_world)
 
 
 def meeting_point(world_size: int) -> tuple[str, int]:
-    """(MASTER_ADDR, MASTER_PORT), where several ranks meet. ValueError where it cannot be one."""
+    """Return (MASTER_ADDR, MASTER_PORT), where the ranks meet; ValueError if unusable."""
     for variable in ("MASTER_ADDR", "MASTER_PORT"):
         if not os.environ.get(variable):
             raise ValueError(
@@ -78,10 +90,9 @@ def meeting_point(world_size: int) -> tuple[str, int]:
 
 
 def threads_per_rank(local_world: int) -> int:
-    """Threads of one rank: OMP_NUM_THREADS where the user has set it, else the cores divided among
-    the ranks of this host.
+    """Return the threads of one rank: OMP_NUM_THREADS if the user has set it, else cores / ranks.
 
-    torchrun sets OMP_NUM_THREADS to 1 where it was not set, so a 1 under torchrun says nothing.
+    torchrun sets OMP_NUM_THREADS to 1 where it was not set, so a 1 under torchrun is ignored.
     """
     cores = max(1, len(os.sched_getaffinity(0)) // local_world)
     by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"

@@ -1,19 +1,19 @@
-"""Who is still there: a rank that dies, fails or falls silent is named within seconds, whatever the
-others are waiting for.
+"""Detect within seconds that a rank has died, failed or stopped to answer, and report which one.
 
-A collective whose peer is gone may wait for half an hour, and what it says then names nobody. So
-every rank keeps one connection to rank 0, which the kernel closes with the process and gives up
-when the host no longer answers. Rank 0 tells the others. What travels is a line of JSON, nothing
-else is understood:
+A collective whose peer is gone may wait for half an hour, and its error names no rank. So every
+rank keeps one connection to rank 0. The kernel closes it when the process ends, and gives it up
+when the host no longer answers. Rank 0 informs the others. Each message is one line of JSON:
 
-    {"nonce"}                    from rank 0, to whoever connects; every line after it is signed (secret.py)
-    {"nonce", "rank", "host"}    hello, to rank 0; its answer is {"host"}
-    {"goodbye": true}            I leave on purpose, either way
-    {"failed": text, "status"}   I leave because of an error that I alone met, and have said what it is; either way
-    {"lost": {rank, host, ...}}  that one is gone, from rank 0
+    {"nonce"}                    rank 0 to everyone who connects; all later lines are signed
+                                 (secret.py)
+    {"nonce", "rank", "host"}    hello, to rank 0, which answers {"host"}
+    {"goodbye": true}            the sender ends on purpose; both directions
+    {"failed": text, "status"}   the sender ends because of an error that only it has met, and has
+                                 printed; both directions
+    {"lost": {rank, host, ...}}  that rank is gone; from rank 0
 
-The first surviving rank of each host says which rank was lost, except where that rank has spoken
-for itself. Then every rank ends, with the exit status of the lost one where it has left one.
+The first surviving rank of each host prints which rank was lost, unless that rank has printed its
+own error there. Then every rank ends, with the exit status of the lost rank if it sent one.
 """
 
 from __future__ import annotations
@@ -32,14 +32,12 @@ from typing import Any
 from dist_vasp.parallel.secret import Channel, SharedSecret, new_nonce
 from dist_vasp.text import one_line
 
-_ANSWER_S = 10.0  # to connect to rank 0, and for a stranger to say who it is
-_GRACE_S = (
-    5.0  # between a loss and the end of this process: time for the main thread to end by itself
-)
+_ANSWER_S = 10.0  # to connect to rank 0, and to send a valid hello
+_GRACE_S = 5.0  # after a loss, the time in which the main thread can end by itself
 _LINE = 32_768  # bytes
 _TEXT = 2000  # characters of an error; up to 12 bytes each
 _HOST = 255
-_STRANGERS = 64  # connections that have not proven who they are
+_STRANGERS = 64  # connections without a valid hello
 _SILENT_HOST = {
     "TCP_KEEPIDLE": 10,
     "TCP_KEEPINTVL": 5,
@@ -50,7 +48,7 @@ _SILENT_HOST = {
 
 @dataclass(frozen=True)
 class Loss:
-    """A rank that is gone; `text` is the error it met, empty where it could not say."""
+    """A rank that is gone; `text` is its error, empty where it could not send one."""
 
     rank: int
     host: str
@@ -58,8 +56,8 @@ class Loss:
     status: int = 1
 
     @classmethod
-    def told(cls, rank: Any, host: Any, text: Any, status: Any = 1) -> Loss:
-        """A loss as another process tells it: safe to print, and with a status that is a failure."""
+    def from_message(cls, rank: Any, host: Any, text: Any, status: Any = 1) -> Loss:
+        """Return a loss from another process's message, safe to print and with a failing status."""
         if type(rank) is not int or not isinstance(host, str) or not isinstance(text, str):
             raise ValueError("not a loss")
         status = status if type(status) is int and 1 <= status <= 255 else 1
@@ -67,10 +65,10 @@ class Loss:
 
 
 class Liveness:
-    """This rank's end of it. `server` is a listening socket on rank 0, None elsewhere; `address` is
-    where the others find it.
+    """Watches the other ranks from this one.
 
-    `secret`: what all ranks share; rank 0 removes its file when all have come.
+    `server` is a listening socket on rank 0, None elsewhere; `address` is where the others connect
+    to. All ranks have the same `secret`; rank 0 removes its file when all have connected.
     """
 
     def __init__(
@@ -83,38 +81,39 @@ class Liveness:
         server: socket.socket | None,
     ) -> None:
         self.loss: Loss | None = None
-        self._rank, self._local_rank, self._host, self._world = (
-            rank,
-            local_rank,
-            socket.gethostname(),
-            world_size,
-        )
+        self._rank = rank
+        self._local_rank = local_rank
+        self._host = socket.gethostname()
+        self._world = world_size
         self._file = secret if isinstance(secret, SharedSecret) else None
         self._secret = secret.value if isinstance(secret, SharedSecret) else secret
-        self._lost, self._left, self._lock = threading.Event(), threading.Event(), threading.Lock()
+        self._lost = threading.Event()
+        self._left = threading.Event()
+        self._lock = threading.Lock()  # of the links
         self._links: dict[socket.socket, _Link] = {}
         self._server = server
         self._expected = world_size - 1
-        self._all_here = threading.Event()
+        self._all_connected = threading.Event()
         if server is None and not self._connect(address):
-            return  # this rank goes unwatched, and has said so
-        os.register_at_fork(
-            after_in_child=self._forget
-        )  # a loader worker must not keep its rank's connections open
+            return  # this rank is not watched, and has printed a warning
+        # a loader worker must not keep its rank's connections open
+        os.register_at_fork(after_in_child=self._forget)
         threading.Thread(target=self._watch, daemon=True).start()
         if world_size > 1:
-            self._all_here.wait(_ANSWER_S)
+            self._all_connected.wait(_ANSWER_S)
 
     def leave(self, failed: str = "", status: int = 1) -> None:
-        """Tell the others that this process ends; `failed`: because of an error that this rank
-        alone has met, and has printed."""
+        """Tell the others that this process ends.
+
+        `failed`: the error that only this rank has met, and has printed.
+        """
         self._left.set()
         self._tell({"failed": failed[:_TEXT], "status": status} if failed else {"goodbye": True})
         if self._file:
             self._file.remove()
 
     def wait_for_loss(self, seconds: float) -> Loss | None:
-        """The loss that explains a collective which has just failed, if there is one."""
+        """Return the loss that explains a failed collective, None if there is none."""
         self._lost.wait(seconds)
         return self.loss
 
@@ -125,17 +124,14 @@ class Liveness:
             connection = socket.create_connection(address, timeout=_ANSWER_S)
             server_nonce, nonce = str(json.loads(_first_line(connection))["nonce"]), new_nonce()
             channel = Channel(self._secret, server_nonce, nonce, server=False)
-            # The signed hello names the nonce in the clear: rank 0 needs it to check the signature.
+            # The hello holds the nonce as plain text: rank 0 needs it to check the signature.
             connection.sendall(
                 channel.sign(json.dumps({"nonce": nonce, "rank": self._rank, "host": self._host}))
             )
         except (OSError, ValueError, KeyError, TypeError) as error:
+            reason = getattr(error, "strerror", None) or error
             say_unwatched(
-                self._rank,
-                (
-                    f"cannot reach rank 0 at {address[0]}:{address[1]} "
-                    f"({getattr(error, 'strerror', None) or error})"
-                ),
+                self._rank, f"cannot reach rank 0 at {address[0]}:{address[1]} ({reason})"
             )
             return False
         self._add(connection, _Link(rank=0, host="", channel=channel))
@@ -152,15 +148,15 @@ class Liveness:
             self._links[connection] = link
 
     def _forget(self) -> None:
-        """In a forked child: the connections are the parent's."""
+        """Close the connections in a forked child: they belong to the parent."""
         for connection in [*self._links, *([self._server] if self._server else [])]:
             with contextlib.suppress(OSError):
                 os.close(connection.detach())
 
-    def _tell(self, message: dict[str, Any], besides: socket.socket | None = None) -> None:
+    def _tell(self, message: dict[str, Any], except_to: socket.socket | None = None) -> None:
         with self._lock:
             for connection, link in self._links.items():
-                if link.channel and connection is not besides:
+                if link.channel and connection is not except_to:
                     with contextlib.suppress(OSError):
                         connection.send(link.channel.sign(json.dumps(message)))
 
@@ -174,7 +170,7 @@ class Liveness:
                 for key, _ in selector.select(timeout=1.0):
                     if key.fileobj is self._server:
                         self._accept(selector)
-                    elif not self._hear(key.fileobj):
+                    elif not self._receive(key.fileobj):
                         self._drop(key.fileobj, selector)
                 for connection, link in list(self._links.items()):
                     if not link.proven and time.monotonic() - link.since > _ANSWER_S:
@@ -199,31 +195,31 @@ class Liveness:
         with self._lock:
             link = self._links.pop(connection)
         connection.close()
-        if not link.proven and self._server is None:  # somebody in rank 0's place
+        if not link.proven and self._server is None:  # it is not rank 0 that answers
             say_unwatched(self._rank, "was not answered by rank 0")
-            self._all_here.set()
+            self._all_connected.set()
 
-    def _hear(self, connection: Any) -> bool:
-        """Take in what has come on one connection; False: it is of no use any more."""
+    def _receive(self, connection: Any) -> bool:
+        """Handle what one connection has sent; return False when the connection is to be closed."""
         link = self._links[connection]
         try:
-            came = connection.recv(_LINE)
+            data = connection.recv(_LINE)
         except BlockingIOError:
             return True
         except OSError:
-            came = b""
-        if not came:
+            data = b""
+        if not data:
             if link.proven:
                 self._note(Loss(link.rank, link.host, ""), connection)
             return False
-        link.heard += came
-        *lines, link.heard = link.heard.split(b"\n")
-        return len(link.heard) <= _LINE and all(
-            self._understand(line, link, connection) for line in lines
+        link.buffer += data
+        *lines, link.buffer = link.buffer.split(b"\n")
+        return len(link.buffer) <= _LINE and all(
+            self._handle(line, link, connection) for line in lines
         )
 
-    def _understand(self, line: bytes, link: _Link, connection: socket.socket) -> bool:
-        """Act on one line; False: nothing more is wanted from this connection."""
+    def _handle(self, line: bytes, link: _Link, connection: socket.socket) -> bool:
+        """Handle one line; return False when the connection is to be closed."""
         try:
             if link.channel is None:
                 self._welcome(line, link, connection)
@@ -231,12 +227,14 @@ class Liveness:
             message = json.loads(link.channel.verify(line))
             if not link.proven:
                 link.proven, link.host = True, one_line(str(message["host"])[:_HOST])
-                self._all_here.set()
+                self._all_connected.set()
             elif "lost" in message and self._server is None:
-                self._note(Loss.told(**message["lost"]), connection)
+                self._note(Loss.from_message(**message["lost"]), connection)
             elif "failed" in message:
                 self._note(
-                    Loss.told(link.rank, link.host, message["failed"], message.get("status")),
+                    Loss.from_message(
+                        link.rank, link.host, message["failed"], message.get("status")
+                    ),
                     connection,
                 )
             return "goodbye" not in message
@@ -244,14 +242,13 @@ class Liveness:
             return False
 
     def _welcome(self, line: bytes, link: _Link, connection: socket.socket) -> None:
-        """Rank 0 hears a first line; ValueError unless it is the hello of a rank that has not come
-        yet."""
+        """Handle the hello of a rank, on rank 0; ValueError unless that rank is still expected."""
         claimed = json.loads(line.partition(b" ")[2])
         channel = Channel(self._secret, link.nonce, str(claimed["nonce"]), server=True)
         hello = json.loads(channel.verify(line))
-        rank, here = hello["rank"], {other.rank for other in self._links.values()}
-        if type(rank) is not int or not 0 < rank < self._world or rank in here:
-            raise ValueError("not a rank that is expected")
+        rank, connected = hello["rank"], {other.rank for other in self._links.values()}
+        if type(rank) is not int or not 0 < rank < self._world or rank in connected:
+            raise ValueError("this rank is not expected")
         with self._lock:
             link.rank, link.host = rank, one_line(str(hello["host"])[:_HOST])
             link.channel, link.proven = channel, True
@@ -260,19 +257,17 @@ class Liveness:
         if not self._expected:
             if self._file:
                 self._file.remove()
-            self._all_here.set()
+            self._all_connected.set()
 
-    def _note(self, loss: Loss, where_from: socket.socket) -> None:
-        """Pass a loss on, and say it where nobody has."""
+    def _note(self, loss: Loss, sender: socket.socket) -> None:
+        """Record a loss, send it on, and print it if no other rank of this host has."""
         if self.loss is not None or self._left.is_set():
             return
         self.loss = loss
-        self._tell({"lost": asdict(loss)}, besides=where_from)
-        next_of_kin = (
-            self._local_rank == 1 and loss.rank == self._rank - 1
-        )  # the lost rank was the first of this host
-        spoken = loss.text and loss.host == self._host
-        if (self._local_rank == 0 or next_of_kin) and not spoken:
+        self._tell({"lost": asdict(loss)}, except_to=sender)
+        first_was_lost = self._local_rank == 1 and loss.rank == self._rank - 1
+        is_printed = loss.text and loss.host == self._host
+        if (self._local_rank == 0 or first_was_lost) and not is_printed:
             why = f"failed: {loss.text}" if loss.text else "was killed, or its machine is gone"
             print(
                 f"error: rank {loss.rank} on {loss.host} {why}; start the same command again",
@@ -284,14 +279,14 @@ class Liveness:
 
 @dataclass
 class _Link:
-    """What is known of the other end of a connection."""
+    """What is known about the other end of a connection."""
 
     rank: int
     host: str
-    nonce: str = ""  # of rank 0, until the other end has said hello
+    nonce: str = ""  # of rank 0, until the hello
     channel: Channel | None = None
     proven: bool = False  # the other end knows the secret
-    heard: bytes = b""
+    buffer: bytes = b""
     since: float = 0.0
 
     def __post_init__(self) -> None:
@@ -304,13 +299,13 @@ def say_unwatched(rank: int, why: str) -> None:
 
 
 def _first_line(connection: socket.socket) -> bytes:
-    """What rank 0 says first; ValueError where it is slow or long."""
+    """Return the first line of rank 0; ValueError where it is too slow or too long."""
     line, deadline = b"", time.monotonic() + _ANSWER_S
     while not line.endswith(b"\n"):
         if len(line) > 200 or time.monotonic() > deadline:
             raise ValueError("it does not answer as rank 0 does")
-        came = connection.recv(1)
-        if not came:
+        data = connection.recv(1)
+        if not data:
             raise ValueError("it closed the connection")
-        line += came
+        line += data
     return line

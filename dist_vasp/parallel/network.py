@@ -1,8 +1,8 @@
-"""On which addresses the ranks listen: the loopback where all of them are on one machine, else the
-interface that was chosen.
+"""Choose the addresses on which the ranks listen.
 
-Left to themselves gloo listens on the address that the host's name resolves to, and torch's
-rendezvous store on every address.
+They listen on the loopback where all ranks are on one machine, else on the chosen interface. By
+default gloo would listen on the address that the host's name resolves to, and torch's rendezvous
+store on every address.
 """
 
 from __future__ import annotations
@@ -18,12 +18,11 @@ LOOPBACK = "127.0.0.1"
 _VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 
-def choose_interface(interface: str, all_here: bool) -> None:
-    """Tell gloo and NCCL to use `interface`, or where there is none and all ranks are here, the
-    loopback.
+def choose_interface(interface: str, is_one_host: bool) -> None:
+    """Make gloo and NCCL use `interface`, or the loopback if all ranks are on this host.
 
-    A choice that is already in the environment stands unless `interface` is given. ValueError where
-    the machine has no such interface.
+    Variables that are set already are kept unless `interface` is given. ValueError where the
+    machine has no such interface.
     """
     present = [name for _, name in socket.if_nameindex()]
     if interface and interface not in present:
@@ -31,7 +30,7 @@ def choose_interface(interface: str, all_here: bool) -> None:
             f"parallel.interface is {interface!r}, expected one of {', '.join(present)}; or leave "
             "it empty"
         )
-    loopback = next((name for name in ("lo", "lo0") if name in present), "") if all_here else ""
+    loopback = next((name for name in ("lo", "lo0") if name in present), "") if is_one_host else ""
     for variable in _VARIABLES:
         if interface:
             os.environ[variable] = interface
@@ -45,16 +44,16 @@ def choose_interface(interface: str, all_here: bool) -> None:
         )
 
 
-def listen(address: str, port: int, interface: str, all_here: bool) -> int | None:
-    """A listening socket for the rendezvous store on the address of MASTER_ADDR alone; None: let
-    torch listen everywhere.
+def listen(address: str, port: int, interface: str, is_one_host: bool) -> int | None:
+    """Return a listening socket for the rendezvous store, on the address of MASTER_ADDR only.
 
-    Some hosts take their own name for the loopback, where the others would not find them; and some
-    addresses only lead to a host, as the name of a service does. With ranks elsewhere the address
-    of `interface` is used then, or the one that the host's name stands for. ValueError where the
-    port is taken, or may not be used.
+    Some hosts resolve their own name to the loopback, where other hosts cannot reach them, and some
+    addresses are only forwarded to a host (the name of a service). Then, with ranks on several
+    hosts, the address of `interface` is used, or the one that the host's name resolves to. Return
+    None where none of these works: torch then listens on every address. ValueError where the port
+    is in use, or may not be used.
     """
-    for where in _addresses(address, interface, all_here):
+    for where in _addresses(address, interface, is_one_host):
         try:
             return _listen_at(where, port).detach()
         except OSError as error:
@@ -71,16 +70,16 @@ def listen(address: str, port: int, interface: str, all_here: bool) -> int | Non
     return None
 
 
-def private_server(address: str, interface: str, all_here: bool) -> socket.socket:
-    """A listening socket of our own, on a free port, where `listen` chooses."""
-    listening = listen(address, 0, interface, all_here)
+def private_server(address: str, interface: str, is_one_host: bool) -> socket.socket:
+    """Return a listening socket on a free port, at the address that `listen` chooses."""
+    listening = listen(address, 0, interface, is_one_host)
     return socket.create_server(("", 0)) if listening is None else socket.socket(fileno=listening)
 
 
-def _addresses(address: str, interface: str, all_here: bool) -> list[str]:
-    """Where to try to listen, the best first."""
+def _addresses(address: str, interface: str, is_one_host: bool) -> list[str]:
+    """Return the addresses to try, best first."""
     wanted = _resolve(address)
-    if all_here:
+    if is_one_host:
         return wanted
     of_interface = [
         a.address
@@ -94,7 +93,7 @@ def _addresses(address: str, interface: str, all_here: bool) -> list[str]:
 
 def _resolve(name: str) -> list[str]:
     try:
-        return [str(found[4][0]) for found in socket.getaddrinfo(name, 0, type=socket.SOCK_STREAM)]
+        return [str(entry[4][0]) for entry in socket.getaddrinfo(name, 0, type=socket.SOCK_STREAM)]
     except OSError:
         return []
 

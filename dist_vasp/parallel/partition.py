@@ -1,6 +1,6 @@
-"""Which items belong to which rank: integers only.
+"""Which items belong to which rank.
 
-The catalogue of I items is cut into P contiguous ranges; sizes differ by at most one.
+The I items are divided into P contiguous ranges, whose sizes differ by at most one.
 """
 
 from __future__ import annotations
@@ -10,10 +10,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ItemPartition:
-    """The range [start, stop) of items that partition `index` of `n_partitions` owns.
-
-    J = `size` = stop - start.
-    """
+    """The items [start, stop) that partition `index` of `n_partitions` owns; J = `size`."""
 
     n_items: int
     n_partitions: int
@@ -25,8 +22,8 @@ class ItemPartition:
         if self.n_items < self.n_partitions:
             raise ValueError(
                 f"{self.n_items} items cannot be cut into parallel.partitions = "
-                f"{self.n_partitions} ranges; "
-                "use fewer partitions (and more parallel.replicas)"
+                f"{self.n_partitions} ranges; use fewer "
+                " partitions (and more parallel.replicas)"
             )
 
     @property
@@ -42,16 +39,13 @@ class ItemPartition:
         return self.stop - self.start
 
     def blocks(self, width: int) -> list[tuple[int, int]]:
-        """[lo, hi) ranges of global items that cover this partition, each at most `width` wide."""
+        """Return ranges [lo, hi) of items that cover this partition, each at most `width` wide."""
         return [(lo, min(lo + width, self.stop)) for lo in range(self.start, self.stop, width)]
 
 
 @dataclass(frozen=True)
 class Layout:
-    """World = replicas x partitions.
-
-    The ranks of one partition group are neighbours: rank = replica * P + partition.
-    """
+    """World size = replicas x partitions; rank = replica * P + partition."""
 
     world_size: int
     partitions: int
@@ -59,8 +53,10 @@ class Layout:
 
     @staticmethod
     def of(world_size: int, partitions: int, replicas: int) -> Layout:
-        """Resolve `parallel.partitions` = 0 to world / replicas; ValueError unless partitions x
-        replicas = world."""
+        """Return the layout; `partitions` 0 means world size / replicas.
+
+        ValueError unless partitions x replicas is the world size.
+        """
         if replicas < 1 or world_size % replicas:
             raise ValueError(
                 f"parallel.replicas is {replicas}, which does not divide the {world_size} ranks; "
@@ -70,9 +66,8 @@ class Layout:
         if resolved * replicas != world_size:
             raise ValueError(
                 f"parallel.partitions {partitions} x parallel.replicas {replicas} is "
-                f"{partitions * replicas} but {world_size} ranks "
-                f"were started; set parallel.partitions to {world_size // replicas}, or to 0 for "
-                "as many as fit"
+                f"{partitions * replicas} but {world_size} ranks were started; set "
+                f"parallel.partitions to {world_size // replicas}, or to 0 for as many as fit"
             )
         return Layout(world_size, resolved, replicas)
 

@@ -1,9 +1,9 @@
 """A secret that the ranks of one job share, and lines of text signed with it.
 
-The store at which the ranks meet can be read and written by every user of the machine, so the
-secret does not travel through it. Rank 0 writes it into a file that only its own user can read, and
-the store holds no more than the file's path. A path that was forged leads to nothing: the file must
-belong to this user alone and hold a secret of this module.
+Every user of the machine can read and write the store at which the ranks meet, so the secret is not
+sent through it. Rank 0 writes it to a file that only its own user can read, and the store holds the
+file's path. A forged path is useless: the file must belong to this user, be private, and hold a
+secret written by this module.
 """
 
 from __future__ import annotations
@@ -23,10 +23,7 @@ _FLAGS = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 
 
 class SharedSecret:
-    """Rank 0's end: the secret, in a file until `remove`.
-
-    OSError where `folder` cannot be written.
-    """
+    """The secret on rank 0, in a file until `remove`; OSError where `folder` cannot be written."""
 
     def __init__(self, folder: str | Path) -> None:
         self.value = secrets.token_hex(_DIGITS // 2).encode()
@@ -45,9 +42,9 @@ class SharedSecret:
 
 
 def read_secret(path: str) -> bytes:
-    """The secret in a file of SharedSecret.
+    """Return the secret in a file of SharedSecret.
 
-    OSError or ValueError where this user's rank 0 cannot have written it.
+    OSError or ValueError where the file cannot be one that this user's rank 0 has written.
     """
     if not _NAME.fullmatch(os.path.basename(path)):
         raise ValueError("not the name of a secret")
@@ -65,8 +62,7 @@ def read_secret(path: str) -> bytes:
 
 
 def nearest_folder(path: str) -> Path:
-    """`path`, or the nearest folder above it that exists: where a file can lie before `path` is
-    made."""
+    """Return `path` if it is a folder, else the nearest folder above it that exists."""
     folder = Path(path).absolute()
     while not folder.is_dir() and folder != folder.parent:
         folder = folder.parent
@@ -74,22 +70,24 @@ def nearest_folder(path: str) -> Path:
 
 
 class Channel:
-    """Lines of one connection, signed in one order each way, so that none is forged, repeated or
-    turned back.
+    """Signed lines of one connection.
 
-    The nonces of both ends make the key: a line of another connection is worth nothing here.
+    Every line is numbered in its direction, so none can be forged, repeated or sent back. The
+    nonces of both ends are part of the key, so lines of other connections are not valid here.
     """
 
     def __init__(self, secret: bytes, server_nonce: str, client_nonce: str, server: bool) -> None:
         self._key = hmac.digest(secret, f"{server_nonce} {client_nonce}".encode(), hashlib.sha256)
-        self._server, self._sent, self._received = server, 0, 0
+        self._server = server
+        self._sent = 0
+        self._received = 0
 
     def sign(self, text: str) -> bytes:
         self._sent += 1
         return f"{self._signature(self._server, self._sent, text)} {text}\n".encode()
 
     def verify(self, line: bytes) -> str:
-        """The text of a line that the other end has signed; ValueError for any other line."""
+        """Return the text of a line that the other end has signed, else raise ValueError."""
         signature, _, text = line.decode().partition(" ")
         self._received += 1
         expected = self._signature(not self._server, self._received, text)

@@ -29,7 +29,8 @@ from dist_vasp.config import Config
 from dist_vasp.data.items import ItemTable
 from dist_vasp.data.positives import PositiveRule
 from dist_vasp.model.sparse import ItemRows
-from dist_vasp.parallel.comm import Ranks, agreed
+from dist_vasp.parallel.agree import agreed
+from dist_vasp.parallel.comm import Ranks
 from dist_vasp.ranking.evaluate import Scorer, model_scorer
 from dist_vasp.ranking.load import (
     ENSEMBLE,

@@ -24,7 +24,8 @@ from dist_vasp.data.manifest import Manifest
 from dist_vasp.data.rows import Rows
 from dist_vasp.model.sparse import ItemRows
 from dist_vasp.model.vasp import VASP, TrunkCall
-from dist_vasp.parallel.comm import Ranks, agreed, all_gather
+from dist_vasp.parallel.agree import agreed
+from dist_vasp.parallel.comm import Ranks, all_gather
 from dist_vasp.ranking.metrics import RankingMetrics
 from dist_vasp.ranking.topk import TopK, merge_topk
 

@@ -19,7 +19,8 @@ from dist_vasp.data.manifest import ITEMS_FILE, MANIFEST, Manifest
 from dist_vasp.data.positives import PositiveRule
 from dist_vasp.model.trunk import Trunk
 from dist_vasp.model.vasp import VASP, make_trunk
-from dist_vasp.parallel.comm import Ranks, agreed, all_gather_bytes
+from dist_vasp.parallel.agree import agreed
+from dist_vasp.parallel.comm import Ranks, all_gather_bytes
 from dist_vasp.ranking.export import is_export, open_export
 
 _RULE_BYTES = 1 << 16

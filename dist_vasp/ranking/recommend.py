@@ -18,7 +18,8 @@ from torch import Tensor
 
 from dist_vasp.data.items import ItemTable
 from dist_vasp.model.sparse import ItemRows
-from dist_vasp.parallel.comm import Ranks, agree
+from dist_vasp.parallel.agree import agree
+from dist_vasp.parallel.comm import Ranks
 from dist_vasp.places import Inputs
 from dist_vasp.ranking.evaluate import Scorer, to_item_rows, top_items
 from dist_vasp.ranking.explain import Explainer, Reasons

@@ -27,7 +27,8 @@ from dist_vasp.data import positives
 from dist_vasp.data.manifest import Manifest
 from dist_vasp.model.ease import SWEEP_COLUMNS
 from dist_vasp.model.vasp import VASP
-from dist_vasp.parallel.comm import AgreedError, Ranks, agreed, any_rank
+from dist_vasp.parallel.agree import AgreedError, agreed, any_rank
+from dist_vasp.parallel.comm import Ranks
 from dist_vasp.plan import Sizes, make_plan
 from dist_vasp.ranking.evaluate import model_scorer
 from dist_vasp.training.environment import describe

@@ -30,7 +30,8 @@ from dist_vasp.model.ease import (
     to_weights,
 )
 from dist_vasp.model.item_layers import NEASE_WEIGHT
-from dist_vasp.parallel.comm import Ranks, agreed
+from dist_vasp.parallel.agree import agreed
+from dist_vasp.parallel.comm import Ranks
 from dist_vasp.plan import EASE_INTERACTIONS_PER_ITEM
 from dist_vasp.ranking.evaluate import to_item_rows
 from dist_vasp.training.engine import Trainer

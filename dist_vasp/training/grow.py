@@ -20,7 +20,7 @@ from dist_vasp.config import ModelConfig, from_dict
 from dist_vasp.data.items import load_items, read_items_file
 from dist_vasp.data.manifest import ITEMS_FILE, Manifest
 from dist_vasp.model.item_layers import ItemSlice
-from dist_vasp.parallel.comm import agreed
+from dist_vasp.parallel.agree import agreed
 from dist_vasp.training.engine import Trainer
 from dist_vasp.training.optimizer import MOMENTS
 

@@ -20,7 +20,8 @@ from dist_vasp.config import Config
 from dist_vasp.data.hashing import sha256_of
 from dist_vasp.data.manifest import ITEMS_FILE, Manifest
 from dist_vasp.files import lock_or_owner, open_append, remove_leftovers, replace_text, replacing
-from dist_vasp.parallel.comm import Ranks, agreed, all_gather_bytes
+from dist_vasp.parallel.agree import agreed
+from dist_vasp.parallel.comm import Ranks, all_gather_bytes
 from dist_vasp.places import check_run_folder, unwritable
 from dist_vasp.training.board import Board
 from dist_vasp.training.tracking import Tracking

@@ -18,7 +18,8 @@ from dist_vasp.config import Config
 from dist_vasp.data import positives
 from dist_vasp.data.manifest import Manifest
 from dist_vasp.data.stream import TrainStream
-from dist_vasp.parallel.comm import Ranks, agreed, all_gather_bytes
+from dist_vasp.parallel.agree import agreed
+from dist_vasp.parallel.comm import Ranks, all_gather_bytes
 from dist_vasp.training.engine import Trainer
 
 

@@ -21,14 +21,8 @@ from dist_vasp.data.manifest import SPLITS, Manifest
 from dist_vasp.data.shard import read_shard
 from dist_vasp.data.stream import Batch, TrainStream
 from dist_vasp.model.item_layers import BLOCK_COLUMNS
-from dist_vasp.parallel.comm import (
-    AgreedError,
-    Ranks,
-    agreed,
-    all_gather_bytes,
-    all_gather_keys,
-    any_rank,
-)
+from dist_vasp.parallel.agree import AgreedError, agreed, any_rank
+from dist_vasp.parallel.comm import Ranks, all_gather_bytes, all_gather_keys
 from dist_vasp.parallel.launched import launched_world
 from dist_vasp.ranking.evaluate import Scorer, evaluate, model_scorer
 from dist_vasp.ranking.load import load_model

@@ -19,7 +19,8 @@ from dist_vasp import checkpoint as checkpoints
 from dist_vasp.config import Config, LossConfig, ModelConfig
 from dist_vasp.data.hashing import keys_of_ids, sha256_of, vocabulary_sha256
 from dist_vasp.model.vasp import VASP, make_trunk
-from dist_vasp.parallel.comm import AgreedError, form_groups
+from dist_vasp.parallel.agree import AgreedError
+from dist_vasp.parallel.comm import form_groups
 from dist_vasp.parallel.partition import Layout
 from dist_vasp.ranking.load import load_model
 from tests.support.partitioned import SMALL

@@ -296,8 +296,8 @@ def test_a_rank_that_dies_during_start_up_ends_the_run(shards, tmp_path, rank, a
 
 
 def test_a_rank_that_never_comes_is_not_waited_for_in_silence(tmp_path):
-    code = "import sys\nfrom dist_vasp.parallel import comm\nfrom launch.cli import run\ncomm._ALL_STARTED_S = 2.0\n"
-    code += "run(lambda _: comm.init_ranks(device='cpu') and None)"
+    code = "from dist_vasp.parallel import start\nfrom launch.cli import run\nstart._ALL_STARTED_S = 2.0\n"
+    code += "run(lambda _: start.init_ranks(device='cpu') and None)"
     env = environment(
         RANK="0",
         WORLD_SIZE="2",

@@ -23,7 +23,8 @@ from dist_vasp.config import Config, ModelConfig, OptimizerConfig, ParallelConfi
 from dist_vasp.data.stream import Batch
 from dist_vasp.model import item_layers
 from dist_vasp.model.item_layers import ItemSlice
-from dist_vasp.parallel.comm import AgreedError, Ranks, form_groups
+from dist_vasp.parallel.agree import AgreedError
+from dist_vasp.parallel.comm import Ranks, form_groups
 from dist_vasp.parallel.partition import Layout
 from tests.support.partitioned import SMALL, assemble, csr, export, make_model, random_rows, share
 from tests.support.ranks import run_ranks

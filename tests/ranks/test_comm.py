@@ -9,19 +9,17 @@ import numpy as np
 import pytest
 import torch
 
+from dist_vasp.parallel.agree import AgreedError, agree, agreed
 from dist_vasp.parallel.comm import (
-    AgreedError,
     Group,
-    agree,
-    agreed,
     all_gather,
     all_gather_bytes,
     all_reduce,
     barrier,
     reduce_scatter,
-    resolve_device,
 )
 from dist_vasp.parallel.launched import launched_world, meeting_point, threads_per_rank
+from dist_vasp.parallel.start import resolve_device
 from tests.support.ranks import run_ranks
 
 DTYPES = [torch.float32, torch.float64, torch.int64, torch.int32, torch.uint8]

@@ -24,7 +24,8 @@ from dist_vasp.data.rows import concatenate_rows
 from dist_vasp.model import ease
 from dist_vasp.model.ease import SymmetricColumns, add_gram, add_to_diagonal, invert, to_weights
 from dist_vasp.model.vasp import VASP
-from dist_vasp.parallel.comm import AgreedError, Ranks
+from dist_vasp.parallel.agree import AgreedError
+from dist_vasp.parallel.comm import Ranks
 from dist_vasp.plan import EASE_COLUMNS, Rates, Sizes, make_plan
 from dist_vasp.ranking.evaluate import to_item_rows
 from dist_vasp.ranking.load import load_model

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from dist_vasp.parallel.comm import AgreedError, Ranks
+from dist_vasp.parallel.agree import AgreedError
+from dist_vasp.parallel.comm import Ranks
 from dist_vasp.training import run_dir
 from tests.support.ranks import run_ranks
 
