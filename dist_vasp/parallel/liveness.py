@@ -26,17 +26,23 @@ import socket
 import sys
 import threading
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
+from dist_vasp.parallel.link import (
+    ANSWER_S,
+    MAX_HOST,
+    MAX_TEXT,
+    Link,
+    Loss,
+    first_line,
+    say_unwatched,
+)
 from dist_vasp.parallel.secret import Channel, SharedSecret, new_nonce
 from dist_vasp.text import one_line
 
-_ANSWER_S = 10.0  # to connect to rank 0, and to send a valid hello
 _GRACE_S = 5.0  # after a loss, the time in which the main thread can end by itself
 _LINE = 32_768  # bytes
-_TEXT = 2000  # characters of an error; up to 12 bytes each
-_HOST = 255
 _STRANGERS = 64  # connections without a valid hello
 _SILENT_HOST = {
     "TCP_KEEPIDLE": 10,
@@ -44,24 +50,6 @@ _SILENT_HOST = {
     "TCP_KEEPCNT": 3,
     "TCP_USER_TIMEOUT": 25_000,
 }  # seconds; the last in ms
-
-
-@dataclass(frozen=True)
-class Loss:
-    """A rank that is gone; `text` is its error, empty where it could not send one."""
-
-    rank: int
-    host: str
-    text: str
-    status: int = 1
-
-    @classmethod
-    def from_message(cls, rank: Any, host: Any, text: Any, status: Any = 1) -> Loss:
-        """Return a loss from another process's message, safe to print and with a failing status."""
-        if type(rank) is not int or not isinstance(host, str) or not isinstance(text, str):
-            raise ValueError("not a loss")
-        status = status if type(status) is int and 1 <= status <= 255 else 1
-        return cls(rank, one_line(host[:_HOST]), one_line(text[:_TEXT]), status)
 
 
 class Liveness:
@@ -90,7 +78,7 @@ class Liveness:
         self._lost = threading.Event()
         self._left = threading.Event()
         self._lock = threading.Lock()  # of the links
-        self._links: dict[socket.socket, _Link] = {}
+        self._links: dict[socket.socket, Link] = {}
         self._server = server
         self._expected = world_size - 1
         self._all_connected = threading.Event()
@@ -100,7 +88,7 @@ class Liveness:
         os.register_at_fork(after_in_child=self._forget)
         threading.Thread(target=self._watch, daemon=True).start()
         if world_size > 1:
-            self._all_connected.wait(_ANSWER_S)
+            self._all_connected.wait(ANSWER_S)
 
     def leave(self, failed: str = "", status: int = 1) -> None:
         """Tell the others that this process ends.
@@ -108,7 +96,7 @@ class Liveness:
         `failed`: the error that only this rank has met, and has printed.
         """
         self._left.set()
-        self._tell({"failed": failed[:_TEXT], "status": status} if failed else {"goodbye": True})
+        self._tell({"failed": failed[:MAX_TEXT], "status": status} if failed else {"goodbye": True})
         if self._file:
             self._file.remove()
 
@@ -121,8 +109,8 @@ class Liveness:
 
     def _connect(self, address: Any) -> bool:
         try:
-            connection = socket.create_connection(address, timeout=_ANSWER_S)
-            server_nonce, nonce = str(json.loads(_first_line(connection))["nonce"]), new_nonce()
+            connection = socket.create_connection(address, timeout=ANSWER_S)
+            server_nonce, nonce = str(json.loads(first_line(connection))["nonce"]), new_nonce()
             channel = Channel(self._secret, server_nonce, nonce, server=False)
             # The hello holds the nonce as plain text: rank 0 needs it to check the signature.
             connection.sendall(
@@ -134,10 +122,10 @@ class Liveness:
                 self._rank, f"cannot reach rank 0 at {address[0]}:{address[1]} ({reason})"
             )
             return False
-        self._add(connection, _Link(rank=0, host="", channel=channel))
+        self._add(connection, Link(rank=0, host="", channel=channel))
         return True
 
-    def _add(self, connection: socket.socket, link: _Link) -> None:
+    def _add(self, connection: socket.socket, link: Link) -> None:
         connection.setblocking(False)
         with contextlib.suppress(OSError):
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -173,7 +161,7 @@ class Liveness:
                     elif not self._receive(key.fileobj):
                         self._drop(key.fileobj, selector)
                 for connection, link in list(self._links.items()):
-                    if not link.proven and time.monotonic() - link.since > _ANSWER_S:
+                    if not link.proven and time.monotonic() - link.since > ANSWER_S:
                         self._drop(connection, selector)
         if self.loss is not None and not self._left.wait(_GRACE_S):
             os._exit(self.loss.status)
@@ -185,7 +173,7 @@ class Liveness:
             if len(self._links) >= self._world + _STRANGERS:
                 connection.close()
                 return
-            link = _Link(rank=-1, host="", nonce=new_nonce())
+            link = Link(rank=-1, host="", nonce=new_nonce())
             self._add(connection, link)
             selector.register(connection, selectors.EVENT_READ)
             connection.send(json.dumps({"nonce": link.nonce}).encode() + b"\n")
@@ -218,7 +206,7 @@ class Liveness:
             self._handle(line, link, connection) for line in lines
         )
 
-    def _handle(self, line: bytes, link: _Link, connection: socket.socket) -> bool:
+    def _handle(self, line: bytes, link: Link, connection: socket.socket) -> bool:
         """Handle one line; return False when the connection is to be closed."""
         try:
             if link.channel is None:
@@ -226,7 +214,7 @@ class Liveness:
                 return True
             message = json.loads(link.channel.verify(line))
             if not link.proven:
-                link.proven, link.host = True, one_line(str(message["host"])[:_HOST])
+                link.proven, link.host = True, one_line(str(message["host"])[:MAX_HOST])
                 self._all_connected.set()
             elif "lost" in message and self._server is None:
                 self._note(Loss.from_message(**message["lost"]), connection)
@@ -241,7 +229,7 @@ class Liveness:
         except (ValueError, KeyError, TypeError, OSError, RecursionError):
             return False
 
-    def _welcome(self, line: bytes, link: _Link, connection: socket.socket) -> None:
+    def _welcome(self, line: bytes, link: Link, connection: socket.socket) -> None:
         """Handle the hello of a rank, on rank 0; ValueError unless that rank is still expected."""
         claimed = json.loads(line.partition(b" ")[2])
         channel = Channel(self._secret, link.nonce, str(claimed["nonce"]), server=True)
@@ -250,7 +238,7 @@ class Liveness:
         if type(rank) is not int or not 0 < rank < self._world or rank in connected:
             raise ValueError("this rank is not expected")
         with self._lock:
-            link.rank, link.host = rank, one_line(str(hello["host"])[:_HOST])
+            link.rank, link.host = rank, one_line(str(hello["host"])[:MAX_HOST])
             link.channel, link.proven = channel, True
             connection.send(channel.sign(json.dumps({"host": self._host})))
         self._expected -= 1
@@ -275,37 +263,3 @@ class Liveness:
                 flush=True,
             )
         self._lost.set()
-
-
-@dataclass
-class _Link:
-    """What is known about the other end of a connection."""
-
-    rank: int
-    host: str
-    nonce: str = ""  # of rank 0, until the hello
-    channel: Channel | None = None
-    proven: bool = False  # the other end knows the secret
-    buffer: bytes = b""
-    since: float = 0.0
-
-    def __post_init__(self) -> None:
-        self.since = time.monotonic()
-
-
-def say_unwatched(rank: int, why: str) -> None:
-    text = f"rank {rank} {one_line(why)}; if a rank dies the others may take long to notice"
-    print(f"warning: {text}", file=sys.stderr, flush=True)
-
-
-def _first_line(connection: socket.socket) -> bytes:
-    """Return the first line of rank 0; ValueError where it is too slow or too long."""
-    line, deadline = b"", time.monotonic() + _ANSWER_S
-    while not line.endswith(b"\n"):
-        if len(line) > 200 or time.monotonic() > deadline:
-            raise ValueError("it does not answer as rank 0 does")
-        data = connection.recv(1)
-        if not data:
-            raise ValueError("it closed the connection")
-        line += data
-    return line

@@ -17,7 +17,8 @@ from dist_vasp.parallel.launched import (
     meeting_point,
     threads_per_rank,
 )
-from dist_vasp.parallel.liveness import Liveness, Loss, say_unwatched
+from dist_vasp.parallel.link import Loss, say_unwatched
+from dist_vasp.parallel.liveness import Liveness
 from dist_vasp.parallel.network import LOOPBACK, choose_interface, listen, private_server
 from dist_vasp.parallel.partition import Layout
 from dist_vasp.parallel.secret import SharedSecret, nearest_folder, read_secret

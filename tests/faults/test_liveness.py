@@ -17,7 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from dist_vasp.parallel.liveness import Liveness, Loss
+from dist_vasp.parallel.link import Loss
+from dist_vasp.parallel.liveness import Liveness
 from dist_vasp.parallel.secret import Channel, SharedSecret, read_secret
 from tests.support.paths import ROOT
 

@@ -39,6 +39,7 @@ BASE = TABLES | {
     "dist_vasp.parallel.partition",
     "dist_vasp.parallel.network",
     "dist_vasp.parallel.launched",
+    "dist_vasp.parallel.link",
     "dist_vasp.parallel.liveness",
     "dist_vasp.parallel.secret",
     "dist_vasp.parallel.kernels",
@@ -70,7 +71,12 @@ NARROW = {
 WITHIN_BASE = {
     "dist_vasp.files": {"dist_vasp.places"},
     "dist_vasp.console": {"dist_vasp.text"},
-    "dist_vasp.parallel.liveness": {"dist_vasp.parallel.secret", "dist_vasp.text"},
+    "dist_vasp.parallel.link": {"dist_vasp.parallel.secret", "dist_vasp.text"},
+    "dist_vasp.parallel.liveness": {
+        "dist_vasp.parallel.link",
+        "dist_vasp.parallel.secret",
+        "dist_vasp.text",
+    },
     "dist_vasp.data.block": {"dist_vasp.data.rows"},
     "dist_vasp.data.manifest": {"dist_vasp.data.positives", "dist_vasp.bounded_json"},
     "dist_vasp.data.shard": {

@@ -59,17 +59,17 @@ def test_ranks_listen_on_the_loopback_only(tmp_path):
 
 
 def test_loopback_where_all_ranks_are_here(unset):
-    choose_interface("", all_here=False)
+    choose_interface("", is_one_host=False)
     assert not any(name in os.environ for name in VARIABLES)
-    choose_interface("", all_here=True)
+    choose_interface("", is_one_host=True)
     assert {os.environ[name] for name in VARIABLES} <= {"lo", "lo0"}
 
 
 def test_the_given_interface_wins_over_the_environment_and_that_over_the_loopback(unset):
     os.environ["NCCL_SOCKET_IFNAME"] = "eth7"
-    choose_interface("", all_here=True)
+    choose_interface("", is_one_host=True)
     assert os.environ["NCCL_SOCKET_IFNAME"] == "eth7"
-    choose_interface("lo", all_here=False)
+    choose_interface("lo", is_one_host=False)
     assert os.environ["GLOO_SOCKET_IFNAME"] == "lo"
 
 
@@ -79,12 +79,12 @@ def test_an_interface_of_the_environment_that_does_not_exist(unset):
         ValueError,
         match=r"GLOO_SOCKET_IFNAME is 'eth99' in the environment, but 'eth99' is not one of .*lo",
     ):
-        choose_interface("", all_here=True)
+        choose_interface("", is_one_host=True)
 
 
 def test_an_interface_that_does_not_exist(unset):
     with pytest.raises(ValueError, match=r"parallel\.interface is 'eth99', expected one of .*lo"):
-        choose_interface("eth99", all_here=True)
+        choose_interface("eth99", is_one_host=True)
 
 
 def address_of(descriptor: int | None) -> tuple[str, int]:
@@ -94,21 +94,21 @@ def address_of(descriptor: int | None) -> tuple[str, int]:
 
 
 def test_the_store_listens_on_the_master_address_alone():
-    address, port = address_of(listen("127.0.0.1", 0, "", all_here=True))
+    address, port = address_of(listen("127.0.0.1", 0, "", is_one_host=True))
     assert (address, port > 0) == ("127.0.0.1", True)
 
 
 def test_a_host_that_takes_its_own_name_for_the_loopback(monkeypatch):
     monkeypatch.setattr(socket, "gethostname", lambda: "localhost")
-    assert listen("127.0.0.1", 0, "", all_here=False) is None  # the others could not come in
-    assert address_of(listen("127.0.0.1", 0, "lo", all_here=False))[0] == "127.0.0.1"
+    assert listen("127.0.0.1", 0, "", is_one_host=False) is None  # the others could not come in
+    assert address_of(listen("127.0.0.1", 0, "lo", is_one_host=False))[0] == "127.0.0.1"
 
 
 def test_an_address_that_is_not_here(monkeypatch):
     """Such as that of a service: the host's own is taken, where its name has one."""
     monkeypatch.setattr(socket, "gethostname", lambda: "localhost")
-    assert listen("192.0.2.1", 0, "", all_here=False) is None
-    assert address_of(listen("192.0.2.1", 0, "lo", all_here=False))[0] == "127.0.0.1"
+    assert listen("192.0.2.1", 0, "", is_one_host=False) is None
+    assert address_of(listen("192.0.2.1", 0, "lo", is_one_host=False))[0] == "127.0.0.1"
 
 
 def test_a_port_that_is_taken():
@@ -119,4 +119,4 @@ def test_a_port_that_is_taken():
             ValueError,
             match=r"port \d+ of 127\.0\.0\.1 is in use; choose another with --master_port",
         ):
-            listen("127.0.0.1", other.getsockname()[1], "", all_here=True)
+            listen("127.0.0.1", other.getsockname()[1], "", is_one_host=True)
