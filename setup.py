@@ -9,6 +9,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["dist_vasp", "dist_vasp.*", "data_tools", "launch"]),
+    entry_points={"console_scripts": ["dist-vasp = dist_vasp.commands.program:main"]},
     install_requires=[
         "torch==2.13.0",
         "deepspeed==0.19.8",

@@ -22,10 +22,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from data_tools.cli import Progress
 from data_tools.interactions import Interactions, Summary, item_counts, without_items
 from dist_vasp.data.ids import IdIndex
 from dist_vasp.data.positives import PositiveRule, positive_rows
+from dist_vasp.progress import Progress
 
 ROWS_PER_BATCH = 1 << 19
 SPLIT_VALUES = pa.array(["0", "train", "1", "test", "2", "validation"])  # code = position // 2
@@ -171,7 +171,7 @@ class _EncodedBatches:
 
     def __iter__(self) -> Iterator[pa.RecordBatch]:
         try:
-            with Progress("reading", "rows") as progress:
+            with Progress("reading", None, "row", brief=True) as progress:
                 for batch in self._batches:
                     progress.add(len(batch))
                     kept = self._encoder.encode(batch)
@@ -227,7 +227,7 @@ def _write_scratch(stream: Iterable[pa.RecordBatch], folder: Path, encoder: _Enc
     with (
         open(folder / "items", "wb") as items_file,
         open(folder / "splits", "wb") as splits_file,
-        Progress("grouping", "rows") as progress,
+        Progress("grouping", None, "row", brief=True) as progress,
     ):
         for rows in _whole_users(stream, ["user", "item", *encoder.extra]):
             if item_rank is None:  # the sort has consumed all input, so the index is complete

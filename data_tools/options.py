@@ -6,8 +6,8 @@ import argparse
 import re
 from pathlib import Path
 
-from data_tools import cli
 from data_tools.readers import FORMATS
+from dist_vasp import command_line
 from dist_vasp.data.positives import REPEATS
 from dist_vasp.data.tables.options import add_reading_options
 
@@ -23,8 +23,8 @@ _LIANG_ONLY = (
 _GIVEN_ONLY = ("split_column", "validation_fraction")
 
 
-def parser() -> cli.Parser:
-    result = cli.Parser(
+def parser() -> command_line.Parser:
+    result = command_line.Parser(
         prog="python -m data_tools.shard", description="Turn raw interactions into shards."
     )
     add = result.add_argument
@@ -36,8 +36,12 @@ def parser() -> cli.Parser:
     help = "CSV or Parquet with the item column and title; default: the titles of INPUT, if any"
     add("--titles", type=Path, metavar="FILE", help=help)
     add_reading_options(result)
-    add("--seed", type=cli.seed, default=98765, help="default 98765")
-    add("--users_per_shard", type=cli.at_least(1), help="default min(4096, train users / 64)")
+    add("--seed", type=command_line.seed, default=98765, help="default 98765")
+    add(
+        "--users_per_shard",
+        type=command_line.at_least(1),
+        help="default min(4096, train users / 64)",
+    )
     help = "memory for the sort, which spills to disk; default 800MB"
     add("--memory_limit", type=_memory, default="800MB", help=help)
     help = "replace OUT_DIR if it is a folder that this command wrote"
@@ -46,7 +50,7 @@ def parser() -> cli.Parser:
     return result
 
 
-def _add_columns(result: cli.Parser) -> None:
+def _add_columns(result: command_line.Parser) -> None:
     add = result.add_argument
     add("--user_column", metavar="NAME", help="csv, parquet: default user")
     add("--item_column", metavar="NAME", help="csv, parquet: default item")
@@ -58,14 +62,18 @@ def _add_columns(result: cli.Parser) -> None:
     add("--split_column", metavar="NAME", help=help)
 
 
-def _add_protocol(result: cli.Parser) -> None:
+def _add_protocol(result: command_line.Parser) -> None:
     add = result.add_argument
     help = "liang splits users, given follows a column; default liang"
     add("--protocol", choices=("liang", "given"), default="liang", help=help)
-    add("--min_rating", type=cli.number, help="liang: keep ratings of at least this; default 4")
+    add(
+        "--min_rating",
+        type=command_line.number,
+        help="liang: keep ratings of at least this; default 4",
+    )
     help = "which of several rows of a user and an item counts; default first"
     add("--repeats", choices=REPEATS, default="first", help=help)
-    at_least_one, count = cli.at_least(1), cli.at_least(0)
+    at_least_one, count = command_line.at_least(1), command_line.at_least(0)
     help = "liang: keep users with at least this many items; default 5"
     add("--min_items", type=at_least_one, help=help)
     help = "liang: keep items with at least this many users; default 1"
@@ -80,7 +88,7 @@ def _add_protocol(result: cli.Parser) -> None:
 
 
 def _fraction(text: str) -> float:
-    value = cli.number(text)
+    value = command_line.number(text)
     if not 0 <= value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not at least 0 and below 1")
     return value

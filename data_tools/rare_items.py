@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from data_tools.cli import Progress
 from data_tools.interactions import Interactions, item_counts, without_items
+from dist_vasp.progress import Progress
 
 
 def drop_rare_items(
@@ -52,7 +52,7 @@ def drop_rare_items(
 def _core(data: Interactions, min_users: int, min_items: int) -> np.ndarray:
     """Return which items are in the k-core, (I,) bool."""
     kept = np.ones(len(data.item_ids), bool)
-    with Progress("dropping rare items", "rounds") as progress:
+    with Progress("dropping rare items", None, "round", brief=True) as progress:
         while True:
             counts = np.zeros(len(kept), np.int64)
             for block in data.blocks_in_file_order():

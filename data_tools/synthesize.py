@@ -28,7 +28,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_tools import cli
+from dist_vasp import command_line
 from dist_vasp.files import new_file
+from dist_vasp.progress import Progress
 
 USERS_PER_BLOCK = 2048
 N_TASTES = 24
@@ -185,7 +187,7 @@ def synthesize(
             f"--interactions {interactions} leaves some of the {users} users without any; pass at "
             f"least {users}"
         )
-    progress = cli.Progress("drawing", "interactions", interactions)
+    progress = Progress("drawing", interactions, "interaction", brief=True)
     opened = new_file(path, "", overwrite, _ours, make_parents=True)
     with opened as file, progress, pq.ParquetWriter(file, SCHEMA) as writer:
         for batch in blocks(users, items, interactions, seed):
@@ -197,8 +199,8 @@ def _ours(path: Path) -> bool:
     return _WRITTEN_BY.items() <= (pq.read_schema(path).metadata or {}).items()
 
 
-def _parser() -> cli.Parser:
-    parser = cli.Parser(
+def _parser() -> command_line.Parser:
+    parser = command_line.Parser(
         prog="python -m data_tools.synthesize", description="Write synthetic implicit feedback."
     )
     parser.add_argument(
@@ -206,20 +208,23 @@ def _parser() -> cli.Parser:
     )
     parser.add_argument(
         "--users",
-        type=cli.at_least(1),
+        type=command_line.at_least(1),
         required=True,
         help="number of users; each has an interaction",
     )
     parser.add_argument(
         "--items",
-        type=cli.at_least(1),
+        type=command_line.at_least(1),
         required=True,
         help="size of the catalogue; rare items may stay unused",
     )
     parser.add_argument(
-        "--interactions", type=cli.at_least(1), required=True, help="exact number of distinct pairs"
+        "--interactions",
+        type=command_line.at_least(1),
+        required=True,
+        help="exact number of distinct pairs",
     )
-    parser.add_argument("--seed", type=cli.seed, default=0, help="default 0")
+    parser.add_argument("--seed", type=command_line.seed, default=0, help="default 0")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT.parquet if it exists")
     return parser
 

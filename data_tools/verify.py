@@ -22,11 +22,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from data_tools import cli
+from dist_vasp import command_line
 from dist_vasp.data.block import Block
 from dist_vasp.data.hashing import keys_of_ids
 from dist_vasp.data.items import ItemTable, load_items
 from dist_vasp.data.manifest import ITEMS_FILE, MANIFEST, SPLITS, Manifest, users_file
 from dist_vasp.data.shard import read_shard
+from dist_vasp.progress import Progress
 from dist_vasp.text import one_line
 
 MAX_EXAMPLES = 3
@@ -56,9 +58,8 @@ def faults(folder: Path) -> Iterator[str]:
     except ValueError as error:
         yield str(error)
     seen = {}
-    with cli.Progress(
-        "verifying", "users", sum(s.users for s in manifest.splits.values())
-    ) as progress:
+    n_users = sum(split.users for split in manifest.splits.values())
+    with Progress("verifying", n_users, "user", brief=True) as progress:
         for split in SPLITS:
             # the length of the file, because the manifest's number may be absurd
             known = len(items.ids) if items is not None else 0
@@ -103,7 +104,7 @@ def _changed_files(folder: Path, manifest: Manifest) -> Iterator[str]:
 
 
 def _shards(
-    folder: Path, manifest: Manifest, split: str, seen: _Seen, progress: cli.Progress
+    folder: Path, manifest: Manifest, split: str, seen: _Seen, progress: Progress
 ) -> Iterator[str]:
     for entry in manifest.splits[split].shards:
         progress.add(entry.users)
@@ -267,7 +268,7 @@ def _command(args: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = cli.Parser(
+    parser = command_line.Parser(
         prog="python -m data_tools.verify", description="Check a data folder; name every fault."
     )
     parser.add_argument(

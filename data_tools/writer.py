@@ -13,7 +13,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from webdataset import TarWriter
 
-from data_tools.cli import Progress
 from data_tools.interactions import Interactions
 from data_tools.plan import Plan
 from dist_vasp.data.block import Block, encode_block
@@ -28,6 +27,7 @@ from dist_vasp.data.manifest import (
     shard_name,
     users_file,
 )
+from dist_vasp.progress import Progress
 
 MAX_USERS_PER_BLOCK = 4096
 
@@ -64,7 +64,7 @@ def _blocks_by_shard(plan: Plan, split: str, users_per_shard: int) -> Iterator[t
 def write_split(folder: Path, plan: Plan, split: str, users_per_shard: int) -> SplitEntry:
     """Write the tars of one split. The same plan gives the same bytes."""
     entries: list[ShardEntry] = []
-    with Progress(f"writing {split}", "users", len(plan.users[split])) as progress:
+    with Progress(f"writing {split}", len(plan.users[split]), "user", brief=True) as progress:
         for index, blocks in groupby(
             _blocks_by_shard(plan, split, users_per_shard), key=lambda pair: pair[0]
         ):

@@ -114,10 +114,9 @@ def _restart_in_utf8() -> None:
     libraries, which expect UTF-8, fail in ways of their own.
     """
     script = Path(getattr(sys.modules["__main__"], "__file__", None) or "")
-    ours = script.resolve().parent.name in (
-        "launch",
-        "data_tools",
-    )  # not a test that calls a command
+    folder = script.resolve().parent.name
+    # not a test that calls a command
+    ours = folder in ("launch", "data_tools", "dist_vasp") or script.name == "dist-vasp"
     if ours and sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
         os.environ["PYTHONUTF8"] = "1"
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

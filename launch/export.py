@@ -1,37 +1,7 @@
-"""A trained model as one folder without its training: python launch/export.py --run RUN_DIR
---output DIR"""
+"""Run the command of dist_vasp/commands/export.py under a launcher, or by itself."""
 
-from __future__ import annotations
-
-from collections.abc import Sequence
-
-from dist_vasp.ranking.recommender import Recommender
-from dist_vasp.training.progress import counting
-from launch.cli import make_argument_parser, run
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = make_argument_parser("export.py", __doc__ or "")
-    parser.add_argument("--run", metavar="RUN_DIR", required=True, help="folder of a training run")
-    parser.add_argument(
-        "--checkpoint",
-        metavar="NAME",
-        help="a folder under RUN_DIR/checkpoints; default: best, else the newest",
-    )
-    parser.add_argument(
-        "--output", metavar="DIR", required=True, help="folder to write; it must not exist"
-    )
-    parser.add_argument(
-        "--trunk",
-        choices=["torch_export"],
-        help="add trunk.pt2, the trunk as a torch.export program (nothing here loads it)",
-    )
-    arguments = parser.parse_args(argv)
-    recommender = Recommender.load(arguments.run, arguments.checkpoint)
-    with counting("exporting", "MB", per=1_000_000) as show:
-        text = recommender.export(arguments.output, arguments.trunk, show)
-    print(text)
-
+from dist_vasp.commands.ending import run
+from dist_vasp.commands.export import main
 
 if __name__ == "__main__":
     run(main)

@@ -32,7 +32,6 @@ from dist_vasp.data.manifest import SPLITS, Manifest
 from dist_vasp.files import replace_text
 
 _REMEDY = "choose another --output"
-LAUNCH = Path(__file__).resolve().parent.parent.parent / "launch"
 DONE, TRAINED, BEGUN, NEW = "done", "trained", "begun", "new"  # what is there of a run
 
 
@@ -194,13 +193,8 @@ def _carry_out_one(
         replace_text(run.file("yaml"), run.config.to_yaml(), _REMEDY)
         result_before = _changed(run.dir / "result.json")
         try:
-            ended = jobs.run(
-                LAUNCH / "train.py",
-                ["--config", str(run.file("yaml"))],
-                ranks,
-                run.file("log"),
-                run.config.device,
-            )
+            training = ["train", "--config", str(run.file("yaml"))]
+            ended = jobs.run(training, ranks, run.file("log"))
         except Stopped as stopped:
             if stopped.args:
                 _note(run, stopped.args[0], None, ranks)
@@ -212,13 +206,8 @@ def _carry_out_one(
     if run.members:
         members = ["--members", *(str(member.dir) for member in run.members)]
         weights = ["--weights", *(str(weight) for _, weight in run.model.members)]
-        ended = jobs.run(
-            LAUNCH / "ensemble.py",
-            [*members, *weights, "--output", str(run.dir)],
-            1,
-            run.file("log"),
-            device,
-        )
+        combining = ["ensemble", *members, *weights, "--output", str(run.dir)]
+        ended = jobs.run(combining, 1, run.file("log"))
         if ended.status:
             return Failure(run, ended.status, _reason(run.file("log"), log_before))
         replace_text(run.file("yaml"), _members_of(run), _REMEDY)
@@ -241,7 +230,7 @@ def _carry_out_one(
         "--per_user",
         str(run.file("per_user.parquet")),
     ]
-    ended = jobs.run(LAUNCH / "evaluate.py", arguments, ranks, run.file("log"), device)
+    ended = jobs.run(["evaluate", *arguments], ranks, run.file("log"))
     if ended.status:
         return Failure(run, ended.status, _reason(run.file("log"), log_before))
     if run.config is None:

@@ -7,19 +7,18 @@ own.
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
 from dist_vasp.doctor.findings import Finding, error, ok, warning
 from dist_vasp.parallel.comm import Ranks, all_gather, all_reduce, barrier, reduce_scatter
+from dist_vasp.parallel.local_ranks import LocalRanks
 
 _ELEMENTS = 1 << 24  # 64 MB of fp32
 _SLOW = 50e6  # bytes/s: below, a step of a real model spends its time here
@@ -79,52 +78,26 @@ def judge(found: dict[str, Any]) -> Finding:
     return ok("round trip", text)
 
 
-def start_here(script: Path, n: int, device: str, threads: int) -> Finding:
-    """Start `n` ranks of `script` on this machine, which `measure` and print the result, and judge
-    it."""
-    do = "see what the ranks said; a firewall on the loopback, or a GPU that another job holds, are the usual reasons"
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    place = {
-        "WORLD_SIZE": n,
-        "LOCAL_SIZE": n,
-        "LOCAL_WORLD_SIZE": n,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-    }
-    environment = (
-        os.environ | {k: str(v) for k, v in place.items()} | {"OMP_NUM_THREADS": str(threads)}
+def start_here(n: int, device: str, threads: int) -> Finding:
+    """Start `n` ranks on this machine, which `measure`, and judge what they found."""
+    do = (
+        "see what the ranks printed; a firewall on the loopback, or a GPU that another job holds, "
+        "are the usual reasons"
     )
-    command = [sys.executable, str(script), "--round_trip", "--device", device]
-    processes = [
-        subprocess.Popen(
-            command,
-            env=environment | {"RANK": str(r), "LOCAL_RANK": str(r)},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for r in range(n)
-    ]
-    try:
-        said = [process.communicate(timeout=_PATIENCE_S) for process in processes]
-    except subprocess.TimeoutExpired:
-        return error("round trip", f"{n} ranks did not finish within {_PATIENCE_S:.0f} s", do)
-    finally:
-        for process in processes:
-            if process.poll() is None:
-                process.kill()
-                process.communicate()
-    failed = next((r for r in range(n) if processes[r].returncode), None)
-    if failed is not None:
-        lines = [line for line in said[failed][1].splitlines() if line.strip()] or [
-            "it said nothing"
-        ]
-        return error(
-            "round trip",
-            f"rank {failed} of {n} ended with status {processes[failed].returncode}: {lines[-1]}",
-            do,
-        )
-    return judge(json.loads(said[0][0].splitlines()[-1]))
+    with TemporaryDirectory() as folder, ExitStack() as files:
+        result = Path(folder, "result.json")
+        paths = [Path(folder, f"rank-{rank}.log") for rank in range(n)]
+        logs = [files.enter_context(open(path, "wb")) for path in paths]
+        arguments = ["doctor", "--round_trip", str(result), "--device", device]
+        with LocalRanks(arguments, n, logs, threads) as ranks:
+            status = ranks.wait(_PATIENCE_S)
+            statuses = ranks.statuses
+        if status is None:
+            return error("round trip", f"{n} ranks did not finish within {_PATIENCE_S:.0f} s", do)
+        if status:
+            rank = statuses.index(status)
+            lines = [line for line in paths[rank].read_text().splitlines() if line.strip()]
+            said = lines[-1] if lines else "it printed nothing"
+            text = f"rank {rank} of {n} ended with status {status}: {said}"
+            return error("round trip", text, do)
+        return judge(json.loads(result.read_text()))

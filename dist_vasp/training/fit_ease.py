@@ -33,9 +33,9 @@ from dist_vasp.model.item_layers import NEASE_WEIGHT
 from dist_vasp.parallel.agree import agreed
 from dist_vasp.parallel.comm import Ranks
 from dist_vasp.plan import EASE_INTERACTIONS_PER_ITEM
+from dist_vasp.progress import Progress
 from dist_vasp.ranking.evaluate import to_item_rows
 from dist_vasp.training.engine import Trainer
-from dist_vasp.training.progress import Progress
 
 CLOSED_FORM = "closed_form"  # the value of model.init_from_ease that names no run
 _MOST_USERS = 1 << 16  # whose rows are dense for a block of columns: 64 MB

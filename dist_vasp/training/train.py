@@ -24,6 +24,7 @@ from dist_vasp.model.item_layers import BLOCK_COLUMNS
 from dist_vasp.parallel.agree import AgreedError, agreed, any_rank
 from dist_vasp.parallel.comm import Ranks, all_gather_bytes, all_gather_keys
 from dist_vasp.parallel.launched import launched_world
+from dist_vasp.progress import Progress
 from dist_vasp.ranking.evaluate import Scorer, evaluate, model_scorer
 from dist_vasp.ranking.load import load_model
 from dist_vasp.ranking.metrics import RankingMetrics
@@ -32,7 +33,6 @@ from dist_vasp.training.engine import DivergedError, Trainer
 from dist_vasp.training.environment import Memory, describe
 from dist_vasp.training.fit_ease import start_from_ease
 from dist_vasp.training.grow import initialise_from, open_source
-from dist_vasp.training.progress import Progress
 from dist_vasp.training.run_dir import RunDir, check_shared, write_atomically
 from dist_vasp.training.state import RunState, Saver, resume, total_steps
 from dist_vasp.training.stop import StopRequest

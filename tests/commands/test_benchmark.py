@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dist_vasp.commands import benchmark as command
+from dist_vasp.commands.plan import _sizes
 from dist_vasp.plan import Rates, make_plan
 from dist_vasp.training.benchmark import LABELS
-from launch import benchmark as command
-from launch.plan import _sizes
 from tests.support.make_shards import write_folder
 
 N_ITEMS, PER_RANK = 90, 24

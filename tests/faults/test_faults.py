@@ -296,7 +296,7 @@ def test_a_rank_that_dies_during_start_up_ends_the_run(shards, tmp_path, rank, a
 
 
 def test_a_rank_that_never_comes_is_not_waited_for_in_silence(tmp_path):
-    code = "from dist_vasp.parallel import start\nfrom launch.cli import run\nstart._ALL_STARTED_S = 2.0\n"
+    code = "from dist_vasp.parallel import start\nfrom dist_vasp.commands.ending import run\nstart._ALL_STARTED_S = 2.0\n"
     code += "run(lambda _: start.init_ranks(device='cpu') and None)"
     env = environment(
         RANK="0",
@@ -337,7 +337,7 @@ def test_a_rank_without_its_launcher_saves_and_ends(shards, whole, tmp_path):
 def test_a_rank_that_fails_is_named_with_its_error():
     """A bug on one rank: its traceback, then one line; it ends at once, whatever else still runs in
     it."""
-    code = "import threading, time\nfrom launch.cli import run\n"
+    code = "import threading, time\nfrom dist_vasp.commands.ending import run\n"
     code += "def main(_):\n    threading.Thread(target=time.sleep, args=(600,)).start()\n    [][3]\nrun(main)"
     env = environment(
         RANK="1", WORLD_SIZE="2", LOCAL_RANK="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="29677"

@@ -24,7 +24,7 @@ from typing import Any
 from tests.support.paths import ROOT
 
 LOADED = (
-    "launch.train",
+    "dist_vasp.commands.train",
     "deepspeed.launcher.launch",
     *(
         "torch._dynamo",
@@ -174,10 +174,10 @@ class _Rank:
                 )
             _set_environment(env)
             sys.argv = cmd[cmd.index("-u") + 1 :]
-            import launch.cli
-            import launch.train
+            from dist_vasp.commands.ending import run
+            from dist_vasp.commands.train import main
 
-            launch.cli.run(launch.train.main)
+            run(main)
 
     def poll(self) -> int | None:
         if self.returncode is None:

@@ -4,7 +4,7 @@ memory, time and file size.
     python -m tests.support.fuzz_server BASE FIRST STOP [STEP]      one line of JSON per seed
 
 A fork of a process that has imported everything costs milliseconds where a fresh interpreter costs
-seconds; what runs in it is the launch script's own `main` under `launch.cli.run`, so exit status
+seconds; what runs in it is the launch script's own `main` under `dist_vasp.commands.ending.run`, so exit status
 and stderr are those of the command.
 """
 
@@ -104,8 +104,8 @@ def import_everything() -> dict[str, Callable[[], int]]:
     import data_tools.verify
     import launch.recommend
     import launch.train
+    from dist_vasp.commands.ending import run
     from dist_vasp.config import Config, from_dict
-    from launch.cli import run
 
     torch.set_num_threads(1)
     from_dict(asdict(Config()))  # reads sources and fills caches

@@ -143,8 +143,8 @@ def _become(line: str) -> None:
             status = _exit_status(importlib.import_module(words[2]).main, words[2:])
         elif words[0] == "python":
             script = importlib.import_module(f"launch.{Path(words[1]).stem}")
-            launch_cli = importlib.import_module("launch.cli")
-            status = _exit_status(lambda: launch_cli.run(script.main), words[1:])
+            ending = importlib.import_module("dist_vasp.commands.ending")
+            status = _exit_status(lambda: ending.run(script.main), words[1:])
         else:
             status = _python(line)
     except BaseException:

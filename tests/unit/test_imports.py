@@ -40,6 +40,7 @@ BASE = TABLES | {
     "dist_vasp.parallel.network",
     "dist_vasp.parallel.launched",
     "dist_vasp.parallel.link",
+    "dist_vasp.parallel.local_ranks",
     "dist_vasp.parallel.liveness",
     "dist_vasp.parallel.secret",
     "dist_vasp.parallel.kernels",
@@ -47,6 +48,9 @@ BASE = TABLES | {
     "dist_vasp.files",
     "dist_vasp.text",
     "dist_vasp.console",
+    "dist_vasp.command_line",
+    "dist_vasp.progress",
+    "dist_vasp.failure",
     "dist_vasp.signals",
     "dist_vasp.bounded_json",
     "dist_vasp.tensor_file",
@@ -64,6 +68,8 @@ ROOMS = [
     "compare",
     "report",
     "doctor",
+    "commands",
+    "__main__",
 ]  # each imports itself, those before it and BASE
 NARROW = {
     "dist_vasp.plan": {"dist_vasp.config", "dist_vasp.parallel.partition"}
@@ -87,6 +93,7 @@ WITHIN_BASE = {
     "dist_vasp.data.items": {"dist_vasp.data.hashing", "dist_vasp.data.manifest"},
     "dist_vasp.tensor_file": {"dist_vasp.bounded_json"},
     "dist_vasp.config": {"dist_vasp.bounded_json"},
+    "dist_vasp.failure": {"dist_vasp.places", "dist_vasp.signals", "dist_vasp.text"},
 }  # the only imports inside BASE
 SHARED_WITH_TOOLS = {
     f"dist_vasp.{name}"
@@ -103,6 +110,9 @@ SHARED_WITH_TOOLS = {
         "text",
         "console",
         "signals",
+        "command_line",
+        "failure",
+        "progress",
     )
 }
 FILES = sorted(
@@ -140,9 +150,9 @@ def level(module: str) -> int:
     if module in BASE:
         return 0
     if module == "dist_vasp":
-        return len(ROOMS)
+        return 1 + ROOMS.index("doctor")
     if module.split(".")[0] == "launch":
-        return len(ROOMS) + 1
+        return 1 + len(ROOMS)
     return 1 + next(
         i for i, room in enumerate(ROOMS) if f"{module}.".startswith(f"dist_vasp.{room}.")
     )
@@ -160,7 +170,9 @@ def allowed(importer: str, name: str) -> bool:
     if within(importer, "data_tools"):
         return name in SHARED_WITH_TOOLS or name in TABLES or within(name, "data_tools")
     if within(name, "data_tools"):
-        return within(importer, "launch")
+        return False
+    if within(importer, "launch"):
+        return within(name, "dist_vasp.commands")
     if (
         name in NARROW
     ):  # the floor of a step, the dry run of the closed form and the doctor are the plan's arithmetic
@@ -171,7 +183,9 @@ def allowed(importer: str, name: str) -> bool:
             "training.fit_ease",
             "doctor.job",
         )
-        return within(importer, "launch") or importer.removeprefix("dist_vasp.") in users
+        return (
+            within(importer, "dist_vasp.commands") or importer.removeprefix("dist_vasp.") in users
+        )
     return level(name) == 0 or level(name) <= level(importer)
 
 

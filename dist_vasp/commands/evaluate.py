@@ -1,0 +1,177 @@
+"""Evaluate a run, or a baseline: deepspeed [launcher flags] launch/evaluate.py --run RUN_DIR
+[--split test|validation] [--json FILE]"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+from dist_vasp.commands.ending import rank_parser
+from dist_vasp.data.items import load_items
+from dist_vasp.data.manifest import Manifest
+from dist_vasp.files import finish, new_file
+from dist_vasp.parallel.agree import agreed
+from dist_vasp.parallel.comm import Ranks
+from dist_vasp.parallel.start import init_ranks
+from dist_vasp.places import check_file, is_json
+from dist_vasp.progress import Progress
+from dist_vasp.ranking.ensemble import load_ranker
+from dist_vasp.ranking.evaluate import evaluate, popularity_scorer
+from dist_vasp.ranking.load import check_vocabulary, shards_of
+from dist_vasp.ranking.per_user import PerUserFile, is_per_user
+from dist_vasp.training.train import summary
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = _parser().parse_args(argv)
+    _check(arguments)
+    ranks = init_ranks(
+        device=arguments.device, interface=arguments.interface, shared=arguments.run or ""
+    )
+    task = _load(arguments, ranks)
+    metrics = _evaluate(task, arguments, ranks)
+    if ranks.is_main:
+        print(f"{task.name} on {arguments.split}: {summary(metrics)}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = rank_parser("evaluate.py", __doc__ or "")
+    add = parser.add_argument
+    add("--run", metavar="RUN_DIR", help="folder of a training run, an export, or an ensemble")
+    add(
+        "--checkpoint",
+        metavar="NAME",
+        help="a folder under RUN_DIR/checkpoints; default: best, else the newest",
+    )
+    add(
+        "--baseline", choices=["popularity"], help="evaluate this in place of a run; needs --shards"
+    )
+    add("--shards", metavar="DIR", help="data folder; default: the one the run was trained on")
+    add("--split", choices=["test", "validation"], default="test")
+    add(
+        "--recall_denominator",
+        choices=["min", "held_out"],
+        help="recall@k divides by min(k, held-out items), or by all held-out items; "
+        "default: what the run says, else min",
+    )
+    add("--json", metavar="FILE", help="write {split: metrics} to this file")
+    add(
+        "--per_user",
+        metavar="FILE.parquet",
+        help="write each user's metrics, also by popularity of the target",
+    )
+    return parser
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """Raise ValueError for options that exclude each other and for files that may not be written."""
+    if (arguments.run is None) == (arguments.baseline is None):
+        raise ValueError(
+            "expected either --run RUN_DIR or --baseline popularity; pass one of the two"
+        )
+    if arguments.baseline and not arguments.shards:
+        raise ValueError(
+            "--baseline needs data; pass --shards DIR, a folder written by "
+            "`python -m data_tools.shard`"
+        )
+    json_path, per_user_path = arguments.json, arguments.per_user
+    if json_path:
+        check_file(json_path, "--json", ours=_is_evaluation)
+    if per_user_path:
+        check_file(per_user_path, "--per_user", ours=is_per_user, endings=(".parquet",))
+    if not json_path or not per_user_path:
+        return
+    if os.path.realpath(json_path) == os.path.realpath(per_user_path):
+        raise ValueError(f"--json and --per_user are both {json_path}; name two files")
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What is evaluated, on which data."""
+
+    name: str
+    scorer: Any
+    folder: str
+    manifest: Manifest
+    recall_denominator: str
+    remark: str
+    """Printed before the evaluation; "" says nothing."""
+
+
+def _load(arguments: argparse.Namespace, ranks: Ranks) -> _Task:
+    """Load the run or the baseline and the manifest of its data. All ranks call this together."""
+    ranker = load_ranker(arguments.run, arguments.checkpoint, ranks) if arguments.run else None
+    with agreed(ranks):
+        folder, remark = arguments.shards, ""
+        if ranker and not folder:
+            folder, remark = shards_of(ranker.members[0])
+        manifest = Manifest.load(folder)
+        if ranker:
+            check_vocabulary(ranker.members[0], folder, manifest)
+            scorer, name = ranker.scorer(), ranker.name
+            denominator = ranker.config.run.recall_denominator
+        else:
+            scorer = popularity_scorer(load_items(folder, manifest), ranks)
+            name, denominator = arguments.baseline, "min"
+        if not manifest.splits[arguments.split].users:
+            raise ValueError(
+                f"{folder} has no {arguments.split} users; "
+                "choose another --split or prepare the data with some"
+            )
+        denominator = arguments.recall_denominator or denominator
+        return _Task(name, scorer, folder, manifest, denominator, remark)
+
+
+def _evaluate(task: _Task, arguments: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
+    """Return the metrics and write the files that were asked for, which appear at the end."""
+    split = arguments.split
+    with ExitStack() as outputs:
+        per_user = json_file = None
+        with agreed(ranks):
+            if arguments.json and ranks.is_main:
+                json_file = outputs.enter_context(
+                    new_file(arguments.json, "--json", ours=_is_evaluation)
+                )
+            if arguments.per_user and ranks.is_main:
+                items = load_items(task.folder, task.manifest)
+                file = PerUserFile(
+                    arguments.per_user,
+                    task.folder,
+                    split,
+                    task.manifest,
+                    items,
+                    task.recall_denominator,
+                )
+                per_user = outputs.enter_context(file)
+        if task.remark and ranks.is_main:
+            print(task.remark)
+        n_users = task.manifest.splits[split].users
+        with Progress(f"evaluating {split}", n_users, "user", show=ranks.is_main) as progress:
+            found = evaluate(
+                task.scorer,
+                task.folder,
+                split,
+                ranks,
+                progress.update,
+                recall_denominator=task.recall_denominator,
+                each_block=per_user.write if per_user else None,
+                manifest=task.manifest,
+            )
+        assert found is not None
+        metrics = found.result()
+        if json_file:
+            json_file.write((json.dumps({split: metrics}, indent=1) + "\n").encode())
+            finish(json_file)
+    return metrics
+
+
+_is_evaluation = is_json(
+    lambda found: (
+        set(found) <= {"test", "validation"} and all("n_users" in found[name] for name in found)
+    )
+)

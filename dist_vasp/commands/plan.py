@@ -1,0 +1,169 @@
+"""Memory, traffic and time before you rent the cluster: python launch/plan.py --config
+configs/X.yaml --ranks N [--device_memory_gb M]"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dist_vasp.bounded_json import read_json
+from dist_vasp.config import Config, make_parser, parse
+from dist_vasp.data.manifest import MANIFEST, Manifest
+from dist_vasp.files import new_file
+from dist_vasp.parallel.partition import Layout
+from dist_vasp.places import check_file, is_json
+from dist_vasp.plan import Plan, Rates, Sizes, dense_reference_memory, make_plan, smallest_that_fits
+
+_JSON_FIELDS = (
+    "partitions",
+    "replicas",
+    "memory",
+    "traffic",
+    "arithmetic",
+    "seconds",
+    "memory_total",
+    "traffic_total",
+    "step_seconds",
+)
+_RATES = ("flops", "copy", "gather", "network")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    config, arguments = _parse(argv)
+    sizes = _sizes(config.data.shards, arguments["items"], arguments["items_per_user"])
+    rates = _rates(arguments.rates)
+    layout = Layout.of(arguments.ranks, config.parallel.partitions, config.parallel.replicas)
+    device = "cuda" if config.device == "cuda" else "cpu"
+    plan = make_plan(config, sizes, layout.partitions, layout.replicas, rates, device)
+    print(
+        f"{config.model.kind}, {sizes.n_items:,} items, {sizes.items_per_user:.0f} items a user, "
+        f"{arguments.ranks} ranks"
+    )
+    closed = config.model.linear
+    if closed:
+        print(
+            "a step is the closed form for one lambda: Gram matrix and inverse, evaluation excluded"
+        )
+    print(describe(plan, 0 if closed else config.data.batch_size))
+    other = "numpy.linalg.inv in float64" if closed else "plain dense torch"
+    dense_gb = dense_reference_memory(config, sizes) / 1e9
+    print(f"{other} would hold about {dense_gb:.1f} GB on one device")
+    if arguments.device_memory_gb:
+        room_gb = arguments.device_memory_gb
+        print(_smallest(smallest_that_fits(config, sizes, room_gb * 1e9, rates, device), room_gb))
+    if arguments.json:
+        text = json.dumps({name: getattr(plan, name) for name in _JSON_FIELDS}, indent=1) + "\n"
+        with new_file(arguments.json, "--json", ours=_is_plan, inputs=_inputs(arguments)) as file:
+            file.write(text.encode())
+
+
+def _parse(argv: Sequence[str] | None) -> tuple[Config, Any]:
+    """Return the configuration and the checked arguments."""
+    parser = make_parser("plan.py", __doc__ or "")
+    add = parser.add_argument
+    add("--ranks", type=int, default=1, help="ranks of the world")
+    add(
+        "--device_memory_gb",
+        type=float,
+        default=0.0,
+        help="memory of one rank; the smallest partitioning that fits is named",
+    )
+    add("--items", type=int, default=0, help="items of the catalogue; default: as data.shards")
+    add(
+        "--items_per_user",
+        type=float,
+        default=0.0,
+        help="mean interactions of a user; default: those of data.shards, else 100",
+    )
+    add(
+        "--rates",
+        default="",
+        metavar="FILE",
+        help="JSON of `launch/benchmark.py --floor`; default: those of a small CPU machine",
+    )
+    add("--json", default="", metavar="FILE", help="write the plan to this file")
+    config, arguments = parse(parser, argv)
+    if arguments.ranks < 1:
+        raise ValueError(f"--ranks is {arguments.ranks}, expected at least 1")
+    for option in ("items", "items_per_user", "device_memory_gb"):
+        if not 0 <= arguments[option] < math.inf:
+            raise ValueError(
+                f"--{option} is {arguments[option]}, expected 0 or more, and finite; correct it"
+            )
+    if arguments.json:
+        check_file(arguments.json, "--json", ours=_is_plan, inputs=_inputs(arguments))
+    return config, arguments
+
+
+def _inputs(arguments: Any) -> list[tuple[str, str]]:
+    """Return the files that are read, which the plan must not replace, by their options."""
+    configs = [("--config", str(path)) for path in arguments.config or ()]
+    return [("--rates", arguments.rates), *configs]
+
+
+_is_plan = is_json(lambda found: {"partitions", "memory_total", "traffic_total"} <= set(found))
+
+
+def describe(plan: Plan, users: int) -> str:
+    """Return the plan as a table for people.
+
+    `users` of a step; 0 where its speed is not counted in users.
+    """
+    speed = f"   ({users / plan.step_seconds:,.0f} users/s)" if users else ""
+
+    def rows(values: dict[str, float], unit: float, total: float) -> list[str]:
+        shown = {kind: value for kind, value in values.items() if value} | {"in all": total}
+        return [f"    {kind:<44}{value / unit:10.3f}" for kind, value in shown.items()]
+
+    lines = [
+        f"{plan.partitions} partitions x {plan.replicas} replicas; for one rank:",
+        "  memory at the peak of a step, GB",
+        *rows(plan.memory, 1e9, plan.memory_total),
+        "  on the wire in a step, MB",
+        *rows(plan.traffic, 1e6, plan.traffic_total),
+        "  time of a step without overlap, s",
+        *rows(plan.seconds, 1, plan.step_seconds),
+    ]
+    return "\n".join(lines) + speed
+
+
+def _smallest(fits: Plan | None, room_gb: float) -> str:
+    if fits is None:
+        return f"no partitioning fits {room_gb:g} GB a rank"
+    return (
+        f"smallest partitioning that fits {room_gb:g} GB a rank: {fits.partitions} partitions "
+        f"({fits.memory_total / 1e9:.2f} GB each, {fits.step_seconds:.2f} s a step)"
+    )
+
+
+def _sizes(shards: str, items: int, items_per_user: float) -> Sizes:
+    n_users = 0
+    if shards and (Path(shards) / MANIFEST).is_file():
+        manifest = Manifest.load(shards)
+        train = manifest.splits["train"]
+        items, n_users = items or manifest.n_items, train.users
+        items_per_user = items_per_user or train.interactions / max(train.users, 1)
+    if items < 1:
+        raise ValueError(
+            "the size of the catalogue is not known: pass --items N, or data.shards with a data "
+            "folder"
+        )
+    return Sizes(items, items_per_user or 100.0, n_users)
+
+
+def _rates(path: str) -> Rates:
+    if not path:
+        return Rates()
+    try:
+        raw = read_json(path)
+        if not isinstance(raw, dict) or not raw.keys() & set(_RATES):
+            raise ValueError("it names none of them")
+        return Rates(**{name: float(raw[name]) for name in _RATES if name in raw})
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(
+            f"--rates {path} cannot be read ({error}); "
+            "expected JSON with flops, copy, gather, network per second"
+        ) from None

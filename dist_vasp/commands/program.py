@@ -1,0 +1,107 @@
+"""The program `dist-vasp`: every command as a subcommand, with the options of its script.
+
+`dist-vasp train --ranks 2 ...` starts the ranks itself, and so do evaluate and recommend. Signals
+are passed on to the ranks, and the exit status is theirs.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from dist_vasp.command_line import Parser, at_least
+from dist_vasp.console import guard
+from dist_vasp.parallel.local_ranks import LocalRanks
+from dist_vasp.signals import SignalWatch
+
+_ON_RANKS = {
+    "train": "train a model, or resume its training",
+    "evaluate": "compute the metrics of a run or a baseline",
+    "recommend": "write top-N lists for histories",
+}
+_ON_ONE = {
+    "plan": "memory, traffic and time of a step, computed",
+    "benchmark": "memory, traffic and time of a step, measured",
+    "compare": "train and test several models",
+    "report": "write an HTML page on runs",
+    "doctor": "check this machine, the data and the configuration",
+    "export": "write a trained model as one folder",
+    "ensemble": "combine several runs into one model",
+}
+_TOOLS = {
+    "shard": "convert interactions to shards",
+    "verify": "check a folder of shards",
+    "synthesize": "make interactions of a chosen size",
+}
+
+
+def main() -> NoReturn:
+    """Run the command that sys.argv names, and exit with its status."""
+    name, arguments = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("--help", [])
+    if name in ("-h", "--help"):
+        guard()
+        print(_help())
+        sys.exit(0)
+    if name not in _ON_RANKS | _ON_ONE | _TOOLS:
+        _end(f"{name} is not a command; `dist-vasp --help` lists them")
+    sys.argv = [f"dist-vasp {name}", *arguments]
+    if name in _TOOLS:
+        sys.exit(importlib.import_module(f"data_tools.{name}").main())
+    if name in _ON_RANKS and "WORLD_SIZE" not in os.environ:
+        n_ranks = _take_ranks()
+        if n_ranks > 1 and not {"-h", "--help"} & set(sys.argv):
+            sys.exit(_start(name, n_ranks))
+    try:
+        command = importlib.import_module(f"dist_vasp.commands.{name}")
+        ending = importlib.import_module("dist_vasp.commands.ending")
+    except ImportError as missing:
+        _end(f"{missing}; install what is missing: pip install -c constraints.txt -e .", 1)
+    run: Callable[..., NoReturn] = ending.run
+    run(command.main)
+
+
+def _take_ranks() -> int:
+    """Remove --ranks N from sys.argv and return N."""
+    parser = Parser(prog=sys.argv[0], add_help=False)
+    parser.add_argument("--ranks", type=at_least(1), default=1)
+    debug = ["--debug"] if "--debug" in sys.argv else []
+    try:
+        found, rest = parser.parse_known_args(sys.argv[1:])
+    except ValueError as error:
+        _end(str(error))
+    sys.argv[1:] = [*rest, *debug]
+    return found.ranks
+
+
+def _start(name: str, n_ranks: int) -> int:
+    """Start the ranks, pass signals on to them, and return their exit status."""
+    guard()
+    with LocalRanks([name, *sys.argv[1:]], n_ranks) as ranks:
+        watch = SignalWatch(ranks.signal)
+        try:
+            status = ranks.wait()
+        finally:
+            watch.close()
+    assert status is not None
+    return status
+
+
+def _help() -> str:
+    lines = ["usage: dist-vasp COMMAND [options]; `dist-vasp COMMAND --help` lists the options", ""]
+    titles = {
+        "on one or several ranks, with --ranks N (default 1)": _ON_RANKS,
+        "on one process, or on ranks of their own": _ON_ONE,
+        "preparing data": _TOOLS,
+    }
+    for title, commands in titles.items():
+        lines += [f"{title}:", *(f"  {name:<12}{text}" for name, text in commands.items()), ""]
+    return "\n".join(lines[:-1])
+
+
+def _end(text: str, status: int = 2) -> NoReturn:
+    guard()
+    print(f"error: {text}", file=sys.stderr)
+    sys.exit(status)

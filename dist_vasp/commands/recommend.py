@@ -1,0 +1,199 @@
+"""Top-N lists for histories: deepspeed [launcher flags] launch/recommend.py --run RUN_DIR
+--histories FILE --k 20 --output FILE"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+
+from dist_vasp.commands.ending import rank_parser
+from dist_vasp.data.tables.inputs import expand
+from dist_vasp.data.tables.options import add_reading_options, reading_of
+from dist_vasp.parallel.agree import agreed
+from dist_vasp.parallel.start import init_ranks
+from dist_vasp.progress import Progress
+from dist_vasp.ranking.ensemble import load_ranker
+from dist_vasp.ranking.explain import model_explainer
+from dist_vasp.ranking.filters import allowed_items
+from dist_vasp.ranking.history_columns import history_columns
+from dist_vasp.ranking.history_file import open_histories
+from dist_vasp.ranking.recommend import recommend_to_file
+from dist_vasp.ranking.writers import check_output
+from dist_vasp.text import one_line
+
+_MOST_REASONS = 1000  # past items of a row, each with two columns
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = rank_parser("recommend.py", __doc__ or "")
+    add = parser.add_argument
+    add(
+        "--run",
+        metavar="DIR",
+        required=True,
+        help="folder of a training run, an export, or an ensemble",
+    )
+    add(
+        "--checkpoint",
+        metavar="NAME",
+        help="a folder under RUN_DIR/checkpoints; default: best, else the newest",
+    )
+    add(
+        "--histories",
+        metavar="FILE",
+        nargs="+",
+        required=True,
+        help="CSV or Parquet files, folders or globs with original ids; ratings follow the rule of the shards, everything seen is masked",
+    )
+    add("--format", choices=("csv", "parquet"), help="of the histories; default: by their names")
+    add("--user_column", metavar="NAME", help="default: that of the shards, else user")
+    add("--item_column", metavar="NAME", help="default: that of the shards, else item")
+    add(
+        "--rating_column",
+        metavar="NAME",
+        help="default: that of the shards; without it every row is a like",
+    )
+    add(
+        "--time_column",
+        metavar="NAME",
+        help="default: that of the shards, where the last rating of an item counts",
+    )
+    add("--all_positive", action="store_true", help="every row is a like, whatever its rating")
+    add("--k", type=int, default=20, help="items per user (default 20)")
+    add(
+        "--output",
+        metavar="FILE",
+        required=True,
+        help=".csv, .parquet or .jsonl: user, rank, item, score",
+    )
+    add(
+        "--filter_items",
+        metavar="FILE",
+        help="never list these items: CSV or Parquet with the item column, or .txt with one id a line",
+    )
+    add(
+        "--restrict_to", metavar="FILE", help="list these items alone; a file as for --filter_items"
+    )
+    add("--keep_seen", action="store_true", help="list items that the user has seen, too")
+    add(
+        "--explain",
+        type=int,
+        default=0,
+        metavar="N",
+        help="add the paths' factors of the score and the N past items that add most",
+    )
+    add(
+        "--show",
+        type=int,
+        default=0,
+        metavar="N",
+        help="print the first N users with their histories and lists",
+    )
+    add("--overwrite", action="store_true", help="replace an existing output file")
+    add_reading_options(parser)
+    return parser
+
+
+def _check(arguments: argparse.Namespace) -> list[tuple[str, str | Path]]:
+    """The files that are read, by option; ValueError where a number is out of range or the output
+    is one of them."""
+    if arguments.k < 1:
+        raise ValueError(f"--k is {arguments.k}, expected at least 1")
+    if not 0 <= arguments.explain <= _MOST_REASONS:
+        raise ValueError(
+            f"--explain is {arguments.explain}, expected 0 to {_MOST_REASONS:,} past items"
+        )
+    if arguments.show < 0:
+        raise ValueError(f"--show is {arguments.show}, expected 0 or more users")
+    inputs: list[tuple[str, str | Path]] = [
+        ("--histories", path) for text in arguments.histories for path in expand(text)
+    ]
+    for option in ("filter_items", "restrict_to"):
+        named = getattr(arguments, option)
+        if named == "":
+            raise ValueError(
+                f"--{option} is empty, expected a file of item ids; name one, or leave the option out"
+            )
+        if named is not None:
+            inputs.append((f"--{option}", named))
+    check_output(arguments.output, arguments.overwrite, inputs)
+    return inputs
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = _parser().parse_args(argv)
+    reading_of(
+        arguments
+    )  # a delimiter or an encoding that cannot be is said before the model is loaded
+    inputs = _check(arguments)
+    ranks = init_ranks(device=arguments.device, interface=arguments.interface, shared=arguments.run)
+    ranker = load_ranker(arguments.run, arguments.checkpoint, ranks)
+    loaded, rule = ranker.alone, ranker.positives
+    with ExitStack() as stack:
+        with agreed(ranks):
+            if arguments.explain and loaded is None:
+                raise ValueError(
+                    f"--explain takes the paths of one model, and {arguments.run} is an ensemble; leave it out"
+                )
+            if arguments.explain and not ranker.config.model.shallow:
+                raise ValueError(
+                    "--explain needs the shallow path, which model.kind flvae does not have; leave it out"
+                )
+            reading = (
+                reading_of(arguments)
+                if rule is None or rule.missing is None
+                else reading_of(arguments, rule.missing)
+            )
+            asked = {
+                role: getattr(arguments, f"{role}_column")
+                for role in ("user", "item", "rating", "time")
+            }
+            columns, notes = history_columns(
+                arguments.histories, reading, rule, asked, arguments.all_positive, arguments.format
+            )
+            allowed, counted = allowed_items(
+                ranker.items,
+                arguments.filter_items,
+                arguments.restrict_to,
+                columns.item or "item",
+                reading,
+            )
+            scratch = Path(arguments.output).parent
+            histories = stack.enter_context(
+                open_histories(
+                    arguments.histories, scratch, columns, reading, rule, arguments.format
+                )
+            )
+        if ranks.is_main:
+            likes = [] if rule is None or columns.rating is None else [str(rule)]
+            for note in [*histories.table.notes(), *notes, *likes, *counted]:
+                print(one_line(note))
+        progress, start = (
+            Progress("recommending", histories.n_users, "user", show=ranks.is_main),
+            time.monotonic(),
+        )
+        report = recommend_to_file(
+            ranker.scorer(),
+            histories,
+            ranker.items,
+            min(arguments.k, len(ranker.items.keys)),
+            arguments.output,
+            ranks,
+            lambda done: progress.update(done, f"{done / (time.monotonic() - start):,.0f} users/s"),
+            arguments.show,
+            np.exp if ranker.probabilities else np.asarray,
+            arguments.explain,
+            model_explainer(loaded.model, loaded.trunk, ranks) if loaded else None,
+            allowed,
+            arguments.keep_seen,
+            overwrite=arguments.overwrite,
+            inputs=inputs,
+        )
+    progress.close()
+    if ranks.is_main:
+        print(report)

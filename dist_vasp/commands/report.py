@@ -1,0 +1,92 @@
+"""One self-contained HTML page on a run, or on several side by side: python launch/report.py RUN
+[RUN ...] [--out FILE.html]"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from dist_vasp.commands.ending import rank_parser
+from dist_vasp.data.manifest import Manifest
+from dist_vasp.files import new_file
+from dist_vasp.places import check_file
+from dist_vasp.progress import counting
+from dist_vasp.ranking.recommender import Recommender
+from dist_vasp.report.gather import Run, read_runs
+from dist_vasp.report.lists import look
+from dist_vasp.report.page import Looked, is_report, page
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = rank_parser("report.py", __doc__ or "")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run.dir of a training, at most 6")
+    parser.add_argument(
+        "--out", "--output", metavar="FILE.html", help="default: report.html in the first RUN"
+    )
+    parser.add_argument(
+        "--shards",
+        metavar="DIR",
+        help="data folder for lists of test users; default: the one of each run",
+    )
+    parser.add_argument(
+        "--users",
+        type=int,
+        default=2000,
+        help="test users whose lists are counted; 0 makes no lists (default 2000)",
+    )
+    parser.add_argument(
+        "--samples", type=int, default=3, help="test users who are shown in full (default 3)"
+    )
+    parser.add_argument("--k", type=int, default=10, help="items of a shown list (default 10)")
+    parser.add_argument(
+        "--benchmark",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="benchmark.json; default: one in RUN",
+    )
+    arguments = parser.parse_args(argv)
+    for name, low in (("users", 0), ("samples", 0), ("k", 1)):
+        if getattr(arguments, name) < low:
+            raise ValueError(f"--{name} is {getattr(arguments, name)}, expected at least {low}")
+    out = Path(arguments.out or Path(arguments.runs[0]) / "report.html")
+    if arguments.shards:
+        Manifest.load(
+            arguments.shards
+        )  # data that was named must be there; that of a run may have gone
+    runs = read_runs(arguments.runs, arguments.benchmark)
+    check_file(out, "--out", ours=is_report)
+    looked = [
+        _look(one, arguments.shards, arguments.users, arguments.samples, arguments.k)
+        for one in runs
+    ]
+    date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
+    with new_file(out, "--out", ours=is_report) as file:
+        file.write(page(runs, looked, date).encode())
+    print(
+        f"{out}: {os.path.getsize(out) / 1e3:,.0f} kB on {', '.join(one.name for one in runs)}; open it in a browser"
+    )
+
+
+def _look(one: Run, shards: str | None, n_users: int, n_samples: int, k: int) -> Looked:
+    """Lists of the run's model; a run without a model or data is reported without them, a wrong
+    --shards is an error."""
+    folder = shards or str(one.at("data", "shards") or "")
+    if not n_users:
+        return Looked()
+    if not folder or not Path(folder).is_dir():
+        return Looked(
+            why_not=f"The data folder {folder} is not at hand, so there are no lists here; --shards DIR names it."
+        )
+    try:
+        with counting(f"lists of {one.name}", "user") as show:
+            popularity, samples = look(
+                Recommender.load(one.folder), folder, n_users, n_samples, k, show
+            )
+    except ValueError as error:
+        if shards:
+            raise
+        return Looked(why_not=f"No lists: {error}.")
+    return Looked(popularity, samples)
