@@ -1,5 +1,8 @@
-"""`from dist_vasp import Recommender`: the one name here, found when it is asked for, so that
-importing the package loads nothing."""
+"""Distributed training of VASP recommenders.
+
+`from dist_vasp import Recommender` is the only public name. It is imported on first use, so that
+importing the package loads nothing.
+"""
 
 from typing import TYPE_CHECKING, Any
 

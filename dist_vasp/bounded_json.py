@@ -1,5 +1,4 @@
-"""Read files, JSON above all, that others have written: the size is checked before reading, the
-depth before use."""
+"""Read files from outside, above all JSON, with bounds on their size and their depth."""
 
 from __future__ import annotations
 
@@ -12,21 +11,20 @@ from typing import Any
 
 LARGEST = 16 << 20  # bytes of a header, a result or a list of starts
 LARGEST_MANIFEST = 256 << 20  # of a manifest: some 200 bytes a shard
-DEEPEST = 64  # levels of lists and objects; ours have six
+DEEPEST = 64  # levels of lists and objects; this project writes six
 
 
 def read_json(path: str | Path, largest: int = LARGEST, folder: int | None = None) -> Any:
-    """Return the content of a JSON file. With `folder`, an open folder, `path` is a name in it.
+    """Return the content of a JSON file; with `folder`, an open folder, `path` is a name in it.
 
-    OSError where the file cannot be read; ValueError where it is no regular file, too large, too
+    OSError where the file cannot be read; ValueError where it is not a regular file, too large, too
     deep or not JSON.
     """
     return parse_json(read_bytes(path, largest, folder))
 
 
 def read_bytes(path: str | Path, largest: int, folder: int | None = None) -> bytes:
-    """Return the bytes of a regular file of at most `largest` bytes; OSError and ValueError as
-    `read_json`."""
+    """Return the bytes of a regular file of at most `largest` bytes; errors as in `read_json`."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
     with open(descriptor, "rb") as handle:
         kind = os.fstat(descriptor)
@@ -40,8 +38,7 @@ def read_bytes(path: str | Path, largest: int, folder: int | None = None) -> byt
 
 
 def parse_json(data: bytes | str) -> Any:
-    """Return the value of a JSON text; ValueError where it is none, or nested deeper than DEEPEST
-    levels."""
+    """Return the value of a JSON text; ValueError where it is not JSON, or nested too deep."""
     try:
         value = json.loads(data)
     except RecursionError:
@@ -69,8 +66,7 @@ def _children(value: Any) -> Any:
 
 
 def reason(error: Exception) -> str:
-    """What is wrong with a JSON file, in words: an error of `read_json`, or one of looking into its
-    value."""
+    """Return what is wrong with a JSON file, from an error of reading it or of using its value."""
     if isinstance(error, KeyError):
         return f"the key {error} is missing"
     if isinstance(error, TypeError | AttributeError) and (

@@ -36,11 +36,11 @@ from torch import Tensor
 
 from dist_vasp.bounded_json import read_json, reason
 from dist_vasp.data import positives
-from dist_vasp.files import sync
 from dist_vasp.model.item_layers import NEASE_WEIGHT, ItemSlice
 from dist_vasp.parallel.agree import agree
 from dist_vasp.parallel.comm import Ranks, all_gather_bytes, all_reduce
 from dist_vasp.parallel.launched import launched_world
+from dist_vasp.temporary import sync
 from dist_vasp.tensor_file import TensorFile, write_safetensors
 
 FORMAT_VERSION = 1

@@ -1,8 +1,8 @@
-"""Standard output and error of a command, which may be closed, full, broken, or unable to show a
-character.
+"""Protect a command from its standard output and error, and the terminal from the command.
 
-Nothing that happens to them ends a command: what it writes to files matters more. Control
-characters never reach a terminal, whoever put them into a title or a file name.
+The streams may be closed, full or broken, or unable to show a character. None of this ends a
+command, because its files matter more. Control characters in titles and file names never reach a
+terminal.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from typing import TextIO
 from dist_vasp.text import printable
 
 _READER_LEFT = (errno.EPIPE, errno.EIO, errno.ECONNRESET)  # `| head`, a terminal that was closed
-_CURSOR = re.compile(r"(\r|\x1b\[A)")  # how a progress bar moves the cursor, on standard error
-_lost: list[OSError] = []  # the first error of standard output, if there was one
+_CURSOR = re.compile(r"(\r|\x1b\[A)")  # cursor movements of a progress bar, allowed on stderr
+_stdout_errors: list[OSError] = []  # empty, or the first error of standard output
 
 
 class _Descriptor(io.RawIOBase):
-    """A file descriptor to which every write succeeds: after its first error everything is dropped."""
+    """A file descriptor whose writes never fail: after the first error they do nothing."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor, self._works = descriptor, True
@@ -40,12 +40,10 @@ class _Descriptor(io.RawIOBase):
             except OSError as error:
                 self._works = False
                 if self._descriptor == 1:
-                    _lost.append(error)
+                    _stdout_errors.append(error)
                     print(
-                        (
-                            f"warning: standard output cannot be written ({error.strerror}); the "
-                            "command continues"
-                        ),
+                        f"warning: standard output cannot be written ({error.strerror}); the "
+                        "command continues",
                         file=sys.stderr,
                     )
         return len(data)
@@ -61,9 +59,9 @@ class _Descriptor(io.RawIOBase):
 
 
 class _Stream(io.TextIOWrapper):
-    """Text to such a descriptor.
+    """A text stream over such a descriptor.
 
-    Control characters, and what the encoding lacks, become escape sequences.
+    Control characters, and characters that the encoding lacks, become escape sequences.
     """
 
     def __init__(self, descriptor: int, encoding: str) -> None:
@@ -72,27 +70,24 @@ class _Stream(io.TextIOWrapper):
 
     def write(self, text: str) -> int:
         if self.fileno() == 2:
-            super().write(
-                "".join(
-                    part if _CURSOR.fullmatch(part) else printable(part)
-                    for part in _CURSOR.split(text)
-                )
-            )
+            parts = _CURSOR.split(text)
+            super().write("".join(p if _CURSOR.fullmatch(p) else printable(p) for p in parts))
         else:
             super().write(printable(text))
         return len(text)
 
 
 def guard() -> None:
-    """Make the standard streams of this process such streams; those that a test has replaced stay."""
+    """Replace the standard streams of this process, except those that a test has replaced."""
     _restart_in_utf8()
     for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None and not _is_open(descriptor):
-            os.open(os.devnull, os.O_RDWR)  # takes this number, so that no file of the command does
+            os.open(os.devnull, os.O_RDWR)  # so that no file of the command gets this number
     for descriptor, name in ((1, "stdout"), (2, "stderr")):
         stream = getattr(sys, name)
         if stream is None:
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8", errors="replace"))  # noqa: SIM115 - until the process ends
+            null = open(os.devnull, "w", encoding="utf-8", errors="replace")  # noqa: SIM115
+            setattr(sys, name, null)
         elif stream is getattr(sys, f"__{name}__"):
             replacement = _Stream(descriptor, stream.encoding)
             setattr(sys, name, replacement)
@@ -108,48 +103,40 @@ def _is_open(descriptor: int) -> bool:
 
 
 def _restart_in_utf8() -> None:
-    """Start this command again in Python's UTF-8 mode, where the locale says another encoding.
+    """Restart this command in Python's UTF-8 mode if the locale has another encoding.
 
-    In an ASCII locale neither a file's text nor its name could hold a letter of most languages, and
-    libraries, which expect UTF-8, fail in ways of their own.
+    In an ASCII locale, files and their names could not hold most languages' letters, and libraries
+    that expect UTF-8 would fail.
     """
     script = Path(getattr(sys.modules["__main__"], "__file__", None) or "")
     folder = script.resolve().parent.name
-    # not a test that calls a command
-    ours = folder in ("launch", "data_tools", "dist_vasp") or script.name == "dist-vasp"
-    if ours and sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
+    # and not a test that calls a command
+    is_command = folder in ("launch", "data_tools", "dist_vasp") or script.name == "dist-vasp"
+    is_restarted = os.environ.get("PYTHONUTF8") == "1"
+    if is_command and sys.getfilesystemencoding() != "utf-8" and not is_restarted:
         os.environ["PYTHONUTF8"] = "1"
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def _move_handlers(before: TextIO, now: TextIO) -> None:
-    """What libraries log at `before` goes to `now`."""
-    loggers = [
-        logging.getLogger(),
-        *(
-            found
-            for found in logging.root.manager.loggerDict.values()
-            if isinstance(found, logging.Logger)
-        ),
-    ]
-    for logger in loggers:
+    """Redirect the log handlers of libraries from the stream `before` to `now`."""
+    for logger in [logging.getLogger(), *logging.root.manager.loggerDict.values()]:
+        if not isinstance(logger, logging.Logger):
+            continue
         for handler in logger.handlers:
             if isinstance(handler, logging.StreamHandler) and handler.stream is before:
                 handler.setStream(now)
 
 
 def final_status(status: int) -> int:
-    """The exit status after a command that would exit with `status`: 1 where its output was lost to
-    a failing disk."""
+    """Return the exit status of a command: `status`, or 1 where a failing disk lost its output."""
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
-    if status or not _lost or _lost[0].errno in _READER_LEFT:
+    if status or not _stdout_errors or _stdout_errors[0].errno in _READER_LEFT:
         return status
     print(
-        (
-            f"error: standard output could not be written ({_lost[0].strerror}); what was printed is "
-            "lost, files are complete"
-        ),
+        f"error: standard output could not be written ({_stdout_errors[0].strerror}); "
+        "what was printed is lost, files are complete",
         file=sys.stderr,
     )
     return 1

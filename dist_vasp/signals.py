@@ -1,8 +1,8 @@
-"""SIGTERM, SIGINT (Ctrl-C) and SIGHUP, noticed at once whatever the main thread is doing.
+"""Handle SIGTERM, SIGINT (Ctrl-C) and SIGHUP at once, whatever the main thread is doing.
 
-Python runs a signal handler in the main thread, between two of its instructions. A main thread that
-waits in a collective or in a long call of a library runs none. So the kernel's notice goes to a
-thread of its own, through a socket that Python writes to as the signal arrives.
+Python runs a signal handler in the main thread, between two of its instructions. While the main
+thread waits in a collective or a long library call, no handler runs. So a separate thread reads
+from a socket to which Python writes as soon as a signal arrives.
 """
 
 from __future__ import annotations
@@ -15,24 +15,26 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class SignalWatch:
-    """Calls `heard(number)` on a thread of its own for every signal of STOPPING.
+    """Calls `on_signal(number)` on a separate thread for every signal of STOPPING.
 
-    `handler` runs in the main thread besides, as Python's own handlers do. SIGHUP stays ignored
-    where it was, as under `nohup`. `close` puts the old handlers back. Outside the main thread no
-    handler can be set, and nothing is heard.
+    `handler` also runs, in the main thread. SIGHUP stays ignored if it was, as under `nohup`.
+    `close` restores the old handlers. Created outside the main thread, it does nothing.
     """
 
     def __init__(
         self,
-        heard: Callable[[int], None],
+        on_signal: Callable[[int], None],
         handler: Callable[[int, FrameType | None], None] | None = None,
     ) -> None:
-        self._heard, self._handler, self._before = heard, handler or _do_nothing, {}
+        self._on_signal = on_signal
+        self._handler = handler or _do_nothing
+        self._before: dict[int, Any] = {}  # the old handlers
         if threading.current_thread() is not threading.main_thread():
             return
         self._read, self._write = socket.socketpair()
@@ -46,10 +48,9 @@ class SignalWatch:
     def _listen(self) -> None:
         while numbers := self._read.recv(16):
             for number in numbers:
-                if (
-                    number in self._before and signal.getsignal(number) is self._handler
-                ):  # not taken over by a library
-                    self._heard(number)
+                # a library may have replaced the handler
+                if number in self._before and signal.getsignal(number) is self._handler:
+                    self._on_signal(number)
         self._read.close()
 
     def close(self) -> None:
@@ -67,7 +68,7 @@ def _do_nothing(number: int, frame: FrameType | None) -> None:
 
 
 class EndedBySignal(BaseException):
-    """A signal has asked this command to end; `status` is what it then exits with."""
+    """A signal ends this command; `status` is its exit status."""
 
     def __init__(self, number: int) -> None:
         super().__init__(f"ended by {signal.Signals(number).name}")
@@ -78,7 +79,7 @@ class EndedBySignal(BaseException):
 def ending_on_signals(patience_s: float) -> Iterator[None]:
     """Raise EndedBySignal in the body when a signal arrives, so that its `finally` clauses run.
 
-    The process ends in any case `patience_s` after the first signal, or with a second Ctrl-C.
+    The process ends at the latest `patience_s` after the first signal, or at a second Ctrl-C.
     """
     ended, interrupts = threading.Event(), 0
     first = True
@@ -89,7 +90,7 @@ def ending_on_signals(patience_s: float) -> Iterator[None]:
             first = False
             raise EndedBySignal(number)
 
-    def heard(number: int) -> None:
+    def on_signal(number: int) -> None:
         nonlocal interrupts
         interrupts += number == signal.SIGINT
         if interrupts > 1:
@@ -101,7 +102,7 @@ def ending_on_signals(patience_s: float) -> Iterator[None]:
             print(f"error: {EndedBySignal(number)}", file=sys.stderr, flush=True)
             os._exit(128 + number)
 
-    watch = SignalWatch(heard, raise_once)
+    watch = SignalWatch(on_signal, raise_once)
     try:
         yield
     finally:

@@ -1,9 +1,8 @@
-"""Safetensors files of fp32 tensors: a length, a JSON header and the raw numbers. Nothing of the
-header is believed unchecked.
+"""Read and write safetensors files of fp32 tensors: a length, a JSON header and the raw numbers.
 
-A file is read through one open descriptor, so that what was verified, what is mapped and what is
-copied are the same bytes, whatever happens to the name meanwhile. The format is that of the
-safetensors library, whose own reader opens files by name.
+The header is checked against the file's size before it is used. A file is read through one open
+descriptor, so that the bytes that were verified are those that are mapped or copied, even if the
+file is renamed meanwhile. The reader of the safetensors library opens files by name.
 """
 
 from __future__ import annotations
@@ -40,10 +39,7 @@ class Stored:
 
 
 class TensorFile:
-    """An open safetensors file.
-
-    ValueError, which names `path`, where its header does not describe its bytes.
-    """
+    """An open safetensors file; ValueError names `path` where the header does not fit the bytes."""
 
     def __init__(self, handle: BinaryIO, path: Path) -> None:
         self.path, self._handle = path, handle
@@ -59,8 +55,7 @@ class TensorFile:
         return self.stored[name].shape
 
     def read(self, name: str, first: int = 0, last: int | None = None) -> Tensor:
-        """Return a copy of a tensor, or of its rows `first` to `last`; nothing else of the file is
-        touched."""
+        """Return a copy of a tensor, or of its rows `first` to `last`; read nothing else."""
         stored = self.stored[name]
         shape, start, end = stored.shape, stored.start, stored.end
         if last is not None:
@@ -86,9 +81,8 @@ class TensorFile:
         for name, stored in self.stored.items():
             n = math.prod(stored.shape)
             with warnings.catch_warnings():
-                warnings.simplefilter(
-                    "ignore", UserWarning
-                )  # "the buffer is not writable": nothing here writes
+                # "the buffer is not writable": nothing writes to it
+                warnings.simplefilter("ignore", UserWarning)
                 flat = (
                     torch.frombuffer(pages, dtype=torch.float32, count=n, offset=stored.start)
                     if n
@@ -99,8 +93,7 @@ class TensorFile:
 
 
 def _parse_header(descriptor: int) -> dict[str, Stored]:
-    """What the header says of each tensor; ValueError unless that is all that the file holds, byte
-    after byte."""
+    """Return where each tensor lies; ValueError unless the tensors fill the file without gaps."""
     size = os.fstat(descriptor).st_size
     length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
     if length > min(size - 8, _LARGEST_HEADER):
@@ -114,9 +107,9 @@ def _parse_header(descriptor: int) -> dict[str, Stored]:
     header.pop("__metadata__", None)
     if len(header) > MOST_TENSORS:
         raise ValueError(f"it lists {len(header):,} tensors, expected at most {MOST_TENSORS:,}")
-    found = {name: _stored(name, entry, 8 + length) for name, entry in header.items()}
+    tensors = {name: _stored(name, entry, 8 + length) for name, entry in header.items()}
     end = 8 + length
-    for stored in sorted(found.values(), key=lambda stored: (stored.start, stored.end)):
+    for stored in sorted(tensors.values(), key=lambda stored: (stored.start, stored.end)):
         if stored.start != end:
             raise ValueError(
                 f"a tensor begins at byte {stored.start:,}, the one before ends at {end:,}"
@@ -124,7 +117,7 @@ def _parse_header(descriptor: int) -> dict[str, Stored]:
         end = stored.end
     if end != size or end % 4:
         raise ValueError(f"its tensors end at byte {end:,}, the file at {size:,}")
-    return found
+    return tensors
 
 
 def _stored(name: str, entry: Any, begin: int) -> Stored:
@@ -151,8 +144,8 @@ def write_safetensors(
 ) -> str:
     """Write fp32 tensors as a new safetensors file, one after the other; return its SHA-256.
 
-    The library's own writer wants all of them in memory at once. `progress` is told the bytes of
-    each tensor written.
+    The writer of the library needs all of them in memory at once. `progress` is called with the
+    number of bytes of each tensor.
     """
     header, end = {}, 0
     assert len(tensors) <= MOST_TENSORS, len(tensors)
@@ -179,7 +172,9 @@ def write_safetensors(
 
 
 def map_tensors(path: Path) -> dict[str, Tensor]:
-    """Every tensor of a safetensors file as a read-only view of its pages; ValueError where it
-    cannot be one."""
+    """Return every tensor of a safetensors file as a read-only view of its pages.
+
+    ValueError where the file is malformed.
+    """
     with open(path, "rb") as handle:
         return TensorFile(handle, path).map()[0]

@@ -24,8 +24,9 @@ from dist_vasp.files import parents, replace_text, replacing_all, sole_writer
 from dist_vasp.parallel.local_ranks import LocalRanks
 from dist_vasp.parallel.partition import Layout
 from dist_vasp.parallel.start import init_ranks
-from dist_vasp.places import check_file, is_json
+from dist_vasp.places import check_file
 from dist_vasp.progress import duration
+from dist_vasp.recognise import is_json
 from dist_vasp.training.benchmark import LABELS, measure
 
 RESULT = "benchmark.json"

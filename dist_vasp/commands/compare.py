@@ -27,7 +27,8 @@ from dist_vasp.compare.runs import carry_out, count_runs, data_sha256, plan
 from dist_vasp.data.manifest import Manifest
 from dist_vasp.files import parents, replacing_all, sole_writer
 from dist_vasp.parallel.partition import Layout
-from dist_vasp.places import begins_with, check_file, check_own_folder, is_json, unwritable
+from dist_vasp.places import check_file, check_own_folder, unwritable
+from dist_vasp.recognise import begins_with, is_json
 from dist_vasp.text import printable
 
 REPORT = "report.json"

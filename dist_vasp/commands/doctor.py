@@ -25,8 +25,9 @@ from dist_vasp.files import new_file
 from dist_vasp.parallel.comm import Ranks, all_gather_bytes
 from dist_vasp.parallel.launched import launched_world, threads_per_rank
 from dist_vasp.parallel.start import init_ranks
-from dist_vasp.places import check_file, is_json
+from dist_vasp.places import check_file
 from dist_vasp.progress import counting
+from dist_vasp.recognise import is_json
 
 _CAPACITY = 1 << 16
 

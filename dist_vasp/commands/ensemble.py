@@ -14,9 +14,10 @@ from pathlib import Path
 
 from dist_vasp.command_line import Parser
 from dist_vasp.files import parents, replace_text, sole_writer
-from dist_vasp.places import check_belongs_to_nothing, is_json
+from dist_vasp.places import check_belongs_to_nothing
 from dist_vasp.ranking.ensemble import describe_ensemble, is_ensemble
 from dist_vasp.ranking.load import ENSEMBLE
+from dist_vasp.recognise import is_json
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -14,16 +14,18 @@ from typing import Any
 from dist_vasp.commands.ending import rank_parser
 from dist_vasp.data.items import load_items
 from dist_vasp.data.manifest import Manifest
-from dist_vasp.files import finish, new_file
+from dist_vasp.files import new_file
 from dist_vasp.parallel.agree import agreed
 from dist_vasp.parallel.comm import Ranks
 from dist_vasp.parallel.start import init_ranks
-from dist_vasp.places import check_file, is_json
+from dist_vasp.places import check_file
 from dist_vasp.progress import Progress
 from dist_vasp.ranking.ensemble import load_ranker
 from dist_vasp.ranking.evaluate import evaluate, popularity_scorer
 from dist_vasp.ranking.load import check_vocabulary, shards_of
 from dist_vasp.ranking.per_user import PerUserFile, is_per_user
+from dist_vasp.recognise import is_json
+from dist_vasp.temporary import finish
 from dist_vasp.training.train import summary
 
 

@@ -14,8 +14,9 @@ from dist_vasp.config import Config, make_parser, parse
 from dist_vasp.data.manifest import MANIFEST, Manifest
 from dist_vasp.files import new_file
 from dist_vasp.parallel.partition import Layout
-from dist_vasp.places import check_file, is_json
+from dist_vasp.places import check_file
 from dist_vasp.plan import Plan, Rates, Sizes, dense_reference_memory, make_plan, smallest_that_fits
+from dist_vasp.recognise import is_json
 
 _JSON_FIELDS = (
     "partitions",

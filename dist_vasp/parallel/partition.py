@@ -23,7 +23,7 @@ class ItemPartition:
             raise ValueError(
                 f"{self.n_items} items cannot be cut into parallel.partitions = "
                 f"{self.n_partitions} ranges; use fewer "
-                " partitions (and more parallel.replicas)"
+                "partitions (and more parallel.replicas)"
             )
 
     @property

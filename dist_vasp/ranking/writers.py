@@ -16,8 +16,10 @@ import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
-from dist_vasp.files import finish, new_file
-from dist_vasp.places import Inputs, begins_with, check_file
+from dist_vasp.files import new_file
+from dist_vasp.places import Inputs, check_file
+from dist_vasp.recognise import begins_with
+from dist_vasp.temporary import finish
 
 _ROWS_PER_GROUP = 1 << 18  # of a Parquet file: its list of row groups stays in memory until the end
 

@@ -12,7 +12,7 @@ from statistics import median
 from typing import Any
 
 from dist_vasp.config import Config
-from dist_vasp.places import begins_with
+from dist_vasp.recognise import begins_with
 from dist_vasp.report import charts
 from dist_vasp.report.gather import Run
 from dist_vasp.report.lists import Pick, Popularity, Sample

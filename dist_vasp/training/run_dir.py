@@ -19,7 +19,8 @@ from dist_vasp.bounded_json import parse_json, read_json
 from dist_vasp.config import Config
 from dist_vasp.data.hashing import sha256_of
 from dist_vasp.data.manifest import ITEMS_FILE, Manifest
-from dist_vasp.files import lock_or_owner, open_append, remove_leftovers, replace_text, replacing
+from dist_vasp.files import open_append, remove_leftovers, replace_text, replacing
+from dist_vasp.locks import lock_or_owner
 from dist_vasp.parallel.agree import agreed
 from dist_vasp.parallel.comm import Ranks, all_gather_bytes
 from dist_vasp.places import check_run_folder, unwritable

@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
-from dist_vasp.files import lock_or_owner, sole_writer
+from dist_vasp.files import sole_writer
+from dist_vasp.locks import lock_or_owner
 from tests.support.disks import fill, read_only, small_disk
 from tests.support.invoke import Commands, Done
 from tests.support.wrong_inputs import prepare

@@ -45,6 +45,9 @@ BASE = TABLES | {
     "dist_vasp.parallel.secret",
     "dist_vasp.parallel.kernels",
     "dist_vasp.places",
+    "dist_vasp.recognise",
+    "dist_vasp.locks",
+    "dist_vasp.temporary",
     "dist_vasp.files",
     "dist_vasp.text",
     "dist_vasp.console",
@@ -75,7 +78,9 @@ NARROW = {
     "dist_vasp.plan": {"dist_vasp.config", "dist_vasp.parallel.partition"}
 }  # imports these alone
 WITHIN_BASE = {
-    "dist_vasp.files": {"dist_vasp.places"},
+    "dist_vasp.places": {"dist_vasp.recognise"},
+    "dist_vasp.temporary": {"dist_vasp.places"},
+    "dist_vasp.files": {"dist_vasp.locks", "dist_vasp.places", "dist_vasp.temporary"},
     "dist_vasp.console": {"dist_vasp.text"},
     "dist_vasp.parallel.link": {"dist_vasp.parallel.secret", "dist_vasp.text"},
     "dist_vasp.parallel.liveness": {

@@ -85,10 +85,8 @@ def readable(where: str) -> Iterator[None]:
                 "; it is cut off, damaged, or no Parquet file: fetch it again, or correct its name"
             )
         elif re.search(
-            (
-                "runcated|ended before|unexpected end|CRC|data check|orrupt|thrift|smaller than|is 0 "
-                "bytes"
-            ),
+            "runcated|ended before|unexpected end|CRC|data check|orrupt|thrift|smaller than|is 0 "
+            "bytes",
             text,
         ):
             hint = "; the file is cut off or damaged, fetch it again"
