@@ -132,7 +132,7 @@ def _watch_ranks(
     Every user of this machine can read and write the store, so the secret is in a file that only
     this user can read, and the store holds the file's path.
     """
-    rank, local_rank, world_size, _ = launched
+    rank, world_size, local_rank, _ = launched
     if rank == 0:
         server = private_server(address, interface, launched.is_one_host)
         try:
