@@ -12,8 +12,6 @@ import re
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
@@ -25,18 +23,10 @@ import yaml
 
 from dist_vasp.config import load
 from dist_vasp.data.hashing import sha256_of
+from tests.support.invoke import run_script
+from tests.support.jobs import LAUNCHED
 from tests.support.make_shards import write_folder
-from tests.support.paths import ROOT
 
-LAUNCHED = (
-    "RANK",
-    "WORLD_SIZE",
-    "LOCAL_RANK",
-    "LOCAL_SIZE",
-    "LOCAL_WORLD_SIZE",
-    "MASTER_ADDR",
-    "MASTER_PORT",
-)
 N_ITEMS, STEPS_PER_EPOCH, STEPS = 60, 6, 9
 METRICS = [
     "ndcg@100",
@@ -87,39 +77,8 @@ def training(shards: Path | str, run_dir: Path | str, *more: str) -> list[str]:
     ]
 
 
-def command(
-    script: str, *arguments: str | Path, ranks: int = 0
-) -> subprocess.CompletedProcess[str]:
-    """Run a launch script in a process of its own: under plain python, or with the deepspeed
-    launcher on `ranks` ranks."""
-    launcher = [sys.executable]
-    if ranks:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        launcher = [
-            str(Path(sys.executable).with_name("deepspeed")),
-            "--num_accelerators",
-            str(ranks),
-            "--master_port",
-            str(port),
-        ]
-    environment = {k: v for k, v in os.environ.items() if k not in LAUNCHED} | {
-        "DS_ACCELERATOR": "cpu"
-    }
-    return subprocess.run(
-        [*launcher, str(ROOT / "launch" / f"{script}.py"), *map(str, arguments)],
-        env=environment,
-        cwd=ROOT.parent,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-
-
 def succeeds(script: str, *arguments: str | Path, ranks: int = 0) -> str:
-    done = command(script, *arguments, ranks=ranks)
+    done = run_script(script, *arguments, ranks=ranks)
     assert done.returncode == 0, done.stdout + done.stderr
     if not ranks:
         assert done.stderr == "", "a run that goes well has nothing to say on stderr"
@@ -128,7 +87,7 @@ def succeeds(script: str, *arguments: str | Path, ranks: int = 0) -> str:
 
 def fails(script: str, *arguments: str | Path, ranks: int = 0) -> str:
     """The one line of a mistake that the user can mend."""
-    done = command(script, *arguments, ranks=ranks)
+    done = run_script(script, *arguments, ranks=ranks)
     assert done.returncode == 2, done.stdout + done.stderr
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ") or not ranks]
     assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
@@ -463,7 +422,7 @@ def test_evaluate_and_recommend_exit_with_2_and_one_line(tmp_path):
 
 
 def test_debug_shows_the_traceback(tmp_path):
-    done = command("train", "--debug", "--device", "cpu", "--run.dir", tmp_path / "run")
+    done = run_script("train", "--debug", "--device", "cpu", "--run.dir", tmp_path / "run")
     assert done.returncode == 2
     assert "Traceback" in done.stderr and "error: data.shards is not set" in done.stderr
 

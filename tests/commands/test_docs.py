@@ -99,13 +99,13 @@ def prepared(tmp_path_factory) -> Path:
         small |= {"parallel": {"lanes": 4}, "device": "cpu"}
         small["run"] |= {"max_steps": 3}
         path.write_text(yaml.safe_dump(small))
-    with Commands(folder) as commands:
-        commands.succeed(
-            "python -m data_tools.synthesize demo/interactions.parquet --users 300 --items 400 --interactions 20000",
-            "python -m data_tools.shard demo/interactions.parquet demo/shards --val_users 20 --test_users 40",
-            "python launch/train.py --config configs/demo.yaml",
-            "python launch/export.py --run demo/run --output model",
-        )
+    commands = Commands(folder)
+    commands.succeed(
+        "python -m data_tools.synthesize demo/interactions.parquet --users 300 --items 400 --interactions 20000",
+        "python -m data_tools.shard demo/interactions.parquet demo/shards --val_users 20 --test_users 40",
+        "python launch/train.py --config configs/demo.yaml",
+        "python launch/export.py --run demo/run --output model",
+    )
     pa_csv.write_csv(
         pq.read_table(folder / "demo" / "interactions.parquet"), folder / "interactions.csv"
     )
@@ -130,15 +130,15 @@ def test_commands_of_a_page(page, prepared, tmp_path):
     for path, maker in _MADE.items():
         if any(re.search(maker, line) for line in lines):
             shutil.rmtree(folder / path)  # the page makes it
-    with Commands(folder) as commands:
-        for line in lines:
-            if line.startswith("source "):
-                continue
-            typed = re.sub(r"^deepspeed (--num_\w+ \d+ )?", "python ", line)
-            if "launch/benchmark.py" in typed:
-                typed += " --rounds 1 --steps 1 --modes weak"
-            done = commands.run(typed)
-            assert done.status == 0, f"{page.name}: {line}\n{done.out}{done.err}"
+    commands = Commands(folder)
+    for line in lines:
+        if line.startswith("source "):
+            continue
+        typed = re.sub(r"^deepspeed (--num_\w+ \d+ )?", "python ", line)
+        if "launch/benchmark.py" in typed:
+            typed += " --rounds 1 --steps 1 --modes weak"
+        done = commands.run(typed)
+        assert done.status == 0, f"{page.name}: {line}\n{done.out}{done.err}"
 
 
 def test_python_of_the_pages(prepared, tmp_path):
@@ -146,8 +146,8 @@ def test_python_of_the_pages(prepared, tmp_path):
     for page in (ROOT / "docs" / "index.md", ROOT / "docs" / "python.md"):
         scripts = re.findall(r"```python\n(.*?)```", page.read_text(), re.S)
         assert scripts, page
-        with Commands(folder) as commands:
-            done = commands.run("\n".join(scripts))
+        commands = Commands(folder)
+        done = commands.run("\n".join(scripts))
         assert done.status == 0, done.err
 
 

@@ -35,9 +35,9 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def commands(folder):
-    with Commands(folder) as commands:
-        prepare(folder, commands)
-        yield commands
+    commands = Commands(folder)
+    prepare(folder, commands)
+    return commands
 
 
 def _listing(folder: Path) -> dict[Path, int]:

@@ -28,13 +28,13 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def commands(folder):
-    with Commands(folder) as commands:
-        commands.succeed(
-            "python -m data_tools.synthesize data.parquet --users 100 --items 40 --interactions 2000 --seed 1",
-            "python -m data_tools.shard data.parquet shards --val_users 15 --test_users 15",
-            "python -m data_tools.shard data.parquet others --val_users 10 --test_users 20 --seed 5",
-        )
-        yield commands
+    commands = Commands(folder)
+    commands.succeed(
+        "python -m data_tools.synthesize data.parquet --users 100 --items 40 --interactions 2000 --seed 1",
+        "python -m data_tools.shard data.parquet shards --val_users 15 --test_users 15",
+        "python -m data_tools.shard data.parquet others --val_users 10 --test_users 20 --seed 5",
+    )
+    return commands
 
 
 def check_result(commands: Commands, folder: Path, run: str) -> str:

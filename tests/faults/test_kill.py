@@ -60,9 +60,9 @@ def shards(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def commands(tmp_path_factory) -> Iterator[Commands]:
-    with Commands(tmp_path_factory.mktemp("commands")) as commands:
-        yield commands
+def commands(tmp_path_factory) -> Commands:
+    commands = Commands(tmp_path_factory.mktemp("commands"))
+    return commands
 
 
 def training(shards: Path, run_dir: Path, max_steps: int, rate: float = RATE) -> list[str]:

@@ -37,11 +37,11 @@ main(sys.argv[1:])
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("beside")
-    with Commands(folder) as commands:
-        commands.succeed(
-            "python -m data_tools.synthesize data.parquet --users 80 --items 40 --interactions 1500 --seed 1",
-            "python -m data_tools.shard data.parquet shards --val_users 10 --test_users 10 --users_per_shard 64",
-        )
+    commands = Commands(folder)
+    commands.succeed(
+        "python -m data_tools.synthesize data.parquet --users 80 --items 40 --interactions 1500 --seed 1",
+        "python -m data_tools.shard data.parquet shards --val_users 10 --test_users 10 --users_per_shard 64",
+    )
     return folder / "shards"
 
 
@@ -148,7 +148,8 @@ def test_commands_beside_a_training(shards, tmp_path, pytestconfig):
     (tmp_path / "histories.csv").write_text("user,item\na,1\na,2\nb,3\n")
     kinds = {"evaluate": 0, "recommend": 0, "Recommender": 0}
     start, wrong = time.monotonic(), []
-    with Commands(tmp_path) as commands, Training(shards, tmp_path / "run") as training:
+    commands = Commands(tmp_path)
+    with Training(shards, tmp_path / "run") as training:
         first = max(training.validation(), default=0)
         for load in range(loads):
             kind = list(kinds)[load % 3]

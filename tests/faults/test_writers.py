@@ -30,9 +30,9 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def commands(folder):
-    with Commands(folder) as commands:
-        set_up(folder, commands)
-        yield commands
+    commands = Commands(folder)
+    set_up(folder, commands)
+    return commands
 
 
 ALL = os.environ.get("WRITERS") == "all"  # else those that show each kind of output
@@ -58,12 +58,9 @@ def test_two_at_the_same_moment(writer, folder, commands, tmp_path_factory):
     place = folder / "both-at-once"
     for _ in range(4 if ALL else 2):
         place.mkdir()
-        with Commands(folder) as others:
-            line = line_of(writer, f"{place.name}/{WRITERS[writer][1]}").removesuffix(
-                " --overwrite"
-            )
-            with ThreadPoolExecutor(2) as pool:
-                answers = list(pool.map(Commands.run, (commands, others), (line, line)))
+        line = line_of(writer, f"{place.name}/{WRITERS[writer][1]}").removesuffix(" --overwrite")
+        with ThreadPoolExecutor(2) as pool:
+            answers = list(pool.map(commands.run, (line, line)))
         assert any(done.status == 0 for done in answers), answers
         wrong = [complaint(done, "another command|exists") for done in answers if done.status]
         assert not any(wrong), wrong

@@ -12,6 +12,7 @@ import contextlib
 import importlib
 import json
 import os
+import runpy
 import select
 import signal
 import subprocess
@@ -129,8 +130,6 @@ def _read_line() -> bytes:
 
 def _launch(request: dict[str, Any]) -> None:
     """Become the launcher; never returns."""
-    from deepspeed.launcher import launch as launcher
-
     status = 1
     try:
         with contextlib.suppress(OSError):
@@ -141,9 +140,7 @@ def _launch(request: dict[str, Any]) -> None:
         ):
             os.dup2(file, descriptor)
         _set_environment(request["env"])
-        sys.argv = request["argv"]
-        launcher.subprocess = SimpleNamespace(Popen=_Rank)
-        launcher.main()
+        become_launcher(request["argv"])
         status = 0
     except SystemExit as ended:
         status = ended.code if isinstance(ended.code, int) else 1
@@ -154,13 +151,22 @@ def _launch(request: dict[str, Any]) -> None:
         os._exit(status)
 
 
+def become_launcher(words: list[str]) -> None:
+    """Run DeepSpeed's launcher of one host, with ranks that are forks."""
+    from deepspeed.launcher import launch as launcher
+
+    sys.argv = words
+    launcher.subprocess = SimpleNamespace(Popen=_Rank)
+    launcher.main()
+
+
 def _set_environment(environment: dict[str, str]) -> None:
     os.environ.clear()
     os.environ.update(environment)
 
 
 class _Rank:
-    """What the launcher takes for a `Popen`: a fork that runs launch/train.py."""
+    """What the launcher takes for a `Popen`: a fork that runs the script."""
 
     def __init__(self, cmd: list[str], env: dict[str, str]) -> None:
         self.returncode: int | None = None
@@ -174,10 +180,8 @@ class _Rank:
                 )
             _set_environment(env)
             sys.argv = cmd[cmd.index("-u") + 1 :]
-            from dist_vasp.commands.ending import run
-            from dist_vasp.commands.train import main
-
-            run(main)
+            runpy.run_path(sys.argv[0], run_name="__main__")
+            os._exit(1)  # every script of launch/ ends the process
 
     def poll(self) -> int | None:
         if self.returncode is None:

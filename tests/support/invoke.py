@@ -1,9 +1,8 @@
 """Commands as a user types them, each in a process of its own, without paying for the imports each
 time.
 
-`Commands(folder)` starts one process that loads the libraries once and forks for every line that is given to it: what
-comes back is the true exit status, standard output and standard error of `python launch/X.py ...` or `python -m data_tools.X ...`.
-Lines that are no command are Python with `Recommender` and `r`, the recommender of `folder`/export, at hand.
+A command runs in a fork of the process of ranks.py, which has imported the libraries: the script is
+run as `__main__`, and what comes back is its exit status, standard output and standard error.
 """
 
 from __future__ import annotations
@@ -11,30 +10,57 @@ from __future__ import annotations
 import ast
 import contextlib
 import faulthandler
-import importlib
-import json
 import os
+import re
+import runpy
 import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.support.forks import become_launcher
+from tests.support.jobs import LAUNCHED, free_port, launcher_arguments
 from tests.support.paths import ROOT
+from tests.support.ranks import rank_context
 
 LIMIT_S = 300  # of one command: a disk that others keep busy makes a save wait
-LAUNCHED = (
-    "RANK",
-    "WORLD_SIZE",
-    "LOCAL_RANK",
-    "LOCAL_SIZE",
-    "LOCAL_WORLD_SIZE",
-    "MASTER_ADDR",
-    "MASTER_PORT",
-)
+
+
+def run_script(
+    script: str, *arguments: str | Path, ranks: int = 0, cwd: Path = ROOT.parent
+) -> subprocess.CompletedProcess[str]:
+    """Run `launch/{script}.py`, or with `ranks` under DeepSpeed's launcher of one host, in `cwd`."""
+    words = ["python", str(ROOT / "launch" / f"{script}.py"), *map(str, arguments)]
+    return run_words(words, cwd, ranks=ranks)
+
+
+def run_words(
+    words: Sequence[str], cwd: Path, variables: Mapping[str, str] = {}, ranks: int = 0
+) -> subprocess.CompletedProcess[str]:
+    """Run `python FILE ...`, `python -m MODULE ...` or the one word of a Python program."""
+    environment = {k: v for k, v in os.environ.items() if k not in LAUNCHED}
+    environment |= {"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    if ranks:
+        words = launcher_arguments(ranks, free_port(), words[1:])
+    with tempfile.TemporaryDirectory() as folder:
+        output = [str(Path(folder) / name) for name in ("out", "err")]
+        child = rank_context().Process(
+            target=_become,
+            args=(list(words), str(cwd), environment | dict(variables), output, ranks),
+        )
+        child.start()
+        child.join(LIMIT_S)
+        assert child.pid is not None
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)  # loader workers of one that did not end by itself
+        child.join()
+        out, err = (Path(path).read_text() if os.path.exists(path) else "" for path in output)
+    return subprocess.CompletedProcess(words, child.exitcode, out, err)
 
 
 @dataclass(frozen=True)
@@ -45,32 +71,25 @@ class Done:
 
 
 class Commands:
-    """Runs lines in `folder`; close it, or use it as a context."""
+    """Runs lines in `folder`.
+
+    Lines that are no command are Python with `Recommender` and `r`, the recommender of
+    `folder`/export, at hand.
+    """
 
     def __init__(self, folder: Path) -> None:
-        environment = {k: v for k, v in os.environ.items() if k not in LAUNCHED}
-        environment |= {
-            "ARROW_DEFAULT_MEMORY_POOL": "system"
-        }  # jemalloc has a thread, and a fork of two threads may hang
-        environment |= {"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        self._server = subprocess.Popen(
-            [sys.executable, "-m", "tests.support.invoke"],
-            cwd=folder,
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        self.folder = folder
 
     def run(self, line: str) -> Done:
-        assert self._server.stdin and self._server.stdout
-        print(json.dumps(line), file=self._server.stdin, flush=True)
-        return Done(**json.loads(self._server.stdout.readline()))
-
-    def close(self) -> None:
-        assert self._server.stdin
-        self._server.stdin.close()
-        self._server.wait(30)
+        words, variables = [line], {}
+        if re.match(r"([A-Z_]+=\S* )*python ", line):
+            words = shlex.split(line)
+            while words[0] != "python":
+                name, value = words.pop(0).split("=", 1)
+                variables[name] = value
+            words[1] = str(ROOT / words[1]) if words[1].startswith("launch/") else words[1]
+        done = run_words(words, self.folder, variables)
+        return Done(done.returncode, done.stdout, done.stderr)
 
     def succeed(self, *lines: str) -> None:
         """Run lines that have to work."""
@@ -78,75 +97,29 @@ class Commands:
             done = self.run(line)
             assert done.status == 0, f"{line}: {done.status}\n{done.out}{done.err}"
 
-    def __enter__(self) -> Commands:
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+# --- the process that becomes the command -------------------------------------------------------
 
 
-# --- the process that forks --------------------------------------------------------------------------------------------
-
-
-def _serve() -> None:
-    for name in (
-        "train",
-        "evaluate",
-        "recommend",
-        "plan",
-        "benchmark",
-        "compare",
-        "export",
-        "report",
-        "doctor",
-    ):
-        importlib.import_module(f"launch.{name}")
-    for name in ("shard", "verify", "synthesize"):
-        importlib.import_module(f"data_tools.{name}")
-    importlib.import_module("dist_vasp.ranking.recommender")
-    for line in sys.stdin:
-        print(json.dumps(_forked(json.loads(line))), flush=True)
-
-
-def _forked(line: str) -> dict[str, Any]:
-    files = [os.memfd_create(name) for name in ("out", "err")]
-    child = os.fork()
-    if child == 0:
-        os.setsid()
-        signal.alarm(LIMIT_S)  # ended by the kernel: a status of -14
-        for descriptor, file in zip(
-            (0, 1, 2), (os.open(os.devnull, os.O_RDONLY), *files), strict=True
-        ):
-            os.dup2(file, descriptor)
-        _become(line)
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(child, signal.SIGKILL)  # loader workers of one that did not end by itself
-    texts = []
-    for file in files:
-        os.lseek(file, 0, os.SEEK_SET)
-        with open(file, "rb") as handle:
-            texts.append(handle.read().decode())
-    return {"status": status, "out": texts[0], "err": texts[1]}
-
-
-def _become(line: str) -> None:
-    """Never returns: what Python does at the end of a script."""
+def _become(
+    words: list[str], cwd: str, environment: dict[str, str], output: list[str], ranks: int
+) -> None:
+    """Never returns: what Python does with a script, to its end."""
     status = 1
+    os.setsid()
     faulthandler.dump_traceback_later(LIMIT_S - 5)
+    files = [os.open(os.devnull, os.O_RDONLY)]
+    files += [os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND) for path in output]
+    for descriptor, file in enumerate(files):
+        os.dup2(file, descriptor)
+        os.close(file)
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(environment)
     try:
-        words = shlex.split(line)
-        while "=" in words[0] and words[0].split("=")[0].replace("_", "").isupper():
-            name, value = words.pop(0).split("=", 1)
-            os.environ[name] = value
-        if words[0] == "python" and words[1] == "-m":
-            status = _exit_status(importlib.import_module(words[2]).main, words[2:])
-        elif words[0] == "python":
-            script = importlib.import_module(f"launch.{Path(words[1]).stem}")
-            ending = importlib.import_module("dist_vasp.commands.ending")
-            status = _exit_status(lambda: ending.run(script.main), words[1:])
-        else:
-            status = _python(line)
+        status = _run(words, ranks)
+    except SystemExit as ended:
+        status = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
     except BaseException:
         sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
     finally:
@@ -155,12 +128,19 @@ def _become(line: str) -> None:
         os._exit(status)
 
 
-def _exit_status(main: Callable[[], Any], argv: Sequence[str]) -> int:
-    sys.argv = list(argv)
-    try:
-        return main() or 0
-    except SystemExit as ended:
-        return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+def _run(words: list[str], ranks: int) -> int:
+    if ranks:
+        become_launcher(words)
+    elif len(words) == 1:
+        return _python(words[0])
+    elif words[1] == "-m":
+        sys.argv = words[2:]
+        sys.modules.pop(words[2], None)  # or runpy warns that it is imported already
+        runpy.run_module(words[2], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = words[1:]
+        runpy.run_path(words[1], run_name="__main__")
+    return 0
 
 
 def _python(line: str) -> int:
@@ -183,8 +163,3 @@ def _python(line: str) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
-
-
-if __name__ == "__main__":
-    _serve()
-    os._exit(0)  # the interpreter's own end takes seconds to a minute with all that is loaded

@@ -16,7 +16,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -50,6 +50,13 @@ def environment(**more: str) -> dict[str, str]:
         | {"DS_ACCELERATOR": "cpu"}
         | more
     )
+
+
+def launcher_arguments(ranks: int, port: int, script: Sequence[str]) -> list[str]:
+    """The module that `deepspeed --num_accelerators N` runs on each host, and its arguments."""
+    hosts = json.dumps({"localhost": list(range(ranks))})
+    world = base64.urlsafe_b64encode(hosts.encode()).decode()
+    return ["deepspeed.launcher.launch", f"--world_info={world}", f"--master_port={port}", *script]
 
 
 class Job:
@@ -105,22 +112,14 @@ class Job:
         else:
             # what `deepspeed --num_accelerators N` runs on each host, without the seconds that its
             # front end takes
-            world = base64.urlsafe_b64encode(
-                json.dumps({"localhost": list(range(ranks))}).encode()
-            ).decode()
-            launcher = [
-                "-m",
-                "deepspeed.launcher.launch",
-                f"--world_info={world}",
-                f"--master_port={port}",
-            ]
+            launcher = launcher_arguments(ranks, port, train)
             env = environment(**variables)
             if forks:
-                self.started = [forks.start([launcher[1], *launcher[2:], *train], env, log)]
+                self.started = [forks.start(launcher, env, log)]
             else:
                 self.started = [
                     subprocess.Popen(
-                        [sys.executable, *launcher, *train],
+                        [sys.executable, "-m", *launcher],
                         env=env,
                         start_new_session=True,
                         **streams,

@@ -335,7 +335,8 @@ def rows(folder: Path, commands: Commands) -> Iterator[tuple[str, dict[str, str]
 
 
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as place, Commands(Path(place)) as all_commands:
+    with tempfile.TemporaryDirectory() as place:
+        all_commands = Commands(Path(place))
         set_up(Path(place), all_commands)
         print(
             "| writer | " + " | ".join(SITUATIONS) + " |\n" + "|---" * (len(SITUATIONS) + 1) + "|",

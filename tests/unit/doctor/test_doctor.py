@@ -16,7 +16,8 @@ from dist_vasp.doctor.findings import error, ok, table, warning
 from dist_vasp.doctor.job import check_job
 from dist_vasp.doctor.machine import available_memory, check_machine, cpu_quota
 from dist_vasp.doctor.roundtrip import judge, measure
-from tests.commands.test_commands import command, fails
+from tests.commands.test_commands import fails
+from tests.support.invoke import run_script
 from tests.support.make_shards import write_folder
 from tests.support.ranks import run_ranks
 
@@ -190,7 +191,7 @@ def test_the_verdict_of_a_table():
 
 
 def test_command_alone(shards, tmp_path):
-    done = command(
+    done = run_script(
         "doctor",
         "--device",
         "cpu",
@@ -210,7 +211,7 @@ def test_command_alone(shards, tmp_path):
 def test_command_under_the_launcher_and_with_an_error(shards, tmp_path):
     shutil_target = next(shards.glob("test-*.tar"))
     shutil_target.unlink()
-    done = command(
+    done = run_script(
         "doctor",
         "--device",
         "cpu",
