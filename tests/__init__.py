@@ -1,0 +1,6 @@
+"""Tests, and every process that they start, compute with one thread: results are then the same bits
+wherever they are computed, and two workers of pytest do not compete for two cores."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
