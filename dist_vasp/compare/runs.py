@@ -23,8 +23,8 @@ from typing import Any
 
 import yaml
 
-from dist_vasp import checkpoint_folder as folders
 from dist_vasp.bounded_json import read_json
+from dist_vasp.checkpoint import folder as folders
 from dist_vasp.compare.config import Comparison, Run
 from dist_vasp.compare.jobs import Ended, Jobs, Stopped
 from dist_vasp.config import from_dict, read_yaml

@@ -20,11 +20,17 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor
 
-from dist_vasp import checkpoint as checkpoints
+from dist_vasp.checkpoint.header import (
+    JsonHeader,
+    ModelHeader,
+    header_sha256,
+    is_count,
+    read_header,
+)
 from dist_vasp.config import Config
 from dist_vasp.data.items import ItemTable
 from dist_vasp.data.positives import PositiveRule
@@ -41,7 +47,6 @@ from dist_vasp.ranking.load import (
     same_on_all,
 )
 
-FORMAT_VERSION = 1
 MOST_MEMBERS = 64
 _LARGEST = 1e300  # weight; a longer number of JSON is no float
 
@@ -53,6 +58,44 @@ class Member:
     run: str  # relative to the ensemble's folder
     checkpoint: str  # a folder under run/checkpoints; "": the best, else the newest
     weight: float
+
+
+@dataclass(frozen=True)
+class EnsembleHeader(JsonHeader):
+    """The content of `ensemble.json`."""
+
+    FILE = ENSEMBLE
+    VERSIONS = (1,)
+    FIX_HEADER = "write the ensemble again"
+
+    vocabulary_sha256: str
+    n_items: int
+    members: tuple[Member, ...]
+
+    @classmethod
+    def from_json(cls, raw: dict[str, Any]) -> Self:
+        if not is_count(raw["n_items"]) or not isinstance(raw["vocabulary_sha256"], str):
+            raise TypeError("n_items or vocabulary_sha256 is of another kind")
+        members = raw["members"]
+        if not isinstance(members, list) or not members:
+            raise TypeError("members is not a list of models")
+        if len(members) > MOST_MEMBERS:
+            raise ValueError(f"it has {len(members):,} members, expected at most {MOST_MEMBERS}")
+        typed = tuple(_member(member) for member in members)
+        return cls(raw["vocabulary_sha256"], raw["n_items"], typed)
+
+    def to_json(self) -> dict[str, Any]:
+        content = {"format_version": self.VERSIONS[-1], **asdict(self)}
+        return content | {"header_sha256": header_sha256(content)}
+
+
+def _member(raw: dict[str, Any]) -> Member:
+    member = Member(**raw)
+    if not isinstance(member.run, str) or not isinstance(member.checkpoint, str):
+        raise TypeError("run and checkpoint of a member are text")
+    if type(member.weight) not in (int, float) or not 0 < member.weight <= _LARGEST:
+        raise ValueError("the weight of a member is not a number above 0")
+    return member
 
 
 @dataclass(frozen=True)
@@ -121,15 +164,13 @@ def load_ranker(folder: str | Path, checkpoint: str | None, ranks: Ranks) -> Ran
                 f"{folder} is an ensemble and has no checkpoint {checkpoint}; leave --checkpoint out"
             )
         header = read_ensemble(folder)
-        members = [Member(**member) for member in header["members"]]
+        members = header.members
         rules: dict[str, PositiveRule | None] = {}
         for member in members:
             run = folder / member.run
             opened = open_model(run, member.checkpoint or None)
-            _check_vocabulary(
-                run, opened.header, header["vocabulary_sha256"], str(folder / ENSEMBLE)
-            )
-            rules[str(run)] = positives_of(opened, run)
+            _check_vocabulary(run, opened.header, header.vocabulary_sha256, str(folder / ENSEMBLE))
+            rules[str(run)] = positives_of(opened)
         rule = _common_rule(rules)
     rule = same_on_all(rule, ranks)
     loaded_members: list[LoadedModel] = []
@@ -140,7 +181,7 @@ def load_ranker(folder: str | Path, checkpoint: str | None, ranks: Ranks) -> Ran
             _check_vocabulary(
                 folder / member.run,
                 loaded.checkpoint.header,
-                header["vocabulary_sha256"],
+                header.vocabulary_sha256,
                 str(folder / ENSEMBLE),
             )
         loaded_members.append(loaded)
@@ -156,37 +197,15 @@ def is_ensemble(folder: str | Path) -> bool:
     return (Path(folder) / ENSEMBLE).is_file()
 
 
-def read_ensemble(folder: str | Path) -> dict[str, Any]:
-    """The header of an ensemble; ValueError if it is damaged or of another version."""
-    file, remedy = Path(folder) / ENSEMBLE, "write the ensemble again"
+def read_ensemble(folder: str | Path) -> EnsembleHeader:
+    """Return the header of an ensemble; ValueError if it is damaged or of another version."""
     try:
-        return checkpoints.read_header(file, FORMAT_VERSION, _check_header, remedy)
+        return read_header(EnsembleHeader, Path(folder))
     except OSError as error:
-        raise ValueError(f"{file} cannot be read ({error.strerror}); {remedy}") from None
-
-
-def _check_header(header: dict[str, Any]) -> None:
-    """Raise unless everything a reader relies on is there and of its kind."""
-    if not checkpoints.is_count(header["n_items"]) or not isinstance(
-        header["vocabulary_sha256"], str
-    ):
-        raise TypeError("n_items or vocabulary_sha256 is of another kind")
-    if not isinstance(header["members"], list) or not header["members"]:
-        raise TypeError("members is not a list of models")
-    if len(header["members"]) > MOST_MEMBERS:
         raise ValueError(
-            f"it has {len(header['members']):,} members, expected at most {MOST_MEMBERS}"
-        )
-    for raw in header["members"]:
-        member = Member(**raw)
-        if not isinstance(member.run, str) or not isinstance(member.checkpoint, str):
-            raise TypeError("run and checkpoint of a member are text")
-        if (
-            isinstance(member.weight, bool)
-            or not isinstance(member.weight, int | float)
-            or not 0 < member.weight <= _LARGEST
-        ):
-            raise ValueError("the weight of a member is not a number above 0")
+            f"{Path(folder) / ENSEMBLE} cannot be read ({error.strerror}); "
+            f"{EnsembleHeader.FIX_HEADER}"
+        ) from None
 
 
 def describe_ensemble(
@@ -210,20 +229,16 @@ def describe_ensemble(
             f"the weights are {list(weights)}, expected finite numbers above 0; a member without weight is left out"
         )
     opened = [open_model(run) for run in runs]
-    headers = [one.header for one in opened]
-    for run, header in zip(runs[1:], headers[1:], strict=True):
-        _check_vocabulary(run, header, headers[0]["vocabulary_sha256"], str(runs[0]))
-    _common_rule({str(run): positives_of(one, run) for run, one in zip(runs, opened, strict=True)})
-    pairs = zip(runs, weights, strict=True)
-    members = [
-        asdict(Member(os.path.relpath(run, folder), "", float(weight))) for run, weight in pairs
-    ]
-    shared = {name: headers[0][name] for name in ("vocabulary_sha256", "n_items")}
-    content = {"format_version": FORMAT_VERSION, **shared, "members": members}
-    return (
-        json.dumps({**content, "header_sha256": checkpoints.header_sha256(content)}, indent=1)
-        + "\n"
+    first = opened[0].header
+    for run, one in zip(runs[1:], opened[1:], strict=True):
+        _check_vocabulary(run, one.header, first.vocabulary_sha256, str(runs[0]))
+    _common_rule({str(run): positives_of(one) for run, one in zip(runs, opened, strict=True)})
+    members = tuple(
+        Member(os.path.relpath(run, folder), "", float(weight))
+        for run, weight in zip(runs, weights, strict=True)
     )
+    header = EnsembleHeader(first.vocabulary_sha256, first.n_items, members)
+    return json.dumps(header.to_json(), indent=1) + "\n"
 
 
 def _common_rule(rules: dict[str, PositiveRule | None]) -> PositiveRule | None:
@@ -244,8 +259,8 @@ def _common_rule(rules: dict[str, PositiveRule | None]) -> PositiveRule | None:
     return rule
 
 
-def _check_vocabulary(run: str | Path, header: dict[str, Any], expected: str, of: str) -> None:
-    found = header["vocabulary_sha256"]
+def _check_vocabulary(run: str | Path, header: ModelHeader, expected: str, of: str) -> None:
+    found = header.vocabulary_sha256
     if found != expected:
         raise ValueError(
             f"{run} has a vocabulary with hash {found[:12]}..., {of} one with {expected[:12]}...; "

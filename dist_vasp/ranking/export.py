@@ -16,20 +16,19 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 import os
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from dist_vasp import checkpoint as checkpoints
-from dist_vasp.checkpoint import Checkpoint
-from dist_vasp.data import positives
+from dist_vasp.checkpoint.header import Header, ModelHeader, common_fields, write_header
+from dist_vasp.checkpoint.read import Checkpoint, open_model_folder, readable
 from dist_vasp.data.items import read_items_file
 from dist_vasp.data.manifest import ITEMS_FILE
 from dist_vasp.data.positives import PositiveRule
@@ -38,8 +37,6 @@ from dist_vasp.model.trunk import Trunk
 from dist_vasp.places import check_folder
 from dist_vasp.tensor_file import write_safetensors
 
-FORMAT_VERSION = 1
-HEADER = "export.json"
 PROGRAM = "trunk.pt2"
 _FILE = re.compile(
     r"items\.parquet|trunk\.pt2|trunk\.safetensors|items-\d{5}-of-\d{5}\.safetensors"
@@ -57,37 +54,43 @@ _LOCAL = (
 )  # keys of the config that mean nothing on another machine
 
 
+@dataclass(frozen=True, kw_only=True)
+class ExportHeader(ModelHeader):
+    """`export.json`. Where `item_axis` is missing, the tensors have the axes of format 1."""
+
+    FILE = "export.json"
+    VERSIONS = (1,)
+    FIX_HEADER = "export the run again"
+    FIX_FILE = "export the run again"
+
+    source: str
+    """Name of the checkpoint that was exported."""
+    validation: dict[str, Any] | None = None
+    """Its validation metrics; None where it was not the best checkpoint."""
+
+    @classmethod
+    def from_json(cls, raw: dict[str, Any]) -> Self:
+        if not isinstance(raw["source"], str):
+            raise TypeError("source is not text")
+        fields = common_fields(raw, _FILE, "an export")
+        return cls(**fields, source=raw["source"], validation=raw.get("validation"))
+
+    def _content(self) -> dict[str, Any]:
+        own = {"source": self.source, "validation": self.validation}
+        return own | super()._content()
+
+
 def is_export(folder: Path) -> bool:
-    return (folder / HEADER).is_file()
+    return (folder / ExportHeader.FILE).is_file()
 
 
-def open_export(folder: Path) -> Checkpoint:
-    """The header of an exported folder; ValueError if it is damaged or of another version."""
-    return checkpoints.open_files(
-        folder, HEADER, FORMAT_VERSION, _check_header, "export the run again"
-    )
-
-
-def _check_header(header: dict[str, Any]) -> None:
-    """Raise unless everything a reader relies on is there and of its kind."""
-    if not checkpoints.is_count(header["n_items"]) or not isinstance(
-        header["vocabulary_sha256"], str
-    ):
-        raise TypeError("n_items or vocabulary_sha256 is of another kind")
-    if not isinstance(header["config"], dict) or not isinstance(header["source"], str):
-        raise TypeError("config or source is of another kind")
-    positives.in_header(header)
-    if len(header["files"]) > checkpoints.MOST_FILES:
-        raise ValueError(
-            f"files lists {len(header['files']):,} files, expected at most {checkpoints.MOST_FILES:,}"
-        )
-    for name, digest in header["files"].items():
-        if not _FILE.fullmatch(name) or not isinstance(digest, str):
-            raise ValueError(f"files lists {name!r}, which is no file of an export")
+def open_export(folder: Path) -> Checkpoint[ExportHeader]:
+    """Open an exported folder; ValueError if its header is damaged or of another version."""
+    return open_model_folder(ExportHeader, folder)
 
 
 def export(
-    opened: Checkpoint,
+    opened: Checkpoint[ModelHeader],
     items_file: Path,
     output: str | Path,
     trunk: Trunk | None = None,
@@ -104,11 +107,11 @@ def export(
     output = check_folder(output)
     files = {
         name: _weights(opened, name)
-        for name in sorted(opened.header["files"])
+        for name in sorted(opened.header.files)
         if name.endswith(".safetensors")
     }
     remedy = "restore it, and load the model again"
-    with checkpoints.readable(items_file, remedy):
+    with readable(items_file, remedy):
         needed = (
             sum(4 * t.numel() for tensors in files.values() for t in tensors.values())
             + items_file.stat().st_size
@@ -135,23 +138,21 @@ def export(
         }
         if trunk is not None:
             digests[PROGRAM] = write_program(trunk, temporary / PROGRAM)
-        with checkpoints.readable(items_file, remedy):
+        with readable(items_file, remedy):
             data = items_file.read_bytes()
         digests[ITEMS_FILE] = _write(data, temporary / ITEMS_FILE)
         # It may have been replaced since the model was loaded.
         read_items_file(
             temporary / ITEMS_FILE,
-            opened.header["n_items"],
-            opened.header["vocabulary_sha256"],
+            opened.header.n_items,
+            opened.header.vocabulary_sha256,
             items_file,
         )
-        _write_header(temporary / HEADER, opened, digests, rule)
-    return (
-        f"{output}: {opened.header['n_items']:,} items, {needed / 1e6:,.1f} MB, from {opened.name}"
-    )
+        write_header(temporary, _header(opened, digests, rule))
+    return f"{output}: {opened.header.n_items:,} items, {needed / 1e6:,.1f} MB, from {opened.name}"
 
 
-def _weights(opened: Checkpoint, file: str) -> dict[str, Tensor]:
+def _weights(opened: Checkpoint[ModelHeader], file: str) -> dict[str, Tensor]:
     """The tensors of a checkpoint's file that are weights, mapped."""
     tensors, _ = opened.tensors(file).map()
     return {name: t for name, t in tensors.items() if not name.split("[")[0].endswith(_TRAINING)}
@@ -200,28 +201,29 @@ def _write(data: bytes, target: Path) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _write_header(
-    path: Path, opened: Checkpoint, digests: dict[str, str], rule: PositiveRule | None
-) -> None:
-    config = copy.deepcopy(opened.header["config"])
+def _header(
+    opened: Checkpoint[ModelHeader], digests: dict[str, str], rule: PositiveRule | None
+) -> ExportHeader:
+    header = opened.header
+    config = copy.deepcopy(header.config)
     for section, key in _LOCAL:
         if key in config.get(section, {}):
             config[section][key] = ""
-    source = opened.header.get("source", opened.name)
-    header = {
-        "format_version": FORMAT_VERSION,
-        "source": source,
-        "n_items": opened.header["n_items"],
-        "vocabulary_sha256": opened.header["vocabulary_sha256"],
-        **positives.for_header(rule),
-        "validation": opened.header.get(
-            "validation", opened.header.get("best") if source.startswith("best-") else None
-        ),
-        "config": config,
-        "files": dict(sorted(digests.items())),
-    }
-    header["header_sha256"] = checkpoints.header_sha256(header)
-    with open(path, "w") as handle:
-        handle.write(json.dumps(header, indent=1) + "\n")
-        handle.flush()
-        os.fsync(handle.fileno())
+    source, validation = opened.name, None
+    if isinstance(header, ExportHeader):
+        source, validation = header.source, header.validation
+    elif isinstance(header, Header) and source.startswith("best-"):
+        validation = header.best
+    axes = header.item_axis
+    if axes is not None:
+        axes = {name: axis for name, axis in axes.items() if not name.endswith(_TRAINING)}
+    return ExportHeader(
+        source=source,
+        n_items=header.n_items,
+        vocabulary_sha256=header.vocabulary_sha256,
+        positives=rule,
+        validation=validation,
+        config=config,
+        item_axis=axes,
+        files=digests,
+    )

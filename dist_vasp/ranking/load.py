@@ -7,11 +7,10 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from dist_vasp import checkpoint as checkpoints
-from dist_vasp import checkpoint_folder as folders
-from dist_vasp.checkpoint import Checkpoint
+from dist_vasp.checkpoint import folder as folders
+from dist_vasp.checkpoint.header import Header, ModelHeader
+from dist_vasp.checkpoint.read import Checkpoint, open_checkpoint, verify
+from dist_vasp.checkpoint.weights import fill_module, load_weights, shapes_of
 from dist_vasp.config import Config, from_dict
 from dist_vasp.data import positives
 from dist_vasp.data.items import ItemTable, read_items_file
@@ -32,7 +31,7 @@ class LoadedModel:
     """A model ready to score, its vocabulary, and the checkpoint it came from."""
 
     config: Config
-    checkpoint: Checkpoint
+    checkpoint: Checkpoint[ModelHeader]
     items: ItemTable
     model: VASP
     trunk: Trunk | None
@@ -50,39 +49,37 @@ def load_model(
     Raises AgreedError when there is no such checkpoint or a file of it is damaged.
     """
     run_dir = Path(run_dir)
-    opened = folders.open_together(lambda: open_model(run_dir, name), ranks, _reopen)
+    opened = folders.open_together(lambda: open_model(run_dir, name), _reopen, ranks)
     assert opened is not None
     with agreed(ranks):
-        config = from_dict(opened.header["config"])
+        config = from_dict(opened.header.config)
         items = read_items_file(
-            run_dir / ITEMS_FILE, opened.header["n_items"], opened.header["vocabulary_sha256"]
+            run_dir / ITEMS_FILE, opened.header.n_items, opened.header.vocabulary_sha256
         )
-        rule = positives_of(opened, run_dir)
+        rule = positives_of(opened)
     rule = same_on_all(rule, ranks)
-    checkpoints.verify(opened, ranks)
+    verify(opened, ranks)
     with agreed(ranks):
         check_size(opened, config)
         model = VASP(
             config.model,
             config.loss,
-            opened.header["n_items"],
+            opened.header.n_items,
             ranks,
             config.run.seed,
             initialise=False,
             block_columns=config.parallel.block_columns if block_columns is None else block_columns,
         )
-        checkpoints.read_items(opened, model.slices())
-        checkpoints.check_numbers(opened, ((piece.name, piece.tensor) for piece in model.slices()))
         trunk = make_trunk(config.model, config.run.seed)
+        tensors = load_weights(opened, model.slices(), shapes_of(trunk))
         if trunk is not None:
-            load_trunk(trunk, opened)
-            checkpoints.check_numbers(opened, trunk.named_parameters())
+            fill_module(trunk, tensors)
             trunk.to(ranks.device).eval().requires_grad_(False)
     opened.close()
     return LoadedModel(config, opened, items, model, trunk, rule)
 
 
-def open_model(folder: str | Path, name: str | None = None) -> Checkpoint:
+def open_model(folder: str | Path, name: str | None = None) -> Checkpoint[ModelHeader]:
     """Open an exported folder, or a run's checkpoint `name` (else its best, else its newest)."""
     if not isinstance(folder, str | os.PathLike) or not isinstance(name, str | None):
         raise ValueError(
@@ -106,24 +103,22 @@ def open_model(folder: str | Path, name: str | None = None) -> Checkpoint:
     return folders.open_found(folder / "checkpoints", name)
 
 
-def _reopen(path: Path) -> Checkpoint:
-    return open_export(path) if is_export(path) else checkpoints.open_checkpoint(path)
+def _reopen(path: Path) -> Checkpoint[ModelHeader]:
+    return open_export(path) if is_export(path) else open_checkpoint(path)
 
 
-def positives_of(opened: Checkpoint, folder: str | Path) -> PositiveRule | None:
+def positives_of(opened: Checkpoint[ModelHeader]) -> PositiveRule | None:
     """The rule that made the positives the model was trained on; None where nothing tells.
 
     A run of an earlier version does not say; its shards do, where they are still those it began
     with.
     """
-    rule = positives.in_header(opened.header)
-    if rule is not None or is_export(Path(folder)):
-        return rule
+    header = opened.header
+    if header.positives is not None or not isinstance(header, Header):
+        return header.positives
     try:
-        manifest = Manifest.load(from_dict(opened.header["config"]).data.shards)
-        return (
-            manifest.positives if manifest.shards_sha256 == opened.header["shards_sha256"] else None
-        )
+        manifest = Manifest.load(from_dict(header.config).data.shards)
+        return manifest.positives if manifest.shards_sha256 == header.shards_sha256 else None
     except ValueError:
         return None
 
@@ -141,39 +136,28 @@ def same_on_all(rule: PositiveRule | None, ranks: Ranks) -> PositiveRule | None:
     )
 
 
-def check_size(opened: Checkpoint, config: Config) -> None:
+def check_size(opened: Checkpoint[ModelHeader], config: Config) -> None:
     """ValueError where the config describes a larger model than the files can hold: nothing of that
     size is made then."""
-    n_items = opened.header["n_items"]
+    n_items = opened.header.n_items
     described = 4 * (
         config.model.item_parameters(n_items, n_items) + config.model.trunk_parameters()
     )
     stored = sum(os.fstat(handle.fileno()).st_size for handle in opened.handles.values())
     if described > stored:
         raise ValueError(
-            f"{opened.path / opened.header_name} describes a model of {described:,} bytes, its files hold {stored:,}; "
+            f"{opened.path / opened.header.FILE} describes a model of {described:,} bytes, its files hold {stored:,}; "
             f"{opened.remedy}"
         )
 
 
-def load_trunk(trunk: Trunk, opened: Checkpoint) -> None:
-    """Weights of the trunk; ValueError where one is missing or has another shape."""
-    tensors = checkpoints.read_trunk(opened)
-    with torch.no_grad():
-        for name, p in trunk.named_parameters():
-            if name not in tensors or tensors[name].shape != p.shape:
-                raise ValueError(
-                    f"{opened.path / checkpoints.TRUNK} has no {name} of shape {tuple(p.shape)}; {opened.remedy}"
-                )
-            p.copy_(tensors[name])
-
-
 def check_vocabulary(loaded: LoadedModel, folder: str | Path, manifest: Manifest) -> None:
     """ValueError unless the shards in `folder` have the vocabulary the model was trained on."""
-    if manifest.vocabulary_sha256 != loaded.checkpoint.header["vocabulary_sha256"]:
+    header = loaded.checkpoint.header
+    if manifest.vocabulary_sha256 != header.vocabulary_sha256:
         raise ValueError(
             f"{folder} has a vocabulary of {manifest.n_items} items (hash {manifest.vocabulary_sha256[:12]}...) but the checkpoint "
-            f"was trained on {loaded.checkpoint.header['n_items']} (hash {loaded.checkpoint.header['vocabulary_sha256'][:12]}...); "
+            f"was trained on {header.n_items} (hash {header.vocabulary_sha256[:12]}...); "
             "pass the shards it was trained on with --shards"
         )
 
@@ -187,15 +171,15 @@ def shards_of(loaded: LoadedModel) -> tuple[str, str]:
     """
     header, named = loaded.checkpoint.header, loaded.config.data.shards
     run_dir = loaded.checkpoint.path.parent.parent
-    if not named:
+    if not named or not isinstance(header, Header):
         raise ValueError(
             f"{loaded.checkpoint.path} does not say which data it was trained on; pass --shards DIR"
         )
     here = (Path(named) / MANIFEST).is_file()
-    expected = header.get("data_sha256")
-    if here and expected in (None, Manifest.load(named).data_sha256):
+    expected = header.data_sha256
+    if here and expected in ("", Manifest.load(named).data_sha256):
         return named, ""
-    beside = os.path.normpath(run_dir / header.get("shards_from_run", named))
+    beside = os.path.normpath(run_dir / (header.shards_from_run or named))
     if (
         expected
         and (Path(beside) / MANIFEST).is_file()

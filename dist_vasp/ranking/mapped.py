@@ -25,8 +25,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dist_vasp import checkpoint as checkpoints
-from dist_vasp.checkpoint import Checkpoint
+from dist_vasp.checkpoint.header import TRUNK, ModelHeader, items_file
+from dist_vasp.checkpoint.read import Checkpoint, parse_piece, readable
 from dist_vasp.config import Config, LossConfig, ModelConfig
 from dist_vasp.model.item_layers import BLOCK_COLUMNS, NEASE_WEIGHT, Head, InputSide, OutputSide
 from dist_vasp.model.losses import MultinomialLoss, make_loss, sum_log_sigmoid
@@ -144,22 +144,22 @@ class MappedModel:
                 part.file.expect(scattered)
 
 
-def map_model(opened: Checkpoint, config: Config) -> MappedModel:
+def map_model(opened: Checkpoint[ModelHeader], config: Config) -> MappedModel:
     """The model of a checkpoint or export over its mapped files; ValueError where a tensor is
     missing or of another shape."""
     shallow, deep = config.model.shallow, config.model.deep
-    n_items = opened.header["n_items"]
+    n_items = opened.header.n_items
     trunk = _map_trunk(opened, config) if deep else None
-    files = sorted(name for name in opened.header["files"] if name.startswith("items-"))
+    files = opened.header.items_files()
     parts = []
     for index, name in enumerate(files):
         part = ItemPartition(n_items, len(files), index)
         mapped = MappedFile(opened.tensors(name))
-        if name != checkpoints.items_file(index, len(files)):
+        if name != items_file(index, len(files)):
             raise ValueError(
                 f"{opened.path} holds {', '.join(files)}, expected one file for each partition; {opened.remedy}"
             )
-        with checkpoints.readable(opened.path / name, opened.remedy):
+        with readable(opened.path / name, opened.remedy):
             parts.append(_make_part(opened.path / name, part, config.model, mapped, deep, shallow))
     if not parts:
         raise ValueError(f"{opened.path} lists no items file; {opened.remedy}")
@@ -215,9 +215,7 @@ def _stored_blocks(
     """The blocks of columns in which the file holds W, in order; ValueError unless they make up the
     partition."""
     blocks = sorted(
-        (lo, hi)
-        for name, lo, hi in map(checkpoints.parse_piece, tensors)
-        if name == "output.nease.weight"
+        (lo, hi) for name, lo, hi in map(parse_piece, tensors) if name == "output.nease.weight"
     )
     ends = [part.start] + [hi for _, hi in blocks]
     if (
@@ -231,16 +229,16 @@ def _stored_blocks(
     return blocks
 
 
-def _map_trunk(opened: Checkpoint, config: Config) -> Trunk:
+def _map_trunk(opened: Checkpoint[ModelHeader], config: Config) -> Trunk:
     trunk = make_trunk(config.model, config.run.seed)
     assert trunk is not None
-    if checkpoints.TRUNK not in opened.header["files"]:
-        raise ValueError(f"{opened.path} lists no {checkpoints.TRUNK}; {opened.remedy}")
-    tensors, _ = opened.tensors(checkpoints.TRUNK).map()
+    if TRUNK not in opened.header.files:
+        raise ValueError(f"{opened.path} lists no {TRUNK}; {opened.remedy}")
+    tensors, _ = opened.tensors(TRUNK).map()
     for name, p in trunk.named_parameters():
         if name not in tensors or tensors[name].shape != p.shape:
             raise ValueError(
-                f"{opened.path / checkpoints.TRUNK} has no {name} of shape {tuple(p.shape)}; {opened.remedy}"
+                f"{opened.path / TRUNK} has no {name} of shape {tuple(p.shape)}; {opened.remedy}"
             )
         p.data = tensors[name]
     return trunk.eval().requires_grad_(False)

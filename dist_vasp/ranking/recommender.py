@@ -26,8 +26,10 @@ import pyarrow as pa
 import scipy.sparse
 import torch
 
-from dist_vasp import checkpoint as checkpoints
-from dist_vasp.checkpoint import Checkpoint
+from dist_vasp.checkpoint.header import ModelHeader
+from dist_vasp.checkpoint.read import Checkpoint
+from dist_vasp.checkpoint.read import verify as verify_files
+from dist_vasp.checkpoint.weights import check_numbers
 from dist_vasp.config import from_dict
 from dist_vasp.data.ids import of_column
 from dist_vasp.data.items import ItemTable, read_items_file
@@ -151,7 +153,7 @@ class Recommender:
 
     def __init__(
         self,
-        opened: Checkpoint,
+        opened: Checkpoint[ModelHeader],
         items: ItemTable,
         items_file: Path,
         model: MappedModel,
@@ -178,19 +180,17 @@ class Recommender:
         _answer_after_forks()
         opened = open_model(folder, checkpoint)
         if verify:
-            checkpoints.verify(opened, form_groups(0, Layout(1, 1, 1), torch.device("cpu")))
+            verify_files(opened, form_groups(0, Layout(1, 1, 1), torch.device("cpu")))
         items_file = (
             Path(folder).absolute() / ITEMS_FILE
         )  # `export` finds it after a change of folder, too
-        items = read_items_file(
-            items_file, opened.header["n_items"], opened.header["vocabulary_sha256"]
-        )
-        config = from_dict(opened.header["config"])
+        items = read_items_file(items_file, opened.header.n_items, opened.header.vocabulary_sha256)
+        config = from_dict(opened.header.config)
         check_size(opened, config)
         model = map_model(opened, config)
         if verify:
-            checkpoints.check_numbers(opened, model.tensors())
-        return Recommender(opened, items, items_file, model, positives_of(opened, folder))
+            check_numbers(opened, model.tensors())
+        return Recommender(opened, items, items_file, model, positives_of(opened))
 
     def export(
         self,
@@ -376,7 +376,7 @@ class Recommender:
     @property
     def vocabulary_sha256(self) -> str:
         """Identifies the catalogue: data of another one has another."""
-        return self._opened.header["vocabulary_sha256"]
+        return self._opened.header.vocabulary_sha256
 
     @property
     def is_linear(self) -> bool:

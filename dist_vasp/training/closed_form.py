@@ -10,20 +10,20 @@ lanes of the configuration are not used.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dist_vasp import checkpoint as checkpoints
-from dist_vasp import checkpoint_folder as folders
 from dist_vasp.bounded_json import read_json, reason
+from dist_vasp.checkpoint import folder as folders
+from dist_vasp.checkpoint.header import Header, Position
+from dist_vasp.checkpoint.read import open_checkpoint
+from dist_vasp.checkpoint.write import save
 from dist_vasp.config import Config
-from dist_vasp.data import positives
 from dist_vasp.data.manifest import Manifest
 from dist_vasp.model.ease import SWEEP_COLUMNS
 from dist_vasp.model.vasp import VASP
@@ -35,7 +35,7 @@ from dist_vasp.training.environment import describe
 from dist_vasp.training.fit_ease import StoppedError, fit
 from dist_vasp.training.floor import measure_rates
 from dist_vasp.training.run_dir import RunDir, check_shared
-from dist_vasp.training.state import check_same, newest_checkpoint
+from dist_vasp.training.state import check_same, facts_of_data, newest_checkpoint
 from dist_vasp.training.stop import StopRequest
 from dist_vasp.training.tracking import services
 from dist_vasp.training.train import (
@@ -74,12 +74,12 @@ def _solve(config: Config, ranks: Ranks, stop: StopRequest) -> dict[str, Any] | 
     folder = Path(config.run.dir) / "checkpoints"
     lambdas = _lambdas(config)
     header, finished = _resume(config, manifest, folder, ranks)
-    done = header["position"]["step"] if header else 0
+    done = header.position.step if header else 0
     environment = describe(ranks)
     say: Callable[[str], None] = partial(print, flush=True) if ranks.is_main else lambda text: None
     if run_dir:
         newest = folders.newest(folder)
-        folders.settle(folder, newest if header and header["best"] else None)
+        folders.settle(folder, newest if header and header.best else None)
         folders.prune(folder, 1)
         if not finished:
             run_dir.drop_result()
@@ -92,8 +92,8 @@ def _solve(config: Config, ranks: Ranks, stop: StopRequest) -> dict[str, Any] | 
             header = _search(config, manifest, ranks, lambdas, header, folder, run_dir, say, stop)
         assert header is not None
         name, seconds = (
-            folders.step_path(folder, header["position"]["step"]).name,
-            header["seconds_training"],
+            folders.step_path(folder, header.position.step).name,
+            header.seconds_training,
         )
         result = final_result(
             config, manifest, name, ranks, seconds, 1, lambda: any_rank(stop.requested, ranks)
@@ -101,7 +101,7 @@ def _solve(config: Config, ranks: Ranks, stop: StopRequest) -> dict[str, Any] | 
     except StoppedError:
         result = None
     if run_dir and result and header:
-        result["ease_lambda"] = header["ease_lambda"]
+        result["ease_lambda"] = header.ease_lambda
         run_dir.write_result(result)
     if run_dir:
         if result is None:
@@ -115,12 +115,12 @@ def _search(
     manifest: Manifest,
     ranks: Ranks,
     lambdas: tuple[float, ...],
-    header: dict[str, Any] | None,
+    header: Header | None,
     folder: Path,
     run_dir: RunDir | None,
     say: Callable[[str], None],
     stop: StopRequest,
-) -> dict[str, Any]:
+) -> Header:
     """Header of the best checkpoint after every lambda that is to be tried; `header` is that of an
     earlier attempt."""
 
@@ -137,8 +137,8 @@ def _search(
         block_columns=SWEEP_COLUMNS,
     )
     scored = manifest.splits["validation"].users > 0
-    seconds, fallen = header["seconds_training"] if header else 0.0, 0
-    for step in range(header["position"]["step"] + 1 if header else 1, len(lambdas) + 1):
+    seconds, fallen = header.seconds_training if header else 0.0, 0
+    for step in range(header.position.step + 1 if header else 1, len(lambdas) + 1):
         value = lambdas[step - 1]
         start = time.monotonic()
         try:
@@ -185,7 +185,7 @@ def _search(
                 "seconds": took,
             }
             run_dir.record({**line, **metrics}, "validation")
-        if header is None or (metrics and metrics[BEST_BY] > header["best"][BEST_BY]):
+        if header is None or (metrics and header.best and metrics[BEST_BY] > header.best[BEST_BY]):
             fallen = 0
             header = _save(config, manifest, model, ranks, folder, step, value, seconds, metrics)
         else:
@@ -193,8 +193,7 @@ def _search(
             if fallen == PATIENCE:
                 break
     assert header is not None
-    header["seconds_training"] = seconds
-    return header
+    return replace(header, seconds_training=seconds)
 
 
 # --- before and after ------------------------------------------------------------------------------------------------
@@ -241,11 +240,11 @@ def _matching(config: Config, manifest: Manifest) -> dict[str, Any]:
 
 def _resume(
     config: Config, manifest: Manifest, folder: Path, ranks: Ranks
-) -> tuple[dict[str, Any] | None, bool]:
+) -> tuple[Header | None, bool]:
     """Header of the best lambda so far, None where there is none, and whether the run has its
     result already."""
     header = None
-    opened = folders.open_together(lambda: newest_checkpoint(folder), ranks)
+    opened = folders.open_together(lambda: newest_checkpoint(folder), open_checkpoint, ranks)
     with agreed(ranks):
         if opened is not None:
             check_same(opened, _matching(config, manifest), manifest)
@@ -254,7 +253,8 @@ def _resume(
         result = folder.parent / "result.json"
         finished = header is not None and result.is_file()
         if header and finished:
-            header["seconds_training"] = _seconds(result)  # of the lambdas behind the best one, too
+            # of the lambdas behind the best one, too
+            header = replace(header, seconds_training=_seconds(result))
     return header, finished
 
 
@@ -277,27 +277,22 @@ def _save(
     value: float,
     seconds: float,
     metrics: dict[str, Any] | None,
-) -> dict[str, Any]:
+) -> Header:
     """Write the model as step-XXXXXXXX, from the matrix itself; point `best` at it if it was
     validated. Returns its header."""
-    header = {
-        "position": {"epoch": 0, "step_in_epoch": 0, "step": step},
-        "config": asdict(config),
-        "must_match": _matching(config, manifest),
-        "vocabulary_sha256": manifest.vocabulary_sha256,
-        "shards_sha256": manifest.shards_sha256,
-        **positives.for_header(manifest.positives),
-        "data_sha256": manifest.data_sha256,
-        "shards_from_run": os.path.relpath(config.data.shards, config.run.dir),
-        "n_items": manifest.n_items,
-        "layout": asdict(ranks.layout),
-        "optimizer": {"step": 0, "mu_product": 1.0},
-        "seconds_training": seconds,
-        "ease_lambda": value,
-        "best": metrics,
-    }
+    header = Header(
+        position=Position(0, 0, step),
+        config=asdict(config),
+        must_match=_matching(config, manifest),
+        **facts_of_data(config, manifest),
+        layout=asdict(ranks.layout),
+        optimizer={"step": 0, "mu_product": 1.0},
+        seconds_training=seconds,
+        ease_lambda=value,
+        best=metrics,
+    )
     path = folder / f"step-{step:08d}"
-    checkpoints.save(path, header, model.slices(), {}, ranks)
+    save(path, header, model.slices(), {}, ranks)
     if ranks.is_main:
         if metrics:
             folders.point_best_at(path)
@@ -306,21 +301,21 @@ def _save(
 
 
 def _opening(
-    config: Config, manifest: Manifest, ranks: Ranks, header: dict[str, Any] | None, finished: bool
+    config: Config, manifest: Manifest, ranks: Ranks, header: Header | None, finished: bool
 ) -> str:
     train, m = manifest.splits["train"], config.model
     text = f"ease on {train.users:,} users and {manifest.n_items:,} items in {m.ease_dtype}, {ranks.layout.partitions} partitions: "
     if finished and header:
         return (
             text
-            + f"{config.run.dir} already holds lambda {header['ease_lambda']:g}; it is evaluated again"
+            + f"{config.run.dir} already holds lambda {header.ease_lambda:g}; it is evaluated again"
         )
     text += (
         f"lambda {m.ease_lambda:g}"
         if m.ease_lambda
         else f"lambda by validation, at most {len(GRID)} from {GRID[0]:g} down"
     )
-    return text + (f" (resumed behind lambda {header['ease_lambda']:g})" if header else "")
+    return text + (f" (resumed behind lambda {header.ease_lambda:g})" if header else "")
 
 
 def dry_run(config: Config, ranks: Ranks) -> str:

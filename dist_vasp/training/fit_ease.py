@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dist_vasp import checkpoint as checkpoints
-from dist_vasp import checkpoint_folder as folders
+from dist_vasp.checkpoint import folder as folders
+from dist_vasp.checkpoint.read import open_checkpoint, verify
+from dist_vasp.checkpoint.weights import load_weights
 from dist_vasp.config import Config, from_dict
 from dist_vasp.data.manifest import Manifest
 from dist_vasp.data.rows import Rows, concatenate_rows
@@ -156,22 +157,24 @@ def start_from_ease(trainer: Trainer, manifest: Manifest) -> None:
 def _read_closed_form(trainer: Trainer, manifest: Manifest) -> None:
     """Each rank reads its own columns from whichever files hold them."""
     run, ranks = trainer.config.model.init_from_ease, trainer.ranks
-    opened = folders.open_together(lambda: folders.open_found(Path(run) / "checkpoints"), ranks)
+    opened = folders.open_together(
+        lambda: folders.open_found(Path(run) / "checkpoints"), open_checkpoint, ranks
+    )
     assert opened is not None
     with agreed(ranks):
-        kind = from_dict(opened.header["config"]).model.kind
+        kind = from_dict(opened.header.config).model.kind
         if kind != "ease":
             raise ValueError(
                 f"model.init_from_ease: {run} is a run of model.kind {kind}, expected ease; --init_from starts from others"
             )
-        if opened.header["vocabulary_sha256"] != manifest.vocabulary_sha256:
+        if opened.header.vocabulary_sha256 != manifest.vocabulary_sha256:
             raise ValueError(
-                f"model.init_from_ease: {run} was computed on {opened.header['n_items']} items (hash "
-                f"{opened.header['vocabulary_sha256'][:12]}...), data.shards lists {manifest.n_items} (hash "
+                f"model.init_from_ease: {run} was computed on {opened.header.n_items} items (hash "
+                f"{opened.header.vocabulary_sha256[:12]}...), data.shards lists {manifest.n_items} (hash "
                 f"{manifest.vocabulary_sha256[:12]}...); compute ease on these shards, or set {CLOSED_FORM}"
             )
-    checkpoints.verify(opened, ranks)
+    verify(opened, ranks)
     with agreed(ranks):
         pieces = [piece for piece in trainer.model.slices() if piece.name == NEASE_WEIGHT]
-        checkpoints.read_items(opened, pieces)
-        checkpoints.check_numbers(opened, [(piece.name, piece.tensor) for piece in pieces])
+        load_weights(opened, pieces, {})
+    opened.close()

@@ -11,11 +11,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dist_vasp import checkpoint as checkpoints
-from dist_vasp import checkpoint_folder as folders
-from dist_vasp.checkpoint import Checkpoint, Save
+from dist_vasp.checkpoint import folder as folders
+from dist_vasp.checkpoint.header import BestCheckpoint, Header, Position
+from dist_vasp.checkpoint.read import Checkpoint, header_of, open_checkpoint, verify
+from dist_vasp.checkpoint.weights import load_weights
+from dist_vasp.checkpoint.write import Save
 from dist_vasp.config import Config
-from dist_vasp.data import positives
 from dist_vasp.data.manifest import Manifest
 from dist_vasp.data.stream import TrainStream
 from dist_vasp.parallel.agree import agreed
@@ -34,9 +35,7 @@ class RunState:
         False  # a stop came before the evaluation that belongs to `step` was done
     )
     attempt: str = ""  # id of this start of the training
-    best_checkpoint: dict[str, Any] | None = (
-        None  # {"step", "attempt"} of the best checkpoint: whose weights `best` is of
-    )
+    best_checkpoint: BestCheckpoint | None = None  # whose weights `best` is of
     lost_best: bool = False  # the best checkpoint that the resumed one names is not in the folder
 
 
@@ -71,7 +70,7 @@ class Saver:
     def save_best(self, state: RunState) -> None:
         """Weights without moments, as best-XXXXXXXX; `best` points at it when it is whole."""
         path = folders.best_path(self.folder, state.step)
-        state.best_checkpoint = {"step": state.step, "attempt": state.attempt}
+        state.best_checkpoint = BestCheckpoint(state.step, state.attempt)
         self._start(path, state, False, lambda: self._keep_best(path))
 
     def _keep_best(self, path: Path) -> None:
@@ -131,32 +130,36 @@ class Saver:
             if self.trainer.ranks.is_main:
                 then()
 
-    def _header(self, state: RunState) -> dict[str, Any]:
-        config, stream = self.trainer.config, self.stream
-        epoch, within = divmod(state.step, stream.steps_per_epoch)
-        return {
-            "position": {"epoch": epoch, "step_in_epoch": within, "step": state.step},
-            "config": asdict(config),
-            "must_match": must_match(config, stream.manifest.shards_sha256),
-            "vocabulary_sha256": stream.manifest.vocabulary_sha256,
-            "shards_sha256": stream.manifest.shards_sha256,
-            **positives.for_header(stream.manifest.positives),
-            "data_sha256": stream.manifest.data_sha256,
-            "shards_from_run": os.path.relpath(config.data.shards, config.run.dir)
-            if config.data.shards and config.run.dir
-            else "",
-            "n_items": stream.n_items,
-            "layout": {
-                **asdict(self.trainer.ranks.layout),
-                "zero_stage": config.parallel.zero_stage,
-            },
-            "optimizer": self.trainer.optimizer_scalars(),
-            "seconds_training": state.seconds,
-            "best": state.best,
-            "best_checkpoint": state.best_checkpoint,
-            "attempt": state.attempt,
-            "evaluation_due": state.evaluation_due,
-        }
+    def _header(self, state: RunState) -> Header:
+        config, manifest = self.trainer.config, self.stream.manifest
+        epoch, within = divmod(state.step, self.stream.steps_per_epoch)
+        layout = asdict(self.trainer.ranks.layout) | {"zero_stage": config.parallel.zero_stage}
+        return Header(
+            position=Position(epoch, within, state.step),
+            config=asdict(config),
+            must_match=must_match(config, manifest.shards_sha256),
+            **facts_of_data(config, manifest),
+            layout=layout,
+            optimizer=self.trainer.optimizer_scalars(),
+            seconds_training=state.seconds,
+            best=state.best,
+            best_checkpoint=state.best_checkpoint,
+            attempt=state.attempt,
+            evaluation_due=state.evaluation_due,
+        )
+
+
+def facts_of_data(config: Config, manifest: Manifest) -> dict[str, Any]:
+    """Return the fields of a checkpoint's header that say what data the run was trained on."""
+    beside = config.data.shards and config.run.dir
+    return {
+        "n_items": manifest.n_items,
+        "vocabulary_sha256": manifest.vocabulary_sha256,
+        "shards_sha256": manifest.shards_sha256,
+        "data_sha256": manifest.data_sha256,
+        "positives": manifest.positives,
+        "shards_from_run": os.path.relpath(config.data.shards, config.run.dir) if beside else "",
+    }
 
 
 # What a checkpoint of an earlier version, which did not know a key, was written with
@@ -190,66 +193,54 @@ def resume(trainer: Trainer, stream: TrainStream, folder: Path, ranks: Ranks) ->
     AgreedError where it is damaged, or where the run has changed in what it may not: the difference
     is named.
     """
-    opened = folders.open_together(lambda: newest_checkpoint(folder), ranks)
+    opened = folders.open_together(lambda: newest_checkpoint(folder), open_checkpoint, ranks)
     if opened is None:
         return None
     with agreed(ranks):
         _check_same_run(trainer.config, stream, opened)
-    checkpoints.verify(opened, ranks)
+    verify(opened, ranks)
     with agreed(ranks):
-        pieces = trainer.item_pieces(True)
-        checkpoints.read_items(opened, pieces)
-        tensors = checkpoints.read_trunk(opened) if trainer.trunk else {}
-        checkpoints.check_numbers(
-            opened, [*((piece.name, piece.tensor) for piece in pieces), *tensors.items()]
-        )
-        if trainer.trunk:
-            trainer.trunk.check(tensors)
+        shapes = trainer.trunk.shapes(moments=True) if trainer.trunk else {}
+        tensors = load_weights(opened, trainer.item_pieces(True), shapes)
     if trainer.trunk:
         trainer.trunk.load(tensors)
-    trainer.load_scalars(
-        opened.header["optimizer"], max(opened.step - 1, 0) // stream.steps_per_epoch
-    )
+    epoch = max(opened.step - 1, 0) // stream.steps_per_epoch
+    trainer.load_scalars(opened.header.optimizer, epoch)
     opened.close()
     return _state_of(opened, folder, ranks)
 
 
-def newest_checkpoint(folder: Path) -> Checkpoint | None:
+def newest_checkpoint(folder: Path) -> Checkpoint[Header] | None:
     """The newest step checkpoint of a folder, opened; None where there is none."""
     path = folders.newest(folder)
     return None if path is None else folders.open_named(path)
 
 
-def _state_of(opened: Checkpoint, folder: Path, ranks: Ranks) -> RunState:
+def _state_of(opened: Checkpoint[Header], folder: Path, ranks: Ranks) -> RunState:
     """Where the run stood at a checkpoint.
 
     What was best counts only if the weights are still there.
     """
     header = opened.header
-    state = RunState(
-        opened.step,
-        header.get("seconds_training", 0.0),
-        header.get("best"),
-        header.get("evaluation_due", False),
-    )
+    state = RunState(opened.step, header.seconds_training, header.best, header.evaluation_due)
     if state.best is None:
         return state
     path = folders.best_of(folder, header) if ranks.is_main else None
-    best = checkpoints.header_of(path) if path else None
-    step, attempt = (best["position"]["step"], best.get("attempt", "")) if best else (-1, "")
+    best = header_of(path) if path else None
+    step, attempt = (best.position.step, best.attempt) if best else (-1, "")
     said = all_gather_bytes(f"{step} {attempt}".encode(), ranks.world, ranks.device)[0].decode()
     found, _, attempt = said.partition(" ")
     if int(found) < 0:
         state.best, state.lost_best = None, True
     else:
-        state.best_checkpoint = {"step": int(found), "attempt": attempt}
+        state.best_checkpoint = BestCheckpoint(int(found), attempt)
     return state
 
 
-def check_same(opened: Checkpoint, matching: dict[str, Any], manifest: Manifest) -> None:
+def check_same(opened: Checkpoint[Header], matching: dict[str, Any], manifest: Manifest) -> None:
     """ValueError names what of `matching`, or of the data, is not what the checkpoint was written
     with."""
-    before, now = _ABSENT | opened.header["must_match"], json.loads(json.dumps(matching))
+    before, now = _ABSENT | opened.header.must_match, json.loads(json.dumps(matching))
     different = [key for key in now if before.get(key) != now[key]]
     if different:
         different = (
@@ -262,7 +253,7 @@ def check_same(opened: Checkpoint, matching: dict[str, Any], manifest: Manifest)
         raise ValueError(
             f"{opened.path} cannot be resumed: {changes}; set it back, or start a new run.dir"
         )
-    if opened.header.get("data_sha256", manifest.data_sha256) != manifest.data_sha256:
+    if opened.header.data_sha256 not in ("", manifest.data_sha256):
         raise ValueError(
             f"{opened.path} cannot be resumed: the validation or test users of data.shards are others than it began with; "
             "restore the shards, or start a new run.dir"
@@ -274,7 +265,7 @@ def _short(value: Any) -> str:
     return f"{value[:12]}..." if isinstance(value, str) and len(value) == 64 else repr(value)
 
 
-def _check_same_run(config: Config, stream: TrainStream, opened: Checkpoint) -> None:
+def _check_same_run(config: Config, stream: TrainStream, opened: Checkpoint[Header]) -> None:
     check_same(opened, must_match(config, stream.manifest.shards_sha256), stream.manifest)
     last = total_steps(config, stream.steps_per_epoch)
     if opened.step > last:

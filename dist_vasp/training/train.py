@@ -14,8 +14,8 @@ from typing import Any
 
 import psutil
 
-from dist_vasp import checkpoint as checkpoints
-from dist_vasp import checkpoint_folder as folders
+from dist_vasp.checkpoint import folder as folders
+from dist_vasp.checkpoint.read import header_of
 from dist_vasp.config import Config
 from dist_vasp.data.manifest import SPLITS, Manifest
 from dist_vasp.data.shard import read_shard
@@ -193,7 +193,7 @@ def _train(
         # checkpoint
         gc.collect()
         name = (
-            folders.best_path(folder, state.best_checkpoint["step"])
+            folders.best_path(folder, state.best_checkpoint.step)
             if state.best_checkpoint
             else folders.step_path(folder, last)
         ).name
@@ -229,9 +229,7 @@ def _begin(
     """Make run.dir hold the past of `state` and nothing else, and say what of it is missing or
     damaged."""
     folder = run_dir.checkpoints
-    best = (
-        folders.best_path(folder, state.best_checkpoint["step"]) if state.best_checkpoint else None
-    )
+    best = folders.best_path(folder, state.best_checkpoint.step) if state.best_checkpoint else None
     if best is not None and not best.exists():
         best = (
             folder / folders.BEST
@@ -240,12 +238,12 @@ def _begin(
     folders.prune(folder, config.run.keep)
     finished = state.step == last and not state.evaluation_due
     kept = (
-        folders.best_path(folder, state.best_checkpoint["step"])
+        folders.best_path(folder, state.best_checkpoint.step)
         if state.best_checkpoint
         else folders.step_path(folder, last)
     )
-    header = checkpoints.header_of(kept) if finished else None
-    run_dir.drop_result(unless=header["header_sha256"] if header else "")
+    header = header_of(kept) if finished else None
+    run_dir.drop_result(unless=header.header_sha256 if header else "")
     n_damaged = run_dir.open(config, manifest, state.step, environment, state.evaluation_due)
     if n_damaged:
         progress.say(
@@ -493,7 +491,7 @@ def final_result(
         "epochs": int(epochs) if epochs == int(epochs) else epochs,
         "world_size": ranks.world_size,
         "checkpoint": loaded.checkpoint.name,
-        "checkpoint_sha256": loaded.checkpoint.header["header_sha256"],
+        "checkpoint_sha256": loaded.checkpoint.header.header_sha256,
     }
 
 

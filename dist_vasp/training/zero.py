@@ -148,22 +148,20 @@ class ZeroTrunk:
                 found[f"{name}.{moment}"] = state
         return found
 
-    def check(self, tensors: dict[str, Tensor]) -> None:
-        """ValueError where a parameter or moment that `load` needs is missing or of another shape."""
+    def shapes(self, moments: bool) -> dict[str, tuple[int, ...]]:
+        """Return the whole shape of every tensor that `tensors(moments)` gives."""
+        found = {}
         parameters: list[tuple[str, Any]] = list(self.module.named_parameters())
         for name, p in parameters:
             shape = tuple(p.ds_shape) if self.stage == 3 else tuple(p.shape)
-            for key in (name, *(f"{name}.{m}" for m in MOMENTS)):
-                if key not in tensors or tuple(tensors[key].shape) != shape:
-                    raise ValueError(
-                        f"the checkpoint's trunk has no {key} of shape {shape}; use another checkpoint of the run"
-                    )
+            found[name] = shape
+            for moment in MOMENTS if moments else ():
+                found[f"{name}.{moment}"] = shape
+        return found
 
     @torch.no_grad()
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """Put back what `tensors(moments=True)` gave at any stage; ValueError where one is missing
-        or of another shape."""
-        self.check(tensors)
+        """Put back what `tensors(moments=True)` gave at any stage."""
         self.ensure_state()
         for name, p in self.module.named_parameters():
             self._set(p, tensors[name].to(self.ranks.device), None)

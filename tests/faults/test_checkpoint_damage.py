@@ -15,7 +15,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dist_vasp import checkpoint as checkpoints
+from dist_vasp.checkpoint.header import TRUNK, Header, Position, header_sha256, items_file
+from dist_vasp.checkpoint.read import open_checkpoint
+from dist_vasp.checkpoint.weights import check_numbers
+from dist_vasp.checkpoint.write import save
 from dist_vasp.config import Config, LossConfig, ModelConfig
 from dist_vasp.data.hashing import keys_of_ids, sha256_of, vocabulary_sha256
 from dist_vasp.model.vasp import VASP, make_trunk
@@ -27,7 +30,7 @@ from tests.support.partitioned import SMALL
 
 N_ITEMS = 23
 MODEL = ModelConfig("vasp", **SMALL)
-ITEMS = checkpoints.items_file(0, 1)
+ITEMS = items_file(0, 1)
 ALONE = form_groups(0, Layout(1, 1, 1), torch.device("cpu"))
 
 
@@ -40,29 +43,29 @@ def run(tmp_path) -> Path:
         pa.table({"item": rows, "id": rows, "key": keys, "popularity": rows}),
         tmp_path / "items.parquet",
     )
-    header = {
-        "position": {"epoch": 1, "step_in_epoch": 2, "step": 7},
-        "config": asdict(Config(model=MODEL)),
-        "must_match": {},
-        "vocabulary_sha256": vocabulary_sha256(keys),
-        "shards_sha256": "s",
-        "n_items": N_ITEMS,
-        "optimizer": {"step": 7.0, "mu_product": 0.1},
-    }
+    header = Header(
+        position=Position(1, 2, 7),
+        config=asdict(Config(model=MODEL)),
+        must_match={},
+        vocabulary_sha256=vocabulary_sha256(keys),
+        shards_sha256="s",
+        n_items=N_ITEMS,
+        optimizer={"step": 7.0, "mu_product": 0.1},
+    )
     trunk = make_trunk(MODEL, 0)
     assert trunk is not None
     tensors = {name: p.detach() for name, p in trunk.named_parameters()}
     pieces = VASP(MODEL, LossConfig(), N_ITEMS, ALONE, 0).slices()
-    checkpoints.save(tmp_path / "checkpoints" / "step-00000007", header, pieces, tensors, ALONE)
+    save(tmp_path / "checkpoints" / "step-00000007", header, pieces, tensors, ALONE)
     assert load_model(tmp_path, None, ALONE).checkpoint.step == 7
     return tmp_path
 
 
 def change_header(run: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    path = run / "checkpoints" / "step-00000007" / checkpoints.HEADER
+    path = run / "checkpoints" / "step-00000007" / Header.FILE
     header = json.loads(path.read_text())
     change(header)
-    header["header_sha256"] = checkpoints.header_sha256(header)
+    header["header_sha256"] = header_sha256(header)
     path.write_text(json.dumps(header))
 
 
@@ -115,7 +118,7 @@ def test_headers(run, change, message):
 
 
 def test_a_header_of_deep_nesting(run):
-    path = run / "checkpoints" / "step-00000007" / checkpoints.HEADER
+    path = run / "checkpoints" / "step-00000007" / Header.FILE
     path.write_text('{"a":' * 100_000)
     with pytest.raises(ValueError, match="is damaged"):
         load_model(run, None, ALONE)
@@ -150,22 +153,22 @@ def duplicate(tensors: dict[str, torch.Tensor]) -> None:
             "holds NaN or infinite",
         ),
         (
-            checkpoints.TRUNK,
+            TRUNK,
             lambda t: t["mu.bias"][:1].fill_(-3e38),
             r"mu\.bias holds numbers from -3e\+38 to .*, beyond what fp32",
         ),
         (
-            checkpoints.TRUNK,
+            TRUNK,
             lambda t: t["mu.bias"][:1].fill_(float("-inf")),
             r"mu\.bias holds NaN or infinite",
         ),
         (
-            checkpoints.TRUNK,
+            TRUNK,
             lambda t: t.update({k: v.to(torch.int32) for k, v in t.items()}),
             "is of dtype I32",
         ),
         (
-            checkpoints.TRUNK,
+            TRUNK,
             lambda t: t.pop("mu.bias"),
             r"has no mu\.bias of shape|describes a model of",
         ),
@@ -178,7 +181,7 @@ def test_tensors(run, name, change, message):
 
 
 def test_second_moments_are_not_negative(run):
-    opened = checkpoints.open_checkpoint(run / "checkpoints" / "step-00000007")
-    checkpoints.check_numbers(opened, [("a.exp_avg", torch.tensor([-1.0])), ("b", torch.zeros(0))])
+    opened = open_checkpoint(run / "checkpoints" / "step-00000007")
+    check_numbers(opened, [("a.exp_avg", torch.tensor([-1.0])), ("b", torch.zeros(0))])
     with pytest.raises(ValueError, match=r"a\.exp_avg_sq holds negative numbers"):
-        checkpoints.check_numbers(opened, [("a.exp_avg_sq", torch.tensor([1.0, -1.0]))])
+        check_numbers(opened, [("a.exp_avg_sq", torch.tensor([1.0, -1.0]))])

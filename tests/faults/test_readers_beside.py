@@ -131,11 +131,11 @@ def test_a_recommender_is_of_one_checkpoint(shards, tmp_path, pytestconfig):
 
 def check_digests(r: Recommender) -> None:
     """What is mapped is what the header says, to the last byte."""
-    for name, digest in r._opened.header["files"].items():
+    for name, digest in r._opened.header.files.items():
         handle = r._opened.handles[name]
         handle.seek(0)
         assert hashlib.file_digest(handle, "sha256").hexdigest() == digest
-    items = r._opened.header["files"]["items-00000-of-00001.safetensors"]
+    items = r._opened.header.files["items-00000-of-00001.safetensors"]
     part = r.model.parts[0].file
     assert part is not None and hashlib.sha256(part._pages[:]).hexdigest() == items
 

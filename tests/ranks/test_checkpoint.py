@@ -17,8 +17,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dist_vasp import checkpoint as checkpoints
-from dist_vasp import checkpoint_folder as folders
+from dist_vasp.checkpoint import folder as folders
+from dist_vasp.checkpoint import write
+from dist_vasp.checkpoint.header import (
+    TRUNK,
+    BestCheckpoint,
+    Header,
+    Position,
+    header_sha256,
+    items_file,
+)
+from dist_vasp.checkpoint.read import GoneError, open_checkpoint, verify
+from dist_vasp.checkpoint.weights import load_weights
 from dist_vasp.config import Config, ModelConfig, OptimizerConfig, ParallelConfig, RunConfig, Stage
 from dist_vasp.data.stream import Batch
 from dist_vasp.model import item_layers
@@ -26,20 +36,21 @@ from dist_vasp.model.item_layers import ItemSlice
 from dist_vasp.parallel.agree import AgreedError
 from dist_vasp.parallel.comm import Ranks, form_groups
 from dist_vasp.parallel.partition import Layout
+from dist_vasp.tensor_file import write_safetensors
 from tests.support.partitioned import SMALL, assemble, csr, export, make_model, random_rows, share
 from tests.support.ranks import run_ranks
 
 N_ITEMS = 23
 MOMENTS = ("exp_avg", "exp_avg_sq")
-HEADER = {
-    "position": {"epoch": 1, "step_in_epoch": 2, "step": 7},
-    "config": asdict(Config()),
-    "must_match": {},
-    "vocabulary_sha256": "v",
-    "shards_sha256": "s",
-    "n_items": N_ITEMS,
-    "optimizer": {"step": 7.0, "mu_product": 0.1},
-}
+HEADER = Header(
+    position=Position(1, 2, 7),
+    config=asdict(Config()),
+    must_match={},
+    vocabulary_sha256="v",
+    shards_sha256="s",
+    n_items=N_ITEMS,
+    optimizer={"step": 7.0, "mu_product": 0.1},
+)
 
 
 def alone() -> Ranks:
@@ -71,17 +82,17 @@ def make_pieces(ranks: Ranks, fill: bool, block_columns: int) -> list[ItemSlice]
     return pieces
 
 
+TRUNK_SHAPES = {"a.weight": (3, 5), "a.weight.exp_avg": (3, 5), "b.bias": (3, 5)}
+
+
 def trunk_tensors() -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(3)
-    return {
-        name: torch.randn(3, 5, generator=generator)
-        for name in ("a.weight", "a.weight.exp_avg", "b.bias")
-    }
+    return {name: torch.randn(3, 5, generator=generator) for name in TRUNK_SHAPES}
 
 
 def save(path: Path, ranks: Ranks, step: int = 7, block_columns: int = 5, **more) -> Path:
-    header = {**HEADER, "position": {**HEADER["position"], "step": step}, **more}
-    checkpoints.save(
+    header = replace(HEADER, position=Position(1, 2, step), **more)
+    write.save(
         path,
         header,
         make_pieces(ranks, True, block_columns),
@@ -97,18 +108,18 @@ def saved(tmp_path) -> Path:
 
 
 def read(path: Path, ranks: Ranks, block_columns: int = 5) -> list[ItemSlice]:
-    opened = checkpoints.open_checkpoint(path)
-    checkpoints.verify(opened, ranks)
+    opened = open_checkpoint(path)
+    verify(opened, ranks)
     pieces = make_pieces(ranks, False, block_columns)
-    checkpoints.read_items(opened, pieces)
+    load_weights(opened, pieces, {})
     return pieces
 
 
 def rewrite_header(path: Path, **changes) -> None:
     """Change the header and make its own digest right again."""
-    header = {**json.loads((path / checkpoints.HEADER).read_text()), **changes}
-    header["header_sha256"] = checkpoints.header_sha256(header)
-    (path / checkpoints.HEADER).write_text(json.dumps(header))
+    header = {**json.loads((path / Header.FILE).read_text()), **changes}
+    header["header_sha256"] = header_sha256(header)
+    (path / Header.FILE).write_text(json.dumps(header))
 
 
 def flip(file: Path, position: int) -> None:
@@ -128,7 +139,7 @@ def _save_and_read(ranks, mine, others, damaged):
     found = {}
     for path in (mine, *others):
         found[path] = export(read(path, ranks, 3 + ranks.world_size))
-        trunk = checkpoints.read_trunk(checkpoints.open_checkpoint(path))
+        trunk = load_weights(open_checkpoint(path), [], TRUNK_SHAPES)
         assert (
             all(torch.equal(trunk.pop(name), tensor) for name, tensor in trunk_tensors().items())
             and not trunk
@@ -148,7 +159,7 @@ def test_every_layout_reads_what_every_layout_wrote(tmp_path):
     results = {"2x2": run_ranks(_save_and_read, 4, two_by_two, [one], None, replicas=2)}
     damaged = tmp_path / "damaged"
     shutil.copytree(two_by_two, damaged)
-    victim = damaged / checkpoints.items_file(1, 2)
+    victim = damaged / items_file(1, 2)
     flip(victim, victim.stat().st_size - 1)
     results["3"] = run_ranks(_save_and_read, 3, three, [one, two_by_two], damaged)
     results["2"] = run_ranks(_save_and_read, 2, two, [one, two_by_two, three], damaged)
@@ -171,12 +182,19 @@ def test_every_layout_reads_what_every_layout_wrote(tmp_path):
         listed = {
             "checkpoint.json",
             "trunk.safetensors",
-            *(checkpoints.items_file(p, partitions) for p in range(partitions)),
+            *(items_file(p, partitions) for p in range(partitions)),
         }
         assert {p.name for p in path.iterdir()} == listed
         header = json.loads((path / "checkpoint.json").read_text())
         assert set(header["files"]) == listed - {"checkpoint.json"}
-        assert {k: header[k] for k in HEADER} == HEADER
+        pieces = make_pieces(alone(), True, 5)
+        assert header["item_axis"] == {piece.name: piece.item_dim for piece in pieces}
+        assert header["format_version"] == 2
+        assert {k: header[k] for k in ("position", "n_items", "optimizer")} == {
+            "position": {"epoch": 1, "step_in_epoch": 2, "step": 7},
+            "n_items": N_ITEMS,
+            "optimizer": {"step": 7.0, "mu_product": 0.1},
+        }
         assert all(p.stat().st_mode & 0o044 == 0o044 for p in path.iterdir()), (
             "others must be able to read"
         )
@@ -185,7 +203,7 @@ def test_every_layout_reads_what_every_layout_wrote(tmp_path):
 
 def test_a_model_without_moments_reads_from_a_checkpoint_with_them(saved):
     wanted = [piece for piece in make_pieces(alone(), False, 4) if not piece.name.endswith(MOMENTS)]
-    checkpoints.read_items(checkpoints.open_checkpoint(saved), wanted)
+    load_weights(open_checkpoint(saved), wanted, {})
     expected = assemble(export(make_pieces(alone(), True, 5)))
     for name, matrix in assemble(export(wanted)).items():
         assert torch.equal(matrix, expected[name])
@@ -203,7 +221,7 @@ def test_nothing_is_pickled(saved, monkeypatch):
     ):
         monkeypatch.setattr(module, name, refuse)
     read(saved, alone())
-    checkpoints.read_trunk(checkpoints.open_checkpoint(saved))
+    load_weights(open_checkpoint(saved), [], TRUNK_SHAPES)
     for file in saved.iterdir():
         data = file.read_bytes()
         header = (
@@ -235,23 +253,19 @@ def test_a_file_cut_short_or_gone_is_found(saved, name):
         file.write_bytes(data[:length])
         with pytest.raises(AgreedError, match=f"{name} has SHA-256"):
             read(saved, alone())
-        opened = checkpoints.open_checkpoint(saved)
-        reading = (
-            (checkpoints.read_trunk,)
-            if name == checkpoints.TRUNK
-            else (checkpoints.read_items, make_pieces(alone(), False, 5))
-        )
+        opened = open_checkpoint(saved)
+        wanted = ([], TRUNK_SHAPES) if name == TRUNK else (make_pieces(alone(), False, 5), {})
         with pytest.raises(
             ValueError, match=f"{name} cannot be read as safetensors"
         ):  # even if nobody verified
-            reading[0](opened, *reading[1:])
+            load_weights(opened, *wanted)
     file.unlink()
-    with pytest.raises(checkpoints.GoneError, match=rf"{name} cannot be read \(No such file"):
+    with pytest.raises(GoneError, match=rf"{name} cannot be read \(No such file"):
         read(saved, alone())
 
 
 def test_every_flipped_byte_of_the_header_is_found(saved):
-    file = saved / checkpoints.HEADER
+    file = saved / Header.FILE
     whole = file.read_bytes()
     blank = {
         i for i, byte in enumerate(whole) if byte in b" \n"
@@ -259,18 +273,18 @@ def test_every_flipped_byte_of_the_header_is_found(saved):
     for position in set(range(0, len(whole), 7)) - blank:
         flip(file, position)
         with pytest.raises(ValueError, match=r"checkpoint\.json (is damaged|has format_version)"):
-            checkpoints.open_checkpoint(saved)
+            open_checkpoint(saved)
         file.write_bytes(whole)
-    checkpoints.open_checkpoint(saved)
+    open_checkpoint(saved)
 
 
 @pytest.mark.parametrize(
     "text", ["", "{", "[]", "3", "null", '"text"', "\xff", '{"format_version": 1}', "{}"]
 )
 def test_a_header_that_is_none(saved, text):
-    (saved / checkpoints.HEADER).write_bytes(text.encode("latin-1"))
+    (saved / Header.FILE).write_bytes(text.encode("latin-1"))
     with pytest.raises(ValueError, match=r"checkpoint\.json is damaged .*use another checkpoint"):
-        checkpoints.open_checkpoint(saved)
+        open_checkpoint(saved)
 
 
 @pytest.mark.parametrize(
@@ -278,32 +292,32 @@ def test_a_header_that_is_none(saved, text):
     ["position", "config", "vocabulary_sha256", "shards_sha256", "n_items", "optimizer", "files"],
 )
 def test_a_header_without_a_key(saved, key):
-    header = json.loads((saved / checkpoints.HEADER).read_text())
+    header = json.loads((saved / Header.FILE).read_text())
     del header[key]
-    (saved / checkpoints.HEADER).write_text(json.dumps(header))
+    (saved / Header.FILE).write_text(json.dumps(header))
     with pytest.raises(ValueError, match=f"damaged .*{key}"):
-        checkpoints.open_checkpoint(saved)
+        open_checkpoint(saved)
 
 
 def test_another_format_version(saved):
-    (saved / checkpoints.HEADER).write_text('{"format_version": 99, "everything": "else is new"}')
-    with pytest.raises(ValueError, match="format_version 99, this version reads 1"):
-        checkpoints.open_checkpoint(saved)
+    (saved / Header.FILE).write_text('{"format_version": 99, "everything": "else is new"}')
+    with pytest.raises(ValueError, match="format_version 99, this version reads 1 and 2"):
+        open_checkpoint(saved)
 
 
 def test_positions_are_whole_numbers(saved):
     rewrite_header(saved, position={"epoch": 1, "step_in_epoch": 0, "step": "7"})
     with pytest.raises(ValueError, match="position does not hold three whole numbers"):
-        checkpoints.open_checkpoint(saved)
+        open_checkpoint(saved)
 
 
 def rewrite_items(saved: Path, change) -> None:
     """Rewrite the items file and everything that vouches for it."""
-    file = saved / checkpoints.items_file(0, 1)
+    file = saved / items_file(0, 1)
     tensors = load_file(file)
     change(tensors)
     save_file(tensors, file)
-    files = json.loads((saved / checkpoints.HEADER).read_text())["files"]
+    files = json.loads((saved / Header.FILE).read_text())["files"]
     rewrite_header(saved, files={**files, file.name: hashlib.sha256(file.read_bytes()).hexdigest()})
 
 
@@ -359,7 +373,7 @@ def test_a_write_that_fails(saved, monkeypatch, failing):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoints, failing, full)
+    monkeypatch.setattr(write, failing, full)
     with pytest.raises(
         AgreedError,
         match=r"step-00000008 could not be written .*No space left.*earlier checkpoints are good",
@@ -371,7 +385,7 @@ def test_a_write_that_fails(saved, monkeypatch, failing):
 
 @pytest.mark.parametrize("failing", ["write_safetensors", "sync"])
 def test_an_interrupted_write_is_ignored_and_swept(saved, monkeypatch, failing):
-    folder, calls, original = saved.parent, itertools.count(), getattr(checkpoints, failing)
+    folder, calls, original = saved.parent, itertools.count(), getattr(write, failing)
 
     def killed(*arguments):
         if next(calls) == 0:
@@ -379,7 +393,7 @@ def test_an_interrupted_write_is_ignored_and_swept(saved, monkeypatch, failing):
         return original(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoints, failing, killed)
+        patch.setattr(write, failing, killed)
         with pytest.raises(KeyboardInterrupt):
             save(folder / "step-00000008", alone(), 8)
     (temporary,) = folder.glob(".*.tmp")
@@ -396,9 +410,9 @@ def test_an_interrupted_write_is_ignored_and_swept(saved, monkeypatch, failing):
     read(folders.newest(folder), alone())
 
 
-def start_in_background(path: Path) -> tuple[checkpoints.Save, list[ItemSlice]]:
+def start_in_background(path: Path) -> tuple[write.Save, list[ItemSlice]]:
     pieces = make_pieces(alone(), True, 5)
-    pending = checkpoints.Save(path, HEADER, pieces, trunk_tensors(), alone())
+    pending = write.Save(path, HEADER, pieces, trunk_tensors(), alone())
     assert pending.write_in_background()
     return pending, pieces
 
@@ -430,7 +444,7 @@ def test_a_background_write_that_fails_is_no_checkpoint(saved, monkeypatch, erro
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(checkpoints, "write_safetensors", fail)
+    monkeypatch.setattr(write, "write_safetensors", fail)
     pending, _ = start_in_background(saved.with_name("step-00000008"))
     with pytest.raises(raised):
         pending.commit()
@@ -439,8 +453,8 @@ def test_a_background_write_that_fails_is_no_checkpoint(saved, monkeypatch, erro
 
 def test_little_memory_writes_in_the_foreground(tmp_path, monkeypatch):
     memory = namedtuple("memory", "available")
-    monkeypatch.setattr(checkpoints.psutil, "virtual_memory", lambda: memory(100))
-    pending = checkpoints.Save(
+    monkeypatch.setattr(write.psutil, "virtual_memory", lambda: memory(100))
+    pending = write.Save(
         tmp_path / "step-00000007", HEADER, make_pieces(alone(), True, 5), trunk_tensors(), alone()
     )
     assert not pending.write_in_background()
@@ -458,13 +472,13 @@ def test_the_writer_of_safetensors_is_read_by_the_library(tmp_path):
         "scalar": torch.tensor(2.0),
         "\N{SNOWMAN}": torch.tensor([float("nan"), float("inf"), -0.0]),
     }
-    digest = checkpoints.write_safetensors(tmp_path / "x.safetensors", tensors)
+    digest = write_safetensors(tmp_path / "x.safetensors", tensors)
     assert digest == hashlib.sha256((tmp_path / "x.safetensors").read_bytes()).hexdigest()
     found = load_file(tmp_path / "x.safetensors")
     assert found.keys() == tensors.keys()
     for name, tensor in tensors.items():
         np.testing.assert_array_equal(found[name], tensor)
-    assert checkpoints.write_safetensors(tmp_path / "nothing.safetensors", {})
+    assert write_safetensors(tmp_path / "nothing.safetensors", {})
     assert load_file(tmp_path / "nothing.safetensors") == {}
 
 
@@ -498,7 +512,7 @@ def test_prune_keeps_the_newest_and_the_best(tmp_path):
         "step-99999999",
     ]
     newest = folders.newest(tmp_path)
-    assert newest is not None and checkpoints.open_checkpoint(newest).step == 100
+    assert newest is not None and open_checkpoint(newest).step == 100
     folders.prune(tmp_path, 5)
     assert folders.newest(tmp_path) == newest
 
@@ -507,7 +521,7 @@ def test_best_is_switched_in_one_step(tmp_path, monkeypatch):
     for step in (1, 2):
         save(tmp_path / f"best-{step:08d}", alone(), step)
     folders.point_best_at(tmp_path / "best-00000001")
-    assert checkpoints.open_checkpoint(folders.find(tmp_path)).step == 1
+    assert open_checkpoint(folders.find(tmp_path)).step == 1
     save(tmp_path / "best-00000002", alone(), 2)
 
     def killed(*_):
@@ -517,12 +531,10 @@ def test_best_is_switched_in_one_step(tmp_path, monkeypatch):
         patch.setattr(folders.os, "replace", killed)
         with pytest.raises(KeyboardInterrupt):
             folders.point_best_at(tmp_path / "best-00000002")
-    assert (
-        checkpoints.open_checkpoint(folders.find(tmp_path)).step == 1
-    )  # still the one before, and whole
+    assert open_checkpoint(folders.find(tmp_path)).step == 1  # still the one before, and whole
     folders.point_best_at(tmp_path / "best-00000002")
     assert (tmp_path / "best").is_symlink()
-    assert checkpoints.open_checkpoint(tmp_path / "best").step == 2
+    assert open_checkpoint(tmp_path / "best").step == 2
     folders.settle(tmp_path, tmp_path / "best-00000002")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["best", "best-00000002"]
 
@@ -603,21 +615,22 @@ def _train_save_go_on(ranks, folder):
         for step in range(3):
             whole.step(_batch(step, ranks))
         path = folder / f"{kind}-{stage}" / "step-00000003"
-        header = {**HEADER, "optimizer": whole.optimizer_scalars()}
-        checkpoints.save(path, header, whole.item_pieces(True), whole.trunk_tensors(True), ranks)
+        header = replace(HEADER, optimizer=whole.optimizer_scalars())
+        write.save(path, header, whole.item_pieces(True), whole.trunk_tensors(True), ranks)
         reports = [whole.step(_batch(step, ranks)) for step in (3, 4)]
 
         resumed = Trainer(
             replace(config, run=RunConfig(seed=6)), N_ITEMS, ranks
         )  # another start, to be overwritten
         resumed.config = config
-        opened = checkpoints.open_checkpoint(path)
-        checkpoints.verify(opened, ranks)
-        checkpoints.read_items(opened, resumed.item_pieces(True))
+        opened = open_checkpoint(path)
+        verify(opened, ranks)
+        shapes = resumed.trunk.shapes(moments=True) if resumed.trunk else {}
+        tensors = load_weights(opened, resumed.item_pieces(True), shapes)
         if resumed.trunk:
-            resumed.trunk.load(checkpoints.read_trunk(opened))
-        resumed.load_scalars(opened.header["optimizer"], 0)
-        assert opened.header["optimizer"]["step"] == 3
+            resumed.trunk.load(tensors)
+        resumed.load_scalars(opened.header.optimizer, 0)
+        assert opened.header.optimizer["step"] == 3
         reports_resumed = [resumed.step(_batch(step, ranks)) for step in (3, 4)]
         found.append(((_state(whole), reports), (_state(resumed), reports_resumed)))
     return found
@@ -668,7 +681,7 @@ def test_the_best_one_is_found_without_its_link(tmp_path):
         save(
             tmp_path / f"best-{step:08d}", alone(), step, best={"ndcg@100": 0.5}, attempt=f"{step}"
         )
-    named = {"step": 2, "attempt": "2"}
+    named = BestCheckpoint(2, "2")
     save(tmp_path / "step-00000005", alone(), 5, best={"ndcg@100": 0.5}, best_checkpoint=named)
     assert folders.find(tmp_path) == tmp_path / "best-00000002"
     (tmp_path / "best").symlink_to("best-00000009")  # dangling

@@ -373,7 +373,7 @@ def test_two_ranks_and_a_given_lambda_under_deepspeed(shards, run, tmp_path):
     for split in ("validation", "test"):
         assert two[split] == pytest.approx(one[split], abs=1e-4)
     loaded = load_model(tmp_path / "two", None, alone())
-    assert len(loaded.checkpoint.header["files"]) == 2
+    assert len(loaded.checkpoint.header.files) == 2
     expected = oracle(train_matrix(), value)
     stored(torch.cat(loaded.model.output.W_IC, dim=1), expected, "B of two ranks")
 

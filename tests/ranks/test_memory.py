@@ -220,7 +220,7 @@ class Allocations(TorchDispatchMode):
 
 
 def _record(ranks: Ranks, folder: Path, root: Path) -> dict[str, dict]:
-    from dist_vasp import checkpoint as checkpoints
+    from dist_vasp.checkpoint.write import save as save_checkpoint
     from dist_vasp.ranking import evaluate as ranking
     from dist_vasp.ranking.load import load_model
     from dist_vasp.training.state import RunState, Saver, resume
@@ -263,7 +263,7 @@ def _record(ranks: Ranks, folder: Path, root: Path) -> dict[str, dict]:
 
     during("save", save)
     header = saver._header(RunState(2))
-    in_front = lambda: checkpoints.save(  # noqa: E731
+    in_front = lambda: save_checkpoint(  # noqa: E731
         root / "checkpoints" / "step-00000002",
         header,
         trainer.item_pieces(True),

@@ -4,7 +4,6 @@ an export reads."""
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,16 +12,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from dist_vasp import checkpoint as checkpoints
-from dist_vasp import checkpoint_folder as folders
+from dist_vasp.checkpoint import folder as folders
+from dist_vasp.checkpoint.header import TRUNK, Header, Position, items_file, write_header
 from dist_vasp.config import Config, LossConfig, ModelConfig, ParallelConfig
 from dist_vasp.data.hashing import keys_of_ids, vocabulary_sha256
 from dist_vasp.data.manifest import ITEMS_FILE
-from dist_vasp.data.positives import PositiveRule, for_header
+from dist_vasp.data.positives import PositiveRule
 from dist_vasp.model.item_layers import ItemSlice
 from dist_vasp.model.vasp import VASP, make_trunk
 from dist_vasp.parallel.comm import Group, Ranks
 from dist_vasp.parallel.partition import Layout
+from dist_vasp.tensor_file import write_safetensors
 from tests.oracles.dense import DenseVASP
 from tests.support.partitioned import SMALL, assemble, export, randomise
 
@@ -53,28 +53,22 @@ def write_checkpoint(
     """A best checkpoint of these tensors, one items file for each of `parts`."""
     path = folder / "checkpoints" / "best-00000001"
     path.mkdir(parents=True)
-    files = {checkpoints.TRUNK: trunk} if trunk else {}
+    files = {TRUNK: trunk} if trunk else {}
     for p, pieces in enumerate(parts):
-        files[checkpoints.items_file(p, len(parts))] = {
-            f"{s.name}[{s.lo}:{s.hi}]": s.tensor for s in pieces
-        }
-    header = {
-        "format_version": checkpoints.FORMAT_VERSION,
-        "position": {"epoch": 0, "step_in_epoch": 1, "step": 1},
-        "config": asdict(config),
-        "must_match": {},
-        "vocabulary_sha256": vocabulary,
-        "shards_sha256": "",
-        "n_items": n_items,
-        **for_header(rule),
-        "optimizer": {"step": 1, "mu_product": 1.0},
-        "files": {
-            name: checkpoints.write_safetensors(path / name, tensors)
-            for name, tensors in sorted(files.items())
-        },
-    }
-    header["header_sha256"] = checkpoints.header_sha256(header)
-    (path / checkpoints.HEADER).write_text(json.dumps(header))
+        files[items_file(p, len(parts))] = {f"{s.name}[{s.lo}:{s.hi}]": s.tensor for s in pieces}
+    header = Header(
+        position=Position(0, 1, 1),
+        config=asdict(config),
+        must_match={},
+        vocabulary_sha256=vocabulary,
+        shards_sha256="",
+        n_items=n_items,
+        positives=rule,
+        optimizer={"step": 1, "mu_product": 1.0},
+        item_axis={piece.name: piece.item_dim for pieces in parts for piece in pieces},
+        files={name: write_safetensors(path / name, found) for name, found in files.items()},
+    )
+    write_header(path, header)
     folders.point_best_at(path)
     return path
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 import yaml
 
-from dist_vasp import checkpoint as checkpoints
 from dist_vasp.bounded_json import DEEPEST, LARGEST, parse_json, read_json
+from dist_vasp.checkpoint.header import Header, header_sha256
+from dist_vasp.checkpoint.read import open_checkpoint
 from dist_vasp.config import LARGEST_YAML, Config, from_dict, load, read_yaml
 from dist_vasp.data.manifest import Manifest
 from dist_vasp.ranking.ensemble import MOST_MEMBERS, read_ensemble
@@ -190,7 +191,7 @@ def test_members_of_an_ensemble(tmp_path):
         "n_items": 3,
         "members": [member] * (MOST_MEMBERS + 1),
     }
-    header = {**content, "header_sha256": checkpoints.header_sha256(content)}
+    header = {**content, "header_sha256": header_sha256(content)}
     (tmp_path / "ensemble.json").write_text(json.dumps(header))
     with pytest.raises(ValueError, match="it has 65 members, expected at most 64"):
         read_ensemble(tmp_path)
@@ -206,7 +207,7 @@ def test_files_of_a_checkpoint(tmp_path):
     }
     (tmp_path / "checkpoint.json").write_text(json.dumps(header))
     with pytest.raises(ValueError, match="is damaged") as error:
-        checkpoints.open_checkpoint(tmp_path)
+        open_checkpoint(tmp_path)
     assert len(str(error.value)) < 600
 
 
@@ -241,9 +242,9 @@ def test_blocks_of_columns_fit_a_file():
     ],
 )
 def test_what_is_wrong_with_a_json_file_is_said_in_words(tmp_path, data, message):
-    for name in (checkpoints.HEADER, "ensemble.json", "manifest.json"):
+    for name in (Header.FILE, "ensemble.json", "manifest.json"):
         (tmp_path / name).write_bytes(data)
-    for load_it in (checkpoints.open_checkpoint, read_ensemble, Manifest.load):
+    for load_it in (open_checkpoint, read_ensemble, Manifest.load):
         with pytest.raises(
             ValueError, match=rf"\.json is (damaged \(|not a manifest of this project: ){message}\b"
         ):
@@ -254,7 +255,7 @@ def test_what_is_wrong_with_a_json_file_is_said_in_words(tmp_path, data, message
 def test_the_weights_of_an_ensemble_are_numbers_above_0(tmp_path, weight):
     content = {"format_version": 1, "vocabulary_sha256": "v", "n_items": 3}
     content["members"] = [{"run": "a", "checkpoint": "", "weight": weight}]
-    content["header_sha256"] = checkpoints.header_sha256(content)
+    content["header_sha256"] = header_sha256(content)
     (tmp_path / "ensemble.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"the weight of a member is not a number above 0"):
         read_ensemble(tmp_path)

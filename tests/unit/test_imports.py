@@ -65,7 +65,6 @@ ROOMS = [
     "data",
     "model",
     "checkpoint",
-    "checkpoint_folder",
     "ranking",
     "training",
     "compare",

@@ -23,13 +23,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dist_vasp import Recommender
+from dist_vasp.checkpoint.header import header_sha256
 from dist_vasp.config import LossConfig, ModelConfig
 from dist_vasp.model.item_layers import OutputSide
 from dist_vasp.parallel.comm import Group
 from dist_vasp.parallel.partition import ItemPartition
 from dist_vasp.ranking import recommender as module
 from dist_vasp.ranking.mapped import MappedModel, Part
-from dist_vasp.tensor_file import map_tensors
+from dist_vasp.tensor_file import map_tensors, write_safetensors
 from tests.oracles.dense import dense_rows
 from tests.oracles.rounding import SAFETY, UNIT, bounded, bounded_scores, each_within, gamma
 from tests.support.paths import ROOT
@@ -462,8 +463,6 @@ def test_moments_stay_behind(runs, tmp_path):
     """A step checkpoint holds them; its export does not."""
     from safetensors import safe_open
 
-    from dist_vasp import checkpoint as checkpoints
-
     path, _ = a_run(runs, "vasp", 2)
     best = path / "checkpoints" / "best-00000001"
     step = Path(shutil.copytree(best, path / "checkpoints" / "step-00000001"))
@@ -478,8 +477,8 @@ def test_moments_stay_behind(runs, tmp_path):
                 for m in ("exp_avg", "exp_avg_sq")
             }
         (step / name).unlink()
-        header["files"][name] = checkpoints.write_safetensors(step / name, tensors | moments)
-    header["header_sha256"] = checkpoints.header_sha256(header)
+        header["files"][name] = write_safetensors(step / name, tensors | moments)
+    header["header_sha256"] = header_sha256(header)
     (step / "checkpoint.json").write_text(json.dumps(header))
     Recommender.load(path, "step-00000001").export(tmp_path / "from-step")
     Recommender.load(path).export(tmp_path / "from-best")

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from dist_vasp import checkpoint as checkpoints
-from dist_vasp import checkpoint_folder as folders
+from dist_vasp.checkpoint import folder as folders
+from dist_vasp.checkpoint.header import BestCheckpoint, Header, header_sha256
+from dist_vasp.checkpoint.read import open_checkpoint
 from dist_vasp.parallel.comm import form_groups
 from dist_vasp.parallel.partition import Layout
 from dist_vasp.training.state import RunState, Saver, _state_of
@@ -41,9 +42,9 @@ def resumed(folder: Path) -> RunState | None:
         folders.settle(folder, None)
         return None
     ranks = form_groups(0, Layout(1, 1, 1), saver(folder).trainer.ranks.device)
-    state = _state_of(checkpoints.open_checkpoint(path), folder, ranks)
+    state = _state_of(open_checkpoint(path), folder, ranks)
     wanted = (
-        folders.best_path(folder, state.best_checkpoint["step"]) if state.best_checkpoint else None
+        folders.best_path(folder, state.best_checkpoint.step) if state.best_checkpoint else None
     )
     folders.settle(folder, wanted if wanted is None or wanted.exists() else folder / "best")
     return state
@@ -60,7 +61,7 @@ def test_a_best_checkpoint_beyond_the_resumed_step_goes(tmp_path):
     assert (
         state is not None
         and state.best == METRICS
-        and state.best_checkpoint == {"step": 4, "attempt": "a"}
+        and state.best_checkpoint == BestCheckpoint(4, "a")
     )
     assert names(tmp_path) == ["best", "best-00000004", "step-00000005"]
     assert folders.find(tmp_path).name == "best-00000004"
@@ -159,7 +160,7 @@ def test_a_copy_that_followed_the_link(tmp_path, alone):
     opened = folders.open_found(copy)
     assert (opened.step, opened.name) == (4, "best-00000004")
     state = resumed(copy)
-    assert state is not None and state.best_checkpoint == {"step": 4, "attempt": "a"}
+    assert state is not None and state.best_checkpoint == BestCheckpoint(4, "a")
     assert names(copy) == ["best", "best-00000004", "step-00000005"]
     best(saver(copy), 6, "c", 0.8)
     assert (copy / "best").is_symlink() and folders.open_found(copy).step == 6
@@ -167,11 +168,11 @@ def test_a_copy_that_followed_the_link(tmp_path, alone):
 
 def forget_attempts(path: Path) -> None:
     """As an earlier version wrote it."""
-    header = json.loads((path / checkpoints.HEADER).read_text())
+    header = json.loads((path / Header.FILE).read_text())
     for key in ("attempt", "best_checkpoint", "data_sha256", "shards_from_run"):
         header.pop(key, None)
-    header["header_sha256"] = checkpoints.header_sha256(header)
-    (path / checkpoints.HEADER).write_text(json.dumps(header))
+    header["header_sha256"] = header_sha256(header)
+    (path / Header.FILE).write_text(json.dumps(header))
 
 
 def test_a_run_of_an_earlier_version_resumes_with_its_best(tmp_path):
@@ -183,7 +184,7 @@ def test_a_run_of_an_earlier_version_resumes_with_its_best(tmp_path):
     assert (
         state is not None
         and state.best == METRICS
-        and state.best_checkpoint == {"step": 4, "attempt": ""}
+        and state.best_checkpoint == BestCheckpoint(4, "")
     )
     assert names(tmp_path) == ["best", "best-00000004", "step-00000005"]
     later = RunState(7, best={"ndcg@100": 0.7}, attempt="b")
@@ -203,4 +204,4 @@ def test_nothing_outside_is_removed_through_a_link(tmp_path):
     folders.settle(tmp_path / "run", tmp_path / "run" / "best-00000004")
     assert names(tmp_path / "run") == ["best", "best-00000004", "step-00000005"]
     for name in ("step-00000003", "best-00000003"):
-        checkpoints.open_checkpoint(tmp_path / "other" / name)
+        open_checkpoint(tmp_path / "other" / name)

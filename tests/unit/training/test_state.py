@@ -7,8 +7,9 @@ from types import SimpleNamespace
 
 import torch
 
-from dist_vasp import checkpoint as checkpoints
-from dist_vasp import checkpoint_folder as folders
+from dist_vasp.checkpoint import folder as folders
+from dist_vasp.checkpoint.header import Position
+from dist_vasp.checkpoint.read import open_checkpoint
 from dist_vasp.config import Config, OptimizerConfig, RunConfig, Stage
 from dist_vasp.model.item_layers import ItemSlice
 from dist_vasp.parallel.comm import form_groups
@@ -26,7 +27,7 @@ def saver(folder: Path, keep: int = 2) -> Saver:
         optimizer_scalars=lambda: {"step": 1.0, "mu_product": 0.5},
     )
     manifest = SimpleNamespace(
-        shards_sha256="s", data_sha256="d", vocabulary_sha256="v", positives=None
+        n_items=3, shards_sha256="s", data_sha256="d", vocabulary_sha256="v", positives=None
     )
     return Saver(
         trainer,
@@ -45,14 +46,14 @@ def test_checkpoints_hold_the_position_and_the_best(tmp_path):
     state = RunState(6, 12.5, {"ndcg@100": 0.25}, evaluation_due=True)
     save.save(state)
     save.finish()
-    header = checkpoints.open_checkpoint(tmp_path / "step-00000006").header
-    assert header["position"] == {"epoch": 1, "step_in_epoch": 2, "step": 6}
-    assert (header["seconds_training"], header["best"], header["evaluation_due"]) == (
+    header = open_checkpoint(tmp_path / "step-00000006").header
+    assert header.position == Position(1, 2, 6)
+    assert (header.seconds_training, header.best, header.evaluation_due) == (
         12.5,
         {"ndcg@100": 0.25},
         True,
     )
-    assert header["must_match"] == must_match(save.trainer.config, "s")
+    assert header.must_match == must_match(save.trainer.config, "s")
 
 
 def test_old_steps_go_when_the_new_one_is_whole(tmp_path):
@@ -71,7 +72,7 @@ def test_best_follows_the_best(tmp_path):
         save.finish()
         assert folders.find(tmp_path).name == f"best-{step:08d}"
     assert names(tmp_path) == ["best", "best-00000005"]
-    assert checkpoints.open_checkpoint(tmp_path / "best").header["attempt"] == "a"
+    assert open_checkpoint(tmp_path / "best").header.attempt == "a"
 
 
 def test_total_steps():

@@ -14,9 +14,11 @@ import secrets
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
-from dist_vasp.checkpoint import HEADER, Checkpoint, GoneError, header_of, open_checkpoint, remove
+from dist_vasp.checkpoint.header import BestCheckpoint, Header, ModelHeader
+from dist_vasp.checkpoint.read import Checkpoint, GoneError, header_of, open_checkpoint
+from dist_vasp.checkpoint.write import remove
 from dist_vasp.parallel.agree import agree, any_rank
 from dist_vasp.parallel.comm import Ranks, all_gather_bytes
 
@@ -26,6 +28,8 @@ _OURS = re.compile(
 )  # a copy under another name is not ours: never read unasked, never removed
 _TRIES, _PAUSE_S = 20, 0.05  # a link or a listing that is replaced while it is read
 _PATH_BYTES = 8192
+
+H = TypeVar("H", bound=ModelHeader)
 
 
 def step_path(folder: Path, step: int) -> Path:
@@ -52,7 +56,7 @@ def newest_step(folder: Path) -> int:
 
 
 def _steps(folder: Path) -> list[Path]:
-    return sorted((p for p in _ours(folder, "step") if (p / HEADER).is_file()), key=_number)
+    return sorted((p for p in _ours(folder, "step") if (p / Header.FILE).is_file()), key=_number)
 
 
 def _ours(folder: Path, kind: str) -> list[Path]:
@@ -63,13 +67,14 @@ def _number(path: Path) -> int:
     return int(path.name.partition("-")[2])
 
 
-def open_named(path: Path) -> Checkpoint:
+def open_named(path: Path) -> Checkpoint[Header]:
     """Open a checkpoint; ValueError where its folder has been given the name of another step."""
     opened = open_checkpoint(path)
     if _OURS.fullmatch(path.name) and _number(path) != opened.step:
         opened.close()
         raise ValueError(
-            f"{path} holds the checkpoint of step {opened.step}, not of step {_number(path)}; rename it back"
+            f"{path} holds the checkpoint of step {opened.step}, not of step {_number(path)}; "
+            "rename it back"
         )
     return opened
 
@@ -88,19 +93,20 @@ def find(folder: Path, name: str | None = None) -> Path:
             )
         path = _best_without_link(folder) or path
     plain = name is None or Path(name).name == name.removesuffix("/") != ".."
-    if not plain or not (path / HEADER).is_file():
-        found = sorted(p.parent.name for p in folder.glob(f"[!.]*/{HEADER}"))
+    if not plain or not (path / Header.FILE).is_file():
+        found = sorted(p.parent.name for p in folder.glob(f"[!.]*/{Header.FILE}"))
         if not found:
             raise ValueError(
-                f"{folder.parent} holds no checkpoint; name the run.dir of a training run that has saved one"
+                f"{folder.parent} holds no checkpoint; name the run.dir of a training run that "
+                "has saved one"
             )
         what = path if plain else name
         text = f"{what} is not a checkpoint; {folder} holds {', '.join(found)}; name one of them"
         raise GoneError(text) if name in (None, BEST) else ValueError(text)
     if os.path.realpath(path.parent) != os.path.realpath(folder):
         raise ValueError(
-            f"{folder / (name or BEST)} is a link to {path}, which is not a checkpoint of this run; remove the link, "
-            "or name the other run"
+            f"{folder / (name or BEST)} is a link to {path}, which is not a checkpoint of this "
+            "run; remove the link, or name the other run"
         )
     return path
 
@@ -120,13 +126,13 @@ def _followed(path: Path) -> Path:
         return path
 
 
-def open_found(folder: Path, name: str | None = None) -> Checkpoint:
+def open_found(folder: Path, name: str | None = None) -> Checkpoint[Header]:
     """Open the checkpoint `name`, else the best, else the newest; look again where it was replaced
     meanwhile."""
     return persist(lambda: open_named(find(folder, name)))
 
 
-def persist(opening: Callable[[], Checkpoint]) -> Checkpoint:
+def persist(opening: Callable[[], Checkpoint[H]]) -> Checkpoint[H]:
     """Call `opening` until what it finds is still there when it is opened; GoneError after a second
     of failures."""
     for _ in range(_TRIES):
@@ -138,34 +144,33 @@ def persist(opening: Callable[[], Checkpoint]) -> Checkpoint:
 
 
 def open_together(
-    opening: Callable[[], Checkpoint | None],
+    opening: Callable[[], Checkpoint[H] | None],
+    reopening: Callable[[Path], Checkpoint[H]],
     ranks: Ranks,
-    reopening: Callable[[Path], Checkpoint] = open_checkpoint,
-) -> Checkpoint | None:
+) -> Checkpoint[H] | None:
     """Open on every rank what `opening` finds on rank 0, by the path it has there; None where it
     finds nothing.
 
-    AgreedError where a rank cannot open it, or sees other content under that path.
+    `reopening` opens a path on the other ranks. AgreedError where a rank cannot open it, or sees
+    other content under that path.
     """
     for tries_left in reversed(range(_TRIES)):
-        opened, error = None, None
+        opened: Checkpoint[H] | None = None
+        error: ValueError | None = None
         try:
             opened = opening() if ranks.is_main else None
         except ValueError as raised:
             error = raised
         agree(error, ranks)
-        said = "" if opened is None else f"{opened.header['header_sha256']} {opened.path}"
-        digest, _, path = (
-            all_gather_bytes(said.encode(), ranks.world, ranks.device, _PATH_BYTES)[0]
-            .decode()
-            .partition(" ")
-        )
+        said = "" if opened is None else f"{opened.header.header_sha256} {opened.path}"
+        heard = all_gather_bytes(said.encode(), ranks.world, ranks.device, _PATH_BYTES)[0]
+        digest, _, path = heard.decode().partition(" ")
         if not path:
             return None
         gone = False
         try:
             opened = opened or reopening(Path(path))
-            gone = opened.header["header_sha256"] != digest
+            gone = opened.header.header_sha256 != digest
             if gone:
                 error = GoneError(
                     f"{path} is not on every host what rank 0 sees; start the same command again"
@@ -212,28 +217,25 @@ def _named_by(folder: Path, step: Path) -> set[str]:
     header = header_of(step)
     if header is None:
         return set()
-    if "best_checkpoint" not in header:  # of an earlier version, which did not name it
-        last = best_path(folder, header["position"]["step"]).name
+    if not header.names_best:
+        last = best_path(folder, header.position.step).name
         return {path.name for path in _ours(folder, BEST) if path.name <= last}
-    named = header["best_checkpoint"]
-    return {best_path(folder, named["step"]).name} if named else set()
+    named = header.best_checkpoint
+    return {best_path(folder, named.step).name} if named else set()
 
 
-def best_of(folder: Path, header: dict[str, Any]) -> Path | None:
+def best_of(folder: Path, header: Header) -> Path | None:
     """The best checkpoint that the step checkpoint with this header names; None where that is not
     in the folder."""
     for path in [folder / BEST, *sorted(_ours(folder, BEST))]:
         found = header_of(path) if not path.is_symlink() else None
-        if found is None or header.get("best") is None:
+        if found is None or header.best is None:
             continue
-        if "best_checkpoint" in header:
-            named, step = header["best_checkpoint"], found["position"]["step"]
-            same = named == {"step": step, "attempt": found.get("attempt", "")}
-        else:  # of an earlier version
-            same = (
-                found.get("best") == header["best"]
-                and found["position"]["step"] <= header["position"]["step"]
-            )
+        step = found.position.step
+        if header.names_best:
+            same = header.best_checkpoint == BestCheckpoint(step, found.attempt)
+        else:
+            same = found.best == header.best and step <= header.position.step
         if same:
             return path
     return None
@@ -271,7 +273,7 @@ def settle(folder: Path, best: Path | None) -> None:
     ):  # a copy of the run that followed the link, and has nothing else
         named = header_of(best)
         assert named is not None
-        best = best_path(folder, named["position"]["step"])
+        best = best_path(folder, named.position.step)
         remove(best)
         link.rename(best)
     if best is not None:
@@ -284,7 +286,7 @@ def settle(folder: Path, best: Path | None) -> None:
     }
     for path in folder.iterdir():
         beyond = path.name.startswith(f"{BEST}-") and path.name not in needed
-        if (_OURS.fullmatch(path.name) and (beyond or not (path / HEADER).is_file())) or (
+        if (_OURS.fullmatch(path.name) and (beyond or not (path / Header.FILE).is_file())) or (
             path.name.startswith(".") and path.name.endswith(".tmp")
         ):
             remove(path)
