@@ -75,7 +75,7 @@ def make_pieces(ranks: Ranks, fill: bool, block_columns: int) -> list[ItemSlice]
         for item in range(piece.lo, piece.hi):
             values = np.random.default_rng(
                 [len(piece.name), sum(piece.name.encode()), item]
-            ).normal(size=by_item.shape[1:])
+            ).uniform(size=by_item.shape[1:])  # no negative second moment
             by_item[item - piece.lo] = (
                 torch.from_numpy(np.asarray(values)) if fill else float("nan")
             )
