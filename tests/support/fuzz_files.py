@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dist_vasp.checkpoint import HEADER, header_sha256
+from dist_vasp.checkpoint.header import Header, header_sha256
 from dist_vasp.data.hashing import sha256_of
 from dist_vasp.data.manifest import MANIFEST
 
@@ -543,7 +543,7 @@ TARGETS: list[tuple[float, str, list[Mutator]]] = [
     (0.06, "shards/*.parquet", [flip, truncate]),
     (0.20, "*/checkpoints/[sb]*-*/items-*", SAFETENSORS),
     (0.12, "*/checkpoints/[sb]*-*/trunk.*", SAFETENSORS),
-    (0.14, f"*/checkpoints/[sb]*-*/{HEADER}", [absurd_json, absurd_json, json_text]),
+    (0.14, f"*/checkpoints/[sb]*-*/{Header.FILE}", [absurd_json, absurd_json, json_text]),
     (0.04, "*/items.parquet", [flip, truncate]),
 ]
 
@@ -578,7 +578,7 @@ def vouch(path: Path, folder: Path) -> bool:
     """Make the checksum of a changed file right; False where nothing holds one, or the file that
     holds it cannot be read."""
     data = path.read_bytes()
-    if path.name == HEADER:
+    if path.name == Header.FILE:
         try:
             header = json.loads(data)
             header["header_sha256"] = header_sha256(header)
@@ -586,11 +586,11 @@ def vouch(path: Path, folder: Path) -> bool:
             return False
         path.write_text(json.dumps(header))
         return True
-    guard = path.with_name(HEADER if path.parent.parent.name == "checkpoints" else MANIFEST)
+    guard = path.with_name(Header.FILE if path.parent.parent.name == "checkpoints" else MANIFEST)
     if path.name == MANIFEST or not guard.is_file():
         return False
     raw = json.loads(guard.read_text())
-    if guard.name == HEADER:
+    if guard.name == Header.FILE:
         raw["files"][path.name] = sha256_of(data)
         raw["header_sha256"] = header_sha256(raw)
     elif path.name in raw["files"]:
