@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from tests.oracles.rounding import RATIOS
+from tests.support.invoke import Commands
 from tests.support.paths import ROOT
+from tests.support.wrong_inputs import prepare
 
 
 def pytest_addoption(parser):
@@ -66,6 +68,14 @@ def data_dir(request) -> Path:
     folder = Path(request.config.getoption("--data"))
     if not (folder / "ml-1m" / "ratings.csv.gz").is_file():
         pytest.skip(f"no real data under {folder}; pass --data=DIR")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory) -> Path:
+    """A folder of right and wrong inputs (wrong_inputs.py). Copy what a test writes to."""
+    folder = tmp_path_factory.mktemp("prepared")
+    prepare(folder, Commands(folder))
     return folder
 
 

@@ -11,7 +11,6 @@ import pytest
 
 from tests.support.invoke import Commands
 from tests.support.paths import ROOT
-from tests.support.wrong_inputs import prepare
 
 PAGE = ROOT / "docs" / "errors.md"
 
@@ -29,15 +28,13 @@ def rows() -> list[tuple[str, str]]:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("wrong")
+def folder(prepared) -> Path:
+    return prepared
 
 
 @pytest.fixture(scope="module")
-def commands(folder):
-    commands = Commands(folder)
-    prepare(folder, commands)
-    return commands
+def commands(folder) -> Commands:
+    return Commands(folder)
 
 
 def _listing(folder: Path) -> dict[Path, int]:

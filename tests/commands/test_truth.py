@@ -22,17 +22,17 @@ def train(run: str, epochs: int, rate: str = "0.003", more: str = "") -> str:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("truth")
+def folder(prepared, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("truth")
+    shutil.copytree(prepared / "shards", folder / "shards")
+    return folder
 
 
 @pytest.fixture(scope="module")
-def commands(folder):
+def commands(prepared, folder):
     commands = Commands(folder)
     commands.succeed(
-        "python -m data_tools.synthesize data.parquet --users 100 --items 40 --interactions 2000 --seed 1",
-        "python -m data_tools.shard data.parquet shards --val_users 15 --test_users 15",
-        "python -m data_tools.shard data.parquet others --val_users 10 --test_users 20 --seed 5",
+        f"python -m data_tools.shard {prepared}/interactions.parquet others --val_users 10 --test_users 20 --seed 5",
     )
     return commands
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,15 +25,14 @@ from tests.support.writers import SITUATIONS, SLOW, WRITERS, complaint, line_of,
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("writers")
+def folder(prepared, tmp_path_factory) -> Path:
+    return Path(shutil.copytree(prepared, tmp_path_factory.mktemp("writers") / "w", symlinks=True))
 
 
 @pytest.fixture(scope="module")
 def commands(folder):
-    commands = Commands(folder)
-    set_up(folder, commands)
-    return commands
+    set_up(folder)
+    return Commands(folder)
 
 
 ALL = os.environ.get("WRITERS") == "all"  # else those that show each kind of output

@@ -162,9 +162,8 @@ PROTECTED = {
 }
 
 
-def set_up(folder: Path, commands: Commands) -> None:
-    """Shards, runs, an export and an ensemble, and files of somebody else beside them."""
-    prepare(folder, commands)
+def set_up(folder: Path) -> None:
+    """Put files of somebody else beside the inputs of wrong_inputs.py."""
     rows = [f"{user},{item}\n" for user in range(4000) for item in (user % 40, (user * 7 + 1) % 40)]
     (folder / "many.csv").write_text("user,item\n" + "".join(rows) + "5000,90001\n")
     for name in ("link", "link.csv", "link.parquet"):
@@ -337,7 +336,8 @@ def rows(folder: Path, commands: Commands) -> Iterator[tuple[str, dict[str, str]
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as place:
         all_commands = Commands(Path(place))
-        set_up(Path(place), all_commands)
+        prepare(Path(place), all_commands)
+        set_up(Path(place))
         print(
             "| writer | " + " | ".join(SITUATIONS) + " |\n" + "|---" * (len(SITUATIONS) + 1) + "|",
             flush=True,
