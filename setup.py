@@ -9,6 +9,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["dist_vasp", "dist_vasp.*", "data_tools", "launch"]),
+    package_data={"dist_vasp.report": ["templates/*"]},
     entry_points={"console_scripts": ["dist-vasp = dist_vasp.commands.program:main"]},
     install_requires=[
         "torch==2.13.0",
@@ -25,6 +26,7 @@ setup(
         "tqdm>=4.66",
         "psutil>=6.0",
         "matplotlib>=3.9",
+        "jinja2>=3.1",
         "packaging>=24",
         "setuptools",
     ],

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,16 +16,54 @@ from dist_vasp.data.tables.options import add_reading_options, reading_of
 from dist_vasp.parallel.agree import agreed
 from dist_vasp.parallel.start import init_ranks
 from dist_vasp.progress import Progress
-from dist_vasp.ranking.ensemble import load_ranker
+from dist_vasp.ranking.ensemble import Ranker, load_ranker
 from dist_vasp.ranking.explain import model_explainer
 from dist_vasp.ranking.filters import allowed_items
 from dist_vasp.ranking.history_columns import history_columns
-from dist_vasp.ranking.history_file import open_histories
+from dist_vasp.ranking.history_file import HistoryFile, open_histories
 from dist_vasp.ranking.recommend import recommend_to_file
 from dist_vasp.ranking.writers import check_output
 from dist_vasp.text import one_line
 
 _MOST_REASONS = 1000  # past items of a row, each with two columns
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = _parser().parse_args(argv)
+    reading_of(arguments)  # a wrong delimiter or encoding is reported before the model is loaded
+    inputs = _check(arguments)
+    ranks = init_ranks(device=arguments.device, interface=arguments.interface, shared=arguments.run)
+    ranker = load_ranker(arguments.run, arguments.checkpoint, ranks)
+    with ExitStack() as stack:
+        with agreed(ranks):
+            _check_explain(arguments, ranker)
+            histories, allowed, notes = _open(arguments, ranker, stack)
+        if ranks.is_main:
+            for note in notes:
+                print(one_line(note))
+        progress = stack.enter_context(
+            Progress("recommending", histories.n_users, "user", show=ranks.is_main)
+        )
+        loaded = ranker.alone
+        report = recommend_to_file(
+            ranker.scorer(),
+            histories,
+            ranker.items,
+            min(arguments.k, len(ranker.items.keys)),
+            arguments.output,
+            ranks,
+            progress.update,
+            arguments.show,
+            np.exp if ranker.probabilities else np.asarray,
+            arguments.explain,
+            model_explainer(loaded.model, loaded.trunk, ranks) if loaded else None,
+            allowed,
+            arguments.keep_seen,
+            overwrite=arguments.overwrite,
+            inputs=inputs,
+        )
+    if ranks.is_main:
+        print(report)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -48,7 +85,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         nargs="+",
         required=True,
-        help="CSV or Parquet files, folders or globs with original ids; ratings follow the rule of the shards, everything seen is masked",
+        help="CSV or Parquet files, folders or globs with original ids; "
+        "ratings follow the rule of the shards, everything seen is masked",
     )
     add("--format", choices=("csv", "parquet"), help="of the histories; default: by their names")
     add("--user_column", metavar="NAME", help="default: that of the shards, else user")
@@ -64,6 +102,14 @@ def _parser() -> argparse.ArgumentParser:
         help="default: that of the shards, where the last rating of an item counts",
     )
     add("--all_positive", action="store_true", help="every row is a like, whatever its rating")
+    _add_lists(parser)
+    add_reading_options(parser)
+    return parser
+
+
+def _add_lists(parser: argparse.ArgumentParser) -> None:
+    """Add the options about the lists that are written."""
+    add = parser.add_argument
     add("--k", type=int, default=20, help="items per user (default 20)")
     add(
         "--output",
@@ -74,7 +120,8 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--filter_items",
         metavar="FILE",
-        help="never list these items: CSV or Parquet with the item column, or .txt with one id a line",
+        help="never list these items: CSV or Parquet with the item column, "
+        "or .txt with one id a line",
     )
     add(
         "--restrict_to", metavar="FILE", help="list these items alone; a file as for --filter_items"
@@ -95,8 +142,6 @@ def _parser() -> argparse.ArgumentParser:
         help="print the first N users with their histories and lists",
     )
     add("--overwrite", action="store_true", help="replace an existing output file")
-    add_reading_options(parser)
-    return parser
 
 
 def _check(arguments: argparse.Namespace) -> list[tuple[str, str | Path]]:
@@ -117,7 +162,8 @@ def _check(arguments: argparse.Namespace) -> list[tuple[str, str | Path]]:
         named = getattr(arguments, option)
         if named == "":
             raise ValueError(
-                f"--{option} is empty, expected a file of item ids; name one, or leave the option out"
+                f"--{option} is empty, expected a file of item ids; "
+                "name one, or leave the option out"
             )
         if named is not None:
             inputs.append((f"--{option}", named))
@@ -125,75 +171,43 @@ def _check(arguments: argparse.Namespace) -> list[tuple[str, str | Path]]:
     return inputs
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    arguments = _parser().parse_args(argv)
-    reading_of(
-        arguments
-    )  # a delimiter or an encoding that cannot be is said before the model is loaded
-    inputs = _check(arguments)
-    ranks = init_ranks(device=arguments.device, interface=arguments.interface, shared=arguments.run)
-    ranker = load_ranker(arguments.run, arguments.checkpoint, ranks)
-    loaded, rule = ranker.alone, ranker.positives
-    with ExitStack() as stack:
-        with agreed(ranks):
-            if arguments.explain and loaded is None:
-                raise ValueError(
-                    f"--explain takes the paths of one model, and {arguments.run} is an ensemble; leave it out"
-                )
-            if arguments.explain and not ranker.config.model.shallow:
-                raise ValueError(
-                    "--explain needs the shallow path, which model.kind flvae does not have; leave it out"
-                )
-            reading = (
-                reading_of(arguments)
-                if rule is None or rule.missing is None
-                else reading_of(arguments, rule.missing)
-            )
-            asked = {
-                role: getattr(arguments, f"{role}_column")
-                for role in ("user", "item", "rating", "time")
-            }
-            columns, notes = history_columns(
-                arguments.histories, reading, rule, asked, arguments.all_positive, arguments.format
-            )
-            allowed, counted = allowed_items(
-                ranker.items,
-                arguments.filter_items,
-                arguments.restrict_to,
-                columns.item or "item",
-                reading,
-            )
-            scratch = Path(arguments.output).parent
-            histories = stack.enter_context(
-                open_histories(
-                    arguments.histories, scratch, columns, reading, rule, arguments.format
-                )
-            )
-        if ranks.is_main:
-            likes = [] if rule is None or columns.rating is None else [str(rule)]
-            for note in [*histories.table.notes(), *notes, *likes, *counted]:
-                print(one_line(note))
-        progress, start = (
-            Progress("recommending", histories.n_users, "user", show=ranks.is_main),
-            time.monotonic(),
+def _check_explain(arguments: argparse.Namespace, ranker: Ranker) -> None:
+    """Raise ValueError where --explain is given and the model has nothing to explain."""
+    if arguments.explain and ranker.alone is None:
+        raise ValueError(
+            f"--explain takes the paths of one model, and {arguments.run} is an ensemble; "
+            "leave it out"
         )
-        report = recommend_to_file(
-            ranker.scorer(),
-            histories,
-            ranker.items,
-            min(arguments.k, len(ranker.items.keys)),
-            arguments.output,
-            ranks,
-            lambda done: progress.update(done, f"{done / (time.monotonic() - start):,.0f} users/s"),
-            arguments.show,
-            np.exp if ranker.probabilities else np.asarray,
-            arguments.explain,
-            model_explainer(loaded.model, loaded.trunk, ranks) if loaded else None,
-            allowed,
-            arguments.keep_seen,
-            overwrite=arguments.overwrite,
-            inputs=inputs,
+    if arguments.explain and not ranker.config.model.shallow:
+        raise ValueError(
+            "--explain needs the shallow path, which model.kind flvae does not have; leave it out"
         )
-    progress.close()
-    if ranks.is_main:
-        print(report)
+
+
+def _open(
+    arguments: argparse.Namespace, ranker: Ranker, stack: ExitStack
+) -> tuple[HistoryFile, np.ndarray | None, list[str]]:
+    """Return the histories, open until `stack` closes, the items that may be listed, and notes."""
+    rule = ranker.positives
+    reading = reading_of(arguments)
+    if rule is not None and rule.missing is not None:
+        reading = reading_of(arguments, rule.missing)
+    asked = {
+        role: getattr(arguments, f"{role}_column") for role in ("user", "item", "rating", "time")
+    }
+    columns, notes = history_columns(
+        arguments.histories, reading, rule, asked, arguments.all_positive, arguments.format
+    )
+    allowed, counted = allowed_items(
+        ranker.items,
+        arguments.filter_items,
+        arguments.restrict_to,
+        columns.item or "item",
+        reading,
+    )
+    scratch = Path(arguments.output).parent
+    histories = stack.enter_context(
+        open_histories(arguments.histories, scratch, columns, reading, rule, arguments.format)
+    )
+    likes = [] if rule is None or columns.rating is None else [str(rule)]
+    return histories, allowed, [*histories.table.notes(), *notes, *likes, *counted]

@@ -16,7 +16,8 @@ from dist_vasp.progress import counting
 from dist_vasp.ranking.recommender import Recommender
 from dist_vasp.report.gather import Run, read_runs
 from dist_vasp.report.lists import look
-from dist_vasp.report.page import Looked, is_report, page
+from dist_vasp.report.page import is_report, page
+from dist_vasp.report.view import Lists
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -58,26 +59,26 @@ def main(argv: Sequence[str] | None = None) -> None:
         )  # data that was named must be there; that of a run may have gone
     runs = read_runs(arguments.runs, arguments.benchmark)
     check_file(out, "--out", ours=is_report)
-    looked = [
+    lists = [
         _look(one, arguments.shards, arguments.users, arguments.samples, arguments.k)
         for one in runs
     ]
     date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
     with new_file(out, "--out", ours=is_report) as file:
-        file.write(page(runs, looked, date).encode())
+        file.write(page(runs, lists, date).encode())
     print(
         f"{out}: {os.path.getsize(out) / 1e3:,.0f} kB on {', '.join(one.name for one in runs)}; open it in a browser"
     )
 
 
-def _look(one: Run, shards: str | None, n_users: int, n_samples: int, k: int) -> Looked:
+def _look(one: Run, shards: str | None, n_users: int, n_samples: int, k: int) -> Lists:
     """Lists of the run's model; a run without a model or data is reported without them, a wrong
     --shards is an error."""
     folder = shards or str(one.at("data", "shards") or "")
     if not n_users:
-        return Looked()
+        return Lists()
     if not folder or not Path(folder).is_dir():
-        return Looked(
+        return Lists(
             why_not=f"The data folder {folder} is not at hand, so there are no lists here; --shards DIR names it."
         )
     try:
@@ -88,5 +89,5 @@ def _look(one: Run, shards: str | None, n_users: int, n_samples: int, k: int) ->
     except ValueError as error:
         if shards:
             raise
-        return Looked(why_not=f"No lists: {error}.")
-    return Looked(popularity, samples)
+        return Lists(why_not=f"No lists: {error}.")
+    return Lists(popularity, samples)

@@ -1,17 +1,14 @@
-"""Which drawings a report has: learning curves, popularity, scaling.
-
-Each is a card: a title, what it says, the drawing, a legend.
-"""
+"""The charts of a report: learning curves, popularity, scaling."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dist_vasp.report.gather import Run
-from dist_vasp.report.lists import Popularity
-from dist_vasp.report.svg import Bars, Format, Line, bars, lines, percent, short, stacked
-from dist_vasp.text import escape
+from dist_vasp.report.svg import Bars, Drawing, Format, Line, bars, lines, percent, short, stacked
+from dist_vasp.report.view import View
 
 PATHS = (
     ("decoder", "decoder head R d"),
@@ -20,229 +17,228 @@ PATHS = (
 )
 
 
-def card(title: str, says: str, drawing: str, legend: Sequence[tuple[int | str, str]] = ()) -> str:
-    """A drawing with its words; nothing where there is nothing to draw."""
-    if not drawing:
-        return ""
-    keys = "".join(
-        f'<span class="key"><i class="{_swatch(colour)}"></i>{escape(name)}</span>'
-        for colour, name in legend
+@dataclass(frozen=True)
+class Key:
+    """An entry of a legend; `mark` is the class of its swatch: s1 to s6, or marker-key."""
+
+    mark: str
+    name: str
+
+
+@dataclass(frozen=True)
+class Card:
+    """A chart with its title, what it shows, and its legend."""
+
+    title: str
+    text: str
+    drawing: Drawing
+    legend: list[Key] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Curve:
+    """A chart of one quantity of every training step, in `unit`s or as a share."""
+
+    name: str
+    title: str
+    text: str
+    unit: float = 1.0
+    share: bool = False
+    zero: bool = False
+    log: bool = False
+    only_if_not_0: bool = False
+
+    def show(self, value: float) -> str:
+        return percent(value) if self.share else short(value / self.unit)
+
+
+_CURVES = (
+    _Curve("focal", "Reconstruction", "{loss}, summed over items"),
+    _Curve(
+        "kl",
+        "KL divergence",
+        "mean over rows and latent dimensions",
+        zero=True,
+        only_if_not_0=True,
+    ),
+    _Curve("lr", "Learning rate", "of trunk and item matrices", log=True),
+    _Curve(
+        "grad_norm",
+        "Gradient norm",
+        "trunk and item matrices together, before clipping",
+        zero=True,
+    ),
+    _Curve("users_per_second", "Throughput", "users a second, all ranks", zero=True),
+    _Curve("data_wait", "Waiting for data", "share of a step", share=True, zero=True),
+    _Curve("memory", "Memory", "resident size of rank 0, GB", unit=1e9, zero=True),
+    _Curve("device_memory", "Device memory", "peak so far of rank 0, GB", unit=1e9, zero=True),
+    _Curve(
+        "bytes_moved",
+        "Communication",
+        "MB that rank 0 sends in a step, the trunk's own excluded",
+        unit=1e6,
+        zero=True,
+        only_if_not_0=True,
+    ),
+)
+_EVALUATED = (("ndcg@100", "NDCG@100"), ("recall@20", "Recall@20"), ("recall@50", "Recall@50"))
+_PATHS_AFTER = "grad_norm"
+
+
+def learning(runs: Sequence[Run]) -> list[Card]:
+    """Return the learning curves of all runs, a colour each; the paths' logits of a single run."""
+    cards = [_evaluations(runs, name, title) for name, title in _EVALUATED]
+    for curve in _CURVES:
+        cards.append(_per_step(runs, curve))
+        if curve.name == _PATHS_AFTER and len(runs) == 1:
+            cards.append(_paths(runs[0]))
+    return [card for card in cards if card]
+
+
+def _evaluations(runs: Sequence[Run], name: str, title: str) -> Card | None:
+    """Return a metric of validation users by epoch, or by lambda where all runs are closed forms."""
+    drawn = [Line(run.name, run.evaluated(name), i + 1, marks=True) for i, run in enumerate(runs)]
+    text = "validation users; the band is one standard error"
+    if all(run.closed_form for run in runs):
+        return _lines_card(
+            title, text, drawn, lines(drawn, "lambda", short, log_x=True, title=title)
+        )
+    drawn = _closed_form_across(runs, drawn)
+    return _lines_card(title, text, drawn, lines(drawn, "epochs", short, title=title))
+
+
+def _per_step(runs: Sequence[Run], curve: _Curve) -> Card | None:
+    series = [run.series(curve.name) for run in runs]
+    if curve.only_if_not_0 and not any(value for points in series for _, value in points):
+        return None
+    kinds = {str(run.at("loss", "kind", "")) for run in runs}
+    loss = f"{kinds.pop()} loss of the training rows" if len(kinds) == 1 else ""
+    text = curve.text.format(loss=loss or "loss of the training rows")
+    drawn = [Line(run.name, series[i], i + 1) for i, run in enumerate(runs)]
+    x_name = "lambda" if all(run.closed_form for run in runs) else "epochs"
+    drawing = lines(
+        drawn, x_name, curve.show, curve.zero, x_name == "lambda", curve.log, curve.title
     )
-    named = f'<p class="legend">{keys}</p>' if legend else ""
-    return f'<figure class="card"><figcaption><h3>{escape(title)}</h3><p>{escape(says)}</p></figcaption>{named}{drawing}</figure>'
+    return _lines_card(curve.title, text, drawn, drawing)
 
 
-def _swatch(colour: int | str) -> str:
-    return f"swatch s{colour}" if isinstance(colour, int) else f"swatch {colour}"
-
-
-def learning(runs: Sequence[Run]) -> list[str]:
-    """Learning curves of all runs, one colour each; of a single run also what only makes sense for
-    one."""
-    x_name = "lambda" if all(run.at("model", "kind") == "ease" for run in runs) else "epochs"
-
-    def drawn_card(
-        title: str,
-        says: str,
-        drawn: list[Line],
-        show: Format = short,
-        zero: bool = False,
-        log: bool = False,
-    ) -> str:
-        legend = (
-            [(line.colour, line.name) for line in drawn if line.points] if len(runs) > 1 else []
-        )
-        return card(
-            title, says, lines(drawn, x_name, show, zero, x_name == "lambda", log, title), legend
-        )
-
-    cards = []
-    for name, title in (
-        ("ndcg@100", "NDCG@100"),
-        ("recall@20", "Recall@20"),
-        ("recall@50", "Recall@50"),
-    ):
-        drawn = [
-            Line(run.name, run.evaluated(name), i + 1, marks=True) for i, run in enumerate(runs)
-        ]
-        if x_name == "epochs":
-            drawn = _closed_form_across(runs, drawn)
-        cards.append(drawn_card(title, "validation users; the band is one standard error", drawn))
-    kind = {str(run.at("loss", "kind", "")) for run in runs}
-    named = (
-        f"{kind.pop()} loss of the training rows" if len(kind) == 1 else "loss of the training rows"
-    )
-
-    def per_step(
-        name: str,
-        title: str,
-        says: str,
-        show: Format = short,
-        zero: bool = False,
-        log: bool = False,
-    ) -> str:
-        return drawn_card(
-            title,
-            says,
-            [Line(run.name, run.series(name), i + 1) for i, run in enumerate(runs)],
-            show,
-            zero,
-            log,
-        )
-
-    cards += [
-        per_step("focal", "Reconstruction", f"{named}, summed over items"),
-        per_step("kl", "KL divergence", "mean over rows and latent dimensions", zero=True)
-        if _varies(runs, "kl")
-        else "",
-        per_step("lr", "Learning rate", "of trunk and item matrices", log=True),
-        per_step(
-            "grad_norm",
-            "Gradient norm",
-            "trunk and item matrices together, before clipping",
-            zero=True,
-        ),
-        _paths(runs[0]) if len(runs) == 1 else "",
-        per_step("users_per_second", "Throughput", "users a second, all ranks", zero=True),
-        per_step("data_wait", "Waiting for data", "share of a step", percent, zero=True),
-        per_step(
-            "memory", "Memory", "resident size of rank 0, GB", lambda v: short(v / 1e9), zero=True
-        ),
-        per_step(
-            "device_memory",
-            "Device memory",
-            "peak so far of rank 0, GB",
-            lambda v: short(v / 1e9),
-            zero=True,
-        ),
-        per_step(
-            "bytes_moved",
-            "Communication",
-            "MB that rank 0 sends in a step, the trunk's own excluded",
-            lambda v: short(v / 1e6),
-            zero=True,
-        )
-        if _varies(runs, "bytes_moved")
-        else "",
-    ]
-    return [c for c in cards if c]
+def _lines_card(
+    title: str, text: str, drawn: Sequence[Line], drawing: Drawing | None
+) -> Card | None:
+    """Return a card with a legend where there are several lines; None where nothing is drawn."""
+    if drawing is None:
+        return None
+    named = [line for line in drawn if line.points] if len(drawn) > 1 else []
+    return Card(title, text, drawing, [Key(f"s{line.colour}", line.name) for line in named])
 
 
 def _closed_form_across(runs: Sequence[Run], drawn: Sequence[Line]) -> list[Line]:
-    """Beside runs that take epochs the closed form is a level: the best of its lambdas, from the
-    first epoch to the last."""
-    closed = [run.at("model", "kind") == "ease" for run in runs]
-    xs = [
-        p[0]
-        for line, is_closed in zip(drawn, closed, strict=True)
-        for p in line.points
-        if not is_closed
-    ]
-    across = []
-    for line, is_closed in zip(drawn, closed, strict=True):
-        if is_closed and line.points and xs:
+    """Replace the points of closed forms, which have no epochs, by a level: that of the best lambda.
+
+    It reaches from the first to the last epoch of the other runs.
+    """
+    pairs = list(zip(runs, drawn, strict=True))
+    xs = [p[0] for run, line in pairs if not run.closed_form for p in line.points]
+    found = []
+    for run, line in pairs:
+        if run.closed_form and line.points and xs:
             best = max(line.points, key=lambda p: p[1])
-            line = Line(
-                line.name, [(x, *best[1:]) for x in (min(xs), max(xs))], line.colour, dashed=True
-            )
-        across.append(line)
-    return across
+            level = [(x, *best[1:]) for x in (min(xs), max(xs))]
+            line = replace(line, points=level, dashed=True, marks=False)
+        found.append(line)
+    return found
 
 
-def _varies(runs: Sequence[Run], name: str) -> bool:
-    return any(value for run in runs for _, value in run.series(name))
-
-
-def _paths(run: Run) -> str:
-    """Mean logit of each path with its spread over items and rows."""
-    drawn, legend = [], []
+def _paths(run: Run) -> Card | None:
+    """Return the mean logit of each path with its spread over items and rows."""
+    drawn = []
     for i, (path, name) in enumerate(PATHS):
         spread = dict(run.series(f"{path}_logit_std"))
         points = [(x, value, spread.get(x, 0.0)) for x, value in run.series(f"{path}_logit_mean")]
         if points:
             drawn.append(Line(name, points, i + 1))
-            legend.append((i + 1, name))
-    return card(
-        "The paths' logits",
-        "mean over a sample of the items; the band is one deviation",
-        lines(drawn, "epochs", short),
-        legend,
-    )
+    drawing = lines(drawn, "epochs", short)
+    if drawing is None:
+        return None
+    text = "mean over a sample of the items; the band is one deviation"
+    legend = [Key(f"s{line.colour}", line.name) for line in drawn]
+    return Card("The paths' logits", text, drawing, legend)
 
 
-def popularity(views: Sequence[tuple[int, str, Popularity]]) -> str:
-    """Share of the recommended places by decile of popularity, against what users took; `views` are
-    (colour, name, view)."""
-    labels = [str(i + 1) for i in range(len(views[0][2].recommended))]
+def popularity(views: Sequence[View]) -> Card:
+    """Return the share of the recommended places by decile of popularity, and what users took.
+
+    Every view has lists.
+    """
+    found = [(view, view.lists.popularity) for view in views if view.lists.popularity]
+    first = found[0][1]
+    labels = [str(i + 1) for i in range(len(first.recommended))]
     groups = [
-        Bars(name if len(views) > 1 else "recommended", view.recommended, colour)
-        for colour, name, view in views
+        Bars(view.run.name if len(views) > 1 else "recommended", one.recommended, view.colour)
+        for view, one in found
     ]
-    markers = [Bars("held-out items", views[0][2].held_out)]
-    legend: list[tuple[int | str, str]] = [
-        *((group.colour, group.name) for group in groups),
-        ("marker-key", "held-out items"),
-    ]
-    return card(
+    held_out = Bars("held-out items", first.held_out)
+    legend = [Key(f"s{group.colour}", group.name) for group in groups]
+    return Card(
         "Where the lists go",
-        "share of the first 20 places of all lists by tenth of the catalogue, 1 the most popular; the line is what the users took",
-        bars(labels, groups, percent, "tenth of the catalogue", markers),
-        legend,
+        "share of the first 20 places of all lists by tenth of the catalogue, 1 the most popular; "
+        "the line is what the users took",
+        bars(labels, groups, percent, "tenth of the catalogue", [held_out]),
+        [*legend, Key("marker-key", held_out.name)],
     )
 
 
-def scaling(benchmark: dict[str, Any]) -> list[str]:
-    """Throughput and efficiency over the number of ranks, and where the time of a step went."""
-    rows = benchmark["rows"]
-    modes = list(dict.fromkeys(row["mode"] for row in rows))
-    legend = [(i + 1, f"{mode} scaling") for i, mode in enumerate(modes)]
-    throughput, efficiency = [], []
-    for i, mode in enumerate(modes):
-        own = sorted((row for row in rows if row["mode"] == mode), key=lambda row: row["ranks"])
-        throughput.append(
-            Line(mode, [(row["ranks"], row["users_per_second"]) for row in own], i + 1, marks=True)
-        )
-        efficiency.append(
-            Line(mode, [(row["ranks"], row["efficiency"]) for row in own], i + 1, marks=True)
-        )
-    own = sorted((row for row in rows if row["mode"] == modes[0]), key=lambda row: row["ranks"])
-    first = own[0]
-    ideal = [
-        (row["ranks"], first["users_per_second"] / first["ranks"] * row["ranks"]) for row in own
-    ]
-    names = list(dict.fromkeys(name for row in own for name in row["parts"]))
-    parts = [
-        Bars(name, [row["parts"].get(name, 0.0) for row in own], i % 6 + 1)
-        for i, name in enumerate(names)
-    ]
-    parts = [
-        part
-        for part in parts
-        if any(value > 0.002 * first["step_seconds"] for value in part.values)
-    ]
-    parts = [Bars(part.name, part.values, i % 6 + 1) for i, part in enumerate(parts)]
-    return [
-        card(
+def scaling(benchmark: dict[str, Any]) -> list[Card]:
+    """Return throughput and efficiency by the number of ranks, and the parts of a step."""
+    by_mode: dict[str, list[dict[str, Any]]] = {}
+    for row in sorted(benchmark["rows"], key=lambda row: row["ranks"]):
+        by_mode.setdefault(row["mode"], []).append(row)
+    modes = list(dict.fromkeys(row["mode"] for row in benchmark["rows"]))
+    legend = [Key(f"s{i + 1}", f"{mode} scaling") for i, mode in enumerate(modes)]
+
+    def by_ranks(name: str) -> list[Line]:
+        return [
+            Line(mode, [(row["ranks"], row[name]) for row in by_mode[mode]], i + 1, marks=True)
+            for i, mode in enumerate(modes)
+        ]
+
+    rows = by_mode[modes[0]]
+    speed = rows[0]["users_per_second"] / rows[0]["ranks"]
+    ideal = Line("ideal", [(row["ranks"], speed * row["ranks"]) for row in rows], 6, dashed=True)
+    throughput = [*by_ranks("users_per_second"), ideal]
+    charts: list[tuple[str, str, Format, list[Line]]] = [
+        (
             "Throughput",
             "users a second; dashed: as many times faster as there are ranks",
-            lines([*throughput, Line("ideal", ideal, 6, dashed=True)], "ranks", short, zero=True),
-            legend,
+            short,
+            throughput,
         ),
-        card(
+        (
             "Efficiency",
             "throughput of a rank against the fewest ranks",
-            lines(efficiency, "ranks", percent, zero=True),
-            legend,
-        ),
-        card(
-            "Where a step's time goes",
-            f"seconds of the slowest rank, {modes[0]} scaling",
-            stacked(
-                [f"{row['ranks']} rank{'s' * (row['ranks'] > 1)}" for row in own],
-                parts,
-                short,
-                "ranks",
-            ),
-            [(part.colour, part.name) for part in parts],
+            percent,
+            by_ranks("efficiency"),
         ),
     ]
+    cards = [
+        Card(title, text, drawing, legend)
+        for title, text, show, drawn in charts
+        if (drawing := lines(drawn, "ranks", show, zero=True))
+    ]
+    return [*cards, _parts(modes[0], rows)]
+
+
+def _parts(mode: str, rows: Sequence[dict[str, Any]]) -> Card:
+    """Return the parts of a step, without those below 0.2% of it."""
+    names = dict.fromkeys(name for row in rows for name in row["parts"])
+    least = 0.002 * rows[0]["step_seconds"]
+    values = {name: [row["parts"].get(name, 0.0) for row in rows] for name in names}
+    shown = [name for name, seconds in values.items() if any(s > least for s in seconds)]
+    parts = [Bars(name, values[name], i % 6 + 1) for i, name in enumerate(shown)]
+    labels = [f"{row['ranks']} rank{'s' * (row['ranks'] > 1)}" for row in rows]
+    return Card(
+        "Where a step's time goes",
+        f"seconds of the slowest rank, {mode} scaling",
+        stacked(labels, parts, short, "ranks"),
+        [Key(f"s{part.colour}", part.name) for part in parts],
+    )

@@ -1,37 +1,57 @@
-"""What a run has left, read for the report: nothing of it is believed more than it has to be, and
-no line is ever evaluated."""
+"""Read what a run has left for its report. The files may hold anything; nothing is evaluated."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from dist_vasp.bounded_json import parse_json, read_json
-from dist_vasp.config import read_yaml
+from dist_vasp.report.files import is_drawable, plain, read_config, read_file, read_lines
 
-_LARGEST = 1e18  # of a number that is drawn
-_LONGEST, _DEEPEST, _MOST_VALUES = 2000, 8, 50_000  # of a text, of the nesting, of a file's values
 MOST_RUNS = 6  # as many as there are colours that people tell apart
+ENSEMBLE, EXPORT = "ensemble.json", "export.json"
 
 
-@dataclass
+@dataclass(frozen=True)
 class Run:
-    """One run directory. `steps` and `evaluations` are the lines of metrics.jsonl."""
+    """One run directory, or an ensemble; `steps` and `evaluations` are lines of metrics.jsonl."""
 
     name: str
     folder: Path
     config: dict[str, Any]
-    starts: list[dict[str, Any]]
-    steps: list[dict[str, Any]]
-    evaluations: list[dict[str, Any]]
-    result: dict[str, Any] | None
-    benchmark: dict[str, Any] | None
-    damaged_lines: int = 0
+    """The configuration; of the first member where the run is an ensemble."""
+    starts: list[dict[str, Any]] = field(default_factory=list)
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    result: dict[str, Any] = field(default_factory=dict)
+    """result.json, or {split: metrics} of an ensemble; empty where there is none."""
+    benchmark: dict[str, Any] | None = None
+    members: list[Member] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
+    @property
+    def closed_form(self) -> bool:
+        """Whether the model was computed in closed form instead of by steps."""
+        return self.at("model", "kind") == "ease"
+
+    @property
+    def has_trunk(self) -> bool:
+        """Whether the model has layers of widths H and L."""
+        return self.at("model", "kind") in ("vasp", "flvae")
+
+    @property
+    def recall_denominator(self) -> str:
+        """What Recall@k divides by: min or held_out."""
+        return str(self.at("run", "recall_denominator", "min"))
+
+    @property
+    def splits(self) -> list[tuple[str, dict[str, Any]]]:
+        """Return the final metrics as (split, metrics): test, then validation."""
+        found = ((split, self.result.get(split)) for split in ("test", "validation"))
+        return [(split, metrics) for split, metrics in found if isinstance(metrics, dict)]
+
     def at(self, section: str, key: str, default: Any = None) -> Any:
-        """A key of the configuration."""
+        """Return the value of a key of the configuration."""
         part = self.config.get(section)
         return part.get(key, default) if isinstance(part, dict) else default
 
@@ -43,72 +63,141 @@ class Run:
         return max(counts.values(), default=1)
 
     def series(self, name: str) -> list[tuple[float, float]]:
-        """(epochs done, value) of every step that has a finite number of this name."""
+        """Return (epochs done, value) of every step that has a finite number of this name."""
         per = self.steps_per_epoch
         return [
             (line["step"] / per, float(line[name]))
             for line in self.steps
-            if _number(line.get(name))
+            if is_drawable(line.get(name))
         ]
 
     def evaluated(self, name: str) -> list[tuple[float, float, float]]:
-        """(epochs done, or lambda of the closed form; value; standard error or 0) of every
-        evaluation on validation."""
+        """Return (epochs done, value, standard error or 0) of every evaluation on validation.
+
+        A closed form has lambda in place of epochs.
+        """
         per = self.steps_per_epoch
         found = []
         for line in self.evaluations:
-            if _number(line.get(name)):
-                x = line["ease_lambda"] if _number(line.get("ease_lambda")) else line["step"] / per
+            if is_drawable(line.get(name)):
+                x = (
+                    line["ease_lambda"]
+                    if is_drawable(line.get("ease_lambda"))
+                    else line["step"] / per
+                )
                 error = line.get(f"{name}_se")
                 found.append(
                     (
                         float(x),
                         float(line[name]),
-                        float(error) if error is not None and _number(error) else 0.0,
+                        float(error) if error is not None and is_drawable(error) else 0.0,
                     )
                 )
         return sorted(found)
 
 
+@dataclass(frozen=True)
+class Member:
+    """A member of an ensemble; `run` is None where its folder cannot be read."""
+
+    folder: str
+    """As ensemble.json names it."""
+    weight: float
+    run: Run | None
+    note: str = ""
+    """What is not known about it."""
+
+
 def read_run(folder: str | Path, benchmark: dict[str, Any] | None = None) -> Run:
-    """A run directory as it is, finished or not; ValueError where the folder is none."""
+    """Return a run directory or an ensemble, finished or not; ValueError for another folder."""
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder; pass the run.dir of a training")
-    lines, damaged = _lines(folder / "metrics.jsonl")
-    config = _config(folder / "config.yaml")
+    if (folder / ENSEMBLE).is_file():
+        return _read_ensemble(folder)
+    lines, damaged = read_lines(folder / "metrics.jsonl")
+    config = read_config(folder / "config.yaml")
     if not config and not lines:
         raise ValueError(
             f"{folder} holds neither config.yaml nor metrics.jsonl; pass the run.dir of a training"
         )
-    found = benchmark or read_benchmark(folder / "benchmark.json", missing_ok=True)
-    steps = [line for line in lines if "loss" in line]
     evaluations = [
-        _plain(line, [_MOST_VALUES])
-        for line in lines
-        if "loss" not in line and line.get("split") == "validation"
+        plain(line) for line in lines if "loss" not in line and line.get("split") == "validation"
     ]
-    environment = _json(folder / "environment.json")
+    environment = read_file(folder / "environment.json")
     starts = environment.get("starts") if isinstance(environment, dict) else None
-    starts = (
-        [start for start in starts if isinstance(start, dict)] if isinstance(starts, list) else []
-    )
-    run = Run(
-        folder.resolve().name, folder, config, starts, steps, evaluations, None, found, damaged
-    )
-    result = _json(folder / "result.json")
-    run.result = result if isinstance(result, dict) else None
-    if run.result is None and (folder / "result.json").exists():
-        run.notes.append("result.json cannot be read and is left out.")
-    elif run.result is None:
-        run.notes.append("The run has not come to its end: there is no result.json.")
+    result = read_file(folder / "result.json")
+    notes = []
+    if not isinstance(result, dict):
+        result = {}
+        exists = (folder / "result.json").exists()
+        notes.append(
+            "result.json cannot be read and is left out."
+            if exists
+            else "The run has not come to its end: there is no result.json."
+        )
     if damaged:
-        run.notes.append(f"{damaged} lines of metrics.jsonl could not be read and are left out.")
-    return run
+        notes.append(f"{damaged} lines of metrics.jsonl could not be read and are left out.")
+    return Run(
+        folder.resolve().name,
+        folder,
+        config,
+        [start for start in starts if isinstance(start, dict)] if isinstance(starts, list) else [],
+        [line for line in lines if "loss" in line],
+        evaluations,
+        result,
+        benchmark or read_benchmark(folder / "benchmark.json", missing_ok=True),
+        notes=notes,
+    )
+
+
+def _read_ensemble(folder: Path) -> Run:
+    """Return an ensemble: its members with what their runs left, and its own evaluation."""
+    found = read_file(folder / ENSEMBLE)
+    listed = found.get("members") if isinstance(found, dict) else None
+    if not isinstance(listed, list) or not all(
+        isinstance(one, dict) and isinstance(one.get("run"), str) and is_drawable(one.get("weight"))
+        for one in listed
+    ):
+        raise ValueError(
+            f"{folder / ENSEMBLE} lists no members; write it again with launch/ensemble.py"
+        )
+    members = [_read_member(folder, one["run"], one["weight"]) for one in listed]
+    config = next((one.run.config for one in members if one.run and one.run.config), {})
+    result, notes = _own_evaluation(folder)
+    return Run(folder.resolve().name, folder, config, result=result, members=members, notes=notes)
+
+
+def _read_member(folder: Path, name: str, weight: float) -> Member:
+    path = folder / name
+    if (path / EXPORT).is_file():
+        return Member(name, weight, None, "an export, which holds no figures of its training")
+    if (path / ENSEMBLE).is_file():
+        return Member(name, weight, None, "an ensemble, which cannot be a member")
+    try:
+        run = read_run(path)
+    except ValueError as error:
+        return Member(name, weight, None, str(error))
+    return Member(name, weight, run, " ".join(run.notes))
+
+
+def _own_evaluation(folder: Path) -> tuple[dict[str, Any], list[str]]:
+    """Return what `evaluate --json` wrote into the folder or beside it, and what is not known."""
+    beside = folder.resolve()
+    paths = [*sorted(folder.glob("*.json")), beside.with_name(f"{beside.name}.test.json")]
+    result: dict[str, Any] = {}
+    for path in paths:
+        found = read_file(path)
+        if isinstance(found, dict) and found and set(found) <= {"test", "validation"}:
+            result |= {split: one for split, one in found.items() if isinstance(one, dict)}
+    if result:
+        return result, []
+    command = f"launch/evaluate.py --run {folder} --json {folder / 'evaluation.json'}"
+    return {}, [f"No evaluation of the ensemble itself is known; {command} writes one."]
 
 
 def read_runs(folders: list[str], benchmarks: list[str]) -> list[Run]:
-    """All runs of a report, under names that differ.
+    """Return all runs of a report, under names that differ.
 
     A benchmark given by name belongs to the first run.
     """
@@ -119,25 +208,28 @@ def read_runs(folders: list[str], benchmarks: list[str]) -> list[Run]:
     given = None
     for path in benchmarks:
         found = read_benchmark(Path(path))
-        given = (
-            found
-            if given is None or found is None
-            else {**given, "rows": given["rows"] + found["rows"]}
-        )
+        if given is None or found is None:
+            given = found
+        else:
+            given = {**given, "rows": given["rows"] + found["rows"]}
     runs = [read_run(folder, given if i == 0 else None) for i, folder in enumerate(folders)]
     names = [run.name for run in runs]
-    for run in runs:
-        if names.count(run.name) > 1:
-            run.name = "/".join(run.folder.resolve().parts[-2:])
-    return runs
+    return [
+        replace(run, name="/".join(run.folder.resolve().parts[-2:]))
+        if names.count(run.name) > 1
+        else run
+        for run in runs
+    ]
 
 
 def read_benchmark(path: Path, missing_ok: bool = False) -> dict[str, Any] | None:
-    """benchmark.json of launch/benchmark.py, or None where there is none; ValueError where it is
-    something else."""
+    """Return benchmark.json of launch/benchmark.py; ValueError where it is something else.
+
+    None where there is no file and `missing_ok`.
+    """
     if missing_ok and not path.exists():
         return None
-    found = _json(path / "benchmark.json" if path.is_dir() else path)
+    found = read_file(path / "benchmark.json" if path.is_dir() else path)
     rows = found.get("rows") if isinstance(found, dict) else None
     needed = (
         "ranks",
@@ -150,10 +242,10 @@ def read_benchmark(path: Path, missing_ok: bool = False) -> dict[str, Any] | Non
     )
     good = isinstance(rows, list) and all(
         isinstance(row, dict)
-        and all(_number(row.get(name)) for name in needed)
+        and all(is_drawable(row.get(name)) for name in needed)
         and isinstance(row.get("mode"), str)
         and isinstance(row.get("parts"), dict)
-        and all(_number(part) for part in row["parts"].values())
+        and all(is_drawable(part) for part in row["parts"].values())
         and row["ranks"] >= 1
         for row in rows
     )
@@ -163,75 +255,3 @@ def read_benchmark(path: Path, missing_ok: bool = False) -> dict[str, Any] | Non
         )
     assert isinstance(found, dict)
     return found
-
-
-def _number(value: Any) -> bool:
-    """Whether a value is a number that can be drawn: finite, neither huge nor all but 0."""
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        return False
-    return value == 0 or 1 / _LARGEST**2 <= abs(value) <= _LARGEST
-
-
-def _plain(value: Any, left: list[int], depth: int = 0) -> Any:
-    """What a file holds, fit to be shown: names are text, numbers that cannot be drawn are None.
-
-    `left` counts down the values that are still taken: a file may repeat a part of itself without end.
-    """
-    left[0] -= 1
-    if depth > _DEEPEST or left[0] < 0:
-        return None
-    if isinstance(value, dict):
-        return {
-            _text(name): _plain(v, left, depth + 1)
-            for name, v in list(value.items())[: max(left[0], 0)]
-        }
-    if isinstance(value, list):
-        return [_plain(v, left, depth + 1) for v in value[: max(left[0], 0)]]
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return value if _number(value) else None
-    return value if isinstance(value, bool | None) else _text(value)
-
-
-def _text(value: Any) -> str:
-    return (
-        "a long number" if isinstance(value, int) and not _number(value) else str(value)[:_LONGEST]
-    )
-
-
-def _lines(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The lines of metrics.jsonl that are objects with a step, and how many are not."""
-    try:
-        text = path.read_text(errors="replace")
-    except OSError:
-        return [], 0
-    found, damaged = [], 0
-    for line in text.splitlines():
-        try:
-            record = parse_json(line)
-            good = (
-                isinstance(record, dict)
-                and _number(record.get("step"))
-                and _number(record.get("epoch", 0))
-            )
-        except ValueError:
-            good = False
-        if good:
-            found.append(record)
-        else:
-            damaged += 1
-    return found, damaged
-
-
-def _config(path: Path) -> dict[str, Any]:
-    try:
-        found = _plain(read_yaml(path, "the configuration of a run"), [_MOST_VALUES])
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _json(path: Path) -> Any:
-    try:
-        return _plain(read_json(path), [_MOST_VALUES])
-    except (OSError, ValueError):
-        return None

@@ -56,6 +56,16 @@ class Sample:
     n_held_out: int
     picks: list[Pick] = field(default_factory=list)
 
+    @property
+    def has_deep(self) -> bool:
+        """Whether the deep paths have a say in a score of the list."""
+        return any(pick.why and pick.why.p_flvae is not None for pick in self.picks)
+
+    @property
+    def has_shallow(self) -> bool:
+        """Whether the shallow path has a say in a score of the list."""
+        return any(pick.why and pick.why.p_nease is not None for pick in self.picks)
+
 
 def look(
     recommender: Recommender,

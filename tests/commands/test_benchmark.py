@@ -12,8 +12,8 @@ import pytest
 
 from dist_vasp.commands import benchmark as command
 from dist_vasp.commands.plan import _sizes
+from dist_vasp.measure.step import LABELS
 from dist_vasp.plan import Rates, make_plan
-from dist_vasp.training.benchmark import LABELS
 from tests.support.make_shards import write_folder
 
 N_ITEMS, PER_RANK = 90, 24

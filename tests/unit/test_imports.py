@@ -67,6 +67,7 @@ ROOMS = [
     "checkpoint",
     "ranking",
     "training",
+    "measure",
     "compare",
     "report",
     "doctor",
@@ -182,7 +183,7 @@ def allowed(importer: str, name: str) -> bool:
     ):  # the floor of a step, the dry run of the closed form and the doctor are the plan's arithmetic
         users = (
             "training.floor",
-            "training.benchmark",
+            "measure.step",
             "training.closed_form",
             "training.fit_ease",
             "doctor.job",

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
@@ -17,6 +18,7 @@ from dist_vasp.ranking.recommender import Recommender
 from dist_vasp.report.gather import read_run, read_runs
 from dist_vasp.report.lists import decile_of, look
 from dist_vasp.report.svg import Line, lines, short, thin
+from launch.ensemble import main as make_ensemble
 from launch.report import main
 from tests.support.browser import CHROMIUM, WHY_NOT, Browser
 from tests.support.make_shards import write_folder
@@ -300,6 +302,31 @@ def test_a_run_without_data_or_end_is_reported_as_far_as_it_goes(shards, tmp_pat
     assert "page.html" in capsys.readouterr().out
 
 
+def test_an_ensemble_shows_its_members_and_says_what_is_not_known(run, shards, tmp_path):
+    flvae = _write(tmp_path / "flvae", shards, "flvae")
+    folder = tmp_path / "both"
+    make_ensemble(
+        ["--members", str(run), str(flvae), "--weights", "1", "2.5", "--output", str(folder)]
+    )
+    page = tmp_path / "page.html"
+    main([str(folder), "--users", "0", "--out", str(page)])
+    text = Tags(page.read_text()).text
+    assert "2 models as one ensemble" in text and "No evaluation of the ensemble itself" in text
+    assert "Members" in text and "2.5" in text and text.count("0.4000") >= 8
+
+    evaluation = {"test": {"ndcg@100": 0.4321, "ndcg@100_se": 0.0123, "n_users": 16}}
+    (folder / "evaluation.json").write_text(json.dumps(evaluation))
+    shutil.rmtree(flvae)
+    main([str(folder), "--users", "0", "--out", str(page)])
+    text = Tags(page.read_text()).text
+    assert "No evaluation of the ensemble itself" not in text and "0.4321" in text
+    assert "flvae is no folder" in text
+
+    (folder / "ensemble.json").write_text('{"members": [{"run": 1}]}')
+    with pytest.raises(ValueError, match=r"ensemble.json lists no members"):
+        main([str(folder), "--users", "0", "--out", str(page)])
+
+
 def test_mistakes_are_named(run, tmp_path):
     with pytest.raises(ValueError, match="is no folder"):
         main([str(tmp_path / "nothing")])
@@ -326,16 +353,20 @@ def test_mistakes_are_named(run, tmp_path):
 
 
 def test_drawings():
-    assert lines([Line("nothing", [])], "x", short) == ""
+    assert lines([Line("nothing", [])], "x", short) is None
     assert len(thin([(i, i % 2) for i in range(1001)], 100)) == 100
     drawn = thin([(float(i), 1.0) for i in range(1000)], 10)
     assert [y for _, y, _ in drawn] == [1.0] * 10 and drawn[0][0] == pytest.approx(49.5)
     for values in ([0.0, 0.0], [1e-9, 5.0], [-3.0, 1e9], [5.0], [7.0, 7.0]):
         for log in (False, True):
-            svg = lines([Line("a", list(enumerate(values, 1)), marks=True)], "x", short, log_y=log)
-            assert "nan" not in svg and "inf" not in svg and 'class="tick"' in svg
-            for at in re.findall(r'cy="([-\d.]+)"', svg):
-                assert 0 <= float(at) <= 240
+            drawing = lines(
+                [Line("a", list(enumerate(values, 1)), marks=True)], "x", short, log_y=log
+            )
+            text = str(drawing)
+            assert "nan" not in text and "inf" not in text and "'class': 'tick'" in text
+            dots = [shape.attributes for shape in drawing.shapes if shape.tag == "circle"]
+            assert len(dots) == len(values)
+            assert all(0 <= dot["cy"] <= 240 for dot in dots)
     assert [short(v) for v in (0, 0.05, 12, 12_000, 3e6, 1e-5)] == [
         "0",
         "0.05",

@@ -11,7 +11,7 @@ import resource
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
@@ -84,7 +84,27 @@ def watch(trainer: Trainer) -> StopWatch:
     return clock
 
 
-def measure(config: Config, ranks: Ranks, steps: int, warm_up: int = 2) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Measured:
+    """What one rank has measured of a job; times in seconds, means and medians are of one step."""
+
+    rank: int
+    threads: int
+    steps: int
+    step_seconds: float
+    users_per_second: float
+    rows_per_step: float
+    items_per_row: float
+    n_items: int
+    parts: dict[str, float]
+    bytes_moved: dict[str, float]
+    peak_memory: int
+    peak_device_memory: int
+    rates: dict[str, float]
+    floor: dict[str, float]
+
+
+def measure(config: Config, ranks: Ranks, steps: int, warm_up: int = 2) -> Measured:
     """Train `steps` steps after a warm-up, then measure the machine's rates; medians and totals of
     this rank."""
     stream = make_stream(config, ranks)
@@ -121,28 +141,26 @@ def measure(config: Config, ranks: Ranks, steps: int, warm_up: int = 2) -> dict[
     moved = {
         name: (value - before.get(name, 0)) / steps for name, value in ranks.bytes_moved().items()
     }
-    result: dict[str, Any] = {
-        "rank": ranks.rank,
-        "threads": torch.get_num_threads(),
-        "steps": steps,
-        "step_seconds": median(step_seconds),
-        "users_per_second": users / total,
-        "rows_per_step": rows / steps,
-        "items_per_row": items / max(rows, 1),
-        "n_items": stream.n_items,
-        "parts": {label: clock.seconds.get(label, 0.0) / steps for label in LABELS},
-        "bytes_moved": moved,
-        "peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "peak_device_memory": torch.cuda.max_memory_allocated()
-        if ranks.device.type == "cuda"
-        else 0,
-    }
+    device_memory = torch.cuda.max_memory_allocated() if ranks.device.type == "cuda" else 0
+    peak_memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     del trainer
     rates = measure_rates(ranks.device, stream.n_items)
-    share, own = (
-        result["rows_per_step"] / ranks.world_size,
-        ranks.partition_of_items(stream.n_items).size,
+    rows_per_step, items_per_row = rows / steps, items / max(rows, 1)
+    own_items = ranks.partition_of_items(stream.n_items).size
+    rows_per_rank = rows_per_step / ranks.world_size
+    return Measured(
+        rank=ranks.rank,
+        threads=torch.get_num_threads(),
+        steps=steps,
+        step_seconds=median(step_seconds),
+        users_per_second=users / total,
+        rows_per_step=rows_per_step,
+        items_per_row=items_per_row,
+        n_items=stream.n_items,
+        parts={label: clock.seconds.get(label, 0.0) / steps for label in LABELS},
+        bytes_moved=moved,
+        peak_memory=peak_memory,
+        peak_device_memory=device_memory,
+        rates={"flops": rates.flops, "copy": rates.copy, "gather": rates.gather},
+        floor=step_floor(config, stream.n_items, own_items, rows_per_rank, items_per_row, rates),
     )
-    result["rates"] = asdict(rates)
-    result["floor"] = step_floor(config, stream.n_items, own, share, result["items_per_row"], rates)
-    return result
