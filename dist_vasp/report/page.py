@@ -6,6 +6,7 @@ own policy forbids scripts and every address.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
@@ -77,6 +78,7 @@ def page(runs: Sequence[Run], lists: Sequence[Lists], date: str) -> str:
     return html.encode("ascii", "xmlcharrefreplace").decode()
 
 
+@functools.cache
 def _environment() -> jinja2.Environment:
     """Return the templates; control characters of a value are written as escape sequences."""
     environment = jinja2.Environment(
@@ -85,6 +87,7 @@ def _environment() -> jinja2.Environment:
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        keep_trailing_newline=True,
         finalize=lambda value: printable(value) if type(value) is str else value,
     )
     assert environment.loader is not None
