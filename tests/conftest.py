@@ -15,6 +15,8 @@ from tests.support.invoke import Commands
 from tests.support.paths import ROOT
 from tests.support.wrong_inputs import prepare
 
+LEFT: list[str] = []  # processes and threads that outlived the tests
+
 
 def pytest_addoption(parser):
     parser.addoption(
@@ -101,20 +103,30 @@ def pytest_terminal_summary(terminalreporter, config):
         Path(config.getoption("--rounding")).write_text(lines)
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    """Collect what a worker of pytest-xdist has found; a worker that died has nothing to say."""
+    output = getattr(node, "workeroutput", {})
+    RATIOS.extend((ratio, what) for ratio, what in output.get("ratios", ()))
+    LEFT.extend(output.get("left", ()))
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session):
-    """Nothing that a test started is still at work, or the interpreter would wait for it at its
-    end, perhaps for ever."""
-    left = [str(process) for process in multiprocessing.active_children()]
-    threads = [
-        t for t in threading.enumerate() if not t.daemon and t is not threading.main_thread()
-    ]
-    left += [
-        str(t) for t in threads if not t.name.startswith("ThreadPoolExecutor")
-    ]  # the compiler's: told to end at the exit
-    if left:
+    """Fail where a test has left a process or a thread that the interpreter would wait for."""
+    LEFT.extend(str(process) for process in multiprocessing.active_children())
+    LEFT.extend(
+        str(thread)
+        for thread in threading.enumerate()
+        if not thread.daemon
+        and thread is not threading.main_thread()
+        and not thread.name.startswith("ThreadPoolExecutor")  # the compiler's, ended at the exit
+    )
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput.update(left=LEFT, ratios=RATIOS)
+    elif LEFT:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
-        print(f"\nleft running by the tests: {'; '.join(left)}")
+        print(f"\nleft running by the tests: {'; '.join(LEFT)}")
 
 
 def pytest_unconfigure(config):
