@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from dist_vasp.parallel.local_ranks import LocalRanks
+from tests.support.invoke import run_words
 from tests.support.jobs import environment
 from tests.support.make_shards import write_folder
 from tests.support.paths import ROOT
@@ -73,8 +74,9 @@ def test_every_command_is_a_subcommand():
     ],
 )
 def test_a_wrong_command_line_is_one_line_and_status_2(line, message):
-    status, out, err = finish(*line.split())
-    assert (status, out) == (2, "")
+    done = run_words(["python", "-m", "dist_vasp", *line.split()], ROOT)
+    err = done.stderr
+    assert (done.returncode, done.stdout) == (2, "")
     assert err.startswith("error: ") and err.count("\n") == 1 and message in err
 
 
@@ -86,7 +88,9 @@ def test_train_starts_its_ranks_and_only_rank_0_prints(shards, tmp_path):
     assert "[INFO]" not in out
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_a_signal_reaches_the_ranks_which_save(shards, tmp_path, number):
     run = tmp_path / "run"
     process = start(*train(shards, run, FOREVER))

@@ -135,8 +135,9 @@ def _run(words: list[str], ranks: int) -> int:
         return _python(words[0])
     elif words[1] == "-m":
         sys.argv = words[2:]
-        sys.modules.pop(words[2], None)  # or runpy warns that it is imported already
-        runpy.run_module(words[2], run_name="__main__", alter_sys=True)
+        name = "dist_vasp.__main__" if words[2] == "dist_vasp" else words[2]
+        sys.modules.pop(name, None)  # or runpy warns that it is imported already
+        runpy.run_module(name, run_name="__main__", alter_sys=True)
     else:
         sys.argv = words[1:]
         runpy.run_path(words[1], run_name="__main__")
