@@ -147,7 +147,8 @@ def main() -> None:
             if number:
                 seconds.append(taken)
             print(
-                f"step {number}: {name} {taken:.3f} s, loss {loss:.4f}, peak {peak[name] / 1e9:.2f} GB",
+                f"step {number}: {name} {taken:.3f} s, loss {loss:.4f}, peak "
+                f"{peak[name] / 1e9:.2f} GB",
                 flush=True,
             )
     for pipe, _, process in sides.values():
@@ -157,10 +158,12 @@ def main() -> None:
     ours, dense = (median(sides[name][1]) for name in ("ours", "dense"))
     ratios = [d / o for o, d in zip(sides["ours"][1], sides["dense"][1], strict=True)]
     print(
-        f"median step: ours {ours:.3f} s ({users / ours:.0f} users/s), dense {dense:.3f} s ({users / dense:.0f} users/s)"
+        f"median step: ours {ours:.3f} s ({users / ours:.0f} users/s), dense "
+        f"{dense:.3f} s ({users / dense:.0f} users/s)"
     )
     print(
-        f"ratio, step by step: median {median(ratios):.2f}; peak memory {peak['ours'] / peak['dense']:.0%} of the dense one's"
+        f"ratio, step by step: median {median(ratios):.2f}; peak memory "
+        f"{peak['ours'] / peak['dense']:.0%} of the dense one's"
     )
 
 

@@ -135,7 +135,8 @@ def main() -> None:
             median(m[name] for m in measured) for name in ("seconds", "peak", "grew")
         )
         print(
-            f"{side}: {seconds:.2f} s, peak of the process {peak:.3f} GB, {grew:.3f} GB of it for the inverse",
+            f"{side}: {seconds:.2f} s, peak of the process {peak:.3f} GB, "
+            f"{grew:.3f} GB of it for the inverse",
             flush=True,
         )
     ratio = median(
@@ -144,7 +145,8 @@ def main() -> None:
     ours, numpys = (np.array(found[side][0]["entries"]) for side in ("ours", "numpy"))
     error = np.linalg.norm(ours - numpys) / np.linalg.norm(numpys)
     print(
-        f"numpy takes {ratio:.2f} times as long; {ours.size} entries of P differ by {error:.1e} in their norm"
+        f"numpy takes {ratio:.2f} times as long; {ours.size} entries of P differ "
+        f"by {error:.1e} in their norm"
     )
 
 

@@ -34,11 +34,13 @@ def main() -> None:
         assert users == stream.n_users, (users, stream.n_users)
         rates.append(users / seconds)
         print(
-            f"epoch {epoch}: {users:,} users, {items:,} input items, {seconds:.2f} s, {users / seconds:,.0f} users/s",
+            f"epoch {epoch}: {users:,} users, {items:,} input items, "
+            f"{seconds:.2f} s, {users / seconds:,.0f} users/s",
             flush=True,
         )
     print(
-        f"{arguments.workers} workers, batches of {arguments.batch_size}: median {median(rates):,.0f} users/s"
+        f"{arguments.workers} workers, batches of {arguments.batch_size}: median "
+        f"{median(rates):,.0f} users/s"
     )
 
 

@@ -32,7 +32,8 @@ def _log_sigmoid(a: np.ndarray) -> np.ndarray:
 def numpy_lists(
     loaded: LoadedModel, weights: dict[str, np.ndarray], block: EvalBlock, k: int
 ) -> np.ndarray:
-    """(U, k) item rows: dense x, dense matrix products, every score held, argpartition then sort."""
+    """(U, k) item rows: dense x, dense matrix products, every score held, argpartition then
+    sort."""
     x = np.zeros((block.fold_in.n_rows, len(loaded.items.keys)), np.float32)
     rows = np.repeat(np.arange(block.fold_in.n_rows), block.fold_in.lengths)
     x[rows, block.fold_in.items] = 1
@@ -139,10 +140,12 @@ def main() -> None:
     rate = {side: n[side] / median(measured.seconds) for side, measured in sides.items()}
     for side, measured in sides.items():
         print(
-            f"{side}: {n[side]} users in {median(measured.seconds):.2f} s, {rate[side]:.0f} users/s, grew {measured.grew / 1e9:.3f} GB"
+            f"{side}: {n[side]} users in {median(measured.seconds):.2f} s, "
+            f"{rate[side]:.0f} users/s, grew {measured.grew / 1e9:.3f} GB"
         )
     print(
-        f"ratio of users/s {rate['ours'] / rate['numpy']:.1f}; of memory {sides['ours'].grew / sides['numpy'].grew:.3f}"
+        f"ratio of users/s {rate['ours'] / rate['numpy']:.1f}; of memory "
+        f"{sides['ours'].grew / sides['numpy'].grew:.3f}"
     )
 
 

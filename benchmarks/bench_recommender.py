@@ -1,5 +1,5 @@
-"""Lists from an exported model on one process: python -m benchmarks.bench_recommender FOLDER [--run RUN
---histories FILE.parquet]
+"""Lists from an exported model on one process: python -m benchmarks.bench_recommender FOLDER [--run
+RUN --histories FILE.parquet]
 
 With `--run` the model is that run's, exported into FOLDER/model, and the histories are the file's.
 Without, it is one of Gowalla's shape with random weights.
@@ -113,7 +113,8 @@ def of_a_run(arguments: argparse.Namespace) -> None:
     arguments.folder.mkdir(parents=True, exist_ok=True)
     n_users = pc.count_distinct(table["user"]).as_py()
     print(
-        f"{torch.get_num_threads()} threads, {n_users:,} users, {len(table):,} interactions; at rest {resident()}"
+        f"{torch.get_num_threads()} threads, {n_users:,} users, {len(table):,} "
+        f"interactions; at rest {resident()}"
     )
     try:
         timed("export the run", lambda: Recommender.load(arguments.run, verify=False).export(model))

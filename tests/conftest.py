@@ -96,7 +96,8 @@ def pytest_terminal_summary(terminalreporter, config):
     if RATIOS:
         ratio, what = max(RATIOS)
         terminalreporter.write_line(
-            f"rounding: {len(RATIOS)} comparisons, the largest error is {ratio:.2f} of its bound ({what})"
+            f"rounding: {len(RATIOS)} comparisons, the largest error is "
+            f"{ratio:.2f} of its bound ({what})"
         )
     if config.getoption("--rounding"):
         lines = "".join(f"{ratio:.6f} {what}\n" for ratio, what in sorted(RATIOS, reverse=True))

@@ -130,7 +130,7 @@ def lines_of(run_dir: Path) -> list[dict]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
-# --- what a run leaves -----------------------------------------------------------------------------------------------
+# --- what a run leaves ----------------------------------------------------------------------------
 
 
 def test_files_of_a_run(run, shards):
@@ -360,7 +360,8 @@ def test_a_run_that_is_done_only_says_so_again(run, shards, tmp_path, call):
     assert lines_of(done) == lines_of(run)
     with pytest.raises(
         ValueError,
-        match=r"is at step 9, beyond the 5 steps asked for; lengthen optimizer\.schedule or run\.max_steps",
+        match=r"is at step 9, beyond the 5 steps asked for; lengthen "
+        r"optimizer\.schedule or run\.max_steps",
     ):
         call(main, *training(shards, done, "--run.max_steps", "5"))
 
@@ -375,7 +376,7 @@ def test_dry_run_writes_nothing(run, shards, tmp_path, call, capsys):
     assert "would resume from step-00000009" in capsys.readouterr().out
 
 
-# --- mistakes that end the process -----------------------------------------------------------------------------------
+# --- mistakes that end the process ----------------------------------------------------------------
 
 
 def test_train_exits_with_2_and_one_line(shards, copied, tmp_path):
@@ -427,7 +428,7 @@ def test_debug_shows_the_traceback(tmp_path):
     assert "Traceback" in done.stderr and "error: data.shards is not set" in done.stderr
 
 
-# --- mistakes, in this process: nothing but the message differs from those above ------------------------------------------
+# --- mistakes, in this process: nothing but the message differs from those above ------------------
 
 
 def refused(call, message: str, *arguments) -> str:

@@ -1,9 +1,10 @@
 """README and docs/: links lead somewhere, pages made from the code are whole, and documented
 commands run.
 
-Every block of commands is run here, on a small catalogue and with smaller models under the documented names, unless a comment before it
-says why not:  <!-- needs: WHAT -->  for a cluster, real data, time; <!-- run by: FILE -->  where another test or .ci/run does;
-<!-- all commands below need: WHAT -->  for the rest of a page. `deepspeed` is one rank here.
+Every block of commands is run here, on a small catalogue and with smaller models under the
+documented names, unless a comment before it says why not:  <!-- needs: WHAT -->  for a cluster,
+real data, time; <!-- run by: FILE -->  where another test or .ci/run does; <!-- all commands below
+need: WHAT -->  for the rest of a page. `deepspeed` is one rank here.
 """
 
 from __future__ import annotations
@@ -101,8 +102,10 @@ def prepared(tmp_path_factory) -> Path:
         path.write_text(yaml.safe_dump(small))
     commands = Commands(folder)
     commands.succeed(
-        "python -m data_tools.synthesize demo/interactions.parquet --users 300 --items 400 --interactions 20000",
-        "python -m data_tools.shard demo/interactions.parquet demo/shards --val_users 20 --test_users 40",
+        "python -m data_tools.synthesize demo/interactions.parquet --users 300 "
+        "--items 400 --interactions 20000",
+        "python -m data_tools.shard demo/interactions.parquet demo/shards "
+        "--val_users 20 --test_users 40",
         "python launch/train.py --config configs/demo.yaml",
         "python launch/export.py --run demo/run --output model",
     )

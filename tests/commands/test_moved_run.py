@@ -40,7 +40,8 @@ def test_data_that_moved_with_the_run_is_found_and_said(moved):
     other = {**hashed, "data_sha256": "of other data"}
     with pytest.raises(
         ValueError,
-        match=r"project/shards, a path relative to the folder where training was started: .*--shards DIR",
+        match=r"project/shards, a path relative to the folder where training was "
+        r"started: .*--shards DIR",
     ):
         shards_of(loaded(moved, "project/shards", **other))
 
@@ -62,7 +63,8 @@ def test_data_that_is_where_it_was(moved, monkeypatch):
 def test_data_that_is_gone(moved):
     with pytest.raises(
         ValueError,
-        match=r"was trained on the shards in /nowhere: it holds no manifest\.json here; pass --shards",
+        match=r"was trained on the shards in /nowhere: it holds no manifest\.json here; "
+        r"pass --shards",
     ):
         shards_of(loaded(moved, "/nowhere"))
     with pytest.raises(

@@ -14,7 +14,8 @@ def run_pytest(*arguments: str) -> str:
 
 
 def test_the_folder_of_real_data(tmp_path):
-    """Without a test named: the markers come from pyproject.toml, so pytest has found the project."""
+    """Without a test named: the markers come from pyproject.toml, so pytest has found the
+    project."""
     assert "`pytest --data=DIR`" in (ROOT / "CONTRIBUTING.md").read_text()
     assert "@pytest.mark.data" in run_pytest(f"--data={tmp_path}", "--markers")
 

@@ -18,7 +18,10 @@ TRAIN = (
 
 
 def train(run: str, epochs: int, rate: str = "0.003", more: str = "") -> str:
-    return f"python launch/train.py {TRAIN} --run.dir {run} --optimizer.schedule '[{{epochs: {epochs}, lr: {rate}}}]' {more}"
+    return (
+        f"python launch/train.py {TRAIN} --run.dir {run} --optimizer.schedule "
+        f"'[{{epochs: {epochs}, lr: {rate}}}]' {more}"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +35,8 @@ def folder(prepared, tmp_path_factory) -> Path:
 def commands(prepared, folder):
     commands = Commands(folder)
     commands.succeed(
-        f"python -m data_tools.shard {prepared}/interactions.parquet others --val_users 10 --test_users 20 --seed 5",
+        f"python -m data_tools.shard {prepared}/interactions.parquet others "
+        f"--val_users 10 --test_users 20 --seed 5",
     )
     return commands
 
@@ -76,7 +80,10 @@ def test_a_finished_run_that_is_extended_and_killed_has_no_result(commands, fold
     check_result(commands, folder, "extended")
     commands.succeed(train("extended", 1))  # nothing to do: evaluated again
     check_result(commands, folder, "extended")
-    kill = "import os; from dist_vasp.training.run_dir import RunDir; RunDir.record = lambda *_: os._exit(9)"
+    kill = (
+        "import os; from dist_vasp.training.run_dir import RunDir; RunDir.record = "
+        "lambda *_: os._exit(9)"
+    )
     words = train("extended", 3).split(maxsplit=2)[2]
     done = commands.run(
         f"{kill}; import shlex; from launch.train import main; main(shlex.split({words!r}))"
@@ -89,7 +96,10 @@ def test_a_finished_run_that_is_extended_and_killed_has_no_result(commands, fold
 
 def test_another_rate_after_a_kill_gets_its_own_best(commands, folder):
     """Killed when the best checkpoint of the first epoch is whole, and no step checkpoint is."""
-    kill = "import os; from dist_vasp.training.state import Saver; Saver.save = lambda self, state: (self.finish(), os._exit(9))"
+    kill = (
+        "import os; from dist_vasp.training.state import Saver; Saver.save = lambda "
+        "self, state: (self.finish(), os._exit(9))"
+    )
     words = train("stale", 2, "0.02").split(maxsplit=2)[2]
     done = commands.run(
         f"{kill}; import shlex; from launch.train import main; main(shlex.split({words!r}))"
@@ -108,9 +118,16 @@ def test_shards_that_are_replaced_meanwhile(commands, folder, what):
     shutil.copytree(folder / "shards", folder / "kept", dirs_exist_ok=True)
     swap = "import shutil; from dist_vasp.training import train as t; check = t.check_same_shards; "
     if what == "folder":
-        swap += "t.check_same_shards = lambda *a: (shutil.copytree('others', 'shards', dirs_exist_ok=True), check(*a))"
+        swap += (
+            "t.check_same_shards = lambda *a: (shutil.copytree('others', 'shards', "
+            "dirs_exist_ok=True), check(*a))"
+        )
     else:
-        swap += "t.check_same_shards = lambda *a: (shutil.copy('others/validation-000000.tar', 'shards/validation-000000.tar'), check(*a))"
+        swap += (
+            "t.check_same_shards = lambda *a: "
+            "(shutil.copy('others/validation-000000.tar', "
+            "'shards/validation-000000.tar'), check(*a))"
+        )
     words = train(run, 1).split(maxsplit=2)[2]
     try:
         done = commands.run(

@@ -1,7 +1,8 @@
 """Every fault of docs/faults.md, made for real: how the run ends, what it says, and that a resume
 ends as if nothing had happened.
 
-`pytest tests/faults/test_faults.py -s` prints for each what was seen; the table in docs/faults.md is written from that.
+`pytest tests/faults/test_faults.py -s` prints for each what was seen; the table in docs/faults.md
+is written from that.
 """
 
 from __future__ import annotations
@@ -135,7 +136,7 @@ def resumes(arguments: list[str], run: RunFolder, whole: RunFolder, log: Path) -
     assert_same_run(run, whole)
 
 
-# --- asked to stop ---------------------------------------------------------------------------------------------------
+# --- asked to stop --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -256,12 +257,15 @@ def test_a_stop_during_start_up_is_kept_in_mind(shards, tmp_path):
     assert run.saved_step() == run.step() >= 1, "the stop is seen after a step"
 
 
-# --- gone without a word ---------------------------------------------------------------------------------------------
+# --- gone without a word --------------------------------------------------------------------------
 
 
 def named(rank: int) -> str:
     """The one message about a killed rank."""
-    return f"error: rank {rank} on {socket.gethostname()} was killed, or its machine is gone; start the same command again"
+    return (
+        f"error: rank {rank} on {socket.gethostname()} was killed, or its machine is "
+        f"gone; start the same command again"
+    )
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -296,7 +300,10 @@ def test_a_rank_that_dies_during_start_up_ends_the_run(shards, tmp_path, rank, a
 
 
 def test_a_rank_that_never_comes_is_not_waited_for_in_silence(tmp_path):
-    code = "from dist_vasp.parallel import start\nfrom dist_vasp.commands.ending import run\nstart._ALL_STARTED_S = 2.0\n"
+    code = (
+        "from dist_vasp.parallel import start\nfrom dist_vasp.commands.ending import "
+        "run\nstart._ALL_STARTED_S = 2.0\n"
+    )
     code += "run(lambda _: start.init_ranks(device='cpu') and None)"
     env = environment(
         RANK="0",
@@ -338,7 +345,10 @@ def test_a_rank_that_fails_is_named_with_its_error():
     """A bug on one rank: its traceback, then one line; it ends at once, whatever else still runs in
     it."""
     code = "import threading, time\nfrom dist_vasp.commands.ending import run\n"
-    code += "def main(_):\n    threading.Thread(target=time.sleep, args=(600,)).start()\n    [][3]\nrun(main)"
+    code += (
+        "def main(_):\n    threading.Thread(target=time.sleep, "
+        "args=(600,)).start()\n    [][3]\nrun(main)"
+    )
     env = environment(
         RANK="1", WORLD_SIZE="2", LOCAL_RANK="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="29677"
     )
@@ -357,7 +367,7 @@ def test_a_rank_that_fails_is_named_with_its_error():
     )
 
 
-# --- the disk --------------------------------------------------------------------------------------------------------
+# --- the disk -------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -385,7 +395,8 @@ def test_a_full_disk_leaves_the_last_checkpoint_good(shards, whole, tmp_path, sm
         said = errors(job)
         assert len(said) == 1, said
         assert re.search(
-            r"(GB free but the checkpoint needs|could not be written).*earlier checkpoints are good",
+            r"(GB free but the checkpoint needs|could not be written).*earlier "
+            r"checkpoints are good",
             said[0],
         )
     assert not run.saving(), "the half-written checkpoint is gone"
@@ -403,7 +414,8 @@ def test_a_write_that_fails_half_way_leaves_the_last_checkpoint_good(shards, who
         assert ends(job, "a write fails half-way on rank 1", 60) == [2]
         assert len(errors(job)) == 1
         assert re.search(
-            r"checkpoint .* could not be written \(.*File too large.*\); .*earlier checkpoints are good",
+            r"checkpoint .* could not be written \(.*File too large.*\); "
+            r".*earlier checkpoints are good",
             errors(job)[0],
         )
     assert not run.saving()
@@ -415,14 +427,15 @@ def test_a_metrics_file_that_cannot_be_written_says_so(tmp_path):
     run._metrics = open("/dev/full", "w")  # noqa: SIM115
     with pytest.raises(
         ValueError,
-        match=r"metrics\.jsonl could not be written \(No space left on device\).* checkpoints are good",
+        match=r"metrics\.jsonl could not be written \(No space left on device\).* "
+        r"checkpoints are good",
     ):
         run.record({"step": 1}, "train")
     with contextlib.suppress(OSError):
         run._metrics.close()
 
 
-# --- numbers ---------------------------------------------------------------------------------------------------------
+# --- numbers --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("cadence", [4, 1])
@@ -439,7 +452,10 @@ def test_a_loss_that_is_no_number_names_step_users_and_checkpoint(shards, whole,
     with Job(*arguments, log=tmp_path / "log") as job:
         assert ends(job, "a loss that is no number") == [1]
         said = errors(job)
-        pattern = r"error: step (\d+): loss (\S+), gradient norm (\S+); the batch holds (\d+) users with keys .*"
+        pattern = (
+            r"error: step (\d+): loss (\S+), gradient norm (\S+); the batch holds "
+            r"(\d+) users with keys .*"
+        )
         pattern += r"\(all in (.*diverged-step-\d+\.json)\); the last good checkpoint is (\S+);"
         named = re.match(pattern, said[0])
         assert len(said) == 1 and named, said
@@ -460,7 +476,7 @@ def test_a_loss_that_is_no_number_names_step_users_and_checkpoint(shards, whole,
     resumes(training(shards, run.path), run, whole, tmp_path / "again")
 
 
-# --- damaged files ---------------------------------------------------------------------------------------------------
+# --- damaged files --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -510,7 +526,7 @@ def test_a_shard_that_changes_under_a_run_is_noticed(shards, whole, tmp_path):
     resumes(training(copy, run.path), run, whole, tmp_path / "again")
 
 
-# --- two runs, one folder --------------------------------------------------------------------------------------------
+# --- two runs, one folder -------------------------------------------------------------------------
 
 
 def test_a_second_run_into_one_folder_is_refused(shards, whole, tmp_path):
@@ -528,7 +544,7 @@ def test_a_second_run_into_one_folder_is_refused(shards, whole, tmp_path):
     assert_begins_as(run, whole)
 
 
-# --- growth ----------------------------------------------------------------------------------------------------------
+# --- growth ---------------------------------------------------------------------------------------
 
 
 def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:

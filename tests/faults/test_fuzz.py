@@ -152,7 +152,8 @@ def figures(cases: list[dict]) -> str:
         counts = Counter(outcome for v, outcome in worst if v == vouched)
         told = ", ".join(f"{counts[o]} {o}" for o in order)
         lines.append(
-            f"checksum {'made right' if vouched else 'left alone'}: {sum(counts.values())} files: {told}"
+            f"checksum {'made right' if vouched else 'left alone'}: "
+            f"{sum(counts.values())} files: {told}"
         )
     return "\n".join(lines)
 

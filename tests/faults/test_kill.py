@@ -7,8 +7,8 @@ evaluates what was delivered: the metrics of result.json are those of the weight
 last digit. Copies of the run are resumed with another schedule, and with one that diverges.
 
 Every tenth round and the run left alone are processes of their own; the others are forks of one
-that has loaded the libraries (forks.py). `pytest tests/faults/test_kill.py --kills 100 -s` makes 100
-rounds and prints a line for each.
+that has loaded the libraries (forks.py). `pytest tests/faults/test_kill.py --kills 100 -s` makes
+100 rounds and prints a line for each.
 """
 
 from __future__ import annotations
@@ -128,7 +128,8 @@ def check_delivered(run: RunFolder, commands: Commands, scratch: Path) -> None:
     assert result["checkpoint"] == (run.checkpoints / "best").resolve().name
     for split in ("validation", "test"):
         commands.succeed(
-            f"python launch/evaluate.py --device cpu --run {run.path} --split {split} --json {scratch}"
+            f"python launch/evaluate.py --device cpu --run {run.path} --split "
+            f"{split} --json {scratch}"
         )
         assert json.loads(scratch.read_text()) == {split: result[split]}
         scratch.unlink()
@@ -277,7 +278,8 @@ def test_signals_leave_no_trace(shards, commands, forks, tmp_path, pytestconfig)
             assert job.end(600) == [0], job.output
         check_delivered(disturbed, commands, scratch)
         print(
-            f"round {turn + 1}: {what.number.name} to {what.target} ({what.aim}), {steps} steps{', saving' * saving}"
+            f"round {turn + 1}: {what.number.name} to {what.target} ({what.aim}), "
+            f"{steps} steps{', saving' * saving}"
             f"{', evaluating' * evaluating}; status {statuses} after {gone:.1f} s; metrics equal",
             flush=True,
         )
@@ -306,7 +308,8 @@ def copy_of(run: RunFolder, path: Path) -> RunFolder:
 def check_another_schedule(
     run: RunFolder, shards: Path, commands: Commands, forks: Forks, path: Path, last: int
 ) -> None:
-    """Bests of the attempt that was stopped are not taken for those of the attempt that follows it."""
+    """Bests of the attempt that was stopped are not taken for those of the attempt that follows
+    it."""
     if not run.saved_step():
         return
     side = copy_of(run, path)

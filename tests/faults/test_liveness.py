@@ -101,7 +101,8 @@ def test_a_killed_rank_is_named_once_on_each_host(hosts, dead, speakers):
     assert {rank for rank, text in enumerate(said) if text} == speakers
     for rank in speakers:
         assert re.fullmatch(
-            f"error: rank {dead} on host-{hosts[dead]} was killed, or .*; start the same command again\n",
+            f"error: rank {dead} on host-{hosts[dead]} was killed, or .*; start "
+            f"the same command again\n",
             said[rank],
         )
 
@@ -112,7 +113,10 @@ def test_a_rank_that_has_said_its_error_is_named_on_other_hosts_only(failing):
         world.go(failing)
         statuses, said = world.end()
     assert statuses == [0 if rank == failing else 1 for rank in range(3)]
-    expected = f"error: rank {failing} on host-a failed: IndexError: list index out of range; start the same command again\n"
+    expected = (
+        f"error: rank {failing} on host-a failed: IndexError: list index out of "
+        f"range; start the same command again\n"
+    )
     assert said == ["", "", expected]
 
 

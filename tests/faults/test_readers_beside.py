@@ -1,7 +1,8 @@
 """Readers beside a training that saves a best checkpoint with every step: none is wrong, none
 fails.
 
-`pytest tests/faults/test_readers_beside.py --loads 200 -m slow -s` reads more often, through the commands too.
+`pytest tests/faults/test_readers_beside.py --loads 200 -m slow -s` reads more often, through the
+commands too.
 """
 
 from __future__ import annotations
@@ -39,8 +40,10 @@ def shards(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("beside")
     commands = Commands(folder)
     commands.succeed(
-        "python -m data_tools.synthesize data.parquet --users 80 --items 40 --interactions 1500 --seed 1",
-        "python -m data_tools.shard data.parquet shards --val_users 10 --test_users 10 --users_per_shard 64",
+        "python -m data_tools.synthesize data.parquet --users 80 --items 40 "
+        "--interactions 1500 --seed 1",
+        "python -m data_tools.shard data.parquet shards --val_users 10 "
+        "--test_users 10 --users_per_shard 64",
     )
     return folder / "shards"
 
@@ -156,7 +159,8 @@ def test_commands_beside_a_training(shards, tmp_path, pytestconfig):
             kinds[kind] += 1
             if kind == "evaluate":
                 done = commands.run(
-                    "python launch/evaluate.py --run run --split validation --json e.json --device cpu"
+                    "python launch/evaluate.py --run run --split validation "
+                    "--json e.json --device cpu"
                 )
                 if done.status == 0:
                     at = int(done.out.split("best-")[1].split()[0])
@@ -167,7 +171,10 @@ def test_commands_beside_a_training(shards, tmp_path, pytestconfig):
                         )
                 (tmp_path / "e.json").unlink(missing_ok=True)
             elif kind == "recommend":
-                line = "python launch/recommend.py --run run --histories histories.csv --output lists.csv --k 3 --device cpu"
+                line = (
+                    "python launch/recommend.py --run run --histories histories.csv "
+                    "--output lists.csv --k 3 --device cpu"
+                )
                 done = commands.run(line + " --overwrite")
                 if done.status == 0:
                     rows = list(csv.DictReader((tmp_path / "lists.csv").read_text().splitlines()))
@@ -182,6 +189,7 @@ def test_commands_beside_a_training(shards, tmp_path, pytestconfig):
         evaluations = {at: 0 for at in training.validation() if at > first}
         seconds = time.monotonic() - start
     print(
-        f"{kinds}: {len(wrong)} wrong or failing; {len(evaluations)} best checkpoints meanwhile, {len(evaluations) / seconds:.1f} a second"
+        f"{kinds}: {len(wrong)} wrong or failing; {len(evaluations)} best "
+        f"checkpoints meanwhile, {len(evaluations) / seconds:.1f} a second"
     )
     assert not wrong, "\n".join(wrong)

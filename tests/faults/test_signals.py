@@ -101,7 +101,11 @@ def test_nohup_is_respected(tmp_path):
 
 def test_whoever_takes_a_signal_over_has_it_alone(tmp_path):
     """Neither an exception nor an end after the patience."""
-    own = "def own():\n    here()\n    signal.signal(signal.SIGTERM, lambda *_: print('own', flush=True))\n    time.sleep(0.5)\n    os.kill(os.getpid(), signal.SIGTERM)\n"
+    own = (
+        "def own():\n    here()\n    signal.signal(signal.SIGTERM, lambda *_: "
+        "print('own', flush=True))\n    time.sleep(0.5)\n    os.kill(os.getpid(), "
+        "signal.SIGTERM)\n"
+    )
     process = start(
         COMMAND.replace("def idle", own + "    time.sleep(0.5)\ndef idle"),
         "own",
@@ -132,8 +136,14 @@ def test_a_training_is_asked_to_stop(number):
 @pytest.mark.parametrize("front_end", [True, False])
 def test_a_training_without_its_front_end_is_asked_to_stop(tmp_path, front_end):
     """`deepspeed` starts the launcher, the launcher the rank. SIGTERM ends `deepspeed` alone."""
-    rank = "import time\nfrom dist_vasp.training.stop import StopRequest\nstop = StopRequest()\nprint('here', flush=True)\n"
-    rank += "deadline = time.monotonic() + 3\nwhile not stop.requested and time.monotonic() < deadline: time.sleep(0.05)\n"
+    rank = (
+        "import time\nfrom dist_vasp.training.stop import StopRequest\nstop = "
+        "StopRequest()\nprint('here', flush=True)\n"
+    )
+    rank += (
+        "deadline = time.monotonic() + 3\nwhile not stop.requested and "
+        "time.monotonic() < deadline: time.sleep(0.05)\n"
+    )
     rank += "print(stop.requested, flush=True)"
     launcher = f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {rank!r}])"
     script = tmp_path / ("deepspeed" if front_end else "start_and_leave")

@@ -1,8 +1,8 @@
 """Commands that write a file: full and read-only disks, outputs that are not its own, two at once,
 signals.
 
-The cases are those of tests/support/writers.py. WRITERS=all runs every writer, else those that show each
-kind of output.
+The cases are those of tests/support/writers.py. WRITERS=all runs every writer, else those that show
+each kind of output.
 """
 
 from __future__ import annotations

@@ -115,7 +115,8 @@ class Rounded(TorchDispatchMode):
 
 
 def _largest_error(func: Any, name: str, args: Any, kwargs: Any) -> Tensor | None:
-    """The error of an operation that adds terms up, which may be larger than its result; else None."""
+    """The error of an operation that adds terms up, which may be larger than its result; else
+    None."""
     if name in ("mm", "bmm", "addmm", "mv", "dot"):
         first, second = args[-2], args[-1]
         size = gamma(first.shape[-1]) * (first.abs() @ second.abs())

@@ -128,7 +128,7 @@ def flip(file: Path, position: int) -> None:
     file.write_bytes(data)
 
 
-# --- any layout ------------------------------------------------------------------------------------------------------
+# --- any layout -----------------------------------------------------------------------------------
 
 
 def _save_and_read(ranks, mine, others, damaged):
@@ -230,7 +230,7 @@ def test_nothing_is_pickled(saved, monkeypatch):
         assert json.loads(header)
 
 
-# --- damage ----------------------------------------------------------------------------------------------------------
+# --- damage ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["trunk.safetensors", "items-00000-of-00001.safetensors"])
@@ -354,7 +354,7 @@ def test_a_strange_name_is_refused(saved):
         read(saved, alone())
 
 
-# --- whole or not at all ---------------------------------------------------------------------------------------------
+# --- whole or not at all --------------------------------------------------------------------------
 
 
 def test_a_disk_that_is_too_small(saved, monkeypatch):
@@ -494,7 +494,7 @@ def test_a_folder_that_cannot_be_made(tmp_path):
         save(tmp_path / "checkpoints" / "step-00000001", alone())
 
 
-# --- which one -------------------------------------------------------------------------------------------------------
+# --- which one ------------------------------------------------------------------------------------
 
 
 def test_prune_keeps_the_newest_and_the_best(tmp_path):
@@ -551,12 +551,13 @@ def test_find(tmp_path):
     assert folders.find(tmp_path, "step-00000001").name == "step-00000001"
     with pytest.raises(
         ValueError,
-        match=r"step-00000009 is not a checkpoint; .* holds best, best-00000001, step-00000001, step-00000002",
+        match=r"step-00000009 is not a checkpoint; .* holds best, best-00000001, "
+        r"step-00000001, step-00000002",
     ):
         folders.find(tmp_path, "step-00000009")
 
 
-# --- the trainer -----------------------------------------------------------------------------------------------------
+# --- the trainer ----------------------------------------------------------------------------------
 
 N_ROWS = 12
 CASES = [
@@ -710,7 +711,8 @@ def test_a_link_never_leads_to_another_run(tmp_path, target):
     for name in (None, "best"):
         with pytest.raises(
             ValueError,
-            match=r"run/best is a link to .*other/best-00000001, which is not a checkpoint of this run",
+            match=r"run/best is a link to .*other/best-00000001, which is not a "
+            r"checkpoint of this run",
         ):
             folders.find(folder, name)
     folders.point_best_at(folder / "best-00000001")

@@ -112,7 +112,7 @@ def test_one_rank_is_the_identity():
     assert group.bytes_moved == {}
 
 
-# --- errors ----------------------------------------------------------------------------------------------------------
+# --- errors ---------------------------------------------------------------------------------------
 
 ERRORS: list[list[Exception | None]] = [
     [None, None, None],
@@ -177,7 +177,7 @@ def test_errors_are_raised_by_all_ranks_alike():
     assert bug == bug_within == "KeyError('our own bug')"
 
 
-# --- groups ----------------------------------------------------------------------------------------------------------
+# --- groups ---------------------------------------------------------------------------------------
 
 
 def _groups(ranks):
@@ -218,7 +218,7 @@ def test_groups_of_replicas_alone():
         assert largest == 1
 
 
-# --- where a process stands ------------------------------------------------------------------------------------------
+# --- where a process stands -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -369,7 +369,8 @@ def test_threads_of_a_rank(monkeypatch):
         given_environment(monkeypatch, f"OMP_NUM_THREADS={text}")
         with pytest.raises(
             ValueError,
-            match=f"OMP_NUM_THREADS is '{text}' in the environment, expected a whole number of at least 1",
+            match=f"OMP_NUM_THREADS is '{text}' in the environment, expected a whole "
+            f"number of at least 1",
         ):
             threads_per_rank(1)
 

@@ -72,7 +72,7 @@ def gram(A: SymmetricColumns, rows: list[list[int]]) -> None:
         add_gram(A, to_item_rows(csr(part), len(part), A.n_items, torch.device("cpu")))
 
 
-# --- the matrix ------------------------------------------------------------------------------------------------------
+# --- the matrix -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("n_blocks", range(1, 10))
@@ -202,12 +202,13 @@ def test_a_diagonal_that_is_not_positive_is_an_error():
         column.fill_(torch.nan)
     with pytest.raises(
         AgreedError,
-        match=r"diagonal that is not positive within the item rows 0 to 1.*raise model\.ease_lambda",
+        match=r"diagonal that is not positive within the item rows 0 to 1.*raise "
+        r"model\.ease_lambda",
     ):
         to_weights(A)
 
 
-# --- a run -----------------------------------------------------------------------------------------------------------
+# --- a run ----------------------------------------------------------------------------------------
 
 N_ITEMS = 60
 
@@ -490,7 +491,8 @@ def test_what_cannot_work_is_refused(shards, tmp_path, call):  # noqa: F811
         write_folder(tmp_path / name, tastes(20, 0), pairs, n_items=N_ITEMS)
         with pytest.raises(
             ValueError,
-            match=r"model\.ease_lambda is 0, so it is to be chosen on validation.*set model\.ease_lambda",
+            match=r"model\.ease_lambda is 0, so it is to be chosen on validation.*set "
+            r"model\.ease_lambda",
         ):
             call(main, *arguments(tmp_path / name, run_dir))
     write_folder(tmp_path / "few", tastes(20, 0), n_items=N_ITEMS)
@@ -508,7 +510,7 @@ def test_what_cannot_work_is_refused(shards, tmp_path, call):  # noqa: F811
     assert "raise model.ease_lambda or set model.ease_dtype to fp64" in line
 
 
-# --- memory ----------------------------------------------------------------------------------------------------------
+# --- memory ---------------------------------------------------------------------------------------
 
 I, WIDTH, USERS = 211, 32, 46
 
@@ -528,7 +530,8 @@ def _fit(ranks: Ranks, folder: Path, dtype: str) -> tuple[np.ndarray, dict]:
 
 @pytest.mark.parametrize(("world_size", "replicas"), [(2, 1), (3, 1), (4, 2)])
 def test_no_rank_ever_holds_a_whole_matrix(tmp_path, world_size, replicas):
-    """Nor users x items: besides its own columns a rank makes nothing larger than a block of them."""
+    """Nor users x items: besides its own columns a rank makes nothing larger than a block of
+    them."""
     rows = random_rows(USERS, I, 0)
     write_folder(tmp_path, rows, n_items=I)
     found = run_ranks(_fit, world_size, tmp_path, "fp64", replicas=replicas)
@@ -578,7 +581,7 @@ def test_plan_knows_the_block_and_counts_the_matrix():
     assert config.model.item_parameters(100, 30) == 3000 and config.model.trunk_parameters() == 0
 
 
-# --- real data -------------------------------------------------------------------------------------------------------
+# --- real data ------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

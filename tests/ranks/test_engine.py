@@ -144,7 +144,8 @@ _ORACLES: dict[tuple, tuple[dict[str, torch.Tensor], Bounded]] = {}
 
 
 def _oracle(case: tuple, parameters: dict[str, torch.Tensor]) -> Bounded:
-    """The oracle's answer to a case and its bounds; every layout starts from the same parameters."""
+    """The oracle's answer to a case and its bounds; every layout starts from the same
+    parameters."""
     if case not in _ORACLES:
         _ORACLES[case] = parameters, bounded(lambda: _dense(parameters, case[0], case[2]))
     before, oracle = _ORACLES[case]

@@ -184,11 +184,13 @@ def test_recommend_takes_it(made, tmp_path, capsys):
         ),
         (
             ["run0", "all"],
-            r"all is an ensemble, which evaluate\.py and recommend\.py take; pass the folder of one of its members",
+            r"all is an ensemble, which evaluate\.py and recommend\.py take; pass "
+            r"the folder of one of its members",
         ),
         (
             ["run0", "other"],
-            r"other has a vocabulary with hash .*run0 one with .* must be trained on the same shards",
+            r"other has a vocabulary with hash .*run0 one with .* must be trained "
+            r"on the same shards",
         ),
         (
             ["run0", "--output", "run1"],

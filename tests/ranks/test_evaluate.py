@@ -72,7 +72,7 @@ def histories(folder, split: str) -> tuple[list[list[int]], list[list[int]]]:
     return fold_in, held_out
 
 
-# --- the oracle ------------------------------------------------------------------------------------------------------
+# --- the oracle -----------------------------------------------------------------------------------
 
 
 def full_ranking(scores: np.ndarray, seen: list[list[int]]) -> list[list[int]]:
@@ -123,7 +123,7 @@ def dense_scores(kind: str, loss: str, seen: list[list[int]]) -> np.ndarray:
         return dense_of(model, make_trunk(model.config, 5)).log_p(x, loss).numpy()
 
 
-# --- models on every layout ------------------------------------------------------------------------------------------
+# --- models on every layout -----------------------------------------------------------------------
 
 
 def _evaluate(ranks, folder):
@@ -232,7 +232,7 @@ def test_popularity_is_exact_with_ties_to_the_lower_row(folder, by_layout):
                 assert scores[u, :n].tolist() == items.popularity[listed[:n]].tolist()
 
 
-# --- corners ---------------------------------------------------------------------------------------------------------
+# --- corners --------------------------------------------------------------------------------------
 
 
 def test_no_users_at_all(folder):

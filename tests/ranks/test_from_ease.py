@@ -41,7 +41,7 @@ W = "output.nease.weight"
 OFFSET = -1.5
 
 
-# --- the step --------------------------------------------------------------------------------------------------------
+# --- the step -------------------------------------------------------------------------------------
 
 # (model.nease, optimizer.nease_lr, optimizer.nease_decay, accumulation, clip_norm, kind)
 CASES = [
@@ -173,7 +173,7 @@ def test_steps_equal_dense_oracle(world_size, replicas):
             )
 
 
-# --- the closed form with dropout ------------------------------------------------------------------------------------
+# --- the closed form with dropout -----------------------------------------------------------------
 
 
 def test_the_diagonal_is_scaled():
@@ -194,7 +194,7 @@ def edlae(share: float, value: float) -> np.ndarray:
     return B
 
 
-# --- a run -----------------------------------------------------------------------------------------------------------
+# --- a run ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -396,7 +396,7 @@ def test_impossible_keys_are_named(section, keys, expected):
         from_dict({section: keys})
 
 
-# --- what is done with the model ---------------------------------------------------------------------------------------
+# --- what is done with the model ------------------------------------------------------------------
 
 
 def test_lists_and_explanations_know_the_offset(shards, ease_run, tmp_path, call):  # noqa: F811

@@ -103,7 +103,7 @@ def _whole(states: list) -> dict[str, torch.Tensor]:
     }
 
 
-# --- save on x, resume on y ------------------------------------------------------------------------------------------
+# --- save on x, resume on y -----------------------------------------------------------------------
 
 
 def _train_and_save(ranks: Ranks, configs: list[Config]) -> list[list[float]]:
@@ -168,11 +168,12 @@ def test_every_layout_resumes_from_every_layout(shards, tmp_path):
                     f"{x}: a resume on the same layout must be bitwise"
                 )
     print(
-        f"{len(LAYOUTS) ** 2} pairs x {len(OPTIMIZERS)} optimizers: the largest relative difference of a loss is {worst:.1e}"
+        f"{len(LAYOUTS) ** 2} pairs x {len(OPTIMIZERS)} optimizers: the largest "
+        f"relative difference of a loss is {worst:.1e}"
     )
 
 
-# --- four ranks ------------------------------------------------------------------------------------------------------
+# --- four ranks -----------------------------------------------------------------------------------
 
 
 def _train_on_four(ranks: Ranks, shards: Path, cases: list[tuple[int, int, int]], steps: int):
@@ -219,7 +220,7 @@ def test_layouts_and_accumulation_do_not_change_the_run(shards):
             )
 
 
-# --- bf16 ------------------------------------------------------------------------------------------------------------
+# --- bf16 -----------------------------------------------------------------------------------------
 
 
 def _bf16(ranks: Ranks, shards: Path, root: Path) -> list[list[float]]:
@@ -274,7 +275,8 @@ def test_half_precision_that_cannot_work_is_refused(shards):
     config = _config(shards, shards, stage=0, trunk_dtype="bf16")
     with pytest.raises(
         ValueError,
-        match=r"parallel\.trunk_dtype is 'bf16', expected fp32 with parallel\.zero_stage 0.*bias correction",
+        match=r"parallel\.trunk_dtype is 'bf16', expected fp32 with "
+        r"parallel\.zero_stage 0.*bias correction",
     ):
         check(config)
     for stage in (1, 2, 3):

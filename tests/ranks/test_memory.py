@@ -27,7 +27,7 @@ from dist_vasp.parallel.comm import Ranks
 from tests.support.make_shards import write_folder
 from tests.support.ranks import run_ranks
 
-# --- what is kept between steps ----------------------------------------------------------------------------------------
+# --- what is kept between steps -------------------------------------------------------------------
 
 WORLD = 4
 
@@ -147,7 +147,7 @@ def test_gradients_and_moments_of_a_step(folder):
                 assert 2 * (share - padding) <= found["moments"] <= 2 * (share + padding), found
 
 
-# --- what is ever allocated --------------------------------------------------------------------------------------------
+# --- what is ever allocated -----------------------------------------------------------------------
 
 # I is prime and the smallest whole matrix that may not exist, I x L, is larger than the largest
 # share that may: J x H.
@@ -310,7 +310,8 @@ def test_no_rank_ever_holds_a_whole_catalogue(folder, tmp_path, world_size):
 
 
 def _alive_at_the_end(ranks: Ranks, config: Config) -> list[str]:
-    """The kinds of what a training still holds when its best checkpoint is loaded for the result."""
+    """The kinds of what a training still holds when its best checkpoint is loaded for the
+    result."""
     from dist_vasp.training import train
     from dist_vasp.training.optimizer import InPlaceAdam
 

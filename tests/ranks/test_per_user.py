@@ -50,7 +50,7 @@ def folder(tmp_path_factory):
     return path
 
 
-# --- thirds ----------------------------------------------------------------------------------------------------------
+# --- thirds ---------------------------------------------------------------------------------------
 
 
 def test_thirds_by_hand():
@@ -96,7 +96,7 @@ def test_keep_items(rows, mask):
     ] == [[i for i in sorted(row) if keep[i]] for row in rows]
 
 
-# --- files on every layout -------------------------------------------------------------------------------------------
+# --- files on every layout ------------------------------------------------------------------------
 
 
 def _write(ranks: Ranks, folder, path) -> dict:

@@ -115,7 +115,7 @@ def test_a_folder_that_rank_0_cannot_write(folders):
     assert said[0] == said[1] and "cannot be written" in said[0]
 
 
-# --- metrics.jsonl ---------------------------------------------------------------------------------------------------
+# --- metrics.jsonl --------------------------------------------------------------------------------
 
 STEPS = [b'{"step": %d, "loss": 0.5}' % step for step in range(1, 6)]
 

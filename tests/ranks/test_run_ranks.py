@@ -1,4 +1,5 @@
-"""The ranks of run_ranks: nothing of one call is left for the next, and a failure is told and ended."""
+"""The ranks of run_ranks: nothing of one call is left for the next, and a failure is told and
+ended."""
 
 from __future__ import annotations
 

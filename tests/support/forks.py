@@ -1,9 +1,10 @@
 """Launchers and ranks that are forked from one process, so that a job starts without loading the
 libraries again.
 
-`Forks()` starts that process. `Job(..., forks=...)` asks it for a launcher: a fork that runs DeepSpeed's own per-host
-launcher, whose ranks are forks too. Seen from outside they are what `deepspeed` starts: a process group, a launcher with its
-signal handlers, and under it one process for each rank.
+`Forks()` starts that process. `Job(..., forks=...)` asks it for a launcher: a fork that runs
+DeepSpeed's own per-host launcher, whose ranks are forks too. Seen from outside they are what
+`deepspeed` starts: a process group, a launcher with its signal handlers, and under it one process
+for each rank.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ class Forked:
         return status
 
 
-# --- the process that forks --------------------------------------------------------------------------------------------
+# --- the process that forks -----------------------------------------------------------------------
 
 
 def _serve() -> None:

@@ -2,11 +2,11 @@
 
 tests/fixtures/format1 holds one small run of each kind as the last version that wrote format 1 left
 it: a step and a best checkpoint on 2 partitions, an export, and an ensemble of two exports.
-expected.json beside each run is what `observe` gave in that version. tests/commands/test_format1.py calls
-`observe` again and compares.
+expected.json beside each run is what `observe` gave in that version. tests/commands/test_format1.py
+calls `observe` again and compares.
 
-To write the folder again, check that version out (commit 56770e0) with this file, and run
-`python -m tests.support.format1` in the root of the repository. Later versions write another format.
+To write the folder again, check that version out (commit 56770e0) with this file, and run `python
+-m tests.support.format1` in the root of the repository. Later versions write another format.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def _last_lines(run: str, kind: str) -> dict[str, Any]:
     return found | {name: step[name] for name in ("step", "loss", "kl", "grad_norm")}
 
 
-# --- data ------------------------------------------------------------------------------------------------------------
+# --- data -----------------------------------------------------------------------------------------
 
 
 def _rows(n: int, n_items: int, seed: int) -> list[list[int]]:
@@ -159,7 +159,7 @@ def _write_data() -> None:
     Path("histories.csv").write_text("user,item\n" + "".join(lines))
 
 
-# --- making the fixtures ---------------------------------------------------------------------------------------------
+# --- making the fixtures --------------------------------------------------------------------------
 
 
 def _make(kind: str) -> None:

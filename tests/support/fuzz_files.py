@@ -1,9 +1,9 @@
 """Damaged and malicious shards and checkpoints: each a pure function of its integer seed and of the
 sound folder.
 
-`mutate(seed, folder)` changes one file of `folder`, which holds `shards/` and two runs, `vasp/` and `nease/`. For two of three
-seeds the checksum that guards the file is made right again, where there is one, so that what lies behind it meets the damage: for
-half of all files.
+`mutate(seed, folder)` changes one file of `folder`, which holds `shards/` and two runs, `vasp/` and
+`nease/`. For two of three seeds the checksum that guards the file is made right again, where there
+is one, so that what lies behind it meets the damage: for half of all files.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def gz_bomb(inner: bytes, random: Random) -> bytes:
     return blob + gzip.compress(bytes(1 << 24), 9, mtime=0) * 128
 
 
-# --- any bytes -------------------------------------------------------------------------------------------------------
+# --- any bytes ------------------------------------------------------------------------------------
 
 
 def flip(data: bytes, random: Random) -> bytes:
@@ -129,7 +129,7 @@ def replace_whole(data: bytes, random: Random) -> bytes:
 ANY = [flip, flip, flip_early, truncate, zero_range, insert, repeat_range, replace_whole]
 
 
-# --- tars ------------------------------------------------------------------------------------------------------------
+# --- tars -----------------------------------------------------------------------------------------
 
 
 def untar(data: bytes) -> list[tuple[tarfile.TarInfo, bytes]]:
@@ -189,7 +189,8 @@ def strange_member(data: bytes, random: Random) -> bytes:
 
 
 def huge_member(data: bytes, random: Random) -> bytes:
-    """A header that claims far more than there is: plain, sparse with holes, or an extended header."""
+    """A header that claims far more than there is: plain, sparse with holes, or an extended
+    header."""
     members = untar(data)
     at = int(random.integers(len(members)))
     info, body = members[at]
@@ -227,7 +228,8 @@ def bad_npy(data: bytes, random: Random) -> bytes:
         "{'descr': '<i4', 'fortran_order': False, 'shape': (True,), }",
         "{'descr': '|O', 'fortran_order': False, 'shape': (1,), }",
         "{'descr': '<i4', 'fortran_order': False, 'shape': (), }",
-        f"{{'descr': __import__('os').system('touch {CANARY}'), 'fortran_order': False, 'shape': (1,), }}",
+        f"{{'descr': __import__('os').system('touch {CANARY}'), 'fortran_order': "
+        f"False, 'shape': (1,), }}",
         f"open({CANARY!r}, 'w')",
         "(" * 900,
         "[" * 400 + "]" * 400,
@@ -285,7 +287,7 @@ TAR = [
 ]
 
 
-# --- JSON ------------------------------------------------------------------------------------------------------------
+# --- JSON -----------------------------------------------------------------------------------------
 
 ABSURD: list[Any] = [
     *(
@@ -397,7 +399,7 @@ def json_text(data: bytes, random: Random) -> bytes:
     return chosen.encode("utf-16" if random.integers(6) == 0 else "utf-8")
 
 
-# --- safetensors -----------------------------------------------------------------------------------------------------
+# --- safetensors ----------------------------------------------------------------------------------
 
 
 def taken_apart(data: bytes) -> tuple[dict[str, Any], bytes]:
@@ -535,7 +537,7 @@ SAFETENSORS = [
 ]
 
 
-# --- one file of a folder --------------------------------------------------------------------------------------------
+# --- one file of a folder -------------------------------------------------------------------------
 
 TARGETS: list[tuple[float, str, list[Mutator]]] = [
     (0.34, "shards/*.tar", TAR),

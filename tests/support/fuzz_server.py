@@ -4,8 +4,8 @@ memory, time and file size.
     python -m tests.support.fuzz_server BASE FIRST STOP [STEP]      one line of JSON per seed
 
 A fork of a process that has imported everything costs milliseconds where a fresh interpreter costs
-seconds; what runs in it is the launch script's own `main` under `dist_vasp.commands.ending.run`, so exit status
-and stderr are those of the command.
+seconds; what runs in it is the launch script's own `main` under `dist_vasp.commands.ending.run`, so
+exit status and stderr are those of the command.
 """
 
 from __future__ import annotations
@@ -161,7 +161,8 @@ def forked(main: Callable[[], int], argv: list[str], folder: Path) -> tuple[int,
 
 
 def judge(script: str, status: int, stderr: str, peak: int, own: int) -> str:
-    """`checksum` or `parser` (detected), `went on`, `diverged` (named as such), else `FAILED: why`."""
+    """`checksum` or `parser` (detected), `went on`, `diverged` (named as such), else `FAILED:
+    why`."""
     lines = stderr.splitlines()
     if peak > own + GROWTH:
         return f"FAILED: {peak - own} kilobytes taken"

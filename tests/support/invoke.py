@@ -34,7 +34,8 @@ LIMIT_S = 300  # of one command: a disk that others keep busy makes a save wait
 def run_script(
     script: str, *arguments: str | Path, ranks: int = 0, cwd: Path = ROOT.parent
 ) -> subprocess.CompletedProcess[str]:
-    """Run `launch/{script}.py`, or with `ranks` under DeepSpeed's launcher of one host, in `cwd`."""
+    """Run `launch/{script}.py`, or with `ranks` under DeepSpeed's launcher of one host, in
+    `cwd`."""
     words = ["python", str(ROOT / "launch" / f"{script}.py"), *map(str, arguments)]
     return run_words(words, cwd, ranks=ranks)
 

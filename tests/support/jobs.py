@@ -60,7 +60,8 @@ def launcher_arguments(ranks: int, port: int, script: Sequence[str]) -> list[str
 
 
 class Job:
-    """`launch/train.py` on `ranks` ranks, under DeepSpeed's per-host launcher or, with `bare`, started rank by rank.
+    """`launch/train.py` on `ranks` ranks, under DeepSpeed's per-host launcher or, with `bare`,
+    started rank by rank.
 
     Without a launcher each rank's exit status can be read, and no one ends the others when one
     fails. Use it as a context manager: leaving it ends whatever is left. `variables` are added to
@@ -147,7 +148,8 @@ class Job:
         return self.log.read_text(errors="replace")
 
     def processes(self) -> list[psutil.Process]:
-        """Every process of the job that still runs: launcher, ranks, loader workers, orphans too."""
+        """Every process of the job that still runs: launcher, ranks, loader workers, orphans
+        too."""
         found = []
         for process in psutil.process_iter():
             try:
@@ -246,7 +248,8 @@ class RunFolder:
         return lines[-1]["step"] if lines else 0
 
     def opened(self) -> int:
-        """Changes when a resumed run opens metrics.jsonl, from when on its lines are the new run's."""
+        """Changes when a resumed run opens metrics.jsonl, from when on its lines are the new
+        run's."""
         try:
             return self.metrics.stat().st_ino
         except FileNotFoundError:

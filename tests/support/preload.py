@@ -1,4 +1,5 @@
-"""Everything that a rank or a training needs, imported once by the process that ranks are forked from.
+"""Everything that a rank or a training needs, imported once by the process that ranks are forked
+from.
 
 No import here may start a thread: a fork has only the thread that forked.
 """

@@ -1,9 +1,10 @@
 """`run_ranks(fn, world_size, *args)`: run a function on several ranks in processes of their own and
 return what each returned.
 
-Ranks are forked from one process that has imported the libraries (preload.py), so that a rank starts
-within milliseconds and nothing that it changes outlives it. gloo with a file rendezvous, one thread
-per rank, a hard timeout; the first failing rank's traceback is shown and the survivors are ended.
+Ranks are forked from one process that has imported the libraries (preload.py), so that a rank
+starts within milliseconds and nothing that it changes outlives it. gloo with a file rendezvous, one
+thread per rank, a hard timeout; the first failing rank's traceback is shown and the survivors are
+ended.
 """
 
 from __future__ import annotations
@@ -112,11 +113,13 @@ def run_ranks(
                     ]
                     if dead:
                         pytest.fail(
-                            f"rank {dead[0]} died with status {processes[dead[0]].exitcode} and said nothing"
+                            f"rank {dead[0]} died with status "
+                            f"{processes[dead[0]].exitcode} and said nothing"
                         )
                     if time.monotonic() > deadline:
                         pytest.fail(
-                            f"ranks {sorted(set(range(world_size)) - set(found))} did not finish within {timeout} s"
+                            f"ranks {sorted(set(range(world_size)) - set(found))} "
+                            f"did not finish within {timeout} s"
                         )
                     continue
                 if not ok:

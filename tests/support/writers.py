@@ -1,7 +1,8 @@
 """Everything that writes a file, and where it must not: on a full disk, on a read-only one, over
 what is not its own, twice at once.
 
-`python -m tests.support.writers` runs all of it and prints a table; tests/faults/test_writers.py runs the same cases as tests.
+`python -m tests.support.writers` runs all of it and prints a table; tests/faults/test_writers.py
+runs the same cases as tests.
 """
 
 from __future__ import annotations
@@ -24,14 +25,20 @@ from tests.support.invoke import Commands, Done
 from tests.support.wrong_inputs import prepare
 
 DISK = "disk"  # the small filesystem, in the folder of the commands
-_SHARD = "python -m data_tools.shard interactions.parquet {out} --val_users 10 --test_users 20 --users_per_shard 30"
+_SHARD = (
+    "python -m data_tools.shard interactions.parquet {out} --val_users 10 "
+    "--test_users 20 --users_per_shard 30"
+)
 _TRAIN = "python launch/train.py --config small.yaml --run.dir {out}"
 _EVALUATE = "python launch/evaluate.py --run run --device cpu"
 _RECOMMEND = (
     "python launch/recommend.py --run export --histories many.csv --k 5 --device cpu --output {out}"
 )
 _SYNTHESIZE = "python -m data_tools.synthesize {out} --users 2000 --items 50 --interactions 40000"
-_BENCHMARK = "python launch/benchmark.py --config small.yaml --steps 1 --rounds 1 --modes weak --output {out}"
+_BENCHMARK = (
+    "python launch/benchmark.py --config small.yaml --steps 1 --rounds 1 --modes "
+    "weak --output {out}"
+)
 
 # name: (the command, its output, the name whose lock it holds)
 WRITERS = {
@@ -214,7 +221,8 @@ def state(folder: Path) -> dict[str, str]:
 
 
 def complaint(done: Done, *patterns: str) -> str:
-    """What is wrong with the answer of a command that had to be refused; empty where it is right."""
+    """What is wrong with the answer of a command that had to be refused; empty where it is
+    right."""
     if done.status != 2:
         return f"status {done.status}: {done.err[-300:]}"
     lines = [line for line in done.err.splitlines() if line.startswith("error: ")]

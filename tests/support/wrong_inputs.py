@@ -38,7 +38,8 @@ _TEXTS = {
     "other-columns.csv": "userId,movieId,rating\n1,2,5\n",
     "ragged.csv": "user,item,rating\n1,2,5\n1,3\n",
     "quote.csv": 'user,item,title\n1,2,nail\n1,3,"5 inch nail\n2,3,nail\n2,4,nail\n',
-    "quotes.csv": 'user,item,title\n1,2,nail\n1,3,"5 inch nail\n2,3,nail\n2,4,"6 inch nail\n2,5,nail\n',
+    "quotes.csv": 'user,item,title\n1,2,nail\n1,3,"5 inch nail\n2,3,nail\n2,4,"6 inch '
+    "nail\n2,5,nail\n",
     "swallowed.csv": 'user,item,title\n1,2,nail\n1,3,"5 inch\n2,3,nail\n2,4,6 inch"\n',
     "nul.csv": b"user,item\n1,2\n1,\x003\n",
     "no-header.csv": "7,30,4\n7,10,3\n",
@@ -119,13 +120,16 @@ def prepare(folder: Path, commands: Commands) -> None:
         folder / "less.parquet",
     )
     commands.succeed(
-        "python -m data_tools.shard interactions.parquet shards --val_users 10 --test_users 20 --users_per_shard 30",
+        "python -m data_tools.shard interactions.parquet shards --val_users 10 "
+        "--test_users 20 --users_per_shard 30",
         "python -m data_tools.shard interactions.parquet untested --val_users 0 --test_users 0",
         "python -m data_tools.shard less.parquet other --min_items 1 --val_users 2 --test_users 2",
         "python launch/train.py --config small.yaml --run.dir run",
         "python launch/train.py --config small.yaml --run.dir flvae --model.kind flvae",
-        "python -m data_tools.shard rated.parquet rated-shards --val_users 10 --test_users 20 --users_per_shard 30",
-        "python launch/train.py --config small.yaml --data.shards rated-shards --run.dir rated --model.kind ease --model.ease_lambda 9",
+        "python -m data_tools.shard rated.parquet rated-shards --val_users 10 "
+        "--test_users 20 --users_per_shard 30",
+        "python launch/train.py --config small.yaml --data.shards rated-shards "
+        "--run.dir rated --model.kind ease --model.ease_lambda 9",
         "python launch/export.py --run run --output export",
         "python -m data_tools.shard less.parquet gone --min_items 1 --val_users 2 --test_users 2",
         "python launch/train.py --config small.yaml --data.shards gone --run.dir elsewhere",

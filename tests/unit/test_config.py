@@ -50,7 +50,7 @@ def refused(tmp_path: Path, key: str, value: str) -> list[str]:
     return messages
 
 
-# --- what is accepted ------------------------------------------------------------------------------------------------
+# --- what is accepted -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
@@ -222,7 +222,7 @@ def test_nothing_can_be_changed_afterwards():
         ModelConfig().hidden = 1  # type: ignore[misc]
 
 
-# --- --help ----------------------------------------------------------------------------------------------------------
+# --- --help ---------------------------------------------------------------------------------------
 
 
 def field_docstrings() -> dict[str, dict[str, str | None]]:
@@ -272,7 +272,7 @@ def test_known_keys_are_the_fields():
     ]
 
 
-# --- what is refused: every message names key, value, what was expected and what to do ------------------------------------
+# --- what is refused: every message names key, value, what was expected and what to do ------------
 
 
 @pytest.mark.parametrize(
@@ -364,7 +364,8 @@ def test_a_file_that_is_no_configuration(tmp_path, text):
     file.write_text(text)
     with pytest.raises(
         ValueError,
-        match=r"mistake\.yaml.*; expected .*configuration|mistake\.yaml holds .*, expected sections with keys",
+        match=r"mistake\.yaml.*; expected .*configuration|mistake\.yaml holds .*, "
+        r"expected sections with keys",
     ):
         load(file)
     with pytest.raises(ValueError, match=r"missing\.yaml"):
@@ -481,7 +482,8 @@ def test_unknown_arguments_and_missing_values():
     [
         (
             "model:\n  hidden: 8\n  hidden: 16\n",
-            r"mistake\.yaml: model\.hidden is there twice, in line 2 and in line 3; keep one of them",
+            r"mistake\.yaml: model\.hidden is there twice, in line 2 and in line "
+            r"3; keep one of them",
         ),
         (
             "model: {hidden: 8}\nloss: {}\nmodel: {latent: 4}\n",

@@ -54,8 +54,10 @@ def run(out: Path, tail: str = "", **environment: str) -> subprocess.CompletedPr
         (
             "> /dev/full",
             1,
-            "warning: standard output cannot be written (No space left on device); the command continues\n"
-            "error: standard output could not be written (No space left on device); what was printed is lost, files are complete\n",
+            "warning: standard output cannot be written (No space left on "
+            "device); the command continues\n"
+            "error: standard output could not be written (No space left on "
+            "device); what was printed is lost, files are complete\n",
         ),
     ],
 )

@@ -36,7 +36,7 @@ def names(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.iterdir())
 
 
-# --- a file ----------------------------------------------------------------------------------------------------------
+# --- a file ---------------------------------------------------------------------------------------
 
 
 def test_a_file_appears_with_the_modes_of_the_umask(tmp_path):
@@ -339,7 +339,8 @@ def test_a_whole_disk_and_a_read_only_one(tmp_path):
         for attempt in everything:
             with pytest.raises(
                 ValueError,
-                match=r"disk/\w+ cannot be written \(No space left on device\); free some space or ",
+                match=r"disk/\w+ cannot be written \(No space left on device\); free "
+                r"some space or ",
             ):
                 attempt()
             assert names(disk) == before and (disk / "old").read_bytes().startswith(b"old")
@@ -361,7 +362,7 @@ def test_appending_leaves_a_hard_linked_copy_alone(tmp_path):
     assert (tmp_path / "a").read_bytes() == b"12" and (tmp_path / "copy").read_bytes() == b"1"
 
 
-# --- one command at a time -------------------------------------------------------------------------------------------
+# --- one command at a time ------------------------------------------------------------------------
 
 
 def test_two_writers_of_one_output_exclude_each_other(tmp_path):
@@ -449,7 +450,7 @@ def test_a_lock_that_is_no_file_is_left_alone(tmp_path):
     assert (tmp_path / "victim").read_text() == "mine"
 
 
-# --- a folder --------------------------------------------------------------------------------------------------------
+# --- a folder -------------------------------------------------------------------------------------
 
 
 def fill_folder(path: Path, text: str, **options) -> None:

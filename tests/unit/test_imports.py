@@ -242,7 +242,10 @@ def test_every_package_init_is_empty():
 def test_the_package_loads_nothing_until_asked_and_never_deepspeed():
     """`from dist_vasp import Recommender` is for a server: no trainer, no launcher."""
     lazy = "import sys, dist_vasp; assert 'torch' not in sys.modules; "
-    asked = "from dist_vasp import Recommender; bad = {'deepspeed', 'dist_vasp.training', 'data_tools'} & set(sys.modules); assert not bad, bad"
+    asked = (
+        "from dist_vasp import Recommender; bad = {'deepspeed', "
+        "'dist_vasp.training', 'data_tools'} & set(sys.modules); assert not bad, bad"
+    )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, "-c", lazy + asked],

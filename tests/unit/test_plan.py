@@ -120,7 +120,8 @@ def test_traffic_does_not_grow_with_the_catalogue(tmp_path, catalogues):
         for n in catalogues
     ]
     print(
-        f"bytes a step and rank (item layers, trunk) at {catalogues[0]} and {catalogues[1]} items: {moved}"
+        f"bytes a step and rank (item layers, trunk) at {catalogues[0]} and "
+        f"{catalogues[1]} items: {moved}"
     )
     assert moved[0] == moved[1]
     assert moved[0][0] > 0

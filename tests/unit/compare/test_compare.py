@@ -38,7 +38,7 @@ from tests.support.jobs import PATIENCE_S, environment
 from tests.support.make_shards import write_folder
 from tests.support.paths import ROOT
 
-# --- arithmetic ------------------------------------------------------------------------------------------------------
+# --- arithmetic -----------------------------------------------------------------------------------
 
 
 def scores(name: str, values, **more) -> Scores:
@@ -96,7 +96,7 @@ def test_different_users_are_not_paired(tmp_path):
         paired(a, Scores("b", b.seeds, b.keys + np.uint64(1), b.values), "ndcg@100")
 
 
-# --- sentences -------------------------------------------------------------------------------------------------------
+# --- sentences ------------------------------------------------------------------------------------
 
 USERS = np.linspace(0.2, 0.6, 101)  # mean .4
 NOISE = np.tile([0.01, -0.01], 51)[:101]
@@ -110,9 +110,12 @@ def test_verdict_when_the_reference_wins():
         scores("ease", USERS - 0.1 + NOISE),
     ]
     assert verdict(models, "ours", COSTS) == (
-        "**ours wins**: it is ahead of ease, the best of the others, by 0.0999 +- 0.0010 in NDCG@100 (0.4000 against 0.3001), "
-        "99.9 standard errors of the paired difference. Recall@20 favours ours (+0.0999 +- 0.0010), Recall@50 favours ours "
-        "(+0.0999 +- 0.0010). ours costs 5.00 times the training time (20.0 s against 4.0 s) and 2.00 times the memory (3.00 GB "
+        "**ours wins**: it is ahead of ease, the best of the others, by 0.0999 "
+        "+- 0.0010 in NDCG@100 (0.4000 against 0.3001), "
+        "99.9 standard errors of the paired difference. Recall@20 favours ours "
+        "(+0.0999 +- 0.0010), Recall@50 favours ours "
+        "(+0.0999 +- 0.0010). ours costs 5.00 times the training time (20.0 s "
+        "against 4.0 s) and 2.00 times the memory (3.00 GB "
         "against 1.50 GB)."
     )
     assert against_reference(models, "ours") == (
@@ -128,14 +131,16 @@ def test_verdict_when_the_reference_loses():
     ]
     text = verdict(models, "ours", COSTS)
     assert text.startswith(
-        "**ease wins**: it is ahead of the reference ours by 0.0501 +- 0.0010 in NDCG@100 (0.4501 against 0.4000), "
+        "**ease wins**: it is ahead of the reference ours by 0.0501 +- 0.0010 in "
+        "NDCG@100 (0.4501 against 0.4000), "
     )
     assert (
-        "Recall@20 favours ours (-0.2499 +- 0.0010), Recall@50 shows no difference (-0.0004 +- 0.0040)."
-        in text
+        "Recall@20 favours ours (-0.2499 +- 0.0010), Recall@50 shows no "
+        "difference (-0.0004 +- 0.0040)." in text
     )
     assert text.endswith(
-        "0.20 times the training time (4.0 s against 20.0 s) and 0.50 times the memory (1.50 GB against 3.00 GB)."
+        "0.20 times the training time (4.0 s against 20.0 s) and 0.50 times the "
+        "memory (1.50 GB against 3.00 GB)."
     )
     assert against_reference(models, "ours").endswith("better: ease, other.")
 
@@ -148,8 +153,10 @@ def test_verdict_of_a_tie():
     ]
     text = verdict(models, "ours", COSTS)
     assert text.startswith(
-        "**No winner**: ease is ahead of the reference ours by 0.0011 +- 0.0010 in NDCG@100 (0.4011 against 0.4000), "
-        "1.1 standard errors of the paired difference, which does not exceed two. Recall@20 shows no difference"
+        "**No winner**: ease is ahead of the reference ours by 0.0011 +- 0.0010 "
+        "in NDCG@100 (0.4011 against 0.4000), "
+        "1.1 standard errors of the paired difference, which does not exceed "
+        "two. Recall@20 shows no difference"
     )
     assert "wins" not in text
     assert against_reference(models, "ours").endswith("no different: ease; worse: popularity.")
@@ -175,14 +182,14 @@ def test_verdict_says_when_the_seeds_could_turn_it():
     text = verdict([unstable, stable], "ours", COSTS)
     assert text.startswith("**ours wins**")
     assert (
-        "But the choice of seeds moves that difference by 0.0999 (one standard error): more seeds could turn it."
-        in text
+        "But the choice of seeds moves that difference by 0.0999 (one standard "
+        "error): more seeds could turn it." in text
     )
     steady = scores("ours", np.stack([USERS + 0.02, USERS + 0.02 + 2 * NOISE]))
     assert "choice of seeds" not in verdict([steady, stable], "ours", COSTS)
 
 
-# --- configuration ---------------------------------------------------------------------------------------------------
+# --- configuration --------------------------------------------------------------------------------
 
 
 def written(tmp_path: Path, **changes) -> Path:
@@ -364,7 +371,7 @@ def test_every_compare_file_under_configs_loads(path, monkeypatch):
     ]
 
 
-# --- end to end ------------------------------------------------------------------------------------------------------
+# --- end to end -----------------------------------------------------------------------------------
 
 N_ITEMS = 60
 TINY = {

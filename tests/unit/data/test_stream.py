@@ -231,7 +231,8 @@ def test_a_shard_is_decoded_once_a_pass_unless_it_lies_across_a_border(folders, 
 @settings(deadline=None, max_examples=300)
 @given(st.integers(1, 5000), st.integers(1, 700), st.integers(1, 64))
 def test_steps_are_about_batch_size(n_users, batch_size, lanes):
-    """Every lane's counts add up to its users, and a step differs from U/S by fewer than 3 users."""
+    """Every lane's counts add up to its users, and a step differs from U/S by fewer than 3
+    users."""
     stream = object.__new__(TrainStream)  # the arithmetic alone, without a folder
     lanes = min(lanes, batch_size)
     steps = -(-n_users // batch_size)
@@ -376,12 +377,14 @@ def test_where_no_process_can_be_started_the_batches_are_the_same(
     assert [triples(batch) for batch in batches] == [step[0] for step in reference]
     said = capfd.readouterr().err
     assert said.startswith(
-        "warning: loader worker 1 of 2 cannot be started (Resource temporarily unavailable); training continues"
+        "warning: loader worker 1 of 2 cannot be started (Resource temporarily "
+        "unavailable); training continues"
     )
 
 
 def test_python_ends_while_an_iterator_lives(folders):
-    """Its workers ignore SIGTERM, which Python would send to processes of multiprocessing and wait."""
+    """Its workers ignore SIGTERM, which Python would send to processes of multiprocessing and
+    wait."""
     lines = [
         "from dist_vasp.data.stream import TrainStream",
         f"batches = TrainStream({str(folders / '16')!r}, **{OPTIONS!r}).batches(0, 1000, 2)",

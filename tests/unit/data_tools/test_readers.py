@@ -49,7 +49,7 @@ def tarred(files: dict[str, bytes], mode: str = "w") -> bytes:
     return buffer.getvalue()
 
 
-# --- CSV -------------------------------------------------------------------------------------------------------------
+# --- CSV ------------------------------------------------------------------------------------------
 
 CSV = b"user,item,rating\n7,30,4\n7,10,3.5\n2,30,5\n2,10,1\n"
 
@@ -81,7 +81,8 @@ def test_csv_columns(tmp_path):
     ]
     with pytest.raises(
         ValueError,
-        match="has no column 'user'; its columns, separated by ',', are 'when', 'who', 'what', 'stars', 'part'; pass --user_column",
+        match="has no column 'user'; its columns, separated by ',', are 'when', 'who', "
+        "'what', 'stars', 'part'; pass --user_column",
     ):
         read(path)
     with pytest.raises(ValueError, match="has no column 'score'"):
@@ -164,7 +165,7 @@ def test_folder_of_csv(tmp_path):
     assert read(tmp_path)[0] == [(1, 1, 1.0), *ROWS]
 
 
-# --- Parquet ---------------------------------------------------------------------------------------------------------
+# --- Parquet --------------------------------------------------------------------------------------
 
 
 def parquet(path: Path, **columns) -> Path:
@@ -237,11 +238,12 @@ def test_parquet_split_and_folder(tmp_path):
     )  # the text 1 is the number 1
 
 
-# --- MovieLens -------------------------------------------------------------------------------------------------------
+# --- MovieLens ------------------------------------------------------------------------------------
 
 ML_CSV = {
     "ratings.csv": b"userId,movieId,rating,timestamp\n7,30,4.0,1\n7,10,3.5,2\n2,30,5.0,3\n2,10,1.0,4\n",
-    "movies.csv": 'movieId,title,genres\n10,"Misérables, Les (1995)",Drama\n30,Heat (1995),Action\n'.encode(),
+    "movies.csv": 'movieId,title,genres\n10,"Misérables, Les (1995)",Drama\n30,Heat '
+    "(1995),Action\n".encode(),
 }
 ML_DAT = {
     "ratings.dat": b"7::30::4::1\n7::10::3.5::2\n2::30::5::3\n2::10::1::4\n",
@@ -302,7 +304,7 @@ def test_bad_zips(tmp_path):
             read(tmp_path / name, "movielens")
 
 
-# --- Netflix ---------------------------------------------------------------------------------------------------------
+# --- Netflix --------------------------------------------------------------------------------------
 
 MV = {
     "mv_0000001.txt": b"1:\n7,4,2005-09-06\n2,3,2005-05-13\n",
@@ -425,7 +427,7 @@ def test_members_with_bad_names_write_nothing(tmp_path):
     assert sorted(tmp_path.rglob("*")) == before
 
 
-# --- which format ----------------------------------------------------------------------------------------------------
+# --- which format ---------------------------------------------------------------------------------
 
 
 def test_formats_by_name(tmp_path):
@@ -443,7 +445,8 @@ def test_formats_by_name(tmp_path):
         (tmp_path / name).touch()
         with pytest.raises(
             ValueError,
-            match=r"cannot tell the format of .*; pass --format, one of csv, parquet, movielens, netflix",
+            match=r"cannot tell the format of .*; pass --format, one of csv, parquet, "
+            r"movielens, netflix",
         ):
             infer_format(tmp_path / name)
     with pytest.raises(ValueError, match=r"the input .* does not exist"):

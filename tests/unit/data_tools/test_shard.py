@@ -1,4 +1,5 @@
-"""The shard command: what it writes, that it writes all or nothing, and what it says of bad input."""
+"""The shard command: what it writes, that it writes all or nothing, and what it says of bad
+input."""
 
 from __future__ import annotations
 
@@ -53,7 +54,7 @@ def fails(capsys, arguments, message: str, status: int = 2) -> str:
     return captured.err
 
 
-# --- what is written -------------------------------------------------------------------------------------------------
+# --- what is written ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("per_shard", [1, 7, 1000])
@@ -224,7 +225,7 @@ def test_dry_run_writes_nothing(tmp_path, source, capsys):
     ]
 
 
-# --- all or nothing --------------------------------------------------------------------------------------------------
+# --- all or nothing -------------------------------------------------------------------------------
 
 
 def test_existing_output(tmp_path, source, capsys):
@@ -343,7 +344,7 @@ def test_overwrite_spares_an_input(tmp_path, source, capsys):
     assert (out / "manifest.json").is_file()
 
 
-# --- bad input -------------------------------------------------------------------------------------------------------
+# --- bad input ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -113,7 +113,7 @@ def test_a_sound_folder_of_the_given_protocol(tmp_path):
     assert verify.main([str(tmp_path / "out")]) == 0
 
 
-# --- damage ----------------------------------------------------------------------------------------------------------
+# --- damage ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("position", [0, 300, 700, -2000, -1])
@@ -196,7 +196,7 @@ def test_no_folder_and_no_manifest(tmp_path, capsys):
     named(capsys, tmp_path, "the key 'format_version' is missing")
 
 
-# --- faults of a writer ----------------------------------------------------------------------------------------------
+# --- faults of a writer ---------------------------------------------------------------------------
 
 
 def with_items(block: Block, items: np.ndarray) -> Block:

@@ -127,7 +127,7 @@ def test_a_missing_tracking_library(shards, monkeypatch):
     assert found.level == "error" and "pip install wandb" in found.do
 
 
-# --- the machine -----------------------------------------------------------------------------------------------------
+# --- the machine ----------------------------------------------------------------------------------
 
 
 def test_this_machine_has_no_errors():
@@ -176,7 +176,7 @@ def test_round_trip_between_ranks():
     assert judge({**found[0], "bytes_per_second": 1e9}).level == "ok"
 
 
-# --- the command -----------------------------------------------------------------------------------------------------
+# --- the command ----------------------------------------------------------------------------------
 
 
 def test_the_verdict_of_a_table():

@@ -167,7 +167,7 @@ def test_row_stats_combine_over_blocks_then_partitions(name, n_paths, seed, cuts
     torch.testing.assert_close(whole[:, -1], y.sum(1))
 
 
-# --- large logits ----------------------------------------------------------------------------------------------------
+# --- large logits ---------------------------------------------------------------------------------
 
 
 def combinations(n_paths: int, dtype: torch.dtype) -> list[Tensor]:

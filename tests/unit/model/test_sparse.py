@@ -83,7 +83,7 @@ def test_no_interactions_at_all(n_rows):
     assert torch.equal(sum_rows(torch.ones(n_rows, 2), *x.rows_by_item(0, 6)), torch.zeros(6, 2))
 
 
-# --- gathered over ranks ---------------------------------------------------------------------------------------------
+# --- gathered over ranks --------------------------------------------------------------------------
 
 N_ITEMS = 19
 CASES = {

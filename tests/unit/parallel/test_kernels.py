@@ -104,6 +104,7 @@ def test_no_compiler(monkeypatch):
     assert "No working C++ compiler found); install" in remark
     with pytest.raises(
         ValueError,
-        match=r"parallel\.compile is always.*No working C\+\+ compiler found\); install a C\+\+ compiler",
+        match=r"parallel\.compile is always.*No working C\+\+ compiler found\); install "
+        r"a C\+\+ compiler",
     ):
         kernels("always", 1)

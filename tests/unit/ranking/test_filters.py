@@ -1,4 +1,5 @@
-"""Files of items to leave out or to keep to, and the columns that files of histories are read by."""
+"""Files of items to leave out or to keep to, and the columns that files of histories are read
+by."""
 
 from __future__ import annotations
 
@@ -104,7 +105,8 @@ def test_the_item_column(tmp_path):
         (
             "a.csv",
             "i1\ni2\n",
-            "a.csv is no CSV or Parquet file with a column 'item', and no .txt file with an id a line",
+            "a.csv is no CSV or Parquet file with a column 'item', and no .txt "
+            "file with an id a line",
         ),
         ("a.csv", "17\n18\n", "a.csv is no CSV or Parquet file with a column 'item'"),
         ("a.xlsx", "item\n", "a.xlsx is no CSV or Parquet file with a column 'item'"),

@@ -151,7 +151,7 @@ def test_a_full_scratch_disk_is_readable(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["h.parquet"]
 
 
-# --- what comes out ------------------------------------------------------------------------------------------------------
+# --- what comes out -------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

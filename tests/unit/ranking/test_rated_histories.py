@@ -386,7 +386,8 @@ def test_a_file_follows_the_rule(folder, tmp_path, capsys, repeats):
     assert lists_in(tmp_path / "l.parquet") == expected_lists(r, liked, seen) == found_lists(found)
     read = found.read
     assert printed.splitlines()[-1] == (
-        f"read {len(rows):,} rows: {read.likes:,} likes used as input, {read.disliked:,} further items masked; left out: "
+        f"read {len(rows):,} rows: {read.likes:,} likes used as input, "
+        f"{read.disliked:,} further items masked; left out: "
         f"{read.repeated:,} repeated, {read.unknown:,} of unknown items"
     )
     assert str(rule) in printed

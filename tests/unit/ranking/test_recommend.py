@@ -88,7 +88,7 @@ def write(path: Path, users: list, items: list, other: bool = False) -> Path:
     return path
 
 
-# --- reading ---------------------------------------------------------------------------------------------------------
+# --- reading --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["h.csv", "h.csv.gz", "h.parquet"])
@@ -187,7 +187,8 @@ def test_a_late_change_of_type_is_text_throughout(tmp_path):
         (
             "h.csv",
             b"user,movie\n1,2\n",
-            r"has no column 'item'; its columns, separated by ',', are 'user', 'movie'; pass --item_column",
+            r"has no column 'item'; its columns, separated by ',', are 'user', "
+            r"'movie'; pass --item_column",
         ),
         (
             "h.csv",
@@ -235,7 +236,7 @@ def test_parquet_columns_that_cannot_be_used(tmp_path, columns, message):
         read_histories(tmp_path / "h.parquet", NUMBERED)
 
 
-# --- writing ---------------------------------------------------------------------------------------------------------
+# --- writing --------------------------------------------------------------------------------------
 
 PAIRS = [(u, 1000 + (3 * u + j) % 13) for u in range(1, 12) for j in range(u)] + [
     (50, 1),
@@ -401,7 +402,10 @@ def test_no_users(tmp_path, name):
 )
 def test_no_known_item_at_all_is_an_error_that_shows_how_ids_are_written(tmp_path, items, shown):
     path = write(tmp_path / "h.csv", [1, 2], items)
-    message = f"h.csv: no item is known to the model.* written {shown}, those of the model 1000, 1001, 1002; ids must be equal"
+    message = (
+        f"h.csv: no item is known to the model.* written {shown}, those of the model "
+        f"1000, 1001, 1002; ids must be equal"
+    )
     with pytest.raises(ValueError, match=message):
         to_file(constant_scorer, path, NUMBERED, 3, tmp_path / "o.csv")
     assert [p.name for p in tmp_path.iterdir()] == ["h.csv"]
@@ -492,7 +496,8 @@ def test_nobody_has_an_unseen_item(tmp_path):
     allowed = np.arange(13) == 0
     with pytest.raises(
         ValueError,
-        match="2 users have seen every item that may be listed, so that nobody gets a list; pass --keep_",
+        match="2 users have seen every item that may be listed, so that nobody gets a "
+        "list; pass --keep_",
     ):
         to_file(constant_scorer, path, NUMBERED, 3, tmp_path / "o.csv", allowed=allowed)
     assert "2 recommendations for 2" in to_file(

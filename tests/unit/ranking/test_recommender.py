@@ -101,7 +101,7 @@ def unpadded(ids: np.ndarray, missing: object = -1) -> list[list]:
     return [[i for i in row if i != missing] for row in ids.tolist()]
 
 
-# --- lists -----------------------------------------------------------------------------------------------------------
+# --- lists ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("partitions", [1, 3])
@@ -278,7 +278,7 @@ def test_the_command_writes_the_same_lists(runs, tmp_path, ids):
         assert pq.read_table(output).equals(expected)
 
 
-# --- explanations and similar items ------------------------------------------------------------------------------------
+# --- explanations and similar items ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize("partitions", [1, 3])
@@ -399,7 +399,8 @@ def test_paths_that_a_model_does_not_have(runs):
 
 
 def test_the_closed_form_has_scores_and_no_probabilities(runs):
-    """`ease` is one linear layer without a sigmoid: scores are sums of weights, negative ones too."""
+    """`ease` is one linear layer without a sigmoid: scores are sums of weights, negative ones
+    too."""
     path, dense = a_run(runs, "nease", 1)
     nease = Recommender.load(path)
     part = ItemPartition(N_ITEMS, 1, 0)
@@ -426,7 +427,7 @@ def test_the_closed_form_has_scores_and_no_probabilities(runs):
     each_within(total, scores[3, 2], bounds[3, 2], "the reasons of a score")
 
 
-# --- exports -----------------------------------------------------------------------------------------------------------
+# --- exports --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("partitions", [1, 3])
@@ -607,7 +608,8 @@ def test_damage_is_found(runs, tmp_path):
 
 
 def test_mapping_believes_no_header(runs, tmp_path):
-    """With checksums off, or right: shapes, ranges and types are held against what the config says."""
+    """With checksums off, or right: shapes, ranges and types are held against what the config
+    says."""
     path, _ = a_run(runs, "vasp", 2)
     best = path / "checkpoints" / "best-00000001"
     items, trunk = best / "items-00001-of-00002.safetensors", best / "trunk.safetensors"
@@ -653,7 +655,7 @@ def test_mapping_believes_no_header(runs, tmp_path):
     assert Recommender.load(path, verify=False).n_items == N_ITEMS
 
 
-# --- mistakes ----------------------------------------------------------------------------------------------------------
+# --- mistakes -------------------------------------------------------------------------------------
 
 
 def test_mistakes_are_readable(runs, tmp_path):
@@ -753,11 +755,12 @@ def test_commands_exit_with_2(runs, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["h.csv"]
 
 
-# --- memory --------------------------------------------------------------------------------------------------------------
+# --- memory ---------------------------------------------------------------------------------------
 
 
 class Copies(TorchDispatchMode):
-    """Bytes of the largest tensor, and of all, that operations give back outside the mapped files."""
+    """Bytes of the largest tensor, and of all, that operations give back outside the mapped
+    files."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -214,8 +214,10 @@ def test_in_a_browser_in_light_and_dark_narrow_and_wide(report, run, shards, tmp
         "title": "document.title",
         "ground": "getComputedStyle(document.body).backgroundColor",
         "ink": "getComputedStyle(document.body).color",
-        "drawings": "[...document.querySelectorAll('svg')].filter(s => s.getBoundingClientRect().width > 200).length",
-        "clipped": "[...document.querySelectorAll('.tile,.card,.section,h1,h3')].filter(e => e.scrollWidth > e.clientWidth + 1).length",
+        "drawings": "[...document.querySelectorAll('svg')].filter(s => "
+        "s.getBoundingClientRect().width > 200).length",
+        "clipped": "[...document.querySelectorAll('.tile,.card,.section,h1,h3')].filter(e "
+        "=> e.scrollWidth > e.clientWidth + 1).length",
         "sticking_out": """[...document.querySelectorAll('svg text')].filter(t => {
             const a = t.getBoundingClientRect(), b = t.closest('svg').getBoundingClientRect();
             return a.left < b.left - 1 || a.right > b.right + 1 || a.bottom > b.bottom + 1 || a.top < b.top - 1 }).length""",

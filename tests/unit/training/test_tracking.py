@@ -1,4 +1,5 @@
-"""Weights & Biases and MLflow as fakes: what they are told, and that nothing they do stops a run."""
+"""Weights & Biases and MLflow as fakes: what they are told, and that nothing they do stops a
+run."""
 
 from __future__ import annotations
 
@@ -143,7 +144,8 @@ def test_a_service_that_fails_is_named_once_and_training_goes_on(tmp_path, monke
     one.close(ok=True)
     said = capsys.readouterr().out.splitlines()
     assert said == [
-        "warning: wandb failed and gets no more metrics (ConnectionError: no route to host); metrics.jsonl has them all"
+        "warning: wandb failed and gets no more metrics (ConnectionError: no "
+        "route to host); metrics.jsonl has them all"
     ]
     assert len(other.told) == 199
 
@@ -172,7 +174,8 @@ def test_a_missing_library_is_named_before_training(tmp_path, monkeypatch, libra
     monkeypatch.setitem(sys.modules, library, None)
     with pytest.raises(
         ValueError,
-        match=rf"run\.{library} is 'x', but the library {library} cannot be imported .*pip install {library}",
+        match=rf"run\.{library} is 'x', but the library {library} cannot be imported "
+        rf".*pip install {library}",
     ):
         services(tmp_path, _config(**{library: "x"}))
 

@@ -46,7 +46,7 @@ def zipped(path: Path, members: dict[str, bytes]) -> Path:
     return path
 
 
-# --- packed, encoded, parted -------------------------------------------------------------------------------------------
+# --- packed, encoded, parted ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz", ".zst", ".bz2", ".xz"])
@@ -151,7 +151,7 @@ def test_headers(tmp_path):
     assert pairs(path) == [("7", "30")]
 
 
-# --- which files -----------------------------------------------------------------------------------------------------
+# --- which files ----------------------------------------------------------------------------------
 
 
 def test_hidden_and_other_files_are_skipped_and_said(tmp_path):
@@ -234,7 +234,7 @@ def test_tables_of_other_formats_are_refused(tmp_path, log):
             pairs(path)
 
 
-# --- zips --------------------------------------------------------------------------------------------------------------
+# --- zips -----------------------------------------------------------------------------------------
 
 
 def test_members_of_a_zip(tmp_path):
@@ -347,7 +347,7 @@ def test_files_of_other_kinds_are_named(tmp_path, data, what):
         pairs(tmp_path / "a.csv")
 
 
-# --- the command -----------------------------------------------------------------------------------------------------
+# --- the command ----------------------------------------------------------------------------------
 
 
 def test_rows_read_are_those_used_and_left_out(tmp_path, capsys):
@@ -378,7 +378,7 @@ def test_times_are_numbers(tmp_path):
         assert batch["time"].to_pylist() == [86_400e6]
 
 
-# --- what contradicts itself -------------------------------------------------------------------------------------------
+# --- what contradicts itself ----------------------------------------------------------------------
 
 
 def test_a_column_of_a_file_and_its_folder_must_agree(tmp_path):
@@ -446,7 +446,7 @@ def test_a_stray_quote_between_numbers_is_found(tmp_path):
         pairs(tmp_path / "a.csv")
 
 
-# --- what is no table, or none that is meant ---------------------------------------------------------------------------
+# --- what is no table, or none that is meant ------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -499,7 +499,7 @@ def test_encodings_that_are_not_of_files(tmp_path, capsys, name):
     assert f"--encoding '{name}' is not known" in capsys.readouterr().err
 
 
-# --- ratings and times -------------------------------------------------------------------------------------------------
+# --- ratings and times ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rating", ["inf", "-Infinity", "1e400"])
@@ -541,7 +541,8 @@ def test_dates_of_several_kinds_are_refused(tmp_path, texts):
     )
     with pytest.raises(
         ValueError,
-        match=r"holds a time that is no date .*; write all as 2026-01-31 12:00:00, all with an offset",
+        match=r"holds a time that is no date .*; write all as 2026-01-31 12:00:00, all "
+        r"with an offset",
     ):
         times(tmp_path / "a.csv")
 
