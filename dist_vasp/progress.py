@@ -99,6 +99,12 @@ class Progress:
         self.close()
 
 
+def say(text: str) -> None:
+    """Print a line that stays above any bar."""
+    tqdm.write(text, file=sys.stdout)
+    sys.stdout.flush()
+
+
 @contextmanager
 def counting(what: str, unit: str, per: int = 1) -> Iterator[Callable[[int, int], None]]:
     """Yield a callback (done, total) that shows the progress of brief work.

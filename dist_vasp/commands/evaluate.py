@@ -23,10 +23,10 @@ from dist_vasp.progress import Progress
 from dist_vasp.ranking.ensemble import load_ranker
 from dist_vasp.ranking.evaluate import evaluate, popularity_scorer
 from dist_vasp.ranking.load import check_vocabulary, shards_of
+from dist_vasp.ranking.metrics import summary
 from dist_vasp.ranking.per_user import PerUserFile, is_per_user
 from dist_vasp.recognise import is_json
 from dist_vasp.temporary import finish
-from dist_vasp.training.train import summary
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -8,13 +8,13 @@ from typing import Any
 
 from dist_vasp.config import Config, make_parser, parse
 from dist_vasp.parallel.start import init_ranks
-from dist_vasp.training import closed_form
-from dist_vasp.training.train import dry_run, summary, train
+from dist_vasp.ranking.metrics import summary
+from dist_vasp.training.train import dry_run, train
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     config, arguments = _parse(argv)
-    parallel, closed = config.parallel, config.model.linear
+    parallel = config.parallel
     ranks = init_ranks(
         parallel.partitions,
         parallel.replicas,
@@ -23,13 +23,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         shared=config.run.dir,
     )
     if arguments.dry_run:
-        text = closed_form.dry_run(config, ranks) if closed else dry_run(config, ranks)
+        text = dry_run(config, ranks)
         if ranks.is_main:
             print(text)
         return
-    result = (
-        closed_form.solve(config, ranks) if closed else train(config, ranks, arguments.init_from)
-    )
+    result = train(config, ranks, arguments.init_from)
     if ranks.is_main and result:
         for split in ("validation", "test"):
             if result[split]:

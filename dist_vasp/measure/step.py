@@ -22,8 +22,8 @@ from dist_vasp.model import item_layers, sparse, vasp
 from dist_vasp.parallel.comm import Ranks
 from dist_vasp.training import engine
 from dist_vasp.training.engine import Trainer
+from dist_vasp.training.fit_steps import make_stream, with_next
 from dist_vasp.training.floor import measure_rates, step_floor
-from dist_vasp.training.train import make_stream, with_next
 from dist_vasp.training.zero import watch_traffic
 
 LABELS = ("input", "trunk", "output", "optimizer", "communication", "data wait", "other")

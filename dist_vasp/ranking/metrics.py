@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -138,3 +139,15 @@ class RankingMetrics:
         out["n_users"] = n_scored
         out["n_users_unscored"] = n_users - n_scored
         return out
+
+
+def summary(metrics: dict[str, Any]) -> str:
+    """Return `NDCG@100 0.4081 +- 0.0056, Recall@20 0.3490, ...` of a result, for people."""
+    if not metrics["n_users"]:
+        return "no user has a target"
+    error = metrics["ndcg@100_se"]
+    return (
+        f"NDCG@100 {metrics['ndcg@100']:.4f}{f' +- {error:.4f}' if error is not None else ''}, "
+        f"Recall@20 {metrics['recall@20']:.4f}, Recall@50 {metrics['recall@50']:.4f}, "
+        f"coverage@100 {metrics['coverage@100']:.3f} ({metrics['n_users']} users)"
+    )

@@ -1,5 +1,5 @@
 """The closed form from the shards, into columns that exist: as a run of its own
-(training/closed_form.py), or as NEASE's start.
+(training/fit_closed_form.py), or as NEASE's start.
 
 With `model.ease_dropout` s the diagonal of G grows by s / (1 - s) of itself: the ridge regression
 whose inputs lose the share s of their items at random, in expectation (Steck 2020, arXiv

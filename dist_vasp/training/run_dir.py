@@ -109,6 +109,10 @@ class RunDir:
         with _writing(path):
             path.unlink(missing_ok=True)
 
+    def write(self, name: str, text: str) -> None:
+        """Write a file of the folder."""
+        write_atomically(self.folder / name, text)
+
     def write_result(self, result: dict[str, Any]) -> None:
         write_atomically(self.folder / "result.json", json.dumps(result, indent=1) + "\n")
         self._ended = True

@@ -23,6 +23,8 @@ from dist_vasp.parallel.agree import agreed
 from dist_vasp.parallel.comm import Ranks, all_gather_bytes
 from dist_vasp.training.engine import Trainer
 
+BEST_BY = "ndcg@100"  # the validation metric that decides which checkpoint is the best
+
 
 @dataclass
 class RunState:

@@ -116,7 +116,7 @@ def test_another_rate_after_a_kill_gets_its_own_best(commands, folder):
 def test_shards_that_are_replaced_meanwhile(commands, folder, what):
     run = f"replaced-{what}"
     shutil.copytree(folder / "shards", folder / "kept", dirs_exist_ok=True)
-    swap = "import shutil; from dist_vasp.training import train as t; check = t.check_same_shards; "
+    swap = "import shutil; from dist_vasp.training import run as t; check = t.check_same_shards; "
     if what == "folder":
         swap += (
             "t.check_same_shards = lambda *a: (shutil.copytree('others', 'shards', "

@@ -29,7 +29,8 @@ from dist_vasp.parallel.comm import Ranks
 from dist_vasp.plan import EASE_COLUMNS, Rates, Sizes, make_plan
 from dist_vasp.ranking.evaluate import to_item_rows
 from dist_vasp.ranking.load import load_model
-from dist_vasp.training import closed_form, fit_ease
+from dist_vasp.training import fit_closed_form, fit_ease
+from dist_vasp.training import train as training
 from tests.commands.test_commands import call, fails, succeeds  # noqa: F401 - call is a fixture
 from tests.oracles.rounding import bounded_scores, each_within, stored
 from tests.ranks.test_evaluate import full_ranking, metrics_of
@@ -286,20 +287,20 @@ def lines_of(run_dir: Path) -> list[dict]:
 
 def test_the_search_finds_the_lambda_that_is_best_on_validation(run):
     lines, result = lines_of(run), json.loads((run / "result.json").read_text())
-    assert [line["ease_lambda"] for line in lines] == list(closed_form.GRID[: len(lines)])
+    assert [line["ease_lambda"] for line in lines] == list(fit_closed_form.GRID[: len(lines)])
     x, pairs = train_matrix(), held_out(150, 1)
     for line in lines:
         expected = figures(oracle(x, line["ease_lambda"]), pairs)
         # the run scores with its weights in float32, which may swap two items that are as good as
         # tied
         assert line["ndcg@100"] == pytest.approx(expected["ndcg@100"], abs=1e-4)
-    every = {value: figures(oracle(x, value), pairs)["ndcg@100"] for value in closed_form.GRID}
+    every = {value: figures(oracle(x, value), pairs)["ndcg@100"] for value in fit_closed_form.GRID}
     planted = max(every, key=every.__getitem__)
     assert result["ease_lambda"] == planted
-    assert closed_form.GRID[0] > planted > closed_form.GRID[-1], (
+    assert fit_closed_form.GRID[0] > planted > fit_closed_form.GRID[-1], (
         "the optimum of this test lies within the grid"
     )
-    assert len(lines) == closed_form.GRID.index(planted) + 1 + closed_form.PATIENCE, (
+    assert len(lines) == fit_closed_form.GRID.index(planted) + 1 + fit_closed_form.PATIENCE, (
         "the search ends behind it"
     )
 
@@ -403,7 +404,7 @@ def test_a_search_that_was_cut_off_goes_on_behind_the_best(run, shards, tmp_path
     """Stopped within a later lambda; the same command then gives the same result."""
     from launch.train import main
 
-    class StopAfter(closed_form.StopRequest):
+    class StopAfter(training.StopRequest):
         asked = 0
 
         @property
@@ -416,15 +417,15 @@ def test_a_search_that_was_cut_off_goes_on_behind_the_best(run, shards, tmp_path
 
     path = tmp_path / "cut"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(closed_form, "StopRequest", StopAfter)
+        patch.setattr(training, "StopRequest", StopAfter)
         assert call(main, *arguments(shards, path)) is None
     assert "stopped on request" in capsys.readouterr().out
     assert not (path / "result.json").exists()
     assert (path / "checkpoints" / "best").is_dir()
     saved = (path / "checkpoints" / "best").resolve().name
     call(main, *arguments(shards, path))
-    value = closed_form.GRID[int(saved.removeprefix("step-")) - 1]
-    assert f"(resumed behind lambda {value:g})" in capsys.readouterr().out
+    value = fit_closed_form.GRID[int(saved.removeprefix("step-")) - 1]
+    assert f"(resumed after lambda {value:g})" in capsys.readouterr().out
     before, after = (json.loads((folder / "result.json").read_text()) for folder in (run, path))
     assert {k: after[k] for k in ("test", "validation", "checkpoint")} == {
         k: before[k] for k in ("test", "validation", "checkpoint")
@@ -471,7 +472,7 @@ def test_dry_run_says_memory_and_time_and_writes_nothing(run, shards, tmp_path, 
     )
     assert "would start anew" in out and not (tmp_path / "new").exists()
     call(main, *arguments(shards, run), "--dry_run")
-    assert "would go on behind step-" in capsys.readouterr().out
+    assert "would resume from step-" in capsys.readouterr().out
 
 
 def test_what_cannot_work_is_refused(shards, tmp_path, call):  # noqa: F811
@@ -516,7 +517,7 @@ I, WIDTH, USERS = 211, 32, 46
 
 
 def _fit(ranks: Ranks, folder: Path, dtype: str) -> tuple[np.ndarray, dict]:
-    closed_form.SWEEP_COLUMNS = ease._GATHER_COLUMNS = WIDTH
+    fit_closed_form.SWEEP_COLUMNS = ease._GATHER_COLUMNS = WIDTH
     config = Config(
         model=ModelConfig(kind="ease", ease_dtype=dtype),
         data=DataConfig(shards=str(folder)),

@@ -81,10 +81,10 @@ def _config(shards: Path, run_dir: Path, replicas: int = 1, stage: int = 1, **ch
 def _start(config: Config, ranks: Ranks):
     """Stream, trainer, saver and the folder of the checkpoints, as `train` makes them."""
     from dist_vasp.training.engine import Trainer
+    from dist_vasp.training.fit_steps import make_stream
     from dist_vasp.training.state import Saver
-    from dist_vasp.training.train import open_stream
 
-    stream = open_stream(config, ranks)
+    stream = make_stream(config, ranks)
     trainer = Trainer(config, stream.n_items, ranks)
     folder = Path(config.run.dir) / "checkpoints"
     return stream, trainer, Saver(trainer, stream, folder, lambda _: None), folder

@@ -184,10 +184,10 @@ def _config(folder: Path, stage: int, **optimizer) -> Config:
 
 def _trainer(ranks: Ranks, folder: Path, stage: int, **optimizer):
     from dist_vasp.training.engine import Trainer
-    from dist_vasp.training.train import open_stream
+    from dist_vasp.training.fit_steps import make_stream
 
     config = _config(folder, stage, **optimizer)
-    stream = open_stream(config, ranks)
+    stream = make_stream(config, ranks)
     return Trainer(config, stream.n_items, ranks), stream
 
 
@@ -313,12 +313,13 @@ def _alive_at_the_end(ranks: Ranks, config: Config) -> list[str]:
     """The kinds of what a training still holds when its best checkpoint is loaded for the
     result."""
     from dist_vasp.training import train
+    from dist_vasp.training.engine import Trainer
     from dist_vasp.training.optimizer import InPlaceAdam
 
     alive: list[str] = []
 
     def final_result(*_) -> None:
-        held = (train.Trainer, InPlaceAdam, VASP)
+        held = (Trainer, InPlaceAdam, VASP)
         alive.extend(type(thing).__name__ for thing in gc.get_objects() if isinstance(thing, held))
 
     train.final_result = final_result  # type: ignore[assignment]

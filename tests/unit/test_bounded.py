@@ -215,7 +215,7 @@ def test_blocks_of_columns_fit_a_file():
     from types import SimpleNamespace
 
     from dist_vasp.config import ParallelConfig
-    from dist_vasp.training.train import check_memory
+    from dist_vasp.training.checks import check_memory
 
     ranks = SimpleNamespace(device=torch.device("cuda"), layout=SimpleNamespace(partitions=2))
     check_memory(Config(), 100_000, ranks)

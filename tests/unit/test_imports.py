@@ -184,7 +184,7 @@ def allowed(importer: str, name: str) -> bool:
         users = (
             "training.floor",
             "measure.step",
-            "training.closed_form",
+            "training.fit_closed_form",
             "training.fit_ease",
             "doctor.job",
         )

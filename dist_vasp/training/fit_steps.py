@@ -1,0 +1,333 @@
+"""Fit by optimizer steps: train, evaluate at the end of epochs, keep the best, save.
+
+A stop, an evaluation and a save happen after a step, on all ranks after the same one: what a rank
+was asked, and whether its part of a checkpoint is on disk, travel with the step's loss.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import ExitStack
+
+from dist_vasp.checkpoint import folder as folders
+from dist_vasp.checkpoint.read import header_of
+from dist_vasp.config import Config
+from dist_vasp.data.stream import Batch, TrainStream
+from dist_vasp.data.workers import ReadAhead
+from dist_vasp.parallel.agree import AgreedError
+from dist_vasp.parallel.comm import Ranks, all_gather_bytes, all_gather_keys
+from dist_vasp.progress import Progress
+from dist_vasp.ranking.evaluate import model_scorer
+from dist_vasp.ranking.metrics import summary
+from dist_vasp.training.checks import check_memory
+from dist_vasp.training.engine import DivergedError, StepReport, Trainer
+from dist_vasp.training.environment import Memory
+from dist_vasp.training.fit_ease import start_from_ease
+from dist_vasp.training.grow import initialise_from, open_source
+from dist_vasp.training.run import Fitted, Past, Run
+from dist_vasp.training.state import BEST_BY, RunState, Saver, resume, total_steps
+
+Batches = Generator[Batch, None, None] | ReadAhead[Batch]
+
+
+class StepSetup:
+    """Training by steps, before there are weights; see `FitSetup`."""
+
+    def __init__(self, config: Config, ranks: Ranks, init_from: str | None) -> None:
+        self.stream = make_stream(config, ranks)
+        self.manifest = self.stream.manifest
+        self.keep = config.run.keep
+        self.last = total_steps(config, self.stream.steps_per_epoch)
+        self._config = config
+        self._ranks = ranks
+        self._init_from = init_from
+
+    def check(self) -> None:
+        check_memory(self._config, self.stream.n_items, self._ranks)
+        if self._init_from:
+            open_source(self._init_from, self._config.model).close()
+
+    def describe(self) -> str:
+        config, stream, layout = self._config, self.stream, self._ranks.layout
+        model, n_items = config.model, stream.n_items
+        item_bytes = 12 if config.optimizer.item_state == "full" else 8
+        frozen = model.frozen_parameters(n_items, n_items)
+        trained = model.item_parameters(n_items, n_items) - frozen
+        item_gb = (trained * item_bytes + frozen * 4) / 1e9
+        trunk_gb = model.trunk_parameters() * 12 / 1e9
+        return (
+            f"{model.kind}, {stream.n_users:,} training users, {n_items:,} items, "
+            f"{self.last:,} steps of about {config.data.batch_size} users "
+            f"({stream.steps_per_epoch:,} an epoch)\n"
+            f"weights and moments: item matrices {item_gb:.2f} GB, "
+            f"{item_gb / layout.partitions:.2f} GB on each of {layout.partitions} partitions; "
+            f"trunk about {trunk_gb:.2f} GB over {layout.world_size} ranks"
+        )
+
+    def start(self, run: Run) -> StepFit:
+        """Build the trainer and load the newest checkpoint, if there is one."""
+        with ExitStack() as undo:
+            # The loader's workers start before there are weights for them to inherit.
+            first = folders.newest_step(run.checkpoints)
+            batches = self._batches(first)
+            undo.callback(lambda: batches.close())
+            trainer = Trainer(run.config, self.stream.n_items, run.ranks)
+            state = resume(trainer, self.stream, run.checkpoints, run.ranks)
+            if state is None:
+                state = RunState()
+                self._initialise(trainer)
+            if state.step != first:
+                # Somebody has renamed the checkpoint.
+                batches.close()
+                batches = self._batches(state.step)
+            undo.pop_all()
+            return StepFit(run, self.stream, trainer, state, batches)
+
+    def _batches(self, first: int) -> Batches:
+        return self.stream.batches(first, self.last, self._config.data.workers)
+
+    def _initialise(self, trainer: Trainer) -> None:
+        """Give a new run the weights that it starts from, where it starts from some."""
+        if self._config.model.init_from_ease:
+            start_from_ease(trainer, self.manifest)
+        if self._init_from:
+            initialise_from(trainer, self._init_from, self._config.data.shards)
+
+
+class StepFit:
+    """A trainer at some step of its run; see `Fit`."""
+
+    def __init__(
+        self, run: Run, stream: TrainStream, trainer: Trainer, state: RunState, batches: Batches
+    ) -> None:
+        self.run = run
+        self.stream = stream
+        self.trainer = trainer
+        self.state = state
+        self.last = total_steps(run.config, stream.steps_per_epoch)
+        ranks = run.ranks
+        attempt = all_gather_bytes(secrets.token_hex(8).encode(), ranks.world, ranks.device)[0]
+        state.attempt = attempt.decode()
+        self._batches = batches
+        self._saver = Saver(trainer, stream, run.checkpoints, run.say)
+        self._memory = Memory(ranks.device)
+        self._moved = self._bytes_moved()
+        show = ranks.is_main
+        self._progress = Progress("training", self.last, "step", state.step, show=show)
+
+    def close(self) -> None:
+        """End the loader's workers."""
+        self._progress.close()
+        self._batches.close()
+
+    # --- what is said of it -----------------------------------------------------------------------
+
+    def past(self) -> Past:
+        state, folder = self.state, self.run.checkpoints
+        best = None
+        if state.best_checkpoint:
+            best = folders.best_path(folder, state.best_checkpoint.step)
+            if not best.exists():  # a copy of the run that followed the link
+                best = folder / folders.BEST
+        header = header_of(folder / self._evaluated()) if self._is_done() else None
+        lost = (
+            "the best checkpoint of the resumed run is not in its folder; "
+            "the best one is looked for from here on"
+        )
+        return Past(
+            after_step=state.step,
+            evaluation_due=state.evaluation_due,
+            best=best,
+            result_of=header.header_sha256 if header else "",
+            remarks=(lost,) if state.lost_best else (),
+        )
+
+    def _is_done(self) -> bool:
+        return self.state.step == self.last and not self.state.evaluation_due
+
+    def _evaluated(self) -> str:
+        """The name of the checkpoint that result.json speaks of: the best, else the last."""
+        best, folder = self.state.best_checkpoint, self.run.checkpoints
+        path = (
+            folders.best_path(folder, best.step) if best else folders.step_path(folder, self.last)
+        )
+        return path.name
+
+    def opening(self) -> str:
+        trainer, stream, layout = self.trainer, self.stream, self.run.ranks.layout
+        step, last = self.state.step, self.last
+        n_items = sum(piece.tensor.numel() for piece in trainer.model.slices())
+        n_trunk = trainer.trunk.n_parameters if trainer.trunk else 0
+        ahead = f"steps {step + 1} to {last}" if step < last else f"all {last} steps are done"
+        text = (
+            f"{self.run.config.model.kind} on {stream.n_users:,} users and {stream.n_items:,} "
+            f"items: {n_items / 1e6:.1f}M item parameters on this rank, {n_trunk / 1e6:.1f}M in "
+            f"the trunk; {layout.partitions} partitions x {layout.replicas} replicas on "
+            f"{self.run.ranks.device.type}; {ahead}, {stream.steps_per_epoch} an epoch"
+        )
+        text += f" (resumed from step {step})" if step else ""
+        return f"{text}\n{trainer.remark}" if trainer.remark else text
+
+    def stopped(self) -> str:
+        return (
+            f"stopped on request after step {self.state.step} of {self.last}, saved in "
+            f"{self.run.checkpoints}; the same command resumes there"
+        )
+
+    # --- the loop ---------------------------------------------------------------------------------
+
+    def fit(self) -> Fitted | None:
+        state = self.state
+        if state.evaluation_due:
+            self._evaluate()
+        clock = time.monotonic()
+        for batch, following in with_next(self._batches):
+            waited = time.monotonic() - clock
+            report = self._step(batch, following)
+            elapsed = time.monotonic() - clock
+            state.step += 1
+            state.seconds += elapsed
+            self._record(batch, report, elapsed, waited)
+            if report.all_written:
+                self._saver.finish()
+            if not self._evaluate_and_save(batch.epoch, report.stop):
+                break
+            # The time and the traffic of evaluating and saving are left out.
+            clock = time.monotonic()
+            self._moved = self._bytes_moved()
+        self._saver.finish()
+        if not self._is_done():
+            return None
+        self.trainer.close()
+        epochs = self.last / self.stream.steps_per_epoch
+        return Fitted(self._evaluated(), state.seconds, epochs, self.stopped())
+
+    def _step(self, batch: Batch, following: Batch | None) -> StepReport:
+        """One update; DivergedError names the users of the batch and the last good checkpoint."""
+        try:
+            return self.trainer.step(
+                batch,
+                stop=self.run.stop_requested,
+                written=self._saver.written,
+                following=following,
+            )
+        except DivergedError as error:
+            self._saver.keep_what_is_good(self.state.step)
+            raise self._explained(error, batch) from None
+
+    def _explained(self, error: DivergedError, batch: Batch) -> DivergedError:
+        """All ranks diverge at the same step, and call this together."""
+        keys = sorted(set(all_gather_keys(batch.user_keys, self.run.ranks)))
+        content = {"step": batch.step + 1, "user_keys": keys}
+        name = f"diverged-step-{batch.step + 1}.json"
+        path = self.run.write_file(name, json.dumps(content) + "\n")
+        good = folders.newest(self.run.checkpoints)
+        some = ", ".join(map(str, keys[:5])) + (", ..." if len(keys) > 5 else "")
+        return DivergedError(
+            f"{error}; the batch holds {len(keys)} users with keys {some} (all in {path}); "
+            f"the last good checkpoint is {good or 'none'}; "
+            "lower the learning rate or set optimizer.clip_norm, and start again"
+        )
+
+    def _record(self, batch: Batch, report: StepReport, elapsed: float, waited: float) -> None:
+        """Write the step's line of metrics.jsonl and move the bar."""
+        rate = batch.global_users / elapsed
+        line = {
+            "step": self.state.step,
+            "epoch": batch.epoch,
+            "loss": report.loss,
+            "focal": report.focal,
+            "kl": report.kl,
+            "lr": self.run.config.lr(batch.epoch),
+            "grad_norm": report.grad_norm,
+            "users_per_second": rate,
+            "step_seconds": elapsed,
+            "data_wait": waited / elapsed,
+            **report.paths,
+            **self._memory.now(),
+            "bytes_moved": self._bytes_moved() - self._moved,
+        }
+        self.run.record(line, "train")
+        text = f"epoch {batch.epoch}, loss {report.loss:.4f}, {rate:,.0f} users/s"
+        self._progress.update(self.state.step, text)
+
+    def _bytes_moved(self) -> int:
+        return sum(self.run.ranks.bytes_moved().values())
+
+    def _evaluate_and_save(self, epoch: int, stop: bool) -> bool:
+        """Evaluate and save where this step is one to do so; return whether training continues."""
+        state, run = self.state, self.run.config.run
+        epoch_ends = state.step % self.stream.steps_per_epoch == 0
+        every, cadence = run.evaluate_every_epochs, run.checkpoint_every_steps
+        is_last = state.step == self.last
+        its_turn = bool(every) and epoch_ends and (epoch + 1) % every == 0
+        state.evaluation_due = its_turn or (bool(every) and is_last)
+        if state.evaluation_due and not stop:
+            self._evaluate_or_save()
+        stopping = stop or state.evaluation_due
+        saving = state.step % cadence == 0 if cadence else epoch_ends
+        if stopping or is_last or saving:
+            self._saver.save(state)
+        return not stopping
+
+    def _evaluate_or_save(self) -> None:
+        """Evaluate; where that fails, for shards that were replaced, the steps are not lost."""
+        try:
+            self._evaluate()
+        except AgreedError as error:
+            self._saver.save(self.state)
+            self._saver.finish()
+            raise AgreedError(
+                f"{error}; saved after step {self.state.step}, and the same command resumes there"
+            ) from None
+
+    def _evaluate(self) -> None:
+        """Validate this step and keep it if it is the best; `state.evaluation_due` stays True
+        where a stop comes first."""
+        run, state = self.run, self.state
+        metrics = None
+        if run.manifest.splits["validation"].users:
+            with self.trainer.evaluating() as trunk:
+                found = run.evaluate(model_scorer(self.trainer.model, trunk), "validation")
+            if found is None:
+                return
+            metrics = found.result()
+        state.evaluation_due = False
+        if not metrics or not metrics["n_users"]:
+            return
+        epoch = (state.step - 1) // self.stream.steps_per_epoch
+        run.say(f"step {state.step}, epoch {epoch}: validation {summary(metrics)}")
+        line = {"step": state.step, "epoch": epoch, "split": "validation", **metrics}
+        run.record(line, "validation")
+        if state.best is None or metrics[BEST_BY] > state.best[BEST_BY]:
+            state.best = metrics
+            self._saver.save_best(state)
+
+
+def make_stream(config: Config, ranks: Ranks) -> TrainStream:
+    """Return the part of the stream of `config` that this rank reads; ValueError where the shards
+    do not fit."""
+    data = config.data
+    return TrainStream(
+        data.shards,
+        data.batch_size,
+        config.parallel.lanes,
+        config.run.seed,
+        config.halves,
+        ranks.rank,
+        ranks.world_size,
+        data.input_dropout,
+    )
+
+
+def with_next(batches: Iterable[Batch]) -> Iterator[tuple[Batch, Batch | None]]:
+    """Yield each batch together with the one after it, None after the last."""
+    iterator = iter(batches)
+    batch = next(iterator, None)
+    while batch is not None:
+        following = next(iterator, None)
+        yield batch, following
+        batch = following
