@@ -8,6 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from dist_vasp.checkpoint.header import Header, Position
+from dist_vasp.checkpoint.read import Checkpoint
 from dist_vasp.config import Config, DataConfig
 from dist_vasp.data.manifest import Manifest
 from dist_vasp.ranking.load import shards_of
@@ -16,10 +18,19 @@ from tests.support.make_shards import write_folder
 
 def loaded(run: Path, shards: str, **header: str):
     """A model of a run whose configuration names these shards."""
-    checkpoint = SimpleNamespace(path=run / "checkpoints" / "best-00000001", header=header)
-    return SimpleNamespace(
-        checkpoint=checkpoint, config=replace(Config(), data=DataConfig(shards=shards))
+    written = Header(
+        position=Position(0, 1, 1),
+        config={},
+        must_match={},
+        vocabulary_sha256="v",
+        shards_sha256="s",
+        n_items=3,
+        optimizer={"step": 1.0, "mu_product": 1.0},
+        **header,
     )
+    checkpoint = Checkpoint(run / "checkpoints" / "best-00000001", written)
+    config = replace(Config(), data=DataConfig(shards=shards))
+    return SimpleNamespace(checkpoint=checkpoint, config=config)
 
 
 @pytest.fixture
