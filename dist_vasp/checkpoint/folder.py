@@ -1,9 +1,9 @@
-"""Which checkpoints a run's folder holds, and which of them count.
+"""The folder of a run's checkpoints: find one, open one, remove those that no longer count.
 
-What a run resumes from decides. Every start of a training is an attempt with an id of its own, and
-a best checkpoint is known by its step and the attempt that wrote it. A step checkpoint names the
-best one of its past; whatever else the folder holds belongs to a future that is undone, or to
-another attempt, and goes when the run is resumed (`settle`).
+Every start of a training is an attempt with a random id. A best checkpoint is identified by its
+step and the attempt that wrote it. A step checkpoint names the best checkpoint of its past. When a
+run resumes from a step checkpoint, every best checkpoint that no step checkpoint names is removed
+(`settle`): it was written after that step, or by another attempt.
 """
 
 from __future__ import annotations
@@ -40,17 +40,17 @@ def best_path(folder: Path, step: int) -> Path:
     return folder / f"{BEST}-{step:08d}"
 
 
-# --- reading ---------------------------------------------------------------------------------------------------------
+# --- reading --------------------------------------------------------------------------------------
 
 
 def newest(folder: Path) -> Path | None:
-    """The step checkpoint with the highest step, None where there is none."""
+    """Return the step checkpoint with the highest step, None where there is none."""
     steps = _steps(folder)
     return steps[-1] if steps else None
 
 
 def newest_step(folder: Path) -> int:
-    """The step of the newest step checkpoint by its name; 0 where there is none."""
+    """Return the step of the newest step checkpoint by its name; 0 where there is none."""
     path = newest(folder)
     return _number(path) if path else 0
 
@@ -80,7 +80,7 @@ def open_named(path: Path) -> Checkpoint[Header]:
 
 
 def find(folder: Path, name: str | None = None) -> Path:
-    """The checkpoint `name`, else the best one, else the newest; ValueError lists what there is.
+    """Return the checkpoint `name`, else the best, else the newest; ValueError lists what there is.
 
     A link is followed here, once: what it points at later is another checkpoint. It never leads out
     of the folder.
@@ -112,8 +112,8 @@ def find(folder: Path, name: str | None = None) -> Path:
 
 
 def _best_without_link(folder: Path) -> Path | None:
-    """Where a copy of the run has lost the link: the best one that the newest step checkpoint
-    names, else that itself."""
+    """Return the best checkpoint of a copy that has lost the link: the one that the newest step
+    checkpoint names, else that step checkpoint itself."""
     path = newest(folder)
     header = header_of(path) if path else None
     return (best_of(folder, header) if header else None) or path
@@ -186,7 +186,7 @@ def open_together(
     raise AssertionError
 
 
-# --- writing ---------------------------------------------------------------------------------------------------------
+# --- writing --------------------------------------------------------------------------------------
 
 
 def point_best_at(path: Path) -> None:
@@ -199,8 +199,8 @@ def point_best_at(path: Path) -> None:
 
 
 def prune(folder: Path, keep: int) -> None:
-    """Drop all but the `keep` newest step checkpoints, and the best ones that neither they nor the
-    link name."""
+    """Remove all but the `keep` newest step checkpoints, and the best checkpoints that neither they
+    nor the link name."""
     steps = _steps(folder)
     for old in steps[:-keep]:
         remove(old)
@@ -213,7 +213,7 @@ def prune(folder: Path, keep: int) -> None:
 
 
 def _named_by(folder: Path, step: Path) -> set[str]:
-    """Names of the best checkpoints that a step checkpoint may need when the run resumes from it."""
+    """Return the names of the best checkpoints that a step checkpoint may need to be resumed."""
     header = header_of(step)
     if header is None:
         return set()
@@ -225,7 +225,7 @@ def _named_by(folder: Path, step: Path) -> set[str]:
 
 
 def best_of(folder: Path, header: Header) -> Path | None:
-    """The best checkpoint that the step checkpoint with this header names; None where that is not
+    """Return the best checkpoint that a step checkpoint names by its header; None where it is not
     in the folder."""
     for path in [folder / BEST, *sorted(_ours(folder, BEST))]:
         found = header_of(path) if not path.is_symlink() else None
@@ -242,8 +242,8 @@ def best_of(folder: Path, header: Header) -> Path | None:
 
 
 def discard(folder: Path, *void: Path) -> None:
-    """Drop checkpoints that no run may resume from or rank with; the link goes to the best one
-    before, if there is one."""
+    """Remove checkpoints that no run may resume from or rank with; point the link at the best
+    checkpoint before them, if there is one."""
     if _followed(folder / BEST) in void:
         remaining = [path for path in _steps(folder) if path not in void]
         header = header_of(remaining[-1]) if remaining else None
@@ -257,20 +257,16 @@ def discard(folder: Path, *void: Path) -> None:
 
 
 def settle(folder: Path, best: Path | None) -> None:
-    """Make the folder hold what its newest step checkpoint stands for and nothing beyond: `best` is
-    the best one.
+    """Remove what lies beyond the newest step checkpoint, and point the link at `best`.
 
-    A best one that an older step checkpoint names stays, for a run that has to resume from there.
-
-    Also removes what a killed process has left half-written. Safe to be killed: the next start does
-    it again.
+    A best checkpoint that an older step checkpoint names stays, for a run that has to resume from
+    there. Half-written folders of a killed process are removed too. A killed `settle` is repeated
+    by the next start.
     """
     if not folder.is_dir():
         return
     link = folder / BEST
-    if (
-        best is not None and best == link
-    ):  # a copy of the run that followed the link, and has nothing else
+    if best is not None and best == link:  # a copy of the run that followed the link
         named = header_of(best)
         assert named is not None
         best = best_path(folder, named.position.step)

@@ -15,16 +15,11 @@ have no item axis and are not listed.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import re
-from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, Self
 
-from dist_vasp.bounded_json import read_json, reason
+from dist_vasp.checkpoint.json_header import JsonHeader, header_sha256, is_count, is_number
 from dist_vasp.data import positives
 from dist_vasp.data.positives import PositiveRule
 
@@ -38,30 +33,6 @@ _ATTEMPT = re.compile(r"[0-9a-f]{0,32}")
 def items_file(index: int, partitions: int) -> str:
     """Return the name of the items file of a partition."""
     return f"{ITEMS}{index:05d}-of-{partitions:05d}.safetensors"
-
-
-class JsonHeader(ABC):
-    """A header as a file of its own: of a checkpoint, an export or an ensemble."""
-
-    FILE: ClassVar[str]
-    """Name of the file."""
-    VERSIONS: ClassVar[tuple[int, ...]]
-    """Values of format_version that are read; the last one is written."""
-    FIX_HEADER: ClassVar[str]
-    """What to do about a damaged header."""
-
-    @classmethod
-    @abstractmethod
-    def from_json(cls, raw: dict[str, Any]) -> Self:
-        """Check the content of a file and return it typed.
-
-        Raises ValueError, TypeError, KeyError or AttributeError where something is missing or of
-        another kind: a checksum only says that the content is what was written.
-        """
-
-    @abstractmethod
-    def to_json(self) -> dict[str, Any]:
-        """Return the content of the file, its own SHA-256 included."""
 
 
 # --- what every stored model says -----------------------------------------------------------------
@@ -115,7 +86,7 @@ class ModelHeader(JsonHeader):
 
 
 def _axis_in_format_1(name: str) -> int:
-    """In format 1 the item-to-item matrix of NEASE and EASE has one name, and no header says more."""
+    """Format 1 had one name for the item-to-item matrix of NEASE and EASE, and named no axis."""
     matrix = "output.nease.weight"
     return 1 if name == matrix or name.startswith(f"{matrix}.") else 0
 
@@ -156,7 +127,10 @@ def common_fields(raw: dict[str, Any], file: re.Pattern[str], place: str) -> dic
 
 @dataclass(frozen=True)
 class Position:
-    """How far training has come. Epochs and steps within one count from 0; `step` counts updates."""
+    """How far training has come. Epochs and the steps within one count from 0.
+
+    `step` is the number of updates made.
+    """
 
     epoch: int
     step_in_epoch: int
@@ -288,64 +262,3 @@ def _number(value: Any, name: str) -> float:
     if not is_number(value):
         raise TypeError(f"{name} is not a number")
     return value
-
-
-def is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 1 << 48
-
-
-def is_number(value: Any) -> bool:
-    """Whether a JSON value is a finite number of 0 or more; JSON has longer numbers than a float."""
-    return type(value) in (int, float) and 0 <= value < 1e300
-
-
-# --- files ----------------------------------------------------------------------------------------
-
-
-H = TypeVar("H", bound=JsonHeader)
-
-
-def header_sha256(content: dict[str, Any]) -> str:
-    """Return the SHA-256 of a header's content, itself excepted: a damaged position or hash must
-    not pass for a real one."""
-    content = {key: value for key, value in content.items() if key != "header_sha256"}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def read_header(kind: type[H], path: Path, folder: int | None = None) -> H:
-    """Read and check the header of the folder `path`.
-
-    With `folder`, a descriptor of that folder, the file is looked up in it. ValueError where the
-    header is damaged or of a version that is not read; OSError where it cannot be read.
-    """
-    file = path / kind.FILE
-    try:
-        raw = read_json(file if folder is None else file.name, folder=folder)
-        version = raw["format_version"]
-        if version in kind.VERSIONS:
-            header = kind.from_json(raw)
-            if raw["header_sha256"] != header_sha256(raw):
-                raise ValueError("header_sha256 is not that of its content")
-            return header
-    except (
-        ValueError,
-        TypeError,
-        KeyError,
-        AttributeError,
-        RecursionError,
-        OverflowError,
-    ) as error:
-        raise ValueError(f"{file} is damaged ({reason(error):.300}); {kind.FIX_HEADER}") from None
-    known = " and ".join(map(str, kind.VERSIONS))
-    raise ValueError(
-        f"{file} has format_version {version!r:.20}, this version reads {known}; "
-        "use the version that wrote it"
-    )
-
-
-def write_header(folder: Path, header: ModelHeader) -> None:
-    """Write the header into a folder that is being made."""
-    with open(folder / header.FILE, "w") as handle:
-        handle.write(json.dumps(header.to_json(), indent=1) + "\n")
-        handle.flush()
-        os.fsync(handle.fileno())

@@ -18,7 +18,8 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from dist_vasp.checkpoint.header import Header, ModelHeader, read_header
+from dist_vasp.checkpoint.header import Header, ModelHeader
+from dist_vasp.checkpoint.json_header import read_header
 from dist_vasp.parallel.agree import agree
 from dist_vasp.parallel.comm import Ranks
 from dist_vasp.tensor_file import TensorFile
@@ -36,7 +37,7 @@ class GoneError(ValueError):
 
 @dataclass(frozen=True)
 class Checkpoint(Generic[H_co]):
-    """A folder of weights, a checkpoint or an export: its header, and its files, which stay open."""
+    """A folder of weights, of a checkpoint or an export: its header and its open files."""
 
     path: Path
     header: H_co

@@ -24,13 +24,8 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from dist_vasp.checkpoint.header import (
-    JsonHeader,
-    ModelHeader,
-    header_sha256,
-    is_count,
-    read_header,
-)
+from dist_vasp.checkpoint.header import ModelHeader
+from dist_vasp.checkpoint.json_header import JsonHeader, header_sha256, is_count, read_header
 from dist_vasp.config import Config
 from dist_vasp.data.items import ItemTable
 from dist_vasp.data.positives import PositiveRule

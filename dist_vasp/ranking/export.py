@@ -1,15 +1,14 @@
-"""A trained model as one folder to carry to where lists are made: weights, vocabulary and a header,
-nothing of the training.
+"""Export a trained model: one folder of weights, vocabulary and a header, nothing of the training.
 
-    EXPORT/  export.json                         format version, config, vocabulary, SHA-256 of each file
+    EXPORT/  export.json                         config, vocabulary, SHA-256 of each file
              items.parquet                       original ids, popularity, titles
              trunk.safetensors                   parameters of the trunk (none for NEASE)
              items-PPPPP-of-PPPPP.safetensors    as in a checkpoint, without moments
-             trunk.pt2                           asked for: the trunk as a torch.export program, for a consumer of its own
+             trunk.pt2                           if asked for: the trunk as a torch.export program
 
-The tensors are those of a checkpoint in the same files and blocks, so an export answers bitwise as
-its run does. It exists whole or not at all (`dist_vasp.files`). Nothing of it is unpickled by us:
-trunk.pt2 is only hashed.
+The tensors are those of a checkpoint in the same files and blocks, so an export gives bitwise the
+scores of its run. It exists whole or not at all (`dist_vasp.files`). trunk.pt2 is for other
+programs; here it is hashed and never loaded.
 """
 
 from __future__ import annotations
@@ -27,7 +26,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from dist_vasp.checkpoint.header import Header, ModelHeader, common_fields, write_header
+from dist_vasp.checkpoint.header import Header, ModelHeader, common_fields
+from dist_vasp.checkpoint.json_header import write_header
 from dist_vasp.checkpoint.read import Checkpoint, open_model_folder, readable
 from dist_vasp.data.items import read_items_file
 from dist_vasp.data.manifest import ITEMS_FILE
@@ -121,7 +121,8 @@ def export(
     free = shutil.disk_usage(output.parent).free
     if free < needed * 1.01 + (1 << 20):
         raise ValueError(
-            f"{output.parent} has {free / 1e9:.2f} GB free but the export needs {needed / 1e9:.2f} GB; free some space"
+            f"{output.parent} has {free / 1e9:.2f} GB free but the export needs "
+            f"{needed / 1e9:.2f} GB; free some space"
         )
     written = 0
 
@@ -185,7 +186,8 @@ def write_program(trunk: Trunk, file: Path) -> str:
             for ours, theirs in zip(scoring(pre_BH), program.module()(pre_BH), strict=True):
                 if not torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6):
                     raise RuntimeError(
-                        f"the exported trunk differs from the model by {(ours - theirs).abs().max().item():.3g}"
+                        "the exported trunk differs from the model by "
+                        f"{(ours - theirs).abs().max().item():.3g}"
                     )
     torch.export.save(program, file)
     with open(file, "rb+") as handle:

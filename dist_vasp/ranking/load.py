@@ -1,4 +1,4 @@
-"""A trained model out of a run directory, on any number of ranks, without an engine."""
+"""Load a trained model from a run directory or an export, on any number of ranks."""
 
 from __future__ import annotations
 
@@ -83,21 +83,25 @@ def open_model(folder: str | Path, name: str | None = None) -> Checkpoint[ModelH
     """Open an exported folder, or a run's checkpoint `name` (else its best, else its newest)."""
     if not isinstance(folder, str | os.PathLike) or not isinstance(name, str | None):
         raise ValueError(
-            f"the model is {folder!r:.80}, its checkpoint {name!r:.80}; expected the path of a folder, and a name or None"
+            f"the model is {folder!r:.80}, its checkpoint {name!r:.80}; "
+            "expected the path of a folder, and a name or None"
         )
     folder = Path(folder)
     if not os.path.isdir(folder):
         raise ValueError(
-            f"{folder} is not a folder; pass the run.dir of a training run, or a folder of launch/export.py"
+            f"{folder} is not a folder; "
+            "pass the run.dir of a training run, or a folder of launch/export.py"
         )
     if (folder / ENSEMBLE).is_file():
         raise ValueError(
-            f"{folder} is an ensemble, which evaluate.py and recommend.py take; pass the folder of one of its members"
+            f"{folder} is an ensemble, which evaluate.py and recommend.py take; "
+            "pass the folder of one of its members"
         )
     if is_export(folder):
         if name is not None:
             raise ValueError(
-                f"{folder} is an exported model and has no checkpoint {name}; leave --checkpoint out"
+                f"{folder} is an exported model and has no checkpoint {name}; "
+                "leave --checkpoint out"
             )
         return folders.persist(lambda: open_export(folder))
     return folders.open_found(folder / "checkpoints", name)
@@ -108,10 +112,9 @@ def _reopen(path: Path) -> Checkpoint[ModelHeader]:
 
 
 def positives_of(opened: Checkpoint[ModelHeader]) -> PositiveRule | None:
-    """The rule that made the positives the model was trained on; None where nothing tells.
+    """Return the rule that made the positives the model was trained on; None where it is not known.
 
-    A run of an earlier version does not say; its shards do, where they are still those it began
-    with.
+    Runs of earlier versions do not hold it. Their shards do, where they are still the same.
     """
     header = opened.header
     if header.positives is not None or not isinstance(header, Header):
@@ -124,12 +127,13 @@ def positives_of(opened: Checkpoint[ModelHeader]) -> PositiveRule | None:
 
 
 def same_on_all(rule: PositiveRule | None, ranks: Ranks) -> PositiveRule | None:
-    """What rank 0 knows: the shards of a run may not be there on every host."""
+    """Return the rule that rank 0 knows: the shards of a run may not be there on every host."""
     known = json.dumps(positives.for_header(rule)).encode()
     with agreed(ranks):
         if len(known) > _RULE_BYTES:
             raise ValueError(
-                f"the rule of positives takes {len(known):,} bytes, at most {_RULE_BYTES:,} are read; shorten --missing"
+                f"the rule of positives takes {len(known):,} bytes, "
+                f"at most {_RULE_BYTES:,} are read; shorten --missing"
             )
     return positives.in_header(
         json.loads(all_gather_bytes(known, ranks.world, ranks.device, _RULE_BYTES)[0])
@@ -137,8 +141,8 @@ def same_on_all(rule: PositiveRule | None, ranks: Ranks) -> PositiveRule | None:
 
 
 def check_size(opened: Checkpoint[ModelHeader], config: Config) -> None:
-    """ValueError where the config describes a larger model than the files can hold: nothing of that
-    size is made then."""
+    """Raise ValueError where the config describes a larger model than the files hold, before
+    memory of that size is taken."""
     n_items = opened.header.n_items
     described = 4 * (
         config.model.item_parameters(n_items, n_items) + config.model.trunk_parameters()
@@ -146,8 +150,8 @@ def check_size(opened: Checkpoint[ModelHeader], config: Config) -> None:
     stored = sum(os.fstat(handle.fileno()).st_size for handle in opened.handles.values())
     if described > stored:
         raise ValueError(
-            f"{opened.path / opened.header.FILE} describes a model of {described:,} bytes, its files hold {stored:,}; "
-            f"{opened.remedy}"
+            f"{opened.path / opened.header.FILE} describes a model of {described:,} bytes, "
+            f"its files hold {stored:,}; {opened.remedy}"
         )
 
 
@@ -156,18 +160,19 @@ def check_vocabulary(loaded: LoadedModel, folder: str | Path, manifest: Manifest
     header = loaded.checkpoint.header
     if manifest.vocabulary_sha256 != header.vocabulary_sha256:
         raise ValueError(
-            f"{folder} has a vocabulary of {manifest.n_items} items (hash {manifest.vocabulary_sha256[:12]}...) but the checkpoint "
-            f"was trained on {header.n_items} (hash {header.vocabulary_sha256[:12]}...); "
+            f"{folder} has a vocabulary of {manifest.n_items} items "
+            f"(hash {manifest.vocabulary_sha256[:12]}...) but the checkpoint was trained on "
+            f"{header.n_items} (hash {header.vocabulary_sha256[:12]}...); "
             "pass the shards it was trained on with --shards"
         )
 
 
 def shards_of(loaded: LoadedModel) -> tuple[str, str]:
-    """(the data folder that the model was trained on, what to say about it).
+    """Return the data folder that the model was trained on, and what to tell the user about it.
 
-    Where the folder that the configuration names is not there, as in a run that was moved with its
-    data, the one that lies as it lay from run.dir is taken, if it holds the same data. ValueError
-    where neither does.
+    Where the folder that the configuration names is not there, the path relative to run.dir is
+    tried: a run may have been moved together with its data. ValueError where neither holds the
+    data.
     """
     header, named = loaded.checkpoint.header, loaded.config.data.shards
     run_dir = loaded.checkpoint.path.parent.parent
@@ -191,8 +196,9 @@ def shards_of(loaded: LoadedModel) -> tuple[str, str]:
         )
     if here:
         raise ValueError(
-            f"{named} is not the data that {run_dir} was trained on any more: it was prepared again; pass --shards {named} to use it "
-            "all the same, or --shards with the folder of the earlier data"
+            f"{named} is not the data that {run_dir} was trained on any more: it was prepared "
+            f"again; pass --shards {named} to use it all the same, "
+            "or --shards with the folder of the earlier data"
         )
     relative = (
         ""
@@ -200,6 +206,6 @@ def shards_of(loaded: LoadedModel) -> tuple[str, str]:
         else ", a path relative to the folder where training was started"
     )
     raise ValueError(
-        f"{run_dir} was trained on the shards in {named}{relative}: it holds no {MANIFEST} here; pass --shards DIR with the folder "
-        "where they are now"
+        f"{run_dir} was trained on the shards in {named}{relative}: it holds no {MANIFEST} here; "
+        "pass --shards DIR with the folder where they are now"
     )

@@ -1,8 +1,8 @@
-"""Catalogue growth: a new run that starts from another run's weights, items matched by original id.
+"""Start a new run from another run's weights, where the catalogue has changed (`--init_from`).
 
-Rows and columns of known items are kept, in whatever order the new vocabulary has them; new items
-keep their fresh initialisation. Moments and position start anew. Each rank reads one stored piece
-at a time and keeps its own items of it.
+Items are matched by original id. Rows and columns of known items are copied, in whatever order the
+new vocabulary has them. New items keep their random initialisation. Moments and position start
+anew. Each rank reads one stored tensor at a time and keeps its own items of it.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ _SIZES = ("kind", "hidden", "latent", "encoder_layers", "decoder_layers", "laten
 
 
 def open_source(run: str, ours: ModelConfig) -> Checkpoint[Header]:
-    """The best (else newest) checkpoint of `run`; ValueError where there is none, or one of another
-    model."""
+    """Open the best (else newest) checkpoint of `run`; ValueError where there is none, or one of
+    another model."""
     if not Path(run).is_dir():
         raise ValueError(f"--init_from {run} is not a folder; name the run.dir of a training run")
     opened = folders.open_found(Path(run) / "checkpoints")
@@ -40,7 +40,8 @@ def open_source(run: str, ours: ModelConfig) -> Checkpoint[Header]:
     ]
     if different:
         raise ValueError(
-            f"--init_from {run}: {'; '.join(different)}; a run can only start from one of the same model"
+            f"--init_from {run}: {'; '.join(different)}; "
+            "a run can only start from one of the same model"
         )
     return opened
 
@@ -66,7 +67,8 @@ def initialise_from(trainer: Trainer, run: str, shards: str) -> None:
         old_of_new = np.asarray(pc.fill_null(found, -1)).astype(np.int64)
         if (old_of_new < 0).all():
             raise ValueError(
-                f"--init_from {run}: none of the {len(old_of_new)} items of {shards} is known there; are the ids of one kind?"
+                f"--init_from {run}: none of the {len(old_of_new)} items of {shards} is known "
+                "there; are the ids of one kind?"
             )
         shapes = trainer.trunk.shapes(moments=False) if trainer.trunk else {}
         tensors = load_weights(opened, trainer.model.slices(), shapes, old_of_new)

@@ -1,6 +1,7 @@
 """The folder of a run: one owner at a time, metrics line by line, TensorBoard events, the result.
 
-RUN_DIR/config.yaml  environment.json  metrics.jsonl  items.parquet  checkpoints/  tensorboard/  result.json
+RUN_DIR/config.yaml  environment.json  metrics.jsonl  items.parquet  result.json
+        checkpoints/  tensorboard/
 """
 
 from __future__ import annotations
@@ -54,7 +55,8 @@ class RunDir:
         if isinstance(self._lock, str):
             owner = self._lock or "another process"
             raise ValueError(
-                f"run.dir {folder} is in use by {owner}; wait for it to end or choose another run.dir"
+                f"run.dir {folder} is in use by {owner}; "
+                "wait for it to end or choose another run.dir"
             )
         remove_leftovers(self.folder)
 
@@ -165,8 +167,8 @@ def check_shared(folder: str | Path, ranks: Ranks) -> None:
             while not (Path(folder) / name).exists():
                 if time.monotonic() > deadline:
                     raise ValueError(
-                        f"run.dir {folder} on {socket.gethostname()} is not the folder that rank 0 sees; "
-                        "with several hosts it must lie on a filesystem that they share"
+                        f"run.dir {folder} on {socket.gethostname()} is not the folder that rank 0 "
+                        "sees; with several hosts it must lie on a filesystem that they share"
                     )
                 time.sleep(0.1)
     finally:
@@ -241,7 +243,8 @@ def _copy_items(shards: str, manifest: Manifest, target: Path) -> None:
     data = source.read_bytes()
     if sha256_of(data) != manifest.files.get(ITEMS_FILE):
         raise ValueError(
-            f"{source} changed while the run was starting; restore the shards and start the same command again"
+            f"{source} changed while the run was starting; "
+            "restore the shards and start the same command again"
         )
     with replacing(target, _REMEDY) as handle:
         handle.write(data)

@@ -1,5 +1,4 @@
-"""The state of a run between steps: what is saved with a checkpoint, what must match when it is
-resumed."""
+"""The state of a training between two steps: save it, resume it, and refuse what does not match."""
 
 from __future__ import annotations
 
@@ -33,34 +32,37 @@ class RunState:
     step: int = 0  # optimizer steps done
     seconds: float = 0.0  # of training, evaluation and saving excluded
     best: dict[str, Any] | None = None  # validation metrics of the best checkpoint
-    evaluation_due: bool = (
-        False  # a stop came before the evaluation that belongs to `step` was done
-    )
+    evaluation_due: bool = False  # a stop came before the evaluation that belongs to `step`
     attempt: str = ""  # id of this start of the training
     best_checkpoint: BestCheckpoint | None = None  # whose weights `best` is of
-    lost_best: bool = False  # the best checkpoint that the resumed one names is not in the folder
+    lost_best: bool = False  # the resumed checkpoint names a best one that is not in the folder
 
 
 def total_steps(config: Config, steps_per_epoch: int) -> int:
-    """Optimizer steps of the whole run: the schedule, or `run.max_steps` if that is less."""
+    """Return the steps of the whole run: the schedule's, or `run.max_steps` if that is less."""
     steps = config.epochs * steps_per_epoch
     return min(steps, config.run.max_steps) if config.run.max_steps else steps
 
 
 class Saver:
-    """Writes checkpoints in order, in the background where memory allows, and commits each when
-    every rank has written."""
+    """Write checkpoints in order, in the background where memory allows.
+
+    A checkpoint is committed when every rank has written its part.
+    """
 
     def __init__(
         self, trainer: Trainer, stream: TrainStream, folder: Path, say: Callable[[str], None]
     ) -> None:
-        self.trainer, self.stream, self.folder, self.say = trainer, stream, folder, say
+        self.trainer = trainer
+        self.stream = stream
+        self.folder = folder
+        self.say = say
         self._pending: deque[tuple[Save, Callable[[], None]]] = deque()
         self._told = False
 
     def save(self, state: RunState) -> None:
-        """Everything a resume needs, as step-XXXXXXXX; older ones beyond `run.keep` go when it is
-        whole."""
+        """Start saving everything that a resume needs, as step-XXXXXXXX; older ones beyond
+        `run.keep` are removed when it is whole."""
         config = self.trainer.config
         self._start(
             folders.step_path(self.folder, state.step),
@@ -70,7 +72,7 @@ class Saver:
         )
 
     def save_best(self, state: RunState) -> None:
-        """Weights without moments, as best-XXXXXXXX; `best` points at it when it is whole."""
+        """Start saving the weights, as best-XXXXXXXX; `best` points at it when it is whole."""
         path = folders.best_path(self.folder, state.step)
         state.best_checkpoint = BestCheckpoint(state.step, state.attempt)
         self._start(path, state, False, lambda: self._keep_best(path))
@@ -102,8 +104,8 @@ class Saver:
         self._pending.append((pending, then))
 
     def keep_what_is_good(self, step: int) -> None:
-        """Commit what was started, after the weights of `step` gave no finite loss: their
-        checkpoints are void, and go."""
+        """Commit what was started, but remove the checkpoints of `step`, whose weights gave no
+        finite loss."""
         void = (folders.step_path(self.folder, step), folders.best_path(self.folder, step))
         for pending, _ in self._pending:
             if pending.path in void:
@@ -164,22 +166,22 @@ def facts_of_data(config: Config, manifest: Manifest) -> dict[str, Any]:
     }
 
 
-# What a checkpoint of an earlier version, which did not know a key, was written with
-_ABSENT = {"data.input_dropout": 0.0, "model.ease_user_exponent": 0.0}
+# --- resuming -------------------------------------------------------------------------------------
 
-# --- resuming --------------------------------------------------------------------------------------------------------
+# The values of keys that earlier versions did not have
+_ABSENT = {"data.input_dropout": 0.0, "model.ease_user_exponent": 0.0}
+# Keys that may change when a training by steps is resumed: the first ones decide its start alone
+_FREE_OF_MODEL = ("ease_lambda", "ease_dtype", "ease_dropout", "ease_user_exponent")
+_FREE_OF_OPTIMIZER = ("schedule", "accumulation")
 
 
 def must_match(config: Config, shards_sha256: str) -> dict[str, Any]:
-    """What a resumed run may not change."""
+    """Return what a resumed training may not change."""
+    model, optimizer = asdict(config.model), asdict(config.optimizer)
     return {
-        **{f"model.{k}": v for k, v in asdict(config.model).items() if not k.startswith("ease_")},
+        **{f"model.{k}": v for k, v in model.items() if k not in _FREE_OF_MODEL},
         **{f"loss.{k}": v for k, v in asdict(config.loss).items()},
-        **{
-            f"optimizer.{k}": v
-            for k, v in asdict(config.optimizer).items()
-            if k not in ("schedule", "accumulation")
-        },
+        **{f"optimizer.{k}": v for k, v in optimizer.items() if k not in _FREE_OF_OPTIMIZER},
         "data.batch_size": config.data.batch_size,
         "data.halves": config.halves,
         "data.input_dropout": config.data.input_dropout,
@@ -192,8 +194,7 @@ def must_match(config: Config, shards_sha256: str) -> dict[str, Any]:
 def resume(trainer: Trainer, stream: TrainStream, folder: Path, ranks: Ranks) -> RunState | None:
     """Load the newest checkpoint of `folder` into `trainer`; None where there is none.
 
-    AgreedError where it is damaged, or where the run has changed in what it may not: the difference
-    is named.
+    AgreedError where it is damaged, or names what has changed that may not.
     """
     opened = folders.open_together(lambda: newest_checkpoint(folder), open_checkpoint, ranks)
     if opened is None:
@@ -213,16 +214,14 @@ def resume(trainer: Trainer, stream: TrainStream, folder: Path, ranks: Ranks) ->
 
 
 def newest_checkpoint(folder: Path) -> Checkpoint[Header] | None:
-    """The newest step checkpoint of a folder, opened; None where there is none."""
+    """Open the newest step checkpoint of a folder; None where there is none."""
     path = folders.newest(folder)
     return None if path is None else folders.open_named(path)
 
 
 def _state_of(opened: Checkpoint[Header], folder: Path, ranks: Ranks) -> RunState:
-    """Where the run stood at a checkpoint.
-
-    What was best counts only if the weights are still there.
-    """
+    """Return where the run stood at a checkpoint. The best metrics count only if the best
+    checkpoint is still there."""
     header = opened.header
     state = RunState(opened.step, header.seconds_training, header.best, header.evaluation_due)
     if state.best is None:
@@ -240,14 +239,14 @@ def _state_of(opened: Checkpoint[Header], folder: Path, ranks: Ranks) -> RunStat
 
 
 def check_same(opened: Checkpoint[Header], matching: dict[str, Any], manifest: Manifest) -> None:
-    """ValueError names what of `matching`, or of the data, is not what the checkpoint was written
-    with."""
-    before, now = _ABSENT | opened.header.must_match, json.loads(json.dumps(matching))
+    """Raise ValueError that names what of `matching`, or of the data, is not what the checkpoint
+    was written with."""
+    before = _ABSENT | opened.header.must_match
+    now = json.loads(json.dumps(matching))
     different = [key for key in now if before.get(key) != now[key]]
+    if "model.kind" in different:
+        different = ["model.kind"]  # other kinds have other keys
     if different:
-        different = (
-            ["model.kind"] if "model.kind" in different else different
-        )  # other kinds have other keys
         changes = "; ".join(
             f"{key} was {_short(before.get(key))} and is now {_short(now[key])}"
             for key in different
@@ -257,13 +256,13 @@ def check_same(opened: Checkpoint[Header], matching: dict[str, Any], manifest: M
         )
     if opened.header.data_sha256 not in ("", manifest.data_sha256):
         raise ValueError(
-            f"{opened.path} cannot be resumed: the validation or test users of data.shards are others than it began with; "
-            "restore the shards, or start a new run.dir"
+            f"{opened.path} cannot be resumed: the validation or test users of data.shards are "
+            "others than it began with; restore the shards, or start a new run.dir"
         )
 
 
 def _short(value: Any) -> str:
-    """A value for a message; of a hash the beginning."""
+    """Return a value as a message shows it; a hash is cut short."""
     return f"{value[:12]}..." if isinstance(value, str) and len(value) == 64 else repr(value)
 
 

@@ -15,7 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dist_vasp.checkpoint.header import TRUNK, Header, Position, header_sha256, items_file
+from dist_vasp.checkpoint.header import TRUNK, Header, Position, items_file
+from dist_vasp.checkpoint.json_header import header_sha256
 from dist_vasp.checkpoint.read import open_checkpoint
 from dist_vasp.checkpoint.weights import check_numbers
 from dist_vasp.checkpoint.write import save

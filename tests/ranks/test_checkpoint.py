@@ -19,14 +19,8 @@ from safetensors.torch import load_file, save_file
 
 from dist_vasp.checkpoint import folder as folders
 from dist_vasp.checkpoint import write
-from dist_vasp.checkpoint.header import (
-    TRUNK,
-    BestCheckpoint,
-    Header,
-    Position,
-    header_sha256,
-    items_file,
-)
+from dist_vasp.checkpoint.header import TRUNK, BestCheckpoint, Header, Position, items_file
+from dist_vasp.checkpoint.json_header import header_sha256
 from dist_vasp.checkpoint.read import GoneError, open_checkpoint, verify
 from dist_vasp.checkpoint.weights import load_weights
 from dist_vasp.config import Config, ModelConfig, OptimizerConfig, ParallelConfig, RunConfig, Stage

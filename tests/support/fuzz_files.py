@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from dist_vasp.checkpoint.header import Header, header_sha256
+from dist_vasp.checkpoint.header import Header
+from dist_vasp.checkpoint.json_header import header_sha256
 from dist_vasp.data.hashing import sha256_of
 from dist_vasp.data.manifest import MANIFEST
 

@@ -11,7 +11,8 @@ import torch
 import yaml
 
 from dist_vasp.bounded_json import DEEPEST, LARGEST, parse_json, read_json
-from dist_vasp.checkpoint.header import Header, header_sha256
+from dist_vasp.checkpoint.header import Header
+from dist_vasp.checkpoint.json_header import header_sha256
 from dist_vasp.checkpoint.read import open_checkpoint
 from dist_vasp.config import LARGEST_YAML, Config, from_dict, load, read_yaml
 from dist_vasp.data.manifest import Manifest

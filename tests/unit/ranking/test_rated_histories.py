@@ -16,7 +16,7 @@ import scipy.sparse
 
 from data_tools.shard import main as shard
 from dist_vasp import Recommender
-from dist_vasp.checkpoint.header import header_sha256
+from dist_vasp.checkpoint.json_header import header_sha256
 from dist_vasp.data.ids import MISSING
 from dist_vasp.data.items import load_items
 from dist_vasp.data.manifest import Manifest

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dist_vasp import Recommender
-from dist_vasp.checkpoint.header import header_sha256
+from dist_vasp.checkpoint.json_header import header_sha256
 from dist_vasp.config import LossConfig, ModelConfig
 from dist_vasp.model.item_layers import OutputSide
 from dist_vasp.parallel.comm import Group

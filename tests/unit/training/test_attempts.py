@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from dist_vasp.checkpoint import folder as folders
-from dist_vasp.checkpoint.header import BestCheckpoint, Header, header_sha256
+from dist_vasp.checkpoint.header import BestCheckpoint, Header
+from dist_vasp.checkpoint.json_header import header_sha256
 from dist_vasp.checkpoint.read import open_checkpoint
 from dist_vasp.parallel.comm import form_groups
 from dist_vasp.parallel.partition import Layout
