@@ -1,8 +1,8 @@
 """Train and test a list of models and say which is best: python launch/compare.py --config
 configs/compare.yaml --output DIR
 
-Writes report.md, report.json and per_user.parquet into DIR. Finished runs are not repeated, others go on where they stopped.
-`--section.key value` overrides a key of every trained model.
+Writes report.md, report.json and per_user.parquet into DIR. Finished runs are not repeated;
+interrupted ones are resumed. `--section.key value` overrides a key of every trained model.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from typing import Any
 import yaml
 
 from dist_vasp.command_line import Parser
-from dist_vasp.compare.config import Comparison, read_comparison
+from dist_vasp.compare.config import Comparison
 from dist_vasp.compare.gather import gather, is_per_user_of_all, write_per_user
 from dist_vasp.compare.jobs import Jobs, Stopped
+from dist_vasp.compare.read import read_comparison
 from dist_vasp.compare.report import markdown
 from dist_vasp.compare.runs import carry_out, count_runs, data_sha256, plan
 from dist_vasp.data.manifest import Manifest
@@ -122,7 +123,8 @@ def _compare(comparison: Comparison, output: Path, data: str, ranks: int, comman
         text.write(printable(markdown(found)).encode())
         write_per_user(per_user, comparison, output, {failure.run.stem for failure in failures})
     _say(
-        f"\n{found['verdict']}\n\n{output / 'report.md'}: {len(runs) - len(failures)} runs in {time.monotonic() - start:.0f} s"
+        f"\n{found['verdict']}\n\n{output / 'report.md'}: {len(runs) - len(failures)} runs in "
+        f"{time.monotonic() - start:.0f} s"
     )
     if failures:
         print(f"error: {failed}", file=sys.stderr)
@@ -134,7 +136,7 @@ def _say(text: str) -> None:
 
 
 def _check(folder: Path, config: str) -> None:
-    """ValueError unless the reports are new, or take the place of those of an earlier comparison."""
+    """Raise ValueError unless the reports are new or replace those of an earlier comparison."""
     inputs = [("--config", config)]
     recognised = {
         REPORT: _is_report,
@@ -164,7 +166,8 @@ def _overrides(rest: Sequence[str]) -> dict[str, Any]:
         name, given, value = waiting.pop(0).partition("=")
         if not name.startswith("--") or ("." not in name and name != "--device"):
             raise ValueError(
-                f"{name} is not an option; `--help` lists them, and a key of every model is --section.key value"
+                f"{name} is not an option; `--help` lists them, and a key of every model is "
+                "--section.key value"
             )
         if not given:
             if not waiting:

@@ -71,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    """Raise ValueError for options that exclude each other and for files that may not be written."""
+    """Raise ValueError for options that exclude each other, or a file that may not be written."""
     if (arguments.run is None) == (arguments.baseline is None):
         raise ValueError(
             "expected either --run RUN_DIR or --baseline popularity; pass one of the two"

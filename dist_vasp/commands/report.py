@@ -67,7 +67,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     with new_file(out, "--out", ours=is_report) as file:
         file.write(page(runs, lists, date).encode())
     print(
-        f"{out}: {os.path.getsize(out) / 1e3:,.0f} kB on {', '.join(one.name for one in runs)}; open it in a browser"
+        f"{out}: {os.path.getsize(out) / 1e3:,.0f} kB on {', '.join(one.name for one in runs)}; "
+        "open it in a browser"
     )
 
 
@@ -78,9 +79,8 @@ def _look(one: Run, shards: str | None, n_users: int, n_samples: int, k: int) ->
     if not n_users:
         return Lists()
     if not folder or not Path(folder).is_dir():
-        return Lists(
-            why_not=f"The data folder {folder} is not at hand, so there are no lists here; --shards DIR names it."
-        )
+        why_not = f"The data folder {folder} is not at hand, so there are no lists here; "
+        return Lists(why_not=f"{why_not}--shards DIR names it.")
     try:
         with counting(f"lists of {one.name}", "user") as show:
             popularity, samples = look(

@@ -1,48 +1,22 @@
-"""What is to be compared: a strict reader of the YAML file, and the runs that it asks for.
-
-shards: DIR                   data folder that every model is trained and tested on
-reference: NAME               the model that all others are paired with
-seeds: [0, 1, 2]              run.seed of each run of a model
-overrides: {device: cpu}      optional: section.key: value for every trained model
-models:
-  - name: vasp                letters, digits, dot, dash, underscore
-    config: configs/X.yaml    a run's configuration, or its sections in place
-    overrides: {model.kind: vasp}
-    seeds: [0]                optional; closed-form models and baselines take the first seed alone
-  - name: popularity
-    baseline: popularity      in place of config: nothing is trained
-  - name: both
-    ensemble: {vasp: 1, ease: 4}  in place of config: models above it and their weights (ranking/ensemble.py); its first run is
-                              made of their first runs, and so on, or of the only one that there is
-"""
+"""What is compared: models, their runs, and the comparison as a whole."""
 
 from __future__ import annotations
 
-import copy
-import math
-import re
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dist_vasp.config import Config, from_dict, read_yaml
+from dist_vasp.config import Config, from_dict
 
-BASELINES = ("popularity",)
-_SOURCES = ("config", "baseline", "ensemble")
 CLOSED_FORM = ("ease",)  # model.kinds whose result does not depend on run.seed
-_OWN_KEYS = {
-    "data.shards": "shards",
-    "run.dir": "--output",
-    "run.seed": "seeds",
-}  # what a comparison sets itself
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 @dataclass(frozen=True)
 class Model:
-    """One row of the report: a configuration without seed and folder, a baseline, or an ensemble of
-    rows above it."""
+    """One row of the report: a trained model, a baseline, or an ensemble of rows above it.
+
+    `config` leaves run.seed and run.dir open.
+    """
 
     name: str
     seeds: tuple[int, ...]
@@ -52,8 +26,13 @@ class Model:
     members: tuple[tuple[str, float], ...] = ()  # of an ensemble: names of models and their weights
 
     @property
+    def is_baseline(self) -> bool:
+        """Whether nothing is trained."""
+        return self.config is None and not self.members
+
+    @property
     def what(self) -> str:
-        """The model in a few words."""
+        """Return the model in a few words."""
         if self.members:
             return "product of " + ", ".join(
                 f"{name} ^ {weight:g}" for name, weight in self.members
@@ -65,7 +44,10 @@ class Model:
             return f"{kind}, closed form"
         limit = f", at most {c.run.max_steps} steps" if c.run.max_steps else ""
         start = f" from ease ({c.model.nease})" if c.model.init_from_ease else ""
-        return f"{kind}{start}, loss {c.loss.kind}, {'halves' if c.halves else 'whole rows'}, {c.epochs} epochs{limit}"
+        return (
+            f"{kind}{start}, loss {c.loss.kind}, {'halves' if c.halves else 'whole rows'}, "
+            f"{c.epochs} epochs{limit}"
+        )
 
 
 @dataclass(frozen=True)
@@ -84,11 +66,11 @@ class Run:
 
     @property
     def dir(self) -> Path:
-        """run.dir of the training."""
+        """Return run.dir of the training."""
         return self.folder / self.stem
 
     def file(self, ending: str) -> Path:
-        """A file of this run beside its run.dir."""
+        """Return a file of this run, beside its run.dir."""
         return self.folder / f"{self.stem}.{ending}"
 
 
@@ -104,14 +86,16 @@ class Comparison:
 
     @property
     def recall_denominator(self) -> str:
-        """That of every model, and of the baselines beside them."""
+        """Return what Recall@k divides by, for every model and baseline."""
         return next(
             (model.config.run.recall_denominator for model in self.models if model.config), "min"
         )
 
     def runs(self, output: str | Path) -> list[Run]:
-        """All runs, the first seed of every model first: the report may be read early if the rest
-        is called off."""
+        """Return all runs, the first seed of every model first.
+
+        So the report can be read early if the rest is called off.
+        """
         folder = Path(output) / "runs"
         found: dict[tuple[str, int], Run] = {}
         alone = {model.name for model in self.models if len(model.seeds) == 1}
@@ -134,200 +118,3 @@ def _config_of(model: Model, seed: int, folder: Path) -> Config | None:
     raw = asdict(model.config)
     raw["run"] |= {"seed": seed, "dir": str(folder / f"{model.name}-seed{seed}")}
     return from_dict(raw)
-
-
-def read_comparison(path: str | Path, more: Mapping[str, Any] | None = None) -> Comparison:
-    """The comparison in a YAML file; `more` overrides every trained model's keys, and `shards`.
-
-    ValueError says what does not fit.
-    """
-    raw = _mapping(read_yaml(path, "the configuration of a comparison"), str(path))
-    more = dict(more or {})
-    _known(raw, ("shards", "reference", "seeds", "models", "overrides"), str(path))
-    shards = more.pop("shards", raw.get("shards"))
-    if not isinstance(shards, str) or not shards:
-        raise ValueError(
-            f"{path}: shards is {shards!r}, expected a folder written by `python -m data_tools.shard`; set it"
-        )
-    seeds = _seeds(raw.get("seeds", [0]), f"{path}: seeds")
-    entries = raw.get("models")
-    if not isinstance(entries, list) or not entries:
-        raise ValueError(
-            f"{path}: models is {entries!r:.80}, expected a list of models, each with a name and a config; add some"
-        )
-    common = _overrides(raw.get("overrides", {}), f"{path}: overrides")
-    models: list[Model] = []
-    for place, entry in enumerate(entries):
-        model = _model(entry, f"{path}: models[{place}]", shards, seeds, common, more, models)
-        if model.name in (other.name for other in models):
-            raise ValueError(
-                f"{path}: models[{place}].name {model.name!r} is there twice; give each model a name of its own"
-            )
-        models.append(model)
-    denominators = {model.config.run.recall_denominator for model in models if model.config}
-    if len(denominators) > 1:
-        raise ValueError(
-            f"{path}: run.recall_denominator is min for some models and held_out for others; set one under overrides"
-        )
-    reference, names = raw.get("reference"), [model.name for model in models]
-    if reference not in names:
-        raise ValueError(
-            f"{path}: reference is {reference!r:.80}, expected one of the models {', '.join(names)}; name one"
-        )
-    return Comparison(str(path), shards, str(reference), seeds, tuple(models))
-
-
-def _model(
-    raw: Any,
-    where: str,
-    shards: str,
-    seeds: tuple[int, ...],
-    common: Mapping[str, Any],
-    more: Mapping[str, Any],
-    above: Sequence[Model],
-) -> Model:
-    entry = _mapping(raw, where)
-    name = entry.get("name")
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise ValueError(
-            f"{where}.name is {name!r:.80}, expected letters, digits, dots, dashes, underscores; it names files too"
-        )
-    where = f"{where} ({name})"
-    _known(entry, (*_SOURCES, "name", "overrides", "seeds"), where)
-    given = [key for key in _SOURCES if key in entry]
-    if len(given) != 1:
-        raise ValueError(
-            f"{where} has {' and '.join(given) or 'none'} of config, baseline, ensemble; give one of the three"
-        )
-    own_seeds = _seeds(entry["seeds"], f"{where}.seeds") if "seeds" in entry else None
-    if "baseline" in entry:
-        if entry["baseline"] not in BASELINES:
-            raise ValueError(
-                f"{where}.baseline is {entry['baseline']!r}, expected {' or '.join(BASELINES)}; correct it"
-            )
-        if "overrides" in entry:
-            raise ValueError(
-                f"{where}.overrides is set, but a baseline has no configuration; leave it out"
-            )
-        return Model(name, (own_seeds or seeds)[:1], None, entry["baseline"], {})
-    if "ensemble" in entry:
-        if "overrides" in entry:
-            raise ValueError(
-                f"{where}.overrides is set, but an ensemble takes its members as they are; leave it out"
-            )
-        members = _members(entry["ensemble"], f"{where}.ensemble", own_seeds or seeds, above)
-        return Model(name, own_seeds or seeds, None, "ensemble", {}, members)
-
-    source = entry["config"]
-    sections = (
-        read_yaml(source, "a run's configuration")
-        if isinstance(source, str)
-        else copy.deepcopy(source)
-    )
-    overrides = {
-        **common,
-        **_overrides(entry.get("overrides", {}), f"{where}.overrides"),
-        **_overrides(more, "the command line"),
-    }
-    sections = _mapping(sections, f"{where}.config")
-    try:
-        config = from_dict(_with_overrides(sections, {**overrides, "data.shards": shards}))
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
-    alone = config.model.kind in CLOSED_FORM and own_seeds is None
-    return Model(
-        name,
-        seeds[:1] if alone else own_seeds or seeds,
-        config,
-        source if isinstance(source, str) else "inline",
-        overrides,
-    )
-
-
-def _members(
-    raw: Any, where: str, seeds: tuple[int, ...], above: Sequence[Model]
-) -> tuple[tuple[str, float], ...]:
-    """(model, weight) of each member: trained models above the ensemble that have as many seeds as
-    it has, or one alone."""
-    trained = {model.name: model.seeds for model in above if model.config}
-    if not isinstance(raw, dict) or not raw:
-        raise ValueError(
-            f"{where} is {raw!r:.80}, expected models and their weights, such as {{vasp: 1, ease: 4}}; set it"
-        )
-    for name, weight in raw.items():
-        if name not in trained:
-            raise ValueError(
-                f"{where}: {name!r:.80} is not a trained model above it; expected some of {', '.join(trained) or 'none'}"
-            )
-        if (
-            isinstance(weight, bool)
-            or not isinstance(weight, int | float)
-            or not 0 < weight < math.inf
-        ):
-            raise ValueError(
-                f"{where}.{name} is {weight!r:.80}, expected a weight above 0; leave out a member without weight"
-            )
-        if 1 < len(trained[name]) < len(seeds):
-            raise ValueError(
-                f"{where}: {name} has {len(trained[name])} seeds, the ensemble {len(seeds)}; give both as many"
-            )
-    return tuple((name, float(weight)) for name, weight in raw.items())
-
-
-def _with_overrides(sections: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(sections)
-    for key, value in overrides.items():
-        section, _, name = key.partition(".")
-        if not name:
-            merged[section] = value
-            continue
-        inner = merged.get(section) or {}
-        if not isinstance(inner, dict):
-            raise ValueError(
-                f"{section} is {inner!r:.80}, expected a section of keys; write `{section}:` with its keys below"
-            )
-        merged[section] = {**inner, name: value}
-    return merged
-
-
-def _mapping(raw: Any, where: str) -> dict[str, Any]:
-    if not isinstance(raw, dict) or not all(isinstance(key, str) for key in raw):
-        raise ValueError(
-            f"{where} is {raw!r:.80}, expected keys with values; see configs/compare.yaml"
-        )
-    return dict(raw)
-
-
-def _known(raw: Mapping[str, Any], keys: Sequence[str], where: str) -> None:
-    for key in raw:
-        if key not in keys:
-            raise ValueError(
-                f"{where}: {key!r:.80} is not a key of a comparison; expected {', '.join(keys)}"
-            )
-
-
-def _seeds(raw: Any, where: str) -> tuple[int, ...]:
-    seeds = raw if isinstance(raw, list) else [None]
-    if (
-        not seeds
-        or any(type(seed) is not int or seed < 0 for seed in seeds)
-        or len(set(seeds)) < len(seeds)
-    ):
-        raise ValueError(
-            f"{where} is {raw!r:.80}, expected a list of different whole numbers from 0; for instance [0, 1, 2]"
-        )
-    return tuple(seeds)
-
-
-def _overrides(raw: Any, where: str) -> dict[str, Any]:
-    found = _mapping(raw, where)
-    for key in found:
-        if key in _OWN_KEYS:
-            raise ValueError(
-                f"{where}: {key} belongs to the comparison; set {_OWN_KEYS[key]} in its place"
-            )
-        if "." not in key and key != "device":
-            raise ValueError(
-                f"{where}: {key} is not a key of the configuration; write section.key: value, such as model.kind: nease"
-            )
-    return found

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dist_vasp.bounded_json import parse_json, read_json
-from dist_vasp.compare.config import BASELINES, Comparison, Model, Run
+from dist_vasp.compare.config import Comparison, Model, Run
 from dist_vasp.compare.runs import Failure
 from dist_vasp.compare.statistics import (
     METRICS,
@@ -57,7 +57,8 @@ def gather(
     }
     if comparison.reference not in scores:
         raise ValueError(
-            f"no report: the reference {comparison.reference} has no finished run; mend it and start the same command"
+            f"no report: the reference {comparison.reference} has no finished run; mend it and "
+            "start the same command"
         )
     reference = scores[comparison.reference]
     if not reference.estimate(METRICS[0]).n:
@@ -80,27 +81,29 @@ def gather(
         "models": [
             _model(m, scores[m.name], reference, finished[m.name], costs[m.name]) for m in models
         ],
-        "failures": [
-            {
-                "run": f.run.stem,
-                "status": f.status,
-                "reason": f.reason,
-                "log": str(f.run.file("log")),
-            }
-            for f in failures
-        ],
+        "failures": [_failure(failure) for failure in failures],
         "recall_denominator": comparison.recall_denominator,
         "data": _data(comparison.shards, manifest),
-        "made": {
-            "command": command,
-            "config": comparison.path,
-            "output": str(output),
-            "versions": {
-                name: importlib.metadata.version(name) for name in ("torch", "deepspeed", "numpy")
-            },
-            "python": platform.python_version(),
-            "cores": len(os.sched_getaffinity(0)),
-        },
+        "made": _made(comparison, output, command),
+    }
+
+
+def _failure(failure: Failure) -> dict[str, Any]:
+    run = failure.run
+    log = str(run.file("log"))
+    return {"run": run.stem, "status": failure.status, "reason": failure.reason, "log": log}
+
+
+def _made(comparison: Comparison, output: Path, command: str) -> dict[str, Any]:
+    """Return how the comparison was made."""
+    libraries = ("torch", "deepspeed", "numpy")
+    return {
+        "command": command,
+        "config": comparison.path,
+        "output": str(output),
+        "versions": {name: importlib.metadata.version(name) for name in libraries},
+        "python": platform.python_version(),
+        "cores": len(os.sched_getaffinity(0)),
     }
 
 
@@ -111,7 +114,7 @@ def _model(
     found: dict[str, Any] = {
         "name": model.name,
         "what": model.what,
-        "trained": model.source not in BASELINES,
+        "trained": not model.is_baseline,
         "seeds": list(scores.seeds),
     }
     found |= {"source": model.source, "overrides": model.overrides}
@@ -139,7 +142,7 @@ def _number(value: float) -> float | None:
     return None if math.isnan(value) else value
 
 
-# --- cost ------------------------------------------------------------------------------------------------------------
+# --- cost -----------------------------------------------------------------------------------------
 
 
 def _cost(runs: Sequence[Run], model: Model, n_items: int) -> dict[str, Any]:
@@ -209,7 +212,7 @@ def _lines(metrics: Path) -> Iterator[dict[str, Any]]:
             yield line
 
 
-# --- data ------------------------------------------------------------------------------------------------------------
+# --- data -----------------------------------------------------------------------------------------
 
 
 def _data(shards: str, manifest: Manifest) -> dict[str, Any]:

@@ -45,8 +45,10 @@ def _metrics(found: dict[str, Any]) -> list[str]:
     lines = [
         "## Metrics",
         "",
-        f"Means over {n:,} test users, averaged over seeds first, +- one standard error over users; best first. The last two columns are "
-        f"NDCG@100 less that of the reference **{reference}** for the same users, and what that amounts to at two standard errors.",
+        f"Means over {n:,} test users, averaged over seeds first, +- one standard error over "
+        "users; best first. The last two columns are "
+        f"NDCG@100 less that of the reference **{reference}** for the same users, and what that "
+        "amounts to at two standard errors.",
         "",
     ]
     rows = []
@@ -89,15 +91,23 @@ def _long_tail(found: dict[str, Any]) -> list[str]:
     lines = ["## Long tail", ""]
     if scored:
         best = max(found["models"], key=lambda model: scored.get(model["name"], -math.inf))
-        told = f"Niche items are found best by {best['name']}: {NAMES[PRIMARY]} {scored[best['name']]:.4f} on tail items"
+        told = (
+            f"Niche items are found best by {best['name']}: {NAMES[PRIMARY]} "
+            f"{scored[best['name']]:.4f} on tail items"
+        )
         if "difference" in best:
             d = _estimate(best["difference"][f"{PRIMARY}_tail"])
             verb = "differs" if d.differs else "does not differ"
-            told += f", which {verb} from the reference {found['reference']} at two standard errors ({_signed(d)})"
+            told += (
+                f", which {verb} from the reference {found['reference']} at two standard errors "
+                f"({_signed(d)})"
+            )
         lines += [f"{told}.", ""]
     lines += [
-        f"Items by descending popularity, cut where they hold a third of the training interactions each ({sizes} of them). "
-        "A column counts only the held-out items of its third; the lists are the same. Coverage is the share of the catalogue that "
+        "Items by descending popularity, cut where they hold a third of the training interactions "
+        f"each ({sizes} of them). "
+        "A column counts only the held-out items of its third; the lists are the same. Coverage is "
+        "the share of the catalogue that "
         "is in anybody's first hundred.",
         "",
     ]
@@ -128,10 +138,14 @@ def _cost(found: dict[str, Any]) -> list[str]:
     lines = [
         "## Cost",
         "",
-        "Training is the time of the steps alone, fastest to slowest seed: all do the same work, other work on the machine adds to it, "
-        "and the verdict uses the fastest. The job adds start-up, evaluation and saving (fastest seed). Memory is the sum over ranks of "
-        "the largest resident size, that of the host and the libraries' own included. Users/s: median over steps, fastest seed. "
-        "Of an ensemble: the sum of its members' trainings, and the memory of ranking with all of them.",
+        "Training is the time of the steps alone, fastest to slowest seed: all do the same work, "
+        "other work on the machine adds to it, "
+        "and the verdict uses the fastest. The job adds start-up, evaluation and saving (fastest "
+        "seed). Memory is the sum over ranks of "
+        "the largest resident size, that of the host and the libraries' own included. Users/s: "
+        "median over steps, fastest seed. "
+        "Of an ensemble: the sum of its members' trainings, and the memory of ranking with all of "
+        "them.",
         "",
     ]
     rows = []
@@ -184,13 +198,17 @@ def _made(found: dict[str, Any]) -> list[str]:
         "",
         f"    {made['command']}",
         "",
-        f"- Data: {data['shards']}, protocol {data['protocol']}, {data['n_items']:,} items; {splits}.",
-        "- Every run is `launch/train.py` on its own folder; the best checkpoint by validation NDCG@100 is tested, where nothing was "
+        f"- Data: {data['shards']}, protocol {data['protocol']}, {data['n_items']:,} items; "
+        f"{splits}.",
+        "- Every run is `launch/train.py` on its own folder; the best checkpoint by validation "
+        "NDCG@100 is tested, where nothing was "
         "evaluated on the way the last one.",
-        f"- Seen items are left out of the lists; Recall@k divides by {divisor}, NDCG's ideal has min(100, held-out items) "
+        f"- Seen items are left out of the lists; Recall@k divides by {divisor}, NDCG's ideal has "
+        "min(100, held-out items) "
         "hits; users without a held-out item are not scored.",
         f"- Python {made['python']}, {versions}; {made['cores']} cores.",
-        f"- Configurations, logs and per-user files are in {made['output']}/runs; all numbers are in report.json, all users in "
+        f"- Configurations, logs and per-user files are in {made['output']}/runs; all numbers are "
+        "in report.json, all users in "
         "per_user.parquet.",
         "",
     ]
@@ -202,7 +220,7 @@ def _made(found: dict[str, Any]) -> list[str]:
     return lines + _table(["model", "what", "configuration", "with", "seeds"], rows)
 
 
-# --- pieces ----------------------------------------------------------------------------------------------------------
+# --- pieces ---------------------------------------------------------------------------------------
 
 
 def _best_first(found: dict[str, Any]) -> list[dict[str, Any]]:

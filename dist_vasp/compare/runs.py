@@ -3,9 +3,11 @@ user, note what it cost.
 
 Beside each run.dir `runs/NAME-seedK` lie its files:
 
-    .yaml               the configuration it is trained with        .test.json         evaluate.py's metrics
-    .log                what training and evaluation printed        .per_user.parquet  the same of each user
-    .job.json           wall seconds and peak memory of the training, hash of the data
+    .yaml              the configuration it is trained with
+    .log               what training and evaluation printed
+    .job.json          wall seconds and peak memory of the training, hash of the data
+    .test.json         the metrics that evaluate.py wrote
+    .per_user.parquet  the metrics of each user
 
 An ensemble's folder holds ensemble.json, and what is taken down of it is its evaluation.
 """
@@ -124,7 +126,8 @@ def plan(comparison: Comparison, output: Path, data: str) -> str:
         lines.append(f"  {run.stem:<32}{run.model.what:<56}{there}")
     n_done = states.count(DONE)
     lines.append(
-        f"{len(runs)} runs of {len(comparison.models)} models, {n_done} done, {len(runs) - n_done} to do; "
+        f"{len(runs)} runs of {len(comparison.models)} models, {n_done} done, {len(runs) - n_done} "
+        "to do; "
         f"reference {comparison.reference}; results go to {output}"
     )
     return "\n".join(lines)
@@ -158,7 +161,8 @@ def carry_out(
         }[state]
         left = _time_left(to_do[place:], seconds)
         say(
-            f"[{place + 1}/{len(to_do)}] {run.stem}: {doing}; {count_runs(len(to_do) - place - 1)} after it{left}; log {run.file('log')}"
+            f"[{place + 1}/{len(to_do)}] {run.stem}: {doing}; {count_runs(len(to_do) - place - 1)} "
+            f"after it{left}; log {run.file('log')}"
         )
         start = time.monotonic()
         failure = _carry_out_one(run, state, comparison, data, ranks, jobs, device)
@@ -167,12 +171,14 @@ def carry_out(
             seconds.setdefault(run.model.name, []).append(took)
             metrics = read_json(run.file("test.json"))["test"]
             say(
-                f"[{place + 1}/{len(to_do)}] {run.stem}: done in {took:.0f} s, test NDCG@100 {_four(metrics['ndcg@100'])}"
+                f"[{place + 1}/{len(to_do)}] {run.stem}: done in {took:.0f} s, test NDCG@100 "
+                f"{_four(metrics['ndcg@100'])}"
             )
         else:
             failures.append(failure)
             say(
-                f"[{place + 1}/{len(to_do)}] {run.stem}: FAILED with status {failure.status}: {failure.reason}"
+                f"[{place + 1}/{len(to_do)}] {run.stem}: FAILED with status {failure.status}: "
+                f"{failure.reason}"
             )
     return failures
 

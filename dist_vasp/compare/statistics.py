@@ -100,7 +100,8 @@ def read_scores(name: str, files: Mapping[int, Path]) -> Scores:
     for seed, table in tables.items():
         if not np.array_equal(np.asarray(table.column("key")), keys):
             raise ValueError(
-                f"{files[seed]} and {files[first_seed]} are of different users; remove both and start again"
+                f"{files[seed]} and {files[first_seed]} are of different users; remove both and "
+                "start again"
             )
     columns = [c for c in first.column_names if "@" in c]
     values = {
@@ -121,7 +122,8 @@ def paired(a: Scores, b: Scores, column: str) -> Estimate:
     """a less b, user by user."""
     if not np.array_equal(a.keys, b.keys):
         raise ValueError(
-            f"{a.name} and {b.name} were evaluated on different users; remove their .per_user.parquet and start again"
+            f"{a.name} and {b.name} were evaluated on different users; remove their "
+            ".per_user.parquet and start again"
         )
     return estimate(a.per_user(column) - b.per_user(column))
 
@@ -172,8 +174,10 @@ def verdict(models: Sequence[Scores], reference: str, costs: Mapping[str, Cost])
     )
     who = "it" if d.differs else first.name
     amount = (
-        f"{who} is ahead of {against} by {d} in {NAMES[PRIMARY]} ({first.estimate(PRIMARY).mean:.4f} against "
-        f"{second.estimate(PRIMARY).mean:.4f}), {_standard_errors(d.ratio)} of the paired difference"
+        f"{who} is ahead of {against} by {d} in {NAMES[PRIMARY]} "
+        f"({first.estimate(PRIMARY).mean:.4f} against "
+        f"{second.estimate(PRIMARY).mean:.4f}), {_standard_errors(d.ratio)} of the paired "
+        "difference"
     )
     text = (
         f"**{first.name} wins**: {amount}."
@@ -182,7 +186,10 @@ def verdict(models: Sequence[Scores], reference: str, costs: Mapping[str, Cost])
     )
     noise = seed_noise(first, second, PRIMARY)
     if d.differs and not math.isnan(noise) and d.mean <= LIMIT * noise:
-        text += f" But the choice of seeds moves that difference by {noise:.4f} (one standard error): more seeds could turn it."
+        text += (
+            f" But the choice of seeds moves that difference by {noise:.4f} (one standard error): "
+            "more seeds could turn it."
+        )
     return " ".join([text, _other_metrics(first, second), _cost(first.name, second.name, costs)])
 
 
@@ -209,7 +216,8 @@ def _cost(first: str, second: str, costs: Mapping[str, Cost]) -> str:
     told = []
     if a.seconds and b.seconds:
         told.append(
-            f"{a.seconds / b.seconds:.2f} times the training time ({a.seconds:.1f} s against {b.seconds:.1f} s)"
+            f"{a.seconds / b.seconds:.2f} times the training time ({a.seconds:.1f} s against "
+            f"{b.seconds:.1f} s)"
         )
     elif a.seconds:
         told.append(f"{a.seconds:.1f} s of training, where {second} needs none")
@@ -234,7 +242,8 @@ def against_reference(models: Sequence[Scores], reference: str) -> str:
             )
     told = [f"{group}: {', '.join(names)}" for group, names in groups.items() if names]
     return (
-        f"Against the reference {reference}, by {NAMES[PRIMARY]} at two standard errors: {'; '.join(told)}."
+        f"Against the reference {reference}, by {NAMES[PRIMARY]} at two standard errors: "
+        f"{'; '.join(told)}."
         if told
         else ""
     )

@@ -51,7 +51,8 @@ def check_job(
             ItemPartition(manifest.n_items, layout.partitions, 0)
         if config.parallel.lanes % ranks and not config.model.linear:
             raise ValueError(
-                f"parallel.lanes is {config.parallel.lanes}, which is no multiple of {ranks} ranks; choose one"
+                f"parallel.lanes is {config.parallel.lanes}, which is no multiple of {ranks} "
+                "ranks; choose one"
             )
     except ValueError as raised:
         yield error("layout", *_two(str(raised)))
@@ -89,7 +90,8 @@ def _shards(
             size = path.stat().st_size if path.is_file() else None
             if size != entry.bytes:
                 raise ValueError(
-                    f"{path} has {size if size is not None else 'no'} bytes, the manifest says {entry.bytes}"
+                    f"{path} has {size if size is not None else 'no'} bytes, the manifest says "
+                    f"{entry.bytes}"
                 )
         for done, (split, entry) in enumerate(entries if checksums else []):
             read_shard(folder, split, entry, manifest.n_items)
@@ -163,7 +165,10 @@ def _disk(config: Config, n_items: int) -> Finding:
     free = shutil.disk_usage(there).free
     newest = folders.newest(folder / "checkpoints")
     state = f"would resume from {newest.name}" if newest else "a new run"
-    text = f"{folder}: {state}, {free / 1e9:.1f} GB free, the checkpoints take up to {needed / 1e9:.2f} GB"
+    text = (
+        f"{folder}: {state}, {free / 1e9:.1f} GB free, the checkpoints take up to "
+        f"{needed / 1e9:.2f} GB"
+    )
     if free < weights * (1 + moments):
         return error(
             "run.dir", f"{text}: not even one fits", "free some space, or choose another run.dir"

@@ -43,7 +43,10 @@ def check_machine(device: str, compile_always: bool = False) -> Iterator[Finding
 
 
 def _versions() -> Iterator[Finding]:
-    found = f"Python {platform.python_version()}, torch {torch.__version__}, DeepSpeed {metadata.version('deepspeed')}"
+    found = (
+        f"Python {platform.python_version()}, torch {torch.__version__}, DeepSpeed "
+        f"{metadata.version('deepspeed')}"
+    )
     try:
         wanted = [Requirement(text) for text in metadata.requires("dist_vasp") or []]
     except metadata.PackageNotFoundError:
@@ -110,7 +113,10 @@ def _compiler(needed: bool) -> Finding:
     name = os.environ.get("CXX") or next(
         (found for c in ("c++", "g++", "clang++") if (found := shutil.which(c))), ""
     )
-    do = "install one (Debian: apt-get install g++), or name it in CXX; without it parallel.compile and DeepSpeed's own operators have nothing to build with"
+    do = (
+        "install one (Debian: apt-get install g++), or name it in CXX; without it parallel.compile "
+        "and DeepSpeed's own operators have nothing to build with"
+    )
     if not name:
         return bad("compiler", "no C++ compiler", do)
     with tempfile.TemporaryDirectory() as folder:
@@ -143,7 +149,8 @@ def _cores() -> Finding:
         return warning(
             "cores",
             f"{cores} cores are visible but the control group grants {quota:g}",
-            "bind the job to whole cores, or set OMP_NUM_THREADS; threads that wait for each other's turn are slow",
+            "bind the job to whole cores, or set OMP_NUM_THREADS; threads that wait for each "
+            "other's turn are slow",
         )
     return ok("cores", f"{cores}")
 
@@ -158,7 +165,8 @@ def _memory() -> Finding:
         return error(
             "memory",
             text,
-            "end what else runs here, or ask the batch system for more: a rank takes 0.6 GB before it has a model",
+            "end what else runs here, or ask the batch system for more: a rank takes 0.6 GB before "
+            "it has a model",
         )
     return ok("memory", text)
 
@@ -176,7 +184,7 @@ def _shared_memory() -> Iterator[Finding]:
         )
 
 
-# --- limits ----------------------------------------------------------------------------------------------------------
+# --- limits ---------------------------------------------------------------------------------------
 
 
 def available_memory() -> tuple[int, bool]:

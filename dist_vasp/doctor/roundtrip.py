@@ -60,7 +60,8 @@ def judge(found: dict[str, Any]) -> Finding:
     library = "NCCL" if found["device"] == "cuda" else "gloo"
     rate = found["bytes_per_second"]
     text = (
-        f"{library} between {found['ranks']} ranks: 64 MB summed in {1000 * found['seconds']:.0f} ms ({rate / 1e9:.2f} GB/s on the wire), "
+        f"{library} between {found['ranks']} ranks: 64 MB summed in {1000 * found['seconds']:.0f} "
+        f"ms ({rate / 1e9:.2f} GB/s on the wire), "
         f"8 bytes in {1000 * found['latency']:.2f} ms"
     )
     if not found["right"]:
@@ -73,7 +74,8 @@ def judge(found: dict[str, Any]) -> Finding:
         return warning(
             "round trip",
             text,
-            "name a faster network with parallel.interface, and start no more ranks than there are cores",
+            "name a faster network with parallel.interface, and start no more ranks than there are "
+            "cores",
         )
     return ok("round trip", text)
 

@@ -96,7 +96,7 @@ def learning(runs: Sequence[Run]) -> list[Card]:
 
 
 def _evaluations(runs: Sequence[Run], name: str, title: str) -> Card | None:
-    """Return a metric of validation users by epoch, or by lambda where all runs are closed forms."""
+    """Return a metric of validation users by epoch; by lambda where all runs are closed forms."""
     drawn = [Line(run.name, run.evaluated(name), i + 1, marks=True) for i, run in enumerate(runs)]
     text = "validation users; the band is one standard error"
     if all(run.closed_form for run in runs):
@@ -133,9 +133,9 @@ def _lines_card(
 
 
 def _closed_form_across(runs: Sequence[Run], drawn: Sequence[Line]) -> list[Line]:
-    """Replace the points of closed forms, which have no epochs, by a level: that of the best lambda.
+    """Replace the points of a closed form, which has no epochs, by the level of its best lambda.
 
-    It reaches from the first to the last epoch of the other runs.
+    The level reaches from the first to the last epoch of the other runs.
     """
     pairs = list(zip(runs, drawn, strict=True))
     xs = [p[0] for run, line in pairs if not run.closed_form for p in line.points]

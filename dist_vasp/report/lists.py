@@ -83,7 +83,8 @@ def look(
     manifest = Manifest.load(shards)
     if manifest.vocabulary_sha256 != recommender.vocabulary_sha256:
         raise ValueError(
-            f"{shards} is not the data that the model was trained on; pass --shards with the folder that is"
+            f"{shards} is not the data that the model was trained on; pass --shards with the "
+            "folder that is"
         )
     split = "test" if manifest.splits["test"].users else "validation"
     total = min(n_users, manifest.splits[split].users)

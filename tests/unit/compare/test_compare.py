@@ -22,8 +22,8 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from dist_vasp.compare.config import read_comparison
 from dist_vasp.compare.jobs import peak_resident
+from dist_vasp.compare.read import read_comparison
 from dist_vasp.compare.statistics import (
     Cost,
     Scores,
