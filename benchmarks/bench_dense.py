@@ -19,7 +19,7 @@ import torch
 from dist_vasp import config as configs
 from dist_vasp.config import Config
 from dist_vasp.data.rows import Rows
-from dist_vasp.data.stream import Batch, TrainStream
+from dist_vasp.data.stream import Batch, StreamOptions, TrainStream
 from dist_vasp.model.vasp import make_trunk
 from dist_vasp.parallel.start import init_ranks
 from tests.oracles.dense import TORCH_OPTIMIZERS, DenseVASP
@@ -27,14 +27,10 @@ from tests.oracles.dense import TORCH_OPTIMIZERS, DenseVASP
 
 def _stream(config: Config) -> TrainStream:
     d = config.data
-    return TrainStream(
-        d.shards,
-        d.batch_size,
-        config.parallel.lanes,
-        config.run.seed,
-        config.halves,
-        input_dropout=d.input_dropout,
+    options = StreamOptions(
+        d.batch_size, config.parallel.lanes, config.run.seed, config.halves, d.input_dropout
     )
+    return TrainStream(d.shards, options)
 
 
 def _dense_rows(rows: Rows, n_items: int) -> torch.Tensor:

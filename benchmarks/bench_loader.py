@@ -7,7 +7,7 @@ import argparse
 import time
 from statistics import median
 
-from dist_vasp.data.stream import TrainStream
+from dist_vasp.data.stream import StreamOptions, TrainStream
 
 
 def main() -> None:
@@ -22,9 +22,10 @@ def main() -> None:
     rates = []
     for epoch in range(arguments.rounds):
         start = time.perf_counter()
-        stream = TrainStream(
-            arguments.shards, arguments.batch_size, arguments.lanes, 0, not arguments.no_halves
+        options = StreamOptions(
+            arguments.batch_size, arguments.lanes, halves=not arguments.no_halves
         )
+        stream = TrainStream(arguments.shards, options)
         first = epoch * stream.steps_per_epoch
         users = items = 0
         for batch in stream.batches(first, first + stream.steps_per_epoch, arguments.workers):

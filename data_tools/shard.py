@@ -27,7 +27,8 @@ from data_tools.titles import read_titles
 from data_tools.writer import check_unique_keys, count_split, write_folder
 from dist_vasp.data import ids
 from dist_vasp.data.manifest import SPLITS, SplitEntry, default_users_per_shard, files_of
-from dist_vasp.data.positives import DEFAULT_MIN_RATING, PositiveRule, from_json, unused_columns
+from dist_vasp.data.positives import DEFAULT_MIN_RATING, PositiveRule, from_json
+from dist_vasp.data.role_columns import unused_columns
 from dist_vasp.data.tables.inputs import expand
 from dist_vasp.data.tables.options import reading_of
 from dist_vasp.files import new_folder

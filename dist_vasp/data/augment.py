@@ -1,8 +1,8 @@
-"""Augmentation: each epoch splits a user's items at random into halves A and B (DESIGN.md, sections
-2 and 4), and may leave some out.
+"""Augmentation: split each user's items at random into halves A and B, and drop some inputs.
 
-Pure functions of keys. Whether an interaction is in A depends on (seed, epoch, user key, item key)
-and on the user's other items, never on the block, rank, worker or shard that the user is read in.
+These are functions of keys. Whether an interaction is in A depends on (seed, epoch, user key, item
+key) and on the user's other items, never on the block, rank, worker or shard that the user is read
+in (DESIGN.md, sections 2 and 4).
 
 Shapes: U users, E interactions.
 """
@@ -13,22 +13,22 @@ import numpy as np
 
 from dist_vasp.data.hashing import absorb, hash64
 
-_INPUT = 1  # the fifth word: a hash of five words is independent of the halves' four
+_DROPOUT = 1  # a fifth word, so that the hash is independent of the one for the halves
 
 
 def split_halves(
     user_keys: np.ndarray, indptr: np.ndarray, item_keys: np.ndarray, seed: int, epoch: int
 ) -> np.ndarray:
-    """True where an interaction falls in half A: the user's floor(n/2) items of smallest
-    hash64(seed, epoch, user, item).
+    """Return which interactions are in half A, (E,) bool.
 
-    user_keys (U,) uint64; indptr (U+1,) int64; item_keys (E,) uint64, the key of each interaction's
-    item. Returns (E,) bool. Equal hashes are ranked by position in the row.
+    Of a user's n items, half A holds the floor(n/2) with the smallest hash64(seed, epoch, user,
+    item); equal hashes are ranked by position in the row. user_keys (U,) uint64; indptr (U+1,)
+    int64; item_keys (E,) uint64, the key of each interaction's item.
 
-    A user's threshold is the (floor(n/2)+1)-th smallest of his hashes. All users' hashes are sorted
-    at once, with the row's number in the upper bits in place of the hash's lowest ones; that is
-    several times faster than an argsort. Where the bits that were cut off matter (two equal
-    truncated hashes at the threshold) the row is ranked in full.
+    A user's threshold is the (floor(n/2)+1)-th smallest hash. The hashes of all users are sorted
+    together, which is several times faster than an argsort: the row number replaces the lowest bits
+    of the hash and is put above the others. Where two truncated hashes at the threshold are equal,
+    the row is ranked again by its full hashes.
     """
     n_users = len(user_keys)
     lengths = np.diff(indptr)
@@ -43,7 +43,7 @@ def split_halves(
     ranked = np.sort(packed)  # row u's values stay within indptr[u]:indptr[u + 1]
 
     at = np.minimum(indptr[:-1] + lengths // 2, len(item_keys) - 1)
-    threshold = ranked[at]  # of an empty row: unused
+    threshold = ranked[at]  # not used for empty rows
     in_a = packed < np.repeat(threshold, lengths)
     cut = (lengths >= 2) & (ranked[np.maximum(at - 1, 0)] == threshold)
     for row in np.flatnonzero(cut):
@@ -61,13 +61,13 @@ def keep_inputs(
     seed: int,
     epoch: int,
 ) -> np.ndarray:
-    """True where an interaction stays in the input: each is left out with probability `dropout`, by
-    its hash alone.
+    """Return which interactions stay in the input, (E,) bool; each is dropped with probability
+    `dropout`.
 
-    Arguments as in `split_halves`, of which the draw is independent. Returns (E,) bool. Source: the
-    input dropout of Mult-DAE (Liang et al., arXiv 1802.05814, section 3.4), drawn per interaction
-    and without the factor 1 / (1 - dropout): a history with fewer items is what the model meets,
-    not a fainter one.
+    The draw depends on the hash of the interaction, and is independent of `split_halves`, whose
+    arguments it shares. Source: the input dropout of Mult-DAE (Liang et al., arXiv 1802.05814,
+    section 3.4), drawn per interaction. There is no factor 1 / (1 - dropout), because inputs are
+    binary in serving, too.
     """
     users = np.repeat(user_keys, np.diff(indptr))
-    return hash64(seed, epoch, users, item_keys, _INPUT) >= np.uint64(int(dropout * 2.0**64))
+    return hash64(seed, epoch, users, item_keys, _DROPOUT) >= np.uint64(int(dropout * 2.0**64))

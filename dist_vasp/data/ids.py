@@ -1,10 +1,9 @@
-"""What an id is, for every command and for Python: a non-negative 64-bit number, or text kept byte
-for byte.
+"""Ids, for every command and for Python: non-negative 64-bit integers, or text kept byte for byte.
 
 A column is numeric only when the text of every id is the canonical decimal form of an integer in
-[0, 2^63): no sign, no leading zero, no blank, no exponent. Then int64 stands for the text and loses
-nothing. Otherwise all ids are strings, sorted by their UTF-8 bytes. So 17 in a Parquet file and the
-text 17 in a CSV are one id; 017, ` 17` and 17.0 are others.
+[0, 2^63): no sign, leading zero, blank or exponent. Then int64 represents the text exactly.
+Otherwise all ids are strings, sorted by their UTF-8 bytes. So 17 in a Parquet file and the text 17
+in a CSV are the same id; 017, ` 17` and 17.0 are other ids.
 
 Shapes: E ids of a batch, I ids of a vocabulary.
 """
@@ -25,11 +24,8 @@ _LARGEST = 2**63 - 1
 _INTEGER = re.compile("0|-?[1-9][0-9]{0,18}")
 _CANONICAL = "^(0|[1-9][0-9]{0,18})$"
 _LIKE_MISSING = r"^(null|nil|none|nan|nat|na|n/a|#n/a|<na>|\\n|undefined|missing|-|\?)$"
-_WHOLE_LIMIT = {
-    16: 2.0**11,
-    32: 2.0**24,
-    64: 2.0**53,
-}  # by width of the float: beyond, whole numbers are rounded
+# by width of the float: larger whole numbers may be rounded
+_WHOLE_LIMIT = {16: 2.0**11, 32: 2.0**24, 64: 2.0**53}
 
 
 def is_text(kind: pa.DataType) -> bool:
@@ -39,13 +35,15 @@ def is_text(kind: pa.DataType) -> bool:
 
 
 def as_text(ids: pa.Array) -> pa.Array:
-    """The ids as strings."""
+    """Return the ids as strings."""
     return ids.cast(pa.string())
 
 
 def compact(ids: pa.Array) -> pa.Array:
-    """(E,) int64 where every one of the strings is a canonical integer, else the strings
-    themselves. No id is null."""
+    """Return the ids as int64 if all strings are canonical integers, else unchanged.
+
+    No id may be null.
+    """
     if not len(ids):
         return pa.array([], pa.int64())
     if not is_text(ids.type):
@@ -59,9 +57,8 @@ def compact(ids: pa.Array) -> pa.Array:
     letters = np.frombuffer(data, np.uint8)
     if ((letters[offsets[:-1]] == ord("0")) & (lengths > 1)).any():
         return ids
-    if (
-        letters[offsets[0] : offsets[-1]] - ord("0") > 9
-    ).any():  # unsigned: what is below "0" wraps around
+    # unsigned: characters below "0" wrap around
+    if (letters[offsets[0] : offsets[-1]] - ord("0") > 9).any():
         return ids
     try:
         return ids.cast(pa.int64())
@@ -70,21 +67,21 @@ def compact(ids: pa.Array) -> pa.Array:
 
 
 def same_type(one: pa.Array, other: pa.Array) -> tuple[pa.Array, pa.Array]:
-    """Both as int64 where both are, else both as strings."""
+    """Return both as int64 if both are, else both as strings."""
     return (one, other) if one.type == other.type else (as_text(one), as_text(other))
 
 
 def join(arrays: Sequence[pa.Array]) -> pa.Array:
-    """One array of ids of several, as strings unless all are int64."""
+    """Return all ids in one array, as strings unless all are int64."""
     kinds = {a.type for a in arrays if len(a)}
     kind = kinds.pop() if len(kinds) == 1 else pa.string() if kinds else pa.int64()
     return pa.concat_arrays([pa.array([], kind), *(a.cast(kind) for a in arrays if len(a))])
 
 
 def find(ids: pa.Array, vocabulary: pa.Array) -> np.ndarray:
-    """(E,) int32 positions of `ids` in `vocabulary` (I,), -1 where there is none.
+    """Return the positions of `ids` in `vocabulary` (I,), (E,) int32, -1 for unknown ids.
 
-    Ids are equal when their texts are.
+    Ids are equal when their texts are equal.
     """
     if pa.types.is_integer(vocabulary.type):
         wanted = _numbers(ids)
@@ -95,7 +92,7 @@ def find(ids: pa.Array, vocabulary: pa.Array) -> np.ndarray:
 
 
 def _numbers(ids: pa.Array) -> pa.Array:
-    """(E,) int64, null for an id that is not the canonical text of one."""
+    """Return the ids as (E,) int64, null for an id that is not a canonical integer."""
     if is_text(ids.type):
         canonical = pc.match_substring_regex(ids, _CANONICAL)
         small = pc.or_(
@@ -113,16 +110,13 @@ def _numbers(ids: pa.Array) -> pa.Array:
 
 
 class IdIndex:
-    """Codes for ids in order of first appearance.
-
-    It works a batch at a time and never leaves Arrow.
-    """
+    """Assigns codes to ids in order of first appearance, a batch at a time."""
 
     def __init__(self) -> None:
         self.ids: pa.Array | None = None
 
     def encode(self, ids: pa.Array) -> pa.Array:
-        """(E,) uint32 codes of `ids`, (E,) int64 or string."""
+        """Return the codes of `ids`, (E,) uint32."""
         if self.ids is None:
             self.ids = ids.slice(0, 0)
         if len(ids):
@@ -137,17 +131,16 @@ class IdIndex:
 
 
 def remarks(role: str, ids: pa.Array, column: str) -> list[str]:
-    """Lines on distinct ids of a column that may not be what the user means: kept as they are, but
-    said."""
+    """Return lines for the user on distinct ids that look like mistakes; they are kept as they are."""
     if not is_text(ids.type):
         return []
-    said = []
+    lines = []
     heading = next(
         (name for name in (column, role) if pc.index(ids, pa.scalar(name, ids.type)).as_py() >= 0),
         None,
     )
     if heading is not None:
-        said.append(
+        lines.append(
             f"the {role} id {heading!r:.60} is the name of a column; is a row of the input a "
             "header?"
         )
@@ -155,12 +148,12 @@ def remarks(role: str, ids: pa.Array, column: str) -> list[str]:
         (r"^\s|\s$", "begin or end with blanks, which belong to the id"),
         (_LIKE_MISSING, "look like a missing one; --missing leaves them out"),
     ):
-        found = pc.match_substring_regex(ids, pattern, ignore_case=True)
-        n_found = pc.sum(found).as_py() or 0
-        if n_found:
-            example = ids[pc.index(found, True).as_py()].as_py()
-            said.append(f"{n_found:,} {role} ids, such as {example!r:.60}, {problem}")
-    return said
+        matches = pc.match_substring_regex(ids, pattern, ignore_case=True)
+        n_matches = pc.sum(matches).as_py() or 0
+        if n_matches:
+            example = ids[pc.index(matches, True).as_py()].as_py()
+            lines.append(f"{n_matches:,} {role} ids, such as {example!r:.60}, {problem}")
+    return lines
 
 
 # --- ids of a column ------------------------------------------------------------------------------
@@ -169,10 +162,11 @@ def remarks(role: str, ids: pa.Array, column: str) -> list[str]:
 def of_column(
     values: Any, numbers: Sequence[int], where: str, missing: Sequence[str] = MISSING
 ) -> pa.Array:
-    """(E,) int64 or string ids of an Arrow column, null where one is missing.
+    """Return the ids of an Arrow column, (E,) int64 or string, null for missing ones.
 
-    Integers must be in [0, 2^63), floats whole numbers that a float holds exactly, text UTF-8 of at most 4,096 bytes.
-    `numbers` are the rows' numbers for the message of the ValueError, `where` names file and column.
+    Integers must be in [0, 2^63). Floats must be whole numbers that a float represents exactly.
+    Text must be UTF-8 of at most 4,096 bytes. The ValueError names `where` (file and column) and
+    the row; `numbers` are the rows' numbers.
     """
     if isinstance(values, pa.ChunkedArray):
         values = values.combine_chunks()
@@ -195,7 +189,7 @@ def of_column(
 
 
 class _FirstUses(Sequence[int]):
-    """The number of the first row that has an entry of a dictionary."""
+    """For each entry of a dictionary, the number of the first row that has it."""
 
     def __init__(self, indices: pa.Array, numbers: Sequence[int]) -> None:
         self._indices, self._numbers = indices, numbers
@@ -210,8 +204,7 @@ class _FirstUses(Sequence[int]):
 
 
 def _without(values: pa.Array, missing: Sequence[str]) -> pa.Array:
-    """The numbers, null where one of the missing texts is how a whole number is written, such as
-    -1."""
+    """Return the values, null where one equals a number among the missing texts, such as -1."""
     markers = [
         float(text) if pa.types.is_floating(values.type) else int(text)
         for text in missing
@@ -220,7 +213,7 @@ def _without(values: pa.Array, missing: Sequence[str]) -> pa.Array:
     for marker in markers:
         try:
             equal = pc.equal(values, pa.scalar(marker, values.type))
-        except (pa.ArrowInvalid, OverflowError):  # none of this column can be it
+        except (pa.ArrowInvalid, OverflowError):  # no value of this type can equal it
             continue
         values = pc.if_else(equal, pa.scalar(None, values.type), values)
     return values

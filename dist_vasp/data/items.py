@@ -1,4 +1,4 @@
-"""The item table of a data folder: `items.parquet`, checked against the vocabulary of the manifest.
+"""Read the item table of a data folder, `items.parquet`, and check it against the vocabulary.
 
 Shapes: I items of the vocabulary.
 """
@@ -33,23 +33,21 @@ class ItemTable:
 
 
 def load_items(folder: str | Path, manifest: Manifest) -> ItemTable:
-    """Read items.parquet of a data folder and hold it against the manifest's vocabulary; ValueError
-    where they differ."""
+    """Read items.parquet of a data folder; ValueError where it differs from the manifest."""
     path = Path(folder) / ITEMS_FILE
     try:
         with open(path, "rb") as handle:
-            found = hashlib.file_digest(handle, "sha256").hexdigest()
+            digest = hashlib.file_digest(handle, "sha256").hexdigest()
     except OSError as error:
         raise ValueError(
             f"{path} cannot be read ({error.strerror}); shard the data again"
         ) from None
-    if found != manifest.files.get(ITEMS_FILE):
-        _check_length(
-            path, manifest.n_items, manifest.vocabulary_sha256
-        )  # another preparation's file is the likelier mistake
+    if digest != manifest.files.get(ITEMS_FILE):
+        # the likelier mistake is a file of another preparation
+        _check_length(path, manifest.n_items, manifest.vocabulary_sha256)
+        listed = manifest.files.get(ITEMS_FILE, "nothing")[:12]
         raise ValueError(
-            f"{path} has SHA-256 {found[:12]}..., {MANIFEST} says "
-            f"{manifest.files.get(ITEMS_FILE, 'nothing')[:12]}...: "
+            f"{path} has SHA-256 {digest[:12]}..., {MANIFEST} says {listed}...: "
             "it was damaged or replaced; restore it or shard the data again"
         )
     return read_items_file(path, manifest.n_items, manifest.vocabulary_sha256)
@@ -58,10 +56,9 @@ def load_items(folder: str | Path, manifest: Manifest) -> ItemTable:
 def read_items_file(
     path: Path, n_items: int, expected_sha256: str, source: Path | None = None
 ) -> ItemTable:
-    """Read an items.parquet that must hold the vocabulary with this hash; ValueError where it does
-    not.
+    """Read an items.parquet; ValueError unless it holds the vocabulary with this hash.
 
-    `source`: the file that it is a copy of, which the error then names.
+    `source`: the file of which it is a copy, which the error names instead.
     """
     if source is not None:
         try:
@@ -91,17 +88,14 @@ def read_items_file(
             )
             + _another_preparation(n_items, expected_sha256)
         )
-    if not np.array_equal(
-        keys_of_ids(columns["id"]), keys
-    ):  # the hash is of the keys: this carries it over to the ids
+    if not np.array_equal(keys_of_ids(columns["id"]), keys):  # the hash covers only the keys
         raise ValueError(f"{path}: the keys do not belong to the ids; {_RESTORE_ITEMS}")
     titles = table.column("title").combine_chunks() if "title" in table.column_names else None
     return ItemTable(columns["id"], keys, np.asarray(columns["popularity"]), titles)
 
 
 def _check_length(path: Path, n_items: int, expected_sha256: str) -> None:
-    """ValueError unless the file says that it holds `n_items` rows; only its footer is read, and
-    nothing of that length made."""
+    """ValueError unless the file has `n_items` rows; only its footer is read."""
     try:
         n_rows = pq.read_metadata(path).num_rows
     except (OSError, pa.ArrowException) as error:
@@ -116,7 +110,7 @@ def _check_length(path: Path, n_items: int, expected_sha256: str) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """What went wrong, without the path that Arrow repeats."""
+    """Return the reason of an error, without the path that Arrow repeats."""
     return os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
 
 
@@ -126,7 +120,8 @@ def _another_preparation(n_items: int, expected_sha256: str) -> str:
 
 
 def _check_item_columns(table: pa.Table) -> None:
-    """Integers and ids, none missing; a title may be. KeyError where a column is."""
+    """ValueError for a wrong type or a missing value (titles may be missing); KeyError for a missing
+    column."""
     table.validate(full=True)
     for name in ("item", "id", "key", "popularity"):
         column = table.column(name)

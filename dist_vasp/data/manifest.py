@@ -25,12 +25,12 @@ _LARGEST_COUNT = 1 << 48  # products with the lanes of an epoch still fit 64 bit
 
 
 def users_file(split: str) -> str:
-    """Name of the file that maps the user keys of `split` to original ids."""
+    """Return the name of the file that maps the user keys of `split` to original ids."""
     return f"users-{split}.parquet"
 
 
 def shard_name(split: str, index: int) -> str:
-    """`train-000000.tar`, `train-000001.tar`, ..."""
+    """Return `train-000000.tar`, `train-000001.tar`, ..."""
     return f"{split}-{index:06d}.tar"
 
 
@@ -40,8 +40,8 @@ def default_users_per_shard(n_train_users: int) -> int:
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """One tar: its users, interactions (fold-in) and held-out interactions, size in bytes and
-    SHA-256."""
+    """One tar: counts of its users, interactions (fold-in) and held-out interactions, and its
+    checksum."""
 
     name: str
     users: int
@@ -63,7 +63,7 @@ class SplitEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What `manifest.json` says of a data folder."""
+    """The content of `manifest.json`."""
 
     n_items: int
     vocabulary_sha256: str
@@ -74,7 +74,7 @@ class Manifest:
 
     @property
     def shards_sha256(self) -> str:
-        """Identifies the training data: the vocabulary and every training shard, in order."""
+        """A hash of the training data: the vocabulary and every training shard, in order."""
         digest = hashlib.sha256(self.vocabulary_sha256.encode())
         for shard in self.splits["train"].shards:
             digest.update(shard.sha256.encode())
@@ -82,12 +82,12 @@ class Manifest:
 
     @property
     def positives(self) -> PositiveRule | None:
-        """The rule that made the positives; None where the manifest does not say."""
+        """The rule that made the positives, None where it is unknown."""
         return positives.of_preparation(self.preparation)
 
     @property
     def data_sha256(self) -> str:
-        """Identifies all of the data: the vocabulary and every shard of every split, in order."""
+        """A hash of all data: the vocabulary and every shard of every split, in order."""
         digest = hashlib.sha256(self.vocabulary_sha256.encode())
         for split in SPLITS:
             for shard in self.splits[split].shards:
@@ -99,8 +99,10 @@ class Manifest:
 
     @staticmethod
     def load(folder: str | Path) -> Manifest:
-        """Read `folder/manifest.json`; ValueError if it is missing, malformed or of another format
-        version."""
+        """Read `folder/manifest.json`.
+
+        ValueError if it is missing, malformed or of another format version.
+        """
         path = Path(folder) / MANIFEST
         if not path.is_file():
             raise ValueError(
@@ -133,15 +135,15 @@ class Manifest:
 
 
 def files_of(folder: Path) -> set[str]:
-    """The names of all files of a data folder.
+    """Return the names of all files of a data folder.
 
-    ValueError where it is none of ours, so that nothing deletes it.
+    ValueError where data_tools.shard did not write the folder, so that nothing deletes it.
     """
     if not (folder / MANIFEST).is_file():
         raise ValueError(
             f"{folder} is not empty and holds no {MANIFEST}, so it was not written by "
-            "data_tools.shard: --overwrite does not "
-            "delete it; name another output folder, or remove it yourself"
+            "data_tools.shard: "
+            "--overwrite does not delete it; name another output folder, or remove it yourself"
         )
     manifest = Manifest.load(folder)
     return {

@@ -1,11 +1,11 @@
-"""Processes that read batches ahead of a training.
+"""Read batches ahead of the training in worker processes.
 
 Each worker is a fork that computes every n-th batch and sends it through a pipe. It ignores the
-signals that a terminal, a launcher or a cluster sends to a whole process group: only the rank
-decides when to stop. It ends when the rank tells it to, or when the rank is gone.
+signals that a terminal, a launcher or a cluster sends to a whole process group, because only the
+rank decides when to stop. It ends when the rank ends it, or when the rank is gone.
 
-A batch is a pure function of its step. So a worker that is killed (by the kernel for memory, or by
-a person) costs nothing but time: from then on the rank reads that worker's batches itself.
+A batch is a function of its step. If a worker is killed, the rank computes that worker's batches
+itself, so this only costs time.
 """
 
 from __future__ import annotations
@@ -41,11 +41,9 @@ class Worker:
         others: list[Worker],
     ) -> None:
         rank_process = os.getpid()
-        self._receiver, sender = Pipe(
-            duplex=False
-        )  # nothing of it is in /dev/shm, which may be full
+        self._receiver, sender = Pipe(duplex=False)  # needs no /dev/shm, which may be full
         self.exit_code: int | None = None
-        # A signal that arrives between the fork and the child's SIG_IGN waits, and is then ignored.
+        # A signal between the fork and the child's SIG_IGN is held back, and then ignored.
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _GROUP_SIGNALS)
         try:
             self.pid = os.fork()
@@ -60,41 +58,43 @@ class Worker:
             sender.close()
 
     def receive(self) -> Any | None:
-        """The next batch; None where the worker is gone. `exit_code` is set then."""
+        """Return the next batch; None, with `exit_code` set, where the worker is gone."""
         if self.exit_code is not None:
             return None
         try:
             return self._receiver.recv()
-        except (EOFError, OSError):  # also in the middle of a batch
+        except (EOFError, OSError):  # possible in the middle of a batch, too
             self.end()
             return None
 
     def end(self) -> None:
-        """End the process, if it still runs, and collect its status."""
+        """End the process if it still runs, and collect its status."""
         if self.exit_code is not None:
             return
         self._receiver.close()
         try:
-            os.kill(self.pid, signal.SIGKILL)  # a process that has ended keeps its own status
+            os.kill(self.pid, signal.SIGKILL)  # has no effect on a process that has ended
             self.exit_code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
-        except (ChildProcessError, ProcessLookupError):  # somebody else has collected it
+        except (ChildProcessError, ProcessLookupError):  # something else has collected its status
             self.exit_code = -signal.SIGKILL
 
 
 class ReadAhead(Iterator[T]):
-    """`compute(start)` to `compute(stop - 1)` in order, computed ahead by `n_workers` processes.
+    """Iterates over `compute(start)` to `compute(stop - 1)`, computed ahead by `n_workers` processes.
 
-    The processes start at once, and live until the last batch or `close`. An exception of `compute`
-    is raised by `next`, which computes that batch again.
+    The processes start at once, and live until the last batch or `close`. After an exception in a
+    worker, `next` computes that batch again and raises the same exception.
     """
 
     def __init__(self, compute: Callable[[int], T], start: int, stop: int, n_workers: int) -> None:
-        self._compute, self._start, self._next, self._stop = compute, start, start, stop
+        self._compute = compute
+        self._start = self._next = start
+        self._stop = stop
         self._workers: list[Worker] = []
         for w in range(min(n_workers, stop - start)):
             try:
                 self._workers.append(Worker(compute, start + w, stop, n_workers, self._workers))
-            except OSError as error:  # no memory, or a limit of processes or files
+            except OSError as error:  # too little memory, or a limit of processes or files
                 _warn(f"loader worker {w + 1} of {n_workers} cannot be started ({error.strerror})")
                 break
         self._stride = n_workers
@@ -117,7 +117,7 @@ class ReadAhead(Iterator[T]):
         return batch
 
     def close(self) -> None:
-        """End the processes; no batch comes after this."""
+        """End the processes; there are no more batches."""
         self._next = self._stop
         for worker in self._workers:
             worker.end()
@@ -169,9 +169,9 @@ def _work(
             status = 0
         finally:
             ready.put(None)
-            sending.join()  # what was computed before an error still arrives
+            sending.join()  # batches computed before an error still arrive
     except BaseException:
-        pass  # the rank computes this batch itself and meets the same error, with its own traceback
+        pass  # the rank computes this batch again and raises the same error
     finally:
         os._exit(status)
 
@@ -181,13 +181,13 @@ def _send(ready: queue.Queue[Any], sender: Connection) -> None:
         while (batch := ready.get()) is not None:
             sender.send(batch)
     except BaseException:
-        os._exit(1)  # nobody reads any more
+        os._exit(1)  # the rank no longer reads
 
 
 def _end_with(rank_process: int) -> None:
-    """End this process when its rank is gone, however it went.
+    """End this process when its rank is gone.
 
-    Until then it holds what it inherited: the lock on run.dir, for example.
+    Until then this process holds what it inherited, such as the lock on run.dir.
     """
     while os.getppid() == rank_process:
         time.sleep(_ORPHAN_CHECK_S)

@@ -16,7 +16,8 @@ import pyarrow.compute as pc
 
 from dist_vasp.data import ids
 from dist_vasp.data.items import ItemTable
-from dist_vasp.data.positives import PositiveRule, ServingColumns, positive_rows
+from dist_vasp.data.positives import PositiveRule, positive_rows
+from dist_vasp.data.role_columns import ServingColumns
 from dist_vasp.data.rows import Rows, indptr_of
 from dist_vasp.data.tables.read import of_memory
 

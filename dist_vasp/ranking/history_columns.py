@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from dist_vasp.data.positives import PositiveRule, serving_columns
+from dist_vasp.data.positives import PositiveRule
+from dist_vasp.data.role_columns import serving_columns
 from dist_vasp.data.tables.columns import Columns, Reading
 from dist_vasp.data.tables.read import Table, open_table
 

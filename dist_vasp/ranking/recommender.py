@@ -34,7 +34,8 @@ from dist_vasp.config import from_dict
 from dist_vasp.data.ids import of_column
 from dist_vasp.data.items import ItemTable, read_items_file
 from dist_vasp.data.manifest import ITEMS_FILE
-from dist_vasp.data.positives import PositiveRule, serving_columns
+from dist_vasp.data.positives import PositiveRule
+from dist_vasp.data.role_columns import serving_columns
 from dist_vasp.data.rows import Rows, indptr_of
 from dist_vasp.parallel.comm import form_groups
 from dist_vasp.parallel.partition import Layout

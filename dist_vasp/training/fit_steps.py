@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from dist_vasp.checkpoint import folder as folders
 from dist_vasp.checkpoint.read import header_of
 from dist_vasp.config import Config
-from dist_vasp.data.stream import Batch, TrainStream
+from dist_vasp.data.stream import Batch, StreamOptions, TrainStream
 from dist_vasp.data.workers import ReadAhead
 from dist_vasp.parallel.agree import AgreedError
 from dist_vasp.parallel.comm import Ranks, all_gather_bytes, all_gather_keys
@@ -311,16 +311,14 @@ def make_stream(config: Config, ranks: Ranks) -> TrainStream:
     """Return the part of the stream of `config` that this rank reads; ValueError where the shards
     do not fit."""
     data = config.data
-    return TrainStream(
-        data.shards,
+    options = StreamOptions(
         data.batch_size,
         config.parallel.lanes,
         config.run.seed,
         config.halves,
-        ranks.rank,
-        ranks.world_size,
         data.input_dropout,
     )
+    return TrainStream(data.shards, options, ranks.rank, ranks.world_size)
 
 
 def with_next(batches: Iterable[Batch]) -> Iterator[tuple[Batch, Batch | None]]:

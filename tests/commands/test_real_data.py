@@ -17,7 +17,7 @@ import pytest
 
 from data_tools.shard import main as shard
 from dist_vasp import Recommender
-from dist_vasp.data.stream import TrainStream
+from dist_vasp.data.stream import StreamOptions, TrainStream
 from launch.evaluate import main as evaluate
 from launch.recommend import main as recommend
 from launch.train import main as train
@@ -68,7 +68,7 @@ def _triples(folder: Path, ranks: int, workers: int, epoch: int) -> list[bytes]:
     """One digest per (user, A, B) of an epoch, over all ranks, sorted."""
     found = []
     for rank in range(ranks):
-        stream = TrainStream(folder, 256, 48, 7, True, rank, ranks)
+        stream = TrainStream(folder, StreamOptions(256, 48, seed=7), rank, ranks)
         first = epoch * stream.steps_per_epoch
         for batch in stream.batches(first, first + stream.steps_per_epoch, workers):
             for b in range(0, len(batch.user_keys), 2):

@@ -28,7 +28,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dist_vasp.data.stream import TrainStream
+from dist_vasp.data.stream import StreamOptions, TrainStream
 from dist_vasp.training.run_dir import RunDir
 from tests.support.jobs import Job, RunFolder, assert_same_run, environment, free_port
 from tests.support.make_shards import write_folder
@@ -465,7 +465,7 @@ def test_a_loss_that_is_no_number_names_step_users_and_checkpoint(shards, whole,
         "a checkpoint whose weights gave a finite loss"
     )
     told = json.loads(Path(named[5]).read_text())
-    batch = TrainStream(shards, BATCH, LANES).batch(step - 1)
+    batch = TrainStream(shards, StreamOptions(BATCH, LANES)).batch(step - 1)
     assert told == {"step": step, "user_keys": sorted({int(key) for key in batch.user_keys})}
     assert int(named[4]) == len(told["user_keys"])
     # the first epoch's checkpoint is as good as ever

@@ -49,18 +49,11 @@ def _config(folder) -> Config:
 
 
 def _run(ranks, config: Config):
-    from dist_vasp.data.stream import TrainStream
+    from dist_vasp.data.stream import StreamOptions, TrainStream
     from dist_vasp.training.engine import Trainer
 
-    stream = TrainStream(
-        config.data.shards,
-        config.data.batch_size,
-        config.parallel.lanes,
-        config.run.seed,
-        True,
-        ranks.rank,
-        ranks.world_size,
-    )
+    options = StreamOptions(config.data.batch_size, config.parallel.lanes, config.run.seed)
+    stream = TrainStream(config.data.shards, options, ranks.rank, ranks.world_size)
     trainer = Trainer(config, stream.n_items, ranks)
     losses = [trainer.step(batch).loss for batch in stream.batches(0, STEPS, 0)]
     trunk = {name: p.numpy().copy() for name, p in trainer.trunk_tensors(False).items()}

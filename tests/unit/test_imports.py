@@ -30,6 +30,7 @@ TABLES = {"dist_vasp.data.ids"} | {
 BASE = TABLES | {
     "dist_vasp.config",
     "dist_vasp.data.positives",
+    "dist_vasp.data.role_columns",
     "dist_vasp.data.rows",
     "dist_vasp.data.hashing",
     "dist_vasp.data.block",
@@ -88,6 +89,7 @@ WITHIN_BASE = {
         "dist_vasp.parallel.secret",
         "dist_vasp.text",
     },
+    "dist_vasp.data.role_columns": {"dist_vasp.data.positives"},
     "dist_vasp.data.block": {"dist_vasp.data.rows"},
     "dist_vasp.data.manifest": {"dist_vasp.data.positives", "dist_vasp.bounded_json"},
     "dist_vasp.data.shard": {
@@ -110,6 +112,7 @@ SHARED_WITH_TOOLS = {
         "data.shard",
         "data.items",
         "data.positives",
+        "data.role_columns",
         "files",
         "places",
         "text",

@@ -19,7 +19,7 @@ from dist_vasp.config import (
     RunConfig,
     Stage,
 )
-from dist_vasp.data.stream import TrainStream
+from dist_vasp.data.stream import StreamOptions, TrainStream
 from dist_vasp.plan import Rates, Sizes, make_plan, smallest_that_fits
 from launch import plan as command
 from tests.support.make_shards import write_folder
@@ -55,7 +55,8 @@ def _moved(ranks, config: Config):
     from dist_vasp.training.zero import watch_traffic
 
     d, p = config.data, config.parallel
-    stream = TrainStream(d.shards, d.batch_size, p.lanes, 1, True, ranks.rank, ranks.world_size)
+    options = StreamOptions(d.batch_size, p.lanes, seed=1)
+    stream = TrainStream(d.shards, options, ranks.rank, ranks.world_size)
     trainer = Trainer(config, stream.n_items, ranks)
     of_trunk: list[int] = []
     watch_traffic(lambda _, n_bytes: of_trunk.append(n_bytes))
@@ -139,7 +140,8 @@ def _peak(ranks, config: Config) -> tuple[float, float]:
     from dist_vasp.training.engine import Trainer
 
     d, p = config.data, config.parallel
-    stream = TrainStream(d.shards, d.batch_size, p.lanes, 1, True, ranks.rank, ranks.world_size)
+    options = StreamOptions(d.batch_size, p.lanes, seed=1)
+    stream = TrainStream(d.shards, options, ranks.rank, ranks.world_size)
     trainer = Trainer(config, stream.n_items, ranks)
     batches = [stream.batch(step) for step in range(6)]
     for batch in batches[:2]:

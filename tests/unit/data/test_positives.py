@@ -18,10 +18,8 @@ from dist_vasp.data.positives import (
     in_header,
     of_preparation,
     positive_rows,
-    role_of,
-    serving_columns,
-    unused_columns,
 )
+from dist_vasp.data.role_columns import role_of, serving_columns, unused_columns
 
 RATED = PositiveRule(
     rating_column="stars", min_rating=4.0, time_column="when", repeats="last", missing=("NULL",)

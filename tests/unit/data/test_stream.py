@@ -19,9 +19,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dist_vasp.data.held_out import evaluation_blocks
+from dist_vasp.data.lanes import LaneOrder
 from dist_vasp.data.rows import Rows, concatenate_rows
 from dist_vasp.data.shard import read_shard
-from dist_vasp.data.stream import Batch, TrainStream
+from dist_vasp.data.stream import Batch, StreamOptions, TrainStream
 from tests.support.make_shards import write_folder
 
 N_USERS, N_ITEMS = 203, 60
@@ -80,7 +81,7 @@ def read_epochs(
 ) -> list[list[list[tuple]]]:
     """triples by step and rank over whole epochs; checks what the ranks must agree on."""
     streams = [
-        TrainStream(folder, rank=r, world_size=world_size, **options) for r in range(world_size)
+        TrainStream(folder, StreamOptions(**options), r, world_size) for r in range(world_size)
     ]
     steps = {s.steps_per_epoch for s in streams}
     assert len(steps) == 1
@@ -206,7 +207,7 @@ def test_without_halves_a_row_is_its_own_target(folders):
 
 
 def test_batch_is_a_function_of_the_step_alone(folders, reference):
-    stream = TrainStream(folders / "16", **OPTIONS)
+    stream = TrainStream(folders / "16", StreamOptions(**OPTIONS))
     numpy_state, torch_state = np.random.get_state()[1].copy(), torch.random.get_rng_state()
     for step in (11, 3, 7, 3, 0):
         assert triples(stream.batch(step)) == reference[step][0]
@@ -216,7 +217,7 @@ def test_batch_is_a_function_of_the_step_alone(folders, reference):
 
 
 def test_a_shard_is_decoded_once_a_pass_unless_it_lies_across_a_border(folders, monkeypatch):
-    stream = TrainStream(folders / "16", **OPTIONS)
+    stream = TrainStream(folders / "16", StreamOptions(**OPTIONS))
     read = []
     monkeypatch.setattr(
         "dist_vasp.data.stream.read_shard",
@@ -225,7 +226,7 @@ def test_a_shard_is_decoded_once_a_pass_unless_it_lies_across_a_border(folders, 
     for step in range(stream.steps_per_epoch):
         stream.batch(step)
     assert set(read) == {s.name for s in stream.manifest.splits["train"].shards}
-    assert len(read) <= len(set(read)) + stream.lanes
+    assert len(read) <= len(set(read)) + stream.options.lanes
 
 
 @settings(deadline=None, max_examples=300)
@@ -233,17 +234,14 @@ def test_a_shard_is_decoded_once_a_pass_unless_it_lies_across_a_border(folders, 
 def test_steps_are_about_batch_size(n_users, batch_size, lanes):
     """Every lane's counts add up to its users, and a step differs from U/S by fewer than 3
     users."""
-    stream = object.__new__(TrainStream)  # the arithmetic alone, without a folder
     lanes = min(lanes, batch_size)
-    steps = -(-n_users // batch_size)
-    bounds = np.arange(lanes + 1) * n_users // lanes
-    stream.steps_per_epoch, stream._lane_users = steps, np.diff(bounds)
-    stream._phases = np.arange(lanes) * steps // lanes
-    given_users = np.stack([stream._given(s) for s in range(steps + 1)])
-    assert not given_users[0].any()
-    assert np.array_equal(given_users[-1], stream._lane_users)
-    assert (np.diff(given_users, axis=0) >= 0).all()
-    users = np.diff(given_users, axis=0).sum(axis=1)
+    order = LaneOrder([n_users], batch_size, lanes, seed=0)
+    steps = order.steps_per_epoch
+    assert steps == -(-n_users // batch_size)
+    per_lane = np.stack([order.users_per_lane(s) for s in range(steps)])
+    assert np.array_equal(per_lane.sum(axis=0), np.diff(np.arange(lanes + 1) * n_users // lanes))
+    assert (per_lane >= 0).all()
+    users = per_lane.sum(axis=1)
     assert users.sum() == n_users
     assert np.abs(users - n_users / steps).max() < 3
     assert users.max() <= batch_size + 2
@@ -281,14 +279,16 @@ def test_users_with_one_item_and_with_none(tmp_path):
     ],
 )
 def test_impossible_combinations_name_the_key(folders, options, message):
+    options = {"batch_size": 100, **options}
+    world_size = options.pop("world_size", 1)
     with pytest.raises(ValueError, match=message):
-        TrainStream(folders / "16", **{"batch_size": 100, **options})
+        TrainStream(folders / "16", StreamOptions(**options), world_size=world_size)
 
 
 def test_a_folder_without_training_users(tmp_path):
     write_folder(tmp_path, [], [([1], [2])], n_items=5)
     with pytest.raises(ValueError, match="no training users"):
-        TrainStream(tmp_path, 4, lanes=2)
+        TrainStream(tmp_path, StreamOptions(4, lanes=2))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -302,7 +302,7 @@ def test_a_damaged_shard_is_a_plain_error_that_names_the_file(tmp_path, workers,
         shard.unlink()
     else:
         shard.write_bytes(data if damage == "flip" else data[:-100])
-    stream = TrainStream(tmp_path, 10, lanes=2)
+    stream = TrainStream(tmp_path, StreamOptions(10, lanes=2))
     with pytest.raises(ValueError, match=r"train-000002\.tar") as caught:
         list(stream.batches(0, stream.steps_per_epoch, workers))
     assert type(caught.value) is ValueError
@@ -318,7 +318,7 @@ def children() -> set[int]:
 
 @pytest.mark.parametrize("started", [True, False])
 def test_closing_the_iterator_ends_its_workers(folders, started):
-    stream = TrainStream(folders / "16", **OPTIONS)
+    stream = TrainStream(folders / "16", StreamOptions(**OPTIONS))
     before = children()
     batches = stream.batches(0, 1000, 2)
     workers = children() - before
@@ -335,7 +335,7 @@ def test_closing_the_iterator_ends_its_workers(folders, started):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_worker_ignores_what_is_sent_to_the_group(folders, reference, capfd, number):
     """On every thread, so that it does not matter which of them the kernel chooses."""
-    stream, before = TrainStream(folders / "16", **OPTIONS), children()
+    stream, before = TrainStream(folders / "16", StreamOptions(**OPTIONS)), children()
     batches = stream.batches(0, 400, 2)
     workers = children() - before
     for step in range(len(reference)):
@@ -351,7 +351,7 @@ def test_a_worker_ignores_what_is_sent_to_the_group(folders, reference, capfd, n
 
 
 def test_without_a_worker_that_was_killed_the_batches_are_the_same(folders, reference, capfd):
-    stream, before = TrainStream(folders / "16", **OPTIONS), children()
+    stream, before = TrainStream(folders / "16", StreamOptions(**OPTIONS)), children()
     batches = stream.batches(0, 400, 2)
     victim, other = sorted(children() - before)
     for step in range(400):
@@ -373,7 +373,7 @@ def test_where_no_process_can_be_started_the_batches_are_the_same(
         raise BlockingIOError(11, "Resource temporarily unavailable")
 
     monkeypatch.setattr(os, "fork", refuse)
-    batches = TrainStream(folders / "16", **OPTIONS).batches(0, len(reference), 2)
+    batches = TrainStream(folders / "16", StreamOptions(**OPTIONS)).batches(0, len(reference), 2)
     assert [triples(batch) for batch in batches] == [step[0] for step in reference]
     said = capfd.readouterr().err
     assert said.startswith(
@@ -386,8 +386,9 @@ def test_python_ends_while_an_iterator_lives(folders):
     """Its workers ignore SIGTERM, which Python would send to processes of multiprocessing and
     wait."""
     lines = [
-        "from dist_vasp.data.stream import TrainStream",
-        f"batches = TrainStream({str(folders / '16')!r}, **{OPTIONS!r}).batches(0, 1000, 2)",
+        "from dist_vasp.data.stream import StreamOptions, TrainStream",
+        f"stream = TrainStream({str(folders / '16')!r}, StreamOptions(**{OPTIONS!r}))",
+        "batches = stream.batches(0, 1000, 2)",
         "print(next(batches).n_users)",
     ]
     ended = subprocess.run(
