@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.csv
 
 from data_tools import archives
-from dist_vasp.data.tables.csv_rows import BLOCK_BYTES, MAX_ROW_BYTES
+from dist_vasp.data.tables.csv_blocks import BLOCK_BYTES, MAX_ROW_BYTES
 from dist_vasp.data.tables.movielens import read_titles
 from dist_vasp.data.tables.streams import open_file, readable
 
@@ -56,7 +56,7 @@ class NetflixSource:
     notes: list[str] = field(default_factory=list)
     _titles: dict[int, str] = field(default_factory=dict)
 
-    def look(self) -> tuple[dict[str, str], list[str]]:
+    def match_columns(self) -> tuple[dict[str, str], list[str]]:
         return {role: role for role in ("user", "item", "rating")}, []
 
     def read_times(self) -> str | None:

@@ -44,7 +44,7 @@ class Source(Protocol):
         """Other remarks on the input for the user; complete once `batches` has run."""
         ...
 
-    def look(self) -> tuple[dict[str, str], list[str]]:
+    def match_columns(self) -> tuple[dict[str, str], list[str]]:
         """Return the names of the columns that are read, by role, and of those that are not.
 
         This reads no rows.
@@ -75,14 +75,14 @@ class TableSource:
     def left_out(self) -> dict[str, int]:
         return self.table.left_out
 
-    def look(self) -> tuple[dict[str, str], list[str]]:
-        names, unused = self.table.look()
+    def match_columns(self) -> tuple[dict[str, str], list[str]]:
+        names, unused = self.table.match_columns()
         # of the files after the first
         later = [name for name in self.table.unused if name not in names.values()]
         return names, list(dict.fromkeys([*unused, *later]))
 
     def read_times(self) -> str | None:
-        _, unused = self.table.look()
+        _, unused = self.table.match_columns()
         if "timestamp" not in unused:
             return None
         self.table.columns = replace(self.table.columns, time="timestamp")

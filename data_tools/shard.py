@@ -140,7 +140,7 @@ def _prepare(args: argparse.Namespace, source: Source, scratch: Path) -> Prepare
         given = GivenPlan(data, args.validation_fraction, args.seed)
         plan, arguments = given, {"validation_fraction": given.fraction}
     check_unique_keys(data, plan)
-    names, _ = source.look()
+    names, _ = source.match_columns()
     for role, values in (("user", data.user_ids), ("item", data.item_ids)):
         for remark in ids.remarks(role, values, names.get(role, role)):
             print(remark)
@@ -168,7 +168,7 @@ def _min_rating(args: argparse.Namespace) -> float:
 
 def _rule(args: argparse.Namespace, summary: Summary, source: Source) -> PositiveRule:
     """Return the rule that made the positives, with the names of the input's columns."""
-    names, _ = source.look()
+    names, _ = source.match_columns()
     rated = summary.has_ratings and args.protocol == "liang"
     return PositiveRule(
         names.get("user", "user"),
@@ -197,7 +197,7 @@ def _print_splits(args: argparse.Namespace, plan: Plan, splits: dict[str, SplitE
 
 def _unused(args: argparse.Namespace, source: Source) -> list[str]:
     """Return a line on the columns that are not used, and the options that would use them."""
-    names, unused = source.look()
+    names, unused = source.match_columns()
     roles = []
     if args.protocol == "liang":
         roles = ["split"] if "rating" in names else ["rating", "split"]

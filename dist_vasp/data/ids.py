@@ -131,7 +131,7 @@ class IdIndex:
 
 
 def remarks(role: str, ids: pa.Array, column: str) -> list[str]:
-    """Return lines for the user on distinct ids that look like mistakes; they are kept as they are."""
+    """Return lines for the user on ids that look like mistakes; they are kept unchanged."""
     if not is_text(ids.type):
         return []
     lines = []

@@ -120,8 +120,10 @@ def _another_preparation(n_items: int, expected_sha256: str) -> str:
 
 
 def _check_item_columns(table: pa.Table) -> None:
-    """ValueError for a wrong type or a missing value (titles may be missing); KeyError for a missing
-    column."""
+    """ValueError for a wrong type or a missing value, KeyError for a missing column.
+
+    Titles may be missing.
+    """
     table.validate(full=True)
     for name in ("item", "id", "key", "popularity"):
         column = table.column(name)

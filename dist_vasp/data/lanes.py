@@ -39,7 +39,7 @@ class LaneOrder:
         return self._users_before(step + 1) - self._users_before(step)
 
     def parts(self, epoch: int, step: int, lane: int) -> Iterator[tuple[int, int, int]]:
-        """Yield the users of a lane at a step as (shard, start, stop) within the permuted shards."""
+        """Yield the users of a lane at a step as (shard, start, stop) in permuted shards."""
         first = int(self._starts[lane] + self._users_before(step)[lane])
         end = first + int(self.users_per_lane(step)[lane])
         order, starts = self._shard_order(epoch)
@@ -61,7 +61,7 @@ class LaneOrder:
         return (step * self._sizes + self._phases) // self.steps_per_epoch
 
     def _shard_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the epoch's shards in order, (n,), and the position at which each starts, (n+1,)."""
+        """Return the epoch's shards in order, (n,), and where each starts, (n+1,)."""
         if self._epoch[0] != epoch:
             order = permutation(len(self._users_per_shard), self._seed, epoch)
             users = np.array([self._users_per_shard[shard] for shard in order], np.int64)

@@ -27,7 +27,7 @@ _NAMES = {
 def unused_columns(
     names: Sequence[str], used: Iterable[str], options: Sequence[str], dashes: str = "--"
 ) -> list[str]:
-    """Return a line on the unused columns, with the options that would use them; [] if there are none.
+    """Return a line on the unused columns, if any, with the options that would use them.
 
     options: roles without a column, for which the caller has an option `ROLE_column`. dashes: how
     options are written, `--` or nothing.

@@ -80,7 +80,7 @@ class Worker:
 
 
 class ReadAhead(Iterator[T]):
-    """Iterates over `compute(start)` to `compute(stop - 1)`, computed ahead by `n_workers` processes.
+    """`compute(start)` to `compute(stop - 1)` in order, computed ahead by `n_workers` processes.
 
     The processes start at once, and live until the last batch or `close`. After an exception in a
     worker, `next` computes that batch again and raises the same exception.

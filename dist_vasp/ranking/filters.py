@@ -102,11 +102,11 @@ def _ids_of(path: str, item_column: str, reading: Reading) -> tuple[pa.Array, di
     )
     if item_column != "item":
         try:
-            table.look()
+            table.match_columns()
         except ValueError as error:
             table.columns = _only("item")
             try:
-                table.look()
+                table.match_columns()
             except ValueError:
                 raise error from None
     return _column(table)

@@ -19,7 +19,7 @@ from dist_vasp.data.items import ItemTable
 from dist_vasp.data.positives import PositiveRule, positive_rows
 from dist_vasp.data.role_columns import ServingColumns
 from dist_vasp.data.rows import Rows, indptr_of
-from dist_vasp.data.tables.read import of_memory
+from dist_vasp.data.tables.values import of_memory
 
 NO_KNOWN_ITEM = "no item of the history is in the vocabulary"
 NO_ITEM_LEFT = "no item is left to list: the user has seen all that may be listed"

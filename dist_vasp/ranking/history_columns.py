@@ -64,7 +64,7 @@ def _look(table: Table, pairs: Sequence[tuple[str, str]]) -> tuple[dict[str, str
     for user, item in pairs:
         table.columns = Columns(user, item, optional_rating=False)
         try:
-            return table.look()
+            return table.match_columns()
         except ValueError as error:
             errors.append(error)
     raise errors[0]

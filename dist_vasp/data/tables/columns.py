@@ -1,5 +1,4 @@
-"""Which columns of a table are read, how its text is written, and how a column is found by its
-name."""
+"""Names of the columns to read, the format of the text, and the search for columns by name."""
 
 from __future__ import annotations
 
@@ -18,8 +17,10 @@ _SHOWN = 20
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of the input's columns, None for a role that is not read; `rating` None: the column
-    `rating` if there is one."""
+    """Names of the columns to read, None for a role that is not read.
+
+    `rating` None reads the column `rating` if there is one and `optional_rating` is True.
+    """
 
     user: str | None = "user"
     item: str | None = "item"
@@ -27,25 +28,25 @@ class Columns:
     split: str | None = None
     time: str | None = None
     title: str | None = None
-    optional_rating: bool = True  # False: rating None is not read
+    optional_rating: bool = True
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How the files are written. None: found out from the file itself."""
+    """How the files are written. None: detect it from the file."""
 
     delimiter: str | None = None  # of a CSV: one character, or ::
     encoding: str | None = None  # of a CSV; None: UTF-8, or what a byte order mark says
     header: bool = True  # False: the first line is data and columns are named 1, 2, ...
-    names: tuple[
-        str, ...
-    ] = ()  # of the columns of a file without a header, in place of the numbers
+    names: tuple[str, ...] = ()  # of the columns of a file without a header; (): numbers
     quoting: bool = True  # False: a quote is a character like any other
-    missing: tuple[str, ...] = ids.MISSING  # texts that stand for no id, besides the empty one
+    missing: tuple[str, ...] = (
+        ids.MISSING
+    )  # texts that stand for a missing id, besides the empty one
 
 
 class MissingColumnError(ValueError):
-    """A column that is read is not there."""
+    """A column to be read is missing."""
 
     def __init__(self, text: str, name: str) -> None:
         super().__init__(text)
@@ -55,8 +56,10 @@ class MissingColumnError(ValueError):
 def without_constants(
     columns: Columns, constants: Collection[str], names: Sequence[str]
 ) -> Columns:
-    """Return the columns to look for among `names`, without those that only the names of folders
-    (`constants`) give."""
+    """Return the columns to look for among `names`.
+
+    Columns that only the names of folders give (`constants`) are left out.
+    """
     given = set(constants) - {name.strip() for name in names}
     absent = {role: None for role in ROLES if getattr(columns, role) in given}
     return replace(
@@ -67,14 +70,14 @@ def without_constants(
 def find_columns(
     names: Sequence[str], columns: Columns, where: str, header: bool = True
 ) -> dict[str, int]:
-    """Positions among `names` by role; ValueError that names what is missing, what there is, and
-    the option that helps.
+    """Return the positions of the columns among `names`, by role.
 
-    A name matches exactly or, where that is unambiguous, without the blanks around it.
+    A name matches exactly or, where that is unambiguous, without the blanks around it. ValueError
+    names the missing column, the columns of the file, and the option to use.
     """
     plain = [name.strip() for name in names]
     typed = [match[1] if (match := _TYPED.fullmatch(name)) else None for name in plain]
-    found: dict[str, int] = {}
+    positions: dict[str, int] = {}
     for role in ROLES:
         name = getattr(columns, role)
         optional = name is None and role == "rating" and columns.optional_rating
@@ -91,18 +94,18 @@ def find_columns(
             wanted = _ATOMIC.get(role, name) if name in (role, "timestamp") else name
             places = [i for i, one in enumerate(typed) if one in (name, wanted)]
         if len(places) == 1:
-            found[role] = places[0]
+            positions[role] = places[0]
         elif not optional or places:
             text = f"{where} {_problem(role, name, len(places), plain, header)}"
             raise ValueError(text) if places else MissingColumnError(text, name)
-    _check_apart(found, names, where)
-    return found
+    _check_distinct(positions, names, where)
+    return positions
 
 
-def _check_apart(found: dict[str, int], names: Sequence[str], where: str) -> None:
-    """ValueError where one column is to be two things."""
-    for role, place in found.items():
-        other = next((r for r, p in found.items() if p == place and r != role), None)
+def _check_distinct(positions: dict[str, int], names: Sequence[str], where: str) -> None:
+    """ValueError where one column is named for two roles."""
+    for role, place in positions.items():
+        other = next((r for r, p in positions.items() if p == place and r != role), None)
         if other is not None:
             raise ValueError(
                 f"{where}: column {names[place]!r} is named as {role} and as {other}; name "
@@ -111,7 +114,7 @@ def _check_apart(found: dict[str, int], names: Sequence[str], where: str) -> Non
 
 
 def shown(names: Sequence[str]) -> str:
-    """The names for a message, at most twenty of at most 40 characters."""
+    """Return the names for a message: at most twenty, of at most 40 characters."""
     more = f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else ""
     return (
         ", ".join(repr(name if len(name) <= 40 else name[:37] + "...") for name in names[:_SHOWN])

@@ -1,4 +1,4 @@
-"""The columns of one CSV file by role, as text, a block at a time."""
+"""Read the columns of one CSV file by role, as text, a block at a time."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from dist_vasp.data.tables import csv_rows
+from dist_vasp.data.tables import csv_blocks, csv_rows
 from dist_vasp.data.tables.columns import Columns, Reading
 from dist_vasp.data.tables.csv_header import DELIMITERS, read_header
 from dist_vasp.data.tables.encodings import Utf8
@@ -18,7 +18,7 @@ _HEADER_BYTES = 1 << 16  # read at a time where only the header is wanted
 
 @dataclass(frozen=True)
 class Raw:
-    """Some rows as the file holds them: numbers of the rows and columns by role."""
+    """Some rows as in the file: their numbers, and columns by role."""
 
     numbers: Sequence[int]
     columns: dict[str, pa.Array]
@@ -26,14 +26,14 @@ class Raw:
 
 @dataclass
 class Facts:
-    """What is known of a file once it was read."""
+    """What is known about a file after it was read."""
 
     names: dict[str, str] = field(default_factory=dict)  # of the columns by role
     unused: list[str] = field(default_factory=list)
     n_broken: int = 0  # rows of several lines
 
 
-def csv_pieces(
+def csv_batches(
     opener: Callable[[], Any],
     where: str,
     columns: Columns,
@@ -41,41 +41,43 @@ def csv_pieces(
     constants: Collection[str],
     facts: Facts,
 ) -> Iterator[Raw]:
-    """Pieces of the file that `opener` opens; every cell of them is text.
+    """Yield the rows of the file that `opener` opens; every cell is text.
 
     ValueError names `where` and the row.
     """
     stream = opener()
     try:
-        blocks = csv_rows.Blocks(Utf8(stream, reading.encoding, where), where, csv_rows.BLOCK_BYTES)
+        blocks = csv_blocks.Blocks(
+            Utf8(stream, reading.encoding, where), where, csv_blocks.BLOCK_BYTES
+        )
         header = read_header(blocks, columns, reading, constants, where)
         facts.names = {role: header.names[i] for role, i in header.wanted.items()}
         facts.unused = [
             name for i, name in enumerate(header.names) if i not in header.wanted.values()
         ]
-        rows = csv_rows.Rows(
+        rows = csv_rows.RowReader(
             blocks, header.dialect, len(header.names), list(header.wanted.values()), where
         )
         rows.id_columns = [
             header.wanted[role] for role in ("user", "item") if role in header.wanted
         ]
-        for piece in rows.pieces(header.body or blocks.next()):
-            yield Raw(piece.numbers, dict(zip(header.wanted, piece.columns, strict=True)))
+        for batch in rows.batches(header.body or blocks.next()):
+            yield Raw(batch.numbers, dict(zip(header.wanted, batch.columns, strict=True)))
         facts.n_broken = rows.n_broken
     finally:
         stream.close()
 
 
 def csv_names(opener: Callable[[], Any], where: str, reading: Reading) -> list[str]:
-    """The names of the file's columns, separated by the delimiter that gives the most of them."""
-    found: list[str] = []
+    """Return the names of the columns, split by the delimiter that gives the most of them."""
+    names: list[str] = []
     for delimiter in DELIMITERS if reading.delimiter is None else (reading.delimiter,):
         stream = opener()
         try:
-            blocks = csv_rows.Blocks(Utf8(stream, reading.encoding, where), where, _HEADER_BYTES)
+            blocks = csv_blocks.Blocks(Utf8(stream, reading.encoding, where), where, _HEADER_BYTES)
             nothing = Columns(None, None, optional_rating=False)
             header = read_header(blocks, nothing, replace(reading, delimiter=delimiter), (), where)
         finally:
             stream.close()
-        found = max(found, header.names, key=len)
-    return found
+        names = max(names, header.names, key=len)
+    return names

@@ -1,5 +1,5 @@
-"""The header of a CSV file and what separates its cells: --delimiter, or the delimiter with which
-the wanted columns are there."""
+"""Read the header of a CSV file, and find the delimiter: --delimiter, or the one that gives the
+wanted columns."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dist_vasp.data.tables.columns import (
     shown,
     without_constants,
 )
-from dist_vasp.data.tables.csv_rows import (
+from dist_vasp.data.tables.csv_blocks import (
     MAX_COLUMNS,
     MAX_ROW_BYTES,
     Blocks,
@@ -25,7 +25,7 @@ from dist_vasp.data.tables.csv_rows import (
 )
 
 DELIMITERS = (",", "\t", ";", "|", "::")
-_HEAD_BYTES = 1 << 16  # that are looked at first
+_HEAD_BYTES = 1 << 16  # in which the first row is sought at first
 _NAMED = {"tab": "\t", "\\t": "\t", "comma": ",", "semicolon": ";", "pipe": "|", "space": " "}
 
 
@@ -34,11 +34,11 @@ class Header:
     names: list[str]  # 1, 2, ... where there is no header
     dialect: Dialect
     wanted: dict[str, int]  # positions of columns by role
-    body: bytes  # what follows the header in the blocks that were read for it
+    body: bytes  # the bytes after the header that were read with it
 
 
 def check_delimiter(text: str) -> str:
-    """The delimiter that --delimiter names; ValueError where it cannot be one."""
+    """Return the delimiter that --delimiter names; ValueError where it cannot be one."""
     delimiter = _NAMED.get(text, text)
     if delimiter != "::" and (
         len(delimiter) != 1 or delimiter.isalnum() or delimiter in '"\r\n\0.-+'
@@ -53,10 +53,10 @@ def check_delimiter(text: str) -> str:
 def read_header(
     blocks: Blocks, columns: Columns, reading: Reading, constants: Collection[str], where: str
 ) -> Header:
-    """The header, or the numbers of the columns where there is none. `constants`: columns that the
-    names of folders give.
+    """Return the header; a file without one has the numbers of its columns as names.
 
-    ValueError where the file is empty or no delimiter gives the wanted columns.
+    `constants`: columns that the names of folders give. ValueError where the file is empty or no
+    delimiter gives the wanted columns.
     """
     block = _skip_blank_lines(blocks)
     if not block:
@@ -89,7 +89,7 @@ def read_header(
 
 
 def _lines(block: bytes) -> list[str]:
-    """The lines of a block whose text is checked later, once it is known where rows begin."""
+    """Return the lines of a block, whose text is checked later."""
     return lines_of(block.decode(errors="surrogateescape"))
 
 
@@ -119,8 +119,10 @@ def _skip_blank_lines(blocks: Blocks) -> bytes:
 def _first_record(
     blocks: Blocks, block: bytes, dialect: Dialect, where: str
 ) -> tuple[list[str], int, int, bytes]:
-    """The cells of the first row, its lines and bytes, and the block with as much more as a header
-    of several lines needs."""
+    """Return the cells of the first row, its numbers of lines and bytes, and the block.
+
+    The block is extended where the header has more lines than it.
+    """
     size = _HEAD_BYTES
     while True:
         lines = _lines(_beginning(block, size))
@@ -154,7 +156,7 @@ def _first_record(
 
 
 def _beginning(block: bytes, size: int) -> bytes:
-    """Whole lines of the block, of about `size` bytes; at least one."""
+    """Return the first whole lines of the block, about `size` bytes and at least one line."""
     while size < len(block):
         cut = max(block.rfind(b"\n", 0, size), block.rfind(b"\r", 0, size - 1)) + 1
         if cut:
@@ -175,7 +177,7 @@ def _check_unambiguous(cells: list[str], delimiter: str, where: str) -> None:
 def _explained(
     error: ValueError, delimiter: str, first: str, reading: Reading, where: str
 ) -> ValueError:
-    """The error with the delimiter that was seen, or what else the first line looks like."""
+    """Return the error with the likely delimiter, or with what the first line looks like."""
     if not isinstance(error, MissingColumnError):
         return error
     cells: list[str] = next(

@@ -1,174 +1,54 @@
-"""Rows of a CSV file as Python's csv module reads them in strict mode, but a block at a time and
-mostly without it.
+"""Read the rows of a CSV file exactly as Python's csv module does in strict mode, but faster.
 
-A block of whole lines has only one reading where it holds no lone carriage return, no blank line,
-and no quotes but those around whole cells of one line: Arrow splits it. Every other block goes
-through csv.reader. So the rows are those of the csv module, or there is an error with the row.
+The file is read in blocks of whole lines. A block is plain if it holds no lone carriage return, no
+blank line, and quotes only around whole cells of one line; then Arrow splits it, because there is
+only one way to read it. csv.reader splits all other blocks.
 
-Rows are numbered from 1, the header included; cells with line breaks make a row of several lines.
+Rows are numbered from 1, including the header. A cell with line breaks makes a row of several
+lines.
 """
 
 from __future__ import annotations
 
 import csv
-import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.csv as pa_csv
 
-from dist_vasp.data.tables.encodings import explain_bytes
+from dist_vasp.data.tables.csv_blocks import (
+    MAX_ROW_BYTES,
+    Blocks,
+    Dialect,
+    check_text,
+    is_plain,
+    lines_of,
+)
 
-BLOCK_BYTES = 8 << 20
-MAX_ROW_BYTES = 16 << 20
-MAX_COLUMNS = 100_000
 _SEPARATOR = "\x1f"  # stands for a delimiter of several characters
 
 
 @dataclass(frozen=True)
-class Dialect:
-    delimiter: str
-    quoting: bool
-
-    @property
-    def quotes(self) -> bool:
-        """Whether a quote may enclose a cell: never where the delimiter has several characters."""
-        return self.quoting and len(self.delimiter) == 1
-
-    def reader(self, lines: Sequence[str], strict: bool = True) -> Any:
-        """Records of the lines; `line_num` of it counts the lines of those that were returned."""
-        csv.field_size_limit(2 * MAX_ROW_BYTES + BLOCK_BYTES)  # longer ones are refused as rows
-        if len(self.delimiter) > 1:
-            return _Split(lines, self.delimiter)
-        if not self.quoting:
-            return csv.reader(
-                lines, delimiter=self.delimiter, strict=strict, quoting=csv.QUOTE_NONE
-            )
-        return csv.reader(lines, delimiter=self.delimiter, strict=strict)
-
-
-class _Split:
-    """Records of lines with a delimiter of several characters, which knows no quotes."""
-
-    def __init__(self, lines: Sequence[str], delimiter: str) -> None:
-        self._lines, self._delimiter, self.line_num = lines, delimiter, 0
-
-    def __iter__(self) -> Iterator[list[str]]:
-        for line in self._lines:
-            self.line_num += 1
-            line = line.rstrip("\r\n")
-            yield line.split(self._delimiter) if line else []
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Some rows: their numbers, and the text of the columns that were asked for, in that order."""
+class RowBatch:
+    """Some rows: their numbers, and the text of the wanted columns, in that order."""
 
     numbers: Sequence[int]
     columns: list[pa.Array]  # string, without nulls
 
 
-class Blocks:
-    """Whole lines of a stream of UTF-8 bytes."""
-
-    def __init__(self, stream: Any, where: str, size: int) -> None:
-        self._stream, self._size, self._where, self._held = stream, size, where, b""
-        self.row = 1  # number of the next row
-        self.line = 1
-
-    def next(self) -> bytes:
-        """The next block; b"" at the end."""
-        while chunk := self._stream.read(self._size):
-            data = self._held + chunk
-            cut = max(data.rfind(b"\n"), data.rfind(b"\r", 0, len(data) - 1)) + 1
-            self._held = data[cut:]
-            if len(self._held) > MAX_ROW_BYTES:
-                row = self.row + data.count(b"\n", 0, cut)
-                raise ValueError(
-                    f"{self._where}, row {row:,}: a line of more than {MAX_ROW_BYTES:,} bytes; it "
-                    "is no table"
-                )
-            if cut:
-                return data[:cut]
-        data, self._held = self._held, b""
-        return data
-
-
-def check_text(block: bytes, dialect: Dialect, row: int, where: str) -> None:
-    """ValueError that names the row where the block, which begins with `row`, holds a NUL or is not
-    UTF-8."""
-    at, problem = block.find(b"\0"), "there is a NUL byte, which is no text"
-    if at >= 0 and max(block[0:8:2].count(0), block[1:8:2].count(0)) > 1:
-        order = "be" if block[0:8:2].count(0) > 1 else "le"
-        problem += f" (if it is UTF-16 without its mark, pass --encoding utf-16-{order})"
-    if at < 0 and not block.isascii():
-        try:
-            block.decode()
-        except UnicodeDecodeError as error:
-            at, problem = error.start, explain_bytes(block, error)
-    if at >= 0:
-        before = lines_of(block[:at].decode(errors="replace") + "x")  # x: the row has begun
-        row += sum(1 for _ in dialect.reader(before, strict=False)) - 1
-        raise ValueError(f"{where}, row {row:,}: {problem}")
-
-
-def lines_of(text: str) -> list[str]:
-    """Lines with their ends, split where the csv module's documentation has files split: at \\n,
-    \\r\\n and \\r."""
-    return list(io.StringIO(text, newline=""))
-
-
-def is_plain(block: bytes, dialect: Dialect) -> bool:
-    """True where the lines of the block are its rows, and quotes only enclose whole cells without
-    quotes and line breaks."""
-    if b"\n\n" in block or b"\n\r" in block or block.startswith((b"\n", b"\r", b"\xef\xbb\xbf")):
-        return False
-    if b"\r" in block and block.count(b"\r") != block.count(b"\r\n"):
-        return False
-    return not dialect.quotes or b'"' not in block or _encloses_cells(block, dialect.delimiter)
-
-
-def _encloses_cells(block: bytes, delimiter: str) -> bool:
-    """True where quotes come in pairs, each pair around one cell of one line."""
-    letters = np.frombuffer(block, np.uint8)
-    places = np.flatnonzero(letters == ord('"'))
-    if len(places) % 2 or not delimiter.isascii():
-        return False
-    opening, closing = places[0::2], places[1::2]
-    before, after = letters[opening - 1], letters[np.minimum(closing + 1, len(letters) - 1)]
-    opens = (before == ord(delimiter)) | (before == ord("\n")) | (opening == 0)
-    closes = (
-        (after == ord(delimiter))
-        | (after == ord("\n"))
-        | (after == ord("\r"))
-        | (closing == len(letters) - 1)
-    )
-    if not (opens.all() and closes.all()):
-        return False
-    breaks = np.flatnonzero(letters == ord("\n"))
-    return bool((np.searchsorted(breaks, opening) == np.searchsorted(breaks, closing)).all())
-
-
-class Rows:
-    """The rows of `blocks` below the header, in pieces.
-
-    `n_columns` is the width that every row must have.
-    """
+class RowReader:
+    """Reads the rows of `blocks` below the header; every row must have `n_columns` cells."""
 
     def __init__(
         self, blocks: Blocks, dialect: Dialect, n_columns: int, wanted: Sequence[int], where: str
     ) -> None:
-        self._blocks, self._dialect, self._n_columns, self._wanted, self._where = (
-            blocks,
-            dialect,
-            n_columns,
-            wanted,
-            where,
-        )
-        self.id_columns: list[int] = []  # where a swallowed row would show
+        self._blocks = blocks
+        self._dialect = dialect
+        self._n_columns = n_columns
+        self._wanted = wanted
+        self._where = where
+        self.id_columns: list[int] = []  # in which a stray quote would hide whole rows
         self.n_broken = 0  # rows of several lines
         self._names = [str(i) for i in range(n_columns)]
         included = [str(i) for i in dict.fromkeys(wanted)]
@@ -179,26 +59,25 @@ class Rows:
             strings_can_be_null=False,
         )
 
-    def pieces(self, block: bytes) -> Iterator[Piece]:
-        """Pieces of `block` and of all that follow it."""
+    def batches(self, block: bytes) -> Iterator[RowBatch]:
+        """Yield the rows of `block` and of all blocks after it."""
         while block:
             check_text(block, self._dialect, self._blocks.row, self._where)
             if is_plain(block, self._dialect):
-                piece = self._plain(block)
-                if piece is not None:
-                    yield piece
+                batch = self._plain(block)
+                if batch is not None:
+                    yield batch
                     block = self._blocks.next()
                     continue
-            piece, rest = self._strict(block)
-            yield piece
+            batch, rest = self._strict(block)
+            yield batch
             block = self._blocks.next()
             if rest and not block:
                 raise self._unclosed("never closes")
             block = rest + block
 
-    def _plain(self, block: bytes) -> Piece | None:
-        """The piece of a plain block by Arrow; None where Arrow would not say the same of it as the
-        csv module."""
+    def _plain(self, block: bytes) -> RowBatch | None:
+        """Split a plain block with Arrow; None where Arrow would differ from the csv module."""
         n_rows = block.count(b"\n") + (not block.endswith(b"\n"))
         delimiter = self._dialect.delimiter
         if len(delimiter.encode()) > 1:
@@ -221,14 +100,14 @@ class Rows:
         first = self._blocks.row
         self._blocks.row += n_rows
         self._blocks.line += n_rows
-        return Piece(
+        return RowBatch(
             range(first, first + n_rows),
             [table.column(str(i)).combine_chunks() for i in self._wanted],
         )
 
-    def _strict(self, block: bytes) -> tuple[Piece, bytes]:
-        """The piece of a block by the csv module, and the bytes of a last row that goes on in the
-        next block."""
+    def _strict(self, block: bytes) -> tuple[RowBatch, bytes]:
+        """Split a block with the csv module; return its rows, and the bytes of an unfinished last
+        row."""
         lines = lines_of(block.decode())
         reader = self._dialect.reader(lines)
         records: list[list[str]] = []
@@ -249,7 +128,7 @@ class Rows:
         numbers: Sequence[int] = range(self._blocks.row, self._blocks.row + len(records))
         self._check_width(records, numbers)
         for index, first, last in broken:
-            self._check_swallowed(lines[first:last], numbers[index])
+            self._check_stray_quote(lines[first:last], numbers[index])
         self.n_broken += len(broken)
         self._blocks.row += len(records)
         self._blocks.line += done
@@ -258,7 +137,7 @@ class Rows:
         if not all(records):
             numbers = [number for number, record in zip(numbers, records, strict=True) if record]
             records = [record for record in records if record]
-        return Piece(
+        return RowBatch(
             numbers,
             [pa.array([record[i] for record in records], pa.string()) for i in self._wanted],
         ), rest
@@ -273,9 +152,11 @@ class Rows:
             f"(delimiter {self._dialect.delimiter!r}); correct the row"
         )
 
-    def _check_swallowed(self, lines: list[str], number: int) -> None:
-        """ValueError where every line of a row is a row itself: a stray quote has opened a cell,
-        and another has closed it."""
+    def _check_stray_quote(self, lines: list[str], number: int) -> None:
+        """ValueError where every line of a row looks like a row.
+
+        Then a stray quote has probably opened a cell, and another one closed it.
+        """
         delimiter = self._dialect.delimiter
         if (
             any(line.count(delimiter) != self._n_columns - 1 for line in lines)

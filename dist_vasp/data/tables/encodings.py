@@ -1,6 +1,6 @@
-"""Text of any encoding as UTF-8 bytes without a byte order mark.
+"""Convert text of any encoding to UTF-8 bytes without a byte order mark.
 
-An encoding is found by its mark or named, never guessed.
+An encoding is named by the user or by its mark, never guessed.
 """
 
 from __future__ import annotations
@@ -18,16 +18,12 @@ _MARKS = {  # the longer ones first: UTF-32 begins with the mark of UTF-16
     codecs.BOM_UTF16_BE: "utf-16",
 }
 _LARGEST_HEAD = 32
-_NO_FILES = {
-    "idna",
-    "punycode",
-    "unicode_escape",
-    "raw_unicode_escape",
-}  # encodings of names and of program texts
+# encodings of host names and of program text
+_NO_FILES = {"idna", "punycode", "unicode_escape", "raw_unicode_escape"}
 
 
 def check_encoding(name: str) -> str:
-    """The name, if Python knows it as an encoding of text; ValueError otherwise."""
+    """Return Python's name of a text encoding; ValueError where there is none."""
     try:
         known = codecs.lookup(name)
         "".encode(name)
@@ -46,17 +42,17 @@ def check_encoding(name: str) -> str:
 
 
 class Utf8:
-    """A stream of UTF-8 bytes of one of any encoding; ValueError where the bytes are not of it.
+    """Reads a stream of any encoding as UTF-8 bytes; ValueError for bytes that are not valid.
 
-    UTF-8 itself is passed on unchecked: the rows' reader checks it and names the row.
+    UTF-8 input is not checked here: the reader of the rows checks it and names the row.
     """
 
     def __init__(self, stream: Any, encoding: str | None, where: str) -> None:
         self._stream, self._where = stream, where
         head = self._head()
-        what = foreign(head)
-        if what:
-            raise ValueError(f"{where} is {what}")
+        problem = foreign(head)
+        if problem:
+            raise ValueError(f"{where} is {problem}")
         mark, marked = next(
             ((m, name) for m, name in _MARKS.items() if head.startswith(m)), (b"", None)
         )
@@ -84,7 +80,7 @@ class Utf8:
         return head
 
     def read(self, size: int) -> bytes:
-        """Some bytes, b"" at the end."""
+        """Return some bytes, b"" at the end."""
         while not self._ended:
             data, self._held = self._held + self._stream.read(size), b""
             self._ended = not data
@@ -105,9 +101,9 @@ class Utf8:
 
 
 def explain_bytes(block: bytes, error: UnicodeDecodeError) -> str:
-    """What to say of bytes that are not UTF-8."""
-    found = block[error.start : error.start + 1]
+    """Return the error message for bytes that are not UTF-8."""
+    byte = block[error.start : error.start + 1]
     return (
-        f"the byte 0x{found.hex()} is not UTF-8 text; the file may be cp1252 (Windows) or latin-1: "
+        f"the byte 0x{byte.hex()} is not UTF-8 text; the file may be cp1252 (Windows) or latin-1: "
         "name its encoding with --encoding cp1252, or save it as UTF-8"
     )

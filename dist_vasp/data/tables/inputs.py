@@ -1,7 +1,7 @@
-"""Which files an input names: a file, a folder, a glob, a zip or members of one. Hidden files are
-left out, and said.
+"""Find the files that an input names: a file, a folder, a glob, a zip or members of one.
 
-Names of folders of the form `key=value` (Hive partitions) are columns of the files below them.
+Hidden files are skipped and reported. Names of folders of the form `key=value` (Hive partitions)
+are columns of the files below them.
 """
 
 from __future__ import annotations
@@ -20,11 +20,8 @@ from urllib.parse import unquote
 from dist_vasp.data.tables.streams import open_file, open_member, open_zip, readable, unpacked_name
 
 CSV_SUFFIXES = (".csv", ".tsv", ".tab", ".inter")
-OTHER_CSV_SUFFIXES = (
-    ".dat",
-    ".data",
-    ".txt",
-)  # often something else: those of a folder are read only where they are named
+# files that are often no tables: read only where they are named, not as part of a folder
+OTHER_CSV_SUFFIXES = (".dat", ".data", ".txt")
 PARQUET_SUFFIXES = (".parquet", ".pq", ".parq")
 _NO_PARTITION = "__HIVE_DEFAULT_PARTITION__"
 _FOREIGN = (
@@ -36,24 +33,26 @@ _FOREIGN = (
 
 @dataclass(frozen=True)
 class File:
-    """A file of a table: how messages name it, what it is, and the columns that its folders give
-    (None: missing)."""
+    """A file of a table."""
 
-    where: str
+    where: str  # its name in messages
     kind: str  # csv or parquet
     path: Path
     open: Callable[[], Any]  # of a CSV: its unpacked bytes
+    # columns that its folders give; None: missing
     partitions: dict[str, str | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class Found:
+class Selection:
+    """The files that the inputs name."""
+
     files: list[File]
-    skipped: list[str]  # what was left out, with the reason
+    skipped: list[str]  # files that are not read, with the reason
 
 
 def kind_of(name: str) -> str | None:
-    """csv or parquet, by the name; None where it tells neither."""
+    """Return csv or parquet by the name, None for other names."""
     name = name.lower()
     if name.endswith(PARQUET_SUFFIXES):
         return "parquet"
@@ -61,25 +60,25 @@ def kind_of(name: str) -> str | None:
 
 
 def tables_among(names: Sequence[str], kind: str | None) -> dict[str, str]:
-    """The names that are those of tables, with their kind."""
+    """Return the names of tables, with their kind."""
     kinds = {
         name: kind_of(name)
         for name in names
         if not unpacked_name(name.lower()).endswith(OTHER_CSV_SUFFIXES)
     }
-    return {
-        name: found for name, found in kinds.items() if found is not None and kind in (None, found)
-    }
+    return {name: k for name, k in kinds.items() if k is not None and kind in (None, k)}
 
 
 def is_hidden(name: str) -> bool:
-    """True for a part of a path that holds no data by convention; `_key=value` is a partition."""
+    """Return whether a part of a path holds no data by convention; `_key=value` is a partition."""
     return name.startswith(".") or (name.startswith("_") and "=" not in name)
 
 
-def find_files(inputs: Sequence[str | Path], kind: str | None = None) -> Found:
-    """The files of all inputs, in the order given, those of a folder by name; ValueError where
-    there is none to read."""
+def find_files(inputs: Sequence[str | Path], kind: str | None = None) -> Selection:
+    """Return the files of all inputs, in this order, those of a folder by name.
+
+    ValueError where there is none to read.
+    """
     files: list[File] = []
     skipped: list[str] = []
     for text in inputs:
@@ -94,12 +93,14 @@ def find_files(inputs: Sequence[str | Path], kind: str | None = None) -> Found:
         else:
             unique.append(file)
         seen.add(key)
-    return Found(unique, skipped)
+    return Selection(unique, skipped)
 
 
 def expand(text: str, skipped: list[str] | None = None) -> list[Path]:
-    """The paths that an input names, without hidden ones that a glob matches; ValueError where
-    there is none, or it is an address."""
+    """Return the paths that an input names, without hidden ones that a glob matches.
+
+    ValueError where there is none, or the input is a remote address.
+    """
     if not text:
         raise ValueError("the input is an empty text; name a file or folder")
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", text):
@@ -114,17 +115,18 @@ def expand(text: str, skipped: list[str] | None = None) -> list[Path]:
     matched = (
         [Path(p) for p in sorted(glob.glob(text, recursive=True))] if glob.has_magic(text) else []
     )
-    fixed = next(
-        (n for n, part in enumerate(path.parts) if glob.has_magic(part)), 0
-    )  # parts that are named as they are
-    asked = is_hidden(path.parts[fixed])  # _part-*.csv names hidden files itself
-    found = [p for p in matched if asked or not any(is_hidden(part) for part in p.parts[fixed:])]
+    # the number of parts before the first pattern
+    fixed = next((n for n, part in enumerate(path.parts) if glob.has_magic(part)), 0)
+    wants_hidden = is_hidden(path.parts[fixed])  # such as _part-*.csv
+    visible = [
+        p for p in matched if wants_hidden or not any(is_hidden(part) for part in p.parts[fixed:])
+    ]
     if skipped is not None:
-        skipped += [f"{p} (hidden)" for p in matched if p not in found]
-    if not found:
+        skipped += [f"{p} (hidden)" for p in matched if p not in visible]
+    if not visible:
         what = "matches no file" if glob.has_magic(text) else "does not exist"
         raise ValueError(f"the input {text} {what}; name a file or folder")
-    return found
+    return visible
 
 
 def _files_of(path: Path, kind: str | None, skipped: list[str]) -> list[File]:
@@ -137,12 +139,12 @@ def _files_of(path: Path, kind: str | None, skipped: list[str]) -> list[File]:
     if path.suffix.lower() == ".zip" and kind != "parquet":
         return _members_of(path, None, skipped)
     _refuse_table(path.parent, path)
-    found = kind or kind_of(path.name)
-    if found is None:
+    kind = kind or kind_of(path.name)
+    if kind is None:
         raise ValueError(
             f"cannot tell the format of {path} from its name; pass --format csv or --format parquet"
         )
-    return [_file(path, found, path)]
+    return [_file(path, kind, path)]
 
 
 def check_file(path: Path) -> None:
@@ -197,8 +199,10 @@ def _named(kind: str | None) -> str:
 
 
 def walk(folder: Path, skipped: list[str]) -> Iterator[Path]:
-    """Regular files below a folder by name, links followed once; what is hidden or special goes to
-    `skipped`."""
+    """Yield the regular files below a folder by name; add hidden and special ones to `skipped`.
+
+    Links to folders are followed once.
+    """
     visited: set[str] = set()
     for root, folders, names in os.walk(folder, followlinks=True, onerror=_raise):
         if os.path.realpath(root) in visited:
@@ -227,8 +231,10 @@ def _raise(error: OSError) -> None:
 
 
 def _refuse_table(folder: Path, named: Path) -> None:
-    """ValueError where the folder, or one of three above it, is a table whose files also hold rows
-    that were deleted."""
+    """ValueError where the folder belongs to a table whose files also hold deleted rows.
+
+    Three folders above it are checked, too.
+    """
     for place in (folder, *list(folder.resolve().parents)[:3]):
         for pattern, what, function in _FOREIGN:
             if any(True for _ in place.glob(pattern)):
@@ -241,7 +247,7 @@ def _refuse_table(folder: Path, named: Path) -> None:
 
 
 def names_in(path: Path) -> list[str]:
-    """Names of the files of a folder or zip that are not hidden, without reading the files."""
+    """Return the names of the files in a folder or zip that are not hidden."""
     if path.is_dir():
         return sorted(str(p.relative_to(path)) for p in walk(path, []))
     with open_zip(path) as archive:
@@ -253,13 +259,13 @@ def names_in(path: Path) -> list[str]:
 
 
 def _zip_above(path: Path) -> Path | None:
-    """The zip file in data.zip/ratings.csv, None for other paths."""
+    """Return the zip file in a path such as data.zip/ratings.csv, None for other paths."""
     above = (p for p in path.parents if p.suffix.lower() == ".zip")
     return next((p for p in above if p.is_file()), None)
 
 
 def _members_of(path: Path, wanted: str | None, skipped: list[str]) -> list[File]:
-    """The tables in a zip, by name: all of them, or those that match `wanted`."""
+    """Return the tables in a zip by name: all of them, or those that match `wanted`."""
     with readable(str(path)), open_zip(path) as archive:
         names = sorted(n for n in archive.namelist() if not n.endswith("/"))
     if len(set(names)) < len(names):

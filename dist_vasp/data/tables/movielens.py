@@ -1,5 +1,8 @@
-"""MovieLens as GroupLens distributes it: `ratings.csv` (20M, 25M), `ratings.dat` (1M, 10M) or
-`u.data` (100K), in a folder or its zip."""
+"""Find and describe the MovieLens data sets as GroupLens distributes them.
+
+The ratings are in `ratings.csv` (20M, 25M), `ratings.dat` (1M, 10M) or `u.data` (100K), in a folder
+or a zip.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ _DELIMITERS = {".dat": "::", ".item": "|"}
 
 @dataclass(frozen=True)
 class MovieLens:
-    """The ratings file `member` in `path`, a folder or a zip or the folder that holds the file."""
+    """The ratings file `member` in `path`, a folder or a zip."""
 
     path: Path
     member: str
@@ -34,7 +37,7 @@ class MovieLens:
         return f"{self.path}, {self.member}" if is_zip(self.path) else str(self.path / self.member)
 
     def columns(self, with_time: bool = False) -> Columns:
-        """Its columns of ratings, with the times where they are wanted."""
+        """Return the columns of the ratings file; the times only if wanted."""
         return Columns(*_NAMES[:3], time=_NAMES[3] if with_time else None)
 
     def file(self) -> File:
@@ -43,14 +46,14 @@ class MovieLens:
         )
 
     def reading(self, missing: Sequence[str]) -> Reading:
-        """How the file is written."""
+        """Return the format of the file."""
         if self.member.endswith(".csv"):
             return Reading(",", missing=tuple(missing))
         delimiter = "::" if self.member.endswith(".dat") else "\t"
         return Reading(delimiter, header=False, names=_NAMES, quoting=False, missing=tuple(missing))
 
     def titles(self) -> dict[int, str] | None:
-        """Movie titles by id, where the file of titles is at hand."""
+        """Return movie titles by id; None without a file of titles."""
         member = _find(self.path, TITLES, str(Path(self.member).parent))
         if member is None:
             return None
@@ -70,34 +73,33 @@ def is_zip(path: Path) -> bool:
 
 
 def find(path: Path, any_header: bool = False) -> MovieLens | None:
-    """The ratings file at `path`: itself, or in the folder or zip; a `ratings.csv` only with the
-    header of MovieLens."""
+    """Return the ratings file at `path`, or in that folder or zip; None if there is none.
+
+    A `ratings.csv` needs the header of MovieLens, unless `any_header` is True.
+    """
     if not path.is_dir() and not is_zip(path):
         if path.name.lower() not in RATINGS:
             return None
-        found = MovieLens(path.parent, path.name)
+        ratings = MovieLens(path.parent, path.name)
     else:
         with readable(str(path)):
             member = _find(path, RATINGS)
         if member is None:
             return None
-        found = MovieLens(path, member)
-    if any_header or not found.member.endswith(".csv"):
-        return found
-    with readable(found.where):
-        stream = _open(found.path, found.member)
+        ratings = MovieLens(path, member)
+    if any_header or not ratings.member.endswith(".csv"):
+        return ratings
+    with readable(ratings.where):
+        stream = _open(ratings.path, ratings.member)
         try:
-            return (
-                found
-                if stream.read(100).removeprefix(b"\xef\xbb\xbf").startswith(_HEADER)
-                else None
-            )
+            head = stream.read(100).removeprefix(b"\xef\xbb\xbf")
+            return ratings if head.startswith(_HEADER) else None
         finally:
             stream.close()
 
 
 def _find(path: Path, wanted: Sequence[str], beside: str | None = None) -> str | None:
-    """The least deep member with one of these names, where `beside` is given only of that folder."""
+    """Return the least deep member with one of these names, or the one in the folder `beside`."""
     if path.is_dir() and beside is not None:
         names = [str(Path(beside, w)) for w in wanted if (path / beside / w).is_file()]
     else:
@@ -114,9 +116,9 @@ def _open(path: Path, member: str) -> Any:
 
 
 def read_titles(stream: Any, where: str) -> str:
-    """Text of a title file: UTF-8 in the newer data sets, Latin-1 in the older.
+    """Return the text of a title file: UTF-8 in newer data sets, Latin-1 in older ones.
 
-    ValueError where it is too large to be one.
+    ValueError where the file is too large.
     """
     data: bytes = stream.read(MAX_TITLES_BYTES + 1)
     stream.close()

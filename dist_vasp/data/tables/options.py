@@ -1,5 +1,4 @@
-"""The options that say how the files of a table are written, alike for every command that reads
-one."""
+"""The options for the format of a table's files, the same for every command that reads one."""
 
 from __future__ import annotations
 
@@ -16,10 +15,8 @@ def add_reading_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--delimiter",
         metavar="D",
-        help=(
-            "what separates the cells of a CSV: one character, tab, space or ::; default: seen "
-            "from the header"
-        ),
+        help="separator of the cells of a CSV: one character, tab, space or ::; "
+        "default: detected in the header",
     )
     add(
         "--encoding",
@@ -40,9 +37,9 @@ def add_reading_options(parser: argparse.ArgumentParser) -> None:
 
 
 def reading_of(arguments: argparse.Namespace, missing: tuple[str, ...] = MISSING) -> Reading:
-    """What the options say; `missing` where --missing does not.
+    """Return the values of the options; ValueError for an invalid value.
 
-    ValueError for a value that cannot be.
+    `missing`: the default of --missing.
     """
     if arguments.missing is not None:
         missing = tuple(text for text in arguments.missing.split(",") if text)

@@ -1,7 +1,7 @@
-"""The columns of one Parquet file by role, a batch at a time.
+"""Read the columns of one Parquet file by role, a batch at a time.
 
-What the file says of its sizes is bounded before it is read, and text columns are read with their
-dictionaries, so that one long text that repeats is held once and refused for its length.
+The sizes that the file declares are checked before it is read. Text columns are read with their
+dictionaries, so that a long text that repeats is in memory once.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ MAX_CHUNK_BYTES = 4 << 30  # of one column in one row group, unpacked
 MAX_MEAN_BYTES = 1 << 16  # of one value of a column
 
 
-def parquet_pieces(
+def parquet_batches(
     path: Path, columns: Columns, constants: Collection[str], facts: Facts
 ) -> Iterator[Raw]:
-    """Batches of the file, in its own types; dictionaries are left encoded.
+    """Yield batches of the file, in its own types and with encoded dictionaries.
 
     ValueError names the file.
     """
@@ -43,9 +43,8 @@ def parquet_pieces(
             ROWS_PER_BATCH if delta.isdisjoint(names) else min(ROWS_PER_BATCH, DELTA_ROWS_PER_BATCH)
         )
         _check_sizes(file.metadata, names, str(path))
-    with pq.ParquetFile(
-        path, read_dictionary=text, pre_buffer=False, buffer_size=1 << 20
-    ) as file:  # buffered, all that was read stays
+    # without a buffer size, everything that was read stays in memory
+    with pq.ParquetFile(path, read_dictionary=text, pre_buffer=False, buffer_size=1 << 20) as file:
         row = 1
         for batch in file.iter_batches(n_rows, columns=names, use_threads=False):
             yield Raw(
@@ -60,8 +59,10 @@ def _is_text(kind: pa.DataType) -> bool:
 
 
 def _delta_encoded(metadata: pq.FileMetaData) -> set[str]:
-    """Columns whose texts are stored as differences: Arrow reads no dictionary of them, and few
-    bytes may hold many."""
+    """Return the columns whose texts are stored as differences.
+
+    Arrow reads no dictionary of them, and few bytes may hold long texts.
+    """
     groups = (metadata.row_group(g) for g in range(metadata.num_row_groups))
     chunks = (group.column(c) for group in groups for c in range(group.num_columns))
     return {
@@ -72,8 +73,7 @@ def _delta_encoded(metadata: pq.FileMetaData) -> set[str]:
 
 
 def _check_sizes(metadata: pq.FileMetaData, names: list[str], where: str) -> None:
-    """ValueError where a row group says that one of the columns unpacks to more than is held at
-    once."""
+    """ValueError where a column of a row group unpacks to more than may be in memory."""
     for g in range(metadata.num_row_groups):
         group = metadata.row_group(g)
         for c in range(group.num_columns):

@@ -1,12 +1,11 @@
-"""The one reader of tables: files in, record batches with the columns user, item, rating, split,
-time out.
+"""Read tables: from files to record batches with the columns user, item, rating, split and time.
 
     table = open_table(["ratings-*.csv"], Columns(rating="stars"))
     for batch in table.batches(): ...
 
-`user` and `item` are ids (dist_vasp/data/ids.py): int64 in a batch whose ids are all canonical integers, else strings;
-ids.join and ids.IdIndex bring batches together. `rating` is float64 without gaps, `split` and `title` are strings, `time`
-is float64: a number as it stands, a date in microseconds since 1970. Rows without a user or an item are left out and counted.
+`user` and `item` are ids (dist_vasp/data/ids.py): int64 in a batch whose ids are all canonical
+integers, else strings. `ids.join` and `ids.IdIndex` combine batches of both types. The other
+columns are described in values.py. Rows without a user or an item are dropped and counted.
 """
 
 from __future__ import annotations
@@ -25,20 +24,20 @@ import pyarrow.parquet as pq
 from dist_vasp.data import ids
 from dist_vasp.data.tables import movielens
 from dist_vasp.data.tables.columns import ROLES, Columns, Reading
-from dist_vasp.data.tables.csv_file import Facts, Raw, csv_names, csv_pieces
+from dist_vasp.data.tables.csv_file import Facts, Raw, csv_batches, csv_names
 from dist_vasp.data.tables.inputs import File, expand, find_files
-from dist_vasp.data.tables.parquet_file import parquet_pieces
+from dist_vasp.data.tables.parquet_file import parquet_batches
 from dist_vasp.data.tables.streams import readable
+from dist_vasp.data.tables.values import convert
 
-_ZONE = r":[0-9]{2}(\.[0-9]+)?(Z|[+-][0-9]{2}(:?[0-9]{2})?)$"  # the end of a time
-_NAMED = 10  # of the files that are skipped
+_NAMED = 10  # skipped files that a note names
 
 
 @dataclass
 class Table:
-    """Some files, one after another.
+    """A table in one or several files; it can be read more than once.
 
-    It can be read more than once; the counts are those of the last reading.
+    The counts are those of the last reading.
     """
 
     files: list[File]
@@ -51,8 +50,7 @@ class Table:
     n_broken: int = 0  # rows of several lines
 
     def names(self) -> list[str]:
-        """The names of the first file's columns, those of its folders included, without the blanks
-        around them."""
+        """Return the names of the first file's columns and folders, without blanks around them."""
         file = self.files[0]
         with readable(file.where):
             is_parquet = file.kind == "parquet"
@@ -66,12 +64,12 @@ class Table:
         ]
 
     def batches(self) -> Iterator[pa.RecordBatch]:
-        """Batches of all files, never empty ones; ValueError names file and row."""
+        """Yield the batches of all files that have rows; ValueError names file and row."""
         self.rows, self.left_out, self.unused, self.n_broken = 0, {}, [], 0
         roles: list[str] | None = None
         for file in self.files:
             facts = Facts()
-            for raw in self._pieces(file, facts):
+            for raw in self._raw_batches(file, facts):
                 roles = self._same_roles(file, facts, roles)
                 batch = self._batch(raw, file, facts)
                 if len(batch):
@@ -88,7 +86,7 @@ class Table:
             )
 
     def _same_roles(self, file: File, facts: Facts, before: list[str] | None) -> list[str]:
-        """The roles that the file has columns of; ValueError where the files before it have others."""
+        """Return the roles of the file's columns; ValueError where an earlier file has others."""
         roles = [
             role for role in ROLES if role in facts.names or self._name(role) in file.partitions
         ]
@@ -99,12 +97,14 @@ class Table:
             )
         return roles
 
-    def look(self) -> tuple[dict[str, str], list[str]]:
-        """Names of the first file's columns that are read, by role, and of the others; ValueError
-        where one is missing."""
+    def match_columns(self) -> tuple[dict[str, str], list[str]]:
+        """Return the names of the columns that are read, by role, and of the others.
+
+        Only the first file is inspected. ValueError where a column is missing.
+        """
         file, facts = self.files[0], Facts()
-        with closing(self._pieces(file, facts)) as pieces:
-            next(pieces, None)
+        with closing(self._raw_batches(file, facts)) as batches:
+            next(batches, None)
         for role in ROLES:
             name = self._name(role)
             if role not in facts.names and name in file.partitions:
@@ -114,31 +114,31 @@ class Table:
         return named, list(dict.fromkeys(name.strip() for name in [*facts.unused, *others]))
 
     def _name(self, role: str) -> str | None:
-        """The name of the column with this role, None where it is not read."""
+        """Return the name of the column with this role, None where it is not read."""
         return getattr(self.columns, role) or (
             "rating" if role == "rating" and self.columns.optional_rating else None
         )
 
     def notes(self) -> list[str]:
-        """What there is to say of the last reading besides its counts."""
-        said = [f"skipped {name}" for name in self.skipped[:_NAMED]]
+        """Return notes for the user on the last reading."""
+        notes = [f"skipped {name}" for name in self.skipped[:_NAMED]]
         if len(self.skipped) > _NAMED:
-            said.append(f"skipped {len(self.skipped) - _NAMED:,} more files")
+            notes.append(f"skipped {len(self.skipped) - _NAMED:,} more files")
         if self.n_broken:
-            said.append(f"{self.n_broken:,} rows hold quoted line breaks")
-        return said
+            notes.append(f"{self.n_broken:,} rows hold quoted line breaks")
+        return notes
 
-    def _pieces(self, file: File, facts: Facts) -> Generator[Raw, None, None]:
+    def _raw_batches(self, file: File, facts: Facts) -> Generator[Raw, None, None]:
         with readable(file.where):
             if file.kind == "parquet":
-                yield from parquet_pieces(file.path, self.columns, file.partitions, facts)
+                yield from parquet_batches(file.path, self.columns, file.partitions, facts)
             else:
-                yield from csv_pieces(
+                yield from csv_batches(
                     file.open, file.where, self.columns, self.reading, file.partitions, facts
                 )
 
     def _batch(self, raw: Raw, file: File, facts: Facts) -> pa.RecordBatch:
-        """The rows with their ids, checked; rows without one are counted and left out."""
+        """Convert rows; rows without a user or an item are dropped and counted."""
         columns, names = dict(raw.columns), dict(facts.names)
         for role in ROLES:
             name = self._name(role)
@@ -166,20 +166,20 @@ class Table:
             columns = {role: column.filter(kept) for role, column in columns.items()}
             numbers = np.asarray(numbers)[np.asarray(kept)]
         for role in columns:
-            columns[role] = _CONVERT[role](columns[role], numbers, where[role])
+            columns[role] = convert(role, columns[role], numbers, where[role])
         ordered = {role: columns[role] for role in ROLES if role in columns}
         return pa.RecordBatch.from_arrays(list(ordered.values()), list(ordered))
 
     def _check_folder(
         self, role: str, column: pa.Array, constant: pa.Array, numbers: Sequence[int], where: str
     ) -> None:
-        """ValueError where a column holds another value than the name of the folder says."""
+        """ValueError where a column contradicts the name of the folder."""
         both = []
         for values in (column, constant):
             if role in ("user", "item"):
                 texts = ids.as_text(ids.of_column(values, numbers, where, self.reading.missing))
             else:
-                texts = _CONVERT[role](values, numbers, where).cast(pa.string())
+                texts = convert(role, values, numbers, where).cast(pa.string())
             both.append(pc.fill_null(texts, ""))
         differs = pc.not_equal(*both)
         if pc.any(differs, min_count=0).as_py():
@@ -191,7 +191,10 @@ class Table:
             )
 
     def _count_missing(self, role: str, column: pa.Array, kept: Any) -> Any:
-        """The rows to keep so far, None for all of them, with those of a missing id counted once."""
+        """Count the rows that lack this id, and return which rows to keep (None: all).
+
+        `kept`: the rows to keep so far. A row that lacks both ids is counted once.
+        """
         if not column.null_count:
             return kept
         present = column.is_valid()
@@ -210,11 +213,9 @@ def open_table(
     reading: Reading | None = None,
     kind: str | None = None,
 ) -> Table:
-    """The table in the files, folders, globs and zips that are named; ValueError where there is
-    none.
+    """Return the table in files, folders, globs and zips; ValueError where there is none.
 
-    A data set of MovieLens is its ratings, unless `kind` or `reading` say how the files are
-    written.
+    For a MovieLens data set this is its ratings file, unless `kind` or `reading` give a format.
     """
     reading = reading or Reading()
     if kind is None and reading == Reading(missing=reading.missing) and len(inputs) == 1:
@@ -224,162 +225,5 @@ def open_table(
             return Table(
                 [ratings.file()], columns or ratings.columns(), ratings.reading(reading.missing)
             )
-    found = find_files(inputs, kind)
-    return Table(found.files, columns or Columns(), reading, found.skipped)
-
-
-# --- columns --------------------------------------------------------------------------------------
-
-
-def _ids(column: pa.Array, numbers: Sequence[int], where: str) -> pa.Array:
-    return ids.compact(column)
-
-
-def _ratings(column: pa.Array, numbers: Sequence[int], where: str) -> pa.Array:
-    values = _numbers(column, numbers, where)
-    _refuse(
-        pc.is_null(values, nan_is_null=True),
-        numbers,
-        where,
-        "the rating is missing; give every row a number, or leave the column out",
-    )
-    _refuse(pc.is_inf(values), numbers, where, "the rating is not a finite number; correct it")
-    return values
-
-
-def _texts(column: pa.Array, numbers: Sequence[int], where: str) -> pa.Array:
-    """Text, null where it is missing."""
-    if pa.types.is_dictionary(column.type):
-        column = column.dictionary_decode()
-    if not (
-        ids.is_text(column.type)
-        or pa.types.is_integer(column.type)
-        or pa.types.is_null(column.type)
-    ):
-        raise ValueError(
-            f"{where} is of type {column.type}, expected text or integers; convert it first"
-        )
-    return column.cast(pa.string())
-
-
-def _splits(column: pa.Array, numbers: Sequence[int], where: str) -> pa.Array:
-    values = _texts(column, numbers, where)
-    missing = pc.or_kleene(pc.is_null(values), pc.equal(values, ""))
-    _refuse(missing, numbers, where, "the split is missing; expected train, test or validation")
-    return values
-
-
-def _times(column: pa.Array, numbers: Sequence[int], where: str) -> pa.Array:
-    if pa.types.is_dictionary(column.type):
-        column = column.dictionary_decode()
-    if pa.types.is_timestamp(column.type) or pa.types.is_date(column.type):
-        values = _microseconds(column)
-    elif ids.is_text(column.type) and _is_date(column):
-        values = _dates(pc.utf8_trim_whitespace(column), where)
-    else:
-        values = _numbers(column, numbers, where)
-    _refuse(
-        pc.is_null(values, nan_is_null=True),
-        numbers,
-        where,
-        "the time is missing; give every row one, or do not name the column",
-    )
-    return values
-
-
-def _microseconds(column: pa.Array) -> pa.Array:
-    """float64 since 1970, of times or of the texts of times.
-
-    A text may have more digits than microseconds need.
-    """
-    if ids.is_text(column.type):
-        column = pc.replace_substring_regex(column, r"(\.[0-9]{6})[0-9]+", r"\1")
-        column = pc.replace_substring_regex(column, r"\s*(UTC|Z)$", "Z")
-    kind = pa.timestamp("us")
-    if (
-        ids.is_text(column.type)
-        and pc.all(pc.match_substring_regex(column, _ZONE), min_count=0).as_py()
-    ):
-        kind = pa.timestamp("us", "UTC")
-    return column.cast(kind, safe=False).cast(pa.int64()).cast(pa.float64(), safe=False)
-
-
-def _dates(column: pa.Array, where: str) -> pa.Array:
-    try:
-        return _microseconds(column)
-    except pa.ArrowInvalid as error:
-        raise ValueError(
-            f"{where} holds a time that is no date ({str(error).splitlines()[0].rstrip('.')}); "
-            "write all as 2026-01-31 12:00:00, all with an offset such as +02:00 or Z, or all as "
-            "numbers"
-        ) from None
-
-
-def _is_date(column: pa.Array) -> bool:
-    return bool(
-        pc.any(
-            pc.match_substring_regex(column, r"^\s*[0-9]{4}-[0-9]{2}-[0-9]{2}"), min_count=0
-        ).as_py()
-    )
-
-
-_CONVERT = {
-    "user": _ids,
-    "item": _ids,
-    "rating": _ratings,
-    "split": _splits,
-    "time": _times,
-    "title": _texts,
-}
-
-
-def of_memory(column: Any, role: str, where: str) -> pa.Array:
-    """float64 of a column in memory that holds the role rating or time; ValueError names `where`
-    and the row."""
-    if isinstance(column, pa.ChunkedArray):
-        column = column.combine_chunks()
-    return _CONVERT[role](column, range(1, len(column) + 1), where)
-
-
-def _numbers(column: pa.Array, numbers: Sequence[int], where: str) -> pa.Array:
-    """float64, null where the text is empty."""
-    if pa.types.is_dictionary(column.type):
-        column = column.dictionary_decode()
-    if not ids.is_text(column.type):
-        try:
-            return column.cast(pa.float64(), safe=not pa.types.is_integer(column.type))
-        except pa.ArrowException:
-            raise ValueError(
-                f"{where} of type {column.type} holds no numbers; convert it first"
-            ) from None
-    try:
-        return column.cast(pa.float64())
-    except pa.ArrowInvalid:
-        pass
-    column = pc.utf8_trim_whitespace(column)
-    column = pc.if_else(pc.equal(column, ""), pa.scalar(None, column.type), column)
-    try:
-        return column.cast(pa.float64())
-    except pa.ArrowInvalid:
-        at, text = next(
-            (i, t) for i, t in enumerate(column.to_pylist()) if t is not None and not _is_number(t)
-        )
-        raise ValueError(
-            f"{where}, row {numbers[at]}: {text[:80]!r} is not a number; correct it"
-        ) from None
-
-
-def _is_number(text: str) -> bool:
-    try:
-        pa.scalar(text).cast(pa.float64())
-    except pa.ArrowInvalid:
-        return False
-    return True
-
-
-def _refuse(bad: pa.Array, numbers: Sequence[int], where: str, problem: str) -> None:
-    if pc.any(bad, min_count=0).as_py():
-        raise ValueError(
-            f"{where.rsplit(': column ', 1)[0]}, row {numbers[pc.index(bad, True).as_py()]}: "
-            f"{problem}"
-        )
+    selected = find_files(inputs, kind)
+    return Table(selected.files, columns or Columns(), reading, selected.skipped)

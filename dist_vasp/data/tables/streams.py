@@ -1,9 +1,8 @@
-"""Bytes of files as they are once unpacked: gzip, zstd, bzip2, xz, and members of a zip. Nothing is
-extracted to disk.
+"""Open files as streams of unpacked bytes: gzip, zstd, bzip2, xz, and members of a zip.
 
-What a compressed file claims is bounded before memory or time is spent: a zip's directory by its
-size, the dictionary of an xz file by its memory, and all of them by how much more may come out than
-went in.
+Nothing is extracted to disk. Compressed files cannot exhaust memory or time: there are limits on
+the directory of a zip, on the dictionary of an xz file, and on the ratio of unpacked to packed
+bytes.
 """
 
 from __future__ import annotations
@@ -23,13 +22,15 @@ import pyarrow as pa
 
 PACKED = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz"}
 MAX_DIRECTORY_BYTES = 64 << 20  # of a zip: some 500,000 members
-MAX_RATIO = 1000  # of unpacked to packed bytes, once there are more than
-FREE_BYTES = 1 << 30
+MAX_RATIO = 1000  # of unpacked to packed bytes
+FREE_BYTES = 1 << 30  # unpacked bytes for which there is no limit
 _XZ_MEMORY = 256 << 20
 _METHODS = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2}
 _FOREIGN = {
     b"\x1f\x8b": "gzip data; add .gz to its name",
-    b"PK\x03\x04": "a zip archive; add .zip to its name, or export the sheet as CSV if it is a workbook",
+    b"PK\x03\x04": (
+        "a zip archive; add .zip to its name, or export the sheet as CSV if it is a workbook"
+    ),
     b"\x28\xb5\x2f\xfd": "zstd data; add .zst to its name",
     b"BZh9": "bzip2 data; add .bz2 to its name",
     b"\xfd7zXZ": "xz data; add .xz to its name",
@@ -43,13 +44,15 @@ _FOREIGN = {
     b"<!DOCTYPE": "an HTML page; fetch the file itself",
     b"<html": "an HTML page; fetch the file itself",
     b"Obj\x01": "an Avro file; write it as Parquet",
-    b"version https://git-lfs": "a pointer of Git LFS, not the file itself; fetch that with git lfs pull",
+    b"version https://git-lfs": (
+        "a pointer of Git LFS, not the file itself; fetch that with git lfs pull"
+    ),
 }
 
 
 @contextmanager
 def readable(where: str) -> Iterator[None]:
-    """Turn what libraries raise on a damaged or foreign file into a ValueError that names it."""
+    """Turn the errors of libraries about a damaged or foreign file into a ValueError."""
     try:
         yield
     except NotImplementedError as error:
@@ -98,18 +101,18 @@ def readable(where: str) -> Iterator[None]:
 
 
 def unpacked_name(name: str) -> str:
-    """The name without the suffix of a compression: ratings.csv of ratings.csv.gz."""
+    """Return the name without a suffix of compression: ratings.csv for ratings.csv.gz."""
     return next((name[: -len(suffix)] for suffix in PACKED if name.lower().endswith(suffix)), name)
 
 
 def open_file(path: Path) -> Any:
-    """The unpacked bytes of a file, as an object with `read` and `close`."""
+    """Return the unpacked bytes of a file, as an object with `read` and `close`."""
     raw = open(path, "rb")  # noqa: SIM115  the caller closes what is returned
     return _unpacked(path.name, raw, path.stat().st_size, str(path))
 
 
 def open_member(path: Path, member: str) -> Any:
-    """The unpacked bytes of a member of a zip; ValueError for encryption and for unknown methods."""
+    """Return the unpacked bytes of a zip member; ValueError for encryption and unknown methods."""
     where = f"{path}, {member}"
     archive = open_zip(path)
     info = archive.getinfo(member)
@@ -128,7 +131,7 @@ def open_member(path: Path, member: str) -> Any:
 
 
 def open_zip(path: Path) -> zipfile.ZipFile:
-    """The archive, once its directory is known to be of a sane size."""
+    """Open a zip archive; ValueError where its directory is too large."""
     size = path.stat().st_size
     with open(path, "rb") as file:
         file.seek(max(0, size - (1 << 16) - 98))
@@ -149,8 +152,7 @@ def open_zip(path: Path) -> zipfile.ZipFile:
 
 
 class Bounded:
-    """A stream that ends in a ValueError where far more comes out than `packed` bytes can hold in
-    earnest."""
+    """A stream that raises ValueError when it unpacks to far more than `packed` bytes should."""
 
     def __init__(self, stream: Any, packed: int, where: str) -> None:
         self._stream, self._where = stream, where
@@ -176,7 +178,7 @@ class Bounded:
 
 
 class _Xz:
-    """An xz file, with bounded memory: the size of its dictionary is what the file says."""
+    """An xz file, with a limit on the dictionary size that the file declares."""
 
     def __init__(self, raw: IO[bytes]) -> None:
         self._raw, self._decoder = raw, self._new()
@@ -216,6 +218,5 @@ def _unpacked(name: str, raw: Any, packed: int, where: str) -> Any:
 
 
 def foreign(head: bytes) -> str | None:
-    """What a file that should be text is instead, by its first bytes, and what to do; None where it
-    may be text."""
-    return next((what for magic, what in _FOREIGN.items() if head.startswith(magic)), None)
+    """Return what a file is, by its first bytes, and how to fix it; None where it may be text."""
+    return next((problem for magic, problem in _FOREIGN.items() if head.startswith(magic)), None)
