@@ -85,7 +85,7 @@ class TableSource:
         _, unused = self.table.match_columns()
         if "timestamp" not in unused:
             return None
-        self.table.columns = replace(self.table.columns, time="timestamp")
+        self.table = self.table.with_columns(replace(self.table.columns, time="timestamp"))
         return "timestamp"
 
     @property

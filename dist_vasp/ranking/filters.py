@@ -104,7 +104,7 @@ def _ids_of(path: str, item_column: str, reading: Reading) -> tuple[pa.Array, di
         try:
             table.match_columns()
         except ValueError as error:
-            table.columns = _only("item")
+            table = table.with_columns(_only("item"))
             try:
                 table.match_columns()
             except ValueError:

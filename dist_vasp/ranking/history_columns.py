@@ -62,9 +62,8 @@ def _look(table: Table, pairs: Sequence[tuple[str, str]]) -> tuple[dict[str, str
     the first error else."""
     errors: list[ValueError] = []
     for user, item in pairs:
-        table.columns = Columns(user, item, optional_rating=False)
         try:
-            return table.match_columns()
+            return table.with_columns(Columns(user, item, optional_rating=False)).match_columns()
         except ValueError as error:
             errors.append(error)
     raise errors[0]

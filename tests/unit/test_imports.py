@@ -15,6 +15,7 @@ TABLES = {"dist_vasp.data.ids"} | {
     f"dist_vasp.data.tables.{name}"
     for name in (
         "columns",
+        "csv_blocks",
         "csv_file",
         "csv_header",
         "csv_rows",
@@ -25,6 +26,7 @@ TABLES = {"dist_vasp.data.ids"} | {
         "parquet_file",
         "read",
         "streams",
+        "values",
     )
 }  # import each other alone
 BASE = TABLES | {

@@ -55,12 +55,7 @@ def csv_batches(
         facts.unused = [
             name for i, name in enumerate(header.names) if i not in header.wanted.values()
         ]
-        rows = csv_rows.RowReader(
-            blocks, header.dialect, len(header.names), list(header.wanted.values()), where
-        )
-        rows.id_columns = [
-            header.wanted[role] for role in ("user", "item") if role in header.wanted
-        ]
+        rows = csv_rows.RowReader(blocks, header, where)
         for batch in rows.batches(header.body or blocks.next()):
             yield Raw(batch.numbers, dict(zip(header.wanted, batch.columns, strict=True)))
         facts.n_broken = rows.n_broken

@@ -20,11 +20,11 @@ import pyarrow.csv as pa_csv
 from dist_vasp.data.tables.csv_blocks import (
     MAX_ROW_BYTES,
     Blocks,
-    Dialect,
     check_text,
     is_plain,
     lines_of,
 )
+from dist_vasp.data.tables.csv_header import Header
 
 _SEPARATOR = "\x1f"  # stands for a delimiter of several characters
 
@@ -38,20 +38,19 @@ class RowBatch:
 
 
 class RowReader:
-    """Reads the rows of `blocks` below the header; every row must have `n_columns` cells."""
+    """Reads the rows of `blocks` below the header; every row must be as wide as the header."""
 
-    def __init__(
-        self, blocks: Blocks, dialect: Dialect, n_columns: int, wanted: Sequence[int], where: str
-    ) -> None:
+    def __init__(self, blocks: Blocks, header: Header, where: str) -> None:
         self._blocks = blocks
-        self._dialect = dialect
-        self._n_columns = n_columns
-        self._wanted = wanted
+        self._dialect = header.dialect
+        self._n_columns = len(header.names)
+        self._wanted = list(header.wanted.values())
         self._where = where
-        self.id_columns: list[int] = []  # in which a stray quote would hide whole rows
+        # in which a stray quote would hide whole rows
+        self._id_columns = [header.wanted[r] for r in ("user", "item") if r in header.wanted]
         self.n_broken = 0  # rows of several lines
-        self._names = [str(i) for i in range(n_columns)]
-        included = [str(i) for i in dict.fromkeys(wanted)]
+        self._names = [str(i) for i in range(self._n_columns)]
+        included = [str(i) for i in dict.fromkeys(self._wanted)]
         self._convert = pa_csv.ConvertOptions(
             include_columns=included,
             column_types=dict.fromkeys(included, pa.string()),
@@ -166,8 +165,8 @@ class RowReader:
         cells = [
             [cell.strip('"') for cell in line.rstrip("\r\n").split(delimiter)] for line in lines
         ]
-        numeric = bool(self.id_columns) and all(
-            _is_number(line[i]) for line in cells for i in self.id_columns
+        numeric = bool(self._id_columns) and all(
+            _is_number(line[i]) for line in cells for i in self._id_columns
         )
         if numeric or (len(lines) > 3 and self._n_columns > 2):
             raise ValueError(

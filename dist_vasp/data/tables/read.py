@@ -49,6 +49,10 @@ class Table:
     unused: list[str] = field(default_factory=list)  # names of columns that are not read
     n_broken: int = 0  # rows of several lines
 
+    def with_columns(self, columns: Columns) -> Table:
+        """Return the same files, read with other columns."""
+        return Table(self.files, columns, self.reading, self.skipped)
+
     def names(self) -> list[str]:
         """Return the names of the first file's columns and folders, without blanks around them."""
         file = self.files[0]
