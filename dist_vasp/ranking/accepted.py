@@ -1,7 +1,6 @@
-"""What Python callers may pass as ids and as histories; other objects are refused by name, with the
-way out.
+"""Check what Python callers pass as ids and as histories; the error says what to pass instead.
 
-Frames are recognised by where their classes come from, so that no library of theirs is imported.
+Data frames are recognised by the module of their class, so that their libraries are not imported.
 """
 
 from __future__ import annotations
@@ -26,13 +25,13 @@ _FRAMES = (
     "datatable",
     "narwhals",
 )
-_WAYS_OUT = {"pandas": "pyarrow.Table.from_pandas(frame)", "polars": "frame.to_arrow()"}
+_CONVERSIONS = {"pandas": "pyarrow.Table.from_pandas(frame)", "polars": "frame.to_arrow()"}
 
 
 def refuse_frame(value: Any, what: str) -> None:
-    """Raise ValueError where `value` is a frame, or another table than a pyarrow.Table.
+    """Raise ValueError where `value` is a data frame or table.
 
-    Iterating over most of them gives the names of columns, which would pass for ids.
+    Iterating over most of them gives column names, which would be mistaken for ids.
     """
     if isinstance(value, pa.Array | pa.ChunkedArray | np.ndarray):
         return
@@ -42,10 +41,12 @@ def refuse_frame(value: Any, what: str) -> None:
     )
     is_series = kind.__name__ in ("Series", "Index") or getattr(value, "ndim", None) == 1
     if root is not None and not is_series:
-        way_out = _WAYS_OUT.get(root, "a pyarrow.Table made from it")
+        conversion = _CONVERSIONS.get(root, "a pyarrow.Table made from it")
         if kind.__name__ == "LazyFrame":
-            way_out = "frame.collect().to_arrow()"
-        raise ValueError(f"{what} is a {root}.{kind.__name__}, which is not read; pass {way_out}")
+            conversion = "frame.collect().to_arrow()"
+        raise ValueError(
+            f"{what} is a {root}.{kind.__name__}, which is not read; pass {conversion}"
+        )
     package = kind.__module__.split(".")[0]
     is_table = package == "pyarrow" or any(
         hasattr(value, name) for name in ("__dataframe__", "__arrow_c_stream__")
@@ -58,7 +59,7 @@ def refuse_frame(value: Any, what: str) -> None:
 
 
 def id_list(ids: Any, what: str, remedy: str = "pass [id] for one") -> list[Any]:
-    """Return the ids as a list; ValueError where they are no list of ids."""
+    """Return the ids as a list; ValueError where `ids` is not a list of ids."""
     refuse_frame(ids, what)
     if (
         isinstance(ids, str | bytes | dict)
@@ -70,7 +71,7 @@ def id_list(ids: Any, what: str, remedy: str = "pass [id] for one") -> list[Any]
 
 
 def history_lists(histories: Any, n_items: int) -> list[list[Any]]:
-    """Return lists of ids; ValueError where `histories` are something else."""
+    """Return the histories as lists of ids; ValueError for other objects."""
     refuse_frame(histories, "the argument histories")
     if isinstance(histories, str | bytes | dict) or not isinstance(histories, Iterable):
         raise ValueError(
@@ -79,9 +80,9 @@ def history_lists(histories: Any, n_items: int) -> list[list[Any]]:
         )
     if isinstance(histories, np.ndarray) and histories.ndim == 2 and histories.shape[1] == n_items:
         raise ValueError(
-            f"histories are an array of shape {histories.shape}, as wide as the catalogue: ids, "
-            "or one column for each item? "
-            "pass histories.tolist() for ids, scipy.sparse.csr_matrix(histories) for columns"
+            f"histories are an array of shape {histories.shape}, as wide as the catalogue: "
+            "ids, or one column for each item? pass histories.tolist() for ids, "
+            "scipy.sparse.csr_matrix(histories) for columns"
         )
     if isinstance(histories, pa.Array | pa.ChunkedArray):
         histories = histories.to_pylist()

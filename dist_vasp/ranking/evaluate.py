@@ -1,8 +1,7 @@
-"""Top-k lists and their metrics over a partitioned catalogue: local top-k per item range, then a
-merge.
+"""Compute top-k lists and their metrics over a partitioned catalogue.
 
-No rank ever holds a full row of scores: blocks of columns pass by, each rank keeps its best k, and
-only the lists of length k travel. Replicas share the users out.
+Each rank scores its items block by block and keeps its k best, so no rank holds a full row of
+scores. Only lists of length k are exchanged and merged. Each replica ranks a part of the users.
 
 Shapes: U users of a block, G padded users (a multiple of the partitions), I items, C columns of a
 block.
@@ -29,13 +28,13 @@ from dist_vasp.parallel.comm import Ranks, all_gather
 from dist_vasp.ranking.metrics import RankingMetrics
 from dist_vasp.ranking.topk import TopK, merge_topk
 
-# Users x -> (first item, scores (G, C)) of each block of this rank's items, in item order; the
-# scores are the caller's to write
+# From the rows of users to (first item, scores (G, C)) of each block of this rank's items, in item
+# order. The caller may overwrite the scores.
 Scorer = Callable[[ItemRows], Iterator[tuple[int, Tensor]]]
 
 USERS_PER_BLOCK = 512
-LIST_LENGTH = 100  # the longest list any metric looks at
-_SELECT_COLUMNS = 2048  # blocks are joined up to this width before the best are selected
+LIST_LENGTH = 100  # the longest list that a metric needs
+_SELECT_COLUMNS = 2048  # blocks are joined to this width before selection
 
 
 def model_scorer(model: VASP, trunk: TrunkCall | None) -> Scorer:
@@ -44,7 +43,7 @@ def model_scorer(model: VASP, trunk: TrunkCall | None) -> Scorer:
 
 
 def popularity_scorer(items: ItemTable, ranks: Ranks) -> Scorer:
-    """Every user gets the items most popular among training users."""
+    """Score every item by its popularity among training users."""
     part = ranks.partition_of_items(len(items.popularity))
     counts_J = torch.from_numpy(items.popularity[part.start : part.stop].astype(np.float64)).to(
         ranks.device
@@ -57,7 +56,7 @@ def popularity_scorer(items: ItemTable, ranks: Ranks) -> Scorer:
 
 
 def to_item_rows(rows: Rows, n_rows: int, n_items: int, device: torch.device) -> ItemRows:
-    """CSR of users that every rank knows, padded to `n_rows` with empty rows."""
+    """Return the rows on the device, padded to `n_rows` with empty rows."""
     indptr = np.concatenate([rows.indptr, np.full(n_rows - rows.n_rows, rows.indptr[-1])])
     real = torch.arange(n_rows, device=device) < rows.n_rows
     return ItemRows(
@@ -78,13 +77,12 @@ def top_items(
     mask_input: bool = True,
     seen: Rows | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(scores, item rows) of each user's k best unseen items, (U, k) each, on every rank; padded
-    with -inf and -1.
+    """Return (scores, item rows) of each user's k best unseen items, (U, k) each, on every rank.
 
-    Descending score, ties to the lower item row. Every rank of the partition group passes the same
-    histories. With `mask_input` False seen items may be listed too. `seen`: what the users have
-    seen, where that is more than the histories that are scored. The scorer may leave blocks out:
-    their items are not listed.
+    Lists are in descending order of score, ties by item row, and padded with -inf and -1. Every
+    rank of the partition group passes the same histories. With `mask_input` False, seen items may
+    be listed, too. `seen`: all items the users have seen, if these are more than the histories. The
+    scorer may skip blocks, whose items are then not listed.
     """
     partitions = ranks.layout.partitions
     n_rows = -(-max(histories.n_rows, 1) // partitions) * partitions
@@ -129,12 +127,12 @@ def evaluate(
     each_block: Callable[[EvalBlock, np.ndarray], None] | None = None,
     manifest: Manifest | None = None,
 ) -> RankingMetrics | None:
-    """Recall, NDCG and coverage of `split`, the same on every rank.
+    """Return recall, NDCG and coverage of `split`, the same on every rank; None if interrupted.
 
-    `progress(users done)` is called after each block, `each_block(users, their lists (U, 100))` before it, on every rank that
-    passes one: all ranks know the lists of all users. `interrupted()`, asked of all ranks together before each block, ends the
-    evaluation without a result (None). `manifest`: what the folder held when it was read before. AgreedError where a shard is not
-    what that says.
+    `each_block(users, their lists (U, 100))` and then `progress(users done)` are called after each
+    block. `interrupted()` is called on all ranks together before each block; True ends the
+    evaluation. `manifest`: one that the caller has already read, so that shards replaced since then
+    are an error. AgreedError where a shard is damaged.
     """
     manifest = manifest or Manifest.load(folder)
     metrics, done = RankingMetrics(manifest.n_items, recall_denominator), 0
@@ -157,15 +155,14 @@ def evaluate(
 
 
 def _lists(scorer: Scorer, block: EvalBlock, n_items: int, ranks: Ranks) -> np.ndarray:
-    """Item rows (U, 100) of the block's users; each replica ranks its share of them."""
+    """Return the lists of the block's users, (U, 100) item rows; each replica ranks some users."""
     n_users, replicas = block.fold_in.n_rows, ranks.layout.replicas
-    share = -(-n_users // replicas)
-    start = min(ranks.layout.replica_of(ranks.rank) * share, n_users)
-    _, ids = top_items(
-        scorer, block.fold_in.slice(start, min(start + share, n_users)), LIST_LENGTH, n_items, ranks
-    )
+    per_replica = -(-n_users // replicas)
+    start = min(ranks.layout.replica_of(ranks.rank) * per_replica, n_users)
+    mine = block.fold_in.slice(start, min(start + per_replica, n_users))
+    _, ids = top_items(scorer, mine, LIST_LENGTH, n_items, ranks)
     if replicas == 1:
         return ids
-    padded = torch.full((share, LIST_LENGTH), -1, dtype=torch.int64, device=ranks.device)
+    padded = torch.full((per_replica, LIST_LENGTH), -1, dtype=torch.int64, device=ranks.device)
     padded[: len(ids)] = torch.from_numpy(ids).to(ranks.device)
     return all_gather(padded, ranks.replica_group)[:n_users].cpu().numpy()

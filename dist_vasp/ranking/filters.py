@@ -1,4 +1,4 @@
-"""Files of item ids that lists are kept from, or kept to: --filter_items and --restrict_to.
+"""Read files of item ids that lists must exclude (--filter_items) or contain (--restrict_to).
 
 A CSV or Parquet file has the item column; a text file (.txt, .txt.gz, ...) has one id a line.
 Shapes: I items.
@@ -17,7 +17,7 @@ from dist_vasp.data.tables.columns import Columns, Reading
 from dist_vasp.data.tables.read import Table, open_table
 from dist_vasp.data.tables.streams import unpacked_name
 
-_ONE_CELL = "\x1f"  # a unit separator, which people do not write
+_ONE_CELL = "\x1f"  # a unit separator, which does not occur in ids
 
 
 def allowed_items(
@@ -27,10 +27,10 @@ def allowed_items(
     item_column: str = "item",
     reading: Reading | None = None,
 ) -> tuple[np.ndarray | None, list[str]]:
-    """(I,) bool of the items that may be listed (None: all), and lines on what the files hold.
+    """Return which items may be listed, (I,) bool (None: all), and notes on the files.
 
-    reading: its encoding and what stands for a missing id. ValueError where a file cannot be read,
-    or no item is left.
+    reading: the encoding of the files, and texts that stand for a missing id. ValueError where a
+    file cannot be read, or no item may be listed.
     """
     if filter_items is None and restrict_to is None:
         return None, []
@@ -54,9 +54,9 @@ def allowed_items(
 def _read(
     path: str, option: str, items: ItemTable, item_column: str, reading: Reading
 ) -> tuple[np.ndarray, str]:
-    """Item rows of the ids in a file, and a line on how many are known."""
+    """Return the item rows of the ids in a file, and a note on how many are known."""
     try:
-        found, left_out = _ids_of(path, item_column, reading)
+        listed, left_out = _ids_of(path, item_column, reading)
     except ValueError as error:
         text = str(error)
         if "has no column" in text or "cannot tell the format" in text:
@@ -65,12 +65,12 @@ def _read(
                 "file with an id a line; name one"
             )
         raise ValueError(f"{option}: {text}") from None
-    rows = ids.find(found, items.ids)
+    rows = ids.find(listed, items.ids)
     if (
         len(rows)
         and rows[0] < 0
         and _is_text_file(path)
-        and ids.as_text(found[:1])[0].as_py() in (item_column, "item")
+        and ids.as_text(listed[:1])[0].as_py() in (item_column, "item")
     ):
         rows = rows[1:]  # a header
     return rows[rows >= 0], counted(
@@ -79,7 +79,7 @@ def _read(
 
 
 def counted(what: str, n: int, n_unknown: int, n_missing: int = 0) -> str:
-    """A line on the ids of a filter."""
+    """Return a note on the ids of a filter."""
     note = f"{what}: {n:,} ids, {n_unknown:,} of them not in the vocabulary"
     return note + (f"; {n_missing:,} rows without an id left out" if n_missing else "")
 
@@ -89,7 +89,7 @@ def _is_text_file(path: str) -> bool:
 
 
 def _ids_of(path: str, item_column: str, reading: Reading) -> tuple[pa.Array, dict[str, int]]:
-    """The ids in a file, and the rows left out by reason."""
+    """Return the ids in a file, and counts of the rows left out, by reason."""
     if _is_text_file(path):
         if os.path.isfile(path) and os.path.getsize(path) == 0:
             return pa.array([], pa.int64()), {}
@@ -117,5 +117,5 @@ def _only(item_column: str) -> Columns:
 
 
 def _column(table: Table) -> tuple[pa.Array, dict[str, int]]:
-    found = ids.join([batch["item"] for batch in table.batches()])
-    return found, table.left_out
+    joined = ids.join([batch["item"] for batch in table.batches()])
+    return joined, table.left_out

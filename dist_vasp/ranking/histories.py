@@ -1,7 +1,6 @@
-"""Interaction histories with original ids -> item rows. Those of files come from history_file.py.
+"""Convert interaction histories with original ids to item rows (history_file.py reads the files).
 
-Items that are not in the vocabulary are ignored and counted; users without a known item are told
-of, never dropped silently.
+Unknown items are ignored and counted. Users without a known item are reported.
 
 Shapes: U users, E interactions, I items.
 """
@@ -27,11 +26,11 @@ NO_LIKE = "no known item of the history is a positive of the rule the model was 
 
 
 @dataclass(frozen=True)
-class Read:
-    """What became of the rows of histories: the other five add up to `rows`.
+class RowCounts:
+    """How the rows of histories were used; the other five counts add up to `rows`.
 
-    likes: pairs of a user and an item that are input of the model. disliked: further pairs, which
-    are masked. repeated: further rows of the same pairs. unknown: rows of items outside the
+    likes: pairs of a user and an item that are input of the model. disliked: other pairs, whose
+    items are masked. repeated: further rows of the same pairs. unknown: rows of items outside the
     vocabulary. missing: rows without an id.
     """
 
@@ -42,11 +41,11 @@ class Read:
     unknown: int = 0
     missing: int = 0
 
-    def __add__(self, other: Read) -> Read:
-        return Read(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+    def __add__(self, other: RowCounts) -> RowCounts:
+        return RowCounts(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
     def line(self, keep_seen: bool = False) -> str:
-        """One line for the user."""
+        """Return one line for the user."""
         further = "further items seen" if keep_seen else "further items masked"
         used = (
             f"read {self.rows:,} rows: {self.likes:,} likes used as input, {self.disliked:,} "
@@ -64,15 +63,14 @@ class Read:
 
 @dataclass(frozen=True)
 class Histories:
-    """Some users with a like among the known items, in order of first appearance, and what was left
-    out."""
+    """The users with a like among the known items, in order of first appearance, and the others."""
 
     users: pa.Array  # (U,) original ids
-    rows: Rows  # (U,) the item rows of their likes, ascending, without repeats
-    seen: Rows  # (U,) the same of everything they have seen, liked or not
+    rows: Rows  # U rows: the items they like
+    seen: Rows  # U rows: all items they have seen, liked or not
     skipped: pa.Array  # users without a like among the known items
-    reasons: pa.Array  # why, one for each of `skipped`
-    read: Read
+    reasons: pa.Array  # why each of them was skipped
+    counts: RowCounts
 
     @property
     def n_users(self) -> int:
@@ -81,19 +79,19 @@ class Histories:
     @property
     def n_unknown(self) -> int:
         """Rows with an item outside the vocabulary."""
-        return self.read.unknown
+        return self.counts.unknown
 
 
 def find_items(original: pa.Array, items: ItemTable) -> np.ndarray:
-    """(E,) int32 item rows of original ids, -1 where unknown.
+    """Return the item rows of original ids, (E,) int32, -1 where unknown.
 
-    Ids compare as text: 17 in a CSV is 17 in a column of integers.
+    Ids are compared as text: 17 in a CSV equals 17 in a column of integers.
     """
     return ids.find(original, items.ids)
 
 
 def known_rows(owner: np.ndarray, item_rows: np.ndarray, n_users: int, n_items: int) -> Rows:
-    """(n_users,) rows from E pairs: ascending, without repeats; a pair of item row -1 is left out."""
+    """Return the rows of E pairs, without repeats and without pairs of item row -1."""
     listed = item_rows >= 0
     pairs = np.unique(owner[listed].astype(np.int64) * n_items + item_rows[listed])
     users, rows = np.divmod(pairs, n_items)
@@ -108,31 +106,31 @@ def histories_of(
     ratings: np.ndarray | None = None,
     times: np.ndarray | None = None,
 ) -> Histories:
-    """The histories in E rows of a table, in any order. Without ratings every row is a like."""
+    """Return the histories in E rows of a table. Without ratings every row is a like."""
     encoded = user_ids.dictionary_encode()
     users, owner = encoded.dictionary, np.asarray(encoded.indices).astype(np.int64)
     seen = known_rows(owner, item_rows, len(users), n_items)
     rows = seen
     if rule is not None and ratings is not None:
         rows = liked_rows(owner, item_rows, len(users), n_items, rule, ratings, times)
-    found = rows.lengths > 0
-    reasons = np.where(seen.lengths[~found] > 0, NO_LIKE, NO_KNOWN_ITEM)
-    taken = np.flatnonzero(found)
-    likes = rows.take(taken)
+    has_likes = rows.lengths > 0
+    reasons = np.where(seen.lengths[~has_likes] > 0, NO_LIKE, NO_KNOWN_ITEM)
+    kept = np.flatnonzero(has_likes)
+    likes = rows.take(kept)
     return Histories(
-        users.filter(pa.array(found)),
+        users.filter(pa.array(has_likes)),
         likes,
-        likes if rows is seen else seen.take(taken),
-        users.filter(pa.array(~found)),
+        likes if rows is seen else seen.take(kept),
+        users.filter(pa.array(~has_likes)),
         pa.array(reasons.tolist(), pa.string()),
         count_rows(item_rows, rows, seen),
     )
 
 
-def count_rows(item_rows: np.ndarray, likes: Rows, seen: Rows) -> Read:
-    """What became of E rows with these item rows, -1 where unknown."""
+def count_rows(item_rows: np.ndarray, likes: Rows, seen: Rows) -> RowCounts:
+    """Return how E rows with these item rows (-1: unknown) were used."""
     n_known = int((item_rows >= 0).sum())
-    return Read(
+    return RowCounts(
         rows=len(item_rows),
         likes=len(likes.items),
         disliked=len(seen.items) - len(likes.items),
@@ -150,7 +148,7 @@ def liked_rows(
     ratings: np.ndarray,
     times: np.ndarray | None = None,
 ) -> Rows:
-    """(n_users,) rows of the pairs that are positives, from E rated pairs in input order."""
+    """Return the rows of the pairs that are positives, from E rated pairs in input order."""
     known = np.flatnonzero(item_rows >= 0)
     pairs = owner[known].astype(np.int64) * n_items + item_rows[known]
     liked = known[
@@ -166,18 +164,18 @@ def histories_of_table(
     rule: PositiveRule | None,
     where: str,
 ) -> Histories:
-    """The histories of a table in memory; rows without an id are left out and counted."""
+    """Return the histories of a table in memory; rows without an id are dropped and counted."""
     missing = ids.MISSING if rule is None or rule.missing is None else rule.missing
     numbers = range(1, len(table) + 1)
-    found = {
+    values = {
         role: ids.of_column(table.column(name), numbers, f"{where}: column {name!r}", missing)
         for role, name in (("user", columns.user), ("item", columns.item))
     }
     for role, name in (("rating", columns.rating), ("time", columns.time)):
         if name is not None:
-            found[role] = of_memory(table.column(name), role, f"{where}: column {name!r}")
-    present = pc.and_(found["user"].is_valid(), found["item"].is_valid())
-    kept = {role: column.filter(present) for role, column in found.items()}
+            values[role] = of_memory(table.column(name), role, f"{where}: column {name!r}")
+    present = pc.and_(values["user"].is_valid(), values["item"].is_valid())
+    kept = {role: column.filter(present) for role, column in values.items()}
     ratings, times = (
         np.asarray(kept[role]) if role in kept else None for role in ("rating", "time")
     )
@@ -185,4 +183,5 @@ def histories_of_table(
         kept["user"], find_items(kept["item"], items), len(items.keys), rule, ratings, times
     )
     n_missing = len(table) - len(kept["user"])
-    return replace(histories, read=histories.read + Read(rows=n_missing, missing=n_missing))
+    counts = histories.counts + RowCounts(rows=n_missing, missing=n_missing)
+    return replace(histories, counts=counts)

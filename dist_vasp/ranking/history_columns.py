@@ -1,5 +1,4 @@
-"""Which columns of the histories' files a model reads: those its shards were made from, or the ones
-that are named."""
+"""Choose the columns of a history file: those the model's shards were made from, or named ones."""
 
 from __future__ import annotations
 
@@ -19,10 +18,10 @@ def history_columns(
     all_positive: bool = False,
     kind: str | None = None,
 ) -> tuple[Columns, list[str]]:
-    """The columns to read, and lines for the user on what was chosen.
+    """Return the columns to read, and notes for the user on how they were chosen.
 
-    asked: by role, what the user named. The rest is what the rule remembers; where a file has no
-    such user or item column, `user` and `item`. ValueError where a column is not there.
+    asked: names that the user gave, by role. The others come from the rule; where the file has no
+    such user or item column, they are `user` and `item`. ValueError where a column is missing.
     """
     table = open_table(inputs, None, reading, kind)
     user, item = (asked.get("user"), asked.get("item"))
@@ -31,35 +30,35 @@ def history_columns(
         item or (rule.item_column if rule else "item"),
     )
     plain = (user or "user", item or "item")
-    of_format = (
-        user or table.columns.user or "user",
-        item or table.columns.item or "item",
-    )  # MovieLens has names of its own
+    # MovieLens has its own names
+    of_format = (user or table.columns.user or "user", item or table.columns.item or "item")
     pairs = [remembered, plain, (remembered[0], plain[1]), (plain[0], remembered[1]), of_format]
-    names, unused = _look(table, list(dict.fromkeys(pairs)))
+    names, unused = _first_match(table, list(dict.fromkeys(pairs)))
     notes = [
-        (
-            f"{table.files[0].where} has no column {wanted}, which the shards were made from; column "
-            f"{names[role]} is read"
-        )
+        f"{table.files[0].where} has no column {wanted}, which the shards were made from; "
+        f"column {names[role]} is read"
         for role, wanted in zip(("user", "item"), remembered, strict=True)
         if not asked.get(role)
         and rule is not None
         and wanted not in (names[role], names[role].split(":")[0])
         and reading.header
     ]
-    there = list(dict.fromkeys([*names.values(), *unused]))
-    found = {**asked, "user": names["user"], "item": names["item"]}
-    chosen = serving_columns(there, rule, found, table.files[0].where, all_positive)
+    existing = list(dict.fromkeys([*names.values(), *unused]))
+    named = {**asked, "user": names["user"], "item": names["item"]}
+    chosen = serving_columns(existing, rule, named, table.files[0].where, all_positive)
     columns = Columns(
         names["user"], names["item"], chosen.rating, time=chosen.time, optional_rating=False
     )
     return columns, [*notes, *chosen.notes]
 
 
-def _look(table: Table, pairs: Sequence[tuple[str, str]]) -> tuple[dict[str, str], list[str]]:
-    """Names by role and other names with the first pair of a user and an item column that is there;
-    the first error else."""
+def _first_match(
+    table: Table, pairs: Sequence[tuple[str, str]]
+) -> tuple[dict[str, str], list[str]]:
+    """Return the names by role, and the other names, for the first pair of columns that exists.
+
+    Raise the first error where no pair of a user and an item column exists.
+    """
     errors: list[ValueError] = []
     for user, item in pairs:
         try:

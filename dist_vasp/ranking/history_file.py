@@ -1,9 +1,8 @@
-"""Histories of a file or several, user by user, in the memory of one block.
+"""Read histories from files, in blocks of users; memory holds one block.
 
-The files are read twice: once to check every row and to see in what order the users come, once to
-hand out blocks of users. The rows of a user must lie together for that; where they do not, DuckDB
-brings them together on disk, so rows may come in any order and users keep the order of their first
-appearance.
+The files are read twice: first to check every row and the order of the users, then to yield blocks.
+If the rows of a user are not next to each other, DuckDB groups them on disk. So rows may come in
+any order, and users keep the order of their first appearance.
 
 Shapes: U users of a block, E rows, I items.
 """
@@ -26,7 +25,7 @@ from dist_vasp.data.items import ItemTable
 from dist_vasp.data.positives import PositiveRule
 from dist_vasp.data.tables.columns import Columns, Reading
 from dist_vasp.data.tables.read import Table, open_table
-from dist_vasp.ranking.histories import Histories, Read, find_items, histories_of
+from dist_vasp.ranking.histories import Histories, RowCounts, find_items, histories_of
 
 ROWS_PER_BATCH = 1 << 17
 _SORT_MEMORY = "800MB"  # of DuckDB, which spills to disk beyond
@@ -43,18 +42,18 @@ def open_histories(
     rule: PositiveRule | None = None,
     kind: str | None = None,
 ) -> Iterator[HistoryFile]:
-    """The histories in files, folders or globs, checked; ValueError if they cannot be used.
+    """Check and yield the histories in files, folders or globs; ValueError for bad ones.
 
-    columns: default user and item alone. kind: csv or parquet, None: by the names. With a column of
-    ratings `rule` says which rows are likes. Where the rows of a user do not lie together, DuckDB
-    sorts in a folder of its own under `scratch`, gone at the end.
+    columns: default user and item. kind: csv or parquet, None: by the names. With a rating column,
+    `rule` says which rows are likes. If the rows of a user must be grouped, DuckDB uses a folder
+    under `scratch`, which is removed at the end.
     """
     named = [inputs] if isinstance(inputs, str | Path) else list(inputs)
     table = open_table(named, columns or Columns(optional_rating=False), reading, kind)
-    seen = _look_through(table)
+    order = _check_order(table)
     name = Path(str(named[0])).name
-    if seen.ascending:
-        yield HistoryFile(table, name, seen, rule, None)
+    if order.is_ascending:
+        yield HistoryFile(table, name, order, rule, None)
         return
     try:
         folder = Path(tempfile.mkdtemp(prefix=f".{name}.grouping-", dir=scratch))
@@ -67,33 +66,29 @@ def open_histories(
         config={"temp_directory": str(folder), "preserve_insertion_order": False}
     )
     try:
-        connection.execute(
-            "SET threads = 1"
-        )  # the reader feeds it from one thread; more only cost memory
+        # one thread feeds the sort; more threads only cost memory
+        connection.execute("SET threads = 1")
         connection.execute(f"SET memory_limit = '{_SORT_MEMORY}'")
-        yield HistoryFile(table, name, seen, rule, connection)
+        yield HistoryFile(table, name, order, rule, connection)
     finally:
         connection.close()
         shutil.rmtree(folder, ignore_errors=True)
 
 
 @dataclass
-class _Seen:
-    """What the first reading found. A run is a stretch of rows with one user."""
+class _Order:
+    """The result of the first reading. A run is a stretch of rows of one user."""
 
-    user_type: pa.DataType = field(
-        default_factory=pa.int64
-    )  # string where one id is not a canonical integer
+    # string where some id is not a canonical integer
+    user_type: pa.DataType = field(default_factory=pa.int64)
     n_runs: int = 0
-    ascending: bool = True  # then every run is another user
+    is_ascending: bool = True  # then every run is a different user
     examples: list[str] = field(default_factory=list)  # of item ids
-    read: Read = field(
-        default_factory=Read
-    )  # the rows that are left out before anything is looked up
+    left_out: RowCounts = field(default_factory=RowCounts)  # rows without an id
 
 
 class HistoryFile:
-    """The histories of a table: `n_users` of `user_type` in all, handed out in `blocks`.
+    """The histories of a table: `n_users` users of `user_type`, read in `blocks`.
 
     `left_out` counts the rows without an id, which no block counts.
     """
@@ -102,25 +97,25 @@ class HistoryFile:
         self,
         table: Table,
         name: str,
-        seen: _Seen,
+        order: _Order,
         rule: PositiveRule | None,
         connection: duckdb.DuckDBPyConnection | None,
     ) -> None:
-        self.table, self.name, self.user_type, self.n_users = (
-            table,
-            name,
-            seen.user_type,
-            seen.n_runs,
-        )
-        self.left_out, self._examples, self._rule = seen.read, seen.examples, rule
-        self._connection, self._scattered = connection, False
+        self.table = table
+        self.name = name
+        self.user_type = order.user_type
+        self.n_users = order.n_runs
+        self.left_out = order.left_out
+        self._examples = order.examples
+        self._rule = rule
+        self._connection = connection
+        self._is_scattered = False  # some user has several runs
         if connection is not None:
             with _disk_errors(name):
                 self._find_scattered(connection)
 
     def _find_scattered(self, connection: duckdb.DuckDBPyConnection) -> None:
-        """Where users do not ascend, whether some have several runs; the first place of each is
-        kept then."""
+        """Find whether some users have several runs, and record where each user appears first."""
         runs = pa.RecordBatchReader.from_batches(
             pa.schema([("user", self.user_type), ("place", pa.int64())]), self._runs()
         )
@@ -132,33 +127,33 @@ class HistoryFile:
         self.n_users, most = connection.execute(
             "SELECT count(*), coalesce(max(n), 0) FROM firsts"
         ).fetchall()[0]
-        self._scattered = most > 1
-        if not self._scattered:
-            connection.close()  # with what it has cached
+        self._is_scattered = most > 1
+        if not self._is_scattered:
+            connection.close()  # frees its memory
 
     def blocks(self, items: ItemTable, users_per_block: int) -> Iterator[Histories]:
-        """Blocks of `users_per_block` users (the skipped ones counted), in order of their first
-        appearance."""
-        held: list[pa.RecordBatch] = []
+        """Yield blocks of `users_per_block` users, in order of first appearance.
+
+        Skipped users count as users of a block.
+        """
+        waiting: list[pa.RecordBatch] = []
         with _disk_errors(self.name):
-            for batch in self._grouped(items) if self._scattered else self._batches(items):
-                held.append(batch)
-                rows = pa.concat_batches(held)
+            for batch in self._grouped(items) if self._is_scattered else self._batches(items):
+                waiting.append(batch)
+                rows = pa.concat_batches(waiting)
                 starts = run_starts(rows["user"])
-                whole = (
-                    (len(starts) - 1) // users_per_block * users_per_block
-                )  # the last user's rows may go on
+                # the last user may have more rows in the next batch
+                whole = (len(starts) - 1) // users_per_block * users_per_block
                 for first in range(0, whole, users_per_block):
                     yield self._histories(
                         rows, starts[first], starts[first + users_per_block], len(items.keys)
                     )
                 rest = starts[whole] if len(starts) else 0
-                held = [
-                    rows.take(pa.array(np.arange(rest, len(rows))))
-                ]  # a copy, so that the others can go
-            if not held:
+                # a copy, so that the memory of the others is freed
+                waiting = [rows.take(pa.array(np.arange(rest, len(rows))))]
+            if not waiting:
                 return
-            rows = held[0]
+            rows = waiting[0]
             starts = np.append(run_starts(rows["user"]), len(rows))
             for first in range(0, len(starts) - 1, users_per_block):
                 yield self._histories(
@@ -169,30 +164,26 @@ class HistoryFile:
                 )
 
     def no_list(self, items: ItemTable, n_known: int, n_ended: int = 0) -> ValueError:
-        """What to say where nobody has a list, and `n_known` rows are of known items.
+        """Return the error for the case that nobody gets a list.
 
-        Without such rows: how ids are written here and there. n_ended: users who have seen all that
-        may be listed.
+        n_known: rows of known items. n_ended: users who have seen all items that may be listed.
         """
         if n_ended:
             return ValueError(
                 f"{self.name}: {n_ended:,} users have seen every item that may be listed, so that "
-                "nobody gets a list; "
-                "pass --keep_seen to list seen items, too, or allow more items"
+                "nobody gets a list; pass --keep_seen to list seen items, too, or allow more items"
             )
         if n_known:
             return ValueError(
                 f"{self.name}: {n_known:,} rows are of items that the model knows, and none is a "
-                "like, so that nobody gets a list "
-                f"({self._rule}); name another --rating_column, or pass --all_positive to take "
-                "every row as a like"
+                f"like, so that nobody gets a list ({self._rule}); name another --rating_column, "
+                "or pass --all_positive to take every row as a like"
             )
         wanted = [repr(one) for one in items.ids[:_EXAMPLES].to_pylist()]
         return ValueError(
             f"{self.name}: no item is known to the model, so that nobody gets a list; its items "
-            "are written "
-            f"{', '.join(self._examples)}, those of the model {', '.join(wanted)}; ids must be "
-            "equal as texts"
+            f"are written {', '.join(self._examples)}, those of the model {', '.join(wanted)}; "
+            "ids must be equal as texts"
         )
 
     def _histories(self, rows: pa.RecordBatch, lo: int, hi: int, n_items: int) -> Histories:
@@ -222,7 +213,7 @@ class HistoryFile:
             users = batch["user"].cast(self.user_type)
             starts = run_starts(users)
             if last is not None and users[0] == last:
-                starts = starts[1:]  # the batch before has begun this run
+                starts = starts[1:]  # the run began in the batch before
             last = users[-1]
             yield pa.record_batch(
                 [users.take(pa.array(starts)), pa.array(place + starts)], ["user", "place"]
@@ -230,7 +221,7 @@ class HistoryFile:
             place += len(batch)
 
     def _grouped(self, items: ItemTable) -> Iterator[pa.RecordBatch]:
-        """The rows by first place of the user, in input order within."""
+        """Yield the rows by the users' first appearance, and in input order within a user."""
         assert self._connection is not None
         extra = [
             name for name in ("rating", "time") if getattr(self.table.columns, name) is not None
@@ -264,38 +255,38 @@ class HistoryFile:
 
 
 def run_starts(users: pa.Array) -> np.ndarray:
-    """Positions at which another user begins, int64; the first row is one."""
+    """Return the positions at which a user begins, int64, including the first row."""
     if len(users) == 0:
         return np.empty(0, np.int64)
     changes = np.asarray(pc.not_equal(users[1:], users[:-1]))
     return np.concatenate([np.zeros(1, np.int64), np.flatnonzero(changes) + 1])
 
 
-def _look_through(table: Table) -> _Seen:
-    """Check every row, and see whether the users ascend: as numbers while all are, else as texts."""
-    seen, last = _Seen(), None
+def _check_order(table: Table) -> _Order:
+    """Check every row, and whether the users ascend, as numbers or else as texts."""
+    order = _Order()
+    last = None
     for n, batch in enumerate(table.batches()):
         users = batch["user"]
-        if users.type != seen.user_type and pa.types.is_integer(seen.user_type):
-            seen.user_type = pa.string()
-            seen.ascending = n == 0  # what came before was not compared as text
+        if users.type != order.user_type and pa.types.is_integer(order.user_type):
+            order.user_type = pa.string()
+            order.is_ascending = n == 0  # earlier ids were not compared as text
             last = None if last is None else last.cast(pa.string())
-        users = users.cast(seen.user_type)
+        users = users.cast(order.user_type)
         heads = users.take(pa.array(run_starts(users)))
         if last is not None:
             heads = pa.concat_arrays([last, heads]) if heads[0] != last[0] else heads
-            seen.n_runs -= 1  # the batch before has counted its last user, who stands in front now
-        seen.n_runs += len(heads)
+            order.n_runs -= 1  # the last user of the batch before is counted already
+        order.n_runs += len(heads)
         last = heads[-1:]
-        seen.ascending = seen.ascending and bool(
-            pc.all(pc.less(heads[:-1], heads[1:]), min_count=0).as_py()
-        )
-        if len(seen.examples) < _EXAMPLES:
-            found = [repr(one) for one in pc.unique(batch["item"][: 1 << 10]).to_pylist()]
-            seen.examples = list(dict.fromkeys([*seen.examples, *found]))[:_EXAMPLES]
+        ascends = pc.all(pc.less(heads[:-1], heads[1:]), min_count=0).as_py()
+        order.is_ascending = order.is_ascending and bool(ascends)
+        if len(order.examples) < _EXAMPLES:
+            more = [repr(one) for one in pc.unique(batch["item"][: 1 << 10]).to_pylist()]
+            order.examples = list(dict.fromkeys([*order.examples, *more]))[:_EXAMPLES]
     n_missing = sum(table.left_out.values())
-    seen.read = Read(rows=n_missing, missing=n_missing)
-    return seen
+    order.left_out = RowCounts(rows=n_missing, missing=n_missing)
+    return order
 
 
 @contextmanager

@@ -1,8 +1,8 @@
-"""Recall@k, NDCG@k and coverage from top-k ids (DESIGN.md, section 7; Liang et al. 2018, section
-4.2).
+"""Recall@k, NDCG@k and coverage of lists (DESIGN.md, section 7; Liang et al. 2018, section 4.2).
 
-Shapes: U users, K length of a list, I items of the vocabulary. A list holds item rows, best first, and is padded with
--1 where fewer unseen items exist. A user with an empty target is not scored: NaN.
+Shapes: U users, K length of a list, I items of the vocabulary. A list holds item rows, best first,
+and is padded with -1 where fewer unseen items exist. A user with an empty target is not scored
+(NaN).
 """
 
 from __future__ import annotations
@@ -19,30 +19,28 @@ _COVERAGE_K = 100
 
 
 def hits(topk_ids: np.ndarray, held_out: Rows) -> np.ndarray:
-    """True where a listed item is in the user's target.
+    """Return which listed items are in the user's target, (U, K) bool.
 
-    topk_ids (U, K) integer; held_out of U rows. Returns (U, K) bool.
+    topk_ids (U, K) integer; held_out of U rows.
     """
     n_users = len(topk_ids)
     assert held_out.n_rows == n_users, (held_out.n_rows, n_users)
     stride = max(int(topk_ids.max(initial=0)), int(held_out.items.max(initial=0))) + 1
-    targets = (
-        np.repeat(np.arange(n_users, dtype=np.int64) * stride, held_out.lengths) + held_out.items
-    )  # ascending
+    targets = held_out.row_of * stride + held_out.items  # ascending
     listed = np.arange(n_users, dtype=np.int64)[:, None] * stride + topk_ids
     if len(targets) == 0:
         return np.zeros(listed.shape, bool)
-    found = targets[np.minimum(np.searchsorted(targets, listed), len(targets) - 1)]
-    return (found == listed) & (topk_ids >= 0)
+    nearest = targets[np.minimum(np.searchsorted(targets, listed), len(targets) - 1)]
+    return (nearest == listed) & (topk_ids >= 0)
 
 
 def recall_at_k(
     topk_ids: np.ndarray, held_out: Rows, k: int, denominator: str = "min"
 ) -> np.ndarray:
-    """Hits among the first k / min(k, held-out items); with the denominator `held_out`, / held-out
-    items (He et al. 2020, LightGCN).
+    """Return the hits among the first k divided by min(k, held-out items), (U,) float64.
 
-    Returns (U,) float64, NaN where the target is empty.
+    denominator `held_out` divides by the held-out items (He et al. 2020, LightGCN). NaN where the
+    target is empty.
     """
     n_hits = hits(topk_ids[:, :k], held_out).sum(axis=1)
     return _divide(
@@ -51,11 +49,10 @@ def recall_at_k(
 
 
 def ndcg_at_k(topk_ids: np.ndarray, held_out: Rows, k: int) -> np.ndarray:
-    """DCG / ideal DCG, where DCG = sum of 1 / log2(rank + 2) over the hits, rank from 0 and below
-    k.
+    """Return DCG / ideal DCG, (U,) float64, NaN where the target is empty.
 
-    The ideal has its min(k, held-out items) hits at the top. Returns (U,) float64, NaN where the
-    target is empty.
+    DCG is the sum of 1 / log2(rank + 2) over the hits, with ranks from 0 and below k. The ideal DCG
+    has min(k, held-out items) hits at the top.
     """
     discounts = 1 / np.log2(np.arange(k) + 2)
     hit = hits(topk_ids[:, :k], held_out)
@@ -69,7 +66,7 @@ def _divide(values: np.ndarray, by: np.ndarray) -> np.ndarray:
 
 
 def coverage(listed: np.ndarray) -> float:
-    """Share of the vocabulary that is in anybody's list; listed (I,) bool."""
+    """Return the fraction of items that are in any list; listed (I,) bool."""
     return float(listed.mean())
 
 
@@ -85,9 +82,9 @@ _METRICS: dict[str, Callable[[np.ndarray, Rows, str], np.ndarray]] = {
 def user_metrics(
     topk_ids: np.ndarray, held_out: Rows, recall_denominator: str = "min"
 ) -> dict[str, np.ndarray]:
-    """Each metric of each user, (U,) float64, NaN where the target is empty.
+    """Return each metric of each user, (U,) float64, NaN where the target is empty.
 
-    topk_ids (U, K), held_out of U rows.
+    topk_ids (U, K); held_out of U rows.
     """
     return {
         name: metric(topk_ids, held_out, recall_denominator) for name, metric in _METRICS.items()
@@ -95,7 +92,7 @@ def user_metrics(
 
 
 class RankingMetrics:
-    """Collects the metrics block by block. Holds a few numbers per user and one flag per item.
+    """Collects metrics block by block; holds a few numbers per user and one flag per item.
 
     `recall_denominator`: min or held_out, see `recall_at_k`.
     """
@@ -106,8 +103,7 @@ class RankingMetrics:
         self._values: dict[str, list[np.ndarray]] = {name: [] for name in _METRICS}
 
     def update(self, topk_ids: np.ndarray, held_out: Rows) -> None:
-        """Add a block of users: topk_ids (U, K) with K >= 100 or as many as the vocabulary has;
-        held_out of U rows."""
+        """Add a block of users; topk_ids (U, K), K at least min(100, I); held_out of U rows."""
         topk_ids = np.asarray(topk_ids)
         first = topk_ids[:, :_COVERAGE_K]
         self._listed[first[first >= 0]] = True
@@ -115,16 +111,14 @@ class RankingMetrics:
             self._values[name].append(values)
 
     def per_user(self) -> dict[str, np.ndarray]:
-        """Each metric of each user, (n,) float64, in the order they were added; NaN where the
-        target was empty."""
+        """Return each metric of each user, (n,) float64, in the order in which they were added."""
         return {name: np.concatenate([np.empty(0), *parts]) for name, parts in self._values.items()}
 
     def result(self) -> dict[str, float | int | None]:
-        """Means over the scored users, standard errors (`_se`: sample standard deviation /
-        sqrt(n)), coverage and counts.
+        """Return the means over scored users, their standard errors, coverage and counts.
 
-        A standard error of fewer than two users is None; without a scored user every metric is
-        None.
+        A standard error (`_se`) is the sample standard deviation / sqrt(n), None for fewer than two
+        users. Without scored users every metric is None.
         """
         out: dict[str, float | int | None] = {}
         n_scored = n_users = 0

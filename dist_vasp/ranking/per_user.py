@@ -1,15 +1,13 @@
-"""Metrics of each user as a Parquet file, over all held-out items and by the popularity of the
-held-out item.
+"""Write the metrics of each user to a Parquet file, in total and by popularity of the items.
 
-Thirds of popularity. Order the items by descending training popularity, ties to the lower item row.
-An item is head where the items before it hold less than a third of all training interactions,
-middle where they hold less than two thirds, else tail: each third holds about a third of the
-interactions, the head very few items, the tail most of the catalogue.
+Thirds of popularity: order the items by descending training popularity, ties by item row. An item
+is `head` if the items before it have less than a third of all training interactions, `middle` if
+they have less than two thirds, else `tail`. So each third has about a third of the interactions;
+the head has few items, and the tail most of the catalogue.
 
-A metric of a third asks how well the user's one list finds the held-out items of that third: the
-target is cut down to them, the list is not. Recall@k of the tail is its hits among the first k /
-min(k, held-out tail items); NDCG likewise, with the ranks of the whole list. A user without a
-held-out item in a third is not scored there.
+The metrics of a third use the user's whole list, but only the held-out items of that third as the
+target. Recall@k of the tail is its hits among the first k / min(k, held-out tail items); NDCG uses
+the ranks in the whole list. A user without held-out items in a third is not scored there.
 
 Shapes: U users of a block, E held-out items, I items of the vocabulary.
 """
@@ -28,7 +26,7 @@ import pyarrow.parquet as pq
 from dist_vasp.data.held_out import EvalBlock
 from dist_vasp.data.items import ItemTable
 from dist_vasp.data.manifest import MANIFEST, Manifest, users_file
-from dist_vasp.data.rows import Rows, indptr_of
+from dist_vasp.data.rows import Rows
 from dist_vasp.files import new_file
 from dist_vasp.ranking.metrics import user_metrics
 
@@ -36,12 +34,12 @@ THIRDS = ("head", "middle", "tail")
 
 
 def is_per_user(path: Path) -> bool:
-    """Whether a file holds metrics of users that `PerUserFile` wrote."""
+    """Return whether `PerUserFile` wrote a file."""
     return pq.read_schema(path).names[:3] == ["key", "id", "n_held_out"]
 
 
 def popularity_thirds(popularity: np.ndarray) -> np.ndarray:
-    """The third of each item, (I,) int8: 0 head, 1 middle, 2 tail.
+    """Return the third of each item, (I,) int8: 0 head, 1 middle, 2 tail.
 
     popularity (I,): training interactions of each item.
     """
@@ -54,19 +52,17 @@ def popularity_thirds(popularity: np.ndarray) -> np.ndarray:
 
 
 def keep_items(rows: Rows, keep: np.ndarray) -> Rows:
-    """The rows with only the items where `keep` (I,) bool is True; rows may become empty."""
-    kept = keep[rows.items]
-    before = np.concatenate([np.zeros(1, np.int64), np.cumsum(kept)])
-    return Rows(indptr_of(np.diff(before[rows.indptr])), rows.items[kept])
+    """Return the rows with only the items marked in `keep`, (I,) bool; rows may become empty."""
+    return rows.where(keep[rows.items])
 
 
 class PerUserFile:
-    """Written block by block: `key`, `id`, `n_held_out`, the metrics, and the same with `_head`,
-    `_middle`, `_tail`.
+    """The file of metrics by user, written block by block.
 
-    A metric is null where its target is empty. A context manager: the file appears when the block
-    ends without an error. Raises ValueError where it cannot be written, or the users of the data
-    folder cannot be read.
+    Columns are `key`, `id`, `n_held_out`, the metrics, and the last two kinds again with `_head`,
+    `_middle` and `_tail`. A metric is null where its target is empty. As a context manager, it lets
+    the file appear if the block ends without an error. ValueError where it cannot be written, or
+    the users of the data folder cannot be read.
     """
 
     def __init__(
@@ -97,7 +93,7 @@ class PerUserFile:
         trace: TracebackType | None,
     ) -> None:
         if error is None and self._writer is None:
-            error = GeneratorExit()  # nobody was scored: there is no file
+            error = GeneratorExit()  # no user was scored: write no file
         try:
             if self._writer is not None:
                 self._writer.close()
@@ -108,7 +104,7 @@ class PerUserFile:
             self._files.__exit__(type(error) if error else None, error, None)
 
     def write(self, block: EvalBlock, topk_ids: np.ndarray) -> None:
-        """Add the users of `block`; topk_ids (U, K) their lists."""
+        """Add the users of `block` with their lists `topk_ids`, (U, K)."""
         columns: dict[str, np.ndarray | pa.Array] = {
             "key": block.user_keys,
             "id": self._ids_of(block.user_keys),
@@ -118,9 +114,8 @@ class PerUserFile:
             columns |= self._scores(
                 topk_ids, keep_items(block.held_out, self._thirds == third), f"_{name}"
             )
-        table = pa.table(
-            {name: pa.array(column, from_pandas=True) for name, column in columns.items()}
-        )  # NaN becomes null
+        # from_pandas: NaN becomes null
+        table = pa.table({name: pa.array(c, from_pandas=True) for name, c in columns.items()})
         if self._writer is None:
             self._writer = pq.ParquetWriter(self._file, table.schema)
         self._writer.write_table(table)
@@ -144,8 +139,10 @@ class PerUserFile:
 
 
 def _read_users(folder: str | Path, split: str, manifest: Manifest) -> tuple[np.ndarray, pa.Array]:
-    """Keys (uint64) and original ids of the users of a split; ValueError unless the file is the one
-    of the manifest."""
+    """Return the keys (uint64) and original ids of the users of a split.
+
+    ValueError unless the file is the one that the manifest lists.
+    """
     name = users_file(split)
     path = Path(folder) / name
     try:

@@ -1,7 +1,6 @@
-"""Top-N lists with original ids, block by block: histories in, user, rank, item, score out,
-explained where asked for.
+"""Write top-N lists with original ids to a file, block by block, explained on request.
 
-Users without a list are in `<output stem>.skipped.csv` with the reason, never dropped silently.
+Users without a list are written to `<output stem>.skipped.csv`, with the reason.
 
 Shapes: U users of a block, K list length, E recommendations of a block, N reasons for each.
 """
@@ -23,12 +22,12 @@ from dist_vasp.parallel.comm import Ranks
 from dist_vasp.places import Inputs
 from dist_vasp.ranking.evaluate import Scorer, to_item_rows, top_items
 from dist_vasp.ranking.explain import Explainer, Reasons
-from dist_vasp.ranking.histories import NO_ITEM_LEFT, Histories
+from dist_vasp.ranking.histories import NO_ITEM_LEFT, Histories, RowCounts
 from dist_vasp.ranking.history_file import HistoryFile
 from dist_vasp.ranking.writers import ListFile, skipped_file
 from dist_vasp.text import one_line
 
-# W passes once for a block: 512 took four times as long on a large one (docs/experiments.md)
+# W is read once per block; 512 users took four times as long on a large W (docs/experiments.md)
 USERS_PER_BLOCK = 2048
 
 
@@ -63,81 +62,109 @@ def recommend_to_file(
     overwrite: bool | None = None,
     inputs: Inputs = (),
 ) -> str:
-    """Write each user's k best unseen items block by block; returns lines on what was written, read
-    and left out.
+    """Write each user's k best unseen items; return lines on what was written, read and left out.
 
-    allowed: (I,) bool, the items that may be listed; None for all. With `keep_seen` seen items may
-    be listed too. With `show` the histories and lists of that many first users stand before the
-    lines. With `n_reasons` every row says which past items speak for it most. `score` is `to_score`
-    of what the scorer ranks by: p of a log p; a linear model's scores as they are. Fewer than k
-    rows where fewer unseen items exist. The file appears when complete. Earlier lists are replaced
-    (with `overwrite` False they are not), any other file and `inputs` never are.
+    The file appears when complete. It replaces earlier lists, unless `overwrite` is False, but no
+    other file and none of `inputs`. A user gets fewer than k rows where fewer unseen items exist.
+
+    progress: called with the number of users done. show: users whose history and list the lines
+    include. to_score: from the scorer's values to `score`. n_reasons: past items that explain each
+    row. allowed: (I,) bool, the items that may be listed; None: all. keep_seen: seen items may be
+    listed, too.
     """
-    output, file, error = Path(output), None, None
-    done = n_skipped = n_ended = 0  # users; n_ended: with likes, but no item is left to list
-    read = histories.left_out
-    if allowed is not None:
-        scorer = restricted(scorer, allowed, ranks)
-    examples: list[str] = []
+    output = Path(output)
+    scorer = scorer if allowed is None else restricted(scorer, allowed, ranks)
+    schema = list_schema(histories.user_type, items.ids.type, n_reasons)
+    file, error = None, None
     try:
         if ranks.is_main:
-            schema = list_schema(histories.user_type, items.ids.type, n_reasons)
             file = ListFile(output, schema, histories.user_type, overwrite, inputs)
     except ValueError as raised:
         error = raised
     agree(error, ranks)
+    report = _Report(histories.left_out, show)
+    n_items = len(items.keys)
     try:
         for block in histories.blocks(items, USERS_PER_BLOCK):
             scores, rows = top_items(
-                scorer, block.rows, k, len(items.keys), ranks, not keep_seen, block.seen
+                scorer, block.rows, k, n_items, ranks, not keep_seen, block.seen
             )
             reasons = None
             if explainer is not None and n_reasons:
-                reasons = explain_lists(
-                    explainer, block, scores, rows, n_reasons, len(items.keys), ranks
-                )
+                reasons = explain_lists(explainer, block, scores, rows, n_reasons, n_items, ranks)
             skipped, why = _without_list(block, rows)
+            scores = to_score(scores)
             if file is not None:
-                file.write(
-                    list_table(block.users, to_score(scores), rows, items, reasons), skipped, why
-                )
-            for u in range(min(block.n_users, show - len(examples))):
-                examples.append(_example(block, u, to_score(scores[u]), rows[u], items))
-            n_ended += len(skipped) - len(block.skipped)
-            n_skipped, read = n_skipped + len(skipped), read + block.read
-            done += block.n_users + len(block.skipped)
+                file.write(list_table(block.users, scores, rows, items, reasons), skipped, why)
+            report.add(block, len(skipped), scores, rows, items)
             if progress:
-                progress(done)
-        n_known = read.rows - read.missing - read.unknown
-        agree(histories.no_list(items, n_known, n_ended) if n_skipped == done > 0 else None, ranks)
+                progress(report.n_users)
+        agree(report.error(histories, items), ranks)
         if file is not None:
             file.finish()
     finally:
         if file is not None:
             file.discard()
-    others = (
-        f"; {n_skipped:,} users without a list are in {skipped_file(output)}, with the reason"
-        if n_skipped
-        else ""
-    )
-    examples.append("")
-    n_rows = file.n_rows if file is not None else 0
-    return "\n".join(examples) + (
-        f"{output}: {n_rows:,} recommendations for {done - n_skipped:,} "
-        f"users{others}\n{read.line(keep_seen)}"
-    )
+    return report.text(output, 0 if file is None else file.n_rows, keep_seen)
+
+
+class _Report:
+    """Counts of users and rows, and the lists of the first `show` users as text."""
+
+    def __init__(self, left_out: RowCounts, show: int) -> None:
+        self.n_users = 0
+        self._n_skipped = 0
+        self._n_ended = 0  # users with likes who have seen all items that may be listed
+        self._rows = left_out
+        self._show = show
+        self._examples: list[str] = []
+
+    def add(
+        self,
+        block: Histories,
+        n_skipped: int,
+        scores: np.ndarray,
+        rows: np.ndarray,
+        items: ItemTable,
+    ) -> None:
+        for u in range(min(block.n_users, self._show - len(self._examples))):
+            self._examples.append(_example(block, u, scores[u], rows[u], items))
+        self._n_ended += n_skipped - len(block.skipped)
+        self._n_skipped += n_skipped
+        self._rows += block.counts
+        self.n_users += block.n_users + len(block.skipped)
+
+    def error(self, histories: HistoryFile, items: ItemTable) -> ValueError | None:
+        """Return the error for the case that no user has a list, else None."""
+        if not self.n_users or self._n_skipped < self.n_users:
+            return None
+        n_known = self._rows.rows - self._rows.missing - self._rows.unknown
+        return histories.no_list(items, n_known, self._n_ended)
+
+    def text(self, output: Path, n_rows: int, keep_seen: bool) -> str:
+        others = ""
+        if self._n_skipped:
+            others = (
+                f"; {self._n_skipped:,} users without a list are in {skipped_file(output)}, with "
+                "the reason"
+            )
+        n_listed = self.n_users - self._n_skipped
+        written = f"{output}: {n_rows:,} recommendations for {n_listed:,} users{others}"
+        return "\n".join([*self._examples, written, self._rows.line(keep_seen)])
 
 
 def _without_list(block: Histories, rows: np.ndarray) -> tuple[pa.Array, pa.Array]:
-    """The users of a block who get no list, and why: no like, or no item that may be listed is
-    unseen. rows: (U, K)."""
+    """Return the users of a block who get no list, and why.
+
+    They have no like, or have seen all items that may be listed. rows: (U, K).
+    """
     ended = block.users.filter(pa.array(~(rows >= 0).any(axis=1)))
     reasons = pa.repeat(pa.scalar(NO_ITEM_LEFT, pa.string()), len(ended))
     return pa.concat_arrays([block.skipped, ended]), pa.concat_arrays([block.reasons, reasons])
 
 
 def restricted(scorer: Scorer, allowed: np.ndarray, ranks: Ranks) -> Scorer:
-    """The scorer that lists only the items of `allowed`, (I,) bool."""
+    """Return a scorer that lists only the items marked in `allowed`, (I,) bool."""
     allowed_I = torch.from_numpy(allowed).to(ranks.device)
 
     def score(x: ItemRows) -> Iterator[tuple[int, Tensor]]:
@@ -157,11 +184,10 @@ def explain_lists(
     n_items: int,
     ranks: Ranks,
 ) -> Reasons:
-    """Reasons for every listed item of a block, in the order of `list_table`."""
+    """Return the reasons for every listed item of a block, in the order of `list_table`."""
     partitions = ranks.layout.partitions
-    x = to_item_rows(
-        block.rows, -(-max(block.n_users, 1) // partitions) * partitions, n_items, ranks.device
-    )
+    n_padded = -(-max(block.n_users, 1) // partitions) * partitions
+    x = to_item_rows(block.rows, n_padded, n_items, ranks.device)
     user, rank = np.nonzero(rows >= 0)
     user_E, item_E, score_E = (
         torch.from_numpy(a).to(ranks.device) for a in (user, rows[user, rank], scores[user, rank])
@@ -176,7 +202,7 @@ def list_table(
     items: ItemTable,
     reasons: Reasons | None = None,
 ) -> pa.Table:
-    """Lists (U, K) of item rows, -1 where there is none, as a table of one row per recommendation."""
+    """Return lists (U, K) of item rows, padded with -1, as one table row per recommendation."""
     user, rank = np.nonzero(rows >= 0)
     columns = [
         users.take(pa.array(user)),
@@ -212,7 +238,7 @@ def _example(
     items: ItemTable,
     most: int = 10,
 ) -> str:
-    """A user's history (popular items first) and list, by title where there are titles."""
+    """Return a user's history (popular items first) and list as text, with titles if known."""
     names = items.titles if items.titles is not None else items.ids
     first, last = block.rows.indptr[user], block.rows.indptr[user + 1]
     seen = [one_line(str(names[int(i)])) for i in block.rows.items[first : min(last, first + most)]]

@@ -45,7 +45,7 @@ from dist_vasp.ranking.evaluate import to_item_rows, top_items
 from dist_vasp.ranking.explain import mapped_explainer
 from dist_vasp.ranking.filters import counted
 from dist_vasp.ranking.histories import (
-    Read,
+    RowCounts,
     count_rows,
     find_items,
     histories_of_table,
@@ -79,7 +79,7 @@ class Lists:
     ids: np.ndarray
     scores: np.ndarray
     users: pa.Array | None
-    read: Read
+    read: RowCounts
     notes: tuple[str, ...]
     _rows: np.ndarray  # (U, K) item rows
     _items: ItemTable
@@ -115,7 +115,7 @@ class _Given:
 
     rows: Rows
     seen: Rows
-    read: Read
+    read: RowCounts
     users: pa.Array | None = None
     notes: tuple[str, ...] = ()
 
@@ -458,7 +458,7 @@ class Recommender:
         rows = with_skipped(found.rows)
         seen = rows if found.seen is found.rows else with_skipped(found.seen)
         return _Given(
-            rows, seen, found.read, pa.concat_arrays([found.users, found.skipped]), columns.notes
+            rows, seen, found.counts, pa.concat_arrays([found.users, found.skipped]), columns.notes
         )
 
     def _read_matrix(self, matrix: Any, all_positive: bool) -> _Given:

@@ -1,13 +1,10 @@
-"""The k best items per user, exactly: local top-k over a partition's columns, and the merge of
-several.
+"""Select the k best items per user exactly: top-k over a partition's columns, then a merge.
 
-Order: descending score, ties to the lower item row. `torch.topk` promises neither which of several
-equal scores it takes nor their order, and popularity counts and saturated probabilities tie often:
-the choice at the border and the order within are settled here, the same on every device and for
-every partitioning.
+Items are ordered by descending score, ties by item row. `torch.topk` guarantees neither which of
+several equal scores it selects nor their order, and equal scores are common (popularity counts,
+saturated probabilities). This module makes the result the same on every device and partitioning.
 
-A score of -inf marks an item that must not be listed (seen by the user). Lists are padded with id
--1, score -inf.
+A score of -inf marks an item that must not be listed. Lists are padded with id -1 and score -inf.
 
 Shapes: U users, J columns of scores, K list length.
 """
@@ -23,10 +20,10 @@ NO_ITEM = -1
 
 
 def local_topk(scores_UJ: Tensor, k: int, item_offset: int = 0) -> tuple[Tensor, Tensor]:
-    """The min(k, J) best columns of every row.
+    """Return (scores, ids) of the min(k, J) best columns of every row, (U, min(k, J)) each.
 
-    scores_UJ: float32 or float64, column j is item row item_offset + j. Returns (scores, ids), both
-    (U, min(k, J)), ids int64. Raises ValueError on NaN, which cannot be ranked.
+    scores_UJ: float32 or float64; column j is item row item_offset + j. ids: int64. ValueError for
+    NaN, which cannot be ranked.
     """
     n_columns = scores_UJ.shape[1]
     k = min(k, n_columns)
@@ -34,8 +31,7 @@ def local_topk(scores_UJ: Tensor, k: int, item_offset: int = 0) -> tuple[Tensor,
         return scores_UJ[:, :k], torch.empty(
             scores_UJ.shape[0], k, dtype=torch.int64, device=scores_UJ.device
         )
-    # one more than asked for: only where the next score equals the last listed one can the choice
-    # be wrong
+    # one more than k: the selection can only be wrong where the next score equals the k-th
     best, columns = torch.topk(scores_UJ, min(k + 1, n_columns), dim=1)
     if best[:, 0].isnan().any():  # topk ranks NaN first
         raise ValueError(
@@ -59,8 +55,8 @@ def local_topk(scores_UJ: Tensor, k: int, item_offset: int = 0) -> tuple[Tensor,
 
 
 def _lowest_of_the_tied(scores_RJ: Tensor, last_R: Tensor, k: int) -> Tensor:
-    """Columns (R, k), ascending: all above the k-th score `last_R`, then the lowest columns among
-    those equal to it."""
+    """Return columns (R, k), ascending: all above the k-th score `last_R`, and the lowest columns
+    with that score."""
     above = scores_RJ > last_R[:, None]
     equal = scores_RJ == last_R[:, None]
     vacant = k - above.sum(dim=1, keepdim=True)
@@ -69,10 +65,10 @@ def _lowest_of_the_tied(scores_RJ: Tensor, last_R: Tensor, k: int) -> Tensor:
 
 
 def merge_topk(scores: Sequence[Tensor], ids: Sequence[Tensor], k: int) -> tuple[Tensor, Tensor]:
-    """The k best of several partitions' lists, in any order of the partitions.
+    """Return (scores, ids) of the k best items of several partitions, (U, k) each, padded.
 
-    scores[p], ids[p]: (U, K_p) as local_topk returns them, of disjoint items. Returns (scores,
-    ids), both (U, k), padded with -inf and -1.
+    scores[p], ids[p]: (U, K_p) as local_topk returns them, of disjoint items. The order of the
+    partitions does not matter.
     """
     all_scores, all_ids = torch.cat(list(scores), dim=1), torch.cat(list(ids), dim=1)
     missing = k - all_scores.shape[1]
@@ -86,27 +82,25 @@ def merge_topk(scores: Sequence[Tensor], ids: Sequence[Tensor], k: int) -> tuple
 
 
 class TopK:
-    """Keeps the k best while blocks of columns pass by, lowest items first, so that (U, J) need
-    never exist."""
+    """Keeps the k best items over blocks of columns, so that no (U, J) matrix is needed.
+
+    Blocks come in ascending order of items.
+    """
 
     def __init__(self, k: int) -> None:
         self.k = k
         self._scores: Tensor | None = None  # (U, at most k)
         self._ids: Tensor | None = None
-        self._end = 0  # items below have passed
+        self._end = 0  # first item of the next block
 
     def update(self, scores_UC: Tensor, item_offset: int) -> None:
-        """Take columns item_offset to item_offset + C, of the same users in every call.
-
-        ValueError on NaN.
-        """
+        """Add columns item_offset to item_offset + C of the same users; ValueError for NaN."""
         assert item_offset >= self._end, (item_offset, self._end)
         self._end = item_offset + scores_UC.shape[1]
         if self._scores is None or self._ids is None:
             self._scores, self._ids = local_topk(scores_UC, self.k, item_offset)
             return
-        # the list first, then the block: among equal scores the position then has the order of the
-        # ids, as in one block
+        # the list comes before the block, so that positions of equal scores ascend with the ids
         n_listed = self._ids.shape[1]
         self._scores, position = local_topk(torch.cat([self._scores, scores_UC], dim=1), self.k)
         listed = self._ids.gather(1, position.clamp(0, n_listed - 1)) if n_listed else position
@@ -116,8 +110,7 @@ class TopK:
         )
 
     def result(self) -> tuple[Tensor, Tensor]:
-        """(scores, ids), both (U, k), padded with -inf and -1; at least one block must have been
-        taken."""
+        """Return (scores, ids), (U, k) each, padded; needs at least one block."""
         assert self._scores is not None, "TopK.result before any update"
         assert self._ids is not None
         return merge_topk([self._scores], [self._ids], self.k)

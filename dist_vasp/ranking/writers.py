@@ -1,8 +1,8 @@
-"""Lists on their way to a file: CSV, Parquet or JSON Lines by the file's ending, complete or not
-there at all.
+"""Write lists to a CSV, Parquet or JSON Lines file, which appears only when complete.
 
-One row is one recommendation: `user`, `rank` (from 1), `item`, `score`; explained ones have `p_flvae`, `p_nease` and, N times,
-`because_1`, `weight_1`, ... besides. In JSON Lines the latter are one list, `"because": [{"item": ..., "weight": ...}, ...]`.
+One row is one recommendation: `user`, `rank` (from 1), `item`, `score`. Explained rows also have
+`p_flvae`, `p_nease` and N pairs `because_1`, `weight_1`, ... In JSON Lines the pairs are one list,
+`"because": [{"item": ..., "weight": ...}, ...]`.
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ class _Writer(Protocol):
 
 
 class _ParquetWriter:
-    """Joins blocks to row groups."""
+    """Writes a Parquet file, joining blocks to row groups."""
 
     def __init__(self, file: BinaryIO, schema: pa.Schema) -> None:
-        self._writer, self._schema = pq.ParquetWriter(file, schema), schema
-        self._held: list[pa.Table] = []
-        self._n_held = 0
+        self._writer = pq.ParquetWriter(file, schema)
+        self._waiting: list[pa.Table] = []
+        self._n_waiting = 0
 
     def write_table(self, table: pa.Table) -> None:
-        self._held.append(table)
-        self._n_held += len(table)
-        if self._n_held >= _ROWS_PER_GROUP:
+        self._waiting.append(table)
+        self._n_waiting += len(table)
+        if self._n_waiting >= _ROWS_PER_GROUP:
             self._flush()
 
     def _flush(self) -> None:
-        if self._n_held:
-            self._writer.write_table(pa.concat_tables(self._held), self._n_held)
-        self._held, self._n_held = [], 0
+        if self._n_waiting:
+            self._writer.write_table(pa.concat_tables(self._waiting), self._n_waiting)
+        self._waiting, self._n_waiting = [], 0
 
     def close(self) -> None:
         self._flush()
@@ -72,11 +72,11 @@ class _JsonLinesWriter:
             self._file.write((json.dumps(line, ensure_ascii=False) + "\n").encode())
 
     def close(self) -> None:
-        """Leave the file open: who opened it closes it."""
+        """Leave the file open; its opener closes it."""
 
 
 def _plain(column: pa.ChunkedArray) -> list[Any]:
-    """Python values; a float32 as the shortest number that reads back as it."""
+    """Return Python values; a float32 becomes the shortest number that is equal to it."""
     if not pa.types.is_float32(column.type):
         return column.to_pylist()
     return [None if text is None else float(text) for text in column.cast(pa.string()).to_pylist()]
@@ -93,7 +93,7 @@ _is_skipped = begins_with(b'"user","reason"', b"user,reason")
 
 
 def _is_list(path: Path) -> bool:
-    """Whether a file holds lists that this module wrote."""
+    """Return whether a file holds lists that this module wrote."""
     columns = ["user", "rank", "item", "score"]
     if path.suffix == ".parquet":
         return pq.read_schema(path).names[:4] == columns
@@ -104,8 +104,10 @@ def _is_list(path: Path) -> bool:
 
 
 def check_output(output: str | Path, overwrite: bool | None, inputs: Inputs = ()) -> None:
-    """ValueError unless lists may be written to `output`, and skipped users beside it; `inputs` as
-    in `places`."""
+    """ValueError unless lists may be written to `output`, and skipped users next to it.
+
+    `inputs`: as in `dist_vasp.places`.
+    """
     check_file(output, "--output", overwrite, _is_list, inputs, tuple(_WRITERS))
     check_file(skipped_file(output), "", overwrite, _is_skipped, inputs)
 
@@ -116,10 +118,10 @@ def skipped_file(output: str | Path) -> Path:
 
 
 class ListFile:
-    """An output file and its `<output stem>.skipped.csv`, which appear at `finish`. ValueError
-    where the disk fails.
+    """An output file and its `<output stem>.skipped.csv`, which appear at `finish`.
 
-    Both are locked until then, so that another command does not write them.
+    Until then both are locked, so that no other command writes them. ValueError where writing
+    fails.
     """
 
     def __init__(
@@ -130,7 +132,9 @@ class ListFile:
         overwrite: bool | None = None,
         inputs: Inputs = (),
     ) -> None:
-        self.output, self.n_rows, self.n_skipped = output, 0, 0
+        self.output = output
+        self.n_rows = 0
+        self.n_skipped = 0
         self._skipped_schema = pa.schema([("user", user_type), ("reason", pa.string())])
         self._skipped: _Writer | None = None
         self._options: dict[str, Any] = {"overwrite": overwrite, "inputs": inputs}
@@ -138,10 +142,11 @@ class ListFile:
         with ExitStack() as files:
             file = files.enter_context(new_file(output, "--output", ours=_is_list, **self._options))
             self._writer: _Writer = self._guard(_WRITERS[output.suffix], file, schema)
-            self._files, self._written = files.pop_all(), [file]
+            self._files = files.pop_all()
+            self._written = [file]
 
     def write(self, table: pa.Table, skipped: pa.Array, reasons: pa.Array) -> None:
-        """Add lists, and users without one, each with its reason."""
+        """Add lists, and users without a list, each with a reason."""
         self._guard(self._write, table, skipped, reasons)
 
     def _write(self, table: pa.Table, skipped: pa.Array, reasons: pa.Array) -> None:
@@ -169,15 +174,13 @@ class ListFile:
         for file in self._written:
             finish(file)
         self._files.close()
-        if (
-            self._skipped is None
-        ):  # one that an earlier run left beside this output would not belong to it
+        if self._skipped is None:  # remove the skipped users of earlier lists
             earlier = skipped_file(self.output)
             if earlier.is_file() and not earlier.is_symlink() and _is_skipped(earlier):
                 earlier.unlink()
 
     def discard(self) -> None:
-        """Remove what is not finished."""
+        """Remove the files if they are not finished."""
         self._files.__exit__(GeneratorExit, GeneratorExit(), None)
 
     def _guard(self, work: Any, *arguments: Any) -> Any:

@@ -21,7 +21,7 @@ def add_reading_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--encoding",
         metavar="E",
-        help="of a CSV: utf-16, latin-1, cp1252, ...; default UTF-8, or as the byte order mark says",
+        help="of a CSV: utf-16, latin-1, cp1252, ...; default UTF-8, or by the byte order mark",
     )
     add(
         "--no_header",

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from data_tools import netflix
 from data_tools.readers import Columns, infer_format, open_source
-from dist_vasp.data.tables import csv_rows
+from dist_vasp.data.tables import csv_blocks
 
 ROWS = [(7, 30, 4.0), (7, 10, 3.5), (2, 30, 5.0), (2, 10, 1.0)]
 
@@ -127,7 +127,7 @@ def test_bad_csv(tmp_path, data, message):
 
 
 def test_row_numbers_count_over_blocks(tmp_path, monkeypatch):
-    monkeypatch.setattr(csv_rows, "BLOCK_BYTES", 64)
+    monkeypatch.setattr(csv_blocks, "BLOCK_BYTES", 64)
     path = tmp_path / "a.csv"
     path.write_text("user,item,rating\n" + "1,2,5\n" * 500 + "1,2,bad\n")
     with pytest.raises(ValueError, match="row 502: 'bad' is not a number"):

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from dist_vasp.data.tables import csv_rows, parquet_file
+from dist_vasp.data.tables import csv_blocks, parquet_file
 from dist_vasp.parallel.comm import Ranks
 from dist_vasp.ranking import history_file as module
 from dist_vasp.ranking import recommend as recommend_module
@@ -74,7 +74,7 @@ def scattered(rows: list[tuple], how: str) -> list[tuple]:
 def small_batches(monkeypatch):
     monkeypatch.setattr(module, "ROWS_PER_BATCH", 17)
     monkeypatch.setattr(parquet_file, "ROWS_PER_BATCH", 17)
-    monkeypatch.setattr(csv_rows, "BLOCK_BYTES", 128)
+    monkeypatch.setattr(csv_blocks, "BLOCK_BYTES", 128)
 
 
 @pytest.mark.parametrize("how", ["ascending", "together", "last row elsewhere", "shuffled"])

@@ -27,7 +27,7 @@ from dist_vasp.ranking.accepted import history_lists, id_list
 from dist_vasp.ranking.ensemble import describe_ensemble, load_ranker
 from dist_vasp.ranking.explain import model_explainer
 from dist_vasp.ranking.filters import allowed_items
-from dist_vasp.ranking.histories import Read
+from dist_vasp.ranking.histories import RowCounts
 from dist_vasp.ranking.history_columns import history_columns
 from dist_vasp.ranking.history_file import open_histories
 from dist_vasp.ranking.recommend import recommend_to_file
@@ -144,7 +144,7 @@ def test_a_table_follows_the_rule(folder, repeats, by_time):
         sum(i not in IDS for _, i, *_ in rows),
     )
     repeated = len(rows) - n_unknown - n_seen
-    assert lists.read == Read(len(rows), n_liked, n_seen - n_liked, repeated, n_unknown, 0)
+    assert lists.read == RowCounts(len(rows), n_liked, n_seen - n_liked, repeated, n_unknown, 0)
     assert lists.read.disliked > 0 and repeated > 0 and n_unknown > 0, "or nothing was tested"
     nobody = {user for user, *_ in rows} - set(liked)
     assert 0 in nobody and set(lists.users.to_pylist()[-len(nobody) :]) == nobody, (
@@ -197,7 +197,7 @@ def test_rows_without_an_id_are_counted(folder):
         }
     )
     lists = r.recommend(table, K)
-    assert lists.users.to_pylist() == ["a"] and lists.read == Read(4, 1, 0, 0, 0, 3)
+    assert lists.users.to_pylist() == ["a"] and lists.read == RowCounts(4, 1, 0, 0, 0, 3)
 
 
 def test_ratings_that_are_none(folder):
@@ -239,7 +239,9 @@ def test_a_matrix_of_ratings(folder):
         r.recommend(ones.astype(complex), K)
     twice = scipy.sparse.coo_matrix(([2, 3, 1], ([0, 0, 0], [4, 4, 7])), shape=(1, N_ITEMS))
     np.testing.assert_array_equal(r.recommend(twice, K).ids, r.recommend(twice.tocsr(), K).ids)
-    assert r.recommend(twice, K).read == Read(2, 1, 1, 0, 0, 0), "2 and 3 add up to a rating of 5"
+    assert r.recommend(twice, K).read == RowCounts(2, 1, 1, 0, 0, 0), (
+        "2 and 3 add up to a rating of 5"
+    )
 
 
 def test_an_export_keeps_the_rule(folder, tmp_path):

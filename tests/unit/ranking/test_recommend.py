@@ -128,7 +128,7 @@ def test_rows_without_an_id_are_left_out_and_counted(tmp_path, name):
         assert (file.left_out.missing, file.left_out.rows) == (3, 3)
     histories = read_histories(path, NUMBERED)
     assert lists_of(histories) == {"ann": [0], "bob": [2]}
-    assert histories.read.rows == 2
+    assert histories.counts.rows == 2
 
 
 def test_numbers_and_text_meet(tmp_path):

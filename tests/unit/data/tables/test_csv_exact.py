@@ -17,7 +17,7 @@ from data_tools.readers import open_source
 from dist_vasp.data import ids
 from dist_vasp.data.hashing import keys_of_ids
 from dist_vasp.data.items import ItemTable
-from dist_vasp.data.tables import csv_rows
+from dist_vasp.data.tables import csv_blocks
 from dist_vasp.ranking.history_file import open_histories
 from tests.oracles.csv_files import CsvFile, generate
 
@@ -86,7 +86,7 @@ def test_rows_are_those_of_the_csv_module_or_there_is_an_error(tmp_path, monkeyp
     outcomes: dict[str, int] = {}
     for seed in range(first, min(first + 50, N_FILES)):
         file = generate(seed, tmp_path)
-        monkeypatch.setattr(csv_rows, "BLOCK_BYTES", file.block)
+        monkeypatch.setattr(csv_blocks, "BLOCK_BYTES", file.block)
         of_user: dict[str, set[str]] = {}
         for user, item, _ in file.expected.rows:
             of_user.setdefault(user, set()).add(item)

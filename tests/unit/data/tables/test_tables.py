@@ -16,7 +16,7 @@ import pytest
 
 from data_tools import shard
 from dist_vasp.data import ids
-from dist_vasp.data.tables import csv_header, csv_rows, parquet_file, streams
+from dist_vasp.data.tables import csv_blocks, csv_header, csv_rows, parquet_file, streams
 from dist_vasp.data.tables.columns import Columns, Reading
 from dist_vasp.data.tables.read import open_table
 
@@ -84,7 +84,7 @@ def test_compressions(tmp_path, suffix, twice):
 )
 @pytest.mark.parametrize("block", [3, 1 << 20])
 def test_encodings(tmp_path, monkeypatch, encoding, block):
-    monkeypatch.setattr(csv_rows, "BLOCK_BYTES", block)
+    monkeypatch.setattr(csv_blocks, "BLOCK_BYTES", block)
     text = (
         "user,item,name\n7,30,é\n2,x y,ü\n"
         if encoding != "cp932"
@@ -275,8 +275,9 @@ def test_what_a_zip_claims_is_bounded(tmp_path, monkeypatch):
 
 
 def test_lines_and_headers_are_bounded(tmp_path, monkeypatch):
-    monkeypatch.setattr(csv_rows, "MAX_ROW_BYTES", 1000)
-    monkeypatch.setattr(csv_rows, "BLOCK_BYTES", 100)
+    for module in (csv_blocks, csv_header, csv_rows):
+        monkeypatch.setattr(module, "MAX_ROW_BYTES", 1000)
+    monkeypatch.setattr(csv_blocks, "BLOCK_BYTES", 100)
     path = tmp_path / "a.csv"
     for text, message in (
         (f"user,item\n1,2\n1,{'x' * 5000}\n", "row 3: a line of more than 1,000 bytes"),
