@@ -30,10 +30,13 @@ _MARK = re.compile(r"<!-- (needs|run by|all commands below need): (.+) -->")
 
 
 def blocks(page: Path) -> list[tuple[str, list[str]]]:
-    """(mark, commands) of every block; the mark is empty where this file has to run them."""
+    """(mark, commands) of every block; the mark is empty where this file has to run them.
+
+    A command that ends in a backslash continues on the next line.
+    """
     found: list[tuple[str, list[str]]] = []
     mark, rest, inside, fence = "", "", False, ""
-    for line in page.read_text().splitlines():
+    for line in re.sub(r" \\\n +", " ", page.read_text()).splitlines():
         marked = _MARK.fullmatch(line)
         if marked:
             mark = f"{marked[1]}: {marked[2]}"

@@ -22,8 +22,8 @@ def rows() -> list[tuple[str, str]]:
         cells = [
             re.sub(r"\\([|<*])", r"\1", cell.strip()) for cell in re.split(r"(?<!\\)\|", row)[1:-1]
         ]
-        if len(cells) == 3 and cells[0].startswith("`"):
-            found.append((cells[0].strip("`"), cells[2]))
+        if len(cells) == 2 and cells[0].startswith("`"):
+            found.append((cells[0].strip("`"), cells[1]))
     return found
 
 
