@@ -362,8 +362,8 @@ def test_every_compare_file_under_configs_loads(path, monkeypatch):
     monkeypatch.chdir(ROOT)
     comparison = read_comparison(path)
     assert len(comparison.models) > 2
-    opening = path.read_text().splitlines()[:4]
-    assert [line.split(":")[0] for line in opening] == [
+    header = re.findall(r"^# [A-Z]\w+(?=:)", path.read_text(), re.M)
+    assert header[:4] == [
         "# Purpose",
         "# Hardware",
         "# Time",
