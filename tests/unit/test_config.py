@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import copy
 import dataclasses
+import re
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 
