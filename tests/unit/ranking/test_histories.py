@@ -93,7 +93,7 @@ def test_blocks_of_whole_users_in_order_of_appearance(
     with open_histories(path, tmp_path) as file:
         assert file.n_users == 40 and (file.user_type == pa.string()) == text
         assert bool(list(tmp_path.glob(".h*grouping*"))) == (how != "ascending")
-        assert file._scattered == (how in ("last row elsewhere", "shuffled")), (
+        assert file._is_scattered == (how in ("last row elsewhere", "shuffled")), (
             "what lies together is not sorted"
         )
         for block in file.blocks(NUMBERED, per_block):
