@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _compare(comparison: Comparison, output: Path, data: str, ranks: int, command: str) -> int:
-    """Bring all runs to their end and write the reports; returns the exit status."""
+    """Bring all runs to their end, write the reports, and return the exit status."""
     start = time.monotonic()
     runs, jobs = comparison.runs(output), Jobs()
     _make(output)
@@ -159,7 +159,7 @@ def _make(folder: Path) -> None:
 
 
 def _overrides(rest: Sequence[str]) -> dict[str, Any]:
-    """`--section.key value` or `--section.key=value`, as train.py takes them."""
+    """Return the keys of `--section.key value` or `--section.key=value`, as train.py takes them."""
     found: dict[str, Any] = {}
     waiting = list(rest)
     while waiting:

@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _check_output(folder: Path) -> None:
-    """ValueError unless the folder is new, empty, or holds an ensemble that may be replaced."""
+    """Raise ValueError unless the folder is new, empty, or holds an ensemble to replace."""
     check_belongs_to_nothing(folder, "--output")
     file = folder / ENSEMBLE
     ours = (

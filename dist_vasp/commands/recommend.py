@@ -145,8 +145,10 @@ def _add_lists(parser: argparse.ArgumentParser) -> None:
 
 
 def _check(arguments: argparse.Namespace) -> list[tuple[str, str | Path]]:
-    """The files that are read, by option; ValueError where a number is out of range or the output
-    is one of them."""
+    """Return the input files with their options.
+
+    ValueError where a number is out of range or the output is one of the inputs.
+    """
     if arguments.k < 1:
         raise ValueError(f"--k is {arguments.k}, expected at least 1")
     if not 0 <= arguments.explain <= _MOST_REASONS:

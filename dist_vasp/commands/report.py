@@ -15,7 +15,7 @@ from dist_vasp.places import check_file
 from dist_vasp.progress import counting
 from dist_vasp.ranking.recommender import Recommender
 from dist_vasp.report.gather import Run, read_runs
-from dist_vasp.report.lists import look
+from dist_vasp.report.lists import make_lists
 from dist_vasp.report.page import is_report, page
 from dist_vasp.report.view import Lists
 
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     runs = read_runs(arguments.runs, arguments.benchmark)
     check_file(out, "--out", ours=is_report)
     lists = [
-        _look(one, arguments.shards, arguments.users, arguments.samples, arguments.k)
+        _lists(one, arguments.shards, arguments.users, arguments.samples, arguments.k)
         for one in runs
     ]
     date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
@@ -72,9 +72,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
 
 
-def _look(one: Run, shards: str | None, n_users: int, n_samples: int, k: int) -> Lists:
-    """Lists of the run's model; a run without a model or data is reported without them, a wrong
-    --shards is an error."""
+def _lists(one: Run, shards: str | None, n_users: int, n_samples: int, k: int) -> Lists:
+    """Return the lists of the run's model.
+
+    A run without a model or data is reported without them; a wrong --shards is an error.
+    """
     folder = shards or str(one.at("data", "shards") or "")
     if not n_users:
         return Lists()
@@ -83,7 +85,7 @@ def _look(one: Run, shards: str | None, n_users: int, n_samples: int, k: int) ->
         return Lists(why_not=f"{why_not}--shards DIR names it.")
     try:
         with counting(f"lists of {one.name}", "user") as show:
-            popularity, samples = look(
+            popularity, samples = make_lists(
                 Recommender.load(one.folder), folder, n_users, n_samples, k, show
             )
     except ValueError as error:

@@ -190,7 +190,7 @@ def _sum(runs: Sequence[Run], model: Model, costs: Mapping[str, dict[str, Any]])
 
 
 def _users_per_second(metrics: Path) -> float | None:
-    """Median over the steps; None for a model that takes none."""
+    """Return the median over the steps; None for a model that takes none."""
     if not metrics.is_file():
         return None
     rates = [
@@ -202,7 +202,7 @@ def _users_per_second(metrics: Path) -> float | None:
 
 
 def _lines(metrics: Path) -> Iterator[dict[str, Any]]:
-    """The lines of metrics.jsonl that are objects; a damaged one is left out."""
+    """Return the lines of metrics.jsonl that are objects, without damaged ones."""
     for text in metrics.read_bytes().splitlines():
         try:
             line = parse_json(text)

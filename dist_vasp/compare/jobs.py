@@ -85,8 +85,10 @@ class Jobs:
 
 
 def peak_resident(pid: int) -> int:
-    """Bytes of the largest resident size so far, as the kernel keeps it; 0 when the process is
-    gone."""
+    """Return the largest resident size so far in bytes, as the kernel keeps it.
+
+    0 when the process is gone.
+    """
     try:
         for line in Path(f"/proc/{pid}/status").read_text().splitlines():
             if line.startswith("VmHWM:"):

@@ -12,7 +12,7 @@ from dist_vasp.ranking.per_user import THIRDS
 
 
 def markdown(found: dict[str, Any]) -> str:
-    """report.md from what `gather` returns."""
+    """Return report.md for what `gather` returns."""
     parts = [
         [
             f"# Comparison on {found['data']['shards']}",

@@ -47,7 +47,7 @@ class Failure:
 
 
 def data_sha256(manifest: Manifest) -> str:
-    """Identifies the vocabulary and every shard of every split."""
+    """Return a hash of the vocabulary and of every shard of every split."""
     digest = hashlib.sha256(manifest.vocabulary_sha256.encode())
     for split in SPLITS:
         for shard in manifest.splits[split].shards:
@@ -56,9 +56,11 @@ def data_sha256(manifest: Manifest) -> str:
 
 
 def state_of(run: Run, data: str) -> str:
-    """What is there of a run on the data with hash `data`. A result of another configuration or of
-    other data is not taken: train.py is started then, which goes on where it may and refuses where
-    it must not."""
+    """Return how far a run on the data with hash `data` has come.
+
+    A result of another configuration or of other data does not count: train.py is started then,
+    which resumes where it may and refuses where it must not.
+    """
     evaluated = run.file("test.json").is_file() and run.file("per_user.parquet").is_file()
     same_data = _job(run).get("data_sha256") == data
     if run.members:
@@ -81,7 +83,7 @@ def state_of(run: Run, data: str) -> str:
 
 
 def _members_of(run: Run) -> str:
-    """The members of an ensemble and their weights, as its .yaml says."""
+    """Return the members of an ensemble and their weights, as its .yaml says."""
     weights = {
         member.stem: weight
         for member, (_, weight) in zip(run.members, run.model.members, strict=True)
@@ -111,7 +113,7 @@ def _job(run: Run) -> dict[str, Any]:
 
 
 def plan(comparison: Comparison, output: Path, data: str) -> str:
-    """What would be trained, and what is there already."""
+    """Return what would be trained and what is there already, as text."""
     runs = comparison.runs(output)
     states = [state_of(run, data) for run in runs]
     lines = []
@@ -142,7 +144,7 @@ def carry_out(
     say: Callable[[str], None],
     device: str = "auto",
 ) -> list[Failure]:
-    """Bring every run to its end, one after another; a run that fails is said and the others go on.
+    """Bring every run to its end, one after another; a failed run is printed and the others go on.
 
     Raises Stopped.
     """
@@ -186,7 +188,7 @@ def carry_out(
 def _carry_out_one(
     run: Run, state: str, comparison: Comparison, data: str, ranks: int, jobs: Jobs, device: str
 ) -> Failure | None:
-    """Train and evaluate one run as far as it has not been done. None, or how it failed."""
+    """Train and evaluate one run as far as that is not done. Return None, or how it failed."""
     log_before = run.file("log").stat().st_size if run.file("log").exists() else 0
     if state != TRAINED:
         for ending in ("test.json", "per_user.parquet"):  # of an earlier result
@@ -260,12 +262,12 @@ def _note(run: Run, ended: Ended, data: str | None, ranks: int) -> None:
 
 
 def _changed(path: Path) -> int:
-    """When a file was last written, 0 where there is none."""
+    """Return when a file was last written, 0 where there is none."""
     return path.stat().st_mtime_ns if path.exists() else 0
 
 
 def _reason(log: Path, start: int) -> str:
-    """The last line of a log after byte `start` that tells of an error, else its last line."""
+    """Return the last error that a log reports after byte `start`, else its last line."""
     lines = [
         line
         for line in log.read_bytes()[start:].decode(errors="replace").splitlines()
@@ -276,8 +278,10 @@ def _reason(log: Path, start: int) -> str:
 
 
 def _time_left(runs: Sequence[Run], seconds: dict[str, list[float]]) -> str:
-    """`, about 0:02:10 left` for all of `runs`: each as long as its model took before, else as a
-    mean model."""
+    """Return `, about 0:02:10 left` for all of `runs`.
+
+    Each takes as long as its model took before, else as long as a mean model.
+    """
     if not seconds:
         return ""
     mean = fmean(fmean(taken) for taken in seconds.values())

@@ -40,7 +40,7 @@ class Estimate:
 
     @property
     def ratio(self) -> float:
-        """Standard errors that the mean is away from zero."""
+        """Return by how many standard errors the mean differs from zero."""
         if self.se > 0:
             return self.mean / self.se
         return 0.0 if self.mean == 0 else math.copysign(math.inf, self.mean)
@@ -54,7 +54,7 @@ class Estimate:
 
 
 def estimate(values: np.ndarray) -> Estimate:
-    """Over the values that are not NaN."""
+    """Return mean and standard error over the values that are not NaN."""
     scored = values[~np.isnan(values)]
     n = len(scored)
     if not n:
@@ -75,18 +75,18 @@ class Scores:
     values: Mapping[str, np.ndarray]
 
     def per_user(self, column: str) -> np.ndarray:
-        """Mean over the seeds, (users,)."""
+        """Return the mean over the seeds, (users,)."""
         return self.values[column].mean(axis=0)
 
     def estimate(self, column: str) -> Estimate:
         return estimate(self.per_user(column))
 
     def by_seed(self, column: str) -> list[float]:
-        """The metric of each seed."""
+        """Return the metric of each seed."""
         return [estimate(row).mean for row in self.values[column]]
 
     def seed_sd(self, column: str) -> float:
-        """Spread over the seeds; NaN with one."""
+        """Return the standard deviation over the seeds; NaN with one."""
         found = self.by_seed(column)
         return float(np.std(found, ddof=1)) if len(found) > 1 else math.nan
 
@@ -119,7 +119,7 @@ def _read(path: Path) -> pa.Table:
 
 
 def paired(a: Scores, b: Scores, column: str) -> Estimate:
-    """a less b, user by user."""
+    """Return a less b, user by user."""
     if not np.array_equal(a.keys, b.keys):
         raise ValueError(
             f"{a.name} and {b.name} were evaluated on different users; remove their "
@@ -198,7 +198,7 @@ def _standard_errors(ratio: float) -> str:
 
 
 def _other_metrics(first: Scores, second: Scores) -> str:
-    """What the other metrics say of the same two models."""
+    """Return what the other metrics say about the same two models."""
     found = []
     for column in METRICS[1:]:
         d = paired(first, second, column)

@@ -32,7 +32,7 @@ def error(check: str, text: str, do: str) -> Finding:
 
 
 def table(findings: list[Finding]) -> str:
-    """For people: one line a finding, what to do below it, the verdict at the end."""
+    """Return one line a finding, with what to do below it, and the verdict at the end."""
     wide = max((len(f.check) for f in findings), default=0)
     lines = []
     for f in findings:

@@ -32,7 +32,7 @@ def check_job(
     checksums: bool,
     progress: Callable[[int, int], None],
 ) -> Iterator[Finding]:
-    """Findings on this configuration with `ranks` ranks, `local_ranks` of them on this machine."""
+    """Yield findings on this configuration with `ranks` ranks, `local_ranks` of them here."""
     manifest = None
     if config.data.shards:
         found = _shards(config.data.shards, checksums, progress)
@@ -80,7 +80,7 @@ def check_job(
 def _shards(
     folder: str, checksums: bool, progress: Callable[[int, int], None]
 ) -> tuple[Finding, Manifest | None]:
-    """Manifest, vocabulary and the size of every shard; with `checksums` all of their content."""
+    """Check manifest, vocabulary and the size of every shard; with `checksums` all their content."""
     try:
         manifest = Manifest.load(folder)
         load_items(folder, manifest)
@@ -116,7 +116,7 @@ def _shards(
 
 
 def config_needs_validation(manifest: Manifest) -> bool:
-    """Data that was prepared without validation on purpose (protocol `given`) needs none."""
+    """Return whether data should have validation users: protocol `given` may have none."""
     return manifest.preparation.get("protocol") == "liang"
 
 
@@ -179,6 +179,6 @@ def _disk(config: Config, n_items: int) -> Finding:
 
 
 def _two(text: str) -> tuple[str, str]:
-    """A message of ours, which says what is wrong and, after the last semicolon, what to do."""
+    """Split one of our messages into what is wrong and, after the last semicolon, what to do."""
     said, _, do = text.rpartition("; ")
     return (said, do) if said else (text, "")

@@ -202,7 +202,7 @@ def available_memory() -> tuple[int, bool]:
 
 
 def cpu_quota() -> float | None:
-    """Cores that the control group grants, None where it sets no limit."""
+    """Return the cores that the control group grants, None where it sets no limit."""
     found = []
     for folder in _groups():
         try:
@@ -215,7 +215,7 @@ def cpu_quota() -> float | None:
 
 
 def _groups() -> list[Path]:
-    """This process's control group (version 2) and those above it, whose limits hold too."""
+    """Return this process's control group (version 2) and those above it, which limit it too."""
     try:
         lines = Path("/proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -235,7 +235,7 @@ def _number(path: Path) -> int | None:
 
 
 def _reclaimable(folder: Path) -> int:
-    """Bytes of cached files that the kernel gives back when memory is short."""
+    """Return the bytes of cached files that the kernel gives back when memory is short."""
     try:
         lines = (folder / "memory.stat").read_text().splitlines()
         return sum(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))

@@ -105,8 +105,7 @@ class Measured:
 
 
 def measure(config: Config, ranks: Ranks, steps: int, warm_up: int = 2) -> Measured:
-    """Train `steps` steps after a warm-up, then measure the machine's rates; medians and totals of
-    this rank."""
+    """Train `steps` steps after a warm-up, then measure the machine's rates."""
     stream = make_stream(config, ranks)
     batches = with_next(
         stream.batches(0, warm_up + steps, config.data.workers)

@@ -41,7 +41,7 @@ class Run:
 
     @property
     def recall_denominator(self) -> str:
-        """What Recall@k divides by: min or held_out."""
+        """Return what Recall@k divides by: min or held_out."""
         return str(self.at("run", "recall_denominator", "min"))
 
     @property

@@ -1,5 +1,4 @@
-"""What the model recommends to test users, for the report: by popularity of the items, and in full
-for a few of them.
+"""What a model recommends to test users: by popularity of the items, and in full for a few users.
 
 Shapes: U users, I items, K length of a list.
 """
@@ -67,7 +66,7 @@ class Sample:
         return any(pick.why and pick.why.p_nease is not None for pick in self.picks)
 
 
-def look(
+def make_lists(
     recommender: Recommender,
     shards: str,
     n_users: int,
@@ -75,10 +74,10 @@ def look(
     k: int,
     progress: Callable[[int, int], None],
 ) -> tuple[Popularity, list[Sample]]:
-    """Lists for the first `n_users` users of the test split (of validation where there is none),
-    and some in full.
+    """Return the lists of the first `n_users` test users by popularity, and some in full.
 
-    ValueError where the shards are another catalogue's, or hold no such user.
+    Validation users where there are no test users. ValueError where the shards belong to another
+    catalogue, or hold no such user.
     """
     manifest = Manifest.load(shards)
     if manifest.vocabulary_sha256 != recommender.vocabulary_sha256:
@@ -128,8 +127,7 @@ def look(
 
 
 def decile_of(n_items: int) -> np.ndarray:
-    """(I,) the tenth of the catalogue that each item row lies in: rows are in descending
-    popularity."""
+    """Return the tenth of the catalogue that each item row is in, (I,)."""
     return np.arange(n_items) * DECILES // max(n_items, 1)
 
 
@@ -147,8 +145,10 @@ def _matrix(rows: Rows, n_items: int) -> scipy.sparse.csr_matrix:
 def _samples(
     recommender: Recommender, blocks: list[EvalBlock], ids: dict[int, Id], n: int, k: int
 ) -> list[Sample]:
-    """Users with a short, a middling and a long history among those who have held-out items: the
-    quantiles of its length."""
+    """Return users with a short, a middling and a long history: quantiles of its length.
+
+    They are chosen among those who have held-out items.
+    """
     users = [
         (int(block.fold_in.lengths[u]), int(block.user_keys[u]), b, u)
         for b, block in enumerate(blocks)
@@ -181,5 +181,5 @@ def _sample(recommender: Recommender, block: EvalBlock, u: int, user: str, k: in
 
 
 def label(recommender: Recommender, item: Id) -> str:
-    """An item's title, else its id."""
+    """Return an item's title, else its id."""
     return recommender.title(item) or f"item {item}"

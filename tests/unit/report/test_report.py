@@ -16,7 +16,7 @@ import pytest
 from dist_vasp.config import Config, ModelConfig, ParallelConfig
 from dist_vasp.ranking.recommender import Recommender
 from dist_vasp.report.gather import read_run, read_runs
-from dist_vasp.report.lists import decile_of, look
+from dist_vasp.report.lists import decile_of, make_lists
 from dist_vasp.report.svg import Line, lines, short, thin
 from launch.ensemble import main as make_ensemble
 from launch.report import main
@@ -264,7 +264,7 @@ def _contrast(a: str, b: str) -> float:
 
 def test_popularity_and_users_are_those_of_the_lists(run, shards):
     recommender = Recommender.load(run)
-    popularity, samples = look(recommender, str(shards), 1000, 3, 5, lambda done, total: None)
+    popularity, samples = make_lists(recommender, str(shards), 1000, 3, 5, lambda done, total: None)
     heldout = _rows(24, 1)[8:]
     ids, _ = recommender.recommend([[1000 + i for i in row[:-4]] for row in heldout], 20)
     rows = ids - 1000
