@@ -11,6 +11,7 @@ import secrets
 import time
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 
 from dist_vasp.checkpoint import folder as folders
 from dist_vasp.checkpoint.read import header_of
@@ -106,11 +107,10 @@ class StepFit:
         self.run = run
         self.stream = stream
         self.trainer = trainer
-        self.state = state
         self.last = total_steps(run.config, stream.steps_per_epoch)
         ranks = run.ranks
         attempt = all_gather_bytes(secrets.token_hex(8).encode(), ranks.world, ranks.device)[0]
-        state.attempt = attempt.decode()
+        self.state = replace(state, attempt=attempt.decode())
         self._batches = batches
         self._saver = Saver(trainer, stream, run.checkpoints, run.say)
         self._memory = Memory(ranks.device)
@@ -180,16 +180,14 @@ class StepFit:
     # --- the loop ---------------------------------------------------------------------------------
 
     def fit(self) -> Fitted | None:
-        state = self.state
-        if state.evaluation_due:
+        if self.state.evaluation_due:
             self._evaluate()
         clock = time.monotonic()
         for batch, following in with_next(self._batches):
             waited = time.monotonic() - clock
             report = self._step(batch, following)
             elapsed = time.monotonic() - clock
-            state.step += 1
-            state.seconds += elapsed
+            self.state = self.state.after_step(elapsed)
             self._record(batch, report, elapsed, waited)
             if report.all_written:
                 self._saver.finish()
@@ -203,7 +201,7 @@ class StepFit:
             return None
         self.trainer.close()
         epochs = self.last / self.stream.steps_per_epoch
-        return Fitted(self._evaluated(), state.seconds, epochs, self.stopped())
+        return Fitted(self._evaluated(), self.state.seconds, epochs, self.stopped())
 
     def _step(self, batch: Batch, following: Batch | None) -> StepReport:
         """One update; DivergedError names the users of the batch and the last good checkpoint."""
@@ -259,18 +257,18 @@ class StepFit:
 
     def _evaluate_and_save(self, epoch: int, stop: bool) -> bool:
         """Evaluate and save where this step is one to do so; return whether training continues."""
-        state, run = self.state, self.run.config.run
-        epoch_ends = state.step % self.stream.steps_per_epoch == 0
-        every, cadence = run.evaluate_every_epochs, run.checkpoint_every_steps
-        is_last = state.step == self.last
-        its_turn = bool(every) and epoch_ends and (epoch + 1) % every == 0
-        state.evaluation_due = its_turn or (bool(every) and is_last)
-        if state.evaluation_due and not stop:
+        step = self.state.step
+        every = self.run.config.run.evaluate_every_epochs
+        cadence = self.run.config.run.checkpoint_every_steps
+        epoch_ends = step % self.stream.steps_per_epoch == 0
+        is_last = step == self.last
+        is_due = bool(every) and (is_last or (epoch_ends and (epoch + 1) % every == 0))
+        self.state = replace(self.state, evaluation_due=is_due)
+        if is_due and not stop:
             self._evaluate_or_save()
-        stopping = stop or state.evaluation_due
-        saving = state.step % cadence == 0 if cadence else epoch_ends
-        if stopping or is_last or saving:
-            self._saver.save(state)
+        stopping = stop or self.state.evaluation_due
+        if stopping or is_last or (step % cadence == 0 if cadence else epoch_ends):
+            self._saver.save(self.state)
         return not stopping
 
     def _evaluate_or_save(self) -> None:
@@ -285,9 +283,9 @@ class StepFit:
             ) from None
 
     def _evaluate(self) -> None:
-        """Validate this step and keep it if it is the best; `state.evaluation_due` stays True
-        where a stop comes first."""
-        run, state = self.run, self.state
+        """Validate this step and keep it if it is the best; it stays due where a stop comes
+        first."""
+        run = self.run
         metrics = None
         if run.manifest.splits["validation"].users:
             with self.trainer.evaluating() as trunk:
@@ -295,7 +293,7 @@ class StepFit:
             if found is None:
                 return
             metrics = found.result()
-        state.evaluation_due = False
+        state = self.state = replace(self.state, evaluation_due=False)
         if not metrics or not metrics["n_users"]:
             return
         epoch = (state.step - 1) // self.stream.steps_per_epoch
@@ -303,8 +301,8 @@ class StepFit:
         line = {"step": state.step, "epoch": epoch, "split": "validation", **metrics}
         run.record(line, "validation")
         if state.best is None or metrics[BEST_BY] > state.best[BEST_BY]:
-            state.best = metrics
-            self._saver.save_best(state)
+            self.state = state.with_best(metrics)
+            self._saver.save_best(self.state)
 
 
 def make_stream(config: Config, ranks: Ranks) -> TrainStream:

@@ -6,7 +6,7 @@ import json
 import os
 from collections import deque
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from dist_vasp.training.engine import Trainer
 BEST_BY = "ndcg@100"  # the validation metric that decides which checkpoint is the best
 
 
-@dataclass
+@dataclass(frozen=True)
 class RunState:
     """Where the run stands. The position within the data is a function of `step` alone."""
 
@@ -37,11 +37,28 @@ class RunState:
     best_checkpoint: BestCheckpoint | None = None  # whose weights `best` is of
     lost_best: bool = False  # the resumed checkpoint names a best one that is not in the folder
 
+    def after_step(self, seconds: float) -> RunState:
+        """Return the state after one more step, which took `seconds`."""
+        return replace(self, step=self.step + 1, seconds=self.seconds + seconds)
+
+    def with_best(self, metrics: dict[str, Any]) -> RunState:
+        """Return the state in which this step is the best so far."""
+        named = BestCheckpoint(self.step, self.attempt)
+        return replace(self, best=metrics, best_checkpoint=named)
+
 
 def total_steps(config: Config, steps_per_epoch: int) -> int:
     """Return the steps of the whole run: the schedule's, or `run.max_steps` if that is less."""
     steps = config.epochs * steps_per_epoch
     return min(steps, config.run.max_steps) if config.run.max_steps else steps
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """A checkpoint that is being written."""
+
+    save: Save
+    is_best: bool
 
 
 class Saver:
@@ -57,31 +74,19 @@ class Saver:
         self.stream = stream
         self.folder = folder
         self.say = say
-        self._pending: deque[tuple[Save, Callable[[], None]]] = deque()
+        self._pending: deque[_Pending] = deque()
         self._told = False
 
     def save(self, state: RunState) -> None:
         """Start saving everything that a resume needs, as step-XXXXXXXX; older ones beyond
         `run.keep` are removed when it is whole."""
-        config = self.trainer.config
-        self._start(
-            folders.step_path(self.folder, state.step),
-            state,
-            True,
-            lambda: folders.prune(self.folder, config.run.keep),
-        )
+        self._start(folders.step_path(self.folder, state.step), state, moments=True)
 
     def save_best(self, state: RunState) -> None:
         """Start saving the weights, as best-XXXXXXXX; `best` points at it when it is whole."""
-        path = folders.best_path(self.folder, state.step)
-        state.best_checkpoint = BestCheckpoint(state.step, state.attempt)
-        self._start(path, state, False, lambda: self._keep_best(path))
+        self._start(folders.best_path(self.folder, state.step), state, moments=False)
 
-    def _keep_best(self, path: Path) -> None:
-        folders.point_best_at(path)
-        folders.prune(self.folder, self.trainer.config.run.keep)
-
-    def _start(self, path: Path, state: RunState, moments: bool, then: Callable[[], None]) -> None:
+    def _start(self, path: Path, state: RunState, moments: bool) -> None:
         trainer = self.trainer
         try:
             pending = Save(
@@ -101,16 +106,16 @@ class Saver:
                     "saving in the foreground, block by block: no memory for a copy of the state"
                 )
             pending.write()
-        self._pending.append((pending, then))
+        self._pending.append(_Pending(pending, is_best=not moments))
 
     def keep_what_is_good(self, step: int) -> None:
         """Commit what was started, but remove the checkpoints of `step`, whose weights gave no
         finite loss."""
         void = (folders.step_path(self.folder, step), folders.best_path(self.folder, step))
-        for pending, _ in self._pending:
-            if pending.path in void:
-                pending.abandon()
-        self._pending = deque(started for started in self._pending if started[0].path not in void)
+        for pending in self._pending:
+            if pending.save.path in void:
+                pending.save.abandon()
+        self._pending = deque(p for p in self._pending if p.save.path not in void)
         self.finish()
         if self.trainer.ranks.is_main:
             folders.discard(self.folder, *void)
@@ -118,21 +123,23 @@ class Saver:
     @property
     def written(self) -> bool:
         """Whether this rank has written its part of all that was started."""
-        return all(pending.written for pending, _ in self._pending)
+        return all(pending.save.written for pending in self._pending)
 
     def finish(self) -> None:
         """Commit everything that was started; all ranks call it together."""
         while self._pending:
-            pending, then = self._pending.popleft()
+            pending = self._pending.popleft()
             try:
-                pending.commit()
+                pending.save.commit()
             except ValueError:
-                for later, _ in self._pending:
-                    later.abandon()
+                for later in self._pending:
+                    later.save.abandon()
                 self._pending.clear()
                 raise
             if self.trainer.ranks.is_main:
-                then()
+                if pending.is_best:
+                    folders.point_best_at(pending.save.path)
+                folders.prune(self.folder, self.trainer.config.run.keep)
 
     def _header(self, state: RunState) -> Header:
         config, manifest = self.trainer.config, self.stream.manifest
@@ -228,14 +235,12 @@ def _state_of(opened: Checkpoint[Header], folder: Path, ranks: Ranks) -> RunStat
         return state
     path = folders.best_of(folder, header) if ranks.is_main else None
     best = header_of(path) if path else None
-    step, attempt = (best.position.step, best.attempt) if best else (-1, "")
-    said = all_gather_bytes(f"{step} {attempt}".encode(), ranks.world, ranks.device)[0].decode()
-    found, _, attempt = said.partition(" ")
-    if int(found) < 0:
-        state.best, state.lost_best = None, True
-    else:
-        state.best_checkpoint = BestCheckpoint(int(found), attempt)
-    return state
+    mine = f"{best.position.step} {best.attempt}" if best else ""
+    said = all_gather_bytes(mine.encode(), ranks.world, ranks.device)[0].decode()
+    step, _, attempt = said.partition(" ")
+    if not step:
+        return replace(state, best=None, lost_best=True)
+    return replace(state, best_checkpoint=BestCheckpoint(int(step), attempt))
 
 
 def check_same(opened: Checkpoint[Header], matching: dict[str, Any], manifest: Manifest) -> None:

@@ -23,7 +23,7 @@ METRICS = {"ndcg@100": 0.5}
 
 def best(save: Saver, step: int, attempt: str, found: float = 0.5) -> RunState:
     """Save a best checkpoint of this step; the state that names it."""
-    state = RunState(step, best={"ndcg@100": found}, attempt=attempt)
+    state = RunState(step, attempt=attempt).with_best({"ndcg@100": found})
     save.save_best(state)
     save.finish()
     return state
@@ -118,7 +118,7 @@ def test_void_weights_are_neither_kept_nor_pointed_at(tmp_path, diverged):
     save = saver(tmp_path, keep=2)
     good = best(save, 4, "a")
     step(save, 5, good)
-    void = RunState(8, best={"ndcg@100": 0.9}, attempt="a")
+    void = RunState(8, attempt="a").with_best({"ndcg@100": 0.9})
     save.save_best(void)
     save.save(RunState(8, best=void.best, attempt="a", best_checkpoint=void.best_checkpoint))
     if diverged == 5:
@@ -188,7 +188,7 @@ def test_a_run_of_an_earlier_version_resumes_with_its_best(tmp_path):
         and state.best_checkpoint == BestCheckpoint(4, "")
     )
     assert names(tmp_path) == ["best", "best-00000004", "step-00000005"]
-    later = RunState(7, best={"ndcg@100": 0.7}, attempt="b")
+    later = RunState(7, attempt="b").with_best({"ndcg@100": 0.7})
     save.save_best(later)
     save.finish()
     assert "best-00000004" in names(tmp_path), "the step of the earlier version may need it"
