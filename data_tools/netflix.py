@@ -91,12 +91,13 @@ class NetflixSource:
                 continue
             if not _RATINGS.match(name) and not (self.path.is_file() and name == self.path.name):
                 continue
-            line, held = 1, b""
+            line = 1
+            rest = b""
             while data := stream.read(BLOCK_BYTES):
-                data = held + data
+                data = rest + data
                 cut = data.rfind(b"\n") + 1
-                held = data[cut:]
-                if len(held) > MAX_ROW_BYTES:
+                rest = data[cut:]
+                if len(rest) > MAX_ROW_BYTES:
                     raise ValueError(
                         f"{member}, line {line}: more than {MAX_ROW_BYTES:,} bytes without an "
                         "end; expected lines of ratings"
@@ -104,15 +105,15 @@ class NetflixSource:
                 if cut:
                     yield _Lines(member, line, data[:cut])
                     line += data.count(b"\n", 0, cut)
-            if held:
-                yield _Lines(member, line, held + b"\n")
+            if rest:
+                yield _Lines(member, line, rest + b"\n")
 
     def titles(self) -> dict[int, str] | None:
         """Return movie titles by id, from movie_titles.csv or .txt inside `path` or next to it."""
         for name in ("movie_titles.csv", "movie_titles.txt"):
-            beside = self.path.parent / name
-            if not self._titles and beside.is_file():
-                self._titles.update(_parse_titles(read_titles(open_file(beside), str(beside))))
+            file = self.path.parent / name
+            if not self._titles and file.is_file():
+                self._titles.update(_parse_titles(read_titles(open_file(file), str(file))))
         return self._titles or None
 
 

@@ -22,7 +22,7 @@ from typing import BinaryIO
 
 from dist_vasp.locks import open_lock
 from dist_vasp.places import Inputs, check_file, check_folder, check_writable_file, unwritable
-from dist_vasp.temporary import RawOutput, beside, explained, finish, sync, temporary_file
+from dist_vasp.temporary import RawOutput, explained, finish, hidden_name, sync, temporary_file
 
 _ENDING = r"[0-9a-f]{16}\.(tmp|old)"  # of a temporary name
 _LEFTOVER = re.compile(rf"\..+\.{_ENDING}")
@@ -79,7 +79,7 @@ def new_folder(
     target = check()
     with parents(target, option), sole_writer(target, option):
         check()  # another command may have written it meanwhile
-        temporary = beside(target, f"{secrets.token_hex(8)}.tmp")
+        temporary = hidden_name(target, f"{secrets.token_hex(8)}.tmp")
         exists = False
         try:  # entered before the folder is there, because a signal may come at any moment
             try:
@@ -172,7 +172,7 @@ def sole_writer(path: Path, option: str = "") -> Iterator[None]:
     The lock is on the file `.NAME.lock` next to the output, and ends with the process. Where the
     filesystem has no locks, two commands write under different names, and the later one wins.
     """
-    lock = beside(path, "lock")
+    lock = hidden_name(path, "lock")
     descriptor, held = None, False
     try:
         with explained(path, option):
@@ -226,7 +226,7 @@ def _replace_folder(temporary: Path, path: Path) -> None:
         shutil.rmtree(temporary, ignore_errors=True)  # the earlier folder has this name now
     else:
         # if this process is killed here, `_clear` restores the name
-        old = beside(path, f"{secrets.token_hex(8)}.old")
+        old = hidden_name(path, f"{secrets.token_hex(8)}.old")
         os.rename(path, old)
         try:
             os.rename(temporary, path)
@@ -249,7 +249,7 @@ def _clear(path: Path) -> None:
 
     A folder that one of them had renamed gets its name back.
     """
-    start = beside(path, "").name
+    start = hidden_name(path, "").name
     for entry in sorted(os.scandir(path.parent), key=lambda entry: entry.name):
         ending = entry.name.removeprefix(start)
         if not entry.name.startswith(start) or not re.fullmatch(_ENDING, ending):

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 from dist_vasp.places import unwritable
 
 
-def beside(path: Path, ending: str) -> Path:
+def hidden_name(path: Path, ending: str) -> Path:
     """Return `.NAME.ENDING` in the folder of `path`; a long name is replaced by its hash."""
     name = path.name
     if len(os.fsencode(name)) > 200:
@@ -95,7 +95,7 @@ def explained(
 @contextmanager
 def temporary_file(path: Path, option: str, remedy: str = "") -> Iterator[tuple[BinaryIO, Path]]:
     """Yield a new file next to `path`, and its name; it is removed when the block ends."""
-    temporary = beside(path, f"{secrets.token_hex(8)}.tmp")
+    temporary = hidden_name(path, f"{secrets.token_hex(8)}.tmp")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     exists, handle = False, None
     try:  # entered before the file is there, because a signal may come at any moment

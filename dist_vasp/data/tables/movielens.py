@@ -98,15 +98,15 @@ def find(path: Path, any_header: bool = False) -> MovieLens | None:
             stream.close()
 
 
-def _find(path: Path, wanted: Sequence[str], beside: str | None = None) -> str | None:
-    """Return the least deep member with one of these names, or the one in the folder `beside`."""
-    if path.is_dir() and beside is not None:
-        names = [str(Path(beside, w)) for w in wanted if (path / beside / w).is_file()]
+def _find(path: Path, wanted: Sequence[str], folder: str | None = None) -> str | None:
+    """Return the least deep member with one of these names, or the one in `folder`."""
+    if path.is_dir() and folder is not None:
+        names = [str(Path(folder, w)) for w in wanted if (path / folder / w).is_file()]
     else:
         names = [
             n
             for n in names_in(path)
-            if Path(n).name in wanted and beside in (None, str(Path(n).parent))
+            if Path(n).name in wanted and folder in (None, str(Path(n).parent))
         ]
     return min(names, key=lambda n: (n.count("/"), n), default=None)
 
