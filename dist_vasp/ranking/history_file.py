@@ -145,9 +145,8 @@ class HistoryFile:
                 # the last user may have more rows in the next batch
                 whole = (len(starts) - 1) // users_per_block * users_per_block
                 for first in range(0, whole, users_per_block):
-                    yield self._histories(
-                        rows, starts[first], starts[first + users_per_block], len(items.keys)
-                    )
+                    stop = starts[first + users_per_block]
+                    yield self._histories(rows, starts[first], stop, len(items.keys))
                 rest = starts[whole] if len(starts) else 0
                 # a copy, so that the memory of the others is freed
                 waiting = [rows.take(pa.array(np.arange(rest, len(rows))))]
@@ -156,12 +155,8 @@ class HistoryFile:
             rows = waiting[0]
             starts = np.append(run_starts(rows["user"]), len(rows))
             for first in range(0, len(starts) - 1, users_per_block):
-                yield self._histories(
-                    rows,
-                    starts[first],
-                    starts[min(first + users_per_block, len(starts) - 1)],
-                    len(items.keys),
-                )
+                stop = starts[min(first + users_per_block, len(starts) - 1)]
+                yield self._histories(rows, starts[first], stop, len(items.keys))
 
     def no_list(self, items: ItemTable, n_known: int, n_ended: int = 0) -> ValueError:
         """Return the error for the case that nobody gets a list.

@@ -82,8 +82,7 @@ def recommend_to_file(
     except ValueError as raised:
         error = raised
     agree(error, ranks)
-    report = _Report(histories.left_out, show)
-    n_items = len(items.keys)
+    report, n_items = _Report(histories.left_out, show), len(items.keys)
     try:
         for block in histories.blocks(items, USERS_PER_BLOCK):
             scores, rows = top_items(
