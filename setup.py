@@ -5,7 +5,7 @@ from setuptools import find_packages, setup
 setup(
     name="dist_vasp",
     version="0.1.0",
-    description="VASP (FLVAE x Neural EASE) trained with the exact items x items layer partitioned over devices",
+    description="VASP and EASE with the exact items x items matrix partitioned over devices",
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["dist_vasp", "dist_vasp.*", "data_tools", "launch"]),

@@ -1,7 +1,7 @@
-"""Reference pages out of the code, with nothing but the standard library: parsed, never imported.
+"""Generate reference pages from the source, which is parsed and never imported.
 
-`configuration` reads the dataclasses of dist_vasp/config.py, `python` the docstrings of dist_vasp/ranking/recommender.py.
-`python -m docs.reference configuration` prints a page's generated part.
+`configuration` reads the dataclasses of dist_vasp/config.py; `python` reads the docstrings of
+dist_vasp/ranking/recommender.py. `python -m docs.reference configuration` prints a page.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _TYPES = {
 
 
 def configuration() -> str:
-    """A table of keys for every section, in the order of config.py."""
+    """Return a table of keys for every section, in the order of config.py."""
     classes = {
         node.name: node
         for node in _tree("dist_vasp/config.py").body
@@ -68,7 +68,7 @@ def configuration() -> str:
 
 
 def _table(node: ast.ClassDef, prefix: str) -> list[str]:
-    """Markdown rows of the fields of a dataclass whose docstrings stand below them."""
+    """Return Markdown rows for the fields of a dataclass; a field's docstring is below it."""
     rows = ["| key | type | default | meaning |", "|---|---|---|---|"]
     for field, text in zip(node.body, node.body[1:], strict=False):
         if not isinstance(field, ast.AnnAssign) or not isinstance(text, ast.Expr):
@@ -98,8 +98,7 @@ def _default(node: ast.expr | None) -> str:
 
 
 def python() -> str:
-    """Signatures and docstrings of what `from dist_vasp import Recommender` gives and what that
-    returns."""
+    """Return the signatures and docstrings of Recommender and of the types that it returns."""
     parts = []
     for node in _tree("dist_vasp/ranking/recommender.py").body:
         if not isinstance(node, ast.ClassDef):
