@@ -1,8 +1,9 @@
-"""Our ranking against straight numpy (dense scores, argpartition) in one run, alternating: python
--m benchmarks.bench_ranking --run RUN_DIR
+"""Compare the ranking with plain numpy (dense scores, argpartition), alternating in one run.
 
-The lists of the users that both rank are compared, and by how much the process grows beside the
-weights. We rank all users of the split in blocks; numpy those whose dense scores it can hold.
+    python -m benchmarks.bench_ranking --run RUN_DIR
+
+It compares the lists, the time, and the memory that the process needs in addition to the weights.
+The ranking takes all users of the split in blocks; numpy takes as many as fit in memory at once.
 """
 
 from __future__ import annotations
@@ -58,8 +59,7 @@ def numpy_lists(
 
 
 class Measured:
-    """Seconds of every round, and by how much the process grew at its peak meanwhile (resident
-    memory; Linux resets its record)."""
+    """Seconds of every round, and the peak growth of resident memory, by Linux's own record."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -97,10 +97,13 @@ def main() -> None:
     parser.add_argument("--shards", default="", help="default: those of the run")
     parser.add_argument("--split", default="test")
     parser.add_argument(
-        "--users", type=int, default=1 << 30, help="users that we rank; default: all of the split"
+        "--users",
+        type=int,
+        default=1 << 30,
+        help="users for the ranking; default: all of the split",
     )
     parser.add_argument(
-        "--numpy_users", type=int, default=2048, help="users that numpy ranks, all at once"
+        "--numpy_users", type=int, default=2048, help="users for numpy, all at once"
     )
     parser.add_argument("--users_per_block", type=int, default=USERS_PER_BLOCK)
     parser.add_argument("--rounds", type=int, default=3)

@@ -71,7 +71,8 @@ def pair_hash(user_keys: np.ndarray, item_keys: np.ndarray, seed: int) -> np.nda
 
     with np.errstate(over="ignore"):
         state = mix(np.full(1, seed, np.uint64) + _GAMMA)
-        return mix(mix(mix(user_keys + _GAMMA) ^ state) + _GAMMA ^ mix(item_keys ^ _GAMMA))
+        user = mix(mix(user_keys + _GAMMA) ^ state)
+        return mix((user + _GAMMA) ^ mix(item_keys ^ _GAMMA))
 
 
 def permutation(n: int, *words: Word) -> np.ndarray:

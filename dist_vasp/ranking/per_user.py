@@ -59,8 +59,8 @@ def keep_items(rows: Rows, keep: np.ndarray) -> Rows:
 class PerUserFile:
     """The file of metrics by user, written block by block.
 
-    Columns are `key`, `id`, `n_held_out`, the metrics, and the last two kinds again with `_head`,
-    `_middle` and `_tail`. A metric is null where its target is empty. As a context manager, it lets
+    Columns: `key` and `id`, then `n_held_out` and the metrics, then these again for each third, with
+    `_head`, `_middle` or `_tail` added to their names. A metric is null where its target is empty. As a context manager, it lets
     the file appear if the block ends without an error. ValueError where it cannot be written, or
     the users of the data folder cannot be read.
     """

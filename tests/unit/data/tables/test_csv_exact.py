@@ -1,8 +1,7 @@
-"""Both readers of CSV against Python's csv module, on generated files whose cells cross the borders
-of blocks.
+"""What data_tools.shard and launch/recommend.py read from a CSV equals Python's csv module.
 
-Rows are equal, or there is an error that names the row. CSV_FILES=2000 in the environment runs more
-of them.
+The files are generated, and their cells cross the borders of blocks. Either the rows are equal, or
+there is an error that names the row. CSV_FILES=2000 in the environment runs more files.
 """
 
 from __future__ import annotations
@@ -55,7 +54,7 @@ def read_as_histories(file: CsvFile) -> dict[str, set[str]]:
 
 
 def _checked(file: CsvFile, read, expected) -> str:
-    """How the reader does: equal, or an error with the right row; anything else fails."""
+    """Return the outcome, equal or an error with the right row; anything else fails."""
     try:
         found = read(file)
     except ValueError as error:
@@ -65,11 +64,11 @@ def _checked(file: CsvFile, read, expected) -> str:
             return "equal"
         assert re.search(r"row [\d,]+", text), text
         if STRICTER.search(text):
-            assert file.damaged, text  # the csv module reads it, as one cell
-            return "refused as swallowed"
+            assert file.damaged, text  # the csv module reads these rows as one cell
+            return "error about a stray quote"
         assert file.expected.error_row is not None, text
         row = int(re.search(r"row ([\d,]+)", text)[1].replace(",", ""))
-        if "NUL" in text:  # of a whole block, before its rows
+        if "NUL" in text:  # a block is searched for NUL before its rows are split
             assert row >= file.expected.error_row, (text, file.expected.error_row)
         else:
             assert row == file.expected.error_row, (text, file.expected.error_row)
