@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import faulthandler
 import multiprocessing
+import os
 import re
+import signal
 import threading
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.oracles.rounding import RATIOS
 from tests.support.invoke import Commands
+from tests.support.jobs import LAUNCHED
 from tests.support.paths import ROOT
 from tests.support.wrong_inputs import prepare
 
@@ -71,6 +75,22 @@ def data_dir(request) -> Path:
     if not (folder / "ml-1m" / "ratings.csv.gz").is_file():
         pytest.skip(f"no real data under {folder}; pass --data=DIR")
     return folder
+
+
+@pytest.fixture
+def call(monkeypatch):
+    """`call(main, arguments)` in this process; afterwards it is as before."""
+    for name in LAUNCHED:
+        monkeypatch.delenv(name, raising=False)
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    threads = torch.get_num_threads()
+    yield lambda main, *arguments: main(
+        [str(a) for a in arguments]
+    )  # the process group stays: DeepSpeed keeps hold of it
+    torch.set_num_threads(threads)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    os.environ.pop("LOCAL_RANK", None)
 
 
 @pytest.fixture(scope="session")

@@ -6,11 +6,9 @@ from __future__ import annotations
 import fcntl
 import io
 import json
-import os
 import pickle
 import re
 import shutil
-import signal
 import socket
 import tarfile
 from pathlib import Path
@@ -18,13 +16,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow.csv as pa_csv
 import pytest
-import torch
 import yaml
 
 from dist_vasp.config import load
 from dist_vasp.data.hashing import sha256_of
-from tests.support.invoke import run_script
-from tests.support.jobs import LAUNCHED
+from tests.support.invoke import fails, run_script, succeeds
 from tests.support.make_shards import write_folder
 
 N_ITEMS, STEPS_PER_EPOCH, STEPS = 60, 6, 9
@@ -75,40 +71,6 @@ def training(shards: Path | str, run_dir: Path | str, *more: str) -> list[str]:
         *("--optimizer.schedule", "[{epochs: 1, lr: 0.01}, {epochs: 2, lr: 0.001}]"),
         *more,
     ]
-
-
-def succeeds(script: str, *arguments: str | Path, ranks: int = 0) -> str:
-    done = run_script(script, *arguments, ranks=ranks)
-    assert done.returncode == 0, done.stdout + done.stderr
-    if not ranks:
-        assert done.stderr == "", "a run that goes well has nothing to say on stderr"
-    return done.stdout
-
-
-def fails(script: str, *arguments: str | Path, ranks: int = 0) -> str:
-    """The one line of a mistake that the user can mend."""
-    done = run_script(script, *arguments, ranks=ranks)
-    assert done.returncode == 2, done.stdout + done.stderr
-    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ") or not ranks]
-    assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
-    assert "Traceback" not in done.stdout + done.stderr
-    return lines[0]
-
-
-@pytest.fixture
-def call(monkeypatch):
-    """`call(main, arguments)` in this process; afterwards it is as before."""
-    for name in LAUNCHED:
-        monkeypatch.delenv(name, raising=False)
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    threads = torch.get_num_threads()
-    yield lambda main, *arguments: main(
-        [str(a) for a in arguments]
-    )  # the process group stays: DeepSpeed keeps hold of it
-    torch.set_num_threads(threads)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    os.environ.pop("LOCAL_RANK", None)
 
 
 @pytest.fixture(scope="module")

@@ -31,10 +31,10 @@ from dist_vasp.ranking.evaluate import to_item_rows
 from dist_vasp.ranking.load import load_model
 from dist_vasp.training import fit_closed_form, fit_ease
 from dist_vasp.training import train as training
-from tests.commands.test_commands import call, fails, succeeds  # noqa: F401 - call is a fixture
 from tests.oracles.rounding import bounded_scores, each_within, stored
 from tests.ranks.test_evaluate import full_ranking, metrics_of
 from tests.ranks.test_memory import Allocations
+from tests.support.invoke import fails, succeeds
 from tests.support.jobs import environment, free_port
 from tests.support.make_shards import write_folder
 from tests.support.partitioned import csr, random_rows
@@ -327,7 +327,7 @@ def test_files_and_result_of_a_run(run):
     assert {k: result["test"][k] for k in found} == pytest.approx(found, abs=1e-4)
 
 
-def test_evaluate_and_recommend(run, tmp_path, call):  # noqa: F811
+def test_evaluate_and_recommend(run, tmp_path, call):
     from launch.evaluate import main as evaluate
     from launch.recommend import main as recommend
 
@@ -380,7 +380,7 @@ def test_two_ranks_and_a_given_lambda_under_deepspeed(shards, run, tmp_path):
     stored(torch.cat(loaded.model.output.W_IC, dim=1), expected, "B of two ranks")
 
 
-def test_a_run_that_is_done_only_says_so_again(run, shards, tmp_path, call, capsys):  # noqa: F811
+def test_a_run_that_is_done_only_says_so_again(run, shards, tmp_path, call, capsys):
     from launch.train import main
 
     done = shutil.copytree(run, tmp_path / "done", symlinks=True)
@@ -400,7 +400,7 @@ def test_a_run_that_is_done_only_says_so_again(run, shards, tmp_path, call, caps
     )  # only changes how the same lists are counted
 
 
-def test_a_search_that_was_cut_off_goes_on_behind_the_best(run, shards, tmp_path, call, capsys):  # noqa: F811
+def test_a_search_that_was_cut_off_goes_on_behind_the_best(run, shards, tmp_path, call, capsys):
     """Stopped within a later lambda; the same command then gives the same result."""
     from launch.train import main
 
@@ -462,7 +462,7 @@ def test_sigterm_ends_a_run_with_status_0(tmp_path):
     assert not list((tmp_path / "run" / "checkpoints").glob(".*.tmp"))
 
 
-def test_dry_run_says_memory_and_time_and_writes_nothing(run, shards, tmp_path, call, capsys):  # noqa: F811
+def test_dry_run_says_memory_and_time_and_writes_nothing(run, shards, tmp_path, call, capsys):
     from launch.train import main
 
     call(main, *arguments(shards, tmp_path / "new"), "--dry_run")
@@ -475,7 +475,7 @@ def test_dry_run_says_memory_and_time_and_writes_nothing(run, shards, tmp_path, 
     assert "would resume from step-" in capsys.readouterr().out
 
 
-def test_what_cannot_work_is_refused(shards, tmp_path, call):  # noqa: F811
+def test_what_cannot_work_is_refused(shards, tmp_path, call):
     from launch.benchmark import main as benchmark
     from launch.train import main
 

@@ -15,7 +15,6 @@ import torch
 from dist_vasp.config import Config, ModelConfig, from_dict
 from dist_vasp.model.ease import scale_diagonal
 from dist_vasp.ranking.load import load_model
-from tests.commands.test_commands import call, succeeds  # noqa: F401 - call is a fixture
 from tests.faults.test_faults import tensors
 from tests.oracles.dense import DenseVASP, dense_rows
 from tests.oracles.rounding import UNIT, Bounded, bounded, each_within, stored, within
@@ -31,6 +30,7 @@ from tests.ranks.test_ease import (
     write_shards,
 )
 from tests.ranks.test_engine import LR, REPORTED, STEPS, _batch, _noise, _rows, _state, _whole
+from tests.support.invoke import succeeds
 from tests.support.jobs import RunFolder, assert_same_run
 from tests.support.make_shards import write_folder
 from tests.support.partitioned import SMALL, dense_of, gathered
@@ -202,7 +202,7 @@ def shards(tmp_path_factory) -> Path:
     return write_shards(tmp_path_factory.mktemp("from_ease") / "shards")
 
 
-def test_ease_with_weighted_users_is_the_formula(shards, tmp_path, call):  # noqa: F811
+def test_ease_with_weighted_users_is_the_formula(shards, tmp_path, call):
     from launch.train import main
 
     ease = [
@@ -308,7 +308,7 @@ def test_a_run_starts_from_b_and_keeps_it_where_it_is_apart(
     stored(weights_of(tmp_path / "run"), 8 * edlae(0.25, 5.0), "8 B")
 
 
-def test_a_run_that_stopped_goes_on_bitwise(shards, ease_run, tmp_path, call):  # noqa: F811
+def test_a_run_that_stopped_goes_on_bitwise(shards, ease_run, tmp_path, call):
     """W, its start and its moments come back; the closed form is not asked for again."""
     from launch.train import main
 
@@ -332,7 +332,7 @@ def test_a_run_that_stopped_goes_on_bitwise(shards, ease_run, tmp_path, call):  
     assert 0 < (end[W] - end[f"{W}.start"]).abs().max() < 0.1
 
 
-def test_what_cannot_work_is_refused(shards, ease_run, tmp_path, call):  # noqa: F811
+def test_what_cannot_work_is_refused(shards, ease_run, tmp_path, call):
     from launch.train import main
 
     call(main, *arguments(shards, tmp_path / "vasp", ease_run))
@@ -399,7 +399,7 @@ def test_impossible_keys_are_named(section, keys, expected):
 # --- what is done with the model ------------------------------------------------------------------
 
 
-def test_lists_and_explanations_know_the_offset(shards, ease_run, tmp_path, call):  # noqa: F811
+def test_lists_and_explanations_know_the_offset(shards, ease_run, tmp_path, call):
     """Mapped and loaded, before and after an export: p = p_flvae * sigmoid(W x + offset), whatever
     the loss was taken of."""
     from dist_vasp import Recommender

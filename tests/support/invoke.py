@@ -40,6 +40,24 @@ def run_script(
     return run_words(words, cwd, ranks=ranks)
 
 
+def succeeds(script: str, *arguments: str | Path, ranks: int = 0) -> str:
+    done = run_script(script, *arguments, ranks=ranks)
+    assert done.returncode == 0, done.stdout + done.stderr
+    if not ranks:
+        assert done.stderr == "", "a run that goes well has nothing to say on stderr"
+    return done.stdout
+
+
+def fails(script: str, *arguments: str | Path, ranks: int = 0) -> str:
+    """The one line of a mistake that the user can mend."""
+    done = run_script(script, *arguments, ranks=ranks)
+    assert done.returncode == 2, done.stdout + done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ") or not ranks]
+    assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    return lines[0]
+
+
 def run_words(
     words: Sequence[str], cwd: Path, variables: Mapping[str, str] = {}, ranks: int = 0
 ) -> subprocess.CompletedProcess[str]:

@@ -16,8 +16,7 @@ from dist_vasp.doctor.findings import error, ok, table, warning
 from dist_vasp.doctor.job import check_job
 from dist_vasp.doctor.machine import available_memory, check_machine, cpu_quota
 from dist_vasp.doctor.roundtrip import judge, measure
-from tests.commands.test_commands import fails
-from tests.support.invoke import run_script
+from tests.support.invoke import fails, run_script
 from tests.support.make_shards import write_folder
 from tests.support.ranks import run_ranks
 
