@@ -129,6 +129,19 @@ def replace_text(path: Path, text: str, remedy: str = "") -> None:
         handle.write(text.encode())
 
 
+def rename_folder(temporary: Path, path: Path) -> None:
+    """Give a folder that is complete and synced the name `path`, which must be free."""
+    os.rename(temporary, path)
+    sync(path.parent)
+
+
+def replace_link(link: Path, target: str) -> None:
+    """Make `link` a link to `target`, in one step."""
+    fresh = hidden_name(link, f"{secrets.token_hex(8)}.tmp")
+    fresh.symlink_to(target)
+    os.replace(fresh, link)
+
+
 def open_append(path: Path, remedy: str = "") -> BinaryIO:
     """Open a file in a folder of this process to write at its end; never through a link."""
     check_writable_file(path)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import re
-import secrets
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import TypeVar
 from dist_vasp.checkpoint.header import BestCheckpoint, Header, ModelHeader
 from dist_vasp.checkpoint.read import Checkpoint, GoneError, header_of, open_checkpoint
 from dist_vasp.checkpoint.write import remove
+from dist_vasp.files import rename_folder, replace_link
 from dist_vasp.parallel.agree import agree, any_rank
 from dist_vasp.parallel.comm import Ranks, all_gather_bytes
 
@@ -191,11 +191,10 @@ def open_together(
 
 def point_best_at(path: Path) -> None:
     """Make `best` beside `path` a link to it, in one step."""
-    link, fresh = path.with_name(BEST), path.with_name(f".{BEST}.{secrets.token_hex(8)}.tmp")
-    fresh.symlink_to(path.name)
+    link = path.with_name(BEST)
     if link.is_dir() and not link.is_symlink():  # a copy of the run that followed the link
         remove(link)
-    os.replace(fresh, link)
+    replace_link(link, path.name)
 
 
 def prune(folder: Path, keep: int) -> None:
@@ -271,7 +270,7 @@ def settle(folder: Path, best: Path | None) -> None:
         assert named is not None
         best = best_path(folder, named.position.step)
         remove(best)
-        link.rename(best)
+        rename_folder(link, best)
     if best is not None:
         point_best_at(best)
     elif link.is_symlink() or link.exists():

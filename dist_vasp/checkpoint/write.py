@@ -25,6 +25,7 @@ from torch import Tensor
 
 from dist_vasp.checkpoint.header import TRUNK, Header, items_file
 from dist_vasp.checkpoint.json_header import write_header
+from dist_vasp.files import rename_folder
 from dist_vasp.model.item_layers import ItemSlice
 from dist_vasp.parallel.agree import agree
 from dist_vasp.parallel.comm import Ranks, all_gather_bytes, all_reduce
@@ -168,8 +169,7 @@ class Save:
         write_header(self.temporary, header)
         sync(self.temporary)
         remove(self.path)
-        self.temporary.rename(self.path)
-        sync(self.path.parent)
+        rename_folder(self.temporary, self.path)
 
     def abandon(self) -> None:
         """Give up what was started: nothing of it stays on the disk."""
