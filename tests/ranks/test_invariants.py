@@ -20,7 +20,6 @@ from tests.support.partitioned import assemble, export
 from tests.support.ranks import run_ranks
 
 N_ITEMS = 97  # divisible by none of 2, 3, 4
-STEPS = 200
 
 
 @pytest.fixture(scope="module")
@@ -48,20 +47,24 @@ def _config(folder) -> Config:
     )
 
 
-def _run(ranks, config: Config):
+def _run(ranks, config: Config, steps: int):
     from dist_vasp.data.stream import StreamOptions, TrainStream
     from dist_vasp.training.engine import Trainer
 
     options = StreamOptions(config.data.batch_size, config.parallel.lanes, config.run.seed)
     stream = TrainStream(config.data.shards, options, ranks.rank, ranks.world_size)
     trainer = Trainer(config, stream.n_items, ranks)
-    losses = [trainer.step(batch).loss for batch in stream.batches(0, STEPS, 0)]
+    losses = [trainer.step(batch).loss for batch in stream.batches(0, steps, 0)]
     trunk = {name: p.numpy().copy() for name, p in trainer.trunk_tensors(False).items()}
     return losses, export(trainer.model.slices()), trunk
 
 
-def test_ranks_do_not_change_the_run(folder):
-    runs = {n: run_ranks(_run, n, _config(folder), timeout=300) for n in (1, 2, 3, 4)}
+@pytest.mark.parametrize(
+    ("steps", "worlds"),
+    [(60, (2, 3)), pytest.param(200, (2, 3, 4), marks=pytest.mark.slow)],
+)
+def test_ranks_do_not_change_the_run(folder, steps, worlds):
+    runs = {n: run_ranks(_run, n, _config(folder), steps, timeout=300) for n in (1, *worlds)}
     reference = np.array(runs[1][0][0])
     assert reference[-20:].mean() < 0.8 * reference[:20].mean(), (
         "the run learns nothing, so it shows nothing"
@@ -69,7 +72,7 @@ def test_ranks_do_not_change_the_run(folder):
     whole = assemble(runs[1][0][1]) | {
         name: torch.from_numpy(p) for name, p in runs[1][0][2].items()
     }
-    for n in (2, 3, 4):
+    for n in worlds:
         losses = np.array(runs[n][0][0])
         assert all(rank[0] == runs[n][0][0] for rank in runs[n])
         np.testing.assert_allclose(losses[:20], reference[:20], rtol=1e-5, err_msg=f"{n} ranks")
