@@ -152,4 +152,4 @@ def pytest_sessionfinish(session):
 
 def pytest_unconfigure(config):
     """Whatever else could hold the interpreter back: where it stands, and an end."""
-    faulthandler.dump_traceback_later(60, exit=True)
+    faulthandler.dump_traceback_later(300, exit=True)
