@@ -26,7 +26,8 @@ BEST = "best"
 _OURS = re.compile(
     r"(step|best)-([0-9]{8,15})"
 )  # a copy under another name is not ours: never read unasked, never removed
-_TRIES, _PAUSE_S = 20, 0.05  # a link or a listing that is replaced while it is read
+_TRIES = 20  # a link or a listing may be replaced while it is read
+_PAUSE_S = 0.05
 _PATH_BYTES = 8192
 
 H = TypeVar("H", bound=ModelHeader)
@@ -176,7 +177,8 @@ def open_together(
                     f"{path} is not on every host what rank 0 sees; start the same command again"
                 )
         except GoneError as raised:
-            gone, error = True, raised
+            gone = True
+            error = raised
         except ValueError as raised:
             error = raised
         if not (any_rank(gone, ranks) and tries_left):

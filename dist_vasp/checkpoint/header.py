@@ -188,7 +188,8 @@ class Header(ModelHeader):
             if not isinstance(raw[key] if key == "shards_sha256" else raw.get(key, ""), str):
                 raise TypeError(f"{key} is not text")
         named = raw.get("best_checkpoint")
-        attempt, due = raw.get("attempt", ""), raw.get("evaluation_due", False)
+        attempt = raw.get("attempt", "")
+        due = raw.get("evaluation_due", False)
         if not isinstance(due, bool) or not _ATTEMPT.fullmatch(attempt):
             raise ValueError("evaluation_due or attempt is of another kind")
         return cls(

@@ -170,16 +170,14 @@ def _copy_range(stored: StoredItems, piece: ItemSlice, first: int, last: int) ->
     """Copy the items [first, last), some rows of the stored tensor at a time."""
     shape = stored.file.shape(stored.key)
     target = piece.tensor.narrow(piece.item_dim, first - piece.lo, last - first)
-    begin, end = first - stored.lo, last - stored.lo
-    rows, columns = (begin, end), slice(None)
-    if piece.item_dim:
-        rows, columns = (0, shape[0]), slice(begin, end)
+    items = slice(first - stored.lo, last - stored.lo)
+    rows = (0, shape[0]) if piece.item_dim else (items.start, items.stop)
     at_once = max(1, _READ_BYTES // (4 * max(math.prod(shape[1:]), 1)))
     for start in range(*rows, at_once):
         stop = min(start + at_once, rows[1])
         read = stored.file.read(stored.key, start, stop)
         into = target[start - rows[0] : stop - rows[0]]
-        into.copy_(read[:, columns] if piece.item_dim else read)
+        into.copy_(read[:, items] if piece.item_dim else read)
 
 
 def _copy_known(

@@ -1,4 +1,4 @@
-"""The folder of a run: one owner at a time, metrics line by line, TensorBoard events, the result.
+"""The folder of a run: its lock, its metrics line by line, TensorBoard events and the result.
 
 RUN_DIR/config.yaml  environment.json  metrics.jsonl  items.parquet  result.json
         checkpoints/  tensorboard/
@@ -34,7 +34,7 @@ _SHARED_WITHIN_S = 5.0  # a network filesystem may show a new file late
 
 
 class RunDir:
-    """What rank 0 writes.
+    """The run's folder, as rank 0 writes it; locked as long as the process lives.
 
     Raises ValueError if another run owns the folder, or it cannot be written.
     """
@@ -45,7 +45,8 @@ class RunDir:
         self._metrics: TextIO | None = None
         self._board: Board | None = None
         self._tracking: Tracking | None = None
-        self._step, self._ended = 0, False
+        self._step = 0
+        self._ended = False
         check_run_folder(self.folder)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -69,11 +70,11 @@ class RunDir:
         evaluation_due: bool = False,
     ) -> int:
         """Write the resolved config, add `environment` to those of earlier starts, and continue
-        metrics after `after_step`.
+        the metrics after `after_step`.
 
-        Later lines belong to a future that is undone. Returns how many lines were damaged and are
-        kept in metrics.damaged.jsonl. ValueError where a service of `run` has no library, or
-        items.parquet is not what the manifest says.
+        Lines of later steps are removed: the run resumes before them. Returns how many lines were
+        damaged; metrics.damaged.jsonl keeps them. ValueError where a service of `run` has no
+        library, or items.parquet is not what the manifest says.
         """
         write_atomically(self.folder / "config.yaml", config.to_yaml())
         path = self.folder / "environment.json"
@@ -85,7 +86,8 @@ class RunDir:
             _copy_items(config.data.shards, manifest, self.folder / ITEMS_FILE)
             self._metrics = open(path, "a", opener=_no_link)  # noqa: SIM115
             self._board = Board(self.folder / "tensorboard", after_step)
-        self._tracking, self._step = Tracking(self.folder, config), after_step
+        self._tracking = Tracking(self.folder, config)
+        self._step = after_step
         return n_damaged
 
     def record(self, line: dict[str, Any], prefix: str) -> None:
@@ -102,8 +104,8 @@ class RunDir:
         self._step = line["step"]
 
     def drop_result(self, unless: str = "") -> None:
-        """Remove the result.json of an earlier end, which speaks of other weights; not if it names
-        the checkpoint `unless`."""
+        """Remove the result.json of an earlier end, unless it names the checkpoint with the header
+        hash `unless`: it speaks of other weights."""
         path = self.folder / "result.json"
         with suppress(OSError, ValueError, KeyError, TypeError):
             if unless and read_json(path)["checkpoint_sha256"] == unless:
@@ -136,7 +138,7 @@ def _no_link(path: str, flags: int) -> int:
 
 @contextmanager
 def _writing(path: Path, remedy: str = _REMEDY) -> Iterator[None]:
-    """A full or failing disk becomes an error that the user can mend."""
+    """Turn a full or failing disk into a ValueError that says what to do."""
     try:
         yield
     except OSError as error:
@@ -146,8 +148,11 @@ def _writing(path: Path, remedy: str = _REMEDY) -> Iterator[None]:
 
 
 def check_shared(folder: str | Path, ranks: Ranks) -> None:
-    """AgreedError unless every rank sees the folder that rank 0 writes into: hosts without a shared
-    filesystem would each see their own, and a resume would find nothing or something else."""
+    """Raise AgreedError unless every rank sees the folder that rank 0 writes into.
+
+    Hosts without a shared filesystem would each see a folder of their own, and a resume would find
+    nothing there, or something else.
+    """
     token: Path | None = None
     with agreed(ranks):
         if ranks.is_main:
@@ -181,7 +186,7 @@ def write_atomically(path: Path, text: str, remedy: str = _REMEDY) -> None:
 
 
 def earlier_starts(path: Path) -> list[dict[str, Any]]:
-    """What environment.json says of earlier starts of the run; nothing where it is damaged."""
+    """Return what environment.json says of earlier starts; nothing where it is damaged."""
     try:
         starts = read_json(path)["starts"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -192,10 +197,12 @@ def earlier_starts(path: Path) -> list[dict[str, Any]]:
 
 
 def cut_after(path: Path, step: int, evaluation_due: bool = False) -> int:
-    """Keep the lines of metrics.jsonl that belong to steps up to `step`, without the evaluation of
-    `step` where that is still to be made and told (an earlier attempt may have told it and then
-    been stopped); move damaged ones to metrics.damaged.jsonl, and count them. A line after a
-    damaged one is kept like any other."""
+    """Keep the lines of metrics.jsonl up to `step`; move damaged ones to metrics.damaged.jsonl and
+    return their number.
+
+    With `evaluation_due` the evaluation of `step` is removed too: it is made again. (An earlier
+    start may have written it and then been stopped.)
+    """
     n_damaged = 0
     with ExitStack() as stack:
         try:
@@ -227,7 +234,7 @@ def cut_after(path: Path, step: int, evaluation_due: bool = False) -> int:
 
 
 def _step_of(line: bytes) -> int | None:
-    """The step of a line of metrics.jsonl; None where it is damaged."""
+    """Return the step of a line of metrics.jsonl; None where the line is damaged."""
     try:
         record = parse_json(line.decode())
         step = record["step"] if isinstance(record, dict) else None
@@ -237,8 +244,8 @@ def _step_of(line: bytes) -> int | None:
 
 
 def _copy_items(shards: str, manifest: Manifest, target: Path) -> None:
-    """The vocabulary beside the weights; ValueError where it is not the one that training began
-    with."""
+    """Copy the vocabulary into the run's folder; ValueError where it is not the one that training
+    began with."""
     source = Path(shards) / ITEMS_FILE
     data = source.read_bytes()
     if sha256_of(data) != manifest.files.get(ITEMS_FILE):
