@@ -29,7 +29,8 @@ class _Descriptor(io.RawIOBase):
     """A file descriptor whose writes never fail: after the first error they do nothing."""
 
     def __init__(self, descriptor: int) -> None:
-        self._descriptor, self._works = descriptor, True
+        self._descriptor = descriptor
+        self._works = True
 
     def write(self, data: bytes) -> int:  # type: ignore[override]
         while self._works:

@@ -42,7 +42,8 @@ class TensorFile:
     """An open safetensors file; ValueError names `path` where the header does not fit the bytes."""
 
     def __init__(self, handle: BinaryIO, path: Path) -> None:
-        self.path, self._handle = path, handle
+        self.path = path
+        self._handle = handle
         try:
             self.stored = _parse_header(handle.fileno())
         except ValueError as error:

@@ -192,7 +192,8 @@ class _FirstUses(Sequence[int]):
     """For each entry of a dictionary, the number of the first row that has it."""
 
     def __init__(self, indices: pa.Array, numbers: Sequence[int]) -> None:
-        self._indices, self._numbers = indices, numbers
+        self._indices = indices
+        self._numbers = numbers
 
     def __getitem__(self, entry: Any) -> Any:
         return self._numbers[

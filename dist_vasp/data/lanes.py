@@ -29,7 +29,8 @@ class LaneOrder:
         n_users = sum(users_per_shard)
         self.steps_per_epoch = -(-n_users // batch_size)
         bounds = np.arange(lanes + 1) * n_users // lanes
-        self._starts, self._sizes = bounds[:-1], np.diff(bounds)
+        self._starts = bounds[:-1]
+        self._sizes = np.diff(bounds)
         self._phases = np.arange(lanes) * self.steps_per_epoch // lanes
         # the last epoch asked for, its shards in order, and where each starts
         self._epoch: tuple[int, np.ndarray, np.ndarray] = (-1, np.empty(0), np.empty(0))

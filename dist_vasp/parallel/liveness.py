@@ -214,7 +214,8 @@ class Liveness:
                 return True
             message = json.loads(link.channel.verify(line))
             if not link.proven:
-                link.proven, link.host = True, one_line(str(message["host"])[:MAX_HOST])
+                link.host = one_line(str(message["host"])[:MAX_HOST])
+                link.proven = True
                 self._all_connected.set()
             elif "lost" in message and self._server is None:
                 self._note(Loss.from_message(**message["lost"]), connection)
@@ -238,8 +239,10 @@ class Liveness:
         if type(rank) is not int or not 0 < rank < self._world or rank in connected:
             raise ValueError("this rank is not expected")
         with self._lock:
-            link.rank, link.host = rank, one_line(str(hello["host"])[:MAX_HOST])
-            link.channel, link.proven = channel, True
+            link.rank = rank
+            link.host = one_line(str(hello["host"])[:MAX_HOST])
+            link.channel = channel
+            link.proven = True
             connection.send(channel.sign(json.dumps({"host": self._host})))
         self._expected -= 1
         if not self._expected:

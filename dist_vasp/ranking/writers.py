@@ -47,7 +47,8 @@ class _ParquetWriter:
     def _flush(self) -> None:
         if self._n_waiting:
             self._writer.write_table(pa.concat_tables(self._waiting), self._n_waiting)
-        self._waiting, self._n_waiting = [], 0
+        self._waiting = []
+        self._n_waiting = 0
 
     def close(self) -> None:
         self._flush()

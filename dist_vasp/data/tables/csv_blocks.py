@@ -43,7 +43,9 @@ class _Split:
     """Iterates over records with a delimiter of several characters and without quotes."""
 
     def __init__(self, lines: Sequence[str], delimiter: str) -> None:
-        self._lines, self._delimiter, self.line_num = lines, delimiter, 0
+        self._lines = lines
+        self._delimiter = delimiter
+        self.line_num = 0
 
     def __iter__(self) -> Iterator[list[str]]:
         for line in self._lines:
@@ -56,7 +58,10 @@ class Blocks:
     """Whole lines of a stream of UTF-8 bytes."""
 
     def __init__(self, stream: Any, where: str, size: int) -> None:
-        self._stream, self._size, self._where, self._held = stream, size, where, b""
+        self._stream = stream
+        self._size = size
+        self._where = where
+        self._held = b""
         self.row = 1  # number of the next row
         self.line = 1
 
@@ -74,7 +79,8 @@ class Blocks:
                 )
             if cut:
                 return data[:cut]
-        data, self._held = self._held, b""
+        data = self._held
+        self._held = b""
         return data
 
 

@@ -48,7 +48,8 @@ class Utf8:
     """
 
     def __init__(self, stream: Any, encoding: str | None, where: str) -> None:
-        self._stream, self._where = stream, where
+        self._stream = stream
+        self._where = where
         head = self._head()
         problem = foreign(head)
         if problem:
@@ -71,7 +72,8 @@ class Utf8:
             self._held = (
                 head.removeprefix(mark) if wanted and wanted[-3:] in ("-le", "-be") else head
             )
-        self._ended, self._n_bytes = False, 0
+        self._ended = False
+        self._n_bytes = 0
 
     def _head(self) -> bytes:
         head = b""
@@ -82,7 +84,8 @@ class Utf8:
     def read(self, size: int) -> bytes:
         """Return some bytes, b"" at the end."""
         while not self._ended:
-            data, self._held = self._held + self._stream.read(size), b""
+            data = self._held + self._stream.read(size)
+            self._held = b""
             self._ended = not data
             if self._decoder is None:
                 return data

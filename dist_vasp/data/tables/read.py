@@ -69,7 +69,10 @@ class Table:
 
     def batches(self) -> Iterator[pa.RecordBatch]:
         """Yield the batches of all files that have rows; ValueError names file and row."""
-        self.rows, self.left_out, self.unused, self.n_broken = 0, {}, [], 0
+        self.rows = 0
+        self.left_out = {}
+        self.unused = []
+        self.n_broken = 0
         roles: list[str] | None = None
         for file in self.files:
             facts = Facts()

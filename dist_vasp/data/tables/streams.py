@@ -155,7 +155,8 @@ class Bounded:
     """A stream that raises ValueError when it unpacks to far more than `packed` bytes should."""
 
     def __init__(self, stream: Any, packed: int, where: str) -> None:
-        self._stream, self._where = stream, where
+        self._stream = stream
+        self._where = where
         self._left = max(FREE_BYTES, MAX_RATIO * packed)
         self.closed = False
 
@@ -181,7 +182,8 @@ class _Xz:
     """An xz file, with a limit on the dictionary size that the file declares."""
 
     def __init__(self, raw: IO[bytes]) -> None:
-        self._raw, self._decoder = raw, self._new()
+        self._raw = raw
+        self._decoder = self._new()
 
     @staticmethod
     def _new() -> lzma.LZMADecompressor:
