@@ -239,8 +239,8 @@ class Liveness:
         if type(rank) is not int or not 0 < rank < self._world or rank in connected:
             raise ValueError("this rank is not expected")
         with self._lock:
-            link.rank = rank
             link.host = one_line(str(hello["host"])[:MAX_HOST])
+            link.rank = rank
             link.channel = channel
             link.proven = True
             connection.send(channel.sign(json.dumps({"host": self._host})))
