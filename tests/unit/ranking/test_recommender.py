@@ -33,6 +33,7 @@ from dist_vasp.ranking.mapped import MappedModel, Part
 from dist_vasp.tensor_file import map_tensors, write_safetensors
 from tests.oracles.dense import dense_rows
 from tests.oracles.rounding import SAFETY, UNIT, bounded, bounded_scores, each_within, gamma
+from tests.support.invoke import run_script
 from tests.support.paths import ROOT
 from tests.support.runs import sha256_of_files, write_run
 
@@ -235,21 +236,8 @@ def test_titles(runs):
     assert plain.title(1003) is None and plain.explain([1000], 1003).title is None
 
 
-def command(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [
-            sys.executable,
-            str(ROOT / "launch" / f"{script}.py"),
-            *map(str, arguments),
-            "--device",
-            "cpu",
-        ],
-        env=os.environ | {"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+def command(script: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return run_script(script, *arguments, "--device", "cpu")
 
 
 @pytest.mark.parametrize("ids", [NUMBERS, NAMES])
