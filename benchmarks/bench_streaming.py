@@ -97,7 +97,8 @@ def main() -> None:
         share = np.interp([t for t, _ in memory], *zip(*lines, strict=True))
         for percent in (10, 25, 50, 75, 100):
             print(
-                f"resident at {percent}%: {memory[int(np.searchsorted(share, min(percent / 100, share[-1])))][1]:.0f} MB"
+                f"resident at {percent}%: "
+                f"{memory[int(np.searchsorted(share, min(percent / 100, share[-1])))][1]:.0f} MB"
             )
         print(f"{os.path.getsize(folder / arguments.output) / 1e6:,.0f} MB written")
     finally:

@@ -19,7 +19,9 @@ _PATIENCE_S = 30.0  # a sort that spills to disk cannot be interrupted at once
 def run(
     parser: Parser, command: Callable[[argparse.Namespace], int], argv: Sequence[str] | None = None
 ) -> int:
-    """Parse `argv`, run `command`, and return the exit status: 0 done, else as in dist_vasp/failure.
+    """Parse `argv`, run `command`, and return the exit status: 0 when done.
+
+    Other statuses are described in dist_vasp/failure.py.
 
     SIGTERM, Ctrl-C and SIGHUP end the command through its `finally` clauses, so nothing is left
     behind. An exception that is a bug is raised again and keeps its traceback.

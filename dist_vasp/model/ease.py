@@ -1,14 +1,14 @@
 """Closed-form EASE, partitioned by item (Steck 2019, arXiv 1905.03375, equations 7 and 8).
 
-    G = X^T X,    P = (G + lambda I)^-1,    B = I - P diagMat(1 / diag P),    score = x B,    diag(B) = 0
+    G = X^T X,  P = (G + lambda I)^-1,  B = I - P diagMat(1 / diag P),  diag(B) = 0,  score = x B
 
 Each rank owns the columns J of the one I x I matrix, in blocks (I, C). G, then -P, then B take each
-other's place in it; beside it there are two panels (I, C) and a block of users.
+other's place in it. In addition there are two panels (I, C) and a block of users.
 
 The inverse is a blocked symmetric sweep. For every block K of columns, with the panel A_IK on all
 ranks:
 
-    A_KK = L L^T  (Cholesky),    V = A_IK L^-T,    V_K = -L^-T,    A_IK = 0,  A_KI = 0,    A <- A - V V^T
+    A_KK = L L^T  (Cholesky),  V = A_IK L^-T,  V_K = -L^-T,  A_IK = 0,  A_KI = 0,  A <- A - V V^T
 
 After the last block A is -P. Why this, and not Cholesky, inverse of the factor and product: A stays
 symmetric, so of every two mirrored blocks only one is kept up to date; that is I^3 operations like
@@ -41,10 +41,11 @@ Range = tuple[int, int]
 
 
 class SymmetricColumns:
-    """This rank's column blocks of a symmetric I x I matrix; of two mirrored blocks of the matrix
-    one is kept, the other stale.
+    """This rank's column blocks of a symmetric I x I matrix.
 
-    Column block c keeps the row blocks c, c + 1, ..., half the way round: every column has the same share, on every rank.
+    Of two mirrored blocks of the matrix, only one is kept up to date. Column block c keeps the row
+    blocks c, c + 1, ... up to half of all blocks, cyclically, so that the work is equal for every
+    column and rank.
     `columns`: (I, C) each, the blocks `partition.blocks(width)` of this rank, written in place.
     """
 
@@ -152,8 +153,10 @@ def _cholesky(pivot_CC: Tensor, first: int) -> Tensor:
     L_CC, info = torch.linalg.cholesky_ex(pivot_CC)
     if info.item():
         raise ValueError(
-            f"the Gram matrix plus model.ease_lambda has a pivot that is not positive at item row {first + int(info.item()) - 1}: it "
-            f"is singular in {str(pivot_CC.dtype).removeprefix('torch.')}; raise model.ease_lambda or set model.ease_dtype to fp64"
+            "the Gram matrix plus model.ease_lambda has a pivot that is not positive at item row "
+            f"{first + int(info.item()) - 1}: it "
+            f"is singular in {str(pivot_CC.dtype).removeprefix('torch.')}; raise "
+            "model.ease_lambda or set model.ease_dtype to fp64"
         )
     return L_CC
 
@@ -169,8 +172,10 @@ def to_weights(negative_P: SymmetricColumns) -> None:
             diagonal_C = torch.diagonal(column[lo:hi])
             if not ((diagonal_C < 0) & torch.isfinite(diagonal_C)).all():
                 raise ValueError(
-                    f"the inverse has a diagonal that is not positive within the item rows {lo} to {hi - 1}: too ill-conditioned for "
-                    f"{str(column.dtype).removeprefix('torch.')}; raise model.ease_lambda or set model.ease_dtype to fp64"
+                    f"the inverse has a diagonal that is not positive within the item rows {lo} "
+                    f"to {hi - 1}: too ill-conditioned for "
+                    f"{str(column.dtype).removeprefix('torch.')}; raise model.ease_lambda or set "
+                    "model.ease_dtype to fp64"
                 )
             column.div_(-diagonal_C.clone())
             diagonal_C.zero_()

@@ -1,7 +1,8 @@
 """Interaction rows as ids: sums of weight rows and their gradients, never a dense (G, I).
 
-    forward   out_g   = sum of table_i over the items i of row g          (a bag per row)
-    gradient  dtable_i = sum of dout_g over the rows g that hold item i   (a bag per item, over the transposed ids)
+    forward   out_g    = sum of table_i over the items i of row g    (a bag per row)
+    gradient  dtable_i = sum of dout_g over the rows g that hold item i
+                         (a bag per item, over the transposed ids)
 
 Shapes: G rows, E interactions, I items, C columns of a table.
 """

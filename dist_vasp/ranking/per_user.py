@@ -59,10 +59,10 @@ def keep_items(rows: Rows, keep: np.ndarray) -> Rows:
 class PerUserFile:
     """The file of metrics by user, written block by block.
 
-    Columns: `key` and `id`, then `n_held_out` and the metrics, then these again for each third, with
-    `_head`, `_middle` or `_tail` added to their names. A metric is null where its target is empty. As a context manager, it lets
-    the file appear if the block ends without an error. ValueError where it cannot be written, or
-    the users of the data folder cannot be read.
+    Columns: `key` and `id`, then `n_held_out` and the metrics, then these again for each third,
+    with `_head`, `_middle` or `_tail` added to their names. A metric is null where its target is
+    empty. As a context manager, it lets the file appear if the block ends without an error.
+    ValueError where it cannot be written, or the users of the data folder cannot be read.
     """
 
     def __init__(

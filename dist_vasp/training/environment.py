@@ -66,7 +66,7 @@ def processor() -> str:
 
 
 class Memory:
-    """Bytes that this process holds now, for the metrics lines: two cheap questions to the system."""
+    """The bytes that this process uses now, for metrics.jsonl."""
 
     def __init__(self, device: torch.device) -> None:
         self._process, self._cuda = psutil.Process(), device if device.type == "cuda" else None

@@ -139,7 +139,8 @@ def _import(library: str, key: str, value: str) -> Any:
         return importlib.import_module(library)
     except ImportError as error:
         raise ValueError(
-            f"{key} is {value!r}, but the library {library} cannot be imported ({error}); pip install {library}, or leave the key empty"
+            f"{key} is {value!r}, but the library {library} cannot be imported ({error}); pip "
+            f"install {library}, or leave the key empty"
         ) from None
 
 
@@ -185,7 +186,8 @@ class _Sender(threading.Thread):
         except queue.Full:
             if not self._left_out:
                 _warn(
-                    f"{self._service_name} takes the metrics more slowly than they come; some are left out"
+                    f"{self._service_name} takes the metrics more slowly than they come; some are "
+                    "left out"
                 )
             self._left_out += 1
 
@@ -195,7 +197,8 @@ class _Sender(threading.Thread):
         self.join(max(0.0, deadline - time.monotonic()))
         if self.is_alive():
             _warn(
-                f"{self._service_name} did not take the last metrics within {_LAST_WORDS_S:.0f} s; metrics.jsonl has them all"
+                f"{self._service_name} did not take the last metrics within {_LAST_WORDS_S:.0f} "
+                "s; metrics.jsonl has them all"
             )
 
     def run(self) -> None:
@@ -222,7 +225,8 @@ class _Sender(threading.Thread):
         except BaseException as error:  # whatever a service's library does, training goes on
             self._failed = True
             _warn(
-                f"{self._service_name} failed and gets no more metrics ({type(error).__name__}: {error}); metrics.jsonl has them all"
+                f"{self._service_name} failed and gets no more metrics ({type(error).__name__}: "
+                f"{error}); metrics.jsonl has them all"
             )
             while not self._lines.empty():
                 self._lines.get()

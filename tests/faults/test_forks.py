@@ -28,7 +28,8 @@ table = pa.table({"user": [1, 1, 2], "item": [17, 256, 391]})
 def answer():
     ids, scores = r.recommend(histories, k=5)
     near, _ = r.similar_items(17, 3)
-    return ids.tolist(), np.asarray(scores), near.tolist(), r.recommend(table, 3).ids.tolist(), r.explain([17, 256], 5).item
+    listed, why = r.recommend(table, 3).ids, r.explain([17, 256], 5)
+    return ids.tolist(), np.asarray(scores), near.tolist(), listed.tolist(), why.item
 if sys.argv[2] == "used":
     answer()
 context = mp.get_context("fork")

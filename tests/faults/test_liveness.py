@@ -25,7 +25,8 @@ from tests.support.paths import ROOT
 RANK = """
 import socket, sys, time
 from dist_vasp.parallel import liveness
-rank, world, port, fd, host, local_rank, what = (a if a[0].isalpha() else int(a) for a in sys.argv[1:])
+arguments = [a if a[0].isalpha() else int(a) for a in sys.argv[1:]]
+rank, world, port, fd, host, local_rank, what = arguments
 liveness.socket.gethostname = lambda: host
 liveness._GRACE_S = 0.5
 server = socket.socket(fileno=fd) if rank == 0 else None

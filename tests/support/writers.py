@@ -242,7 +242,8 @@ def on_a_full_disk(writer: str, folder: Path, commands: Commands, leave: int = 0
         wrong = complaint(done, DISK, "free some space")
         left = {path.removeprefix(f"{disk}/") for path in state(disk)} - {"filler"}
         # run.dir and the folder of a comparison are the user's own, to start again in
-        allowed = r"(new|x)(/(\.lock|runs.*|config\.yaml|environment\.json|metrics\.jsonl|items\.parquet|checkpoints|tensorboard.*))?"
+        names = r"\.lock|runs.*|config\.yaml|environment\.json|metrics\.jsonl|items\.parquet"
+        allowed = rf"(new|x)(/({names}|checkpoints|tensorboard.*))?"
         if writer not in ("train", "compare"):
             allowed = ""
         foreign = [

@@ -241,7 +241,8 @@ def test_parquet_split_and_folder(tmp_path):
 # --- MovieLens ------------------------------------------------------------------------------------
 
 ML_CSV = {
-    "ratings.csv": b"userId,movieId,rating,timestamp\n7,30,4.0,1\n7,10,3.5,2\n2,30,5.0,3\n2,10,1.0,4\n",
+    "ratings.csv": b"userId,movieId,rating,timestamp\n"
+    b"7,30,4.0,1\n7,10,3.5,2\n2,30,5.0,3\n2,10,1.0,4\n",
     "movies.csv": 'movieId,title,genres\n10,"Misérables, Les (1995)",Drama\n30,Heat '
     "(1995),Action\n".encode(),
 }

@@ -220,7 +220,8 @@ def test_in_a_browser_in_light_and_dark_narrow_and_wide(report, run, shards, tmp
         "=> e.scrollWidth > e.clientWidth + 1).length",
         "sticking_out": """[...document.querySelectorAll('svg text')].filter(t => {
             const a = t.getBoundingClientRect(), b = t.closest('svg').getBoundingClientRect();
-            return a.left < b.left - 1 || a.right > b.right + 1 || a.bottom > b.bottom + 1 || a.top < b.top - 1 }).length""",
+            return a.left < b.left - 1 || a.right > b.right + 1
+                || a.bottom > b.bottom + 1 || a.top < b.top - 1 }).length""",
         "controls": "document.querySelectorAll('script,img').length",
     }
     grounds = set()
