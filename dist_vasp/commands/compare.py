@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--output",
         required=True,
         metavar="DIR",
-        help="folder for the runs and the report; the same one goes on",
+        help="folder for the runs and the report; the same one resumes",
     )
     parser.add_argument("--shards", metavar="DIR", help="data folder in place of the file's")
     parser.add_argument(
@@ -102,7 +102,7 @@ def _compare(comparison: Comparison, output: Path, data: str, ranks: int, comman
         with jobs.stoppable():
             failures = carry_out(runs, comparison, data, ranks, jobs, _say, device)
     except Stopped:
-        _say("stopped on request; the same command goes on from here")
+        _say("stopped on request; the same command resumes from here")
         return 1
     failed = (
         f"{count_runs(len(failures))} failed: {', '.join(failure.run.stem for failure in failures)}"

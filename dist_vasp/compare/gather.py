@@ -146,8 +146,10 @@ def _number(value: float) -> float | None:
 
 
 def _cost(runs: Sequence[Run], model: Model, n_items: int) -> dict[str, Any]:
-    """Of the fastest run the seconds, of the largest the memory (the sum of its ranks' peaks); None
-    where nothing is trained."""
+    """Return seconds of the fastest run and memory of the largest; None where nothing is trained.
+
+    Memory is the sum of the peaks of a run's ranks.
+    """
     jobs = [read_json(run.file("job.json")) for run in runs]
     cost: dict[str, Any] = dict.fromkeys(
         (
@@ -179,8 +181,7 @@ def _cost(runs: Sequence[Run], model: Model, n_items: int) -> dict[str, Any]:
 
 
 def _sum(runs: Sequence[Run], model: Model, costs: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-    """Of an ensemble: what its members' trainings took one after another, and the memory of ranking
-    with all of them."""
+    """Return what an ensemble costs: its members' trainings, and ranking with all of them."""
     jobs = [read_json(run.file("job.json")) for run in runs]
     members = [costs[name] for name, _ in model.members]
     summed = ("seconds_training", "seconds_training_slowest", "seconds_job", "parameters", "epochs")

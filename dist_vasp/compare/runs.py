@@ -122,7 +122,7 @@ def plan(comparison: Comparison, output: Path, data: str) -> str:
         there = {
             DONE: "done",
             TRAINED: "trained, to be evaluated",
-            BEGUN: f"begun, goes on from {newest.name if newest else ''}",
+            BEGUN: f"begun, resumes from {newest.name if newest else ''}",
             NEW: "to be trained" if run.config else "to be evaluated",
         }[state]
         lines.append(f"  {run.stem:<32}{run.model.what:<56}{there}")
@@ -158,7 +158,7 @@ def carry_out(
         state = state_of(run, data)
         doing = {
             TRAINED: "evaluating",
-            BEGUN: "training goes on",
+            BEGUN: "resuming the training",
             NEW: "training" if run.config else "evaluating",
         }[state]
         left = _time_left(to_do[place:], seconds)

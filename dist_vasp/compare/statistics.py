@@ -92,8 +92,10 @@ class Scores:
 
 
 def read_scores(name: str, files: Mapping[int, Path]) -> Scores:
-    """Stack the per-user files of a model, {seed: file}; ValueError where they are not of the same
-    users in the same order."""
+    """Stack the per-user files of a model, {seed: file}.
+
+    ValueError where they do not hold the same users in the same order.
+    """
     tables = {seed: _read(path) for seed, path in files.items()}
     first_seed, first = next(iter(tables.items()))
     keys = np.asarray(first.column("key"))
@@ -129,8 +131,10 @@ def paired(a: Scores, b: Scores, column: str) -> Estimate:
 
 
 def seed_noise(a: Scores, b: Scores, column: str) -> float:
-    """Standard error of the difference that the choice of seeds alone makes; NaN where neither has
-    several seeds."""
+    """Return the standard error of a difference that the choice of seeds alone makes.
+
+    NaN where neither model has several seeds.
+    """
     parts = [x.seed_sd(column) ** 2 / len(x.seeds) for x in (a, b) if len(x.seeds) > 1]
     return math.sqrt(sum(parts)) if parts else math.nan
 
@@ -151,11 +155,10 @@ class Cost:
 
 
 def verdict(models: Sequence[Scores], reference: str, costs: Mapping[str, Cost]) -> str:
-    """Who wins, by how much, whether that exceeds two standard errors of the paired difference, and
-    at what cost.
+    """Return who wins, by how much, whether that exceeds two standard errors, and at what cost.
 
-    The best by NDCG@100 is held against the reference; where the reference is the best, against the
-    second best.
+    The best by NDCG@100 is compared with the reference; where the reference is the best, with the
+    second best. The difference is paired, user by user.
     """
     first = best_of(models)
     others = [model for model in models if model.name != first.name]
@@ -230,8 +233,10 @@ def _cost(first: str, second: str, costs: Mapping[str, Cost]) -> str:
 
 
 def against_reference(models: Sequence[Scores], reference: str) -> str:
-    """Which of the other models are better, worse or no different by NDCG@100 at two standard
-    errors of the paired difference."""
+    """Return which other models are better, worse or no different by NDCG@100.
+
+    They differ where the paired difference exceeds two standard errors.
+    """
     base = next(model for model in models if model.name == reference)
     groups: dict[str, list[str]] = {"better": [], "no different": [], "worse": []}
     for model in models:

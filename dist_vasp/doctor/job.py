@@ -80,7 +80,7 @@ def check_job(
 def _shards(
     folder: str, checksums: bool, progress: Callable[[int, int], None]
 ) -> tuple[Finding, Manifest | None]:
-    """Check manifest, vocabulary and the size of every shard; with `checksums` all their content."""
+    """Check manifest, vocabulary and every shard: its size, or with `checksums` its content."""
     try:
         manifest = Manifest.load(folder)
         load_items(folder, manifest)
@@ -151,8 +151,11 @@ def _plan(config: Config, sizes: Sizes, layout: Layout, local_ranks: int) -> Fin
 
 
 def _disk(config: Config, n_items: int) -> Finding:
-    """Room where the run will lie: the kept checkpoints with their moments, one that is being
-    written, and the best without."""
+    """Check the free space of the run folder.
+
+    It takes the kept checkpoints with their moments, one that is being written, and the best one
+    without moments.
+    """
     folder = Path(config.run.dir) if config.run.dir else None
     if folder is None:
         return warning("run.dir", "run.dir is not set", "pass --run.dir DIR")

@@ -27,8 +27,10 @@ _SMALL_SHARED_MEMORY = 128 << 20  # containers start with 64 MB
 
 
 def check_machine(device: str, compile_always: bool = False) -> Iterator[Finding]:
-    """Everything that does not depend on data or model; `device` and `compile_always` are what the
-    configuration asks for."""
+    """Yield findings that depend neither on data nor on the model.
+
+    `device` and `compile_always` are what the configuration asks for.
+    """
     yield from _versions()
     yield _devices(device)
     yield _compiler(compile_always)
@@ -188,8 +190,7 @@ def _shared_memory() -> Iterator[Finding]:
 
 
 def available_memory() -> tuple[int, bool]:
-    """(bytes that processes started here can still take, whether a control group's limit is what
-    binds)."""
+    """Return the bytes that new processes can take, and whether a control group limits them."""
     free, limited = psutil.virtual_memory().available, False
     for folder in _groups():
         limit = _number(folder / "memory.max")

@@ -27,8 +27,11 @@ _REPEATS = 3
 
 
 def measure(ranks: Ranks) -> dict[str, Any]:
-    """Seconds and bytes/s of 64 MB summed over all ranks, seconds of 8 bytes, and whether every
-    collective gave the right numbers. All ranks call it together."""
+    """Return how long collectives take and whether each returned the right numbers.
+
+    Seconds and bytes/s of 64 MB summed over all ranks, and seconds of 8 bytes. All ranks call it
+    together.
+    """
     n, rank, device = ranks.world_size, ranks.rank, ranks.device
     local = torch.full((_ELEMENTS,), float(rank + 1), device=device)
     total = n * (n + 1) / 2

@@ -528,11 +528,13 @@ def test_a_whole_comparison(shards, tmp_path):
     out = dry_run(tmp_path, output)
     assert re.search(r"both-seed0 .* done\n", out)
     assert re.search(r"nease-seed0 .* done\n", out) and re.search(
-        r"nease-seed1 .* begun, goes on from step-00000012", out
+        r"nease-seed1 .* begun, resumes from step-00000012", out
     )
     status, out, err = finish(tmp_path, output)
     assert (status, err) == (0, ""), out + err
-    assert "4 of 6 runs are done already" in out and "[1/2] nease-seed1: training goes on" in out
+    assert (
+        "4 of 6 runs are done already" in out and "[1/2] nease-seed1: resuming the training" in out
+    )
     assert "[2/2] both-seed1: evaluating" in out
     assert "resumed from step 12" in (runs / "nease-seed1.log").read_text()
     after = {path: path.stat().st_mtime_ns for path in before if path.exists()}
@@ -544,7 +546,7 @@ def test_a_whole_comparison(shards, tmp_path):
     out = dry_run(tmp_path, output, "--model.kind", "flvae")
     assert (
         "7 runs of 4 models, 1 done, 6 to do" in out
-        and out.count("begun, goes on from step-00000018") == 2
+        and out.count("begun, resumes from step-00000018") == 2
     )
 
 
@@ -596,7 +598,7 @@ def test_ctrl_c_is_passed_on_and_the_same_command_goes_on(shards, tmp_path, rank
     os.kill(process.pid, signal.SIGINT)
     out, err = process.communicate(timeout=PATIENCE_S)
     assert (
-        process.returncode == 1 and "stopped on request; the same command goes on from here" in out
+        process.returncode == 1 and "stopped on request; the same command resumes from here" in out
     ), out + err
     assert "stopped on request after step" in log.read_text()
     assert not alive_in(output) and not (output / "report.md").exists()
