@@ -59,16 +59,16 @@ _EXACT = {
     "clamp_", "clamp_min", "clone", "constant_pad_nd", "copy_", "detach", "diagonal", "empty",
     "empty_like", "eq", "expand", "fill_", "full", "fill_diagonal_", "full_like", "ge", "gather",
     "gt", "index", "index_put_", "index_select", "isnan", "le", "lift_fresh", "logical_and",
-    "logical_not", "logical_or", "lt", "masked_fill", "masked_fill_", "max", "maximum", "min", "minimum", "ne",
-    "neg", "neg_", "new_zeros", "ones", "ones_like", "permute", "scalar_tensor", "scatter_",
-    "select", "select_backward", "sgn", "sign", "slice", "slice_backward", "split", "squeeze",
-    "stack", "t", "transpose", "unbind", "unsqueeze", "view", "where", "zero_", "zeros",
+    "logical_not", "logical_or", "lt", "masked_fill", "masked_fill_", "max", "maximum", "min",
+    "minimum", "ne", "neg", "neg_", "new_zeros", "ones", "ones_like", "permute", "scalar_tensor",
+    "scatter_", "select", "select_backward", "sgn", "sign", "slice", "slice_backward", "split",
+    "squeeze", "stack", "t", "transpose", "unbind", "unsqueeze", "view", "where", "zero_", "zeros",
     "zeros_like", "any", "all", "diagonal_backward", "value_selecting_reduction_backward",
 }  # fmt: skip
 _ROUNDED = {
     "add", "add_", "addcdiv", "addcdiv_", "addcmul", "addcmul_", "addmm", "bmm", "cumsum", "div",
-    "index_add_", "div_", "dot", "lerp", "lerp_", "linalg_vector_norm", "mean", "mm", "mul",
-    "mul_", "mv", "prod", "reciprocal", "rsub", "sqrt", "sqrt_", "sub", "sub_", "sum",
+    "index_add_", "div_", "dot", "lerp", "lerp_", "linalg_vector_norm", "mean", "mm", "mul", "mul_",
+    "mv", "prod", "reciprocal", "rsub", "sqrt", "sqrt_", "sub", "sub_", "sum",
 }  # fmt: skip
 _ELEMENTARY = {
     "_log_softmax", "_log_softmax_backward_data", "_softmax", "exp", "expm1", "log", "log1p",
