@@ -1,6 +1,6 @@
-"""What a run ran on, for environment.json: versions, devices, ranks, hosts.
+"""Describe where a run runs, for environment.json: versions, devices, ranks, hosts.
 
-No names of users, hosts or folders.
+It contains no names of users, hosts or folders.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LIBRARIES = ("dist_vasp", "torch", "deepspeed", "numpy", "pyarrow", "webdataset"
 
 
 def describe(ranks: Ranks) -> dict[str, Any]:
-    """The environment as rank 0 sees it, and the number of hosts. All ranks call it together."""
+    """Return the environment of this rank and the number of hosts; all ranks call it together."""
     host = hashlib.blake2b(socket.gethostname().encode(), digest_size=8).hexdigest()
     hosts = set(all_gather_bytes(host.encode(), ranks.world, ranks.device))
     on_cuda = ranks.device.type == "cuda"
@@ -41,7 +41,7 @@ def describe(ranks: Ranks) -> dict[str, Any]:
         "threads_per_rank": torch.get_num_threads(),
         "memory_bytes": psutil.virtual_memory().total,
         "ranks": ranks.world_size,
-        "ranks_per_host": launched_world()[3],
+        "ranks_per_host": launched_world().local_world,
         "hosts": len(hosts),
         "partitions": ranks.layout.partitions,
         "replicas": ranks.layout.replicas,
@@ -56,7 +56,7 @@ def version(library: str) -> str | None:
 
 
 def processor() -> str:
-    """The processor's name as Linux knows it."""
+    """Return the name of the processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -69,10 +69,11 @@ class Memory:
     """The bytes that this process uses now, for metrics.jsonl."""
 
     def __init__(self, device: torch.device) -> None:
-        self._process, self._cuda = psutil.Process(), device if device.type == "cuda" else None
+        self._process = psutil.Process()
+        self._cuda = device if device.type == "cuda" else None
 
     def now(self) -> dict[str, int]:
-        found = {"memory": self._process.memory_info().rss}
+        result = {"memory": self._process.memory_info().rss}
         if self._cuda is not None:
-            found["device_memory"] = torch.cuda.max_memory_allocated(self._cuda)
-        return found
+            result["device_memory"] = torch.cuda.max_memory_allocated(self._cuda)
+        return result

@@ -25,7 +25,7 @@ from dist_vasp.locks import lock_or_owner
 from dist_vasp.parallel.agree import agreed
 from dist_vasp.parallel.comm import Ranks, all_gather_bytes
 from dist_vasp.places import check_run_folder, unwritable
-from dist_vasp.training.board import Board
+from dist_vasp.training.events import EventFile
 from dist_vasp.training.tracking import Tracking
 
 _REMEDY = "free some space or move run.dir; earlier checkpoints are good"
@@ -43,7 +43,7 @@ class RunDir:
         self.folder = Path(folder)
         self.checkpoints = self.folder / "checkpoints"
         self._metrics: TextIO | None = None
-        self._board: Board | None = None
+        self._events: EventFile | None = None
         self._tracking: Tracking | None = None
         self._step = 0
         self._ended = False
@@ -85,7 +85,7 @@ class RunDir:
         with _writing(self.folder):
             _copy_items(config.data.shards, manifest, self.folder / ITEMS_FILE)
             self._metrics = open(path, "a", opener=_no_link)  # noqa: SIM115
-            self._board = Board(self.folder / "tensorboard", after_step)
+            self._events = EventFile(self.folder / "tensorboard", after_step)
         self._tracking = Tracking(self.folder, config)
         self._step = after_step
         return n_damaged
@@ -97,8 +97,8 @@ class RunDir:
         with _writing(self.folder / "metrics.jsonl"):
             self._metrics.write(json.dumps(line) + "\n")
             self._metrics.flush()
-            assert self._board is not None
-            self._board.add(prefix, line)
+            assert self._events is not None
+            self._events.add(prefix, line)
         assert self._tracking is not None
         self._tracking.add(prefix, line)
         self._step = line["step"]
@@ -126,10 +126,10 @@ class RunDir:
     def close(self) -> None:
         if self._tracking is not None:
             self._tracking.close(self._ended)
-        if self._metrics is not None and self._board is not None:
+        if self._metrics is not None and self._events is not None:
             with _writing(self.folder / "metrics.jsonl"):
                 self._metrics.close()
-                self._board.close()
+                self._events.close()
 
 
 def _no_link(path: str, flags: int) -> int:

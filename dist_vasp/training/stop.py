@@ -1,8 +1,8 @@
-"""When to stop early: SIGTERM, Ctrl-C, SIGHUP, or a launcher that is gone.
+"""Detect requests to stop: SIGTERM, Ctrl-C, SIGHUP, or a launcher that is gone.
 
-A rank that is asked only notes it. The note travels with the next step's all-reduce, so that all
-ranks save after the same step. A second Ctrl-C ends the process at once, and so does a save that
-does not finish after the launcher has gone: a checkpoint is whole or absent.
+A request only sets a flag. The flag is sent with the next step's all-reduce, so that all ranks save
+after the same step. A second Ctrl-C ends the process at once, and so does a save that takes too
+long after the launcher has gone. A checkpoint is complete if it exists.
 """
 
 from __future__ import annotations
@@ -21,25 +21,27 @@ _ORPHAN_PATIENCE_S = 20.0
 
 
 class StopRequest:
-    """`requested` turns True when this rank is asked to stop; `close` puts the old signal handlers
-    back."""
+    """`requested` becomes True when this rank is asked to stop.
+
+    `close` restores the old signal handlers.
+    """
 
     def __init__(self) -> None:
         self.requested = False
         self._interrupts = 0
         self._closed = threading.Event()
-        self._watch = SignalWatch(self._note)
+        self._watch = SignalWatch(self._on_signal)
         if "LOCAL_RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1:
             threading.Thread(target=self._watch_launcher, args=(_launchers(),), daemon=True).start()
 
-    def _note(self, number: int) -> None:
+    def _on_signal(self, number: int) -> None:
         self.requested = True
         self._interrupts += number == signal.SIGINT
         if self._interrupts > 1:
             os._exit(130)
 
     def _watch_launcher(self, parents: dict[int, int]) -> None:
-        """A rank without its launcher would train on unseen, or wait in a collective for ever."""
+        """Request a stop when the launcher is gone; otherwise the rank would run unnoticed."""
         while not self._closed.wait(_ORPHAN_CHECK_S):
             if any(_parent_of(process) != parent for process, parent in parents.items()):
                 self.requested = True
@@ -60,9 +62,9 @@ def _parent_of(process: int) -> int | None:
 
 
 def _launchers() -> dict[int, int]:
-    """Process -> its parent: this rank, and its launcher where that one was started by `deepspeed`.
+    """Return the parent of this rank, and of its launcher if `deepspeed` started that.
 
-    SIGTERM ends the front end `deepspeed` alone; the launcher that it started would go on unseen.
+    SIGTERM ends only the front end `deepspeed`, and the launcher that it started keeps running.
     """
     rank, launcher = os.getpid(), os.getppid()
     parents = {rank: launcher}
@@ -74,5 +76,5 @@ def _launchers() -> dict[int, int]:
         ):
             parents[launcher] = front_end
     except psutil.Error:
-        pass  # the processes of others may be hidden
+        pass  # processes of other users may be hidden
     return parents

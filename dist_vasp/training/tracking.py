@@ -1,11 +1,11 @@
-"""Weights & Biases and MLflow: what metrics.jsonl gets, sent there too (`run.wandb`, `run.mlflow`).
+"""Send the lines of metrics.jsonl to Weights & Biases and MLflow (`run.wandb`, `run.mlflow`).
 
-Sending goes on in a thread of its own, one per service, so that a slow or broken network costs no
-step: a service that fails is named once and left alone from then on, lines that it cannot take as
-fast as they come are left out and counted. The libraries are imported only when asked for, and are
-no requirement of ours.
+Each service has its own thread, so that a slow or broken network does not delay a step. A service
+that fails is reported once and then ignored. If a service is too slow, lines are dropped and
+counted. The libraries are optional, and imported only when they are used.
 
-RUN_DIR/tracking.json keeps the services' own ids, so that a resumed run goes on where it was.
+RUN_DIR/tracking.json stores the ids of the run at the services, so that a resumed run continues
+there.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from dist_vasp.files import replace_text
 from dist_vasp.text import one_line
 
 _WAITING = 10_000  # lines that may wait for a slow service
-_LAST_WORDS_S = 60.0  # what the end of a run waits for a service
+_FINISH_S = 60.0  # for which the end of a run waits for a service
 _IDS = "tracking.json"
 
 
 class Service(Protocol):
-    """What a service does; it may raise whatever it likes."""
+    """A tracking service; its methods may raise any exception."""
 
     def start(self, known: str | None) -> str:
-        """Go on with the run of id `known`, or begin one; returns its id."""
+        """Resume the run with the id `known`, or start a run; return its id."""
 
     def log(self, lines: list[tuple[str, dict[str, Any]]]) -> None:
-        """Take lines, each with its prefix: train, validation, test."""
+        """Send lines, each with its prefix: train, validation, test."""
 
     def finish(self, ok: bool) -> None: ...
 
@@ -48,7 +48,9 @@ class Wandb:
 
     def __init__(self, project: str, folder: Path, config: Config) -> None:
         self._library = _import("wandb", "run.wandb", project)
-        self._project, self._folder, self._config = project, folder, config
+        self._project = project
+        self._folder = folder
+        self._config = config
 
     def start(self, known: str | None) -> str:
         name = known or secrets.token_hex(8)
@@ -60,9 +62,8 @@ class Wandb:
             dir=str(self._folder),
             config=asdict(self._config),
         )
-        self._run.define_metric(
-            "*", step_metric="step"
-        )  # a resumed run may repeat steps, which its own counter refuses
+        # a resumed run may repeat steps, which the service's own counter does not allow
+        self._run.define_metric("*", step_metric="step")
         return name
 
     def log(self, lines: list[tuple[str, dict[str, Any]]]) -> None:
@@ -78,7 +79,9 @@ class MLflow:
 
     def __init__(self, uri: str, folder: Path, config: Config) -> None:
         self._library = _import("mlflow", "run.mlflow", uri)
-        self._uri, self._folder, self._config = uri, folder, config
+        self._uri = uri
+        self._folder = folder
+        self._config = config
 
     def start(self, known: str | None) -> str:
         self._client = self._library.MlflowClient(tracking_uri=self._uri)
@@ -98,14 +101,14 @@ class MLflow:
 
     def log(self, lines: list[tuple[str, dict[str, Any]]]) -> None:
         now = int(time.time() * 1000)
-        metrics = [
+        metrics = [  # a name may not contain @
             self._library.entities.Metric(
                 name.replace("@", "_at_"), float(value), now, line["step"]
-            )  # it takes no @ in a name
+            )
             for prefix, line in lines
             for name, value in numbers(prefix, line).items()
         ]
-        for first in range(0, len(metrics), 1000):  # as many as a server takes at once
+        for first in range(0, len(metrics), 1000):  # the most that a server accepts at once
             self._client.log_batch(self._name, metrics=metrics[first : first + 1000])
 
     def finish(self, ok: bool) -> None:
@@ -113,7 +116,7 @@ class MLflow:
 
 
 def numbers(prefix: str, line: dict[str, Any]) -> dict[str, float]:
-    """The numbers of a metrics line under `prefix/`, its place in the run left out."""
+    """Return the numbers of a metrics line as `prefix/NAME`, without step and epoch."""
     return {
         f"{prefix}/{k}": v
         for k, v in line.items()
@@ -122,16 +125,16 @@ def numbers(prefix: str, line: dict[str, Any]) -> dict[str, float]:
 
 
 def services(folder: Path, config: Config) -> dict[str, Service]:
-    """Those that the configuration asks for, not started yet.
+    """Return the services that the configuration names, not started yet.
 
     ValueError where a library is missing.
     """
-    found: dict[str, Service] = {}
+    result: dict[str, Service] = {}
     if config.run.wandb:
-        found["wandb"] = Wandb(config.run.wandb, folder, config)
+        result["wandb"] = Wandb(config.run.wandb, folder, config)
     if config.run.mlflow:
-        found["mlflow"] = MLflow(config.run.mlflow, folder, config)
-    return found
+        result["mlflow"] = MLflow(config.run.mlflow, folder, config)
+    return result
 
 
 def _import(library: str, key: str, value: str) -> Any:
@@ -145,7 +148,7 @@ def _import(library: str, key: str, value: str) -> Any:
 
 
 class Tracking:
-    """All services of a run; made by rank 0."""
+    """All services of a run, on rank 0."""
 
     def __init__(self, folder: Path, config: Config) -> None:
         self._folder = folder
@@ -154,28 +157,31 @@ class Tracking:
         ]
 
     def add(self, prefix: str, line: dict[str, Any]) -> None:
-        """Hand a metrics line to the services; neither waits nor raises."""
+        """Queue a metrics line for the services; this neither waits nor raises."""
         for sender in self._threads:
             sender.add(prefix, line)
 
     def close(self, ok: bool) -> None:
-        """Let the services take what is waiting, for a minute at most.
+        """Wait at most one minute until the services have sent everything.
 
-        `ok`: the run has come to its end.
+        `ok`: the run is complete.
         """
-        deadline = time.monotonic() + _LAST_WORDS_S
+        deadline = time.monotonic() + _FINISH_S
         for sender in self._threads:
             sender.close(ok, deadline)
 
 
 class _Sender(threading.Thread):
-    """One service's thread. It is a daemon: a network that hangs does not keep the process."""
+    """The thread of one service, a daemon, so that a hanging network does not keep the process."""
 
     def __init__(self, name: str, service: Service, folder: Path) -> None:
         super().__init__(name=f"tracking-{name}", daemon=True)
-        self._service_name, self._service, self._ids = name, service, folder / _IDS
+        self._service_name = name
+        self._service = service
+        self._ids = folder / _IDS
         self._lines: queue.Queue[tuple[str, dict[str, Any]] | bool] = queue.Queue(_WAITING)
-        self._failed, self._left_out = False, 0
+        self._failed = False
+        self._left_out = 0  # lines
         self.start()
 
     def add(self, prefix: str, line: dict[str, Any]) -> None:
@@ -197,7 +203,7 @@ class _Sender(threading.Thread):
         self.join(max(0.0, deadline - time.monotonic()))
         if self.is_alive():
             _warn(
-                f"{self._service_name} did not take the last metrics within {_LAST_WORDS_S:.0f} "
+                f"{self._service_name} did not take the last metrics within {_FINISH_S:.0f} "
                 "s; metrics.jsonl has them all"
             )
 
@@ -222,7 +228,7 @@ class _Sender(threading.Thread):
                         lines.append(one)
                 self._service.log(lines)
             self._service.finish(ended)
-        except BaseException as error:  # whatever a service's library does, training goes on
+        except BaseException as error:  # training continues after any error of a service
             self._failed = True
             _warn(
                 f"{self._service_name} failed and gets no more metrics ({type(error).__name__}: "
@@ -237,10 +243,10 @@ _ONE_WRITER = threading.Lock()
 
 def _read_ids(path: Path) -> dict[str, str]:
     try:
-        found = read_json(path)
+        ids = read_json(path)
     except (OSError, ValueError):
         return {}
-    return {k: v for k, v in found.items() if isinstance(v, str)} if isinstance(found, dict) else {}
+    return {k: v for k, v in ids.items() if isinstance(v, str)} if isinstance(ids, dict) else {}
 
 
 def _warn(text: str) -> None:

@@ -154,7 +154,7 @@ def test_a_service_that_hangs_keeps_neither_the_steps_nor_the_end(tmp_path, monk
     fake, never = FakeWandb(), threading.Event()
     monkeypatch.setitem(sys.modules, "wandb", fake)
     monkeypatch.setattr(fake, "init", lambda **arguments: never.wait(30))
-    monkeypatch.setattr(tracking, "_LAST_WORDS_S", 0.2)
+    monkeypatch.setattr(tracking, "_FINISH_S", 0.2)
     monkeypatch.setattr(tracking, "_WAITING", 5)
     one = Tracking(tmp_path, _config(wandb="films"))
     for step in range(1, 30):

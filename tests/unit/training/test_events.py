@@ -4,20 +4,20 @@ traceback of a thread."""
 import subprocess
 import sys
 
-from dist_vasp.training.board import Board
+from dist_vasp.training.events import EventFile
 
 FULL_DISK = """
 import resource, sys
 from pathlib import Path
-from dist_vasp.training.board import Board
+from dist_vasp.training.events import EventFile
 
-board = Board(Path(sys.argv[1]), 0)
+events = EventFile(Path(sys.argv[1]), 0)
 # the kernel refuses what goes beyond, as on a full disk
 resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
 try:
     for step in range(1, 2000):
-        board.add("train", {"step": step, "loss": 0.5})
-    board.close()
+        events.add("train", {"step": step, "loss": 0.5})
+    events.close()
 except OSError as error:
     print("refused:", error.strerror)
 """
@@ -27,13 +27,13 @@ def test_events_after_the_step_resumed_from_are_dropped(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     for after, steps in ((0, (1, 2, 3, 4)), (2, (3,))):
-        board = Board(tmp_path, after)
+        events = EventFile(tmp_path, after)
         for step in steps:
-            board.add(
+            events.add(
                 "train",
                 {"step": step, "epoch": 0, "loss": 10.0 * after + step, "note": "text is left out"},
             )
-        board.close()
+        events.close()
     events = EventAccumulator(str(tmp_path))
     events.Reload()
     assert events.Tags()["scalars"] == ["train/loss"]

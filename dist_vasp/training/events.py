@@ -1,5 +1,4 @@
-"""TensorBoard events of a run: the numbers of a metrics line, under one prefix each for training
-and validation."""
+"""Write the numbers of metrics.jsonl as TensorBoard events."""
 
 from __future__ import annotations
 
@@ -10,9 +9,8 @@ from typing import Any
 from dist_vasp.training.tracking import numbers
 
 
-class Board:
-    """An event file in `folder`; events of steps after `after_step`, of a future that is undone,
-    are no longer shown.
+class EventFile:
+    """An event file in `folder`; TensorBoard no longer shows earlier events after `after_step`.
 
     OSError from `add` and `close` when the file could not be written.
     """
@@ -28,18 +26,20 @@ class Board:
             self._events.add_scalar(name, value, line["step"])
 
     def close(self) -> None:
-        self._events.flush()  # closing alone would not tell of a failed write
+        self._events.flush()  # `close` does not report a failed write
         self._events.close()
 
 
 def _let_the_caller_report() -> None:
-    """A failed write of the writer's own thread raises again in the next `add` or `close`, where it
-    gets one readable line; the thread need not print its traceback first."""
+    """Keep the writer's thread from printing a traceback after a failed write.
+
+    The next `add` or `close` raises the same error, and the caller reports it in one line.
+    """
     before = threading.excepthook
 
     def hook(args: threading.ExceptHookArgs) -> None:
-        of_the_writer = type(args.thread).__module__.startswith("tensorboard.")
-        if not (of_the_writer and isinstance(args.exc_value, OSError)):
+        is_writer = type(args.thread).__module__.startswith("tensorboard.")
+        if not (is_writer and isinstance(args.exc_value, OSError)):
             before(args)
 
     threading.excepthook = hook
