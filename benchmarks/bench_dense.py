@@ -20,7 +20,7 @@ from dist_vasp import config as configs
 from dist_vasp.config import Config
 from dist_vasp.data.rows import Rows
 from dist_vasp.data.stream import Batch, StreamOptions, TrainStream
-from dist_vasp.model.vasp import make_trunk
+from dist_vasp.model.build import make_trunk
 from dist_vasp.parallel.start import init_ranks
 from tests.oracles.dense import TORCH_OPTIMIZERS, DenseVASP
 

@@ -20,7 +20,7 @@ import torch
 from dist_vasp.data.held_out import EvalBlock, evaluation_blocks
 from dist_vasp.data.rows import concatenate_rows
 from dist_vasp.parallel.start import init_ranks
-from dist_vasp.ranking.evaluate import USERS_PER_BLOCK, model_scorer, top_items
+from dist_vasp.ranking.evaluate import USERS_PER_BLOCK, top_items
 from dist_vasp.ranking.load import LoadedModel, load_model
 
 K = 100
@@ -39,16 +39,17 @@ def numpy_lists(
     rows = np.repeat(np.arange(block.fold_in.n_rows), block.fold_in.lengths)
     x[rows, block.fold_in.items] = 1
     scores = np.zeros_like(x)
-    if loaded.trunk is not None:
+    model, trunk = loaded.model.model, loaded.model.trunk
+    if trunk is not None:
         with torch.no_grad():
-            d, z, _ = loaded.trunk(torch.from_numpy(x @ weights["input.weight"]), None)
+            (d, z), _ = trunk(torch.from_numpy(x @ weights["input.weight"]), None)
         for name, source in (("output.decoder", d.numpy()), ("output.latent", z.numpy())):
             if f"{name}.weight" in weights:
                 scores += _log_sigmoid(
                     source @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
                 )
     for piece in (
-        loaded.model.slices()
+        model.slices()
     ):  # block by block as it is stored: a copy of W in one piece would not fit beside it
         if piece.name == "output.nease.weight":
             scores[:, piece.lo : piece.hi] += _log_sigmoid(x @ piece.tensor.numpy())
@@ -110,7 +111,7 @@ def main() -> None:
     arguments = parser.parse_args()
     ranks = init_ranks(device="cpu")
     loaded = load_model(arguments.run, None, ranks)
-    weights = {p.name: p.tensor.numpy() for p in loaded.model.slices() if p.item_dim == 0}
+    weights = {p.name: p.tensor.numpy() for p in loaded.model.model.slices() if p.item_dim == 0}
     shards = arguments.shards or loaded.config.data.shards
     blocks = list(
         evaluation_blocks(shards, arguments.split, arguments.users_per_block, 0, arguments.users)
@@ -126,7 +127,7 @@ def main() -> None:
             )
         )
     )
-    scorer, n_items = model_scorer(loaded.model, loaded.trunk), len(loaded.items.keys)
+    scorer, n_items = loaded.model.scores, len(loaded.items.keys)
 
     def ours() -> np.ndarray:
         return np.concatenate(

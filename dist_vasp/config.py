@@ -20,6 +20,8 @@ import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
 
 from dist_vasp.bounded_json import DEEPEST, read_bytes
+from dist_vasp.model.registry import KINDS, ModelKeys, OptimizerKeys, kind_of
+from dist_vasp.require import require
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -58,82 +60,17 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class ModelConfig:
-    """model: which paths there are, and their sizes."""
+class ModelKind:
+    """The key of `model` that all kinds share."""
 
-    kind: Literal["vasp", "flvae", "nease", "ease"] = "vasp"
+    kind: Literal[tuple(KINDS)] = "vasp"  # type: ignore[valid-type]
     """vasp multiplies flvae and nease, which also train alone; ease is the closed form and uses
     neither loss nor optimizer."""
-    hidden: int = 4096
-    """Width H of the trunk."""
-    latent: int = 2048
-    """Width L of the latent code."""
-    encoder_layers: int = 7
-    """Layers of the encoder, the partitioned input layer counted."""
-    decoder_layers: int = 5
-    """Layers of the decoder, the output heads not counted."""
-    latent_head: bool = True
-    """A second output head Q on the latent code, as in the authors' code."""
-    ease_lambda: float = 0.0
-    """L2 regularisation of ease; 0: the one of a grid with the best validation NDCG@100."""
-    ease_dtype: Literal["fp32", "fp64"] = "fp32"
-    """Precision in which ease is computed; fp64 takes twice the memory.
 
-    Its weights are stored in fp32.
-    """
-    ease_dropout: float = 0.0
-    """Share of a user's items that ease is fitted to do without (EDLAE): adds share / (1 - share)
-    of its own diagonal to G."""
-    ease_user_exponent: float = 0.0
-    """A user of n items weighs (n / mean n)^this in G: below 0 long histories, of which every pair
-    counts, have less of a say."""
-    init_from_ease: str = ""
-    """Start NEASE's W from the closed form: closed_form computes it (ease_lambda), else the run.dir
-    of an ease run; empty: Glorot."""
-    nease_scale: float = 1.0
-    """With init_from_ease: W starts as this many times B."""
-    nease_offset: float = 0.0
-    """Added to W x before the sigmoid: with B's small scores some -8 keeps sigmoid(W x + offset)
-    from saturating."""
-    nease: Literal["trained", "frozen", "apart"] = "trained"
-    """W of vasp: trained; frozen at its start; or apart: frozen, the loss is FLVAE's alone, and the
-    paths meet in the scores."""
 
-    @property
-    def deep(self) -> bool:
-        """Whether there is FLVAE: a trunk, an input side, output heads."""
-        return self.kind in ("vasp", "flvae")
-
-    @property
-    def shallow(self) -> bool:
-        """Whether there is an items x items matrix."""
-        return self.kind != "flvae"
-
-    @property
-    def trains_nease(self) -> bool:
-        return self.shallow and self.nease == "trained"
-
-    @property
-    def linear(self) -> bool:
-        """Whether what is ranked by is x B itself and no probability: the closed form."""
-        return self.kind == "ease"
-
-    def trunk_parameters(self) -> int:
-        """Parameters of the trunk: b1, the residual layers and their norms, the three latent maps."""
-        if not self.deep:
-            return 0
-        H, L = self.hidden, self.latent
-        layers = self.encoder_layers + self.decoder_layers
-        return H + (layers - 2) * (H * H + H) + layers * 2 * H + 2 * (H * L + L) + (L * H + H)
-
-    def item_parameters(self, n_items: int, owned: int) -> int:
-        """Parameters of the item matrices that belong to `owned` items of a catalogue of `n_items`."""
-        width = (2 * self.hidden + 1 + (self.latent + 1) * self.latent_head) * self.deep
-        return owned * (width + n_items * self.shallow)
-
-    def frozen_parameters(self, n_items: int, owned: int) -> int:
-        """Those of them that have neither gradient nor moments: a W that stays as it started."""
-        return owned * n_items * (self.shallow and not self.trains_nease)
+@dataclass(frozen=True)
+class ModelConfig(ModelKeys, ModelKind):
+    """model: its kind, and the keys of the kinds."""
 
 
 @dataclass(frozen=True)
@@ -151,8 +88,8 @@ class LossConfig:
 
 
 @dataclass(frozen=True)
-class OptimizerConfig:
-    """optimizer: one update rule for the trunk and the item matrices."""
+class UpdateRule:
+    """The keys of `optimizer` that all kinds share."""
 
     name: Literal["nadam", "adam", "adamw"] = "nadam"
     """Update rule."""
@@ -169,11 +106,6 @@ class OptimizerConfig:
     to no memory."""
     weight_decay: float = 0.0
     """Decoupled weight decay; adamw only."""
-    nease_lr: float = 1.0
-    """Learning rate of NEASE's W, as a multiple of the schedule's."""
-    nease_decay: float = 0.0
-    """With init_from_ease: W is drawn to its start by this times its learning rate a step; takes
-    one more copy of W."""
     clip_norm: float = 0.0
     """Largest joint gradient norm of trunk and item matrices; 0 does not clip."""
     accumulation: int = 1
@@ -184,6 +116,11 @@ class OptimizerConfig:
         default_factory=lambda: [Stage(50, 5e-5), Stage(20, 1e-5), Stage(20, 1e-6)]
     )
     """Stages of the learning rate; their epochs add up to the run."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig(OptimizerKeys, UpdateRule):
+    """optimizer: one update rule for the trunk and the item matrices."""
 
 
 @dataclass(frozen=True)
@@ -266,7 +203,8 @@ class Config:
 
     @property
     def halves(self) -> bool:
-        return self.model.kind != "nease" if self.data.halves is None else self.data.halves
+        default = kind_of(self.model.kind).halves
+        return default if self.data.halves is None else self.data.halves
 
     @property
     def epochs(self) -> int:
@@ -292,20 +230,7 @@ class Config:
         return yaml.safe_dump(asdict(self), sort_keys=False)
 
 
-def _require(ok: bool, key: str, value: Any, expected: str, action: str) -> None:
-    if not ok:
-        raise ValueError(f"{key} is {value!r}, expected {expected}; {action}")
-
-
 _SECTIONS = ("data", "model", "loss", "optimizer", "parallel", "run")
-_LOSSES = {
-    "vasp": ("focal",),
-    "flvae": ("focal", "multinomial"),
-    "nease": ("focal", "cosine", "mse", "bce"),
-}
-_LOSSES["ease"] = tuple(
-    sorted({loss for losses in _LOSSES.values() for loss in losses})
-)  # none of them is used
 
 
 def check(config: Config) -> Config:
@@ -313,7 +238,7 @@ def check(config: Config) -> Config:
     for section in _SECTIONS:
         for key, value in asdict(getattr(config, section)).items():
             given = value is not None or (section, key) == ("data", "halves")
-            _require(
+            require(
                 given,
                 f"{section}.{key}",
                 value,
@@ -323,20 +248,14 @@ def check(config: Config) -> Config:
     d, m, o, p, r = config.data, config.model, config.optimizer, config.parallel, config.run
     positive = {
         "data.batch_size": d.batch_size,
-        "model.hidden": m.hidden,
-        "model.latent": m.latent,
-        "model.encoder_layers": m.encoder_layers,
-        "model.decoder_layers": m.decoder_layers,
         "optimizer.accumulation": o.accumulation,
         "parallel.replicas": p.replicas,
         "parallel.lanes": p.lanes,
         "run.keep": r.keep,
     }
     for key, value in positive.items():
-        _require(value >= 1, key, value, "at least 1", "raise it")
-    for key, value in (("model.hidden", m.hidden), ("model.latent", m.latent)):
-        _require(value < 1 << 31, key, value, "less than 2^31", "lower it")
-    _require(
+        require(value >= 1, key, value, "at least 1", "raise it")
+    require(
         d.workers <= 256,
         "data.workers",
         d.workers,
@@ -347,10 +266,6 @@ def check(config: Config) -> Config:
         "data.workers": d.workers,
         "loss.gamma": config.loss.gamma,
         "loss.kl_weight": config.loss.kl_weight,
-        "model.ease_lambda": m.ease_lambda,
-        "model.nease_scale": m.nease_scale,
-        "optimizer.nease_lr": o.nease_lr,
-        "optimizer.nease_decay": o.nease_decay,
         "optimizer.momentum_decay": o.momentum_decay,
         "optimizer.weight_decay": o.weight_decay,
         "optimizer.clip_norm": o.clip_norm,
@@ -362,7 +277,7 @@ def check(config: Config) -> Config:
         "run.evaluate_every_epochs": r.evaluate_every_epochs,
     }
     for key, value in not_negative.items():
-        _require(
+        require(
             0 <= value < math.inf,
             key,
             value,
@@ -370,7 +285,7 @@ def check(config: Config) -> Config:
             "raise it" if value < 0 else "lower it",
         )
     rows = d.batch_size * (2 if config.halves else 1)
-    _require(
+    require(
         o.accumulation <= rows,
         "optimizer.accumulation",
         o.accumulation,
@@ -378,27 +293,27 @@ def check(config: Config) -> Config:
         "lower it",
     )
     no_password = re.search(r"://[^/]*@", r.mlflow) is None
-    _require(
+    require(
         no_password,
         "run.mlflow",
         "a URI with a user or password",  # the value itself would end up in a log
         "a URI without them, because config.yaml keeps it",
         "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD",
     )
-    _require(r.seed < 1 << 63, "run.seed", r.seed, "less than 2^63", "lower it")
+    require(r.seed < 1 << 63, "run.seed", r.seed, "less than 2^63", "lower it")
     for key, value in (("optimizer.beta1", o.beta1), ("optimizer.beta2", o.beta2)):
-        _require(0 <= value < 1, key, value, "0 <= beta < 1", "the usual values are 0.9 and 0.999")
-    _require(
+        require(0 <= value < 1, key, value, "0 <= beta < 1", "the usual values are 0.9 and 0.999")
+    require(
         0 < o.eps < math.inf, "optimizer.eps", o.eps, "a positive number", "the usual value is 1e-7"
     )
-    _require(
+    require(
         0 <= config.loss.alpha <= 1,
         "loss.alpha",
         config.loss.alpha,
         "0 to 1",
         "the paper uses 0.25",
     )
-    _require(
+    require(
         len(o.schedule) > 0,
         "optimizer.schedule",
         o.schedule,
@@ -406,64 +321,67 @@ def check(config: Config) -> Config:
         "add a stage",
     )
     for i, stage in enumerate(o.schedule):
-        _require(
+        require(
             stage.epochs >= 1,
             f"optimizer.schedule[{i}].epochs",
             stage.epochs,
             "at least 1",
             "raise it or drop the stage",
         )
-        _require(
+        require(
             0 <= stage.lr < 1e3,
             f"optimizer.schedule[{i}].lr",
             stage.lr,
             "a rate of 0 or more",
             "the paper starts at 5e-5",
         )
-    _require(
+    require(
         0 <= d.input_dropout < 1,
         "data.input_dropout",
         d.input_dropout,
         "0 <= share < 1",
         "0.3 did well on MovieLens 1M",
     )
-    _check_ease(m, o)
-    _require(
-        config.loss.kind in _LOSSES[m.kind],
+    m.check_keys()
+    o.check_rates()
+    kind = kind_of(m.kind)
+    kind.check(config)
+    require(
+        config.loss.kind in kind.losses,
         "loss.kind",
         config.loss.kind,
-        f"one of {', '.join(_LOSSES[m.kind])} for model.kind {m.kind}",
+        f"one of {', '.join(kind.losses)} for model.kind {m.kind}",
         "change one of the two",
     )
-    _require(
+    require(
         o.weight_decay == 0 or o.name == "adamw",
         "optimizer.weight_decay",
         o.weight_decay,
         f"0 with {o.name}",
         "use optimizer.name adamw",
     )
-    _require(
+    require(
         p.zero_stage in (0, 1, 2, 3),
         "parallel.zero_stage",
         p.zero_stage,
         "0, 1, 2 or 3",
         "1 suits most clusters",
     )
-    _require(
+    require(
         p.trunk_dtype == "fp32" or p.zero_stage > 0,
         "parallel.trunk_dtype",
         p.trunk_dtype,
         "fp32 with parallel.zero_stage 0, whose bias correction runs one step ahead in bf16",
         "use stage 1, 2 or 3",
     )
-    _require(
+    require(
         p.lanes <= d.batch_size,
         "parallel.lanes",
         p.lanes,
         f"at most data.batch_size = {d.batch_size}",
         "lower it or raise the batch",
     )
-    _require(
+    require(
         config.device in ("auto", "cuda", "cpu"),
         "device",
         config.device,
@@ -471,73 +389,6 @@ def check(config: Config) -> Config:
         "choose one of them",
     )
     return config
-
-
-def _check_ease(m: ModelConfig, o: OptimizerConfig) -> None:
-    """The keys of the closed form, and of a NEASE that starts from it; a run of the closed form
-    itself uses none of the latter."""
-    _require(
-        0 <= m.ease_dropout < 1,
-        "model.ease_dropout",
-        m.ease_dropout,
-        "0 <= share < 1",
-        "0.45 did well on MovieLens 1M",
-    )
-    exponent, action = (
-        m.ease_user_exponent,
-        "0 weighs all users the same, -0.5 did well on MovieLens 1M",
-    )
-    _require(-4 <= exponent <= 4, "model.ease_user_exponent", exponent, "-4 to 4", action)
-    _require(
-        math.isfinite(m.nease_offset),
-        "model.nease_offset",
-        m.nease_offset,
-        "a finite number",
-        "the default is 0",
-    )
-    if m.linear:
-        return
-    start, started = "model.init_from_ease", bool(m.init_from_ease)
-    _require(
-        m.shallow or not started,
-        start,
-        m.init_from_ease,
-        f"nothing with model.kind {m.kind}",
-        "leave it out",
-    )
-    computed = m.init_from_ease == "closed_form"
-    action = "set it; a run of model.kind ease finds a good one on validation"
-    _require(
-        not computed or m.ease_lambda > 0,
-        "model.ease_lambda",
-        m.ease_lambda,
-        f"more than 0 with {start} closed_form",
-        action,
-    )
-    unused = {
-        "model.nease_scale": (m.nease_scale, 1.0),
-        "optimizer.nease_decay": (o.nease_decay, 0.0),
-    }
-    for key, (value, plain) in unused.items():
-        _require(
-            started or value == plain, key, value, f"{plain:g} without {start}", f"set {start} too"
-        )
-    possible = m.nease == "trained" or (started and m.kind == "vasp")
-    _require(
-        possible,
-        "model.nease",
-        m.nease,
-        f"trained, unless model.kind is vasp and {start} is set",
-        "set both, or leave it out",
-    )
-    decay = o.nease_decay
-    _require(
-        m.nease == "trained" or not decay,
-        "optimizer.nease_decay",
-        decay,
-        f"0 with model.nease {m.nease}",
-        "leave it out",
-    )
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -718,7 +569,7 @@ def _refuse_text(raw: dict[str, Any]) -> None:
 def _require_sections(namespace: Any) -> None:
     for section in _SECTIONS:
         value = getattr(namespace, section)
-        _require(
+        require(
             isinstance(value, Namespace),
             section,
             value,

@@ -17,6 +17,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from dist_vasp.config import Config
+from dist_vasp.model.build import measure_size
+from dist_vasp.model.registry import kind_of
+from dist_vasp.model.slices import BLOCK_COLUMNS, GPU_BLOCK_COLUMNS, GRADIENT_ROWS
 
 FLOAT = 4
 PROCESS_BASE = {
@@ -26,15 +29,9 @@ PROCESS_BASE = {
 # a loader process beside what it shares with its rank: estimated, 50 decoded shards of 2 MB and
 # what it writes to
 LOADER_BASE = 0.15e9
-BLOCK_COLUMNS = {"cpu": 256, "cuda": 2048}  # parallel.block_columns 0
-GRADIENT_ROWS = 1024
 # an interaction of a row: int64 as it came, sorted by item and its row, of x and of y; int32 on its
 # way
 IDS_BYTES = 80
-ROW_STATS = {
-    "cosine": 3,
-    "multinomial": 2,
-}  # floats of a row that a loss sums over the partitions first
 # by ZeRO stage, how often the trunk passes each link of a ring: DeepSpeed all-reduces gradients (2)
 # and gathers parameters (1); stage 3 scatters gradients (1) and gathers what is not small twice (2)
 ZERO_MESSAGES = {0: 2, 1: 3, 2: 3, 3: 3}
@@ -94,103 +91,118 @@ def make_plan(
     config: Config, sizes: Sizes, partitions: int, replicas: int, rates: Rates, device: str = "cpu"
 ) -> Plan:
     """The estimate for one rank of a `replicas` x `partitions` world."""
-    if config.model.linear:
+    if kind_of(config.model.kind).closed_form:
         return _ease_plan(config, sizes, partitions, replicas, rates, device)
-    m, o, p = config.model, config.optimizer, config.parallel
-    H, L = m.hidden, m.latent * m.latent_head
-    world = partitions * replicas
-    rows_per_user = 2 if config.halves else 1
-    N = config.data.batch_size * rows_per_user
-    padded = padded_users(sizes.n_users, config.data.batch_size, p.lanes, world)
-    B = rows_per_user * padded / o.accumulation
-    G = B * partitions
-    E = sizes.items_per_user / rows_per_user  # of an input row
-    J = math.ceil(sizes.n_items / partitions)
-    deep, shallow = m.deep, m.shallow
-    n_paths = deep * (1 + m.latent_head) + shallow
-    C = min(J, p.block_columns or BLOCK_COLUMNS[device])
-    n_item, n_trunk = m.item_parameters(sizes.n_items, J), m.trunk_parameters()
-    n_trained = n_item - m.frozen_parameters(sizes.n_items, J)
-    moments = 2 * FLOAT if o.item_state == "full" else FLOAT
-    gathered = J * (shallow and m.nease != "apart")  # of W's columns, in a step
+    step = _Step(config, sizes, partitions, replicas, device)
+    traffic, arithmetic = step.traffic(), step.arithmetic()
+    seconds = step.seconds(traffic, arithmetic, rates)
+    return Plan(partitions, replicas, step.memory(), traffic, arithmetic, seconds)
 
-    # Memory: weights and state stay; the peak comes when the output side has a block at hand, or in
-    # the trunk's backward, when its gradients exist and not all activations are gone. Counts of
-    # activations follow the operations that autograd keeps inputs of.
-    trunk_share = 1 if p.zero_stage == 0 else world
-    master = FLOAT * n_trunk / world if p.zero_stage else 0
-    held = n_trunk / world if p.zero_stage == 3 else n_trunk
-    # a block: of (G, C) logits, misses and shares of each path and 14 others while the loss is
-    # taken uncompiled; then the gradient of each path and that of some rows of W (lean: of all
-    # rows, and what their update makes)
-    of_weights = GRADIENT_ROWS if o.item_state == "full" else 2 * sizes.n_items
-    one_block = FLOAT * C * max(G * (3 * n_paths + 14), G * n_paths + of_weights * shallow)
-    # stages 1 and up copy gradients into one flat bucket and keep their own share of its average
-    trunk_gradients = FLOAT * (n_trunk + n_trunk / world * (p.zero_stage > 0))
-    memory = {
-        "process": PROCESS_BASE[device],
-        "loaders": config.data.workers * LOADER_BASE,
-        "item weights": FLOAT * n_item,
-        "item moments": moments * n_trained + FLOAT * sizes.n_items * J * (o.nease_decay > 0),
-        "item gradients": FLOAT * n_trained * (o.accumulation > 1),
-        "trunk weights": FLOAT * held + master,
-        "trunk buckets": FLOAT * min(n_trunk, ZERO_BUCKET) * (p.zero_stage > 0),
-        "trunk moments": 2 * FLOAT * n_trunk / trunk_share,
-        "trunk activations": FLOAT
-        * deep
-        * B
-        * (H * (3 * (m.encoder_layers + m.decoder_layers) + 3) + 8 * L),
-        "rows of the group": FLOAT * deep * 3 * G * (H + L) + IDS_BYTES * G * E,
-        "one block, or trunk gradients": max(one_block, trunk_gradients),
-    }
 
-    # Traffic of one rank in one step: ring algorithms, nothing grows with I but the replicas' sum.
-    others = partitions - 1
-    micro = o.accumulation
-    passes = 2 if o.clip_norm else 1
-    stats = ROW_STATS.get(config.loss.kind, 0)
-    traffic = {
-        "ids": FLOAT * others * micro * B * (2 * E + 2),
-        "input: pre-activations and their gradient": FLOAT * deep * others * micro * B * 2 * H,
-        "output: d, z and their gradient": FLOAT * deep * others * micro * B * 2 * (H + L),
-        "output: statistics of rows": FLOAT * others * micro * G * stats * passes,
-        "replicas: item gradients": FLOAT
-        * 2
-        * (replicas - 1)
-        / replicas
-        * n_trained
-        * (passes if micro == 1 else 1),
-        "trunk under ZeRO": FLOAT
-        * deep
-        * (world - 1)
-        / world
-        * n_trunk
-        * ZERO_MESSAGES[p.zero_stage],
-        # five words in float64, and three of each path of the loss
-        "loss, norm and statistics": 8
-        * (5 + 3 * (n_paths - (shallow and m.nease == "apart")))
-        * 2
-        * (world - 1)
-        / world,
-    }
+class _Step:
+    """The sizes of one optimizer step, and what follows from them."""
 
-    # Arithmetic of one rank in one step: three products per weight and row (forward, two backward).
-    per_rank_rows = N / world
-    group_rows = N / replicas
-    arithmetic = {
-        "trunk": 6 * per_rank_rows * n_trunk,
-        "output heads": 6 * group_rows * J * (H + L) * deep,
-        "gathers (bytes)": 2 * group_rows * E * (gathered + H * deep / partitions) * FLOAT,
-    }
-    updated = (n_trained + n_trunk / trunk_share) * 2 * (FLOAT + moments)
-    seconds = {
-        "trunk": arithmetic["trunk"] / rates.flops,
-        "output heads": passes * arithmetic["output heads"] / rates.flops,
-        "gathers": passes * arithmetic["gathers (bytes)"] / rates.gather,
-        "update": updated / rates.copy,
-        "communication": sum(traffic.values()) / rates.network,
-    }
-    return Plan(partitions, replicas, memory, traffic, arithmetic, seconds)
+    def __init__(
+        self, config: Config, sizes: Sizes, partitions: int, replicas: int, device: str
+    ) -> None:
+        self.config, self.sizes, self.device = config, sizes, device
+        self.partitions, self.replicas, self.world = partitions, replicas, partitions * replicas
+        self.model = measure_size(config, sizes.n_items, partitions)
+        o, p = config.optimizer, config.parallel
+        rows_per_user = 2 if config.halves else 1
+        users = padded_users(sizes.n_users, config.data.batch_size, p.lanes, self.world)
+        self.N = config.data.batch_size * rows_per_user
+        self.B = rows_per_user * users / o.accumulation
+        self.G = self.B * partitions
+        self.E = sizes.items_per_user / rows_per_user  # of an input row
+        self.J = math.ceil(sizes.n_items / partitions)
+        self.X = sum(self.model.widths)  # width of the sources
+        self.moments = 2 * FLOAT if o.item_state == "full" else FLOAT
+        self.sharded = p.zero_stage > 0
+        self.trunk_share = self.world if self.sharded else 1
+        self.passes = 2 if o.clip_norm else 1
+
+    def memory(self) -> dict[str, float]:
+        """Bytes. Weights and state stay.
+
+        The peak comes when the output side has a block at hand, or in the trunk's backward, when its
+        gradients exist and not all activations are gone. Counts of activations follow the
+        operations that autograd keeps inputs of.
+        """
+        o, p, model, G = self.config.optimizer, self.config.parallel, self.model, self.G
+        default = BLOCK_COLUMNS if self.device == "cpu" else GPU_BLOCK_COLUMNS
+        C = min(self.J, p.block_columns or default)
+        n_paths = len(model.widths) + model.matrices
+        # A block: of (G, C) logits, misses and shares of each path and 14 others while the loss is
+        # taken uncompiled. Then the gradient of each path and that of some rows of W (lean: of all
+        # rows, and what their update makes).
+        of_weights = GRADIENT_ROWS if o.item_state == "full" else 2 * self.sizes.n_items
+        of_paths = G * n_paths + of_weights * model.matrices
+        one_block = FLOAT * C * max(G * (3 * n_paths + 14), of_paths)
+        # Stages 1 and up copy gradients into one flat bucket and keep their part of its average.
+        trunk_gradients = FLOAT * (model.trunk + model.trunk / self.world * self.sharded)
+        start = FLOAT * self.sizes.n_items * self.J * (o.nease_decay > 0)
+        held = model.trunk / self.world if p.zero_stage == 3 else model.trunk
+        master = FLOAT * model.trunk / self.world * self.sharded
+        widths = (model.hidden + self.X) if model.hidden else 0
+        return {
+            "process": PROCESS_BASE[self.device],
+            "loaders": self.config.data.workers * LOADER_BASE,
+            "item weights": FLOAT * model.items,
+            "item moments": self.moments * model.trained + start,
+            "item gradients": FLOAT * model.trained * (o.accumulation > 1),
+            "trunk weights": FLOAT * held + master,
+            "trunk buckets": FLOAT * min(model.trunk, ZERO_BUCKET) * self.sharded,
+            "trunk moments": 2 * FLOAT * model.trunk / self.trunk_share,
+            "trunk activations": FLOAT * self.B * model.activations,
+            "rows of the group": FLOAT * 3 * G * widths + IDS_BYTES * G * self.E,
+            "one block, or trunk gradients": max(one_block, trunk_gradients),
+        }
+
+    def traffic(self) -> dict[str, float]:
+        """Bytes of one rank: ring algorithms. Nothing grows with I but the replicas' sum."""
+        model, micro = self.model, self.config.optimizer.accumulation
+        received = FLOAT * (self.partitions - 1) * micro * self.B
+        statistics = FLOAT * (self.partitions - 1) * micro * self.G * model.row_statistics
+        item_passes = self.passes if micro == 1 else 1
+        replicated = 2 * (self.replicas - 1) / self.replicas * item_passes
+        ring = (self.world - 1) / self.world
+        # Five scalars in float64, and three of each path of the loss.
+        scalars = 8 * (5 + 3 * model.paths_in_loss)
+        return {
+            "ids": received * (2 * self.E + 2),
+            "input: pre-activations and their gradient": received * 2 * model.hidden,
+            "output: d, z and their gradient": received * 2 * self.X,
+            "output: statistics of rows": statistics * self.passes,
+            "replicas: item gradients": FLOAT * replicated * model.trained,
+            "trunk under ZeRO": FLOAT
+            * ring
+            * model.trunk
+            * ZERO_MESSAGES[self.config.parallel.zero_stage],
+            "loss, norm and statistics": scalars * 2 * ring,
+        }
+
+    def arithmetic(self) -> dict[str, float]:
+        """Of one rank: three products per weight and row (forward, two backward)."""
+        group_rows = self.N / self.replicas
+        gathered = self.J * self.model.matrices_in_loss + self.model.hidden / self.partitions
+        return {
+            "trunk": 6 * self.N / self.world * self.model.trunk,
+            "output heads": 6 * group_rows * self.J * self.X,
+            "gathers (bytes)": 2 * group_rows * self.E * gathered * FLOAT,
+        }
+
+    def seconds(
+        self, traffic: dict[str, float], arithmetic: dict[str, float], rates: Rates
+    ) -> dict[str, float]:
+        trained = self.model.trained + self.model.trunk / self.trunk_share
+        return {
+            "trunk": arithmetic["trunk"] / rates.flops,
+            "output heads": self.passes * arithmetic["output heads"] / rates.flops,
+            "gathers": self.passes * arithmetic["gathers (bytes)"] / rates.gather,
+            "update": trained * 2 * (FLOAT + self.moments) / rates.copy,
+            "communication": sum(traffic.values()) / rates.network,
+        }
 
 
 def padded_users(n_users: int, batch_size: int, lanes: int, world: int) -> float:
@@ -259,9 +271,8 @@ def dense_reference_memory(config: Config, sizes: Sizes) -> float:
     largest matrix (v / correction, its root), dense x and y. The closed form: what numpy.linalg.inv
     holds, the matrix and three copies, in float64 (benchmarks/bench_ease.py measured it)."""
     I = sizes.n_items
-    if config.model.linear:
+    if kind_of(config.model.kind).closed_form:
         return 4 * 8 * I**2
-    n = config.model.item_parameters(I, I) + config.model.trunk_parameters()
-    largest = max(I * I * config.model.shallow, I * config.model.hidden * config.model.deep)
+    model = measure_size(config, I)
     rows = config.data.batch_size * (2 if config.halves else 1)
-    return PROCESS_BASE["cpu"] + FLOAT * (4 * n + 2 * largest + 2 * rows * I)
+    return PROCESS_BASE["cpu"] + FLOAT * (4 * model.parameters + 2 * model.largest + 2 * rows * I)

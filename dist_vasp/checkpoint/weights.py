@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dist_vasp.checkpoint.header import TRUNK, ModelHeader
 from dist_vasp.checkpoint.read import Checkpoint, StoredItems, readable, stored_items
-from dist_vasp.model.item_layers import ItemSlice
+from dist_vasp.model.slices import ItemSlice
 
 Weights = Checkpoint[ModelHeader]
 Shapes = Mapping[str, Sequence[int]]

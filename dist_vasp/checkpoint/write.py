@@ -26,7 +26,7 @@ from torch import Tensor
 from dist_vasp.checkpoint.header import TRUNK, Header, items_file
 from dist_vasp.checkpoint.json_header import write_header
 from dist_vasp.files import rename_folder
-from dist_vasp.model.item_layers import ItemSlice
+from dist_vasp.model.slices import ItemSlice
 from dist_vasp.parallel.agree import agree
 from dist_vasp.parallel.comm import Ranks, all_gather_bytes, all_reduce
 from dist_vasp.parallel.launched import launched_world

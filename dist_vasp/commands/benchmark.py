@@ -23,6 +23,7 @@ from dist_vasp.data.manifest import Manifest
 from dist_vasp.files import parents, replace_text, replacing_all, sole_writer
 from dist_vasp.measure.scaling import Job, Machine, plot, summarise, table
 from dist_vasp.measure.step import Measured, measure
+from dist_vasp.model.registry import kind_of
 from dist_vasp.parallel.local_ranks import LocalRanks
 from dist_vasp.parallel.partition import Layout
 from dist_vasp.parallel.start import init_ranks
@@ -89,7 +90,7 @@ def _parse(argv: Sequence[str] | None) -> tuple[Config, Any]:
     )
     add("--job", default="", help="internal: folder that the ranks of one job write to")
     config, arguments = parse(parser, argv)
-    if config.model.linear:
+    if kind_of(config.model.kind).closed_form:
         raise ValueError(
             "model.kind is 'ease', expected a model that is trained in steps; "
             "python -m benchmarks.bench_ease times ease"

@@ -21,7 +21,7 @@ from dist_vasp.parallel.start import init_ranks
 from dist_vasp.places import check_file
 from dist_vasp.progress import Progress
 from dist_vasp.ranking.ensemble import load_ranker
-from dist_vasp.ranking.evaluate import evaluate, popularity_scorer
+from dist_vasp.ranking.evaluate import Scorer, evaluate, popularity_scorer
 from dist_vasp.ranking.load import check_vocabulary, shards_of
 from dist_vasp.ranking.metrics import summary
 from dist_vasp.ranking.per_user import PerUserFile, is_per_user
@@ -97,7 +97,7 @@ class _Task:
     """What is evaluated, on which data."""
 
     name: str
-    scorer: Any
+    scorer: Scorer
     folder: str
     manifest: Manifest
     recall_denominator: str
@@ -115,7 +115,8 @@ def _load(arguments: argparse.Namespace, ranks: Ranks) -> _Task:
         manifest = Manifest.load(folder)
         if ranker:
             check_vocabulary(ranker.members[0], folder, manifest)
-            scorer, name = ranker.scorer(), ranker.name
+            scorer: Scorer = ranker.model.scores
+            name = ranker.name
             denominator = ranker.config.run.recall_denominator
         else:
             scorer = popularity_scorer(load_items(folder, manifest), ranks)

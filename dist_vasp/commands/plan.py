@@ -13,6 +13,7 @@ from dist_vasp.bounded_json import read_json
 from dist_vasp.config import Config, make_parser, parse
 from dist_vasp.data.manifest import MANIFEST, Manifest
 from dist_vasp.files import new_file
+from dist_vasp.model.registry import kind_of
 from dist_vasp.parallel.partition import Layout
 from dist_vasp.places import check_file
 from dist_vasp.plan import Plan, Rates, Sizes, dense_reference_memory, make_plan, smallest_that_fits
@@ -43,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"{config.model.kind}, {sizes.n_items:,} items, {sizes.items_per_user:.0f} items a user, "
         f"{arguments.ranks} ranks"
     )
-    closed = config.model.linear
+    closed = kind_of(config.model.kind).closed_form
     if closed:
         print(
             "a step is the closed form for one lambda: Gram matrix and inverse, evaluation excluded"

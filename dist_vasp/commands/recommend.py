@@ -44,9 +44,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         progress = stack.enter_context(
             Progress("recommending", histories.n_users, "user", show=ranks.is_main)
         )
-        loaded = ranker.alone
         report = recommend_to_file(
-            ranker.scorer(),
+            ranker.model.scores,
             histories,
             ranker.items,
             min(arguments.k, len(ranker.items.keys)),
@@ -54,9 +53,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             ranks,
             progress.update,
             arguments.show,
-            np.exp if ranker.probabilities else np.asarray,
+            np.exp if ranker.model.is_probability else np.asarray,
             arguments.explain,
-            model_explainer(loaded.model, loaded.trunk, ranks) if loaded else None,
+            model_explainer(ranker.model),
             allowed,
             arguments.keep_seen,
             overwrite=arguments.overwrite,
@@ -175,14 +174,10 @@ def _check(arguments: argparse.Namespace) -> list[tuple[str, str | Path]]:
 
 def _check_explain(arguments: argparse.Namespace, ranker: Ranker) -> None:
     """Raise ValueError where --explain is given and the model has nothing to explain."""
-    if arguments.explain and ranker.alone is None:
+    if arguments.explain and not ranker.model.has_reasons:
         raise ValueError(
-            f"--explain takes the paths of one model, and {arguments.run} is an ensemble; "
-            "leave it out"
-        )
-    if arguments.explain and not ranker.config.model.shallow:
-        raise ValueError(
-            "--explain needs the shallow path, which model.kind flvae does not have; leave it out"
+            "--explain needs an items x items matrix, which model.kind "
+            f"{ranker.config.model.kind} does not have; leave it out"
         )
 
 

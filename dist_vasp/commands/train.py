@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dist_vasp.config import Config, make_parser, parse
+from dist_vasp.model.registry import kind_of
 from dist_vasp.parallel.start import init_ranks
 from dist_vasp.ranking.metrics import summary
 from dist_vasp.training.train import dry_run, train
@@ -53,7 +54,7 @@ def _parse(argv: Sequence[str] | None) -> tuple[Config, Any]:
     )
     config, arguments = parse(parser, argv)
     init_from, from_ease = arguments.init_from, config.model.init_from_ease
-    if config.model.linear and init_from:
+    if kind_of(config.model.kind).closed_form and init_from:
         raise ValueError(
             f"--init_from is {init_from}, but model.kind ease is computed from the shards alone; "
             "leave it out"

@@ -31,6 +31,7 @@ from dist_vasp.compare.statistics import (
 )
 from dist_vasp.data.items import load_items
 from dist_vasp.data.manifest import Manifest
+from dist_vasp.model.build import measure_size
 from dist_vasp.ranking.per_user import THIRDS, popularity_thirds
 
 COLUMNS = (*METRICS, *(f"{metric}_{third}" for third in THIRDS for metric in METRICS))
@@ -169,13 +170,12 @@ def _cost(runs: Sequence[Run], model: Model, n_items: int) -> dict[str, Any]:
     rates = [
         rate for run in runs if (rate := _users_per_second(run.dir / "metrics.jsonl")) is not None
     ]
-    m = model.config.model
     seconds = [result["seconds_training"] for result in results]
     cost["seconds_training"], cost["seconds_training_slowest"] = min(seconds), max(seconds)
     cost["seconds_job"] = min(job["seconds"] for job in jobs)
     cost["peak_memory"] = max(sum(job["peak_memory"]) for job in jobs)
     cost["users_per_second"] = max(rates) if rates else None
-    cost["parameters"] = m.item_parameters(n_items, n_items) + m.trunk_parameters()
+    cost["parameters"] = measure_size(model.config, n_items).parameters
     cost["epochs"] = fmean(result["epochs"] for result in results)
     return cost
 

@@ -16,6 +16,8 @@ from dist_vasp.data.manifest import SPLITS, Manifest
 from dist_vasp.data.shard import read_shard
 from dist_vasp.doctor.findings import Finding, error, ok, warning
 from dist_vasp.doctor.machine import available_memory
+from dist_vasp.model.build import measure_size
+from dist_vasp.model.registry import kind_of
 from dist_vasp.parallel.partition import ItemPartition, Layout
 from dist_vasp.plan import Rates, Sizes, make_plan, smallest_that_fits
 from dist_vasp.training.tracking import services
@@ -49,7 +51,7 @@ def check_job(
         layout = Layout.of(ranks, config.parallel.partitions, config.parallel.replicas)
         if manifest:
             ItemPartition(manifest.n_items, layout.partitions, 0)
-        if config.parallel.lanes % ranks and not config.model.linear:
+        if config.parallel.lanes % ranks and not kind_of(config.model.kind).closed_form:
             raise ValueError(
                 f"parallel.lanes is {config.parallel.lanes}, which is no multiple of {ranks} "
                 "ranks; choose one"
@@ -162,8 +164,8 @@ def _disk(config: Config, n_items: int) -> Finding:
     there = next(p for p in (folder, *folder.resolve().parents) if p.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         return error("run.dir", f"{there} cannot be written", "choose another run.dir")
-    weights = 4 * (config.model.item_parameters(n_items, n_items) + config.model.trunk_parameters())
-    moments = 0 if config.model.linear else 2
+    weights = 4 * measure_size(config, n_items).parameters
+    moments = 0 if kind_of(config.model.kind).closed_form else 2
     needed = weights * ((1 + moments) * (config.run.keep + 1) + 2)
     free = shutil.disk_usage(there).free
     newest = folders.newest(folder / "checkpoints")

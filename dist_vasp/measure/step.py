@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from dist_vasp.config import Config
-from dist_vasp.model import item_layers, sparse, vasp
+from dist_vasp.model import input_side, partitioned, sparse
 from dist_vasp.parallel.comm import Ranks
 from dist_vasp.training import engine
 from dist_vasp.training.engine import Trainer
@@ -66,17 +66,16 @@ def watch(trainer: Trainer) -> StopWatch:
     if trainer.model.input:
         clock.wrap(trainer.model.input, "forward", "input")
         clock.wrap(trainer.model.input, "backward", "input")
-    clock.wrap(trainer.model.output, "loss_and_gradients", "output")
-    for optimizer in trainer.item_optimizers.values():
-        clock.wrap(optimizer, "update", "optimizer")
+    clock.wrap(trainer.model, "_loss_and_gradients", "output")
+    clock.wrap(trainer.item_optimizer, "update", "optimizer")
     if trainer.trunk:
         clock.wrap(trainer.trunk._engine, "forward", "trunk")
         clock.wrap(trainer.trunk._engine, "backward", "trunk")
         clock.wrap(trainer.trunk._engine, "step", "optimizer")
     for module, name in (
-        (vasp, "all_gather"),
-        (vasp, "reduce_scatter"),
-        (item_layers, "reduce_scatter"),
+        (partitioned, "all_gather"),
+        (partitioned, "reduce_scatter"),
+        (input_side, "reduce_scatter"),
         (engine, "all_reduce"),
     ):
         clock.wrap(module, name, "communication")
@@ -145,7 +144,6 @@ def measure(config: Config, ranks: Ranks, steps: int, warm_up: int = 2) -> Measu
     del trainer
     rates = measure_rates(ranks.device, stream.n_items)
     rows_per_step, items_per_row = rows / steps, items / max(rows, 1)
-    own_items = ranks.partition_of_items(stream.n_items).size
     rows_per_rank = rows_per_step / ranks.world_size
     return Measured(
         rank=ranks.rank,
@@ -161,5 +159,7 @@ def measure(config: Config, ranks: Ranks, steps: int, warm_up: int = 2) -> Measu
         peak_memory=peak_memory,
         peak_device_memory=device_memory,
         rates={"flops": rates.flops, "copy": rates.copy, "gather": rates.gather},
-        floor=step_floor(config, stream.n_items, own_items, rows_per_rank, items_per_row, rates),
+        floor=step_floor(
+            config, stream.n_items, ranks.layout.partitions, rows_per_rank, items_per_row, rates
+        ),
     )

@@ -1,15 +1,16 @@
-"""Losses of one block of item columns and their gradients in closed form: elementwise, no
-collectives.
+"""Losses of one block of items, and their gradients in closed form. No collectives.
 
-A model's prediction is a product of sigmoids, one per path: p = prod_k s_k with s_k = sigmoid(l_k),
-and q = 1 - p. With u_k = exp(-|l_k|), the one exponential that a path costs, both are made of
-positive terms only, so no digits are lost:
+A loss is a function of the factors that a link gives (model/links.py). The prediction is a product
+of sigmoids, one per factor: p = prod_k s_k with s_k = sigmoid(l_k), and q = 1 - p. With
+u_k = exp(-|l_k|), the one exponential of a factor, both are sums of positive terms, so no digits
+are lost:
 
-    log p = sum_k min(l_k, 0) - log(prod_k (1 + u_k))          q = (1 - s_1) + s_1 (1 - s_2) + s_1 s_2 (1 - s_3)
+    log p = sum_k min(l_k, 0) - log(prod_k (1 + u_k))
+    q = (1 - s_1) + s_1 (1 - s_2) + s_1 s_2 (1 - s_3)
 
 A loss is a function of (log p, log q); with its two slopes S_p = dL/d(log p) and S_q = dL/d(log q),
 
-    dL/dl_k = (1 - sigmoid(l_k)) * (S_p - S_q * p/q) = (1 - sigmoid(l_k))/q * (q * S_p - p * S_q)
+    dL/dl_k = (1 - s_k) * (S_p - S_q * p/q) = (1 - s_k)/q * (q * S_p - p * S_q)
 
 Focal loss: Lin et al. 2017 (arXiv 1708.02002), as used by VASP (arXiv 2102.05774), section 3.1.
 Multinomial: Liang et al. 2018 (arXiv 1802.05814), equation 2. Cosine: VASP, section 3.2.
@@ -20,14 +21,15 @@ Shapes: G rows, C columns of the block. Targets are the positions (rows, columns
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import reduce
+from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
-from dist_vasp.parallel.kernels import Fuse
+from dist_vasp.model.links import log_sum_exp, sum_log_sigmoid
+from dist_vasp.parallel.kernels import Fuse, plain
 
 Positions = tuple[Tensor, Tensor]  # rows (E,), columns (E,) of the ones of a block
 
@@ -71,16 +73,44 @@ def probability(logits: list[Tensor]) -> Probability:
     return Probability(p, q * scale, log_p, log_q, [miss * over_q for miss in misses])
 
 
-def sum_log_sigmoid(logits: list[Tensor]) -> Tensor:
-    """log p alone: what ranking needs."""
-    total = logsigmoid(logits[0])
-    for logit in logits[1:]:
-        total = total + logsigmoid(logit)
-    return total
+@dataclass
+class Loss:
+    """A loss over blocks of items.
+
+    row_statistics: how many numbers per row it needs over all items first (`row_stats`).
+    skips_empty_rows: whether a row with an empty input or target has no loss.
+    fuse: compiles the pass over a block.
+    """
+
+    row_statistics: ClassVar[int] = 0
+    skips_empty_rows: ClassVar[bool] = False
+    fuse: Fuse = field(default=plain, compare=False, repr=False, kw_only=True)
+
+    def row_stats(self, logits: list[Tensor], ones: Positions) -> Tensor:
+        """The statistics of the rows over one block: (G, row_statistics)."""
+        raise TypeError(f"{type(self).__name__} has no row statistics")  # pragma: no cover
+
+    def combine(self, parts: Tensor) -> Tensor:
+        """The statistics of several blocks (n, G, row_statistics) -> of all of them."""
+        return parts.sum(dim=0)
+
+    def row_loss(self, stats: Tensor) -> Tensor:
+        """The part of the loss that follows from the row statistics alone: (G,)."""
+        return torch.zeros_like(stats[:, 0])
+
+    def block(
+        self, logits: list[Tensor], ones: Positions, weight_G: Tensor, stats: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The block's weighted loss (scalar) and its gradient by each factor's logits (G, C)."""
+        raise TypeError(f"{type(self).__name__} does not define a block")  # pragma: no cover
 
 
-class ElementwiseLoss:
+@dataclass
+class ElementwiseLoss(Loss):
     """A loss that is a sum over items of a function of (log p, log q, y)."""
+
+    def __post_init__(self) -> None:
+        self._entries = self.fuse(self.entries)
 
     def slopes(
         self, of: Probability, is_one: Tensor, stats: Tensor | None
@@ -88,21 +118,14 @@ class ElementwiseLoss:
         """(L, S_p, S_q) of every entry; `is_one` says where y is 1."""
         raise TypeError(f"{type(self).__name__} does not define its slopes")  # pragma: no cover
 
-    def fuse(self, fuse: Fuse) -> None:
-        """Have the pass over a whole block compiled."""
-        self.entries = fuse(self.entries)  # type: ignore[method-assign]
-
     def block(
         self, logits: list[Tensor], ones: Positions, weight_G: Tensor, stats: Tensor | None = None
     ) -> tuple[Tensor, list[Tensor]]:
-        """The block's weighted loss (scalar) and its gradient with respect to each path's logits,
-        (G, C) each."""
         is_one = torch.zeros(logits[0].shape, dtype=torch.bool, device=weight_G.device)
         is_one[ones] = True
-        weight_GC = (
-            weight_G[:, None].expand_as(is_one).contiguous()
-        )  # of one number a row the compiler makes several loops
-        loss, grads = self.entries(
+        # With one weight per row the compiler would make several loops.
+        weight_GC = weight_G[:, None].expand_as(is_one).contiguous()
+        loss, grads = self._entries(
             logits, is_one, weight_GC, None if stats is None else stats[:, None]
         )
         return weight_G @ loss.sum(dim=1), grads
@@ -159,8 +182,11 @@ class SquaredError(ElementwiseLoss):
 class CosineLoss(ElementwiseLoss):
     """1 - <p, y> / (|p| |y|) of each row.
 
-    Row statistics: <p, y> and |p|^2, summed over the blocks and partitions, and |y|^2.
+    Row statistics: <p, y>, |p|^2 and |y|^2.
     """
+
+    row_statistics: ClassVar[int] = 3
+    skips_empty_rows: ClassVar[bool] = True
 
     def row_stats(self, logits: list[Tensor], ones: Positions) -> Tensor:
         """This block's share of (<p, y>, |p|^2, |y|^2): (G, 3)."""
@@ -171,12 +197,7 @@ class CosineLoss(ElementwiseLoss):
         share[:, 2].index_add_(0, ones[0], torch.ones_like(ones[0], dtype=p.dtype))
         return share
 
-    def combine(self, shares: Tensor) -> Tensor:
-        """(shares, G, 3) -> (G, 3)."""
-        return shares.sum(dim=0)
-
     def row_loss(self, stats: Tensor) -> Tensor:
-        """(G,)"""
         return 1 - stats[:, 0] / self._norms(stats)
 
     @staticmethod
@@ -193,11 +214,14 @@ class CosineLoss(ElementwiseLoss):
 
 
 @dataclass
-class MultinomialLoss:
+class MultinomialLoss(Loss):
     """-sum_j y_j log softmax(l)_j with l the sum of the paths' logits.
 
     Row statistics: log sum exp l and the number of ones.
     """
+
+    row_statistics: ClassVar[int] = 2
+    skips_empty_rows: ClassVar[bool] = True
 
     def row_stats(self, logits: list[Tensor], ones: Positions) -> Tensor:
         """This block's (log sum exp, number of ones): (G, 2)."""
@@ -205,20 +229,13 @@ class MultinomialLoss:
         count = total.new_zeros(total.shape[0]).index_add_(
             0, ones[0], torch.ones_like(ones[0], dtype=total.dtype)
         )
-        return torch.stack([torch.logsumexp(total, dim=1), count], dim=1)
+        return torch.stack([log_sum_exp(logits), count], dim=1)
 
     def combine(self, shares: Tensor) -> Tensor:
         """(shares, G, 2) -> (G, 2)."""
         return torch.stack(
             [torch.logsumexp(shares[..., 0], dim=0), shares[..., 1].sum(dim=0)], dim=1
         )
-
-    def row_loss(self, stats: Tensor) -> Tensor:
-        """(G,) zeros: the loss is summed over the ones of each block."""
-        return torch.zeros_like(stats[:, 0])
-
-    def fuse(self, fuse: Fuse) -> None:
-        """Nothing to compile: a block is a handful of operations."""
 
     def block(
         self, logits: list[Tensor], ones: Positions, weight_G: Tensor, stats: Tensor | None = None
@@ -233,17 +250,17 @@ class MultinomialLoss:
         return loss, [grad] * len(logits)
 
 
-RowLoss = CosineLoss | MultinomialLoss  # the losses that need row statistics first
-Loss = FocalLoss | BinaryCrossEntropy | SquaredError | RowLoss
+_LOSSES: dict[str, type[Loss]] = {
+    "focal": FocalLoss,
+    "bce": BinaryCrossEntropy,
+    "mse": SquaredError,
+    "cosine": CosineLoss,
+    "multinomial": MultinomialLoss,
+}
 
 
-def make_loss(kind: str, alpha: float = 0.25, gamma: float = 2.0) -> Loss:
+def make_loss(kind: str, alpha: float = 0.25, gamma: float = 2.0, fuse: Fuse = plain) -> Loss:
     """The loss that `loss.kind` names."""
-    losses: dict[str, Loss] = {
-        "focal": FocalLoss(alpha, gamma),
-        "bce": BinaryCrossEntropy(),
-        "mse": SquaredError(),
-        "cosine": CosineLoss(),
-        "multinomial": MultinomialLoss(),
-    }
-    return losses[kind]
+    if kind == "focal":
+        return FocalLoss(alpha, gamma, fuse=fuse)
+    return _LOSSES[kind](fuse=fuse)

@@ -41,8 +41,10 @@ class ResidualStack(nn.Module):
 
 
 class Trunk(nn.Module):
-    """W1 x (B, H), noise (B, L) or None -> d (B, H), z (B, L), and each row's KL divergence
-    averaged over L (B,)."""
+    """W1 x (B, H), noise (B, L) or None -> sources (d (B, H), z (B, L)) and a penalty (B,).
+
+    The penalty is each row's KL divergence, averaged over L.
+    """
 
     def __init__(
         self,
@@ -51,7 +53,6 @@ class Trunk(nn.Module):
         encoder_layers: int = 7,
         decoder_layers: int = 5,
         dtype: torch.dtype = torch.float32,
-        seed: int = 0,
     ) -> None:
         super().__init__()
         self.input_bias = nn.Parameter(torch.zeros(hidden, dtype=dtype))
@@ -60,12 +61,15 @@ class Trunk(nn.Module):
         self.logvar = nn.Linear(hidden, latent, dtype=dtype)
         self.from_latent = nn.Linear(latent, hidden, dtype=dtype)
         self.decoder = ResidualStack(decoder_layers, hidden, dtype)
-        self._glorot(seed)
+        layers = encoder_layers + decoder_layers
+        self.activations = hidden * (3 * layers + 3) + 8 * latent  # numbers kept for a row
 
     @torch.no_grad()
-    def _glorot(self, seed: int) -> None:
-        """Glorot uniform weights and zero biases; drawn in float32, so that every dtype starts from
-        the same numbers."""
+    def initialise(self, seed: int) -> None:
+        """Fill with Glorot uniform weights and zero biases.
+
+        They are drawn in float32, so that every dtype starts from the same numbers.
+        """
         generator = torch.Generator().manual_seed(seed)
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -76,14 +80,14 @@ class Trunk(nn.Module):
 
     def forward(
         self, pre_BH: Tensor, noise_BL: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[tuple[Tensor, Tensor], Tensor]:
         dtype = self.input_bias.dtype
         e_BH = self.encoder(pre_BH.to(dtype) + self.input_bias)
         mu_BL, logvar_BL = self.mu(e_BH), self.logvar(e_BH)
         z_BL = mu_BL if noise_BL is None else mu_BL + torch.exp(logvar_BL / 2) * noise_BL.to(dtype)
         d_BH = self.decoder(self.from_latent(z_BL))
         kl_B = kl_divergence(mu_BL.to(pre_BH.dtype), logvar_BL.to(pre_BH.dtype))
-        return d_BH.to(pre_BH.dtype), z_BL.to(pre_BH.dtype), kl_B
+        return (d_BH.to(pre_BH.dtype), z_BL.to(pre_BH.dtype)), kl_B
 
 
 def kl_divergence(mu_BL: Tensor, logvar_BL: Tensor) -> Tensor:

@@ -1,38 +1,31 @@
-"""Several trained models that rank together: score = sum over members of weight * (log p, or x B of
-ease).
+"""An ensemble on disk: which models rank together, and with which weights (ranking/scoring.py).
 
-VASP's own product (arXiv 2102.05774, section 3.3) with more factors: in log space every member adds
-its log p, and an item is listed where all agree. A weight is the exponent of its member's p. A
-folder with one file, `ensemble.json`, names the members:
+A folder with one file, `ensemble.json`, names the members:
 
-    format_version  vocabulary_sha256  n_items  members: [{run, checkpoint, weight}, ...]  header_sha256
+    format_version  vocabulary_sha256  n_items  members: [{run, checkpoint, weight}, ...]
+    header_sha256
 
-`run` is a run directory or an exported folder, relative to the ensemble's folder; `checkpoint` is "" for its best, else its newest.
-The members stay where they are, and all of them are held at once, each partitioned as it was trained.
-
-Shapes: G rows of the partition group, C columns of a block.
+`run` is a run directory or an exported folder, relative to the ensemble's folder. `checkpoint` is
+"" for its best, else its newest. The members stay where they are, and all of them are held at once.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from torch import Tensor
-
 from dist_vasp.checkpoint.header import ModelHeader
 from dist_vasp.checkpoint.json_header import JsonHeader, header_sha256, is_count, read_header
+from dist_vasp.checkpoint.read import Checkpoint
 from dist_vasp.config import Config
 from dist_vasp.data.items import ItemTable
 from dist_vasp.data.positives import PositiveRule
-from dist_vasp.model.sparse import ItemRows
 from dist_vasp.parallel.agree import agreed
 from dist_vasp.parallel.comm import Ranks
-from dist_vasp.ranking.evaluate import Scorer, model_scorer
 from dist_vasp.ranking.load import (
     ENSEMBLE,
     LoadedModel,
@@ -41,6 +34,7 @@ from dist_vasp.ranking.load import (
     positives_of,
     same_on_all,
 )
+from dist_vasp.ranking.scoring import Ensemble, Model
 
 MOST_MEMBERS = 64
 _LARGEST = 1e300  # weight; a longer number of JSON is no float
@@ -95,17 +89,15 @@ def _member(raw: dict[str, Any]) -> Member:
 
 @dataclass(frozen=True)
 class Ranker:
-    """What lists are made with: one loaded model, or the members of an ensemble."""
+    """What lists are made with: one loaded model, or the members of an ensemble.
+
+    positives: the rule of the training data, None where it is not known.
+    """
 
     name: str
     members: tuple[LoadedModel, ...]
-    weights: tuple[float, ...]
-    positives: PositiveRule | None  # None: not known
-
-    @property
-    def alone(self) -> LoadedModel | None:
-        """The one model; None for an ensemble."""
-        return self.members[0] if not self.weights else None
+    model: Model
+    positives: PositiveRule | None
 
     @property
     def config(self) -> Config:
@@ -116,80 +108,78 @@ class Ranker:
     def items(self) -> ItemTable:
         return self.members[0].items
 
-    @property
-    def probabilities(self) -> bool:
-        """Whether a score is log p of a model; else it is ranked by as it stands."""
-        return self.alone is not None and not self.config.model.linear
 
-    def scorer(self) -> Scorer:
-        scorers = [model_scorer(member.model, member.trunk) for member in self.members]
-        return weighted_sum(scorers, self.weights) if self.weights else scorers[0]
+@dataclass(frozen=True)
+class OpenMembers:
+    """The open checkpoints of an ensemble's members.
 
+    runs, opened, weights: of each member. positives: their common rule, None where none knows it.
+    """
 
-def weighted_sum(scorers: Sequence[Scorer], weights: Sequence[float]) -> Scorer:
-    """The scorer whose score is the sum of the others' times their weights; all must cut the items
-    into the same blocks."""
-
-    def score(x: ItemRows) -> Iterator[tuple[int, Tensor]]:
-        for blocks in zip(*(scorer(x) for scorer in scorers), strict=True):
-            first = blocks[0][0]
-            total_GC = blocks[0][1].mul_(weights[0])
-            for (lo, scores_GC), weight in zip(blocks[1:], weights[1:], strict=True):
-                assert lo == first, (lo, first)
-                total_GC.add_(scores_GC, alpha=weight)
-            yield first, total_GC
-
-    return score
+    runs: tuple[Path, ...]
+    opened: tuple[Checkpoint[ModelHeader], ...]
+    weights: tuple[float, ...]
+    positives: PositiveRule | None
 
 
 def load_ranker(folder: str | Path, checkpoint: str | None, ranks: Ranks) -> Ranker:
-    """The model of a run (`checkpoint`, else its best, else its newest) or of an exported folder,
-    or all those of an ensemble.
+    """The model of a run or of an exported folder, or all those of an ensemble.
 
-    Raises AgreedError where there is none, a file of it is damaged, or an ensemble's member has
-    another vocabulary by now.
+    Of a run: `checkpoint`, else its best, else its newest. Raises AgreedError where there is none,
+    a file of it is damaged, or an ensemble's member has another vocabulary by now.
     """
     folder = Path(folder)
     if not is_ensemble(folder):
         loaded = load_model(folder, checkpoint, ranks)
-        return Ranker(f"{folder}, {loaded.checkpoint.name}", (loaded,), (), loaded.positives)
+        name = f"{folder}, {loaded.checkpoint.name}"
+        return Ranker(name, (loaded,), loaded.model, loaded.positives)
     with agreed(ranks):
-        if checkpoint is not None:
-            raise ValueError(
-                f"{folder} is an ensemble and has no checkpoint {checkpoint}; leave --checkpoint out"
-            )
-        header = read_ensemble(folder)
-        members = header.members
-        rules: dict[str, PositiveRule | None] = {}
-        for member in members:
-            run = folder / member.run
-            opened = open_model(run, member.checkpoint or None)
-            _check_vocabulary(run, opened.header, header.vocabulary_sha256, str(folder / ENSEMBLE))
-            rules[str(run)] = positives_of(opened)
-        rule = _common_rule(rules)
+        header = _header_of(folder, checkpoint)
+        rule = _open_all(folder, header).positives
     rule = same_on_all(rule, ranks)
     loaded_members: list[LoadedModel] = []
-    for member in members:
-        blocks = loaded_members[0].config.parallel.block_columns if loaded_members else None
-        loaded = load_model(folder / member.run, member.checkpoint or None, ranks, blocks)
+    for member in header.members:
+        run = folder / member.run
+        loaded = load_model(run, member.checkpoint or None, ranks)
         with agreed(ranks):  # it may have been replaced since
-            _check_vocabulary(
-                folder / member.run,
-                loaded.checkpoint.header,
-                header.vocabulary_sha256,
-                str(folder / ENSEMBLE),
-            )
+            expected = header.vocabulary_sha256
+            _check_vocabulary(run, loaded.checkpoint.header, expected, str(folder / ENSEMBLE))
         loaded_members.append(loaded)
-    return Ranker(
-        f"{folder}, {len(members)} members",
-        tuple(loaded_members),
-        tuple(member.weight for member in members),
-        rule,
-    )
+    models = tuple(loaded.model for loaded in loaded_members)
+    model = Ensemble(models, tuple(member.weight for member in header.members))
+    return Ranker(f"{folder}, {len(models)} members", tuple(loaded_members), model, rule)
+
+
+def open_members(folder: str | Path, checkpoint: str | None) -> OpenMembers:
+    """Open every member of an ensemble.
+
+    ValueError where a member is not there, or has another vocabulary by now.
+    """
+    return _open_all(Path(folder), _header_of(Path(folder), checkpoint))
+
+
+def _header_of(folder: Path, checkpoint: str | None) -> EnsembleHeader:
+    if checkpoint is not None:
+        raise ValueError(
+            f"{folder} is an ensemble and has no checkpoint {checkpoint}; leave --checkpoint out"
+        )
+    return read_ensemble(folder)
+
+
+def _open_all(folder: Path, header: EnsembleHeader) -> OpenMembers:
+    runs = tuple(folder / member.run for member in header.members)
+    names = [member.checkpoint or None for member in header.members]
+    opened = tuple(open_model(run, name) for run, name in zip(runs, names, strict=True))
+    rules: dict[str, PositiveRule | None] = {}
+    for run, one in zip(runs, opened, strict=True):
+        _check_vocabulary(run, one.header, header.vocabulary_sha256, str(folder / ENSEMBLE))
+        rules[str(run)] = positives_of(one)
+    weights = tuple(member.weight for member in header.members)
+    return OpenMembers(runs, opened, weights, _common_rule(rules))
 
 
 def is_ensemble(folder: str | Path) -> bool:
-    return (Path(folder) / ENSEMBLE).is_file()
+    return os.path.isfile(Path(folder) / ENSEMBLE)
 
 
 def read_ensemble(folder: str | Path) -> EnsembleHeader:

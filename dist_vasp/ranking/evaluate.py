@@ -21,8 +21,8 @@ from dist_vasp.data.held_out import EvalBlock, evaluation_blocks
 from dist_vasp.data.items import ItemTable
 from dist_vasp.data.manifest import Manifest
 from dist_vasp.data.rows import Rows
+from dist_vasp.model.partitioned import PartitionedModel, TrunkCall
 from dist_vasp.model.sparse import ItemRows
-from dist_vasp.model.vasp import VASP, TrunkCall
 from dist_vasp.parallel.agree import agreed
 from dist_vasp.parallel.comm import Ranks, all_gather
 from dist_vasp.ranking.metrics import RankingMetrics
@@ -37,7 +37,7 @@ LIST_LENGTH = 100  # the longest list that a metric needs
 _SELECT_COLUMNS = 2048  # blocks are joined to this width before selection
 
 
-def model_scorer(model: VASP, trunk: TrunkCall | None) -> Scorer:
+def model_scorer(model: PartitionedModel, trunk: TrunkCall | None) -> Scorer:
     """Scores are log p, as in the paper's ranking; those of ease are x B."""
     return partial(model.scores, trunk)
 

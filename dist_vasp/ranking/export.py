@@ -38,6 +38,7 @@ from dist_vasp.places import check_folder
 from dist_vasp.tensor_file import write_safetensors
 
 PROGRAM = "trunk.pt2"
+RESTORE = "restore it, and load the model again"
 _FILE = re.compile(
     r"items\.parquet|trunk\.pt2|trunk\.safetensors|items-\d{5}-of-\d{5}\.safetensors"
 )
@@ -105,17 +106,8 @@ def export(
     called after each tensor. ValueError where the folder exists, the disk is too small or fails.
     """
     output = check_folder(output)
-    files = {
-        name: _weights(opened, name)
-        for name in sorted(opened.header.files)
-        if name.endswith(".safetensors")
-    }
-    remedy = "restore it, and load the model again"
-    with readable(items_file, remedy):
-        needed = (
-            sum(4 * t.numel() for tensors in files.values() for t in tensors.values())
-            + items_file.stat().st_size
-        )
+    files = _weight_files(opened)
+    needed = export_bytes(opened, items_file)
     if trunk is not None:
         needed += sum(4 * p.numel() for p in trunk.parameters())
     free = shutil.disk_usage(output.parent).free
@@ -139,7 +131,7 @@ def export(
         }
         if trunk is not None:
             digests[PROGRAM] = write_program(trunk, temporary / PROGRAM)
-        with readable(items_file, remedy):
+        with readable(items_file, RESTORE):
             data = items_file.read_bytes()
         digests[ITEMS_FILE] = _write(data, temporary / ITEMS_FILE)
         # It may have been replaced since the model was loaded.
@@ -151,6 +143,19 @@ def export(
         )
         write_header(temporary, _header(opened, digests, rule))
     return f"{output}: {opened.header.n_items:,} items, {needed / 1e6:,.1f} MB, from {opened.name}"
+
+
+def _weight_files(opened: Checkpoint[ModelHeader]) -> dict[str, dict[str, Tensor]]:
+    """The weights of each safetensors file, mapped."""
+    names = sorted(name for name in opened.header.files if name.endswith(".safetensors"))
+    return {name: _weights(opened, name) for name in names}
+
+
+def export_bytes(opened: Checkpoint[ModelHeader], items_file: Path) -> int:
+    """What an export takes on the disk, without a program of the trunk."""
+    tensors = [t for file in _weight_files(opened).values() for t in file.values()]
+    with readable(items_file, RESTORE):
+        return sum(4 * t.numel() for t in tensors) + items_file.stat().st_size
 
 
 def _weights(opened: Checkpoint[ModelHeader], file: str) -> dict[str, Tensor]:
@@ -167,7 +172,7 @@ class _Scoring(nn.Module):
         self.trunk = trunk
 
     def forward(self, pre_BH: Tensor) -> tuple[Tensor, Tensor]:
-        d_BH, z_BL, _ = self.trunk(pre_BH)
+        (d_BH, z_BL), _ = self.trunk(pre_BH)
         return d_BH, z_BL
 
 

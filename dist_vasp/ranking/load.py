@@ -16,11 +16,11 @@ from dist_vasp.data import positives
 from dist_vasp.data.items import ItemTable, read_items_file
 from dist_vasp.data.manifest import ITEMS_FILE, MANIFEST, Manifest
 from dist_vasp.data.positives import PositiveRule
-from dist_vasp.model.trunk import Trunk
-from dist_vasp.model.vasp import VASP, make_trunk
+from dist_vasp.model.build import make_trunk, measure_size, new_model
 from dist_vasp.parallel.agree import agreed
 from dist_vasp.parallel.comm import Ranks, all_gather_bytes
 from dist_vasp.ranking.export import is_export, open_export
+from dist_vasp.ranking.scoring import TrainedModel
 
 _RULE_BYTES = 1 << 16
 ENSEMBLE = "ensemble.json"  # names the members of one (ranking/ensemble.py)
@@ -33,18 +33,13 @@ class LoadedModel:
     config: Config
     checkpoint: Checkpoint[ModelHeader]
     items: ItemTable
-    model: VASP
-    trunk: Trunk | None
+    model: TrainedModel
     positives: PositiveRule | None = None
 
 
-def load_model(
-    run_dir: str | Path, name: str | None, ranks: Ranks, block_columns: int | None = None
-) -> LoadedModel:
+def load_model(run_dir: str | Path, name: str | None, ranks: Ranks) -> LoadedModel:
     """The checkpoint `name` of a run, else its best by validation NDCG@100, else its newest; or the
     model of an exported folder.
-
-    `block_columns` takes the place of the one it was trained with.
 
     Raises AgreedError when there is no such checkpoint or a file of it is damaged.
     """
@@ -61,22 +56,14 @@ def load_model(
     verify(opened, ranks)
     with agreed(ranks):
         check_size(opened, config)
-        model = VASP(
-            config.model,
-            config.loss,
-            opened.header.n_items,
-            ranks,
-            config.run.seed,
-            initialise=False,
-            block_columns=config.parallel.block_columns if block_columns is None else block_columns,
-        )
-        trunk = make_trunk(config.model, config.run.seed)
+        model = new_model(config, opened.header.n_items, ranks)
+        trunk = make_trunk(config.model)
         tensors = load_weights(opened, model.slices(), shapes_of(trunk))
         if trunk is not None:
             fill_module(trunk, tensors)
             trunk.to(ranks.device).eval().requires_grad_(False)
     opened.close()
-    return LoadedModel(config, opened, items, model, trunk, rule)
+    return LoadedModel(config, opened, items, TrainedModel(model, trunk), rule)
 
 
 def open_model(folder: str | Path, name: str | None = None) -> Checkpoint[ModelHeader]:
@@ -94,7 +81,7 @@ def open_model(folder: str | Path, name: str | None = None) -> Checkpoint[ModelH
         )
     if (folder / ENSEMBLE).is_file():
         raise ValueError(
-            f"{folder} is an ensemble, which evaluate.py and recommend.py take; "
+            f"{folder} is an ensemble, expected a single model; "
             "pass the folder of one of its members"
         )
     if is_export(folder):
@@ -144,9 +131,7 @@ def check_size(opened: Checkpoint[ModelHeader], config: Config) -> None:
     """Raise ValueError where the config describes a larger model than the files hold, before
     memory of that size is taken."""
     n_items = opened.header.n_items
-    described = 4 * (
-        config.model.item_parameters(n_items, n_items) + config.model.trunk_parameters()
-    )
+    described = 4 * measure_size(config, n_items).parameters
     stored = sum(os.fstat(handle.fileno()).st_size for handle in opened.handles.values())
     if described > stored:
         raise ValueError(

@@ -9,7 +9,8 @@ import psutil
 from dist_vasp.config import Config
 from dist_vasp.data.manifest import SPLITS, Manifest
 from dist_vasp.data.shard import read_shard
-from dist_vasp.model.item_layers import BLOCK_COLUMNS
+from dist_vasp.model.build import measure_size
+from dist_vasp.model.slices import BLOCK_COLUMNS
 from dist_vasp.parallel.agree import agreed
 from dist_vasp.parallel.comm import Ranks
 from dist_vasp.parallel.launched import launched_world
@@ -56,7 +57,8 @@ def check_memory(config: Config, n_items: int, ranks: Ranks) -> None:
     owned = -(-n_items // ranks.layout.partitions)
     columns = config.parallel.block_columns or BLOCK_COLUMNS
     # W, its moments and its start lie in one file of each partition.
-    blocks = -(-owned // columns) if model.shallow else 0
+    size = measure_size(config, n_items, ranks.layout.partitions)
+    blocks = -(-owned // columns) * size.matrices
     if 4 * blocks > MOST_TENSORS // 2:
         raise ValueError(
             f"parallel.block_columns is {columns}, which cuts the W of {owned:,} items into "
@@ -64,8 +66,7 @@ def check_memory(config: Config, n_items: int, ranks: Ranks) -> None:
         )
     if ranks.device.type != "cpu":
         return
-    weights = model.item_parameters(n_items, owned) + model.trunk_parameters()
-    needed = 4 * weights * launched_world()[3]
+    needed = 4 * size.parameters * launched_world()[3]
     there = psutil.virtual_memory().total
     if needed > there:
         raise ValueError(

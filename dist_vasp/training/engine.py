@@ -1,9 +1,9 @@
 """One optimizer step: the trunk as a DeepSpeed ZeRO engine, the item matrices beside it.
 
 The item matrices stay outside the engine, because `deepspeed.initialize` overwrites every rank's
-parameters with rank 0's. DeepSpeed averages gradients over the world; the loss is already divided
-by the N rows of the whole step, so what enters the trunk's backward is multiplied by the world
-size, and what comes out at its input is divided by it (VASP.gradients).
+parameters with rank 0's. DeepSpeed averages gradients over the world, but the loss is already
+divided by the N rows of the whole step. So what enters the trunk's backward is multiplied by the
+world size, and what comes out at its input is divided by it (PartitionedModel.gradients).
 
 Shapes: B rows of this rank, N rows of the whole step, L latent width.
 """
@@ -11,60 +11,70 @@ Shapes: B rows of this rank, N rows of the whole step, L latent width.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dist_vasp.config import Config
-from dist_vasp.data.hashing import hash64
 from dist_vasp.data.stream import Batch
-from dist_vasp.model.item_layers import (
-    FUSED_GRADIENT_ROWS,
-    NEASE_WEIGHT,
-    ItemSlice,
-    Sink,
-    accumulate,
-)
-from dist_vasp.model.sparse import ItemRows, RowExchange
-from dist_vasp.model.vasp import VASP, StepLoss, TrunkCall, make_trunk
+from dist_vasp.model.build import make_trunk, measure_size, new_model
+from dist_vasp.model.partitioned import MicroBatch, StepLoss, TrunkCall
+from dist_vasp.model.slices import GRADIENT_ROWS, ItemSlice, Sink, add_to_grad
 from dist_vasp.parallel.comm import Ranks, all_reduce
-from dist_vasp.parallel.kernels import Fuse, kernels, plain
+from dist_vasp.parallel.kernels import kernels, plain
+from dist_vasp.training.micro_batches import MicroBatches
 from dist_vasp.training.optimizer import MOMENTS, SCALARS, InPlaceAdam
 from dist_vasp.training.zero import ZeroTrunk
+
+FUSED_GRADIENT_ROWS = 8192  # of a matrix, where a compiled update takes them: fewer, larger calls
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """What a step measured, summed over all ranks: `loss` = `focal` (the reconstruction, whatever
-    its kind) + weighted KL."""
+    """What a step measured, summed over all ranks.
+
+    loss = focal + kl_weight * kl, where focal is the reconstruction loss of any kind. stop: some
+    rank was asked to stop. all_written: every rank's part of a checkpoint is on disk. paths: mean
+    and deviation of each path's logits (model/path_statistics.py).
+    """
 
     loss: float
     focal: float
     kl: float
     grad_norm: float
-    stop: bool = False  # some rank was asked to stop
-    all_written: bool = (
-        True  # every rank's part of a checkpoint that goes on in the background is on disk
-    )
-    paths: dict[str, float] = field(
-        default_factory=dict
-    )  # mean and deviation of each path's logits (model/path_statistics.py)
+    stop: bool = False
+    all_written: bool = True
+    paths: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """Each step draws a parameter to `start` by `pull` times the schedule's learning rate."""
+
+    start: Tensor
+    pull: float
 
 
 class DivergedError(RuntimeError):
     """The loss or a gradient is no longer a finite number."""
 
 
-@dataclass(frozen=True)
-class MicroBatch:
-    """Input and target rows of the partition group, and the noise of this rank's own."""
+class OverlappedTrunk:
+    """The trunk of one step: while its backward runs, the next batch's ids travel."""
 
-    x: ItemRows
-    y: ItemRows
-    noise_BL: Tensor | None
+    def __init__(self, trunk: ZeroTrunk, scale: float, batches: MicroBatches) -> None:
+        self.trunk, self.scale, self.batches = trunk, scale, batches
+
+    def __call__(self, pre_BH: Tensor, noise_BL: Tensor | None) -> tuple[Sequence[Tensor], Tensor]:
+        return self.trunk(pre_BH, noise_BL)
+
+    def backward(self, scalar: Tensor) -> None:
+        self.batches.advance()
+        self.trunk.backward(scalar)
 
 
 class Trainer:
@@ -72,61 +82,53 @@ class Trainer:
 
     def __init__(self, config: Config, n_items: int, ranks: Ranks) -> None:
         self.config, self.ranks, self.n_items = config, ranks, n_items
-        self.model = VASP(
-            config.model,
-            config.loss,
-            n_items,
-            ranks,
-            config.run.seed,
-            block_columns=config.parallel.block_columns,
-        )
-        fuse, self.remark = kernels(
-            config.parallel.compile, sum(piece.tensor.numel() for piece in self.model.slices())
-        )
-        self.model.loss.fuse(fuse)
-        # By item_dim: 1 is NEASE's W, which has a learning rate of its own.
-        self.item_optimizers = {
-            dim: self._item_optimizer(dim, fuse)
-            for dim in {p.item_dim for p in self.model.trained_slices()}
-        }
-        self.start_of_W: list[ItemSlice] = []  # what optimizer.nease_decay draws W to
-        if config.optimizer.nease_decay:
-            pieces = [p for p in self.model.slices() if p.name == NEASE_WEIGHT]
-            self.start_of_W = [
-                replace(p, name=f"{p.name}.start", tensor=torch.zeros_like(p.tensor))
-                for p in pieces
-            ]
-        self._start_of = dict(
-            zip(self.model.output.W_IC, (piece.tensor for piece in self.start_of_W), strict=False)
-        )
-        self._item_dim = {piece.tensor: piece.item_dim for piece in self.model.slices()}
+        size = measure_size(config, n_items, ranks.layout.partitions)
+        fuse, self.remark = kernels(config.parallel.compile, size.items)
+        self.model = new_model(config, n_items, ranks, fuse=fuse)
+        self.model.initialise(config.run.seed)
+        self.item_optimizer = InPlaceAdam(self._item_groups(), config.optimizer, fuse=fuse)
+        self._anchors = self._find_anchors()
+        gradient_rows = FUSED_GRADIENT_ROWS if fuse is not plain else GRADIENT_ROWS
         if config.optimizer.item_state == "lean":
-            self.model.output.gradient_rows = (
-                n_items  # a column's second moment wants the whole column
-            )
-        elif fuse is not plain:
-            self.model.output.gradient_rows = FUSED_GRADIENT_ROWS
+            gradient_rows = n_items  # the second moment of a column needs the whole column
+        self._measuring = Sink(self._measure, gradient_rows)
+        self._updating = Sink(self._update, gradient_rows)
+        self._accumulating = Sink(add_to_grad, gradient_rows)
         trunk = make_trunk(config.model, config.run.seed)
         self.trunk = ZeroTrunk(trunk, config, ranks, fuse) if trunk else None
-        self._squared_norm = torch.zeros(
-            (), device=ranks.device
-        )  # of this rank's item gradients in the step under way
-        self._ahead: dict[
-            int, list[RowExchange]
-        ] = {}  # by step: rows that are already on their way
+        latent = config.model.latent if self.trunk else 0
+        self.batches = MicroBatches(config, n_items, ranks, latent)
+        self._step_trunk = (
+            OverlappedTrunk(self.trunk, ranks.world_size, self.batches) if self.trunk else None
+        )
+        # Of this rank's item gradients in the current step.
+        self._squared_norm = torch.zeros((), device=ranks.device)
+        self._lr = 0.0
         self._stage: int | None = None
 
-    def _item_optimizer(self, dim: int, fuse: Fuse) -> InPlaceAdam:
-        params = [p.tensor for p in self.model.trained_slices() if p.item_dim == dim]
+    def _item_groups(self) -> list[dict[str, Any]]:
+        """Parameter groups of the item matrices: one for each path, one for the input side."""
         lean = self.config.optimizer.item_state == "lean"
-        return InPlaceAdam(
-            [{"params": params, "lean_dim": dim if lean else None}],
-            self.config.optimizer,
-            fuse=fuse,
-        )
+
+        def group(slices: list[ItemSlice], rate: float) -> dict[str, Any]:
+            item_dim = slices[0].item_dim if lean else None
+            return {"params": [p.tensor for p in slices], "lean_dim": item_dim, "rate": rate}
+
+        groups = [group(self.model.input.slices(), 1.0)] if self.model.input else []
+        trained = [path for path in self.model.paths if path.training.trained]
+        return groups + [group(path.slices(), path.training.rate) for path in trained]
+
+    def _find_anchors(self) -> dict[Tensor, Anchor]:
+        """Where the weights are drawn to, by parameter."""
+        anchors = {}
+        for path in self.model.paths:
+            pull = path.training.rate * path.training.decay
+            for weight, start in zip(path.slices(), path.start_slices(), strict=False):
+                anchors[weight.tensor] = Anchor(start.tensor, pull)
+        return anchors
 
     def optimizers(self) -> list[InPlaceAdam]:
-        return [*self.item_optimizers.values()] + ([self.trunk.optimizer] if self.trunk else [])
+        return [self.item_optimizer, *([self.trunk.optimizer] if self.trunk else [])]
 
     def step(
         self, batch: Batch, stop: bool = False, written: bool = True, following: Batch | None = None
@@ -139,29 +141,24 @@ class Trainer:
         or a gradient is not finite: weights in memory are void then.
         """
         self._set_rate(batch.epoch)
-        clip, micro_batches = self.config.optimizer.clip_norm, self._micro_batches(batch)
-        if following is not None:
-            self._ahead = {following.step: self._exchange(following)}
-        for optimizer in self.item_optimizers.values():
-            optimizer.begin_step()
+        clip = self.config.optimizer.clip_norm
+        micro_batches = self.batches.receive(batch)
+        self.batches.send(following)
+        self.item_optimizer.begin_step()
         self._squared_norm.zero_()
-        statistics = self.model.output.statistics
+        statistics = self.model.statistics
         statistics.sums.zero_()
         if len(micro_batches) > 1:
-            share = self._accumulate(micro_batches, batch.global_rows)
+            part = self._accumulate(micro_batches)
         else:
-            share = self._gradients(
-                micro_batches[0], batch.global_rows, self._measure if clip else self._update
-            )
+            sink = self._measuring if clip else self._updating
+            part = self.model.gradients(self._step_trunk, micro_batches[0], sink)
 
         # One all-reduce for what every rank must know.
-        words = [share.reconstruction, share.kl, self._squared_norm / self.ranks.layout.replicas]
-        own = torch.stack(
-            [
-                *(w.double() for w in words),
-                *torch.tensor([stop, not written]).to(words[0].device).double(),
-            ]
-        )
+        replicas = self.ranks.layout.replicas
+        scalars = [part.reconstruction, part.penalty, self._squared_norm / replicas]
+        flags = torch.tensor([stop, not written]).to(scalars[0].device).double()
+        own = torch.stack([*(scalar.double() for scalar in scalars), *flags])
         totals = all_reduce(torch.cat([own, statistics.sums.flatten()]), self.ranks.world).tolist()
         reconstruction, kl, squared_norm, stops, unwritten = totals[: len(own)]
         if self.trunk:
@@ -180,7 +177,7 @@ class Trainer:
                 self._apply(piece.tensor, 0, piece.tensor.grad)
                 piece.tensor.grad = None
         elif clip:
-            share.replay(self._update)
+            self.model.replay(part.activations, self._updating)
         if self.trunk:
             self.trunk.step()
         paths = statistics.named(totals[len(own) :])
@@ -204,8 +201,10 @@ class Trainer:
     # --- state -------------------------------------------------------------------------------------------------------
 
     def item_pieces(self, moments: bool) -> list[ItemSlice]:
-        """This rank's pieces of the item matrices and, if asked, of their moments (`NAME.exp_avg`,
-        `NAME.exp_avg_sq`)."""
+        """This rank's slices of the item matrices.
+
+        With `moments` those of `NAME.exp_avg`, `NAME.exp_avg_sq` and `NAME.start` too.
+        """
         pieces = self.model.slices()
         if not moments:
             return pieces
@@ -215,10 +214,11 @@ class Trainer:
             for p, state in states
             for m in MOMENTS
         ]
-        return pieces + moments_of + self.start_of_W
+        starts = [piece for path in self.model.paths for piece in path.start_slices()]
+        return pieces + moments_of + starts
 
     def _state_of(self, piece: ItemSlice) -> dict[str, Tensor]:
-        return self.item_optimizers[piece.item_dim].ensure_state(piece.tensor)
+        return self.item_optimizer.ensure_state(piece.tensor)
 
     def trunk_tensors(self, moments: bool) -> dict[str, Tensor]:
         """The whole trunk and, if asked, its moments; all ranks call it together."""
@@ -244,95 +244,33 @@ class Trainer:
         """The schedule's rate for `epoch`; where a new stage begins the moments are kept, unless
         told otherwise."""
         stage = self.config.stage(epoch)
+        self._lr = self.config.lr(epoch)
         for optimizer in self.optimizers():
             for group in optimizer.param_groups:
-                group["lr"] = self.config.lr(epoch) * (
-                    self.config.optimizer.nease_lr
-                    if optimizer is self.item_optimizers.get(1)
-                    else 1
-                )
+                group["lr"] = self._lr * group["rate"]
             optimizer.grad_scale = 1.0
             if self.config.optimizer.reset_on_stage and self._stage not in (None, stage):
                 optimizer.forget()
         self._stage = stage
 
-    def _exchange(self, batch: Batch) -> list[RowExchange]:
-        """Start sending the batch's rows, in `optimizer.accumulation` slices, to the partition
-        group."""
-        n = self.config.optimizer.accumulation
-        rows = -(-batch.padded_rows // n)
-        exchanges = []
-        for start in range(0, rows * n, rows):
-            first, last = (min(b, batch.inputs.n_rows) for b in (start, start + rows))
-            csr = [side.slice(first, last) for side in (batch.inputs, batch.targets)]
-            exchanges.append(
-                RowExchange(
-                    csr,
-                    last - first,
-                    rows,
-                    self.n_items,
-                    self.ranks.partition_group,
-                    self.ranks.device,
-                )
-            )
-        return exchanges
+    def _accumulate(self, micro_batches: list[MicroBatch]) -> StepLoss:
+        """Keep the gradients of all micro-batches in `.grad`, summed over the replicas.
 
-    def _micro_batches(self, batch: Batch) -> list[MicroBatch]:
-        """The step's rows, gathered over the partition group, and the noise of this rank's own."""
-        exchanges = self._ahead.pop(batch.step, None) or self._exchange(batch)
-        noise_NL: list[Tensor | None] = [None] * len(exchanges)
-        if self.trunk:
-            rows = -(-batch.padded_rows // len(exchanges))
-            noise_NL = list(self._noise(batch, rows * len(exchanges)).split(rows))
-        found = []
-        for exchange, noise_BL in zip(exchanges, noise_NL, strict=True):
-            x, y = exchange.finish()
-            found.append(MicroBatch(x, y, noise_BL))
-        return found
-
-    def _noise(self, batch: Batch, n_rows: int) -> Tensor:
-        """Standard normal noise of this rank's rows (n_rows, L), drawn per lane: the same for every
-        number of ranks."""
-        latent, device = self.config.model.latent, self.ranks.device
-        noise = torch.zeros((n_rows, latent), device=device)
-        first = 0
-        for lane, count in batch.lane_rows:
-            key = int(hash64(self.config.run.seed, batch.step, lane))
-            generator = torch.Generator(device=device).manual_seed(key)
-            noise[first : first + count] = torch.randn(
-                (count, latent), generator=generator, device=device
-            )
-            first += count
-        return noise
-
-    def _gradients(self, rows: MicroBatch, n_rows: int, sink: Sink) -> StepLoss:
-        def backward(scalar: Tensor) -> None:
-            for exchange in (e for exchanges in self._ahead.values() for e in exchanges):
-                exchange.advance()
-            assert self.trunk is not None
-            self.trunk.backward(scalar)
-
-        return self.model.gradients(
-            self.trunk, backward, self.ranks.world_size, rows.x, rows.y, rows.noise_BL, n_rows, sink
-        )
-
-    def _accumulate(self, micro_batches: list[MicroBatch], n_rows: int) -> StepLoss:
-        """Gradients of all micro-batches, kept in `.grad` and summed over the replicas; the sum of
-        their losses."""
-        shares = []
+        Returns the sum of their losses.
+        """
+        parts = []
         for i, rows in enumerate(micro_batches):
-            shares.append(self._gradients(rows, n_rows, accumulate))
+            parts.append(self.model.gradients(self._step_trunk, rows, self._accumulating))
             if self.trunk and i + 1 < len(micro_batches):
                 self.trunk.step()  # counts the micro-batch; the update comes at the last one
         for piece in self.model.trained_slices():
             assert piece.tensor.grad is not None
             piece.tensor.grad = self._over_replicas(piece.tensor.grad)
             self._squared_norm += _squared(piece.tensor.grad)
-        return StepLoss(
-            sum(s.reconstruction for s in shares),  # type: ignore[arg-type]
-            sum(s.kl for s in shares),  # type: ignore[arg-type]
-            shares[-1].replay,
-        )
+        reconstruction, penalty = parts[0].reconstruction, parts[0].penalty
+        for part in parts[1:]:
+            reconstruction, penalty = reconstruction + part.reconstruction, penalty + part.penalty
+        return StepLoss(reconstruction, penalty, parts[-1].activations)
 
     def _over_replicas(self, grad: Tensor) -> Tensor:
         """The gradient summed over the ranks that own the same items."""
@@ -349,14 +287,11 @@ class Trainer:
     def _apply(self, parameter: Tensor, first: int, grad: Tensor) -> Tensor:
         """Update the rows of an item matrix from `first` on; W is first drawn to where it started.
         Returns the gradient's squared norm."""
-        optimizer = self.item_optimizers[self._item_dim[parameter]]
-        start = self._start_of.get(parameter)
-        if start is not None:
+        anchor = self._anchors.get(parameter)
+        if anchor is not None:
             rows = slice(first, first + len(grad))
-            parameter[rows].lerp_(
-                start[rows], optimizer.param_groups[0]["lr"] * self.config.optimizer.nease_decay
-            )
-        return optimizer.update(parameter, first, grad)
+            parameter[rows].lerp_(anchor.start[rows], self._lr * anchor.pull)
+        return self.item_optimizer.update(parameter, first, grad)
 
 
 def _squared(grad: Tensor) -> Tensor:

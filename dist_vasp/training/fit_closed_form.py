@@ -10,7 +10,7 @@ lanes of the configuration are not used.
 from __future__ import annotations
 
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,9 @@ from dist_vasp.checkpoint.read import open_checkpoint
 from dist_vasp.checkpoint.write import save
 from dist_vasp.config import Config
 from dist_vasp.data.manifest import Manifest
+from dist_vasp.model.build import new_model
 from dist_vasp.model.ease import SWEEP_COLUMNS
-from dist_vasp.model.vasp import VASP
+from dist_vasp.model.partitioned import PartitionedModel
 from dist_vasp.parallel.agree import AgreedError, agreed
 from dist_vasp.parallel.comm import Ranks
 from dist_vasp.plan import Sizes, make_plan
@@ -159,15 +160,9 @@ class ClosedFormFit:
     def _search(self) -> None:
         """Try every lambda that is left; StoppedError where a stop was requested."""
         run = self.run
-        model = VASP(
-            run.config.model,
-            run.config.loss,
-            run.manifest.n_items,
-            run.ranks,
-            0,
-            initialise=False,
-            block_columns=SWEEP_COLUMNS,
-        )
+        blocks = replace(run.config.parallel, block_columns=SWEEP_COLUMNS)
+        config = replace(run.config, parallel=blocks)
+        model = new_model(config, run.manifest.n_items, run.ranks)
         fallen = 0
         first = self.best.position.step + 1 if self.best else 1
         for step in range(first, len(self._lambdas) + 1):
@@ -188,11 +183,11 @@ class ClosedFormFit:
                 if fallen == PATIENCE:
                     return
 
-    def _solve(self, model: VASP, value: float) -> float:
+    def _solve(self, model: PartitionedModel, value: float) -> float:
         """Write B for lambda `value` into the model; return the seconds it took."""
         run, start = self.run, time.monotonic()
         fit(
-            model.output.W_IC,
+            model.matrices[0].columns(),
             SWEEP_COLUMNS,
             run.config,
             run.manifest,
@@ -205,7 +200,9 @@ class ClosedFormFit:
         self._seconds += took
         return took
 
-    def _validate(self, model: VASP, step: int, value: float, took: float) -> dict[str, Any] | None:
+    def _validate(
+        self, model: PartitionedModel, step: int, value: float, took: float
+    ) -> dict[str, Any] | None:
         """Return the validation metrics of a lambda; None where no user has a target."""
         run, metrics = self.run, None
         if run.manifest.splits["validation"].users > 0:
@@ -230,7 +227,9 @@ class ClosedFormFit:
             return False
         return metrics[BEST_BY] > self.best.best[BEST_BY]
 
-    def _save(self, model: VASP, step: int, value: float, metrics: dict[str, Any] | None) -> None:
+    def _save(
+        self, model: PartitionedModel, step: int, value: float, metrics: dict[str, Any] | None
+    ) -> None:
         """Write the model as step-XXXXXXXX; point `best` at it if it was validated."""
         config, ranks, manifest = self.run.config, self.run.ranks, self.run.manifest
         self.best = Header(

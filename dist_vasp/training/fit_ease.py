@@ -30,7 +30,8 @@ from dist_vasp.model.ease import (
     scale_diagonal,
     to_weights,
 )
-from dist_vasp.model.item_layers import NEASE_WEIGHT
+from dist_vasp.model.kinds.nease import CLOSED_FORM
+from dist_vasp.model.registry import kind_of
 from dist_vasp.parallel.agree import agreed
 from dist_vasp.parallel.comm import Ranks
 from dist_vasp.plan import EASE_INTERACTIONS_PER_ITEM
@@ -38,7 +39,6 @@ from dist_vasp.progress import Progress
 from dist_vasp.ranking.evaluate import to_item_rows
 from dist_vasp.training.engine import Trainer
 
-CLOSED_FORM = "closed_form"  # the value of model.init_from_ease that names no run
 _MOST_USERS = 1 << 16  # whose rows are dense for a block of columns: 64 MB
 
 
@@ -98,9 +98,9 @@ def fit(
 
 
 def _convert(columns: list[Tensor], dtype: torch.dtype) -> None:
-    """One block after the other, so that the two precisions share the memory."""
-    for i, column in enumerate(columns):
-        columns[i] = column.to(dtype)
+    """Change the precision of the tensors, one after the other: the two share the memory."""
+    for column in columns:
+        column.data = column.data.to(dtype)
 
 
 def training_users(folder: str | Path, manifest: Manifest) -> Iterator[Rows]:
@@ -132,25 +132,16 @@ def start_from_ease(trainer: Trainer, manifest: Manifest) -> None:
     AgreedError where the named run is of another kind or of other items, or a file of it is
     damaged.
     """
-    config, ranks, output = trainer.config, trainer.ranks, trainer.model.output
+    config, ranks = trainer.config, trainer.ranks
+    (matrix,) = trainer.model.matrices
     if config.model.init_from_ease == CLOSED_FORM:
-        columns = list(output.W_IC)  # in float32 the blocks themselves
-        fit(
-            columns,
-            output.block_columns,
-            config,
-            manifest,
-            config.model.ease_lambda,
-            ranks,
-            ranks.is_main,
-        )
-        for W_IC, column in zip(output.W_IC, columns, strict=True):
-            W_IC.copy_(column)
+        value, width = config.model.ease_lambda, matrix.columns()[0].shape[1]
+        fit(matrix.columns(), width, config, manifest, value, ranks, ranks.is_main)
     else:
         _read_closed_form(trainer, manifest)
-    for W_IC in output.W_IC:
+    for W_IC in matrix.columns():
         W_IC.mul_(config.model.nease_scale)
-    for start, W_IC in zip(trainer.start_of_W, output.W_IC, strict=False):
+    for start, W_IC in zip(matrix.start_slices(), matrix.columns(), strict=False):
         start.tensor.copy_(W_IC)
 
 
@@ -163,7 +154,7 @@ def _read_closed_form(trainer: Trainer, manifest: Manifest) -> None:
     assert opened is not None
     with agreed(ranks):
         kind = from_dict(opened.header.config).model.kind
-        if kind != "ease":
+        if not kind_of(kind).closed_form:
             raise ValueError(
                 f"model.init_from_ease: {run} is a run of model.kind {kind}, expected ease; --init_from starts from others"
             )
@@ -175,6 +166,6 @@ def _read_closed_form(trainer: Trainer, manifest: Manifest) -> None:
             )
     verify(opened, ranks)
     with agreed(ranks):
-        pieces = [piece for piece in trainer.model.slices() if piece.name == NEASE_WEIGHT]
+        pieces = [piece for matrix in trainer.model.matrices for piece in matrix.slices()]
         load_weights(opened, pieces, {})
     opened.close()

@@ -18,6 +18,7 @@ from dist_vasp.checkpoint.read import header_of
 from dist_vasp.config import Config
 from dist_vasp.data.stream import Batch, StreamOptions, TrainStream
 from dist_vasp.data.workers import ReadAhead
+from dist_vasp.model.build import measure_size
 from dist_vasp.parallel.agree import AgreedError
 from dist_vasp.parallel.comm import Ranks, all_gather_bytes, all_gather_keys
 from dist_vasp.progress import Progress
@@ -55,10 +56,9 @@ class StepSetup:
         config, stream, layout = self._config, self.stream, self._ranks.layout
         model, n_items = config.model, stream.n_items
         item_bytes = 12 if config.optimizer.item_state == "full" else 8
-        frozen = model.frozen_parameters(n_items, n_items)
-        trained = model.item_parameters(n_items, n_items) - frozen
-        item_gb = (trained * item_bytes + frozen * 4) / 1e9
-        trunk_gb = model.trunk_parameters() * 12 / 1e9
+        size = measure_size(config, n_items)
+        item_gb = (size.trained * item_bytes + size.frozen * 4) / 1e9
+        trunk_gb = size.trunk * 12 / 1e9
         return (
             f"{model.kind}, {stream.n_users:,} training users, {n_items:,} items, "
             f"{self.last:,} steps of about {config.data.batch_size} users "

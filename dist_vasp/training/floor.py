@@ -14,6 +14,7 @@ from statistics import median
 import torch
 
 from dist_vasp.config import Config
+from dist_vasp.model.build import measure_size
 from dist_vasp.model.sparse import sum_rows
 from dist_vasp.plan import FLOAT, Rates
 
@@ -49,22 +50,18 @@ def measure_rates(
 
 
 def step_floor(
-    config: Config, n_items: int, own_items: int, rows: float, items_per_row: float, rates: Rates
+    config: Config, n_items: int, partitions: int, rows: float, items_per_row: float, rates: Rates
 ) -> dict[str, float]:
-    """Seconds that the rates set for one step of a rank that owns `own_items` of the items; `rows`:
-    a step's, over the ranks."""
-    m = config.model
-    deep, shallow = m.deep, m.shallow
-    heads = n_items * (m.hidden + m.latent * m.latent_head) * deep
-    parameters = m.item_parameters(n_items, own_items) + m.trunk_parameters()
+    """Seconds that the rates set for one step of a rank.
+
+    partitions: ranks that share the items. rows: of the whole step.
+    """
+    model = measure_size(config, n_items, partitions)
     moments = 2 * FLOAT if config.optimizer.item_state == "full" else FLOAT
+    products = model.trunk + n_items * sum(model.widths)
+    gathered = n_items * model.matrices + model.hidden
     return {
-        "matrix products": 6 * rows * (m.trunk_parameters() + heads) / rates.flops,
-        "row gathers": 2
-        * rows
-        * items_per_row
-        * (n_items * shallow + m.hidden * deep)
-        * FLOAT
-        / rates.gather,
-        "update": 2 * parameters * (FLOAT + moments) / rates.copy,
+        "matrix products": 6 * rows * products / rates.flops,
+        "row gathers": 2 * rows * items_per_row * gathered * FLOAT / rates.gather,
+        "update": 2 * model.parameters * (FLOAT + moments) / rates.copy,
     }

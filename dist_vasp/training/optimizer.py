@@ -61,10 +61,10 @@ class InPlaceAdam(torch.optim.Optimizer):
         lr: float = 0.0,
         fuse: Fuse = plain,
     ) -> None:
-        super().__init__(params, {"lr": lr, "lean_dim": None})
+        super().__init__(params, {"lr": lr, "lean_dim": None, "rate": 1.0})
         self.config = config
         self.grad_scale = 1.0
-        self._factors: Factors | None = None
+        self._factors: dict[Tensor, Factors] = {}
         self._fused = fuse is not plain
         self._all, self._weights = fuse(self._update_all), fuse(self._update_weights)
 
@@ -85,7 +85,8 @@ class InPlaceAdam(torch.optim.Optimizer):
         """Count a step for every parameter at once; `update` then takes their gradients piece by
         piece."""
         for group in self.param_groups:
-            self._factors = self._advance(group["params"], group["lr"])
+            factors = self._advance(group["params"], group["lr"])
+            self._factors |= dict.fromkeys(group["params"], factors)
 
     @torch.no_grad()
     def update(self, parameter: Tensor, first: int, grad: Tensor) -> Tensor:
@@ -100,8 +101,8 @@ class InPlaceAdam(torch.optim.Optimizer):
             name: state[name][rows] if len(state[name]) == len(parameter) else state[name]
             for name in MOMENTS
         }
-        assert self._factors is not None, "begin_step comes first"
-        return self._apply(parameter[rows], grad, moments, self._factors)
+        assert parameter in self._factors, "begin_step comes first"
+        return self._apply(parameter[rows], grad, moments, self._factors[parameter])
 
     def ensure_state(self, p: Tensor) -> dict:
         """The state of `p`, created empty if there is none."""

@@ -9,9 +9,9 @@ from typing import Any
 
 from dist_vasp.checkpoint import folder as folders
 from dist_vasp.config import Config
+from dist_vasp.model.registry import kind_of
 from dist_vasp.parallel.agree import agreed
 from dist_vasp.parallel.comm import Ranks
-from dist_vasp.ranking.evaluate import model_scorer
 from dist_vasp.ranking.load import load_model
 from dist_vasp.training.checks import check_folders, check_shards
 from dist_vasp.training.fit_closed_form import ClosedFormSetup
@@ -56,7 +56,7 @@ def dry_run(config: Config, ranks: Ranks) -> str:
 
 def make_setup(config: Config, ranks: Ranks, init_from: str | None) -> FitSetup:
     """Return the way in which the model of `config` is fitted."""
-    if config.model.linear:
+    if kind_of(config.model.kind).closed_form:
         return ClosedFormSetup(config, ranks)
     return StepSetup(config, ranks, init_from)
 
@@ -100,7 +100,7 @@ def final_result(run: Run, fitted: Fitted) -> dict[str, Any] | None:
     """Evaluate the fitted checkpoint and return what result.json holds; None where a stop was
     requested meanwhile."""
     loaded = load_model(run.config.run.dir, fitted.checkpoint, run.ranks)
-    scorer = model_scorer(loaded.model, loaded.trunk)
+    scorer = loaded.model.scores
     result: dict[str, Any] = {}
     for split in ("validation", "test"):
         result[split] = None

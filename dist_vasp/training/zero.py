@@ -65,7 +65,9 @@ class ZeroTrunk:
                 False  # it would copy every gradient into a bucket and out again
             )
 
-    def __call__(self, pre_BH: Tensor, noise_BL: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def __call__(
+        self, pre_BH: Tensor, noise_BL: Tensor | None
+    ) -> tuple[tuple[Tensor, Tensor], Tensor]:
         return self._engine(pre_BH, noise_BL)
 
     @property

@@ -20,9 +20,9 @@ from dist_vasp.checkpoint.json_header import header_sha256
 from dist_vasp.checkpoint.read import open_checkpoint
 from dist_vasp.checkpoint.weights import check_numbers
 from dist_vasp.checkpoint.write import save
-from dist_vasp.config import Config, LossConfig, ModelConfig
+from dist_vasp.config import Config, ModelConfig
 from dist_vasp.data.hashing import keys_of_ids, sha256_of, vocabulary_sha256
-from dist_vasp.model.vasp import VASP, make_trunk
+from dist_vasp.model.build import make_trunk, measure_size, new_model
 from dist_vasp.parallel.agree import AgreedError
 from dist_vasp.parallel.comm import form_groups
 from dist_vasp.parallel.partition import Layout
@@ -56,7 +56,7 @@ def run(tmp_path) -> Path:
     trunk = make_trunk(MODEL, 0)
     assert trunk is not None
     tensors = {name: p.detach() for name, p in trunk.named_parameters()}
-    pieces = VASP(MODEL, LossConfig(), N_ITEMS, ALONE, 0).slices()
+    pieces = new_model(Config(model=MODEL), N_ITEMS, ALONE).slices()
     save(tmp_path / "checkpoints" / "step-00000007", header, pieces, tensors, ALONE)
     assert load_model(tmp_path, None, ALONE).checkpoint.step == 7
     return tmp_path
@@ -79,11 +79,15 @@ def change_tensors(run: Path, name: str, change: Callable[[dict[str, torch.Tenso
 
 
 def test_the_number_of_parameters():
-    for model in (MODEL, ModelConfig("flvae", 7, 3, 1, 1, latent_head=False), ModelConfig("nease")):
-        trunk = make_trunk(model, 0)
-        made = sum(p.tensor.numel() for p in VASP(model, LossConfig(), N_ITEMS, ALONE, 0).slices())
+    flvae = ModelConfig(
+        kind="flvae", hidden=7, latent=3, encoder_layers=1, decoder_layers=1, latent_head=False
+    )
+    for model in (MODEL, flvae, ModelConfig(kind="nease"), ModelConfig(kind="ease")):
+        config, trunk = Config(model=model), make_trunk(model)
+        slices = new_model(config, N_ITEMS, ALONE).slices()
+        made = sum(piece.tensor.numel() for piece in slices)
         made += sum(p.numel() for p in trunk.parameters()) if trunk else 0
-        assert model.item_parameters(N_ITEMS, N_ITEMS) + model.trunk_parameters() == made
+        assert measure_size(config, N_ITEMS).parameters == made
 
 
 @pytest.mark.parametrize(
@@ -109,7 +113,11 @@ def test_the_number_of_parameters():
         (lambda h: h.update(config=[]), "config or must_match is not a table"),
         (lambda h: h.pop("must_match"), "must_match"),
         (lambda h: h["config"]["model"].update(hidden=10**9), "describes a model of"),
-        (lambda h: h["config"]["model"].update(encoder_layers=10**12), "describes a model of"),
+        (
+            lambda h: h["config"]["model"].update(encoder_layers=10**12),
+            "model.encoder_layers is 1000000000000, expected at most 1000",
+        ),
+        (lambda h: h["config"]["model"].update(encoder_layers=999), "describes a model of"),
     ],
 )
 def test_headers(run, change, message):

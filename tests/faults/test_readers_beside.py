@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import time
@@ -93,6 +94,7 @@ class Training:
                 "7",
             ],
             cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
             stdout=self.log,
             stderr=subprocess.STDOUT,
         )
@@ -124,7 +126,7 @@ def test_a_recommender_is_of_one_checkpoint(shards, tmp_path, pytestconfig):
         steps = []
         for verify in [True, False] * (loads // 2 + 1):
             r = Recommender.load(training.run, verify=verify)
-            steps.append(r._opened.step)
+            steps.append(r.sources.members[0].opened.step)
             before = r.recommend([[1, 2, 3]], 5)
             check_digests(r)
             assert np.array_equal(before.scores, r.recommend([[1, 2, 3]], 5).scores)
@@ -135,13 +137,13 @@ def test_a_recommender_is_of_one_checkpoint(shards, tmp_path, pytestconfig):
 
 def check_digests(r: Recommender) -> None:
     """What is mapped is what the header says, to the last byte."""
-    for name, digest in r._opened.header.files.items():
-        handle = r._opened.handles[name]
+    for name, digest in r.sources.members[0].opened.header.files.items():
+        handle = r.sources.members[0].opened.handles[name]
         handle.seek(0)
         assert hashlib.file_digest(handle, "sha256").hexdigest() == digest
-    items = r._opened.header.files["items-00000-of-00001.safetensors"]
-    part = r.model.parts[0].file
-    assert part is not None and hashlib.sha256(part._pages[:]).hexdigest() == items
+    items = r.sources.members[0].opened.header.files["items-00000-of-00001.safetensors"]
+    (file,) = r.sources.members[0].model.model.storage.files
+    assert hashlib.sha256(file._pages[:]).hexdigest() == items
 
 
 @pytest.mark.slow

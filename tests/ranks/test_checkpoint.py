@@ -25,8 +25,8 @@ from dist_vasp.checkpoint.read import GoneError, open_checkpoint, verify
 from dist_vasp.checkpoint.weights import load_weights
 from dist_vasp.config import Config, ModelConfig, OptimizerConfig, ParallelConfig, RunConfig, Stage
 from dist_vasp.data.stream import Batch
-from dist_vasp.model import item_layers
-from dist_vasp.model.item_layers import ItemSlice
+from dist_vasp.model import slices
+from dist_vasp.model.slices import ItemSlice
 from dist_vasp.parallel.agree import AgreedError
 from dist_vasp.parallel.comm import Ranks, form_groups
 from dist_vasp.parallel.partition import Layout
@@ -54,11 +54,11 @@ def alone() -> Ranks:
 def make_pieces(ranks: Ranks, fill: bool, block_columns: int) -> list[ItemSlice]:
     """Every item matrix and two moments of it; filled by global item, so that every layout holds
     the same."""
-    item_layers.BLOCK_COLUMNS, default = block_columns, item_layers.BLOCK_COLUMNS
+    slices.BLOCK_COLUMNS, default = block_columns, slices.BLOCK_COLUMNS
     try:
         weights = make_model("vasp", N_ITEMS, ranks, dtype=torch.float32).slices()
     finally:
-        item_layers.BLOCK_COLUMNS = default
+        slices.BLOCK_COLUMNS = default
     pieces = weights + [
         replace(p, name=f"{p.name}.{m}", tensor=torch.zeros_like(p.tensor))
         for p in weights

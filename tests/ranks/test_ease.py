@@ -22,8 +22,8 @@ from dist_vasp.config import Config, DataConfig, ModelConfig, RunConfig
 from dist_vasp.data.manifest import Manifest
 from dist_vasp.data.rows import concatenate_rows
 from dist_vasp.model import ease
+from dist_vasp.model.build import measure_size, new_model
 from dist_vasp.model.ease import SymmetricColumns, add_gram, add_to_diagonal, invert, to_weights
-from dist_vasp.model.vasp import VASP
 from dist_vasp.parallel.agree import AgreedError
 from dist_vasp.parallel.comm import Ranks
 from dist_vasp.plan import EASE_COLUMNS, Rates, Sizes, make_plan
@@ -320,7 +320,7 @@ def test_files_and_result_of_a_run(run):
     assert list(result) == names
     assert {p.name for p in (run / "checkpoints").iterdir()} == {"best", result["checkpoint"]}
     assert (run / "checkpoints" / "best").resolve().name == result["checkpoint"]
-    B = load_model(run, None, alone()).model.output.W_IC
+    B = load_model(run, None, alone()).model.model.matrices[0].columns()
     expected = oracle(train_matrix(), result["ease_lambda"])
     stored(torch.cat(B, dim=1), expected, "B")
     found = figures(expected, held_out(60, 2))
@@ -377,7 +377,7 @@ def test_two_ranks_and_a_given_lambda_under_deepspeed(shards, run, tmp_path):
     loaded = load_model(tmp_path / "two", None, alone())
     assert len(loaded.checkpoint.header.files) == 2
     expected = oracle(train_matrix(), value)
-    stored(torch.cat(loaded.model.output.W_IC, dim=1), expected, "B of two ranks")
+    stored(torch.cat(loaded.model.model.matrices[0].columns(), dim=1), expected, "B of two ranks")
 
 
 def test_a_run_that_is_done_only_says_so_again(run, shards, tmp_path, call, capsys):
@@ -523,10 +523,12 @@ def _fit(ranks: Ranks, folder: Path, dtype: str) -> tuple[np.ndarray, dict]:
         data=DataConfig(shards=str(folder)),
         run=RunConfig(),
     )
-    model = VASP(config.model, config.loss, I, ranks, 0, initialise=False, block_columns=WIDTH)
+    blocks = replace(config.parallel, block_columns=WIDTH)
+    model = new_model(replace(config, parallel=blocks), I, ranks)
+    columns = model.matrices[0].columns()
     with Allocations() as mode:
-        fit_ease.fit(model.output.W_IC, WIDTH, config, Manifest.load(folder), LAMBDA, ranks)
-    return torch.cat(model.output.W_IC, dim=1).numpy(), mode.seen
+        fit_ease.fit(columns, WIDTH, config, Manifest.load(folder), LAMBDA, ranks)
+    return torch.cat(columns, dim=1).numpy(), mode.seen
 
 
 @pytest.mark.parametrize(("world_size", "replicas"), [(2, 1), (3, 1), (4, 2)])
@@ -579,7 +581,8 @@ def test_plan_knows_the_block_and_counts_the_matrix():
         Rates(),
     )
     assert double.memory["item weights"] == 2 * one.memory["item weights"]
-    assert config.model.item_parameters(100, 30) == 3000 and config.model.trunk_parameters() == 0
+    size = measure_size(config, 100, 4)
+    assert size.items == 100 * 25 and size.trunk == 0
 
 
 # --- real data ------------------------------------------------------------------------------------

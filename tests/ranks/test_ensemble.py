@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -79,8 +80,8 @@ def made(tmp_path_factory) -> tuple[Path, tuple[np.ndarray, np.ndarray]]:
 
 def lists(ranks: Ranks, folder: Path) -> tuple[np.ndarray, np.ndarray]:
     ranker = load_ranker(folder, None, ranks)
-    assert not ranker.probabilities and ranker.alone is None
-    return top_items(ranker.scorer(), csr(HISTORIES), 8, len(IDS), ranks)
+    assert not ranker.model.is_probability
+    return top_items(ranker.model.scores, csr(HISTORIES), 8, len(IDS), ranks)
 
 
 def check_lists(
@@ -116,9 +117,9 @@ def test_one_member_ranks_as_it_does_alone(made, tmp_path):
     single, ensemble = (
         load_ranker(folder, None, alone()) for folder in (base / "run0", tmp_path / "one")
     )
-    assert single.probabilities and single.alone is not None
+    assert single.model.is_probability
     found = [
-        top_items(ranker.scorer(), csr(HISTORIES), 8, len(IDS), alone())
+        top_items(ranker.model.scores, csr(HISTORIES), 8, len(IDS), alone())
         for ranker in (single, ensemble)
     ]
     np.testing.assert_array_equal(found[0][1], found[1][1])
@@ -159,11 +160,46 @@ def test_recommend_takes_it(made, tmp_path, capsys):
     items = np.array([IDS.index(int(row[2])) for row in rows]).reshape(4, 8)
     scores = np.array([float(row[3]) for row in rows]).reshape(4, 8)
     check_lists((scores, items), expected)
-    with pytest.raises(
-        ValueError,
-        match=r"--explain takes the paths of one model, and .*all is an ensemble; leave it out",
-    ):
-        recommend_main([*arguments, "--device", "cpu", "--overwrite", "--explain", "2"])
+
+
+def test_it_is_exported_loaded_and_explained_like_one_model(made, tmp_path, capsys):
+    base, expected = made
+    ours = Recommender.load(base / "all")
+    capsys.readouterr()
+    assert "3 members" in ours.export(tmp_path / "carried")
+    shutil.move(tmp_path / "carried", tmp_path / "elsewhere")
+    for r in (ours, Recommender.load(tmp_path / "elsewhere")):
+        lists = r.recommend([[IDS[i] for i in row] for row in HISTORIES], 8)
+        check_lists((lists.scores, lists.rows), expected)
+    history = [IDS[i] for i in HISTORIES[0]]
+    told, single = ours.explain(history, IDS[20], 3), ours.explain(history, IDS[20], 100)
+    assert told.p is None and len(told.members) == len(ours.model.members)
+    with_matrix = [
+        (w, m) for w, m in zip(ours.model.weights, told.members, strict=True) if m.logit is not None
+    ]
+    assert told.logit == pytest.approx(sum(w * m.logit for w, m in with_matrix), rel=1e-5)
+    assert sum(reason.weight for reason in told.reasons) + told.rest == pytest.approx(
+        told.logit, rel=1e-5
+    )
+    assert {reason.item for reason in single.reasons} == set(history)
+    ids, scores = ours.similar_items(IDS[0], 5)
+    assert len(ids) == 5 and (np.diff(scores) <= 0).all()
+
+
+def test_reasons_in_a_file_are_those_of_the_recommender(made, tmp_path):
+    base, _ = made
+    rows = "".join(f"{u},{IDS[i]}\n" for u, row in enumerate(HISTORIES) for i in row)
+    (tmp_path / "h.csv").write_text("user,item\n" + rows)
+    arguments = ["--run", str(base / "all"), "--histories", str(tmp_path / "h.csv"), "--k", "2"]
+    output = tmp_path / "o.parquet"
+    recommend_main([*arguments, "--output", str(output), "--device", "cpu", "--explain", "2"])
+    table, r = pq.read_table(output), Recommender.load(base / "all")
+    for row in table.to_pylist():
+        history = [IDS[i] for i in HISTORIES[row["user"]]]
+        reasons = r.explain(history, row["item"], 2).reasons
+        assert [row["because_1"], row["because_2"]] == [reason.item for reason in reasons]
+        assert row["weight_1"] == pytest.approx(reasons[0].weight, rel=1e-5)
+        assert row["p_flvae"] is None and row["p_nease"] is None
 
 
 @pytest.mark.parametrize(
@@ -252,17 +288,13 @@ def test_a_member_that_was_trained_anew_on_other_items_is_refused(made, tmp_path
         load_ranker(tmp_path / "all", None, alone())
 
 
-def test_an_ensemble_has_no_checkpoint_and_no_export(made):
+def test_an_ensemble_has_no_checkpoint(made):
     folder = made[0] / "all"
     with pytest.raises(
         ValueError,
         match=r"all is an ensemble and has no checkpoint best-00000001; leave --checkpoint out",
     ):
         load_ranker(folder, "best-00000001", alone())
-    with pytest.raises(
-        ValueError, match=r"all is an ensemble, which evaluate\.py and recommend\.py take"
-    ):
-        Recommender.load(folder)
 
 
 def test_evaluate_asks_for_shards(made):

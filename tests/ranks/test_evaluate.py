@@ -12,8 +12,8 @@ import torch
 from dist_vasp.data.held_out import evaluation_blocks
 from dist_vasp.data.items import ItemTable, load_items
 from dist_vasp.data.manifest import Manifest
-from dist_vasp.model import item_layers
-from dist_vasp.model.vasp import make_trunk
+from dist_vasp.model import slices
+from dist_vasp.model.build import make_trunk
 from dist_vasp.parallel.comm import Ranks, form_groups
 from dist_vasp.parallel.partition import Layout
 from dist_vasp.ranking import evaluate as module
@@ -129,7 +129,7 @@ def dense_scores(kind: str, loss: str, seen: list[list[int]]) -> np.ndarray:
 def _evaluate(ranks, folder):
     """For each model: metrics of both splits, per-user values, lists of the test users; and what
     popularity gives."""
-    item_layers.BLOCK_COLUMNS, module.USERS_PER_BLOCK, module._SELECT_COLUMNS = 7, 8, 20
+    slices.BLOCK_COLUMNS, module.USERS_PER_BLOCK, module._SELECT_COLUMNS = 7, 8, 20
     seen, _ = histories(folder, "test")
     found = {}
     for kind, loss in MODELS:
@@ -156,7 +156,7 @@ def by_layout(folder):
         (n, r): run_ranks(_evaluate, n, folder, replicas=r) for n, r in ((2, 1), (3, 1), (4, 2))
     }
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(item_layers, "BLOCK_COLUMNS", 7)
+        patch.setattr(slices, "BLOCK_COLUMNS", 7)
         patch.setattr(module, "USERS_PER_BLOCK", 8)
         patch.setattr(module, "_SELECT_COLUMNS", 20)
         found[1, 1] = [_evaluate(alone(), folder)]

@@ -71,8 +71,9 @@ def _train(ranks, configs: list[Config]):
     for config in configs:
         trainer = Trainer(config, engine.N_ITEMS, ranks)
         engine.randomise(trainer.model.slices(), 5)
-        for start, block in zip(trainer.start_of_W, trainer.model.output.W_IC, strict=False):
-            start.tensor.copy_(block)
+        for matrix in trainer.model.matrices:
+            for start, block in zip(matrix.start_slices(), matrix.columns(), strict=False):
+                start.tensor.copy_(block)
         states = [_state(trainer)]
         reports = [
             dataclasses.astuple(trainer.step(_batch(step, ranks)))[:4] for step in range(STEPS)
@@ -289,7 +290,7 @@ CLOSED = ("--model.ease_lambda", "5", "--model.ease_dropout", "0.25", "--model.e
 
 
 def weights_of(run_dir: Path) -> torch.Tensor:
-    return torch.cat(load_model(run_dir, None, alone()).model.output.W_IC, dim=1)
+    return torch.cat(load_model(run_dir, None, alone()).model.model.matrices[0].columns(), dim=1)
 
 
 def test_ease_with_dropout_is_the_formula(ease_run):
@@ -412,7 +413,11 @@ def test_lists_and_explanations_know_the_offset(shards, ease_run, tmp_path, call
     ids = [1000 + i for i in seen]
     shallow = dense([seen], N_ITEMS)[0] @ (8 * edlae(0.25, 5.0)) - 8
     loaded = load_model(path, None, alone())
-    oracle, x = dense_of(loaded.model, loaded.trunk), torch.from_numpy(dense([seen], N_ITEMS))
+    model, trunk = loaded.model.model, loaded.model.trunk
+    oracle, x = (
+        dense_of(model, trunk, loaded.config.model),
+        torch.from_numpy(dense([seen], N_ITEMS)),
+    )
     exact = bounded(lambda: oracle.factors(x))
     np.testing.assert_allclose(
         exact.exact["logit"], shallow, rtol=0, atol=8 * 3 * UNIT

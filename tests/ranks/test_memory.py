@@ -22,7 +22,7 @@ from dist_vasp.config import (
     RunConfig,
     Stage,
 )
-from dist_vasp.model.vasp import VASP
+from dist_vasp.model.partitioned import PartitionedModel
 from dist_vasp.parallel.comm import Ranks
 from tests.support.make_shards import write_folder
 from tests.support.ranks import run_ranks
@@ -319,7 +319,7 @@ def _alive_at_the_end(ranks: Ranks, config: Config) -> list[str]:
     alive: list[str] = []
 
     def final_result(*_) -> None:
-        held = (Trainer, InPlaceAdam, VASP)
+        held = (Trainer, InPlaceAdam, PartitionedModel)
         alive.extend(type(thing).__name__ for thing in gc.get_objects() if isinstance(thing, held))
 
     train.final_result = final_result  # type: ignore[assignment]

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from dist_vasp.model import item_layers, path_statistics
-from dist_vasp.model.item_layers import accumulate
-from dist_vasp.model.vasp import make_trunk
+from dist_vasp.model import path_statistics, slices
+from dist_vasp.model.build import make_trunk
+from dist_vasp.model.partitioned import MicroBatch
+from dist_vasp.model.slices import Sink, accumulate
 from dist_vasp.parallel.comm import all_reduce
 from tests.oracles.dense import dense_rows
 from tests.support.partitioned import (
@@ -19,6 +20,7 @@ from tests.support.partitioned import (
     gathered,
     make_model,
     pad_noise,
+    plain,
     random_rows,
 )
 from tests.support.ranks import run_ranks
@@ -28,7 +30,7 @@ N_ITEMS, N_ROWS = 23, 11
 
 def _statistics(ranks):
     """What a step of NEASE and of VASP counts, and this rank's matrices."""
-    item_layers.BLOCK_COLUMNS, path_statistics.SAMPLE_EVERY = 5, 3
+    slices.BLOCK_COLUMNS, path_statistics.SAMPLE_EVERY = 5, 3
     torch.set_grad_enabled(False)
     x, y = random_rows(N_ROWS, N_ITEMS, 1), random_rows(N_ROWS, N_ITEMS, 2)
     found = {}
@@ -37,12 +39,13 @@ def _statistics(ranks):
         trunk = make_trunk(model.config, 5, torch.float64)
         x_G, y_G, mine, padded = gathered(x, y, N_ITEMS, ranks)
         noise = pad_noise(np.zeros((N_ROWS, SMALL["latent"])), mine, padded, torch.float64)
-        step = model.gradients(
-            trunk, torch.Tensor.backward, 1.0, x_G, y_G, noise, N_ROWS, accumulate
-        )
-        statistics = model.output.statistics
+        rows = MicroBatch(x_G, y_G, noise, N_ROWS)
+        step = model.gradients(plain(trunk), rows, accumulate)
+        statistics = model.statistics
         once = statistics.named(all_reduce(statistics.sums, ranks.world).flatten().tolist())
-        step.replay(lambda *_: None)  # the second pass of clipping counts all of it again
+        model.replay(
+            step.activations, Sink(lambda *_: None)
+        )  # the second pass of clipping counts all of it again
         twice = statistics.named(all_reduce(statistics.sums, ranks.world).flatten().tolist())
         found[kind] = once, twice, export(model.slices())
     return found

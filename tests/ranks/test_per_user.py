@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from dist_vasp.data.held_out import evaluation_blocks
 from dist_vasp.data.items import load_items
 from dist_vasp.data.manifest import Manifest
-from dist_vasp.model.vasp import make_trunk
+from dist_vasp.model.build import make_trunk
 from dist_vasp.parallel.comm import Ranks, form_groups
 from dist_vasp.parallel.partition import Layout
 from dist_vasp.ranking import evaluate as module

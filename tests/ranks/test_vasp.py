@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from dist_vasp.config import OptimizerConfig
-from dist_vasp.model import item_layers
-from dist_vasp.model.item_layers import accumulate
-from dist_vasp.model.vasp import make_trunk
+from dist_vasp.model import slices
+from dist_vasp.model.build import make_trunk
+from dist_vasp.model.partitioned import MicroBatch
+from dist_vasp.model.slices import Sink, add_to_grad
 from dist_vasp.training.optimizer import InPlaceAdam
 from tests.oracles.dense import TORCH_OPTIMIZERS, DenseVASP, dense_rows
 from tests.support.partitioned import (
@@ -20,6 +21,7 @@ from tests.support.partitioned import (
     gathered,
     make_model,
     pad_noise,
+    plain,
     random_rows,
 )
 from tests.support.ranks import run_ranks
@@ -47,7 +49,7 @@ def _data():
 def _partitioned_step(ranks, cases):
     """For each case: parameters before, loss, gradients, scores and parameters after one step, of
     this rank."""
-    item_layers.BLOCK_COLUMNS, item_layers.GRADIENT_ROWS = 5, 7
+    slices.BLOCK_COLUMNS, slices.GRADIENT_ROWS = 5, 7
     torch.set_grad_enabled(False)
     found = []
     for kind, loss, latent_head in cases:
@@ -62,16 +64,9 @@ def _partitioned_step(ranks, cases):
             else {f"trunk.{n}": p.detach().numpy().copy() for n, p in trunk.named_parameters()}
         )
         scores = [(lo, s.numpy().copy()) for lo, s in model.scores(trunk, x_G)]
-        losses = model.gradients(
-            trunk,
-            torch.Tensor.backward,
-            1.0,
-            x_G,
-            y_G,
-            pad_noise(noise, mine, padded, torch.float64),
-            N_ROWS,
-            accumulate,
-        )
+        noise_BL = pad_noise(noise, mine, padded, torch.float64)
+        rows = MicroBatch(x_G, y_G, noise_BL, N_ROWS)
+        losses = model.gradients(plain(trunk), rows, Sink(add_to_grad, rows=7))
         gradients = export(model.slices(), "grad")
         trunk_grads = (
             {}
@@ -85,7 +80,7 @@ def _partitioned_step(ranks, cases):
                 "before": before,
                 "trunk_before": trunk_before,
                 "scores": [(lo, s[real]) for lo, s in scores],
-                "losses": (float(losses.reconstruction), float(losses.kl)),
+                "losses": (float(losses.reconstruction), float(losses.penalty)),
                 "gradients": gradients,
                 "trunk_grads": trunk_grads,
                 "after": export(model.slices()),
@@ -155,7 +150,7 @@ def test_equals_dense_oracle(world_size):
 
 def _initial(ranks):
     torch.set_grad_enabled(False)
-    item_layers.BLOCK_COLUMNS = 4 + ranks.world_size
+    slices.BLOCK_COLUMNS = 4 + ranks.world_size
     return export(make_model("vasp", N_ITEMS, ranks, dtype=torch.float32).slices())
 
 

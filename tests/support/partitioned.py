@@ -7,13 +7,40 @@ import itertools
 import numpy as np
 import torch
 
-from dist_vasp.config import LossConfig, ModelConfig
+from dist_vasp.config import Config, LossConfig, ModelConfig
 from dist_vasp.data.rows import Rows
-from dist_vasp.model.item_layers import ItemSlice
+from dist_vasp.model.build import new_model
+from dist_vasp.model.partitioned import PartitionedModel
+from dist_vasp.model.slices import ItemSlice
 from dist_vasp.model.sparse import ItemRows, gather_rows
-from dist_vasp.model.vasp import VASP
 from dist_vasp.parallel.comm import Ranks
 from tests.oracles.dense import DenseVASP
+
+
+class ConfiguredModel(PartitionedModel):
+    """A model that remembers its configuration, for the oracle."""
+
+    config: ModelConfig
+
+
+class PlainTrunk:
+    """A trunk in training without an engine; None stays None."""
+
+    scale = 1.0
+
+    def __init__(self, trunk: torch.nn.Module) -> None:
+        self.trunk = trunk
+
+    def __call__(self, pre_BH, noise_BL):
+        return self.trunk(pre_BH, noise_BL)
+
+    def backward(self, scalar: torch.Tensor) -> None:
+        scalar.backward()
+
+
+def plain(trunk: torch.nn.Module | None) -> PlainTrunk | None:
+    return None if trunk is None else PlainTrunk(trunk)
+
 
 SMALL = {"hidden": 6, "latent": 3, "encoder_layers": 3, "decoder_layers": 2}
 
@@ -63,12 +90,14 @@ def gathered(
     return x_G, y_G, mine, padded
 
 
-def dense_of(model: VASP, trunk: torch.nn.Module | None) -> DenseVASP:
+def dense_of(
+    model: PartitionedModel, trunk: torch.nn.Module | None, config: ModelConfig | None = None
+) -> DenseVASP:
     """The double precision oracle with the weights of a model of one partition."""
     parameters = {name: p.double() for name, p in assemble(export(model.slices())).items()}
     if trunk is not None:
         parameters |= {f"trunk.{name}": p.double() for name, p in trunk.named_parameters()}
-    config = model.config
+    config = config or model.config
     return DenseVASP(
         config.kind,
         parameters,
@@ -129,8 +158,12 @@ def make_model(
     latent_head: bool = True,
     dtype=torch.float64,
     seed: int = 5,
-) -> VASP:
+) -> ConfiguredModel:
     config = ModelConfig(kind=kind, latent_head=latent_head, **SMALL)
-    model = VASP(config, LossConfig(kind=loss), n_items, ranks, seed, dtype)
+    whole = Config(model=config, loss=LossConfig(kind=loss))
+    model = new_model(whole, n_items, ranks, dtype)
+    model.__class__ = ConfiguredModel
+    model.config = config
+    model.initialise(seed)
     randomise(model.slices(), seed)
     return model

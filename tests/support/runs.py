@@ -19,8 +19,8 @@ from dist_vasp.config import Config, LossConfig, ModelConfig, ParallelConfig
 from dist_vasp.data.hashing import keys_of_ids, vocabulary_sha256
 from dist_vasp.data.manifest import ITEMS_FILE
 from dist_vasp.data.positives import PositiveRule
-from dist_vasp.model.item_layers import ItemSlice
-from dist_vasp.model.vasp import VASP, make_trunk
+from dist_vasp.model.build import make_trunk, new_model
+from dist_vasp.model.slices import ItemSlice
 from dist_vasp.parallel.comm import Group, Ranks
 from dist_vasp.parallel.partition import Layout
 from dist_vasp.tensor_file import write_safetensors
@@ -105,7 +105,8 @@ def write_run(
             Group(1, 0),
             Group(1, 0),
         )
-        model = VASP(config.model, config.loss, n_items, ranks, seed=7, block_columns=columns)
+        model = new_model(config, n_items, ranks)
+        model.initialise(7)
         randomise(model.slices(), 7)
         for piece in model.slices():
             piece.tensor.mul_(sharper)

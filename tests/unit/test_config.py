@@ -5,14 +5,15 @@ from __future__ import annotations
 import ast
 import copy
 import dataclasses
+import inspect
 import re
+import textwrap
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 
 import pytest
 import yaml
 
-from dist_vasp import config as module
 from dist_vasp.config import (
     Config,
     ModelConfig,
@@ -226,34 +227,32 @@ def test_nothing_can_be_changed_afterwards():
 # --- --help ---------------------------------------------------------------------------------------
 
 
-def field_docstrings() -> dict[str, dict[str, str | None]]:
-    """By class, the string that follows each field."""
-    found = {}
-    for node in ast.parse(Path(module.__file__).read_text()).body:
-        if isinstance(node, ast.ClassDef) and is_dataclass(getattr(module, node.name)):
-            found[node.name] = {}
-            for statement, following in zip(node.body, [*node.body[1:], None], strict=True):
-                if isinstance(statement, ast.AnnAssign):
-                    documented = isinstance(following, ast.Expr) and isinstance(
-                        following.value, ast.Constant
-                    )
-                    found[node.name][statement.target.id] = (
-                        following.value.value if documented else None
-                    )
-    return found
+def field_docstrings(cls: type) -> dict[str, str | None]:
+    """The string that follows each field of a class and of its bases."""
+    meanings: dict[str, str | None] = {}
+    for base in [base for base in cls.__mro__ if is_dataclass(base)]:
+        (node,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
+        assert isinstance(node, ast.ClassDef)
+        for statement, following in zip(node.body, [*node.body[1:], None], strict=True):
+            if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+                documented = isinstance(following, ast.Expr) and isinstance(
+                    following.value, ast.Constant
+                )
+                text = str(following.value.value) if documented else None
+                meanings[statement.target.id] = text
+    return meanings
 
 
 def test_help_lists_every_key_with_its_meaning(monkeypatch):
     monkeypatch.setenv("COLUMNS", "1000")
     text = " ".join(make_parser("test", "a test").format_help().split())
-    docstrings = field_docstrings()
-    assert all(docstrings["Stage"].values())
+    assert all(field_docstrings(Stage).values())
     for section in fields(Config):
         maker = section.default_factory
         for f in fields(maker) if is_dataclass(maker) else [section]:
             key = f"{section.name}.{f.name}" if is_dataclass(maker) else f.name
-            meaning = docstrings[maker.__name__ if is_dataclass(maker) else "Config"][f.name]
-            meaning = " ".join(meaning.split())
+            meaning = field_docstrings(maker if is_dataclass(maker) else Config)[f.name]
+            meaning = " ".join((meaning or "").split())
             assert meaning, f"{key} has no docstring"
             assert f"--{key} " in text, f"{key} is not in --help"
             place = text.rindex(f" --{key} ")

@@ -30,7 +30,7 @@ TABLES = {"dist_vasp.data.ids"} | {
     )
 }  # import each other alone
 BASE = TABLES | {
-    "dist_vasp.config",
+    "dist_vasp.require",
     "dist_vasp.data.positives",
     "dist_vasp.data.role_columns",
     "dist_vasp.data.rows",
@@ -67,6 +67,8 @@ ROOMS = [
     "parallel.start",
     "data",
     "model",
+    "config",
+    "plan",
     "checkpoint",
     "ranking",
     "training",
@@ -77,9 +79,6 @@ ROOMS = [
     "commands",
     "__main__",
 ]  # each imports itself, those before it and BASE
-NARROW = {
-    "dist_vasp.plan": {"dist_vasp.config", "dist_vasp.parallel.partition"}
-}  # imports these alone
 WITHIN_BASE = {
     "dist_vasp.places": {"dist_vasp.recognise"},
     "dist_vasp.temporary": {"dist_vasp.places"},
@@ -101,7 +100,6 @@ WITHIN_BASE = {
     },
     "dist_vasp.data.items": {"dist_vasp.data.hashing", "dist_vasp.data.manifest"},
     "dist_vasp.tensor_file": {"dist_vasp.bounded_json"},
-    "dist_vasp.config": {"dist_vasp.bounded_json"},
     "dist_vasp.failure": {"dist_vasp.places", "dist_vasp.signals", "dist_vasp.text"},
 }  # the only imports inside BASE
 SHARED_WITH_TOOLS = {
@@ -139,10 +137,20 @@ PICKLES = ("pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "mar
 
 
 def imported(tree: ast.AST) -> set[str]:
-    """Every module that is imported, inside functions too; `from package import module` names the
-    module."""
+    """Every module that is imported, inside functions too, but not for types alone.
+
+    `from package import module` names the module.
+    """
     names = set()
+    for_types = {
+        inner
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
     for node in ast.walk(tree):
+        if node in for_types:
+            continue
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -175,27 +183,14 @@ def within(name: str, package: str) -> bool:
 def allowed(importer: str, name: str) -> bool:
     if importer in TABLES:
         return name in TABLES
-    if importer in NARROW or importer in BASE:
-        return name in NARROW.get(importer, ()) or name in WITHIN_BASE.get(importer, ())
+    if importer in BASE:
+        return name in WITHIN_BASE.get(importer, ())
     if within(importer, "data_tools"):
         return name in SHARED_WITH_TOOLS or name in TABLES or within(name, "data_tools")
     if within(name, "data_tools"):
         return False
     if within(importer, "launch"):
         return within(name, "dist_vasp.commands")
-    if (
-        name in NARROW
-    ):  # the floor of a step, the dry run of the closed form and the doctor are the plan's arithmetic
-        users = (
-            "training.floor",
-            "measure.step",
-            "training.fit_closed_form",
-            "training.fit_ease",
-            "doctor.job",
-        )
-        return (
-            within(importer, "dist_vasp.commands") or importer.removeprefix("dist_vasp.") in users
-        )
     return level(name) == 0 or level(name) <= level(importer)
 
 

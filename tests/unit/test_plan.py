@@ -20,6 +20,7 @@ from dist_vasp.config import (
     Stage,
 )
 from dist_vasp.data.stream import StreamOptions, TrainStream
+from dist_vasp.model.build import measure_size
 from dist_vasp.plan import Rates, Sizes, make_plan, smallest_that_fits
 from launch import plan as command
 from tests.support.make_shards import write_folder
@@ -104,10 +105,9 @@ def test_bytes_moved_are_those_of_a_real_epoch(tmp_path, world, replicas, stage,
             if stage < 3
             else trunk * 2 / 3 <= of_trunk <= trunk
         )
-        assert n_trunk == config.model.trunk_parameters()
-        assert n_item == pytest.approx(
-            config.model.item_parameters(211, 211 / (world // replicas)), rel=0.02
-        )
+        size = measure_size(config, 211, world // replicas)
+        assert n_trunk == size.trunk
+        assert n_item == pytest.approx(size.items, rel=0.02)
 
 
 @pytest.mark.parametrize(
@@ -187,9 +187,10 @@ def test_memory_is_that_of_live_tensors(tmp_path, state):
 
 
 def test_every_kind_has_its_parameters():
-    assert _config(kind="nease").model.trunk_parameters() == 0
-    assert _config(kind="nease").model.item_parameters(100, 100) == 100 * 100
-    assert _config(kind="flvae").model.item_parameters(100, 100) == 100 * (2 * 24 + 1 + 8 + 1)
+    nease, flvae = (measure_size(_config(kind=kind), 100) for kind in ("nease", "flvae"))
+    assert nease.trunk == 0
+    assert nease.items == 100 * 100
+    assert flvae.items == 100 * (2 * 24 + 1 + 8 + 1)
 
 
 def test_smallest_that_fits_fits_and_is_the_smallest():

@@ -18,7 +18,6 @@ from dist_vasp.model.losses import (
     CosineLoss,
     FocalLoss,
     MultinomialLoss,
-    RowLoss,
     SquaredError,
     make_loss,
     probability,
@@ -89,7 +88,7 @@ def ours(
         for a, b in itertools.pairwise(bounds)
     ]
     stats, total = None, weight.new_zeros(())
-    if isinstance(loss, RowLoss):
+    if loss.row_statistics:
         stats = loss.combine(torch.stack([loss.row_stats(l, ones) for l, ones in blocks]))
         total = total + weight @ loss.row_loss(stats)
     grads = []

@@ -39,8 +39,7 @@ def in_double(
 
 @pytest.mark.parametrize("kind", ["focal", "cosine"])
 def test_a_compiled_block_equals_the_plain_one(kind):
-    compiled, reference = make_loss(kind), make_loss(kind)
-    compiled.fuse(fused)
+    compiled, reference = make_loss(kind, fuse=fused), make_loss(kind)
     graphs = []
     for rows, columns in ((12, 40), (33, 17), (7, 256)):
         logits, ones, weight = case(rows, columns, 3)

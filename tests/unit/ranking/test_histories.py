@@ -22,7 +22,6 @@ from dist_vasp.parallel.comm import Ranks
 from dist_vasp.ranking import history_file as module
 from dist_vasp.ranking import recommend as recommend_module
 from dist_vasp.ranking import writers
-from dist_vasp.ranking.evaluate import model_scorer
 from dist_vasp.ranking.explain import model_explainer
 from dist_vasp.ranking.history_file import open_histories
 from dist_vasp.ranking.load import load_model
@@ -179,10 +178,7 @@ def history_file(tmp_path_factory) -> Path:
 def _explained(ranks: Ranks, run: Path, histories: Path, output: Path, n: int) -> str:
     recommend_module.USERS_PER_BLOCK = 5
     loaded = load_model(run, None, ranks)
-    scorer, explainer = (
-        model_scorer(loaded.model, loaded.trunk),
-        model_explainer(loaded.model, loaded.trunk, ranks),
-    )
+    scorer, explainer = loaded.model.scores, model_explainer(loaded.model)
     with open_histories(histories, output.parent) as file:
         return recommend_to_file(
             scorer, file, loaded.items, 4, output, ranks, n_reasons=n, explainer=explainer

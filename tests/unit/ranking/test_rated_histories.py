@@ -587,13 +587,12 @@ def test_a_filter_is_not_overwritten(folder, tmp_path, capsys):
 def _lists_of(ranks, run: Path, source: Path, output: Path) -> str:
     recommend_module.USERS_PER_BLOCK = 5
     ranker = load_ranker(run, None, ranks)
-    assert ranker.alone is not None
     columns, _ = history_columns([str(source)], Reading(), ranker.positives, {})
     allowed, _ = allowed_items(ranker.items, str(source.with_name("gone.txt")), None)
-    explainer = model_explainer(ranker.alone.model, ranker.alone.trunk, ranks)
+    explainer = model_explainer(ranker.model)
     with open_histories(source, output.parent, columns, Reading(), ranker.positives) as histories:
         return recommend_to_file(
-            ranker.scorer(),
+            ranker.model.scores,
             histories,
             ranker.items,
             K,

@@ -17,7 +17,7 @@ from dist_vasp.data.hashing import keys_of_ids
 from dist_vasp.data.items import ItemTable
 from dist_vasp.data.rows import Rows
 from dist_vasp.data.tables.columns import Reading
-from dist_vasp.model.vasp import make_trunk
+from dist_vasp.model.build import make_trunk
 from dist_vasp.parallel.comm import Ranks, form_groups
 from dist_vasp.parallel.partition import Layout
 from dist_vasp.ranking import recommend as module

@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,12 +25,12 @@ from torch.utils._pytree import tree_leaves
 
 from dist_vasp import Recommender
 from dist_vasp.checkpoint.json_header import header_sha256
-from dist_vasp.config import LossConfig, ModelConfig
-from dist_vasp.model.item_layers import OutputSide
-from dist_vasp.parallel.comm import Group
-from dist_vasp.parallel.partition import ItemPartition
+from dist_vasp.config import Config, ModelConfig
+from dist_vasp.model.build import build_model
+from dist_vasp.parallel.comm import form_groups
+from dist_vasp.parallel.partition import Layout
 from dist_vasp.ranking import recommender as module
-from dist_vasp.ranking.mapped import MappedModel, Part
+from dist_vasp.ranking.scoring import TrainedModel
 from dist_vasp.tensor_file import map_tensors, write_safetensors
 from tests.oracles.dense import dense_rows
 from tests.oracles.rounding import SAFETY, UNIT, bounded, bounded_scores, each_within, gamma
@@ -319,20 +320,24 @@ def test_similar_items_on_planted_clusters(runs):
     random = np.random.default_rng(0)
     cluster = np.arange(N_ITEMS) % 9
     directions = random.normal(size=(9, 6))
-    for output in r.model.outputs:
-        J = slice(output.part.start, output.part.stop)
-        R = (directions[cluster[J]] * random.uniform(0.5, 9, (output.part.size, 1))).astype(
-            np.float32
-        )
-        output.heads[0] = type(output.heads[0])(
-            "output.decoder", torch.from_numpy(R), output.heads[0].bias_J
-        )
-        output.W_IC = [
-            torch.from_numpy(
-                (cluster[:, None] == cluster[None, lo:hi]) + 0.1 * random.random((N_ITEMS, hi - lo))
-            ).float()
-            for lo, hi in output.blocks
-        ]
+
+    def rows(lo: int, hi: int) -> np.ndarray:
+        scale = random.uniform(0.5, 9, (hi - lo, 1))
+        return (directions[cluster[lo:hi]] * scale).astype(np.float32)
+
+    def columns(lo: int, hi: int) -> np.ndarray:
+        same = cluster[:, None] == cluster[None, lo:hi]
+        return same + 0.1 * random.random((N_ITEMS, hi - lo))
+
+    decoder, (nease,) = r.model.model.heads[0], r.model.model.matrices
+    decoder.weights = [
+        replace(piece, tensor=torch.from_numpy(rows(piece.lo, piece.hi)))
+        for piece in decoder.weights
+    ]
+    nease.blocks = [
+        replace(piece, tensor=torch.from_numpy(columns(piece.lo, piece.hi)).float())
+        for piece in nease.blocks
+    ]
     for item in (0, 5, 20, 36):
         family = {NUMBERS[i] for i in np.flatnonzero(cluster == cluster[item]) if i != item}
         for by in ("nease", "decoder"):
@@ -374,9 +379,9 @@ def cosine(R: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
 def test_paths_that_a_model_does_not_have(runs):
     assert len(Recommender.load(a_run(runs, "flvae")[0]).similar_items(1000, 3)[0]) == 3
     for kind, by, there in (
-        ("flvae", "nease", "decoder"),
+        ("flvae", "nease", "decoder or latent"),
         ("nease", "decoder", "nease"),
-        ("vasp", "cosine", "nease or decoder"),
+        ("vasp", "cosine", "nease or decoder or latent"),
     ):
         r = Recommender.load(a_run(runs, kind)[0])
         with pytest.raises(
@@ -391,14 +396,11 @@ def test_the_closed_form_has_scores_and_no_probabilities(runs):
     too."""
     path, dense = a_run(runs, "nease", 1)
     nease = Recommender.load(path)
-    part = ItemPartition(N_ITEMS, 1, 0)
-    output = OutputSide(
-        part, Group(1, 0), 1, 1, False, False, True, 5, torch.device("cpu"), torch.float32
-    )
-    for mine, stored in zip(output.W_IC, nease.model.outputs[0].W_IC, strict=True):
-        mine.copy_(stored)
-    ease = MappedModel(ModelConfig(kind="ease"), LossConfig(), N_ITEMS, [Part(None, output)], None)  # type: ignore[arg-type]
-    r = Recommender(nease._opened, nease.items, nease._items_file, ease)
+    one = nease.sources.members[0]
+    ranks = form_groups(0, Layout(1, 1, 1), torch.device("cpu"))
+    config = Config(model=ModelConfig(kind="ease"))
+    ease = TrainedModel(build_model(config, one.model.model.storage, ranks))
+    r = Recommender(replace(nease.sources, model=ease))
     x = dense_rows(HISTORY_ROWS, N_ITEMS, torch.float64)
     W = dense.parameters["output.nease.weight"].detach()
     scores, bounds = bounded_scores(lambda: x @ W)
@@ -492,7 +494,7 @@ def test_the_trunk_as_a_program(runs, tmp_path):
     for n_rows in (1, 5):
         pre = torch.randn(n_rows, 6)
         with torch.no_grad():
-            for found, expected in zip(program(pre), r.model.trunk(pre)[:2], strict=True):
+            for found, expected in zip(program(pre), r.model.trunk(pre, None)[0], strict=True):
                 torch.testing.assert_close(found, expected)
     loaded = Recommender.load(tmp_path / "model")
     assert np.array_equal(
@@ -727,7 +729,7 @@ def test_commands_exit_with_2(runs, tmp_path):
             "no is not a folder",
         ),
         (["export", "--run", path, "--output", tmp_path], "exists; name another folder"),
-        ([*recommend, "--explain", "2"], "--explain needs the shallow path"),
+        ([*recommend, "--explain", "2"], "--explain needs an items x items matrix"),
         ([*recommend, "--explain", "-1"], "--explain is -1, expected 0 to 1,000 past items"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -795,8 +797,9 @@ def test_no_copy_of_the_matrix_is_ever_made(runs):
             what,
             copies.total,
         )  # nor in pieces, one block after the other
+    (path,) = r.model.model.matrices
     with Copies() as copies:
-        torch.cat(r.model.outputs[0].W_IC, dim=1)
+        torch.cat([b.tensor for b in path.blocks if b.hi <= n_items // 2], dim=1)
     assert copies.largest == matrix / 2, "a copy would have been seen"
 
 
@@ -807,6 +810,7 @@ def test_private_memory_does_not_grow_with_the_matrix(runs, tmp_path):
     write_run(path, list(range(n_items)), "nease", 1, columns=256, sharper=1.0)
     script = f"""
 import torch
+from dataclasses import replace
 from pathlib import Path
 torch.set_num_threads(1)
 from dist_vasp import Recommender
@@ -817,7 +821,7 @@ before = private()
 r = Recommender.load({str(path)!r})
 r.recommend([[u, u + 50] for u in range(300)], 10)
 print(private() - before)
-copy = [w.clone() for w in r.model.outputs[0].W_IC]
+copy = [w.clone() for w in r.model.model.matrices[0].columns()]
 print(private() - before)
 """
     write_run(runs / "small", list(range(20)), "nease", 1)
@@ -851,9 +855,9 @@ def test_a_file_larger_than_memory_is_mapped(tmp_path):
 
 
 def test_the_script_in_the_readme(tmp_path):
-    """At most 12 lines, on a run with the demo's ids."""
+    """At most 14 lines, on a run with the demo's ids."""
     script = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
-    assert len(script.splitlines()) <= 12 and script.startswith("# pip install")
+    assert len(script.splitlines()) <= 14 and script.startswith("# pip install")
     write_run(tmp_path / "demo" / "run", list(range(1, 801)), columns=256)
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", script],

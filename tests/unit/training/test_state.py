@@ -11,7 +11,7 @@ from dist_vasp.checkpoint import folder as folders
 from dist_vasp.checkpoint.header import Position
 from dist_vasp.checkpoint.read import open_checkpoint
 from dist_vasp.config import Config, OptimizerConfig, RunConfig, Stage
-from dist_vasp.model.item_layers import ItemSlice
+from dist_vasp.model.slices import ItemSlice
 from dist_vasp.parallel.comm import form_groups
 from dist_vasp.parallel.partition import Layout
 from dist_vasp.training.state import RunState, Saver, must_match, total_steps

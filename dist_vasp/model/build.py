@@ -1,0 +1,134 @@
+"""Models out of a configuration: to train, to read from files, or to count without memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import torch
+
+from dist_vasp.data.hashing import hash64
+from dist_vasp.model.kind import Kind
+from dist_vasp.model.losses import make_loss
+from dist_vasp.model.partitioned import PartitionedModel
+from dist_vasp.model.paths import DenseHead, ItemMatrix
+from dist_vasp.model.registry import kind_of
+from dist_vasp.model.slices import NewStorage, Storage
+from dist_vasp.model.trunk import Trunk
+from dist_vasp.parallel.comm import Ranks
+from dist_vasp.parallel.kernels import Fuse, plain
+from dist_vasp.parallel.partition import ItemPartition
+
+if TYPE_CHECKING:
+    from dist_vasp.config import Config, ModelConfig
+
+
+def build_model(
+    config: Config, storage: Storage, ranks: Ranks, fuse: Fuse = plain
+) -> PartitionedModel:
+    """The model of `model.kind` over `storage`, with the weights that lie there."""
+    loss = make_loss(config.loss.kind, config.loss.alpha, config.loss.gamma, fuse)
+    parts = kind_of(config.model.kind).parts(config, storage)
+    return PartitionedModel(config.model.kind, parts, loss, config.loss.kl_weight, ranks)
+
+
+def new_model(
+    config: Config,
+    n_items: int,
+    ranks: Ranks,
+    dtype: torch.dtype = torch.float32,
+    fuse: Fuse = plain,
+) -> PartitionedModel:
+    """This rank's part of a model with zero weights; `initialise` fills them."""
+    part, columns = ranks.partition_of_items(n_items), config.parallel.block_columns
+    return build_model(config, NewStorage(part, ranks.device, dtype, columns), ranks, fuse)
+
+
+def make_trunk(
+    model: ModelConfig, seed: int | None = None, dtype: torch.dtype = torch.float32
+) -> Trunk | None:
+    """The trunk of `model`, None where the kind has none; with `seed` with its initial weights."""
+    trunk = kind_of(model.kind).trunk(model, dtype)
+    if trunk is not None and seed is not None:
+        trunk.initialise(int(hash64(seed, 0)))
+    return trunk
+
+
+_TOO_LARGE = 1 << 61  # numbers of a trunk whose bytes torch cannot count
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """What a model holds, counted from the model itself on the meta device.
+
+    items, frozen: numbers in the item matrices of the items that one rank owns, and those of them
+    without a gradient. trunk: parameters of the trunk. activations: numbers that the trunk's
+    backward keeps for a row. hidden: width of the trunk's input, 0 without one. widths: of the
+    sources that paths read. matrices, matrices_in_loss, paths_in_loss: how many there are.
+    row_statistics: numbers per row that the loss sums over the partitions. largest: numbers of the
+    largest item matrix.
+    """
+
+    items: int
+    frozen: int
+    trunk: int
+    activations: int
+    hidden: int
+    widths: tuple[int, ...]
+    matrices: int
+    matrices_in_loss: int
+    paths_in_loss: int
+    row_statistics: int
+    largest: int
+
+    @property
+    def trained(self) -> int:
+        """Numbers of item matrices with a gradient."""
+        return self.items - self.frozen
+
+    @property
+    def parameters(self) -> int:
+        """Of item matrices and trunk together."""
+        return self.items + self.trunk
+
+
+def measure_size(config: Config, n_items: int, partitions: int = 1) -> ModelSize:
+    """The size of the model of `config`, for the rank of `partitions` that owns the most items."""
+    meta, model = torch.device("meta"), config.model
+    kind = kind_of(model.kind)
+    part = ItemPartition(n_items, partitions, partitions - 1)
+    parts = kind.parts(config, NewStorage(part, meta, torch.float32, part.size))
+    loss = make_loss(config.loss.kind)
+    widths = {path.source: path.width for path in parts.paths if isinstance(path, DenseHead)}
+    matrices = [path for path in parts.paths if isinstance(path, ItemMatrix)]
+    frozen = [p.tensor for path in parts.paths if not path.training.trained for p in path.slices()]
+    inputs = parts.input.slices() if parts.input else []
+    pieces = inputs + [piece for path in parts.paths for piece in path.slices()]
+    n_trunk, activations = _trunk_size(kind, model)
+    return ModelSize(
+        items=sum(piece.tensor.numel() for piece in pieces),
+        frozen=0 if kind.closed_form else sum(tensor.numel() for tensor in frozen),
+        trunk=n_trunk,
+        activations=activations,
+        hidden=parts.input.hidden if parts.input else 0,
+        widths=tuple(widths.values()),
+        matrices=len(matrices),
+        matrices_in_loss=sum(path.training.in_loss for path in matrices),
+        paths_in_loss=sum(path.training.in_loss for path in parts.paths),
+        row_statistics=loss.row_statistics,
+        largest=max(piece.tensor.numel() for piece in pieces),
+    )
+
+
+@lru_cache(maxsize=16)
+def _trunk_size(kind: Kind, model: ModelConfig) -> tuple[int, int]:
+    """Parameters of the trunk, and numbers that its backward keeps for a row."""
+    try:
+        with torch.device("meta"):
+            trunk = kind.trunk(model, torch.float32)
+    except RuntimeError:  # torch counts bytes in 63 bits
+        return _TOO_LARGE, _TOO_LARGE
+    if trunk is None:
+        return 0, 0
+    return sum(p.numel() for p in trunk.parameters()), trunk.activations

@@ -1,0 +1,45 @@
+"""The input side: x -> W1 x, partitioned by item (DESIGN.md, section 3).
+
+Each rank sums the rows of W1 that it owns, and a reduce_scatter over the partition group gives
+every rank the sums of its own rows.
+
+Shapes: B rows of this rank, G = P * B rows of the partition group, J items of this rank, H hidden.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from dist_vasp.model.slices import GRADIENT_ROWS, ItemSlice, Sink, Storage
+from dist_vasp.model.sparse import ItemRows, sum_rows
+from dist_vasp.parallel.comm import Group, reduce_scatter
+
+
+class InputSide:
+    """W1 (I, H), cut by item."""
+
+    def __init__(self, storage: Storage, hidden: int) -> None:
+        self.hidden = hidden
+        self._slices = storage.rows("input.weight", hidden)
+
+    def slices(self) -> list[ItemSlice]:
+        return list(self._slices)
+
+    def initialise(self, seed: int, n_items: int) -> None:
+        for piece in self._slices:
+            piece.glorot(seed, n_items + self.hidden)
+
+    def forward(self, x: ItemRows, group: Group) -> Tensor:
+        """Rows of the group -> W1 x of this rank's rows, (B, H)."""
+        sums = [sum_rows(p.tensor, *x.restricted(p.lo, p.hi)) for p in self._slices]
+        partial_GH = sums[0]
+        for more in sums[1:]:
+            partial_GH = partial_GH + more
+        return reduce_scatter(partial_GH, group)
+
+    def backward(self, x: ItemRows, grad_GH: Tensor, sink: Sink) -> None:
+        """Pass dL/dW1 to the sink, some rows at a time, given dL/d(W1 x) of the group's rows."""
+        for piece in self._slices:
+            for lo in range(piece.lo, piece.hi, GRADIENT_ROWS):
+                hi = min(lo + GRADIENT_ROWS, piece.hi)
+                sink(piece.tensor, lo - piece.lo, sum_rows(grad_GH, *x.rows_by_item(lo, hi)))

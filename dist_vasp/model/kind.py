@@ -1,0 +1,40 @@
+"""What a kind of model has to say about itself. One file for each under model/kinds."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+
+from dist_vasp.model.partitioned import Parts
+from dist_vasp.model.slices import Storage
+from dist_vasp.model.trunk import Trunk
+
+if TYPE_CHECKING:
+    from dist_vasp.config import Config, ModelConfig
+
+
+class Kind(ABC):
+    """One value of `model.kind`.
+
+    losses: the values of `loss.kind` that it takes, its default first.
+    halves: whether each user's items are split into halves that predict each other by default.
+    closed_form: whether it is computed from the Gram matrix instead of trained in steps.
+    """
+
+    name: ClassVar[str]
+    losses: ClassVar[tuple[str, ...]]
+    halves: ClassVar[bool] = True
+    closed_form: ClassVar[bool] = False
+
+    def check(self, config: Config) -> None:
+        """Raise ValueError for keys that make no sense with this kind."""
+
+    def trunk(self, model: ModelConfig, dtype: torch.dtype) -> Trunk | None:
+        """The replicated layers between input side and heads, None where there are none."""
+        return None
+
+    @abstractmethod
+    def parts(self, config: Config, storage: Storage) -> Parts:
+        """Input side, paths and link over `storage`."""

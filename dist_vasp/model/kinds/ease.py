@@ -1,0 +1,69 @@
+"""EASE: the closed form of a linear item-item model (Steck 2019, arXiv 1905.03375).
+
+    score = x B,  diag(B) = 0,  B = I - P diagMat(1 / diag P),  P = (X^T X + lambda I)^-1
+
+Dropout of a user's items in expectation: EDLAE (Steck 2020, arXiv 1911.02459). The computation is
+model/ease.py. Neither loss nor optimizer is used.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from dist_vasp.model.kind import Kind
+from dist_vasp.model.links import Identity
+from dist_vasp.model.partitioned import Parts
+from dist_vasp.model.paths import ItemMatrix, Training
+from dist_vasp.model.slices import Storage
+from dist_vasp.require import require, require_finite
+
+if TYPE_CHECKING:
+    from dist_vasp.config import Config
+
+
+@dataclass(frozen=True)
+class EaseKeys:
+    """The closed form, as a model of its own or as the start of NEASE's W."""
+
+    ease_lambda: float = 0.0
+    """L2 regularisation of ease; 0: the one of a grid with the best validation NDCG@100."""
+    ease_dtype: Literal["fp32", "fp64"] = "fp32"
+    """Precision in which ease is computed; fp64 takes twice the memory. Its weights are stored in
+    fp32."""
+    ease_dropout: float = 0.0
+    """Share of a user's items that ease is fitted to do without (EDLAE): adds share / (1 - share)
+    of its own diagonal to G."""
+    ease_user_exponent: float = 0.0
+    """A user of n items weighs (n / mean n)^this in G. Negative values give users with long
+    histories less weight."""
+
+    def check_ease(self) -> None:
+        """Raise ValueError for values that no closed form can use."""
+        m = self
+        require_finite("model.ease_lambda", m.ease_lambda)
+        require(
+            0 <= m.ease_dropout < 1,
+            "model.ease_dropout",
+            m.ease_dropout,
+            "0 <= share < 1",
+            "0.45 did well on MovieLens 1M",
+        )
+        require(
+            -4 <= m.ease_user_exponent <= 4,
+            "model.ease_user_exponent",
+            m.ease_user_exponent,
+            "-4 to 4",
+            "0 weighs all users the same, -0.5 did well on MovieLens 1M",
+        )
+
+
+class Ease(Kind):
+    name = "ease"
+    losses = ("bce", "cosine", "focal", "mse", "multinomial")  # none of them is used
+    closed_form = True
+
+    def parts(self, config: Config, storage: Storage) -> Parts:
+        closed_form = Training(trained=False, in_loss=False)
+        B = ItemMatrix("nease", storage, "ease", training=closed_form)
+        return Parts(storage, None, (B,), Identity())

@@ -1,0 +1,40 @@
+"""The kinds of model, a line each, and the keys that they add to the configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dist_vasp.model.kind import Kind
+from dist_vasp.model.kinds.ease import Ease, EaseKeys
+from dist_vasp.model.kinds.flvae import Flvae, FlvaeKeys
+from dist_vasp.model.kinds.nease import Nease, NeaseKeys, NeaseRates
+from dist_vasp.model.kinds.vasp import Vasp
+
+_ALL: tuple[Kind, ...] = (
+    Vasp(),  # FLVAE AND NEASE
+    Flvae(),  # deep variational autoencoder
+    Nease(),  # one items x items layer, trained
+    Ease(),  # one items x items layer, closed form
+)
+KINDS = {kind.name: kind for kind in _ALL}
+
+
+@dataclass(frozen=True)
+class ModelKeys(NeaseKeys, EaseKeys, FlvaeKeys):
+    """The keys of `model` that the kinds add."""
+
+    def check_keys(self) -> None:
+        """Raise ValueError for values that no kind can use."""
+        self.check_flvae()
+        self.check_ease()
+        self.check_nease()
+
+
+@dataclass(frozen=True)
+class OptimizerKeys(NeaseRates):
+    """The keys of `optimizer` that the kinds add."""
+
+
+def kind_of(name: str) -> Kind:
+    """The kind that `model.kind` names."""
+    return KINDS[name]

@@ -1,0 +1,78 @@
+"""A batch on its way to the ranks of a partition group, as micro-batches.
+
+The ids of the next batch travel while this one is computed. Noise is drawn per reading lane, so
+that it is the same for every number of ranks.
+
+Shapes: B rows of this rank, L latent width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dist_vasp.config import Config
+from dist_vasp.data.hashing import hash64
+from dist_vasp.data.stream import Batch
+from dist_vasp.model.partitioned import MicroBatch
+from dist_vasp.model.sparse import RowExchange
+from dist_vasp.parallel.comm import Ranks
+
+
+class MicroBatches:
+    """Cuts batches into `optimizer.accumulation` micro-batches and sends their ids to the group.
+
+    latent: width of the noise, 0 for a model that needs none.
+    """
+
+    def __init__(self, config: Config, n_items: int, ranks: Ranks, latent: int) -> None:
+        self.n, self.seed = config.optimizer.accumulation, config.run.seed
+        self.n_items, self.ranks, self.latent = n_items, ranks, latent
+        self._ahead: dict[int, list[RowExchange]] = {}  # by step: rows that are on their way
+
+    def send(self, batch: Batch | None) -> None:
+        """Start sending the rows of the batch that comes next."""
+        if batch is not None:
+            self._ahead = {batch.step: self._exchange(batch)}
+
+    def advance(self) -> None:
+        """Let the rows that are on their way travel on."""
+        for exchanges in self._ahead.values():
+            for exchange in exchanges:
+                exchange.advance()
+
+    def receive(self, batch: Batch) -> list[MicroBatch]:
+        """The batch's rows, gathered over the partition group, and the noise of this rank's own."""
+        exchanges = self._ahead.pop(batch.step, None) or self._exchange(batch)
+        noise_NL: list[Tensor | None] = [None] * len(exchanges)
+        if self.latent:
+            rows = -(-batch.padded_rows // len(exchanges))
+            noise_NL = list(self._noise(batch, rows * len(exchanges)).split(rows))
+        micro_batches = []
+        for exchange, noise_BL in zip(exchanges, noise_NL, strict=True):
+            x, y = exchange.finish()
+            micro_batches.append(MicroBatch(x, y, noise_BL, batch.global_rows))
+        return micro_batches
+
+    def _exchange(self, batch: Batch) -> list[RowExchange]:
+        rows = -(-batch.padded_rows // self.n)
+        group, device = self.ranks.partition_group, self.ranks.device
+        exchanges = []
+        for start in range(0, rows * self.n, rows):
+            first, last = (min(b, batch.inputs.n_rows) for b in (start, start + rows))
+            csr = [side.slice(first, last) for side in (batch.inputs, batch.targets)]
+            exchanges.append(RowExchange(csr, last - first, rows, self.n_items, group, device))
+        return exchanges
+
+    def _noise(self, batch: Batch, n_rows: int) -> Tensor:
+        """Standard normal noise of this rank's rows: (n_rows, L)."""
+        device = self.ranks.device
+        noise = torch.zeros((n_rows, self.latent), device=device)
+        first = 0
+        for lane, count in batch.lane_rows:
+            key = int(hash64(self.seed, batch.step, lane))
+            generator = torch.Generator(device=device).manual_seed(key)
+            shape = (count, self.latent)
+            noise[first : first + count] = torch.randn(shape, generator=generator, device=device)
+            first += count
+        return noise
