@@ -41,9 +41,7 @@ class ItemsFile:
         self.path, self.part = opened.path / name, part
         self.tensors, self._pages = file.map()
         pieces = {key: parse_piece(key, self.path) for key in file.stored}
-        columns = {
-            key: piece for key, piece in pieces.items() if opened.header.axis_of(piece[0]) == 1
-        }
+        columns = {key: piece for key, piece in pieces.items() if _has_columns(opened, piece[0])}
         self.column_ranges = {
             matrix: sorted((lo, hi) for name, lo, hi in columns.values() if name == matrix)
             for matrix in {name for name, _, _ in columns.values()}
@@ -81,6 +79,12 @@ class ItemsFile:
         if scattered != self._scattered and self._columns[1] > 0:
             self._pages.madvise(mmap.MADV_RANDOM if scattered else mmap.MADV_NORMAL, *self._columns)
             self._scattered = scattered
+
+
+def _has_columns(opened: Checkpoint[ModelHeader], name: str) -> bool:
+    """Whether the items of a stored tensor are its columns; moments may be unlisted."""
+    axes = opened.header.item_axis
+    return (opened.header.axis_of(name) if axes is None else axes.get(name, 0)) == 1
 
 
 class MappedStorage:
