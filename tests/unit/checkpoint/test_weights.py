@@ -12,7 +12,7 @@ from dist_vasp.checkpoint.header import Header
 from dist_vasp.checkpoint.read import open_checkpoint
 from dist_vasp.checkpoint.weights import load_weights
 from dist_vasp.checkpoint.write import save
-from dist_vasp.model.item_layers import ItemSlice
+from dist_vasp.model.slices import ItemSlice
 from dist_vasp.parallel.comm import form_groups
 from dist_vasp.parallel.partition import Layout
 from tests.unit.checkpoint.test_header import HEADER
