@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Generator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
@@ -24,43 +24,46 @@ class Raw:
     columns: dict[str, pa.Array]
 
 
-@dataclass
-class Facts:
-    """What is known about a file after it was read."""
+class CsvFile:
+    """The columns of one CSV file.
 
-    names: dict[str, str] = field(default_factory=dict)  # of the columns by role
-    unused: list[str] = field(default_factory=list)
-    n_broken: int = 0  # rows of several lines
-
-
-def csv_batches(
-    opener: Callable[[], Any],
-    where: str,
-    columns: Columns,
-    reading: Reading,
-    constants: Collection[str],
-    facts: Facts,
-) -> Iterator[Raw]:
-    """Yield the rows of the file that `opener` opens; every cell is text.
-
-    ValueError names `where` and the row.
+    `names` (of the columns, by role) and `unused` are known after the first batch, and `n_broken`
+    (rows of several lines) after the last one.
     """
-    stream = opener()
-    try:
-        blocks = csv_blocks.Blocks(
-            Utf8(stream, reading.encoding, where), where, csv_blocks.BLOCK_BYTES
-        )
-        header = read_header(blocks, columns, reading, constants, where)
-        facts.names = {role: header.names[i] for role, i in header.wanted.items()}
-        facts.unused = [
-            name for i, name in enumerate(header.names) if i not in header.wanted.values()
-        ]
-        rows = csv_rows.RowReader(blocks, header, where)
-        for batch in rows.batches(header.body or blocks.next()):
-            yield Raw(batch.numbers, dict(zip(header.wanted, batch.columns, strict=True)))
-        facts.n_broken = rows.n_broken
-    finally:
-        stream.close()
+
+    def __init__(
+        self,
+        opener: Callable[[], Any],
+        where: str,
+        columns: Columns,
+        reading: Reading,
+        constants: Collection[str],
+    ) -> None:
+        self._opener = opener
+        self._where = where
+        self._columns = columns
+        self._reading = reading
+        self._constants = constants
+        self.names: dict[str, str] = {}
+        self.unused: list[str] = []
+        self.n_broken = 0
+
+    def batches(self) -> Generator[Raw, None, None]:
+        """Yield the rows; every cell is text. ValueError names `where` and the row."""
+        where, stream = self._where, self._opener()
+        try:
+            text = Utf8(stream, self._reading.encoding, where)
+            blocks = csv_blocks.Blocks(text, where, csv_blocks.BLOCK_BYTES)
+            header = read_header(blocks, self._columns, self._reading, self._constants, where)
+            self.names = {role: header.names[i] for role, i in header.wanted.items()}
+            used = header.wanted.values()
+            self.unused = [name for i, name in enumerate(header.names) if i not in used]
+            rows = csv_rows.RowReader(blocks, header, where)
+            for batch in rows.batches(header.body or blocks.next()):
+                yield Raw(batch.numbers, dict(zip(header.wanted, batch.columns, strict=True)))
+            self.n_broken = rows.n_broken
+        finally:
+            stream.close()
 
 
 def csv_names(opener: Callable[[], Any], where: str, reading: Reading) -> list[str]:

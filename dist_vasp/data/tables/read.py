@@ -24,9 +24,9 @@ import pyarrow.parquet as pq
 from dist_vasp.data import ids
 from dist_vasp.data.tables import movielens
 from dist_vasp.data.tables.columns import ROLES, Columns, Reading
-from dist_vasp.data.tables.csv_file import Facts, Raw, csv_batches, csv_names
+from dist_vasp.data.tables.csv_file import CsvFile, Raw, csv_names
 from dist_vasp.data.tables.inputs import File, expand, find_files
-from dist_vasp.data.tables.parquet_file import parquet_batches
+from dist_vasp.data.tables.parquet_file import ParquetFile
 from dist_vasp.data.tables.streams import readable
 from dist_vasp.data.tables.values import convert
 
@@ -75,15 +75,16 @@ class Table:
         self.n_broken = 0
         roles: list[str] | None = None
         for file in self.files:
-            facts = Facts()
-            for raw in self._raw_batches(file, facts):
-                roles = self._same_roles(file, facts, roles)
-                batch = self._batch(raw, file, facts)
+            reader = self._reader(file)
+            for raw in _readable_batches(reader, file.where):
+                roles = self._same_roles(file, reader.names, roles)
+                batch = self._batch(raw, file, reader.names)
                 if len(batch):
                     yield batch
-            roles = self._same_roles(file, facts, roles)  # a file without rows has columns, too
-            self.unused += [name for name in facts.unused if name not in self.unused]
-            self.n_broken += facts.n_broken
+            # a file without rows has columns, too
+            roles = self._same_roles(file, reader.names, roles)
+            self.unused += [name for name in reader.unused if name not in self.unused]
+            self.n_broken += reader.n_broken
         if self.rows and self.rows == sum(self.left_out.values()):
             named = ", ".join(self.reading.missing)
             raise ValueError(
@@ -92,11 +93,14 @@ class Table:
                 "with --missing"
             )
 
-    def _same_roles(self, file: File, facts: Facts, before: list[str] | None) -> list[str]:
+    def _reader(self, file: File) -> CsvFile | ParquetFile:
+        if file.kind == "parquet":
+            return ParquetFile(file.path, self.columns, file.partitions)
+        return CsvFile(file.open, file.where, self.columns, self.reading, file.partitions)
+
+    def _same_roles(self, file: File, names: dict[str, str], before: list[str] | None) -> list[str]:
         """Return the roles of the file's columns; ValueError where an earlier file has others."""
-        roles = [
-            role for role in ROLES if role in facts.names or self._name(role) in file.partitions
-        ]
+        roles = [role for role in ROLES if role in names or self._name(role) in file.partitions]
         if before is not None and roles != before:
             raise ValueError(
                 f"{file.where} has the columns {', '.join(roles)}, the files before it "
@@ -109,16 +113,18 @@ class Table:
 
         Only the first file is inspected. ValueError where a column is missing.
         """
-        file, facts = self.files[0], Facts()
-        with closing(self._raw_batches(file, facts)) as batches:
+        file = self.files[0]
+        reader = self._reader(file)
+        with closing(_readable_batches(reader, file.where)) as batches:
             next(batches, None)
+        names = dict(reader.names)
         for role in ROLES:
             name = self._name(role)
-            if role not in facts.names and name in file.partitions:
-                facts.names[role] = name
-        others = [name for name in file.partitions if name not in facts.names.values()]
-        named = {role: name.strip() for role, name in facts.names.items()}
-        return named, list(dict.fromkeys(name.strip() for name in [*facts.unused, *others]))
+            if role not in names and name in file.partitions:
+                names[role] = name
+        others = [name for name in file.partitions if name not in names.values()]
+        named = {role: name.strip() for role, name in names.items()}
+        return named, list(dict.fromkeys(name.strip() for name in [*reader.unused, *others]))
 
     def _name(self, role: str) -> str | None:
         """Return the name of the column with this role, None where it is not read."""
@@ -135,18 +141,9 @@ class Table:
             notes.append(f"{self.n_broken:,} rows hold quoted line breaks")
         return notes
 
-    def _raw_batches(self, file: File, facts: Facts) -> Generator[Raw, None, None]:
-        with readable(file.where):
-            if file.kind == "parquet":
-                yield from parquet_batches(file.path, self.columns, file.partitions, facts)
-            else:
-                yield from csv_batches(
-                    file.open, file.where, self.columns, self.reading, file.partitions, facts
-                )
-
-    def _batch(self, raw: Raw, file: File, facts: Facts) -> pa.RecordBatch:
+    def _batch(self, raw: Raw, file: File, file_names: dict[str, str]) -> pa.RecordBatch:
         """Convert rows; rows without a user or an item are dropped and counted."""
-        columns, names = dict(raw.columns), dict(facts.names)
+        columns, names = dict(raw.columns), dict(file_names)
         for role in ROLES:
             name = self._name(role)
             if name in file.partitions:
@@ -212,6 +209,11 @@ class Table:
             reason = f"rows_without_{role}"
             self.left_out[reason] = self.left_out.get(reason, 0) + n_missing
         return now
+
+
+def _readable_batches(reader: CsvFile | ParquetFile, where: str) -> Generator[Raw, None, None]:
+    with readable(where):
+        yield from reader.batches()
 
 
 def open_table(
