@@ -1,8 +1,7 @@
-"""The configuration of a run: frozen dataclasses, read from YAML and the command line by
-jsonargparse.
+"""The configuration of a run: frozen dataclasses, read by jsonargparse.
 
-`parse` is the one way in; it raises ValueError with a message that names the key, what came, what was expected and what
-to do. Combinations that cannot work are refused here, before anything is built. Imports nothing of ours.
+`parse` reads YAML and the command line. ValueError names the key, what was received, what was
+expected and how to fix it. Impossible combinations are errors here, before anything is built.
 """
 
 from __future__ import annotations
@@ -391,7 +390,7 @@ def check(config: Config) -> Config:
     return config
 
 
-# --- files -----------------------------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------
 
 
 def read_yaml(path: str | Path, what: str) -> Any:
@@ -475,7 +474,8 @@ def _refuse_twice(node: yaml.Node | None, path: str, prefix: str, seen: set[int]
             name, line = f"{prefix}{key.value}", key.start_mark.line + 1
             if key.value in lines:
                 raise _DuplicateKeyError(
-                    f"{path}: {name} is there twice, in line {lines[key.value]} and in line {line}; keep one of them"
+                    f"{path}: {name} is there twice, in line {lines[key.value]} and in line "
+                    f"{line}; keep one of them"
                 )
             lines[str(key.value)] = line
             _refuse_twice(value, path, f"{name}.", seen)
@@ -491,7 +491,8 @@ class _ConfigFile(ActionConfigFile):
             raw = read_yaml(value, "the sections of a configuration, such as configs/demo.yaml")
             if not isinstance(raw, dict):
                 raise ValueError(
-                    f"{value} holds {raw!r:.40}, expected sections with keys, such as configs/demo.yaml"
+                    f"{value} holds {raw!r:.40}, expected sections with keys, such as "
+                    "configs/demo.yaml"
                 )
         except ValueError as error:
             raise _FileError(str(error)) from None
@@ -502,7 +503,7 @@ class _FileError(ValueError):
     """A mistake in a configuration file that already reads well."""
 
 
-# --- command line ----------------------------------------------------------------------------------------------------
+# --- command line ---------------------------------------------------------------------------------
 
 
 def make_parser(prog: str, description: str) -> ArgumentParser:
@@ -562,7 +563,8 @@ def _refuse_text(raw: dict[str, Any]) -> None:
         for name, value in values.items() if isinstance(values, dict) else ():
             if isinstance(value, str) and len(value) > _LONGEST_WORD and types.get(name) != "str":
                 raise ValueError(
-                    f"{section.name}.{name:.40} is a text of {len(value):,} characters, expected {types.get(name)}"
+                    f"{section.name}.{name:.40} is a text of {len(value):,} characters, expected "
+                    f"{types.get(name)}"
                 )
 
 
@@ -608,7 +610,10 @@ def _readable(message: str) -> str:
         key = ".".join(part for part in unknown.groups() if part)
         close = difflib.get_close_matches(key, known_keys(), 1, 0.6)
         hint = f"did you mean {close[0]}? " if close else ""
-        return f"{key} is not a key of the configuration; {hint}`--help` lists every key with its type, default and meaning"
+        return (
+            f"{key} is not a key of the configuration; {hint}`--help` lists every key with its "
+            "type, default and meaning"
+        )
     return f"{_of_type(message)}; `--help` lists every key with its type, default and meaning"
 
 
@@ -636,7 +641,10 @@ def _of_type(message: str) -> str:
         return f"{union[1]} is {union[2]!r}, expected true, false or null"
     section = re.search(rf"{key}: Unable to load config '(.*?)'", message)
     if section:
-        return f"{section[1]} is {section[2]!r}, expected a section of keys such as --{section[1]}.KEY VALUE"
+        return (
+            f"{section[1]} is {section[2]!r}, expected a section of keys such as "
+            f"--{section[1]}.KEY VALUE"
+        )
     stray = re.fullmatch(r"unrecognized arguments: ([^-].*)", message)
     if stray:
         return f"{stray[1]!r} follows no option; name a configuration with --config FILE"

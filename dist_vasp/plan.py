@@ -123,11 +123,11 @@ class _Step:
         self.passes = 2 if o.clip_norm else 1
 
     def memory(self) -> dict[str, float]:
-        """Bytes. Weights and state stay.
+        """Return the bytes of each part at the peak of a step.
 
-        The peak comes when the output side has a block at hand, or in the trunk's backward, when its
-        gradients exist and not all activations are gone. Counts of activations follow the
-        operations that autograd keeps inputs of.
+        The peak is while the output side computes a block, or in the backward of the trunk, when
+        its gradients exist and not all activations are freed. Activations are counted by the
+        operations whose inputs autograd keeps.
         """
         o, p, model, G = self.config.optimizer, self.config.parallel, self.model, self.G
         default = BLOCK_COLUMNS if self.device == "cpu" else GPU_BLOCK_COLUMNS
@@ -266,10 +266,12 @@ def smallest_that_fits(
 
 
 def dense_reference_memory(config: Config, sizes: Sizes) -> float:
-    """What plain dense torch (benchmarks/bench_dense.py) holds in the optimizer's step: every matrix
-    whole with gradient and two moments, the two temporaries that torch.optim.NAdam makes of the
-    largest matrix (v / correction, its root), dense x and y. The closed form: what numpy.linalg.inv
-    holds, the matrix and three copies, in float64 (benchmarks/bench_ease.py measured it)."""
+    """Return the bytes that plain dense torch needs in the optimizer's step, for comparison.
+
+    Every matrix with gradient and two moments, two temporaries of torch.optim.NAdam for the largest
+    matrix (v / correction, its root), and dense x and y (benchmarks/bench_dense.py). For the closed
+    form: the matrix and three copies of numpy.linalg.inv in float64 (benchmarks/bench_ease.py).
+    """
     I = sizes.n_items
     if kind_of(config.model.kind).closed_form:
         return 4 * 8 * I**2

@@ -89,7 +89,7 @@ class Activations:
 
 @dataclass(frozen=True)
 class StepLoss:
-    """This rank's part of a step's loss, as scalars on the device; the loss is the sum over ranks."""
+    """This rank's part of a step's loss, as scalars on the device; the ranks' parts add up."""
 
     reconstruction: Tensor
     penalty: Tensor

@@ -1,8 +1,10 @@
 """The residual trunk of FLVAE: every layer of width H and L, no item axis (VASP paper, section 3.1,
 and the authors' code).
 
-    encoder   e1 = LN(swish(h + b1)),  h = W1 x     ek = LN(swish(Wk e(k-1) + bk + e1 + ... + e(k-1)))
-    heads     mu = Wm e + bm    logvar = Wv e + bv    z = mu + exp(logvar / 2) * noise   (z = mu without noise)
+    encoder   e1 = LN(swish(h + b1)),  h = W1 x
+              ek = LN(swish(Wk e(k-1) + bk + e1 + ... + e(k-1)))
+    heads     mu = Wm e + bm,  logvar = Wv e + bv
+              z = mu + exp(logvar / 2) * noise   (z = mu without noise)
     decoder   the same pattern, from z: d1 = LN(swish(V1 z + c1)), ...
 
 Shapes: B rows, H hidden width, L latent width. W1 x comes from the partitioned input side.

@@ -203,15 +203,18 @@ def describe_ensemble(
     """
     if len(runs) != len(weights):
         raise ValueError(
-            f"{len(weights)} weights were given for {len(runs)} members; give one for each, in the same order"
+            f"{len(weights)} weights were given for {len(runs)} members; give one for each, in "
+            "the same order"
         )
     if len(runs) > MOST_MEMBERS:
         raise ValueError(
-            f"{len(runs)} members were given, expected at most {MOST_MEMBERS}; all of them are held in memory to rank"
+            f"{len(runs)} members were given, expected at most {MOST_MEMBERS}; all of them are "
+            "held in memory to rank"
         )
     if not all(0 < weight <= _LARGEST for weight in weights):
         raise ValueError(
-            f"the weights are {list(weights)}, expected finite numbers above 0; a member without weight is left out"
+            f"the weights are {list(weights)}, expected finite numbers above 0; a member without "
+            "weight is left out"
         )
     opened = [open_model(run) for run in runs]
     first = opened[0].header
@@ -238,7 +241,8 @@ def _common_rule(rules: dict[str, PositiveRule | None]) -> PositiveRule | None:
     for run, other in known.items():
         if not other.same_meaning(rule):
             raise ValueError(
-                f"{run} was trained on other positives than {first} ({other}; {rule}); the members of an ensemble must be "
+                f"{run} was trained on other positives than {first} ({other}; {rule}); the "
+                "members of an ensemble must be "
                 "trained on the same shards"
             )
     return rule

@@ -104,7 +104,8 @@ class GivenReader:
         """
         if matrix.ndim != 2 or matrix.shape[1] != self.n_items:
             raise ValueError(
-                f"the matrix has shape {matrix.shape}, expected (users, {self.n_items}): columns are item rows"
+                f"the matrix has shape {matrix.shape}, expected (users, {self.n_items}): columns "
+                "are item rows"
             )
         if matrix.dtype.kind not in "biuf":
             raise ValueError(f"the matrix holds {matrix.dtype}, expected numbers; convert it first")
@@ -148,7 +149,8 @@ class GivenReader:
             pa.types.is_integer(array.type) or pa.types.is_string(array.type)
         ):
             raise ValueError(
-                f"{what} must hold original ids, all whole numbers or all strings; some are of another kind"
+                f"{what} must hold original ids, all whole numbers or all strings; some are of "
+                "another kind"
             )
         return find_items(array, self.items)
 

@@ -22,12 +22,12 @@ Id = int | str
 class Lists:
     """Top-K lists, one row for each history; unpacks as `ids, scores`.
 
-    `ids` (U, K): int64, or str objects. `scores` (U, K): float32, descending: p of the model, or
-    the score itself where it is no probability. A list that ends early (fewer than
-    k unseen items, or no known item in the history) is filled up with id -1 (None for str) and score NaN. `users`: the users of
-    an Arrow table in order of first appearance, the users without a known item at the end; None for other input.
-    `read`: how many likes were used, how many further items masked, and what was left out. `notes`: lines on
-    how a table was read and on ids of filters.
+    ids (U, K): int64, or str objects. scores (U, K): float32, descending; p of the model, or the
+    score itself if it is not a probability. A shorter list (fewer than k unseen items, or no known
+    item in the history) is padded with id -1 (None for str) and score NaN. users: the users of an
+    Arrow table in order of first appearance, with those without a known item at the end; None for
+    other input. read: how many likes were used, how many other items were masked, and what was left
+    out. notes: lines on how a table was read, and on the ids of filters.
     """
 
     ids: np.ndarray

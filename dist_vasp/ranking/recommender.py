@@ -241,7 +241,7 @@ class Recommender:
         return self.model.is_probability
 
     def title(self, item: Id) -> str | None:
-        """The title of an item, None where items.parquet has none. ValueError for an unknown item."""
+        """Return the title of an item, None if it has none; ValueError for an unknown item."""
         return self._title(self._known_item(item))
 
     def _title(self, row: int) -> str | None:

@@ -133,12 +133,13 @@ class Trainer:
     def step(
         self, batch: Batch, stop: bool = False, written: bool = True, following: Batch | None = None
     ) -> StepReport:
-        """One update of everything from one batch; the ids of the `following` one travel meanwhile.
+        """Update all weights from one batch, and send the ids of the `following` one meanwhile.
 
-        A block of an item matrix is updated as soon as its gradient exists, and the gradient dropped. With clipping the pass
-        over the blocks runs twice (norm, then update); with accumulation the gradients are kept until the last micro-batch.
-        `stop` and `written` are this rank's words to the others; they travel with the loss. Raises DivergedError when the loss
-        or a gradient is not finite: weights in memory are void then.
+        A block of an item matrix is updated as soon as its gradient exists, and the gradient is
+        dropped. With clipping the pass over the blocks runs twice (norm, then update). With
+        accumulation the gradients are kept until the last micro-batch. `stop` and `written` are
+        flags that this rank sends with the loss. DivergedError when the loss or a gradient is not
+        finite; the weights in memory are invalid then.
         """
         self._set_rate(batch.epoch)
         clip = self.config.optimizer.clip_norm
@@ -194,11 +195,11 @@ class Trainer:
                 yield trunk
 
     def close(self) -> None:
-        """No step comes after this: what the trainer holds is free with the last reference to it."""
+        """End training, so that the memory is free with the last reference to this object."""
         if self.trunk:
             self.trunk.close()
 
-    # --- state -------------------------------------------------------------------------------------------------------
+    # --- state ------------------------------------------------------------------------------------
 
     def item_pieces(self, moments: bool) -> list[ItemSlice]:
         """This rank's slices of the item matrices.
@@ -238,7 +239,7 @@ class Trainer:
                 state[name].fill_(scalars[name])
         self._stage = self.config.stage(epoch)
 
-    # --- parts of a step -----------------------------------------------------------------------------------------------
+    # --- parts of a step --------------------------------------------------------------------------
 
     def _set_rate(self, epoch: int) -> None:
         """The schedule's rate for `epoch`; where a new stage begins the moments are kept, unless

@@ -122,7 +122,7 @@ def training_users(folder: str | Path, manifest: Manifest) -> Iterator[Rows]:
         yield concatenate_rows(waiting)
 
 
-# --- NEASE's start ---------------------------------------------------------------------------------------------------
+# --- NEASE's start --------------------------------------------------------------------------------
 
 
 def start_from_ease(trainer: Trainer, manifest: Manifest) -> None:
@@ -156,13 +156,16 @@ def _read_closed_form(trainer: Trainer, manifest: Manifest) -> None:
         kind = from_dict(opened.header.config).model.kind
         if not kind_of(kind).closed_form:
             raise ValueError(
-                f"model.init_from_ease: {run} is a run of model.kind {kind}, expected ease; --init_from starts from others"
+                f"model.init_from_ease: {run} is a run of model.kind {kind}, expected ease; "
+                "--init_from starts from others"
             )
         if opened.header.vocabulary_sha256 != manifest.vocabulary_sha256:
             raise ValueError(
                 f"model.init_from_ease: {run} was computed on {opened.header.n_items} items (hash "
-                f"{opened.header.vocabulary_sha256[:12]}...), data.shards lists {manifest.n_items} (hash "
-                f"{manifest.vocabulary_sha256[:12]}...); compute ease on these shards, or set {CLOSED_FORM}"
+                f"{opened.header.vocabulary_sha256[:12]}...), data.shards lists "
+                f"{manifest.n_items} (hash "
+                f"{manifest.vocabulary_sha256[:12]}...); compute ease on these shards, or set "
+                f"{CLOSED_FORM}"
             )
     verify(opened, ranks)
     with agreed(ranks):

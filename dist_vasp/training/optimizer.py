@@ -5,9 +5,11 @@ An update is one compiled pass over parameter, gradient and moments; uncompiled,
 chunks that stay in cache. Either way each is read and written once, and no temporary has the
 parameter's size (torch.optim.NAdam needs 32 to 37 bytes a parameter at its peak).
 
-    m = b1 m + (1 - b1) g          v = b2 v + (1 - b2) g^2          denom = sqrt(v / (1 - b2^t)) + eps
-    Adam   p -= lr / (1 - b1^t) * m / denom                          AdamW first shrinks p by 1 - lr * weight_decay
-    Nadam  p -= lr * ((1 - mu_t) / (1 - prod mu_1..t) * g  +  mu_(t+1) / (1 - prod mu_1..t+1) * m) / denom
+    m = b1 m + (1 - b1) g,    v = b2 v + (1 - b2) g^2,    denom = sqrt(v / (1 - b2^t)) + eps
+    Adam   p -= lr / (1 - b1^t) * m / denom
+    AdamW  first multiplies p by 1 - lr * weight_decay
+    Nadam  p -= lr * ((1 - mu_t) / (1 - prod mu_1..t) * g
+                      + mu_(t+1) / (1 - prod mu_1..t+1) * m) / denom
            mu_t = b1 * (1 - 0.5 * 0.96^(t * momentum_decay))
 
 Sources: Kingma and Ba 2015 (Adam), Loshchilov and Hutter 2019 (AdamW), Dozat 2016 (Nadam); the same
@@ -46,12 +48,12 @@ class Factors(NamedTuple):
 
 
 class InPlaceAdam(torch.optim.Optimizer):
-    """Adam, AdamW or Nadam by `config.name`. `grad_scale` multiplies every gradient before it is
-    used (joint clipping).
+    """Adam, AdamW or Nadam by `config.name`.
 
-    State per parameter: `exp_avg`, `exp_avg_sq` of its shape, and the scalars `step` and `mu_product`. A parameter group with
-    `lean_dim` set keeps one second moment per vector along that dimension of its matrices, the mean of the squared gradient over
-    the vector, as embedding libraries do: 8 bytes a weight and next to nothing more.
+    `grad_scale` multiplies every gradient before it is used (joint clipping). State per parameter:
+    `exp_avg` and `exp_avg_sq` of its shape, and the scalars `step` and `mu_product`. A parameter
+    group with `lean_dim` keeps one second moment per vector along that dimension of its matrices
+    (the mean of the squared gradient), as embedding libraries do: about 8 bytes per weight.
     """
 
     def __init__(

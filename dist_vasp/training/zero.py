@@ -76,7 +76,7 @@ class ZeroTrunk:
         return self._engine.module
 
     def backward(self, scalar: Tensor) -> None:
-        """Autograd from `scalar`; DeepSpeed averages what arrives at the parameters over the world."""
+        """Run autograd from `scalar`; DeepSpeed averages the gradients over the world."""
         self._engine.backward(scalar, scale_wrt_gas=False)
 
     def step(self) -> None:
@@ -114,7 +114,7 @@ class ZeroTrunk:
         finally:
             self._engine.train()
 
-    # --- state -------------------------------------------------------------------------------------------------------
+    # --- state ------------------------------------------------------------------------------------
 
     def ensure_state(self) -> list[dict]:
         """The optimizer's state of everything this rank updates, created empty before the first

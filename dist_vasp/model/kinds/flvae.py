@@ -3,8 +3,9 @@
     e = encoder(W1 x)      mu = Wm e + bm,  logvar = Wv e + bv,  z = mu + exp(logvar/2) * eps
     d = decoder(z)         FLVAE(x) = sigmoid(R d + r) * sigmoid(Q z + q)
 
-The second head Q is the authors' code's; `model.latent_head: false` drops it. With `loss.kind:
-multinomial` the heads' sum goes through a softmax: a Mult-VAE of the same shape (Liang et al. 2018).
+The second head Q is from the authors' code; `model.latent_head: false` drops it. With
+`loss.kind: multinomial`, the sum of the heads goes through a softmax, which makes it a Mult-VAE of
+the same shape (Liang et al. 2018).
 """
 
 from __future__ import annotations

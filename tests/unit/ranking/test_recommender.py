@@ -815,7 +815,8 @@ from pathlib import Path
 torch.set_num_threads(1)
 from dist_vasp import Recommender
 def private():
-    return int(next(l for l in Path("/proc/self/status").read_text().splitlines() if l.startswith("RssAnon")).split()[1]) / 1024
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(l for l in lines if l.startswith("RssAnon")).split()[1]) / 1024
 other = Recommender.load({str(runs / "small")!r}); other.recommend([[1]], 3)
 before = private()
 r = Recommender.load({str(path)!r})
