@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -13,7 +14,9 @@ import pytest
 from dist_vasp.commands import benchmark as command
 from dist_vasp.commands.plan import _sizes
 from dist_vasp.measure.step import LABELS
+from dist_vasp.parallel import local_ranks
 from dist_vasp.plan import Rates, make_plan
+from tests.support.invoke import forked_local_ranks
 from tests.support.make_shards import write_folder
 
 N_ITEMS, PER_RANK = 90, 24
@@ -52,7 +55,8 @@ def written(shards, tmp_path_factory) -> Path:
     """The folder of a benchmark on 1 and 2 ranks."""
     folder = tmp_path_factory.mktemp("benchmark") / "not there yet"
     weak = ["--ranks=1,2", "--modes=weak", f"--users_per_rank={PER_RANK}", "--threads=1", "--floor"]
-    command.main([f"--data.shards={shards}", f"--output={folder}", *weak, *SMALL])
+    with mock.patch.object(local_ranks, "subprocess", forked_local_ranks()):
+        command.main([f"--data.shards={shards}", f"--output={folder}", *weak, *SMALL])
     return folder
 
 

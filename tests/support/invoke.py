@@ -21,8 +21,10 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, BinaryIO
 
+from dist_vasp.parallel import local_ranks
 from tests.support.forks import become_launcher
 from tests.support.jobs import LAUNCHED, free_port, launcher_arguments
 from tests.support.paths import ROOT
@@ -117,6 +119,43 @@ class Commands:
             assert done.status == 0, f"{line}: {done.status}\n{done.out}{done.err}"
 
 
+class ForkedRank:
+    """What `LocalRanks` takes for a `subprocess.Popen`: a fork that runs `dist_vasp ...`."""
+
+    def __init__(
+        self,
+        command: list[str],
+        env: dict[str, str],
+        stdout: BinaryIO,
+        stderr: BinaryIO,
+        stdin: int,
+        start_new_session: bool,
+    ) -> None:
+        assert stdout is stderr and stdin == subprocess.DEVNULL and start_new_session
+        words = ["python", *command[command.index("-m") :]]
+        output = [os.readlink(f"/proc/self/fd/{stdout.fileno()}")] * 2
+        self._process = rank_context().Process(
+            target=_become, args=(words, os.getcwd(), env, output, 0)
+        )
+        self._process.start()
+        self.pid = self._process.pid
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self) -> int | None:
+        self._process.join()
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+
+def forked_local_ranks() -> SimpleNamespace:
+    """To put in the place of `subprocess` in dist_vasp.parallel.local_ranks."""
+    return SimpleNamespace(Popen=ForkedRank, DEVNULL=subprocess.DEVNULL)
+
+
 # --- the process that becomes the command -------------------------------------------------------
 
 
@@ -135,6 +174,7 @@ def _become(
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(environment)
+    local_ranks.subprocess = forked_local_ranks()  # type: ignore[assignment]
     try:
         status = _run(words, ranks)
     except SystemExit as ended:

@@ -34,6 +34,7 @@ from dist_vasp.compare.statistics import (
     seed_noise,
     verdict,
 )
+from tests.support.invoke import run_script
 from tests.support.jobs import PATIENCE_S, environment
 from tests.support.make_shards import write_folder
 from tests.support.paths import ROOT
@@ -409,11 +410,10 @@ def start(tmp_path: Path, output: Path, *more: str) -> subprocess.Popen[str]:
     return subprocess.Popen([*command, *more], env=environment(), cwd=ROOT, **streams)
 
 
-def finish(tmp_path: Path, output: Path, *more: str) -> tuple[int, str, str]:
+def finish(tmp_path: Path, output: Path) -> tuple[int, str, str]:
     """(exit status, stdout, stderr) of compare.py."""
-    process = start(tmp_path, output, *more)
-    out, err = process.communicate(timeout=PATIENCE_S)
-    return process.returncode, out, err
+    done = run_script("compare", "--config", tmp_path / "compare.yaml", "--output", output)
+    return done.returncode, done.stdout, done.stderr
 
 
 def dry_run(tmp_path: Path, output: Path, *more: str) -> str:
