@@ -63,8 +63,8 @@ class ModelKind:
     """The key of `model` that all kinds share."""
 
     kind: Literal[tuple(KINDS)] = "vasp"  # type: ignore[valid-type]
-    """vasp multiplies flvae and nease, which also train alone; ease is the closed form and uses
-    neither loss nor optimizer."""
+    """vasp multiplies flvae and nease, which also train alone; wide_deep adds their logits; ease is
+    the closed form and uses neither loss nor optimizer."""
 
 
 @dataclass(frozen=True)

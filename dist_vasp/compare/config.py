@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_vasp.config import Config, from_dict
-
-CLOSED_FORM = ("ease",)  # model.kinds whose result does not depend on run.seed
+from dist_vasp.model.registry import kind_of
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class Model:
         if self.config is None:
             return f"baseline {self.source}"
         kind, c = self.config.model.kind, self.config
-        if kind in CLOSED_FORM:
+        if kind_of(kind).closed_form:
             return f"{kind}, closed form"
         limit = f", at most {c.run.max_steps} steps" if c.run.max_steps else ""
         start = f" from ease ({c.model.nease})" if c.model.init_from_ease else ""

@@ -26,8 +26,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dist_vasp.compare.config import CLOSED_FORM, Comparison, Model
+from dist_vasp.compare.config import Comparison, Model
 from dist_vasp.config import from_dict, read_yaml
+from dist_vasp.model.registry import kind_of
 
 BASELINES = ("popularity",)
 _SOURCES = ("config", "baseline", "ensemble")
@@ -161,7 +162,7 @@ def _trained(
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
     seeds = own_seeds or file.seeds
-    if config.model.kind in CLOSED_FORM and own_seeds is None:
+    if kind_of(config.model.kind).closed_form and own_seeds is None:
         seeds = seeds[:1]
     return Model(entry["name"], seeds, config, source if is_file else "inline", overrides)
 

@@ -274,7 +274,7 @@ class Recommender:
     def _similar(self, row: int, by: str | None) -> Iterator[tuple[int, torch.Tensor]]:
         """(first item, scores (C,)) of all items; ValueError where `by` names no path."""
         paths = self._paths()
-        by = by or ("nease" if "nease" in paths else "decoder")
+        by = by or next(iter(paths), "decoder")
         if by not in paths:
             raise ValueError(
                 f"by is {by!r}, but a model of kind {self.sources.kind} can compare items by "

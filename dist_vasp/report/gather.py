@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from dist_vasp.model.registry import KINDS
 from dist_vasp.report.files import is_drawable, plain, read_config, read_file, read_lines
 
 MOST_RUNS = 6  # as many as there are colours that people tell apart
@@ -32,12 +33,14 @@ class Run:
     @property
     def closed_form(self) -> bool:
         """Whether the model was computed in closed form instead of by steps."""
-        return self.at("model", "kind") == "ease"
+        kind = KINDS.get(str(self.at("model", "kind")))
+        return kind is not None and kind.closed_form
 
     @property
     def has_trunk(self) -> bool:
         """Whether the model has layers of widths H and L."""
-        return self.at("model", "kind") in ("vasp", "flvae")
+        kind = KINDS.get(str(self.at("model", "kind")))
+        return kind is not None and kind.has_trunk
 
     @property
     def recall_denominator(self) -> str:

@@ -46,7 +46,7 @@ def _data():
     return x, y, noise
 
 
-def _partitioned_step(ranks, cases):
+def partitioned_step(ranks, cases):
     """For each case: parameters before, loss, gradients, scores and parameters after one step, of
     this rank."""
     slices.BLOCK_COLUMNS, slices.GRADIENT_ROWS = 5, 7
@@ -89,9 +89,52 @@ def _partitioned_step(ranks, cases):
     return found
 
 
+def check_step(results, dense: DenseVASP, loss: str) -> None:
+    """Scores, losses, gradients and one update of all ranks are those of the oracle."""
+    x, y, noise = _data()
+    dense_x, dense_y = (dense_rows(rows, N_ITEMS, torch.float64) for rows in (x, y))
+
+    log_p = dense.log_p(dense_x, loss)
+    for r in results:
+        for lo, scores in r["scores"]:
+            np.testing.assert_allclose(
+                scores, log_p[:, lo : lo + scores.shape[1]].detach(), rtol=1e-10, atol=1e-12
+            )
+
+    optimizer = TORCH_OPTIMIZERS["nadam"](list(dense.parameters.values()), 0.01)
+    expected = dense.step(dense_x, dense_y, torch.from_numpy(noise), loss, optimizer)
+    np.testing.assert_allclose(
+        np.sum([r["losses"] for r in results], axis=0),
+        expected,
+        rtol=1e-10,
+        err_msg=f"{dense.kind} {loss}",
+    )
+
+    gradients = assemble([p for r in results for p in r["gradients"]])
+    gradients |= {
+        n: torch.from_numpy(sum(r["trunk_grads"][n] for r in results))
+        for n in results[0]["trunk_grads"]
+    }
+    assert gradients.keys() == dense.gradients.keys()
+    for name, grad in dense.gradients.items():
+        np.testing.assert_allclose(
+            gradients[name], grad, rtol=1e-10, atol=1e-12, err_msg=f"{dense.kind} {loss} {name}"
+        )
+
+    # torch's NAdam keeps a float32 factor; the exact rule is held against it in test_optimizer
+    for name, p in assemble([p for r in results for p in r["after"]]).items():
+        np.testing.assert_allclose(
+            p,
+            dense.parameters[name].detach(),
+            rtol=1e-7,
+            atol=1e-9,
+            err_msg=f"{dense.kind} {loss} {name}",
+        )
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_equals_dense_oracle(world_size):
-    by_rank = run_ranks(_partitioned_step, world_size, CASES)
+    by_rank = run_ranks(partitioned_step, world_size, CASES)
     for c, (kind, loss, latent_head) in enumerate(CASES):
         results = [ranks[c] for ranks in by_rank]
         parameters = assemble([p for r in results for p in r["before"]])
@@ -99,50 +142,7 @@ def test_equals_dense_oracle(world_size):
         dense = DenseVASP(
             kind, parameters, SMALL["encoder_layers"], SMALL["decoder_layers"], latent_head
         )
-        x, y, noise = _data()
-        dense_x, dense_y = (dense_rows(rows, N_ITEMS, torch.float64) for rows in (x, y))
-
-        paths, _ = dense.forward(dense_x)
-        log_p = (
-            torch.log_softmax(sum(paths), 1)
-            if loss == "multinomial"
-            else sum(torch.nn.functional.logsigmoid(p) for p in paths)
-        )
-        for r in results:
-            for lo, scores in r["scores"]:
-                np.testing.assert_allclose(
-                    scores, log_p[:, lo : lo + scores.shape[1]].detach(), rtol=1e-10, atol=1e-12
-                )
-
-        optimizer = TORCH_OPTIMIZERS["nadam"](list(dense.parameters.values()), 0.01)
-        expected = dense.step(dense_x, dense_y, torch.from_numpy(noise), loss, optimizer)
-        np.testing.assert_allclose(
-            np.sum([r["losses"] for r in results], axis=0),
-            expected,
-            rtol=1e-10,
-            err_msg=f"{kind} {loss}",
-        )
-
-        gradients = assemble([p for r in results for p in r["gradients"]])
-        gradients |= {
-            n: torch.from_numpy(sum(r["trunk_grads"][n] for r in results))
-            for n in results[0]["trunk_grads"]
-        }
-        assert gradients.keys() == dense.gradients.keys()
-        for name, grad in dense.gradients.items():
-            np.testing.assert_allclose(
-                gradients[name], grad, rtol=1e-10, atol=1e-12, err_msg=f"{kind} {loss} {name}"
-            )
-
-        # torch's NAdam keeps a float32 factor; the exact rule is held against it in test_optimizer
-        for name, p in assemble([p for r in results for p in r["after"]]).items():
-            np.testing.assert_allclose(
-                p,
-                dense.parameters[name].detach(),
-                rtol=1e-7,
-                atol=1e-9,
-                err_msg=f"{kind} {loss} {name}",
-            )
+        check_step(results, dense, loss)
         if kind != "flvae":
             after = assemble([p for r in results for p in r["after"]])["output.nease.weight"]
             assert (after.diagonal() == 0).all()

@@ -78,6 +78,7 @@ def flvae_heads(model: ModelConfig, storage: Storage) -> list[DenseHead]:
 class Flvae(Kind):
     name = "flvae"
     losses = ("focal", "multinomial")
+    has_trunk = True
 
     def check(self, config: Config) -> None:
         refuse_start(config, self.name)

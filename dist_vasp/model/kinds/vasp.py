@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 class Vasp(Kind):
     name = "vasp"
     losses = ("focal",)
+    has_trunk = True
 
     def check(self, config: Config) -> None:
         check_start(config, may_freeze=True)
