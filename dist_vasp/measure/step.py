@@ -1,8 +1,8 @@
 """One job of a benchmark: some steps on real batches, and where the time of each went.
 
-Labels are exclusive: while a collective runs inside the input side, the time is communication's. On
-a GPU the device is waited for at every border, so the parts add up but the whole is a little slower
-than training.
+A part excludes the parts inside it: a collective of the input side counts as communication. On a
+GPU the clock waits for the device wherever a part begins or ends, so the parts add up, and the
+whole is a little slower than training.
 """
 
 from __future__ import annotations
@@ -10,17 +10,16 @@ from __future__ import annotations
 import resource
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
 
 import torch
 
 from dist_vasp.config import Config
-from dist_vasp.model import input_side, partitioned, sparse
+from dist_vasp.parallel.clock import Clock
 from dist_vasp.parallel.comm import Ranks
-from dist_vasp.training import engine
 from dist_vasp.training.engine import Trainer
 from dist_vasp.training.fit_steps import make_stream, with_next
 from dist_vasp.training.floor import measure_rates, step_floor
@@ -29,58 +28,29 @@ from dist_vasp.training.zero import watch_traffic
 LABELS = ("input", "trunk", "output", "optimizer", "communication", "data wait", "other")
 
 
-class StopWatch:
-    """Adds up the seconds between entering and leaving wrapped functions, by label, less what
-    wrapped functions inside took."""
+class StopWatch(Clock):
+    """Adds up the seconds of each part, less those of the parts inside it."""
 
     def __init__(self, device: torch.device) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
         self._inner = [0.0]
         self._device = device
 
-    def wrap(self, owner: Any, name: str, label: str) -> None:
-        """Replace `owner.name` by itself with the watch around it."""
-        original: Callable = getattr(owner, name)
-
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            start = self._now()
-            self._inner.append(0.0)
-            try:
-                return original(*args, **kwargs)
-            finally:
-                elapsed = self._now() - start
-                self.seconds[label] += elapsed - self._inner.pop()
-                self._inner[-1] += elapsed
-
-        setattr(owner, name, timed)
+    @contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        start = self._now()
+        self._inner.append(0.0)
+        try:
+            yield
+        finally:
+            elapsed = self._now() - start
+            self.seconds[part] += elapsed - self._inner.pop()
+            self._inner[-1] += elapsed
 
     def _now(self) -> float:
         if self._device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
-
-
-def watch(trainer: Trainer) -> StopWatch:
-    """A watch on the parts of a step."""
-    clock = StopWatch(trainer.ranks.device)
-    if trainer.model.input:
-        clock.wrap(trainer.model.input, "forward", "input")
-        clock.wrap(trainer.model.input, "backward", "input")
-    clock.wrap(trainer.model, "_loss_and_gradients", "output")
-    clock.wrap(trainer.item_optimizer, "update", "optimizer")
-    if trainer.trunk:
-        clock.wrap(trainer.trunk._engine, "forward", "trunk")
-        clock.wrap(trainer.trunk._engine, "backward", "trunk")
-        clock.wrap(trainer.trunk._engine, "step", "optimizer")
-    for module, name in (
-        (partitioned, "all_gather"),
-        (partitioned, "reduce_scatter"),
-        (input_side, "reduce_scatter"),
-        (engine, "all_reduce"),
-    ):
-        clock.wrap(module, name, "communication")
-    clock.wrap(sparse.Gathering, "wait", "communication")
-    return clock
 
 
 @dataclass(frozen=True)
@@ -109,8 +79,8 @@ def measure(config: Config, ranks: Ranks, steps: int, warm_up: int = 2) -> Measu
     batches = with_next(
         stream.batches(0, warm_up + steps, config.data.workers)
     )  # its workers start before the model exists
-    trainer = Trainer(config, stream.n_items, ranks)
-    clock = watch(trainer)
+    clock = StopWatch(ranks.device)
+    trainer = Trainer(config, stream.n_items, ranks.timed_by(clock))
     if trainer.trunk:
         watch_traffic(
             lambda collective, n_bytes: ranks.world.count(

@@ -147,7 +147,8 @@ class PartitionedModel:
         """Forward and backward of one micro-batch; gradients of item matrices go to `sink`."""
         weight_G = self.row_weights(rows)
         if self.input is None:
-            reconstruction, _ = self._loss_and_gradients({}, rows, weight_G, sink)
+            with self.group.clock("output"):
+                reconstruction, _ = self._loss_and_gradients({}, rows, weight_G, sink)
             kept = Activations(rows, {}, weight_G, None)
             return StepLoss(reconstruction, torch.zeros_like(reconstruction), kept)
 
@@ -155,7 +156,8 @@ class PartitionedModel:
         with torch.enable_grad():
             pre_BH, joined_BX, penalty_B = self._encode(trunk, rows.x, rows.noise_BL)
         sources = self._split(all_gather(joined_BX.detach(), self.group))
-        reconstruction, grads = self._loss_and_gradients(sources, rows, weight_G, sink)
+        with self.group.clock("output"):
+            reconstruction, grads = self._loss_and_gradients(sources, rows, weight_G, sink)
         grad_joined_BX = reduce_scatter(torch.cat(grads, dim=1), self.group)
 
         B = len(penalty_B)
@@ -167,16 +169,19 @@ class PartitionedModel:
             trunk.backward(total * trunk.scale)
         assert pre_BH.grad is not None
         grad_pre_GH = all_gather(pre_BH.grad / trunk.scale, self.group)
-        self.input.backward(rows.x, grad_pre_GH, sink)
+        with self.group.clock("input"):
+            self.input.backward(rows.x, grad_pre_GH, sink)
         kept = Activations(rows, sources, weight_G, grad_pre_GH)
         return StepLoss(reconstruction, penalty.detach(), kept)
 
     def replay(self, kept: Activations, sink: Sink) -> None:
         """Recompute the gradients of the item matrices for another sink, without the trunk."""
-        self._loss_and_gradients(kept.sources, kept.rows, kept.weight_G, sink)
+        with self.group.clock("output"):
+            self._loss_and_gradients(kept.sources, kept.rows, kept.weight_G, sink)
         if self.input is not None:
             assert kept.grad_pre_GH is not None
-            self.input.backward(kept.rows.x, kept.grad_pre_GH, sink)
+            with self.group.clock("input"):
+                self.input.backward(kept.rows.x, kept.grad_pre_GH, sink)
 
     def row_weights(self, rows: MicroBatch) -> Tensor:
         """1/N for a row that counts, 0 for padding and where the loss skips empty rows: (G,)."""
@@ -190,7 +195,9 @@ class PartitionedModel:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """W1 x (B, H), the sources that paths read side by side (B, X), the penalty (B,)."""
         assert self.input is not None
-        pre_BH = self.input.forward(x, self.group).requires_grad_(torch.is_grad_enabled())
+        with self.group.clock("input"):
+            pre_BH = self.input.forward(x, self.group)
+        pre_BH = pre_BH.requires_grad_(torch.is_grad_enabled())
         sources, penalty_B = trunk(pre_BH, noise_BL)
         used = [sources[i] for i in self.source_ids]
         return pre_BH, torch.cat(used, dim=1) if len(used) > 1 else used[0], penalty_B

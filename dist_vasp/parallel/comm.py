@@ -14,13 +14,14 @@ Shapes: B rows of this rank, G = P * B rows of the partition group.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dist_vasp.parallel.clock import Clock
 from dist_vasp.parallel.partition import ItemPartition, Layout
 
 _MESSAGE_BYTES = 1024
@@ -36,6 +37,7 @@ class Group:
     bytes_moved: dict[str, int] = field(default_factory=dict)  # sent by this rank
     # seconds that the host waited; on a GPU a collective only enters a queue
     seconds: dict[str, float] = field(default_factory=dict)
+    clock: Clock = field(default_factory=Clock)
 
     def count(self, collective: str, n_bytes: int, since: float) -> None:
         self.bytes_moved[collective] = self.bytes_moved.get(collective, 0) + n_bytes
@@ -60,6 +62,20 @@ class Ranks:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def clock(self) -> Clock:
+        """Return what measures the parts of a step."""
+        return self.world.clock
+
+    def timed_by(self, clock: Clock) -> Ranks:
+        """Return the same ranks and groups, measured by `clock`."""
+        return replace(
+            self,
+            world=replace(self.world, clock=clock),
+            partition_group=replace(self.partition_group, clock=clock),
+            replica_group=replace(self.replica_group, clock=clock),
+        )
 
     def bytes_moved(self) -> dict[str, int]:
         """Return the bytes that this rank has sent so far in all its groups, by collective.
@@ -125,7 +141,8 @@ class Gathering:
         """Return the tensors of all ranks, (size * B, ...), in the order of the ranks."""
         if self._work is not None:
             since = time.perf_counter()
-            self._work.wait()
+            with self._group.clock("communication"):
+                self._work.wait()
             self._work = None
             n_bytes = self._local.numel() * self._local.element_size()
             self._group.count("all_gather", (self._group.size - 1) * n_bytes, since)
@@ -137,9 +154,10 @@ def reduce_scatter(partial: Tensor, group: Group) -> Tensor:
     if group.size == 1:
         return partial
     since = time.perf_counter()
-    partial = partial.contiguous()
-    reduced = partial.new_empty((partial.shape[0] // group.size, *partial.shape[1:]))
-    dist.reduce_scatter_single(reduced, partial, group=group.handle)
+    with group.clock("communication"):
+        partial = partial.contiguous()
+        reduced = partial.new_empty((partial.shape[0] // group.size, *partial.shape[1:]))
+        dist.reduce_scatter_single(reduced, partial, group=group.handle)
     group.count(
         "reduce_scatter", (group.size - 1) * reduced.numel() * reduced.element_size(), since
     )
@@ -151,10 +169,11 @@ def all_reduce(local: Tensor, group: Group, op: str = "sum") -> Tensor:
     if group.size == 1:
         return local
     since = time.perf_counter()
-    reduced = local.clone()
-    dist.all_reduce(
-        reduced, op={"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[op], group=group.handle
-    )
+    with group.clock("communication"):
+        reduced = local.clone()
+        dist.all_reduce(
+            reduced, op={"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[op], group=group.handle
+        )
     group.count(
         "all_reduce",
         2 * (group.size - 1) * local.numel() * local.element_size() // group.size,

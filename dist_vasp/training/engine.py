@@ -292,7 +292,8 @@ class Trainer:
         if anchor is not None:
             rows = slice(first, first + len(grad))
             parameter[rows].lerp_(anchor.start[rows], self._lr * anchor.pull)
-        return self.item_optimizer.update(parameter, first, grad)
+        with self.ranks.clock("optimizer"):
+            return self.item_optimizer.update(parameter, first, grad)
 
 
 def _squared(grad: Tensor) -> Tensor:

@@ -68,7 +68,8 @@ class ZeroTrunk:
     def __call__(
         self, pre_BH: Tensor, noise_BL: Tensor | None
     ) -> tuple[tuple[Tensor, Tensor], Tensor]:
-        return self._engine(pre_BH, noise_BL)
+        with self.ranks.clock("trunk"):
+            return self._engine(pre_BH, noise_BL)
 
     @property
     def module(self) -> Trunk:
@@ -77,11 +78,13 @@ class ZeroTrunk:
 
     def backward(self, scalar: Tensor) -> None:
         """Run autograd from `scalar`; DeepSpeed averages the gradients over the world."""
-        self._engine.backward(scalar, scale_wrt_gas=False)
+        with self.ranks.clock("trunk"):
+            self._engine.backward(scalar, scale_wrt_gas=False)
 
     def step(self) -> None:
         """End a micro-batch; the last one of a step updates the parameters."""
-        self._engine.step()
+        with self.ranks.clock("optimizer"):
+            self._engine.step()
 
     def close(self) -> None:
         """Take DeepSpeed's hooks off the parameters: they hold engine, optimizer and moments."""

@@ -44,6 +44,7 @@ BASE = TABLES | {
     "dist_vasp.parallel.launched",
     "dist_vasp.parallel.link",
     "dist_vasp.parallel.local_ranks",
+    "dist_vasp.parallel.clock",
     "dist_vasp.parallel.liveness",
     "dist_vasp.parallel.secret",
     "dist_vasp.parallel.kernels",
