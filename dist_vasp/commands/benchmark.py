@@ -92,7 +92,7 @@ def _parse(argv: Sequence[str] | None) -> tuple[Config, Any]:
     config, arguments = parse(parser, argv)
     if kind_of(config.model.kind).closed_form:
         raise ValueError(
-            "model.kind is 'ease', expected a model that is trained in steps; "
+            f"model.kind is {config.model.kind!r}, expected a model that is trained in steps; "
             "python -m benchmarks.bench_ease times ease"
         )
     return config, arguments

@@ -56,8 +56,8 @@ def _parse(argv: Sequence[str] | None) -> tuple[Config, Any]:
     init_from, from_ease = arguments.init_from, config.model.init_from_ease
     if kind_of(config.model.kind).closed_form and init_from:
         raise ValueError(
-            f"--init_from is {init_from}, but model.kind ease is computed from the shards alone; "
-            "leave it out"
+            f"--init_from is {init_from}, but model.kind {config.model.kind} is computed from the "
+            "shards alone; leave it out"
         )
     if from_ease and init_from:
         raise ValueError(

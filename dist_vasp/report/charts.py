@@ -10,11 +10,12 @@ from dist_vasp.report.gather import Run
 from dist_vasp.report.svg import Bars, Drawing, Format, Line, bars, lines, percent, short, stacked
 from dist_vasp.report.view import View
 
-PATHS = (
-    ("decoder", "decoder head R d"),
-    ("latent", "latent head Q z"),
-    ("nease", "shallow path W x"),
-)
+PATHS = {
+    "decoder": "decoder head R d",
+    "latent": "latent head Q z",
+    "nease": "shallow path W x",
+}  # in this order; other paths follow under their own names
+_MOST_PATHS = 6
 
 
 @dataclass(frozen=True)
@@ -152,11 +153,15 @@ def _closed_form_across(runs: Sequence[Run], drawn: Sequence[Line]) -> list[Line
 def _paths(run: Run) -> Card | None:
     """Return the mean logit of each path with its spread over items and rows."""
     drawn = []
-    for i, (path, name) in enumerate(PATHS):
+    ending = "_logit_mean"
+    logged = {name for line in run.steps[:1] for name in line if name.endswith(ending)}
+    others = sorted(name.removesuffix(ending) for name in logged)
+    paths = dict.fromkeys([*PATHS, *others])
+    for i, path in enumerate(list(paths)[:_MOST_PATHS]):
         spread = dict(run.series(f"{path}_logit_std"))
         points = [(x, value, spread.get(x, 0.0)) for x, value in run.series(f"{path}_logit_mean")]
         if points:
-            drawn.append(Line(name, points, i + 1))
+            drawn.append(Line(PATHS.get(path, path), points, i + 1))
     drawing = lines(drawn, "epochs", short)
     if drawing is None:
         return None
