@@ -32,7 +32,7 @@ from dist_vasp.ranking.load import (
     load_model,
     open_model,
     positives_of,
-    same_on_all,
+    rule_of_rank_0,
 )
 from dist_vasp.ranking.scoring import Ensemble, Model
 
@@ -136,7 +136,7 @@ def load_ranker(folder: str | Path, checkpoint: str | None, ranks: Ranks) -> Ran
     with agreed(ranks):
         header = _header_of(folder, checkpoint)
         rule = _open_all(folder, header).positives
-    rule = same_on_all(rule, ranks)
+    rule = rule_of_rank_0(rule, ranks)
     loaded_members: list[LoadedModel] = []
     for member in header.members:
         run = folder / member.run

@@ -38,10 +38,10 @@ class LoadedModel:
 
 
 def load_model(run_dir: str | Path, name: str | None, ranks: Ranks) -> LoadedModel:
-    """The checkpoint `name` of a run, else its best by validation NDCG@100, else its newest; or the
-    model of an exported folder.
+    """Load the checkpoint `name` of a run, or the model of an exported folder.
 
-    Raises AgreedError when there is no such checkpoint or a file of it is damaged.
+    `name` None: the best checkpoint by validation NDCG@100, else the newest. AgreedError when there
+    is no such checkpoint or a file of it is damaged.
     """
     run_dir = Path(run_dir)
     opened = folders.open_together(lambda: open_model(run_dir, name), _reopen, ranks)
@@ -52,7 +52,7 @@ def load_model(run_dir: str | Path, name: str | None, ranks: Ranks) -> LoadedMod
             run_dir / ITEMS_FILE, opened.header.n_items, opened.header.vocabulary_sha256
         )
         rule = positives_of(opened)
-    rule = same_on_all(rule, ranks)
+    rule = rule_of_rank_0(rule, ranks)
     verify(opened, ranks)
     with agreed(ranks):
         check_size(opened, config)
@@ -113,7 +113,7 @@ def positives_of(opened: Checkpoint[ModelHeader]) -> PositiveRule | None:
         return None
 
 
-def same_on_all(rule: PositiveRule | None, ranks: Ranks) -> PositiveRule | None:
+def rule_of_rank_0(rule: PositiveRule | None, ranks: Ranks) -> PositiveRule | None:
     """Return the rule that rank 0 knows: the shards of a run may not be there on every host."""
     known = json.dumps(positives.for_header(rule)).encode()
     with agreed(ranks):
@@ -155,9 +155,8 @@ def check_vocabulary(loaded: LoadedModel, folder: str | Path, manifest: Manifest
 def shards_of(loaded: LoadedModel) -> tuple[str, str]:
     """Return the data folder that the model was trained on, and what to tell the user about it.
 
-    Where the folder that the configuration names is not there, the path relative to run.dir is
-    tried: a run may have been moved together with its data. ValueError where neither holds the
-    data.
+    A run may have been moved together with its data. So if the folder in the configuration does not
+    hold the data, the same path relative to run.dir is tried. ValueError where neither holds it.
     """
     header, named = loaded.checkpoint.header, loaded.config.data.shards
     run_dir = loaded.checkpoint.path.parent.parent
@@ -165,21 +164,21 @@ def shards_of(loaded: LoadedModel) -> tuple[str, str]:
         raise ValueError(
             f"{loaded.checkpoint.path} does not say which data it was trained on; pass --shards DIR"
         )
-    here = (Path(named) / MANIFEST).is_file()
+    exists = (Path(named) / MANIFEST).is_file()
     expected = header.data_sha256
-    if here and expected in ("", Manifest.load(named).data_sha256):
+    if exists and expected in ("", Manifest.load(named).data_sha256):
         return named, ""
-    beside = os.path.normpath(run_dir / (header.shards_from_run or named))
+    moved = os.path.normpath(run_dir / (header.shards_from_run or named))
     if (
         expected
-        and (Path(beside) / MANIFEST).is_file()
-        and Manifest.load(beside).data_sha256 == expected
+        and (Path(moved) / MANIFEST).is_file()
+        and Manifest.load(moved).data_sha256 == expected
     ):
         return (
-            beside,
-            f"data.shards {named} is not the data of this run here; {beside} is, and is used",
+            moved,
+            f"data.shards {named} is not the data of this run here; {moved} is, and is used",
         )
-    if here:
+    if exists:
         raise ValueError(
             f"{named} is not the data that {run_dir} was trained on any more: it was prepared "
             f"again; pass --shards {named} to use it all the same, "

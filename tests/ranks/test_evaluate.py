@@ -4,6 +4,7 @@ precision."""
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ from tests.support.ranks import run_ranks
 
 N_ITEMS = 131  # more than a list of 100, divisible by none of 2 and 3
 MODELS = [("vasp", "focal"), ("nease", "focal"), ("flvae", "multinomial")]
-ALMOST_ALL, HARDLY_ANY, NEVER_SEEN = 5, 6, 7  # places of special users among the test users
+SEEN_ALMOST_ALL, SEEN_NOTHING, SEEN_ALL = 5, 6, 7  # test users with special histories
 K = 20
 
 
@@ -50,9 +51,9 @@ def _users(n: int, seed: int) -> list[tuple[list[int], list[int]]]:
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("evaluate")
     test = _users(41, 1)
-    test[ALMOST_ALL] = (list(range(3, N_ITEMS)), [0, 2])
-    test[HARDLY_ANY] = ([], [4, 5, 6])
-    test[NEVER_SEEN] = (list(range(N_ITEMS)), [])
+    test[SEEN_ALMOST_ALL] = (list(range(3, N_ITEMS)), [0, 2])
+    test[SEEN_NOTHING] = ([], [4, 5, 6])
+    test[SEEN_ALL] = (list(range(N_ITEMS)), [])
     train = [
         [i % 40, 40 + i % 17, 90 + i % 3] for i in range(60)
     ]  # many items of equal popularity, many of none
@@ -126,10 +127,22 @@ def dense_scores(kind: str, loss: str, seen: list[list[int]]) -> np.ndarray:
 # --- models on every layout -----------------------------------------------------------------------
 
 
+class Evaluated(NamedTuple):
+    """What a rank has computed for one model."""
+
+    test: dict
+    validation: dict
+    per_user: dict
+    lists: tuple  # scores and ids of K items
+    long_lists: tuple  # of more items than there are
+    progress: list[int]
+
+
 def _evaluate(ranks, folder):
-    """For each model: metrics of both splits, per-user values, lists of the test users; and what
-    popularity gives."""
-    slices.BLOCK_COLUMNS, module.USERS_PER_BLOCK, module._SELECT_COLUMNS = 7, 8, 20
+    """Evaluate every model, and popularity, on small blocks."""
+    slices.BLOCK_COLUMNS = 7
+    module.USERS_PER_BLOCK = 8
+    module._SELECT_COLUMNS = 20
     seen, _ = histories(folder, "test")
     found = {}
     for kind, loss in MODELS:
@@ -140,7 +153,9 @@ def _evaluate(ranks, folder):
         validation = evaluate(scorer, folder, "validation", ranks)
         lists = top_items(scorer, csr(seen), K, N_ITEMS, ranks)
         long_lists = top_items(scorer, csr(seen), N_ITEMS + 9, N_ITEMS, ranks)
-        found[kind] = (test.result(), validation.result(), test.per_user(), lists, long_lists, done)
+        found[kind] = Evaluated(
+            test.result(), validation.result(), test.per_user(), lists, long_lists, done
+        )
     popularity = popularity_scorer(load_items(folder, Manifest.load(folder)), ranks)
     found["popularity"] = (
         evaluate(popularity, folder, "test", ranks).result(),
@@ -165,7 +180,7 @@ def by_layout(folder):
 
 @pytest.mark.parametrize(("kind", "loss"), MODELS)
 def test_metrics_equal_a_full_ranking_on_every_layout(folder, by_layout, kind, loss):
-    for split, place in (("test", 0), ("validation", 1)):
+    for split in ("test", "validation"):
         seen, held_out = histories(folder, split)
         expected = bounded(
             lambda seen=seen, held_out=held_out: metrics_of(
@@ -175,14 +190,15 @@ def test_metrics_equal_a_full_ranking_on_every_layout(folder, by_layout, kind, l
         assert expected.exact["n_users_unscored"] > 0
         for layout, by_rank in by_layout.items():
             for found in by_rank:
-                assert found[kind][place].keys() == expected.exact.keys()
-                for name, value in found[kind][place].items():
+                metrics = getattr(found[kind], split)
+                assert metrics.keys() == expected.exact.keys()
+                for name, value in metrics.items():
                     # a metric moves only where rounding decides the order of two items; it is a
                     # float64
                     within(value, expected, name, f"{layout} {split}", at_least=1e-12)
     _, held_out = histories(folder, "test")
     for by_rank in by_layout.values():
-        per_user, done = by_rank[0][kind][2], by_rank[0][kind][5]
+        per_user, done = by_rank[0][kind].per_user, by_rank[0][kind].progress
         assert all(
             (np.isnan(values) == [not target for target in held_out]).all()
             for values in per_user.values()
@@ -197,7 +213,8 @@ def test_lists_equal_a_full_ranking_and_do_not_depend_on_partitions(folder, by_l
     ranking = full_ranking(expected, seen)
     for by_rank in by_layout.values():
         for found in by_rank:
-            for (scores, ids), k in ((found[kind][3], K), (found[kind][4], N_ITEMS + 9)):
+            result = found[kind]
+            for (scores, ids), k in ((result.lists, K), (result.long_lists, N_ITEMS + 9)):
                 assert scores.shape == ids.shape == (len(seen), k)
                 for u, listed in enumerate(ranking):
                     n = min(k, len(listed))
@@ -208,9 +225,9 @@ def test_lists_equal_a_full_ranking_and_do_not_depend_on_partitions(folder, by_l
                     assert (ids[u, n:] == -1).all() and (scores[u, n:] == -np.inf).all()
                     assert not set(ids[u, :n].tolist()) & set(seen[u])
     assert (
-        len(ranking[ALMOST_ALL]) == 3
-        and ranking[NEVER_SEEN] == []
-        and len(ranking[HARDLY_ANY]) == N_ITEMS
+        len(ranking[SEEN_ALMOST_ALL]) == 3
+        and ranking[SEEN_ALL] == []
+        and len(ranking[SEEN_NOTHING]) == N_ITEMS
     )
 
 

@@ -29,7 +29,7 @@ N_ITEMS, N_ROWS = 23, 11
 
 
 def _statistics(ranks):
-    """What a step of NEASE and of VASP counts, and this rank's matrices."""
+    """The statistics after one step of NEASE and of VASP, after a second pass, and the matrices."""
     slices.BLOCK_COLUMNS, path_statistics.SAMPLE_EVERY = 5, 3
     torch.set_grad_enabled(False)
     x, y = random_rows(N_ROWS, N_ITEMS, 1), random_rows(N_ROWS, N_ITEMS, 2)
