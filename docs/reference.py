@@ -1,7 +1,8 @@
 """Generate reference pages from the source, which is parsed and never imported.
 
-`configuration` reads the dataclasses of dist_vasp/config.py; `python` reads the docstrings of
-dist_vasp/ranking/recommender.py. `python -m docs.reference configuration` prints a page.
+`configuration` reads the dataclasses of dist_vasp/config.py and of the kinds of model; `python`
+reads the docstrings of dist_vasp/ranking/recommender.py and lists.py.
+`python -m docs.reference configuration` prints a page.
 """
 
 from __future__ import annotations
@@ -10,9 +11,13 @@ import ast
 import inspect
 import re
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+_KINDS = sorted(
+    str(path.relative_to(ROOT)) for path in (ROOT / "dist_vasp/model/kinds").glob("[!_]*.py")
+)
 _SECTIONS = {
     "DataConfig": "data",
     "ModelConfig": "model",
@@ -31,12 +36,13 @@ _TYPES = {
 
 
 def configuration() -> str:
-    """Return a table of keys for every section, in the order of config.py."""
-    classes = {
-        node.name: node
-        for node in _tree("dist_vasp/config.py").body
-        if isinstance(node, ast.ClassDef)
-    }
+    """Return a table of keys for every section, in the order of config.py.
+
+    The kinds of model add keys to two sections: those are the fields of the base classes.
+    """
+    classes = _classes("dist_vasp/config.py")
+    for path in ("dist_vasp/model/registry.py", *_KINDS):
+        classes |= _classes(path)
     unknown = [n for n in classes if n.endswith("Config") and n not in (*_SECTIONS, "Config")]
     assert not unknown, f"docs/reference.py does not know the section of {unknown}"
     parts = []
@@ -47,11 +53,11 @@ def configuration() -> str:
             "",
             title[:1].upper() + title[1:],
             "",
-            *_table(classes[name], f"{section}."),
+            *_table(_with_bases(classes[name], classes), f"{section}."),
             "",
         ]
-    stages = _table(classes["Stage"], "")
-    alone = [row for row in _table(classes["Config"], "") if row.startswith("| `device`")]
+    stages = _table(classes["Stage"].body, "")
+    alone = [row for row in _table(classes["Config"].body, "") if row.startswith("| `device`")]
     return "\n".join(
         [
             *parts,
@@ -67,14 +73,39 @@ def configuration() -> str:
     )
 
 
-def _table(node: ast.ClassDef, prefix: str) -> list[str]:
+def _classes(path: str) -> dict[str, ast.ClassDef]:
+    return {node.name: node for node in _tree(path).body if isinstance(node, ast.ClassDef)}
+
+
+def _kind_names() -> list[str]:
+    """Return the values of `model.kind`, in the order of the registry."""
+    names = {}
+    for path in _KINDS:
+        for node in _classes(path).values():
+            for line in node.body:
+                if isinstance(line, ast.Assign) and ast.unparse(line.targets[0]) == "name":
+                    names[node.name] = ast.literal_eval(line.value)
+    registered = re.findall(r"^    (\w+)\(\),", _text_of("dist_vasp/model/registry.py"), re.M)
+    return [names[name] for name in registered]
+
+
+def _with_bases(node: ast.ClassDef, classes: dict[str, ast.ClassDef]) -> list[ast.stmt]:
+    """Return the statements of a class and of its bases, in the order of its dataclass fields."""
+    body: list[ast.stmt] = []
+    for base in reversed(node.bases):
+        body += _with_bases(classes[ast.unparse(base)], classes)
+    return body + node.body
+
+
+def _table(body: list[ast.stmt], prefix: str) -> list[str]:
     """Return Markdown rows for the fields of a dataclass; a field's docstring is below it."""
     rows = ["| key | type | default | meaning |", "|---|---|---|---|"]
-    for field, text in zip(node.body, node.body[1:], strict=False):
+    for field, text in pairwise(body):
         if not isinstance(field, ast.AnnAssign) or not isinstance(text, ast.Expr):
             continue
         assert isinstance(text.value, ast.Constant)
         kind, value = ast.unparse(field.annotation), _default(field.value)
+        kind = kind.replace("tuple(KINDS)", ", ".join(_kind_names()))
         choices = re.fullmatch(r"Literal\[(.*)\]", kind)
         words = (
             choices[1].replace("'", "")
@@ -100,9 +131,8 @@ def _default(node: ast.expr | None) -> str:
 def python() -> str:
     """Return the signatures and docstrings of Recommender and of the types that it returns."""
     parts = []
-    for node in _tree("dist_vasp/ranking/recommender.py").body:
-        if not isinstance(node, ast.ClassDef):
-            continue
+    classes = _classes("dist_vasp/ranking/recommender.py") | _classes("dist_vasp/ranking/lists.py")
+    for node in classes.values():
         parts += [f"## {node.name}", "", _text(node), ""]
         fields = [
             f
@@ -143,8 +173,12 @@ def _text(node: ast.ClassDef | ast.FunctionDef) -> str:
     return inspect.cleandoc(ast.get_docstring(node) or "")
 
 
+def _text_of(path: str) -> str:
+    return (ROOT / path).read_text()
+
+
 def _tree(path: str) -> ast.Module:
-    return ast.parse((ROOT / path).read_text())
+    return ast.parse(_text_of(path))
 
 
 if __name__ == "__main__":
