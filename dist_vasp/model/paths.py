@@ -189,12 +189,17 @@ class ItemMatrix(Path):
         self.name, self.part_of, self.offset, self.training = name, part_of, offset, training
         self.n_items = storage.n_items
         self.blocks = storage.columns(f"output.{name}.weight")
-        self._starts = storage.columns(f"output.{name}.weight.start") if training.decay else []
+        self._storage = storage
+        self._starts: list[ItemSlice] | None = None
 
     def slices(self) -> list[ItemSlice]:
         return list(self.blocks)
 
     def start_slices(self) -> list[ItemSlice]:
+        """Storage for the start of W, made when a trainer asks for it: no reader needs one."""
+        if self._starts is None:
+            start = f"output.{self.name}.weight.start"
+            self._starts = self._storage.columns(start) if self.training.decay else []
         return list(self._starts)
 
     def columns(self) -> list[Tensor]:
