@@ -312,8 +312,9 @@ def test_an_ensemble_shows_its_members_and_says_what_is_not_known(run, shards, t
         ["--members", str(run), str(flvae), "--weights", "1", "2.5", "--output", str(folder)]
     )
     page = tmp_path / "page.html"
-    main([str(folder), "--users", "0", "--out", str(page)])
+    main([str(folder), "--out", str(page)])
     text = Tags(page.read_text()).text
+    assert "Where the lists go" in text and "User " in text
     assert "2 models as one ensemble" in text and "No evaluation of the ensemble itself" in text
     assert "Members" in text and "2.5" in text and text.count("0.4000") >= 8
 
