@@ -410,9 +410,10 @@ def start(tmp_path: Path, output: Path, *more: str) -> subprocess.Popen[str]:
     return subprocess.Popen([*command, *more], env=environment(), cwd=ROOT, **streams)
 
 
-def finish(tmp_path: Path, output: Path) -> tuple[int, str, str]:
+def finish(tmp_path: Path, output: Path, *more: str) -> tuple[int, str, str]:
     """(exit status, stdout, stderr) of compare.py."""
-    done = run_script("compare", "--config", tmp_path / "compare.yaml", "--output", output)
+    arguments = ["--config", tmp_path / "compare.yaml", "--output", output, *more]
+    done = run_script("compare", *arguments)
     return done.returncode, done.stdout, done.stderr
 
 
