@@ -16,8 +16,8 @@ from statistics import median
 
 import torch
 
-from dist_vasp import config as configs
-from dist_vasp.config import Config
+from dist_vasp.config import command_line as configs
+from dist_vasp.config.schema import Config
 from dist_vasp.data.rows import Rows
 from dist_vasp.data.stream import Batch, StreamOptions, TrainStream
 from dist_vasp.model.build import make_trunk

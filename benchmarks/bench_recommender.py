@@ -27,7 +27,7 @@ import torch
 
 from data_tools.synthesize import blocks
 from dist_vasp import Recommender
-from dist_vasp.config import Config, ModelConfig
+from dist_vasp.config.schema import Config, ModelConfig
 from dist_vasp.model.build import make_trunk
 from dist_vasp.model.slices import ItemSlice
 from dist_vasp.ranking import recommender as module

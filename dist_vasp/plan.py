@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dist_vasp.config import Config
+from dist_vasp.config.schema import Config
 from dist_vasp.model.build import measure_size
 from dist_vasp.model.registry import kind_of
 from dist_vasp.model.slices import BLOCK_COLUMNS, GPU_BLOCK_COLUMNS, GRADIENT_ROWS

@@ -1,7 +1,7 @@
 """Generate reference pages from the source, which is parsed and never imported.
 
-`configuration` reads the dataclasses of dist_vasp/config.py and of the kinds of model; `python`
-reads the docstrings of dist_vasp/ranking/recommender.py and lists.py.
+`configuration` reads the dataclasses of dist_vasp/config/schema.py and of the kinds of model;
+`python` reads the docstrings of dist_vasp/ranking/recommender.py and lists.py.
 `python -m docs.reference configuration` prints a page.
 """
 
@@ -11,13 +11,9 @@ import ast
 import inspect
 import re
 import sys
-from itertools import pairwise
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-_KINDS = sorted(
-    str(path.relative_to(ROOT)) for path in (ROOT / "dist_vasp/model/kinds").glob("[!_]*.py")
-)
 _SECTIONS = {
     "DataConfig": "data",
     "ModelConfig": "model",
@@ -36,13 +32,8 @@ _TYPES = {
 
 
 def configuration() -> str:
-    """Return a table of keys for every section, in the order of config.py.
-
-    The kinds of model add keys to two sections: those are the fields of the base classes.
-    """
-    classes = _classes("dist_vasp/config.py")
-    for path in ("dist_vasp/model/registry.py", *_KINDS):
-        classes |= _classes(path)
+    """Return a table of keys for every section, in the order of the configuration."""
+    classes = _classes()
     unknown = [n for n in classes if n.endswith("Config") and n not in (*_SECTIONS, "Config")]
     assert not unknown, f"docs/reference.py does not know the section of {unknown}"
     parts = []
@@ -53,11 +44,11 @@ def configuration() -> str:
             "",
             title[:1].upper() + title[1:],
             "",
-            *_table(_with_bases(classes[name], classes), f"{section}."),
+            *_table(_fields(classes, name), f"{section}."),
             "",
         ]
-    stages = _table(classes["Stage"].body, "")
-    alone = [row for row in _table(classes["Config"].body, "") if row.startswith("| `device`")]
+    stages = _table(_fields(classes, "Stage"), "")
+    alone = [row for row in _table(_fields(classes, "Config"), "") if row.startswith("| `device`")]
     return "\n".join(
         [
             *parts,
@@ -73,42 +64,48 @@ def configuration() -> str:
     )
 
 
-def _classes(path: str) -> dict[str, ast.ClassDef]:
-    return {node.name: node for node in _tree(path).body if isinstance(node, ast.ClassDef)}
+def _classes() -> dict[str, ast.ClassDef]:
+    """Return the classes of the configuration, by name: shared ones and those of the kinds."""
+    kinds = sorted((ROOT / "dist_vasp" / "model" / "kinds").glob("*.py"))
+    paths = ["dist_vasp/config/schema.py", "dist_vasp/model/registry.py"]
+    paths += [str(path.relative_to(ROOT)) for path in kinds]
+    nodes = [node for path in paths for node in _tree(path).body]
+    return {node.name: node for node in nodes if isinstance(node, ast.ClassDef)}
 
 
-def _kind_names() -> list[str]:
-    """Return the values of `model.kind`, in the order of the registry."""
-    names = {}
-    for path in _KINDS:
-        for node in _classes(path).values():
-            for line in node.body:
-                if isinstance(line, ast.Assign) and ast.unparse(line.targets[0]) == "name":
-                    names[node.name] = ast.literal_eval(line.value)
-    registered = re.findall(r"^    (\w+)\(\),", _text_of("dist_vasp/model/registry.py"), re.M)
-    return [names[name] for name in registered]
-
-
-def _with_bases(node: ast.ClassDef, classes: dict[str, ast.ClassDef]) -> list[ast.stmt]:
-    """Return the statements of a class and of its bases, in the order of its dataclass fields."""
-    body: list[ast.stmt] = []
+def _fields(classes: dict[str, ast.ClassDef], name: str) -> list[tuple[ast.AnnAssign, ast.Expr]]:
+    """Return the fields of a dataclass with their docstrings, those of its bases first."""
+    node, fields = classes[name], []
     for base in reversed(node.bases):
-        body += _with_bases(classes[ast.unparse(base)], classes)
-    return body + node.body
+        fields += _fields(classes, ast.unparse(base))
+    for field, text in zip(node.body, node.body[1:], strict=False):
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
+            fields.append((field, text))
+    return fields
 
 
-def _table(body: list[ast.stmt], prefix: str) -> list[str]:
-    """Return Markdown rows for the fields of a dataclass; a field's docstring is below it."""
+def _names_of_kinds() -> str:
+    """Return the values of model.kind, in the order of the registry."""
+    registry, classes = _tree("dist_vasp/model/registry.py"), _classes()
+    (kinds,) = [n.value for n in registry.body if isinstance(n, ast.AnnAssign) and n.value]
+    assert isinstance(kinds, ast.Tuple)
+    made = [ast.unparse(kind).removesuffix("()") for kind in kinds.elts]
+    assigned = [n for kind in made for n in classes[kind].body if isinstance(n, ast.Assign)]
+    named = [n.value for n in assigned if ast.unparse(n.targets[0]) == "name"]
+    return ", ".join(ast.unparse(value).strip("'") for value in named)
+
+
+def _table(fields: list[tuple[ast.AnnAssign, ast.Expr]], prefix: str) -> list[str]:
+    """Return Markdown rows for the fields of a dataclass."""
     rows = ["| key | type | default | meaning |", "|---|---|---|---|"]
-    for field, text in pairwise(body):
-        if not isinstance(field, ast.AnnAssign) or not isinstance(text, ast.Expr):
-            continue
+    for field, text in fields:
         assert isinstance(text.value, ast.Constant)
         kind, value = ast.unparse(field.annotation), _default(field.value)
-        kind = kind.replace("tuple(KINDS)", ", ".join(_kind_names()))
         choices = re.fullmatch(r"Literal\[(.*)\]", kind)
         words = (
-            choices[1].replace("'", "")
+            _names_of_kinds()
+            if kind == "Literal[tuple(KINDS)]"
+            else choices[1].replace("'", "")
             if choices
             else _TYPES.get(kind, "list of {epochs, lr}" if "Stage" in kind else kind)
         )
@@ -131,8 +128,11 @@ def _default(node: ast.expr | None) -> str:
 def python() -> str:
     """Return the signatures and docstrings of Recommender and of the types that it returns."""
     parts = []
-    classes = _classes("dist_vasp/ranking/recommender.py") | _classes("dist_vasp/ranking/lists.py")
-    for node in classes.values():
+    files = ("recommender", "lists")
+    nodes = [node for file in files for node in _tree(f"dist_vasp/ranking/{file}.py").body]
+    for node in nodes:
+        if not isinstance(node, ast.ClassDef):
+            continue
         parts += [f"## {node.name}", "", _text(node), ""]
         fields = [
             f
@@ -173,12 +173,8 @@ def _text(node: ast.ClassDef | ast.FunctionDef) -> str:
     return inspect.cleandoc(ast.get_docstring(node) or "")
 
 
-def _text_of(path: str) -> str:
-    return (ROOT / path).read_text()
-
-
 def _tree(path: str) -> ast.Module:
-    return ast.parse(_text_of(path))
+    return ast.parse((ROOT / path).read_text())
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ class ModelHeader(JsonHeader):
     n_items: int
     vocabulary_sha256: str
     config: dict[str, Any]
-    """The configuration as it was written; `dist_vasp.config.from_dict` reads it."""
+    """The configuration as it was written; `dist_vasp.config.command_line.from_dict` reads it."""
     positives: PositiveRule | None = None
     """The rule that made the positives of the training data; None where it is not known."""
     files: dict[str, str] = field(default_factory=dict)

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from dist_vasp.bounded_json import read_json
-from dist_vasp.config import Config, make_parser, parse
+from dist_vasp.config.command_line import make_parser, parse
+from dist_vasp.config.schema import Config
 from dist_vasp.data.manifest import Manifest
 from dist_vasp.files import parents, replace_text, replacing_all, sole_writer
 from dist_vasp.measure.scaling import Job, Machine, plot, summarise, table

@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from dist_vasp.config import Config, make_parser, parse
+from dist_vasp.config.command_line import make_parser, parse
+from dist_vasp.config.schema import Config
 from dist_vasp.doctor.findings import Finding, error, table
 from dist_vasp.doctor.job import check_job
 from dist_vasp.doctor.machine import check_machine

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from dist_vasp.bounded_json import read_json
-from dist_vasp.config import Config, make_parser, parse
+from dist_vasp.config.command_line import make_parser, parse
+from dist_vasp.config.schema import Config
 from dist_vasp.data.manifest import MANIFEST, Manifest
 from dist_vasp.files import new_file
 from dist_vasp.model.registry import kind_of

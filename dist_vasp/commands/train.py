@@ -6,7 +6,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from dist_vasp.config import Config, make_parser, parse
+from dist_vasp.config.command_line import make_parser, parse
+from dist_vasp.config.schema import Config
 from dist_vasp.model.registry import kind_of
 from dist_vasp.parallel.start import init_ranks
 from dist_vasp.ranking.metrics import summary

@@ -6,7 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dist_vasp.config import Config, from_dict
+from dist_vasp.config.command_line import from_dict
+from dist_vasp.config.schema import Config
 from dist_vasp.model.registry import kind_of
 
 

@@ -27,7 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from dist_vasp.compare.config import Comparison, Model
-from dist_vasp.config import from_dict, read_yaml
+from dist_vasp.config.command_line import from_dict
+from dist_vasp.config.yaml_file import read_yaml
 from dist_vasp.model.registry import kind_of
 
 BASELINES = ("popularity",)

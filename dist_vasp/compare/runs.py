@@ -29,7 +29,8 @@ from dist_vasp.bounded_json import read_json
 from dist_vasp.checkpoint import folder as folders
 from dist_vasp.compare.config import Comparison, Run
 from dist_vasp.compare.jobs import Ended, Jobs, Stopped
-from dist_vasp.config import from_dict, read_yaml
+from dist_vasp.config.command_line import from_dict
+from dist_vasp.config.yaml_file import read_yaml
 from dist_vasp.data.manifest import SPLITS, Manifest
 from dist_vasp.files import replace_text
 

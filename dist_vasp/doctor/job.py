@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from dist_vasp.checkpoint import folder as folders
-from dist_vasp.config import Config
+from dist_vasp.config.schema import Config
 from dist_vasp.data.items import load_items
 from dist_vasp.data.manifest import SPLITS, Manifest
 from dist_vasp.data.shard import read_shard

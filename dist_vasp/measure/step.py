@@ -17,7 +17,7 @@ from statistics import median
 
 import torch
 
-from dist_vasp.config import Config
+from dist_vasp.config.schema import Config
 from dist_vasp.parallel.clock import Clock
 from dist_vasp.parallel.comm import Ranks
 from dist_vasp.training.engine import Trainer

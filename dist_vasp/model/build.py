@@ -21,7 +21,7 @@ from dist_vasp.parallel.kernels import Fuse, plain
 from dist_vasp.parallel.partition import ItemPartition
 
 if TYPE_CHECKING:
-    from dist_vasp.config import Config, ModelConfig
+    from dist_vasp.config.schema import Config, ModelConfig
 
 
 def build_model(

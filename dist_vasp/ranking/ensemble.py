@@ -21,7 +21,7 @@ from typing import Any, Self
 from dist_vasp.checkpoint.header import ModelHeader
 from dist_vasp.checkpoint.json_header import JsonHeader, header_sha256, is_count, read_header
 from dist_vasp.checkpoint.read import Checkpoint
-from dist_vasp.config import Config
+from dist_vasp.config.schema import Config
 from dist_vasp.data.items import ItemTable
 from dist_vasp.data.positives import PositiveRule
 from dist_vasp.parallel.agree import agreed

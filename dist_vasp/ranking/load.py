@@ -11,7 +11,8 @@ from dist_vasp.checkpoint import folder as folders
 from dist_vasp.checkpoint.header import Header, ModelHeader
 from dist_vasp.checkpoint.read import Checkpoint, open_checkpoint, verify
 from dist_vasp.checkpoint.weights import fill_module, load_weights, shapes_of
-from dist_vasp.config import Config, from_dict
+from dist_vasp.config.command_line import from_dict
+from dist_vasp.config.schema import Config
 from dist_vasp.data import positives
 from dist_vasp.data.items import ItemTable, read_items_file
 from dist_vasp.data.manifest import ITEMS_FILE, MANIFEST, Manifest

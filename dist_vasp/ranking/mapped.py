@@ -22,7 +22,7 @@ from torch import Tensor
 
 from dist_vasp.checkpoint.header import TRUNK, ModelHeader, items_file
 from dist_vasp.checkpoint.read import Checkpoint, parse_piece, readable
-from dist_vasp.config import Config
+from dist_vasp.config.schema import Config
 from dist_vasp.model.build import build_model, make_trunk
 from dist_vasp.model.slices import BLOCK_COLUMNS, ItemSlice, Range
 from dist_vasp.model.trunk import Trunk

@@ -18,7 +18,7 @@ from dist_vasp.checkpoint.header import ModelHeader
 from dist_vasp.checkpoint.read import Checkpoint
 from dist_vasp.checkpoint.read import verify as verify_files
 from dist_vasp.checkpoint.weights import check_numbers
-from dist_vasp.config import from_dict
+from dist_vasp.config.command_line import from_dict
 from dist_vasp.data.items import ItemTable, read_items_file
 from dist_vasp.data.manifest import ITEMS_FILE
 from dist_vasp.data.positives import PositiveRule

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_vasp.bounded_json import parse_json, read_json
-from dist_vasp.config import read_yaml
+from dist_vasp.config.yaml_file import read_yaml
 
 _LARGEST = 1e18  # of a number that is drawn
 _LONGEST, _DEEPEST, _MOST_VALUES = 2000, 8, 50_000  # of a text, of the nesting, of a file's values

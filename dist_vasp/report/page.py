@@ -15,7 +15,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from dist_vasp.config import Config
+from dist_vasp.config.schema import Config
 from dist_vasp.recognise import begins_with
 from dist_vasp.report import charts, words
 from dist_vasp.report.gather import Run

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import psutil
 
-from dist_vasp.config import Config
+from dist_vasp.config.schema import Config
 from dist_vasp.data.manifest import SPLITS, Manifest
 from dist_vasp.data.shard import read_shard
 from dist_vasp.model.build import measure_size

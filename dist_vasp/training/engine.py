@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dist_vasp.config import Config
+from dist_vasp.config.schema import Config
 from dist_vasp.data.stream import Batch
 from dist_vasp.model.build import make_trunk, measure_size, new_model
 from dist_vasp.model.partitioned import MicroBatch, StepLoss, TrunkCall

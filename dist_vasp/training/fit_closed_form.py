@@ -19,7 +19,7 @@ from dist_vasp.checkpoint import folder as folders
 from dist_vasp.checkpoint.header import Header, Position
 from dist_vasp.checkpoint.read import open_checkpoint
 from dist_vasp.checkpoint.write import save
-from dist_vasp.config import Config
+from dist_vasp.config.schema import Config
 from dist_vasp.data.manifest import Manifest
 from dist_vasp.model.build import new_model
 from dist_vasp.model.ease import SWEEP_COLUMNS

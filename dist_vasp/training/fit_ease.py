@@ -18,7 +18,8 @@ from torch import Tensor
 from dist_vasp.checkpoint import folder as folders
 from dist_vasp.checkpoint.read import open_checkpoint, verify
 from dist_vasp.checkpoint.weights import load_weights
-from dist_vasp.config import Config, from_dict
+from dist_vasp.config.command_line import from_dict
+from dist_vasp.config.schema import Config
 from dist_vasp.data.manifest import Manifest
 from dist_vasp.data.rows import Rows, concatenate_rows
 from dist_vasp.data.shard import read_shard

@@ -15,7 +15,7 @@ from dataclasses import replace
 
 from dist_vasp.checkpoint import folder as folders
 from dist_vasp.checkpoint.read import header_of
-from dist_vasp.config import Config
+from dist_vasp.config.schema import Config
 from dist_vasp.data.stream import Batch, StreamOptions, TrainStream
 from dist_vasp.data.workers import ReadAhead
 from dist_vasp.model.build import measure_size

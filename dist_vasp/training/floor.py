@@ -13,7 +13,7 @@ from statistics import median
 
 import torch
 
-from dist_vasp.config import Config
+from dist_vasp.config.schema import Config
 from dist_vasp.model.build import measure_size
 from dist_vasp.model.sparse import sum_rows
 from dist_vasp.plan import FLOAT, Rates

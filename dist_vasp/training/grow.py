@@ -17,7 +17,8 @@ from dist_vasp.checkpoint import folder as folders
 from dist_vasp.checkpoint.header import Header
 from dist_vasp.checkpoint.read import Checkpoint, open_checkpoint, verify
 from dist_vasp.checkpoint.weights import load_weights
-from dist_vasp.config import ModelConfig, from_dict
+from dist_vasp.config.command_line import from_dict
+from dist_vasp.config.schema import ModelConfig
 from dist_vasp.data.items import load_items, read_items_file
 from dist_vasp.data.manifest import ITEMS_FILE, Manifest
 from dist_vasp.parallel.agree import agreed

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dist_vasp.config import Config
+from dist_vasp.config.schema import Config
 from dist_vasp.data.hashing import hash64
 from dist_vasp.data.stream import Batch
 from dist_vasp.model.partitioned import MicroBatch

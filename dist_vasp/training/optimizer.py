@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dist_vasp.config import OptimizerConfig
+from dist_vasp.config.schema import OptimizerConfig
 from dist_vasp.parallel.kernels import Fuse, plain
 
 CPU_CHUNK = (

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dist_vasp.checkpoint import folder as folders
-from dist_vasp.config import Config
+from dist_vasp.config.schema import Config
 from dist_vasp.data.manifest import Manifest
 from dist_vasp.parallel.agree import agreed, any_rank
 from dist_vasp.parallel.comm import Ranks

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from dist_vasp.bounded_json import parse_json, read_json
-from dist_vasp.config import Config
+from dist_vasp.config.schema import Config
 from dist_vasp.data.hashing import sha256_of
 from dist_vasp.data.manifest import ITEMS_FILE, Manifest
 from dist_vasp.files import open_append, remove_leftovers, replace_text, replacing

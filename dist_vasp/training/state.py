@@ -15,7 +15,7 @@ from dist_vasp.checkpoint.header import BestCheckpoint, Header, Position
 from dist_vasp.checkpoint.read import Checkpoint, header_of, open_checkpoint, verify
 from dist_vasp.checkpoint.weights import load_weights
 from dist_vasp.checkpoint.write import Save
-from dist_vasp.config import Config
+from dist_vasp.config.schema import Config
 from dist_vasp.data.manifest import Manifest
 from dist_vasp.data.stream import TrainStream
 from dist_vasp.parallel.agree import agreed

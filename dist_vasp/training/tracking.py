@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dist_vasp.bounded_json import read_json
-from dist_vasp.config import Config
+from dist_vasp.config.schema import Config
 from dist_vasp.files import replace_text
 from dist_vasp.text import one_line
 

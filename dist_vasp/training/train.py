@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_vasp.checkpoint import folder as folders
-from dist_vasp.config import Config
+from dist_vasp.config.schema import Config
 from dist_vasp.model.registry import kind_of
 from dist_vasp.parallel.agree import agreed
 from dist_vasp.parallel.comm import Ranks

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dist_vasp.config import Config
+from dist_vasp.config.schema import Config
 from dist_vasp.model.trunk import Trunk
 from dist_vasp.parallel.comm import Ranks
 from dist_vasp.parallel.kernels import Fuse

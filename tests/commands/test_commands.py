@@ -18,7 +18,7 @@ import pyarrow.csv as pa_csv
 import pytest
 import yaml
 
-from dist_vasp.config import load
+from dist_vasp.config.command_line import load
 from dist_vasp.data.hashing import sha256_of
 from tests.support.invoke import fails, run_script, succeeds
 from tests.support.make_shards import write_folder

@@ -192,7 +192,7 @@ def test_every_page_is_in_the_navigation():
 
 
 def test_pages_made_from_the_code():
-    from dist_vasp.config import known_keys
+    from dist_vasp.config.parser_errors import known_keys
 
     told = set(re.findall(r"^\| `([\w.]+)` \|", reference.configuration(), re.M))
     assert set(known_keys()) <= told

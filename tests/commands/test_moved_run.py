@@ -10,7 +10,7 @@ import pytest
 
 from dist_vasp.checkpoint.header import Header, Position
 from dist_vasp.checkpoint.read import Checkpoint
-from dist_vasp.config import Config, DataConfig
+from dist_vasp.config.schema import Config, DataConfig
 from dist_vasp.data.manifest import Manifest
 from dist_vasp.ranking.load import shards_of
 from tests.support.make_shards import write_folder

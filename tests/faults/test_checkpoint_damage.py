@@ -20,7 +20,7 @@ from dist_vasp.checkpoint.json_header import header_sha256
 from dist_vasp.checkpoint.read import open_checkpoint
 from dist_vasp.checkpoint.weights import check_numbers
 from dist_vasp.checkpoint.write import save
-from dist_vasp.config import Config, ModelConfig
+from dist_vasp.config.schema import Config, ModelConfig
 from dist_vasp.data.hashing import keys_of_ids, sha256_of, vocabulary_sha256
 from dist_vasp.model.build import make_trunk, measure_size, new_model
 from dist_vasp.parallel.agree import AgreedError

@@ -23,7 +23,14 @@ from dist_vasp.checkpoint.header import TRUNK, BestCheckpoint, Header, Position,
 from dist_vasp.checkpoint.json_header import header_sha256
 from dist_vasp.checkpoint.read import GoneError, open_checkpoint, verify
 from dist_vasp.checkpoint.weights import load_weights
-from dist_vasp.config import Config, ModelConfig, OptimizerConfig, ParallelConfig, RunConfig, Stage
+from dist_vasp.config.schema import (
+    Config,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RunConfig,
+    Stage,
+)
 from dist_vasp.data.stream import Batch
 from dist_vasp.model import slices
 from dist_vasp.model.slices import ItemSlice

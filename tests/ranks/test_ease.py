@@ -18,7 +18,7 @@ import pytest
 import scipy.sparse
 import torch
 
-from dist_vasp.config import Config, DataConfig, ModelConfig, RunConfig
+from dist_vasp.config.schema import Config, DataConfig, ModelConfig, RunConfig
 from dist_vasp.data.manifest import Manifest
 from dist_vasp.data.rows import concatenate_rows
 from dist_vasp.model import ease

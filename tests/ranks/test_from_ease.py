@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from dist_vasp.config import Config, ModelConfig, from_dict
+from dist_vasp.config.command_line import from_dict
+from dist_vasp.config.schema import Config, ModelConfig
 from dist_vasp.model.ease import scale_diagonal
 from dist_vasp.ranking.load import load_model
 from tests.faults.test_faults import tensors

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from dist_vasp.config import (
+from dist_vasp.config.schema import (
     Config,
     DataConfig,
     ModelConfig,

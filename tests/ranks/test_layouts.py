@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from dist_vasp.config import (
+from dist_vasp.config.checks import check
+from dist_vasp.config.command_line import from_dict
+from dist_vasp.config.schema import (
     Config,
     DataConfig,
     ModelConfig,
@@ -18,8 +20,6 @@ from dist_vasp.config import (
     ParallelConfig,
     RunConfig,
     Stage,
-    check,
-    from_dict,
 )
 from dist_vasp.parallel.comm import Ranks, form_groups
 from dist_vasp.parallel.partition import Layout

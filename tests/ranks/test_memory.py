@@ -13,7 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dist_vasp.config import (
+from dist_vasp.config.schema import (
     Config,
     DataConfig,
     ModelConfig,

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from dist_vasp.config import OptimizerConfig
+from dist_vasp.config.schema import OptimizerConfig
 from dist_vasp.model import slices
 from dist_vasp.model.build import make_trunk
 from dist_vasp.model.partitioned import MicroBatch

@@ -105,7 +105,8 @@ def import_everything() -> dict[str, Callable[[], int]]:
     import launch.recommend
     import launch.train
     from dist_vasp.commands.ending import run
-    from dist_vasp.config import Config, from_dict
+    from dist_vasp.config.command_line import from_dict
+    from dist_vasp.config.schema import Config
 
     torch.set_num_threads(1)
     from_dict(asdict(Config()))  # reads sources and fills caches

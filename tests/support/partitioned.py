@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import torch
 
-from dist_vasp.config import Config, LossConfig, ModelConfig
+from dist_vasp.config.schema import Config, LossConfig, ModelConfig
 from dist_vasp.data.rows import Rows
 from dist_vasp.model.build import new_model
 from dist_vasp.model.partitioned import PartitionedModel

@@ -15,7 +15,7 @@ import torch
 from dist_vasp.checkpoint import folder as folders
 from dist_vasp.checkpoint.header import TRUNK, Header, Position, items_file
 from dist_vasp.checkpoint.json_header import write_header
-from dist_vasp.config import Config, LossConfig, ModelConfig, ParallelConfig
+from dist_vasp.config.schema import Config, LossConfig, ModelConfig, ParallelConfig
 from dist_vasp.data.hashing import keys_of_ids, vocabulary_sha256
 from dist_vasp.data.manifest import ITEMS_FILE
 from dist_vasp.data.positives import PositiveRule

@@ -14,7 +14,9 @@ from dist_vasp.bounded_json import DEEPEST, LARGEST, parse_json, read_json
 from dist_vasp.checkpoint.header import Header
 from dist_vasp.checkpoint.json_header import header_sha256
 from dist_vasp.checkpoint.read import open_checkpoint
-from dist_vasp.config import LARGEST_YAML, Config, from_dict, load, read_yaml
+from dist_vasp.config.command_line import from_dict, load
+from dist_vasp.config.schema import Config
+from dist_vasp.config.yaml_file import LARGEST_YAML, read_yaml
 from dist_vasp.data.manifest import Manifest
 from dist_vasp.ranking.ensemble import MOST_MEMBERS, read_ensemble
 from dist_vasp.tensor_file import MOST_TENSORS, map_tensors, write_safetensors
@@ -215,7 +217,7 @@ def test_files_of_a_checkpoint(tmp_path):
 def test_blocks_of_columns_fit_a_file():
     from types import SimpleNamespace
 
-    from dist_vasp.config import ParallelConfig
+    from dist_vasp.config.schema import ParallelConfig
     from dist_vasp.training.checks import check_memory
 
     ranks = SimpleNamespace(device=torch.device("cuda"), layout=SimpleNamespace(partitions=2))

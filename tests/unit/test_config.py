@@ -14,17 +14,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dist_vasp.config import (
-    Config,
-    ModelConfig,
-    OptimizerConfig,
-    Stage,
-    from_dict,
-    known_keys,
-    load,
-    make_parser,
-    parse,
-)
+from dist_vasp.config.command_line import from_dict, load, make_parser, parse
+from dist_vasp.config.parser_errors import known_keys
+from dist_vasp.config.schema import Config, ModelConfig, OptimizerConfig, Stage
 from tests.support.paths import ROOT
 
 
@@ -311,7 +303,7 @@ def test_unknown_key(tmp_path, key, value, meant):
         ("optimizer.schedule", "5", "list"),
         ("optimizer.schedule", "[{epochs: many, lr: 0.1}]", "a whole number"),
         ("optimizer.schedule", "[{epochs: 3}]", "lr"),
-        ("model.kind", "vase", "'vasp', 'flvae', 'nease'"),
+        ("model.kind", "vase", "'vasp', 'wide_deep', 'flvae'"),
         ("optimizer.name", "sgd", "'nadam', 'adam', 'adamw'"),
         ("loss.kind", "hinge", "'focal', 'cosine', 'mse', 'bce', 'multinomial'"),
         ("parallel.trunk_dtype", "fp8", "'fp32', 'bf16'"),

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from dist_vasp.config import Config, LossConfig, ModelConfig, OptimizerConfig, check
+from dist_vasp.config.checks import check
+from dist_vasp.config.schema import Config, LossConfig, ModelConfig, OptimizerConfig
 from dist_vasp.model.build import make_trunk, measure_size
 from dist_vasp.model.registry import KINDS, kind_of
 from tests.support.paths import ROOT

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dist_vasp.config import (
+from dist_vasp.config.schema import (
     Config,
     DataConfig,
     ModelConfig,

@@ -19,7 +19,7 @@ from dist_vasp.model.slices import Storage
 from dist_vasp.require import require, require_finite
 
 if TYPE_CHECKING:
-    from dist_vasp.config import Config
+    from dist_vasp.config.schema import Config
 
 
 @dataclass(frozen=True)

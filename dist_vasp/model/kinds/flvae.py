@@ -26,7 +26,7 @@ from dist_vasp.model.trunk import Trunk
 from dist_vasp.require import require
 
 if TYPE_CHECKING:
-    from dist_vasp.config import Config, ModelConfig
+    from dist_vasp.config.schema import Config, ModelConfig
 
 D, Z = 0, 1  # the trunk's outputs
 MOST_LAYERS = 1000

@@ -20,7 +20,7 @@ from dist_vasp.model.slices import Storage
 from dist_vasp.require import require, require_finite
 
 if TYPE_CHECKING:
-    from dist_vasp.config import Config
+    from dist_vasp.config.schema import Config
 
 START = "model.init_from_ease"
 CLOSED_FORM = "closed_form"  # the value of model.init_from_ease that names no run

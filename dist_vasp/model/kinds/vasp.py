@@ -22,7 +22,7 @@ from dist_vasp.model.slices import Storage
 from dist_vasp.model.trunk import Trunk
 
 if TYPE_CHECKING:
-    from dist_vasp.config import Config, ModelConfig
+    from dist_vasp.config.schema import Config, ModelConfig
 
 
 class Vasp(Kind):

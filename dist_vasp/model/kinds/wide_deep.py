@@ -17,7 +17,7 @@ from dist_vasp.model.partitioned import Parts
 from dist_vasp.model.slices import Storage
 
 if TYPE_CHECKING:
-    from dist_vasp.config import Config
+    from dist_vasp.config.schema import Config
 
 
 class WideDeep(Vasp):

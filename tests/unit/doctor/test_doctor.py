@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dist_vasp.config import Config, DataConfig, ModelConfig, ParallelConfig, RunConfig
+from dist_vasp.config.schema import Config, DataConfig, ModelConfig, ParallelConfig, RunConfig
 from dist_vasp.doctor import job, machine
 from dist_vasp.doctor.findings import error, ok, table, warning
 from dist_vasp.doctor.job import check_job

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dist_vasp.config import ModelConfig
+from dist_vasp.config.schema import ModelConfig
 from dist_vasp.model.build import make_trunk
 from dist_vasp.model.trunk import Trunk, kl_divergence
 

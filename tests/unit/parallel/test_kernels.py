@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from dist_vasp.config import OptimizerConfig
+from dist_vasp.config.schema import OptimizerConfig
 from dist_vasp.model.losses import make_loss
 from dist_vasp.parallel import kernels as module
 from dist_vasp.parallel.kernels import fused, kernels, plain

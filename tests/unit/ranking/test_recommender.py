@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from dist_vasp import Recommender
 from dist_vasp.checkpoint.json_header import header_sha256
-from dist_vasp.config import Config, ModelConfig
+from dist_vasp.config.schema import Config, ModelConfig
 from dist_vasp.model.build import build_model
 from dist_vasp.parallel.comm import form_groups
 from dist_vasp.parallel.partition import Layout

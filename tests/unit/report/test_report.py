@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dist_vasp.config import Config, ModelConfig, ParallelConfig
+from dist_vasp.config.schema import Config, ModelConfig, ParallelConfig
 from dist_vasp.ranking.recommender import Recommender
 from dist_vasp.report.gather import read_run, read_runs
 from dist_vasp.report.lists import decile_of, make_lists

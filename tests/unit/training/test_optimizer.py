@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dist_vasp.config import OptimizerConfig
+from dist_vasp.config.schema import OptimizerConfig
 from dist_vasp.training import optimizer as module
 from dist_vasp.training.optimizer import InPlaceAdam
 

@@ -10,7 +10,7 @@ import torch
 from dist_vasp.checkpoint import folder as folders
 from dist_vasp.checkpoint.header import Position
 from dist_vasp.checkpoint.read import open_checkpoint
-from dist_vasp.config import Config, OptimizerConfig, RunConfig, Stage
+from dist_vasp.config.schema import Config, OptimizerConfig, RunConfig, Stage
 from dist_vasp.model.slices import ItemSlice
 from dist_vasp.parallel.comm import form_groups
 from dist_vasp.parallel.partition import Layout

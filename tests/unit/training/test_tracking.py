@@ -11,7 +11,8 @@ import types
 
 import pytest
 
-from dist_vasp.config import Config, RunConfig, check
+from dist_vasp.config.checks import check
+from dist_vasp.config.schema import Config, RunConfig
 from dist_vasp.training import tracking
 from dist_vasp.training.tracking import Tracking, numbers, services
 

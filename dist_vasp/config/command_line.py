@@ -1,0 +1,126 @@
+"""A configuration from YAML and the command line, read by jsonargparse.
+
+`parse` is the one way in. It raises ValueError with a message that names the key, what was
+received, what was expected and how to fix it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
+
+from dist_vasp.config.checks import check
+from dist_vasp.config.parser_errors import readable
+from dist_vasp.config.schema import SECTIONS, Config
+from dist_vasp.config.yaml_file import read_yaml
+from dist_vasp.require import require
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+_LONGEST_WORD = 100  # of a choice or a number that is given as text
+
+
+class _ConfigFile(ActionConfigFile):
+    """`--config FILE`, looked through before it is taken."""
+
+    def __call__(
+        self, parser: Any, namespace: Any, value: Any, option_string: str | None = None
+    ) -> None:
+        try:
+            raw = read_yaml(value, "the sections of a configuration, such as configs/demo.yaml")
+            if not isinstance(raw, dict):
+                raise ValueError(
+                    f"{value} holds {raw!r:.40}, expected sections with keys, such as "
+                    "configs/demo.yaml"
+                )
+        except ValueError as error:
+            raise _FileError(str(error)) from None
+        super().__call__(parser, namespace, value, option_string)
+
+
+class _FileError(ValueError):
+    """A mistake in a configuration file that already reads well."""
+
+
+def make_parser(prog: str, description: str) -> ArgumentParser:
+    """A parser with `--config FILE` and one `--section.key` for every field of Config; add further
+    arguments to it."""
+    parser = ArgumentParser(prog=prog, description=description, exit_on_error=False)
+    parser.add_argument(
+        "--config",
+        action=_ConfigFile,
+        help="YAML file with the sections below; command-line values win over it",
+    )
+    parser.add_class_arguments(Config, None)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument(
+        "--local_rank", type=int, default=None, help="set by the deepspeed launcher; ignored"
+    )
+    return parser
+
+
+def parse(parser: ArgumentParser, argv: Sequence[str] | None = None) -> tuple[Config, Any]:
+    """(checked Config, all parsed arguments); ValueError in one readable sentence for anything that
+    does not fit."""
+    try:
+        namespace = parser.parse_args(argv)
+        _require_sections(namespace)
+        made = parser.instantiate(namespace)
+    except _FileError as error:
+        raise ValueError(str(error)) from None
+    except Exception as error:  # jsonargparse raises ArgumentError; yaml and others what they like
+        raise ValueError(readable(str(error))) from None
+    config = Config(**{f.name: getattr(made, f.name) for f in fields(Config)})
+    return check(config), namespace
+
+
+def from_dict(raw: dict[str, Any]) -> Config:
+    """The Config that `dataclasses.asdict` took apart; ValueError where it does not fit this
+    version."""
+    _refuse_text(raw)
+    parser = make_parser("config", "configuration")
+    try:
+        namespace = parser.parse_object(copy.deepcopy(raw))  # it writes into what it is given
+        _require_sections(namespace)
+        made = parser.instantiate(namespace)
+    except Exception as error:
+        raise ValueError(readable(str(error))) from None
+    return check(Config(**{f.name: getattr(made, f.name) for f in fields(Config)}))
+
+
+def _refuse_text(raw: dict[str, Any]) -> None:
+    """ValueError where text stands for a list or a table: the parser would read it as YAML, aliases
+    and all."""
+    for section in fields(Config):
+        values, maker = raw.get(section.name), section.default_factory
+        types: dict[str, Any] = (
+            {f.name: f.type for f in fields(maker)} if isinstance(maker, type) else {}
+        )  # type: ignore[arg-type]
+        for name, value in values.items() if isinstance(values, dict) else ():
+            if isinstance(value, str) and len(value) > _LONGEST_WORD and types.get(name) != "str":
+                raise ValueError(
+                    f"{section.name}.{name:.40} is a text of {len(value):,} characters, expected "
+                    f"{types.get(name)}"
+                )
+
+
+def _require_sections(namespace: Any) -> None:
+    for section in SECTIONS:
+        value = getattr(namespace, section)
+        require(
+            isinstance(value, Namespace),
+            section,
+            value,
+            "a section of keys",
+            f"write `{section}:` with its keys indented below",
+        )
+
+
+def load(path: str | Path) -> Config:
+    """The Config in a YAML file."""
+    return parse(make_parser("config", "configuration file"), ["--config", str(path)])[0]

@@ -1,0 +1,214 @@
+"""The configuration of a run: frozen dataclasses, one for each section of the YAML file.
+
+The keys of one kind of model lie in its file under model/kinds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Literal
+
+import yaml
+
+from dist_vasp.model.registry import KINDS, ModelKeys, OptimizerKeys, kind_of
+
+SECTIONS = ("data", "model", "loss", "optimizer", "parallel", "run")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stretch of the learning-rate schedule."""
+
+    epochs: int
+    """Epochs at this rate."""
+    lr: float
+    """Learning rate."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """data: what is read, and how."""
+
+    shards: str = ""
+    """Folder that `python -m data_tools.shard` wrote."""
+    batch_size: int = 1024
+    """Users per optimizer step over all ranks; with halves each user gives two rows."""
+    halves: bool | None = None
+    """Split each user's items anew every epoch into halves that predict each other; null: yes,
+    except for model.kind nease."""
+    input_dropout: float = 0.0
+    """Share of the inputs' interactions that is left out, drawn anew every epoch; targets keep all
+    of theirs."""
+    workers: int = 1
+    """Loader processes per rank that run ahead of training; 0 loads in the training process."""
+
+
+@dataclass(frozen=True)
+class ModelKind:
+    """The key of `model` that all kinds share."""
+
+    kind: Literal[tuple(KINDS)] = "vasp"  # type: ignore[valid-type]
+    """vasp multiplies flvae and nease, which also train alone; wide_deep adds their logits; ease is
+    the closed form and uses neither loss nor optimizer."""
+
+
+@dataclass(frozen=True)
+class ModelConfig(ModelKeys, ModelKind):
+    """model: its kind, and the keys of the kinds."""
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """loss: what is minimised."""
+
+    kind: Literal["focal", "cosine", "mse", "bce", "multinomial"] = "focal"
+    """focal for every model; cosine, mse, bce for nease; multinomial for flvae."""
+    alpha: float = 0.25
+    """Focal weight of the ones; the zeros weigh 1 - alpha."""
+    gamma: float = 2.0
+    """Focal exponent."""
+    kl_weight: float = 1.0
+    """Weight of the KL divergence (mean over rows and latent dimensions)."""
+
+
+@dataclass(frozen=True)
+class UpdateRule:
+    """The keys of `optimizer` that all kinds share."""
+
+    name: Literal["nadam", "adam", "adamw"] = "nadam"
+    """Update rule."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.999
+    """Decay of the second moment."""
+    eps: float = 1e-7
+    """Added to the root of the second moment."""
+    momentum_decay: float = 4e-3
+    """Nadam's momentum decay."""
+    item_state: Literal["full", "lean"] = "full"
+    """Second moments of the item matrices: one per weight, or (lean) one per row, which costs next
+    to no memory."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay; adamw only."""
+    clip_norm: float = 0.0
+    """Largest joint gradient norm of trunk and item matrices; 0 does not clip."""
+    accumulation: int = 1
+    """Micro-batches per optimizer step; changes memory, not the result."""
+    reset_on_stage: bool = False
+    """Forget the moments where the learning rate changes, as the authors' code does."""
+    schedule: list[Stage] = field(
+        default_factory=lambda: [Stage(50, 5e-5), Stage(20, 1e-5), Stage(20, 1e-6)]
+    )
+    """Stages of the learning rate; their epochs add up to the run."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig(OptimizerKeys, UpdateRule):
+    """optimizer: one update rule for the trunk and the item matrices."""
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """parallel: how ranks share the work; changes speed and memory, not the result."""
+
+    partitions: int = 0
+    """Ranks that share one copy of the item matrices; 0: all ranks of a replica."""
+    replicas: int = 1
+    """Copies of the item matrices."""
+    zero_stage: int = 1
+    """DeepSpeed ZeRO stage of the trunk, 0 to 3: what of it is partitioned over all ranks."""
+    lanes: int = 48
+    """Reading lanes: a multiple of the number of ranks, at most batch_size.
+
+    Part of the order of users: keep it when resuming.
+    """
+    block_columns: int = 0
+    """Items of a block of the output side, which is made, used and dropped before the next; 0: 256
+    on a CPU, 2048 on a GPU."""
+    compile: Literal["auto", "always", "never"] = "auto"
+    """Compile the loss and the update with torch.compile (needs g++ on a CPU); auto: where a rank
+    holds 4M item weights or more."""
+    trunk_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Precision of the trunk; bf16 at stages 1 to 3.
+
+    Item matrices, logits and losses are always fp32.
+    """
+    interface: str = ""
+    """Network interface of gloo and NCCL; empty: the loopback on one machine, else the libraries'
+    choice."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """run: where results go and how often."""
+
+    dir: str = ""
+    """Folder of the run: metrics, checkpoints, result.json.
+
+    A run that stopped goes on from here.
+    """
+    seed: int = 0
+    """Seed of initialisation, order, halves and noise."""
+    max_steps: int = 0
+    """Stop after this many optimizer steps in total; 0: the whole schedule."""
+    checkpoint_every_steps: int = 0
+    """Save every so many steps; 0: at the end of every epoch."""
+    keep: int = 2
+    """Newest checkpoints to keep, besides the best."""
+    evaluate_every_epochs: int = 1
+    """Evaluate on validation every so many epochs; 0: never."""
+    recall_denominator: Literal["min", "held_out"] = "min"
+    """Recall@k divides by min(k, held-out items), or (held_out, as in LightGCN's literature) by all
+    held-out items."""
+    wandb: str = ""
+    """Project of Weights & Biases that also gets the metrics; empty: none.
+
+    Needs the library wandb.
+    """
+    mlflow: str = ""
+    """Tracking URI of MLflow (a server, or a folder) that also gets the metrics; empty: none.
+
+    Needs the library mlflow.
+    """
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything a run needs to know."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    device: str = "auto"
+    """auto (CUDA where there is one), cuda or cpu."""
+
+    @property
+    def halves(self) -> bool:
+        default = kind_of(self.model.kind).halves
+        return default if self.data.halves is None else self.data.halves
+
+    @property
+    def epochs(self) -> int:
+        return sum(stage.epochs for stage in self.optimizer.schedule)
+
+    def lr(self, epoch: int) -> float:
+        """Learning rate of an epoch, counted from 0; beyond the schedule the last one."""
+        for stage in self.optimizer.schedule:
+            if epoch < stage.epochs:
+                return stage.lr
+            epoch -= stage.epochs
+        return self.optimizer.schedule[-1].lr
+
+    def stage(self, epoch: int) -> int:
+        """Index of the schedule's stage that `epoch` lies in."""
+        for index, stage in enumerate(self.optimizer.schedule):
+            if epoch < stage.epochs:
+                return index
+            epoch -= stage.epochs
+        return len(self.optimizer.schedule) - 1
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(asdict(self), sort_keys=False)
