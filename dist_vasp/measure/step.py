@@ -20,8 +20,8 @@ import torch
 from dist_vasp.config.schema import Config
 from dist_vasp.parallel.clock import Clock
 from dist_vasp.parallel.comm import Ranks
+from dist_vasp.training.batches import make_stream, with_next
 from dist_vasp.training.engine import Trainer
-from dist_vasp.training.fit_steps import make_stream, with_next
 from dist_vasp.training.floor import measure_rates, step_floor
 from dist_vasp.training.zero import watch_traffic
 

@@ -12,7 +12,7 @@ Shapes: U users, I items, K list length.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +21,6 @@ import pyarrow as pa
 import torch
 
 from dist_vasp.data.positives import PositiveRule
-from dist_vasp.model.paths import Path as ModelPath
 from dist_vasp.model.sparse import ItemRows
 from dist_vasp.model.trunk import Trunk
 from dist_vasp.parallel.comm import form_groups
@@ -33,7 +32,8 @@ from dist_vasp.ranking.export import export
 from dist_vasp.ranking.export_ensemble import export_ensemble
 from dist_vasp.ranking.given import GivenReader, HistoriesLike
 from dist_vasp.ranking.lists import Explanation, Id, Lists, Reason
-from dist_vasp.ranking.scoring import Ensemble, Model, common_blocks
+from dist_vasp.ranking.scoring import Ensemble, Model
+from dist_vasp.ranking.similar import similar_to
 from dist_vasp.ranking.sources import Sources, open_sources
 from dist_vasp.ranking.topk import NO_ITEM, TopK
 
@@ -163,7 +163,7 @@ class Recommender:
         self.sources.check_unchanged()
         row = self._known_item(item)
         best = TopK(k)
-        for first, scores_C in self._similar(row, by):
+        for first, scores_C in similar_to(self.sources, row, by):
             if first <= row < first + len(scores_C):
                 scores_C[row - first] = -torch.inf
             best.update(scores_C[None], first)
@@ -268,38 +268,6 @@ class Recommender:
                 "on"
             )
         return row
-
-    # --- similarity --------------------------------------------------------------------------
-
-    def _similar(self, row: int, by: str | None) -> Iterator[tuple[int, torch.Tensor]]:
-        """(first item, scores (C,)) of all items; ValueError where `by` names no path."""
-        paths = self._paths()
-        by = by or next(iter(paths), "decoder")
-        if by not in paths:
-            raise ValueError(
-                f"by is {by!r}, but a model of kind {self.sources.kind} can compare items by "
-                f"{' or '.join(paths) or 'no path'}"
-            )
-        for source in self.sources.members:
-            source.model.model.storage.before_reading(torch.tensor([row]))
-        named, weights = zip(*paths[by], strict=True)
-        streams = [((lo, s[None]) for lo, s in path.similar(row)) for path in named]
-        for first, blocks in common_blocks(streams):
-            total_C = blocks[0][0] if weights[0] == 1 else blocks[0][0] * weights[0]
-            for scores_C, weight in zip(blocks[1:], weights[1:], strict=True):
-                total_C = total_C + scores_C[0] * weight
-            yield first, total_C
-
-    def _paths(self) -> dict[str, list[tuple[ModelPath, float]]]:
-        """The paths that can compare items, by name; of an ensemble only the items x items ones."""
-        if isinstance(self.model, Ensemble):
-            pairs = zip(self.model.members, self.model.weights, strict=True)
-            matrices: list[tuple[ModelPath, float]] = [
-                (matrix, weight) for member, weight in pairs for matrix in member.model.matrices
-            ]
-            return {"nease": matrices} if matrices else {}
-        model = self.model.model
-        return {path.name: [(path, 1.0)] for path in [*model.matrices, *model.heads]}
 
 
 _prepared_for_forks = False

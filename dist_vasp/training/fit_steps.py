@@ -9,93 +9,21 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import Generator, Iterable, Iterator
-from contextlib import ExitStack
 from dataclasses import replace
 
 from dist_vasp.checkpoint import folder as folders
 from dist_vasp.checkpoint.read import header_of
-from dist_vasp.config.schema import Config
-from dist_vasp.data.stream import Batch, StreamOptions, TrainStream
-from dist_vasp.data.workers import ReadAhead
-from dist_vasp.model.build import measure_size
+from dist_vasp.data.stream import Batch, TrainStream
 from dist_vasp.parallel.agree import AgreedError
-from dist_vasp.parallel.comm import Ranks, all_gather_bytes, all_gather_keys
+from dist_vasp.parallel.comm import all_gather_bytes, all_gather_keys
 from dist_vasp.progress import Progress
 from dist_vasp.ranking.evaluate import model_scorer
 from dist_vasp.ranking.metrics import summary
-from dist_vasp.training.checks import check_memory
+from dist_vasp.training.batches import Batches, with_next
 from dist_vasp.training.engine import DivergedError, StepReport, Trainer
 from dist_vasp.training.environment import Memory
-from dist_vasp.training.fit_ease import start_from_ease
-from dist_vasp.training.grow import initialise_from, open_source
 from dist_vasp.training.run import Fitted, Past, Run
-from dist_vasp.training.state import BEST_BY, RunState, Saver, resume, total_steps
-
-Batches = Generator[Batch, None, None] | ReadAhead[Batch]
-
-
-class StepSetup:
-    """Training by steps, before there are weights; see `FitSetup`."""
-
-    def __init__(self, config: Config, ranks: Ranks, init_from: str | None) -> None:
-        self.stream = make_stream(config, ranks)
-        self.manifest = self.stream.manifest
-        self.keep = config.run.keep
-        self.last = total_steps(config, self.stream.steps_per_epoch)
-        self._config = config
-        self._ranks = ranks
-        self._init_from = init_from
-
-    def check(self) -> None:
-        check_memory(self._config, self.stream.n_items, self._ranks)
-        if self._init_from:
-            open_source(self._init_from, self._config.model).close()
-
-    def describe(self) -> str:
-        config, stream, layout = self._config, self.stream, self._ranks.layout
-        model, n_items = config.model, stream.n_items
-        item_bytes = 12 if config.optimizer.item_state == "full" else 8
-        size = measure_size(config, n_items)
-        item_gb = (size.trained * item_bytes + size.frozen * 4) / 1e9
-        trunk_gb = size.trunk * 12 / 1e9
-        return (
-            f"{model.kind}, {stream.n_users:,} training users, {n_items:,} items, "
-            f"{self.last:,} steps of about {config.data.batch_size} users "
-            f"({stream.steps_per_epoch:,} an epoch)\n"
-            f"weights and moments: item matrices {item_gb:.2f} GB, "
-            f"{item_gb / layout.partitions:.2f} GB on each of {layout.partitions} partitions; "
-            f"trunk about {trunk_gb:.2f} GB over {layout.world_size} ranks"
-        )
-
-    def start(self, run: Run) -> StepFit:
-        """Build the trainer and load the newest checkpoint, if there is one."""
-        with ExitStack() as undo:
-            # The loader's workers start before there are weights for them to inherit.
-            first = folders.newest_step(run.checkpoints)
-            batches = self._batches(first)
-            undo.callback(lambda: batches.close())
-            trainer = Trainer(run.config, self.stream.n_items, run.ranks)
-            state = resume(trainer, self.stream, run.checkpoints, run.ranks)
-            if state is None:
-                state = RunState()
-                self._initialise(trainer)
-            if state.step != first:
-                # Somebody has renamed the checkpoint.
-                batches.close()
-                batches = self._batches(state.step)
-            undo.pop_all()
-            return StepFit(run, self.stream, trainer, state, batches)
-
-    def _batches(self, first: int) -> Batches:
-        return self.stream.batches(first, self.last, self._config.data.workers)
-
-    def _initialise(self, trainer: Trainer) -> None:
-        """Give a new run the weights that it starts from, where it starts from some."""
-        if self._config.model.init_from_ease:
-            start_from_ease(trainer, self.manifest)
-        if self._init_from:
-            initialise_from(trainer, self._init_from, self._config.data.shards)
+from dist_vasp.training.state import BEST_BY, RunState, Saver, total_steps
 
 
 class StepFit:
@@ -303,27 +231,3 @@ class StepFit:
         if state.best is None or metrics[BEST_BY] > state.best[BEST_BY]:
             self.state = state.with_best(metrics)
             self._saver.save_best(self.state)
-
-
-def make_stream(config: Config, ranks: Ranks) -> TrainStream:
-    """Return the part of the stream of `config` that this rank reads; ValueError where the shards
-    do not fit."""
-    data = config.data
-    options = StreamOptions(
-        data.batch_size,
-        config.parallel.lanes,
-        config.run.seed,
-        config.halves,
-        data.input_dropout,
-    )
-    return TrainStream(data.shards, options, ranks.rank, ranks.world_size)
-
-
-def with_next(batches: Iterable[Batch]) -> Iterator[tuple[Batch, Batch | None]]:
-    """Yield each batch together with the one after it, None after the last."""
-    iterator = iter(batches)
-    batch = next(iterator, None)
-    while batch is not None:
-        following = next(iterator, None)
-        yield batch, following
-        batch = following

@@ -183,8 +183,8 @@ def _config(folder: Path, stage: int, **optimizer) -> Config:
 
 
 def _trainer(ranks: Ranks, folder: Path, stage: int, **optimizer):
+    from dist_vasp.training.batches import make_stream
     from dist_vasp.training.engine import Trainer
-    from dist_vasp.training.fit_steps import make_stream
 
     config = _config(folder, stage, **optimizer)
     stream = make_stream(config, ranks)

@@ -1,0 +1,36 @@
+"""The batches of a run, as its configuration asks for them."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Iterator
+
+from dist_vasp.config.schema import Config
+from dist_vasp.data.stream import Batch, StreamOptions, TrainStream
+from dist_vasp.data.workers import ReadAhead
+from dist_vasp.parallel.comm import Ranks
+
+Batches = Generator[Batch, None, None] | ReadAhead[Batch]
+
+
+def make_stream(config: Config, ranks: Ranks) -> TrainStream:
+    """Return the part of the stream of `config` that this rank reads; ValueError where the shards
+    do not fit."""
+    data = config.data
+    options = StreamOptions(
+        data.batch_size,
+        config.parallel.lanes,
+        config.run.seed,
+        config.halves,
+        data.input_dropout,
+    )
+    return TrainStream(data.shards, options, ranks.rank, ranks.world_size)
+
+
+def with_next(batches: Iterable[Batch]) -> Iterator[tuple[Batch, Batch | None]]:
+    """Yield each batch together with the one after it, None after the last."""
+    iterator = iter(batches)
+    batch = next(iterator, None)
+    while batch is not None:
+        following = next(iterator, None)
+        yield batch, following
+        batch = following

@@ -1,0 +1,81 @@
+"""Training by steps, before there are weights: check, describe, build, resume."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+from dist_vasp.checkpoint import folder as folders
+from dist_vasp.config.schema import Config
+from dist_vasp.model.build import measure_size
+from dist_vasp.parallel.comm import Ranks
+from dist_vasp.training.batches import Batches, make_stream
+from dist_vasp.training.checks import check_memory
+from dist_vasp.training.engine import Trainer
+from dist_vasp.training.fit_ease import start_from_ease
+from dist_vasp.training.fit_steps import StepFit
+from dist_vasp.training.grow import initialise_from, open_source
+from dist_vasp.training.run import Run
+from dist_vasp.training.state import RunState, resume, total_steps
+
+
+class StepSetup:
+    """Training by steps, before there are weights; see `FitSetup`."""
+
+    def __init__(self, config: Config, ranks: Ranks, init_from: str | None) -> None:
+        self.stream = make_stream(config, ranks)
+        self.manifest = self.stream.manifest
+        self.keep = config.run.keep
+        self.last = total_steps(config, self.stream.steps_per_epoch)
+        self._config = config
+        self._ranks = ranks
+        self._init_from = init_from
+
+    def check(self) -> None:
+        check_memory(self._config, self.stream.n_items, self._ranks)
+        if self._init_from:
+            open_source(self._init_from, self._config.model).close()
+
+    def describe(self) -> str:
+        config, stream, layout = self._config, self.stream, self._ranks.layout
+        model, n_items = config.model, stream.n_items
+        item_bytes = 12 if config.optimizer.item_state == "full" else 8
+        size = measure_size(config, n_items)
+        item_gb = (size.trained * item_bytes + size.frozen * 4) / 1e9
+        trunk_gb = size.trunk * 12 / 1e9
+        return (
+            f"{model.kind}, {stream.n_users:,} training users, {n_items:,} items, "
+            f"{self.last:,} steps of about {config.data.batch_size} users "
+            f"({stream.steps_per_epoch:,} an epoch)\n"
+            f"weights and moments: item matrices {item_gb:.2f} GB, "
+            f"{item_gb / layout.partitions:.2f} GB on each of {layout.partitions} partitions; "
+            f"trunk about {trunk_gb:.2f} GB over {layout.world_size} ranks"
+        )
+
+    def start(self, run: Run) -> StepFit:
+        """Build the trainer and load the newest checkpoint, if there is one."""
+        with ExitStack() as undo:
+            # The loader's workers start before there are weights for them to inherit.
+            first = folders.newest_step(run.checkpoints)
+            batches = self._batches(first)
+            undo.callback(lambda: batches.close())
+            trainer = Trainer(run.config, self.stream.n_items, run.ranks)
+            state = resume(trainer, self.stream, run.checkpoints, run.ranks)
+            if state is None:
+                state = RunState()
+                self._initialise(trainer)
+            if state.step != first:
+                # Somebody has renamed the checkpoint.
+                batches.close()
+                batches = self._batches(state.step)
+            undo.pop_all()
+            return StepFit(run, self.stream, trainer, state, batches)
+
+    def _batches(self, first: int) -> Batches:
+        return self.stream.batches(first, self.last, self._config.data.workers)
+
+    def _initialise(self, trainer: Trainer) -> None:
+        """Give a new run the weights that it starts from, where it starts from some."""
+        if self._config.model.init_from_ease:
+            start_from_ease(trainer, self.manifest)
+        if self._init_from:
+            initialise_from(trainer, self._init_from, self._config.data.shards)
