@@ -126,14 +126,15 @@ class ForkedRank:
         self,
         command: list[str],
         env: dict[str, str],
-        stdout: BinaryIO,
-        stderr: BinaryIO,
+        stdout: BinaryIO | None,
+        stderr: BinaryIO | None,
         stdin: int,
         start_new_session: bool,
     ) -> None:
         assert stdout is stderr and stdin == subprocess.DEVNULL and start_new_session
         words = ["python", *command[command.index("-m") :]]
-        output = [os.readlink(f"/proc/self/fd/{stdout.fileno()}")] * 2
+        descriptors = [stdout.fileno()] * 2 if stdout else [1, 2]
+        output = [os.readlink(f"/proc/self/fd/{descriptor}") for descriptor in descriptors]
         self._process = rank_context().Process(
             target=_become, args=(words, os.getcwd(), env, output, 0)
         )
