@@ -20,7 +20,8 @@ import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 import pytest
 
-from dist_vasp import checkpoint, files, locks, places, recognise, temporary
+from dist_vasp import files, locks, places, recognise, temporary
+from dist_vasp.checkpoint import header
 from dist_vasp.data.manifest import ITEMS_FILE, MANIFEST, SPLITS, shard_name, users_file
 from dist_vasp.files import new_file, new_folder, open_append, replace_text, sole_writer
 from dist_vasp.ranking import export, load
@@ -84,6 +85,7 @@ def test_a_signal_at_any_moment_leaves_nothing(tmp_path, make):
 
     for moment in range(1, 200):
         counted, limit = 0, moment
+        before = sys.gettrace()  # a measurement of line coverage
         sys.settrace(trace)
         try:
             with make(tmp_path / "a"):
@@ -93,7 +95,7 @@ def test_a_signal_at_any_moment_leaves_nothing(tmp_path, make):
         else:
             break
         finally:
-            sys.settrace(None)
+            sys.settrace(before)
         left = [name for name in names(tmp_path) if name != "a"]
         assert not [name for name in left if name.endswith((".tmp", ".old"))], moment
         for path in tmp_path.iterdir():
@@ -252,9 +254,9 @@ def test_names_of_a_run_and_of_data_are_protected(tmp_path):
     (run / "tensorboard").mkdir()
     for folder, name in (
         (data, MANIFEST),
-        (exported, export.HEADER),
+        (exported, export.ExportHeader.FILE),
         (both, load.ENSEMBLE),
-        (best, checkpoint.HEADER),
+        (best, header.Header.FILE),
     ):
         folder.mkdir(exist_ok=True)
         (folder / name).touch()
@@ -264,12 +266,12 @@ def test_names_of_a_run_and_of_data_are_protected(tmp_path):
     ]
     protected += [
         run / "checkpoints" / "mine.csv",
-        best / checkpoint.TRUNK,
+        best / header.TRUNK,
         best / "mine.csv",
         run / "tensorboard" / "mine.csv",
     ]
     protected += [
-        best / checkpoint.items_file(0, 2),
+        best / header.items_file(0, 2),
         run / ITEMS_FILE,
         both / load.ENSEMBLE,
     ]
@@ -280,7 +282,8 @@ def test_names_of_a_run_and_of_data_are_protected(tmp_path):
     ]
     protected += [data / users_file(split) for split in SPLITS]
     protected += [
-        exported / name for name in (export.HEADER, ITEMS_FILE, export.PROGRAM, checkpoint.TRUNK)
+        exported / name
+        for name in (export.ExportHeader.FILE, ITEMS_FILE, export.PROGRAM, header.TRUNK)
     ]
     (tmp_path / "elsewhere").symlink_to(run)
     protected += [
