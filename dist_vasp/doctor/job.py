@@ -164,7 +164,8 @@ def _disk(config: Config, n_items: int) -> Finding:
     there = next(p for p in (folder, *folder.resolve().parents) if p.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         return error("run.dir", f"{there} cannot be written", "choose another run.dir")
-    weights = 4 * measure_size(config, n_items).parameters
+    # Without shards only the trunk counts, which one item hardly changes.
+    weights = 4 * measure_size(config, max(n_items, 1)).parameters
     moments = 0 if kind_of(config.model.kind).closed_form else 2
     needed = weights * ((1 + moments) * (config.run.keep + 1) + 2)
     free = shutil.disk_usage(there).free

@@ -621,10 +621,7 @@ def _train_save_go_on(ranks, folder):
         write.save(path, header, whole.item_pieces(True), whole.trunk_tensors(True), ranks)
         reports = [whole.step(_batch(step, ranks)) for step in (3, 4)]
 
-        resumed = Trainer(
-            replace(config, run=RunConfig(seed=6)), N_ITEMS, ranks
-        )  # another start, to be overwritten
-        resumed.config = config
+        resumed = Trainer(config, N_ITEMS, ranks)  # its start is overwritten
         opened = open_checkpoint(path)
         verify(opened, ranks)
         shapes = resumed.trunk.shapes(moments=True) if resumed.trunk else {}

@@ -208,8 +208,8 @@ class Allocations(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
-            if not isinstance(tensor, torch.Tensor):
-                continue
+            if not isinstance(tensor, torch.Tensor) or tensor.device.type == "meta":
+                continue  # a tensor on the meta device has a shape and no memory
             if func is torch.ops.aten.set_.source_Storage:
                 self._files[tensor.untyped_storage().data_ptr()] = tensor
             if tensor.untyped_storage().data_ptr() not in self._files:
