@@ -21,14 +21,14 @@ class Kind(ABC):
     losses: the values of `loss.kind` that it takes, its default first.
     halves: whether each user's items are split into halves that predict each other by default.
     closed_form: whether it is computed from the Gram matrix instead of trained in steps.
-    has_trunk: whether it has layers of widths H and L.
+    size_keys: keys of `model` that decide the shapes of its weights.
     """
 
     name: ClassVar[str]
     losses: ClassVar[tuple[str, ...]]
     halves: ClassVar[bool] = True
     closed_form: ClassVar[bool] = False
-    has_trunk: ClassVar[bool] = False
+    size_keys: ClassVar[tuple[str, ...]] = ()
 
     def check(self, config: Config) -> None:
         """Raise ValueError for keys that make no sense with this kind."""

@@ -40,7 +40,7 @@ class Run:
     def has_trunk(self) -> bool:
         """Whether the model has layers of widths H and L."""
         kind = KINDS.get(str(self.at("model", "kind")))
-        return kind is not None and kind.has_trunk
+        return kind is not None and bool(kind.size_keys)
 
     @property
     def recall_denominator(self) -> str:

@@ -10,7 +10,7 @@ the same shape (Liang et al. 2018).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 import torch
@@ -62,6 +62,9 @@ class FlvaeKeys:
             )
 
 
+SIZE_KEYS = tuple(field.name for field in fields(FlvaeKeys))
+
+
 def residual_trunk(model: ModelConfig, dtype: torch.dtype) -> Trunk:
     """Encoder, latent code and decoder."""
     return Trunk(model.hidden, model.latent, model.encoder_layers, model.decoder_layers, dtype)
@@ -78,7 +81,7 @@ def flvae_heads(model: ModelConfig, storage: Storage) -> list[DenseHead]:
 class Flvae(Kind):
     name = "flvae"
     losses = ("focal", "multinomial")
-    has_trunk = True
+    size_keys = SIZE_KEYS
 
     def check(self, config: Config) -> None:
         refuse_start(config, self.name)

@@ -14,7 +14,7 @@ import torch
 
 from dist_vasp.model.input_side import InputSide
 from dist_vasp.model.kind import Kind
-from dist_vasp.model.kinds.flvae import flvae_heads, residual_trunk
+from dist_vasp.model.kinds.flvae import SIZE_KEYS, flvae_heads, residual_trunk
 from dist_vasp.model.kinds.nease import check_start, nease_path
 from dist_vasp.model.links import Product
 from dist_vasp.model.partitioned import Parts
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 class Vasp(Kind):
     name = "vasp"
     losses = ("focal",)
-    has_trunk = True
+    size_keys = SIZE_KEYS
 
     def check(self, config: Config) -> None:
         check_start(config, may_freeze=True)
