@@ -21,10 +21,9 @@ from dist_vasp.config.command_line import from_dict
 from dist_vasp.config.schema import ModelConfig
 from dist_vasp.data.items import load_items, read_items_file
 from dist_vasp.data.manifest import ITEMS_FILE, Manifest
+from dist_vasp.model.registry import kind_of
 from dist_vasp.parallel.agree import agreed
 from dist_vasp.training.engine import Trainer
-
-_SIZES = ("kind", "hidden", "latent", "encoder_layers", "decoder_layers", "latent_head")
 
 
 def open_source(run: str, ours: ModelConfig) -> Checkpoint[Header]:
@@ -36,7 +35,7 @@ def open_source(run: str, ours: ModelConfig) -> Checkpoint[Header]:
     theirs = from_dict(opened.header.config).model
     different = [
         f"model.{k} is {getattr(ours, k)!r}, there {getattr(theirs, k)!r}"
-        for k in _SIZES
+        for k in ("kind", *kind_of(ours.kind).size_keys)
         if getattr(ours, k) != getattr(theirs, k)
     ]
     if different:

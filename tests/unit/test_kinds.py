@@ -69,7 +69,7 @@ def test_every_kind_accepts_its_losses_and_counts_its_parameters(name):
         model = ModelConfig(kind=name, hidden=8, latent=4, encoder_layers=2, decoder_layers=2)
         config = check(Config(model=model, loss=LossConfig(kind=loss)))
         size = measure_size(config, 20)
-        assert size.items > 0 and (size.trunk > 0) == kind.has_trunk == (
+        assert size.items > 0 and (size.trunk > 0) == bool(kind.size_keys) == (
             make_trunk(model) is not None
         )
 
