@@ -22,6 +22,7 @@ from dist_vasp.config.command_line import load
 from dist_vasp.data.hashing import sha256_of
 from tests.support.invoke import fails, run_script, succeeds
 from tests.support.make_shards import write_folder
+from tests.support.sizes import sizes
 
 N_ITEMS, STEPS_PER_EPOCH, STEPS = 60, 6, 9
 METRICS = [
@@ -58,16 +59,7 @@ def training(shards: Path | str, run_dir: Path | str, *more: str) -> list[str]:
     return [
         *("--data.shards", str(shards), "--run.dir", str(run_dir), "--device", "cpu"),
         *("--data.batch_size", "16", "--parallel.lanes", "4", "--run.max_steps", str(STEPS)),
-        *(
-            "--model.hidden",
-            "8",
-            "--model.latent",
-            "4",
-            "--model.encoder_layers",
-            "2",
-            "--model.decoder_layers",
-            "2",
-        ),
+        *sizes(),
         *("--optimizer.schedule", "[{epochs: 1, lr: 0.01}, {epochs: 2, lr: 0.001}]"),
         *more,
     ]

@@ -33,6 +33,7 @@ from dist_vasp.training.run_dir import RunDir
 from tests.support.jobs import Job, RunFolder, assert_same_run, environment, free_port
 from tests.support.make_shards import write_folder
 from tests.support.paths import ROOT
+from tests.support.sizes import sizes
 
 pytestmark = pytest.mark.slow
 
@@ -73,16 +74,7 @@ def training(shards: Path, run_dir: Path, *more: str) -> list[str]:
             str(STEPS),
         ),
         *("--run.checkpoint_every_steps", "4", "--optimizer.schedule", "[{epochs: 9, lr: 0.001}]"),
-        *(
-            "--model.hidden",
-            "33",
-            "--model.latent",
-            "17",
-            "--model.encoder_layers",
-            "3",
-            "--model.decoder_layers",
-            "2",
-        ),
+        *sizes(33, 17, 3, 2),
         *more,
     ]
 

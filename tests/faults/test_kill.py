@@ -33,6 +33,7 @@ from tests.support.forks import Forks
 from tests.support.invoke import Commands
 from tests.support.jobs import Job, RunFolder, assert_same_run
 from tests.support.make_shards import write_folder
+from tests.support.sizes import sizes
 
 STEPS_PER_EPOCH, BATCH, N_ITEMS = 7, 48, 211
 PER_ROUND = 2 * STEPS_PER_EPOCH  # steps that a round asks for
@@ -87,16 +88,7 @@ def training(shards: Path, run_dir: Path, max_steps: int, rate: float = RATE) ->
             "--run.max_steps",
             str(max_steps),
         ),
-        *(
-            "--model.hidden",
-            "33",
-            "--model.latent",
-            "17",
-            "--model.encoder_layers",
-            "3",
-            "--model.decoder_layers",
-            "2",
-        ),
+        *sizes(33, 17, 3, 2),
         *(
             "--run.checkpoint_every_steps",
             "5",

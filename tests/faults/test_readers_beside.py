@@ -22,6 +22,7 @@ import pytest
 from dist_vasp import Recommender
 from tests.support.invoke import Commands
 from tests.support.paths import ROOT
+from tests.support.sizes import sizes
 
 # A training whose every evaluation is the best so far: a best checkpoint a step.
 ALWAYS_BETTER = """
@@ -54,16 +55,7 @@ class Training:
     """A training beside the readers, as a process of its own."""
 
     def __init__(self, shards: Path, run: Path) -> None:
-        model = [
-            "--model.hidden",
-            "8",
-            "--model.latent",
-            "4",
-            "--model.encoder_layers",
-            "2",
-            "--model.decoder_layers",
-            "1",
-        ]
+        model = sizes(8, 4, 2, 1)
         options = [
             "--data.shards",
             str(shards),

@@ -36,6 +36,7 @@ from tests.support.jobs import RunFolder, assert_same_run
 from tests.support.make_shards import write_folder
 from tests.support.partitioned import SMALL, dense_of, gathered
 from tests.support.ranks import run_ranks
+from tests.support.sizes import sizes
 from tests.unit.ranking.test_recommend import alone
 
 W = "output.nease.weight"
@@ -266,16 +267,6 @@ def arguments(shards: Path, run_dir: Path, start: str | Path, *more: str) -> lis
         "--data.batch_size",
         "100",
     ]
-    sizes = [
-        "--model.hidden",
-        "8",
-        "--model.latent",
-        "4",
-        "--model.encoder_layers",
-        "2",
-        "--model.decoder_layers",
-        "2",
-    ]
     start_from = [
         "--model.init_from_ease",
         str(start),
@@ -284,7 +275,7 @@ def arguments(shards: Path, run_dir: Path, start: str | Path, *more: str) -> lis
         "--model.nease_offset",
         "-8",
     ]
-    return [*data, *sizes, *start_from, "--optimizer.schedule", "[{epochs: 2, lr: 0.01}]", *more]
+    return [*data, *sizes(), *start_from, "--optimizer.schedule", "[{epochs: 2, lr: 0.01}]", *more]
 
 
 CLOSED = ("--model.ease_lambda", "5", "--model.ease_dropout", "0.25", "--model.ease_dtype", "fp64")

@@ -23,6 +23,8 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
+from tests.support.sizes import sizes
+
 MEMORY = 4 << 30  # bytes of address space beyond what the imports take
 GROWTH = (
     400 << 10
@@ -53,16 +55,7 @@ def arguments(folder: Path, run_dir: Path, kind: str, steps: int, *more: str) ->
             "--model.kind",
             kind,
         ),
-        *(
-            "--model.hidden",
-            "8",
-            "--model.latent",
-            "4",
-            "--model.encoder_layers",
-            "2",
-            "--model.decoder_layers",
-            "2",
-        ),
+        *sizes(),
         *("--optimizer.schedule", "[{epochs: 3, lr: 0.01}]", *more),
     ]
 

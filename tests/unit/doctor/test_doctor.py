@@ -19,6 +19,7 @@ from dist_vasp.doctor.roundtrip import judge, measure
 from tests.support.invoke import fails, run_script
 from tests.support.make_shards import write_folder
 from tests.support.ranks import run_ranks
+from tests.support.sizes import sizes
 
 N_ITEMS = 60
 
@@ -235,13 +236,4 @@ def test_command_with_wrong_options(tmp_path):
     assert "model.hiden" in fails("doctor", "--model.hiden", "3")
 
 
-SMALL = (
-    "--model.hidden",
-    "8",
-    "--model.latent",
-    "4",
-    "--model.encoder_layers",
-    "2",
-    "--model.decoder_layers",
-    "2",
-)
+SMALL = sizes()

@@ -37,6 +37,7 @@ from tests.support.make_shards import write_folder
 from tests.support.ranks import run_ranks
 from tests.support.runs import write_run
 from tests.support.shard_folders import read_folder
+from tests.support.sizes import sizes
 
 N_ITEMS = 31
 IDS = [1000 + 3 * i for i in range(N_ITEMS)]
@@ -667,16 +668,7 @@ def test_training_keeps_the_rule_of_its_shards(tmp_path, capsys):
     )
     expected = PositiveRule("who", "what", "Stars", None, 4.0, "max", MISSING)
     assert Manifest.load(tmp_path / "shards").positives == expected
-    small = [
-        "--model.hidden",
-        "8",
-        "--model.latent",
-        "4",
-        "--model.encoder_layers",
-        "2",
-        "--model.decoder_layers",
-        "2",
-    ]
+    small = sizes()
     for kind, options in (
         (
             "vasp",
