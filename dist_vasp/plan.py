@@ -144,7 +144,6 @@ class _Step:
         start = FLOAT * self.sizes.n_items * self.J * (o.nease_decay > 0)
         held = model.trunk / self.world if p.zero_stage == 3 else model.trunk
         master = FLOAT * model.trunk / self.world * self.sharded
-        widths = (model.hidden + self.X) if model.hidden else 0
         return {
             "process": PROCESS_BASE[self.device],
             "loaders": self.config.data.workers * LOADER_BASE,
@@ -155,7 +154,7 @@ class _Step:
             "trunk buckets": FLOAT * min(model.trunk, ZERO_BUCKET) * self.sharded,
             "trunk moments": 2 * FLOAT * model.trunk / self.trunk_share,
             "trunk activations": FLOAT * self.B * model.activations,
-            "rows of the group": FLOAT * 3 * G * widths + IDS_BYTES * G * self.E,
+            "rows of the group": FLOAT * 3 * G * self.X + IDS_BYTES * G * self.E,
             "one block, or trunk gradients": max(one_block, trunk_gradients),
         }
 

@@ -149,10 +149,10 @@ def _check_model(config: Config) -> None:
     require_finite("loss.kl_weight", loss.kl_weight)
     require(0 <= loss.alpha <= 1, "loss.alpha", loss.alpha, "0 to 1", "the paper uses 0.25")
     model.check_keys()
-    config.optimizer.check_rates()
+    config.optimizer.check_keys()
     kind.check(config)
     require(
-        loss.kind in kind.losses,
+        kind.closed_form or loss.kind in kind.losses,
         "loss.kind",
         loss.kind,
         f"one of {', '.join(kind.losses)} for model.kind {kind.name}",

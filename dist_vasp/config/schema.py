@@ -10,7 +10,7 @@ from typing import Literal
 
 import yaml
 
-from dist_vasp.model.registry import KINDS, ModelKeys, OptimizerKeys, kind_of
+from dist_vasp.model.registry import KINDS, CheckedKeys, ModelKeys, OptimizerKeys, kind_of
 
 SECTIONS = ("data", "model", "loss", "optimizer", "parallel", "run")
 
@@ -53,7 +53,7 @@ class ModelKind:
 
 
 @dataclass(frozen=True)
-class ModelConfig(ModelKeys, ModelKind):
+class ModelConfig(ModelKeys, ModelKind, CheckedKeys):
     """model: its kind, and the keys of the kinds."""
 
 
@@ -62,7 +62,7 @@ class LossConfig:
     """loss: what is minimised."""
 
     kind: Literal["focal", "cosine", "mse", "bce", "multinomial"] = "focal"
-    """focal for every model; cosine, mse, bce for nease; multinomial for flvae."""
+    """focal for every model that is trained; cosine, mse, bce for nease; multinomial for flvae."""
     alpha: float = 0.25
     """Focal weight of the ones; the zeros weigh 1 - alpha."""
     gamma: float = 2.0
@@ -103,7 +103,7 @@ class UpdateRule:
 
 
 @dataclass(frozen=True)
-class OptimizerConfig(OptimizerKeys, UpdateRule):
+class OptimizerConfig(OptimizerKeys, UpdateRule, CheckedKeys):
     """optimizer: one update rule for the trunk and the item matrices."""
 
 

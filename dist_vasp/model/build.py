@@ -55,7 +55,7 @@ def make_trunk(
     return trunk
 
 
-_TOO_LARGE = 1 << 61  # numbers of a trunk whose bytes torch cannot count
+_TOO_LARGE = 1 << 61  # numbers of a model whose bytes torch cannot count
 
 
 @dataclass(frozen=True)
@@ -98,14 +98,17 @@ def measure_size(config: Config, n_items: int, partitions: int = 1) -> ModelSize
     meta, model = torch.device("meta"), config.model
     kind = kind_of(model.kind)
     part = ItemPartition(n_items, partitions, partitions - 1)
-    parts = kind.parts(config, NewStorage(part, meta, torch.float32, part.size))
+    n_trunk, activations = _trunk_size(kind, model)
+    try:
+        parts = kind.parts(config, NewStorage(part, meta, torch.float32, part.size))
+    except RuntimeError:  # torch counts bytes in 63 bits
+        return ModelSize(_TOO_LARGE, 0, n_trunk, activations, 0, (), 0, 0, 0, 0, _TOO_LARGE)
     loss = make_loss(config.loss.kind)
     widths = {path.source: path.width for path in parts.paths if isinstance(path, DenseHead)}
     matrices = [path for path in parts.paths if isinstance(path, ItemMatrix)]
     frozen = [p.tensor for path in parts.paths if not path.training.trained for p in path.slices()]
     inputs = parts.input.slices() if parts.input else []
     pieces = inputs + [piece for path in parts.paths for piece in path.slices()]
-    n_trunk, activations = _trunk_size(kind, model)
     return ModelSize(
         items=sum(piece.tensor.numel() for piece in pieces),
         frozen=0 if kind.closed_form else sum(tensor.numel() for tensor in frozen),

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class Kind(ABC):
     """One value of `model.kind`.
 
-    losses: the values of `loss.kind` that it takes, its default first.
+    losses: the values of `loss.kind` that it takes; none matters to a closed form.
     halves: whether each user's items are split into halves that predict each other by default.
     closed_form: whether it is computed from the Gram matrix instead of trained in steps.
     size_keys: keys of `model` that decide the shapes of its weights.

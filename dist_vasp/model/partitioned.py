@@ -26,7 +26,7 @@ from dist_vasp.model.links import Link, log_sum_exp
 from dist_vasp.model.losses import Loss
 from dist_vasp.model.path_statistics import PathStatistics
 from dist_vasp.model.paths import BackwardPass, DenseHead, ItemMatrix, Path
-from dist_vasp.model.slices import ItemSlice, Sink, Storage
+from dist_vasp.model.slices import ItemSlice, Sink, Storage, drop
 from dist_vasp.model.sparse import ItemRows
 from dist_vasp.parallel.comm import Group, Ranks, all_gather, reduce_scatter
 
@@ -247,8 +247,11 @@ class PartitionedModel:
             ):
                 if path.training.trained:
                     path.backward(i, grad_GC, passes[path], sink)
+                elif path.source is not None:  # its source may be trained
+                    path.backward(i, grad_GC, passes[path], Sink(drop, sink.rows))
         for path in self.in_loss:
-            path.end_backward(passes[path], sink)
+            if path.training.trained:
+                path.end_backward(passes[path], sink)
         return total, self._source_gradients(passes)
 
     def _backward_pass(self, path: Path, sources: Sources, x: ItemRows) -> BackwardPass:

@@ -22,14 +22,19 @@ KINDS = {kind.name: kind for kind in _ALL}
 
 
 @dataclass(frozen=True)
-class ModelKeys(NeaseKeys, EaseKeys, FlvaeKeys):
-    """The keys of `model` that the kinds add."""
+class CheckedKeys:
+    """Keys that the kinds add to a section; each kind's class checks its own."""
 
     def check_keys(self) -> None:
         """Raise ValueError for values that no kind can use."""
-        self.check_flvae()
-        self.check_ease()
-        self.check_nease()
+        for keys in type(self).__mro__:
+            if "check" in vars(keys):
+                vars(keys)["check"](self)
+
+
+@dataclass(frozen=True)
+class ModelKeys(NeaseKeys, EaseKeys, FlvaeKeys):
+    """The keys of `model` that the kinds add."""
 
 
 @dataclass(frozen=True)

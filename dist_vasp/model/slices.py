@@ -56,6 +56,10 @@ def add_to_grad(parameter: Tensor, first: int, grad: Tensor) -> None:
     parameter.grad[first : first + len(grad)] += grad
 
 
+def drop(parameter: Tensor, first: int, grad: Tensor) -> None:
+    """Take the gradient of a weight that is not trained."""
+
+
 accumulate = Sink(add_to_grad)
 
 
@@ -89,6 +93,11 @@ class ItemSlice:
             by_item[start : start + len(rows)] = torch.stack(rows).to(by_item)
 
 
+def block_width(block_columns: int, device: torch.device) -> int:
+    """The items of a block: `parallel.block_columns`, or the default of the device for 0."""
+    return block_columns or (BLOCK_COLUMNS if device.type == "cpu" else GPU_BLOCK_COLUMNS)
+
+
 class Storage(Protocol):
     """Where the slices of item matrices come from: new memory, or the files of a checkpoint.
 
@@ -117,9 +126,8 @@ class NewStorage:
     def __init__(
         self, part: ItemPartition, device: torch.device, dtype: torch.dtype, block_columns: int = 0
     ) -> None:
-        default = BLOCK_COLUMNS if device.type == "cpu" else GPU_BLOCK_COLUMNS
         self.part, self.n_items = part, part.n_items
-        self.blocks = part.blocks(block_columns or default)
+        self.blocks = part.blocks(block_width(block_columns, device))
         self.device, self.dtype = device, dtype
 
     def rows(self, name: str, width: int | None = None) -> list[ItemSlice]:

@@ -64,6 +64,7 @@ class Trunk(nn.Module):
         self.from_latent = nn.Linear(latent, hidden, dtype=dtype)
         self.decoder = ResidualStack(decoder_layers, hidden, dtype)
         layers = encoder_layers + decoder_layers
+        self.noise_width = latent
         self.activations = hidden * (3 * layers + 3) + 8 * latent  # numbers kept for a row
 
     @torch.no_grad()

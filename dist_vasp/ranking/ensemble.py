@@ -37,7 +37,7 @@ from dist_vasp.ranking.load import (
 from dist_vasp.ranking.scoring import Ensemble, Model
 
 MOST_MEMBERS = 64
-_LARGEST = 1e300  # weight; a longer number of JSON is no float
+_LARGEST = 3e38  # weight; scores are float32
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Why an item is recommended: what each past item adds, and how far the paths agree.
 
     logit of item j = sum over the history's items i of W[i, j]    (VASP paper, section 3.2)
-    p = p_flvae * p_nease,   p_nease = sigmoid(logit + model.nease_offset)
+    p_nease = sigmoid(logit + model.nease_offset);   of vasp p = p_flvae * p_nease
 
 The deep path has no such sum; of it only its probability is told.
 

@@ -78,7 +78,8 @@ class Explanation:
 
     The logit of the items x items path is the sum over the history of W[past item, item]: `reasons`
     are the largest of these, descending, `rest` is the sum of the others, and `logit` is all of it
-    (model.nease_offset, 0 in most models, is added to it). p = p_flvae * p_nease: both must agree.
+    (model.nease_offset, 0 in most models, is added to it). Of vasp p = p_flvae * p_nease; of
+    wide_deep they are what each part alone would give.
     A part that the model does not have is None (`reasons` empty). Where a score is no probability,
     as of the closed form, p, p_flvae and p_nease are None and `logit` is the score.
 

@@ -53,8 +53,20 @@ class ItemsFile:
 
     def blocks(self) -> list[Range]:
         """The ranges of items that the file's columns are stored in, else even ones."""
-        ranges = next(iter(self.column_ranges.values()), None)
-        return ranges if ranges is not None else self.part.blocks(BLOCK_COLUMNS)
+        for name, ranges in self.column_ranges.items():
+            self._check_whole(name, ranges)
+            return ranges
+        return self.part.blocks(BLOCK_COLUMNS)
+
+    def _check_whole(self, name: str, ranges: list[Range]) -> None:
+        """Raise ValueError unless the ranges make up the partition, each item once."""
+        ends = [self.part.start] + [hi for _, hi in ranges]
+        whole = [lo for lo, _ in ranges] == ends[:-1] and ends[-1] == self.part.stop
+        if not whole or any(lo >= hi for lo, hi in ranges):
+            last = self.part.stop - 1
+            raise ValueError(
+                f"{self.path} does not hold {name} for all items {self.part.start} to {last} once"
+            )
 
     def take(self, name: str, lo: int, hi: int, shape: tuple[int, ...], item_dim: int) -> ItemSlice:
         tensor = self.tensors.get(f"{name}[{lo}:{hi}]")
@@ -65,13 +77,7 @@ class ItemsFile:
     def columns(self, name: str, n_items: int) -> list[ItemSlice]:
         """The blocks of an items x items matrix; ValueError unless they make up the partition."""
         ranges = self.column_ranges.get(name, [])
-        ends = [self.part.start] + [hi for _, hi in ranges]
-        whole = [lo for lo, _ in ranges] == ends[:-1] and ends[-1] == self.part.stop
-        if not whole or any(lo >= hi for lo, hi in ranges):
-            last = self.part.stop - 1
-            raise ValueError(
-                f"{self.path} does not hold {name} for all items {self.part.start} to {last} once"
-            )
+        self._check_whole(name, ranges)
         return [self.take(name, lo, hi, (n_items, hi - lo), 1) for lo, hi in ranges]
 
     def expect(self, scattered: bool) -> None:
@@ -105,7 +111,11 @@ class MappedStorage:
                 )
             part = ItemPartition(self.n_items, len(names), index)
             self.files.append(ItemsFile(opened, name, part))
-        self.blocks = [block for file in self.files for block in file.blocks()]
+        self.blocks = [block for file in self.files for block in self._blocks_of(file)]
+
+    def _blocks_of(self, file: ItemsFile) -> list[Range]:
+        with readable(file.path, self.opened.remedy):
+            return file.blocks()
 
     def rows(self, name: str, width: int | None = None) -> list[ItemSlice]:
         pieces = []

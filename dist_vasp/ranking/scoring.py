@@ -74,12 +74,19 @@ class TrainedModel:
             logit_E = all_reduce(head.pair_logits(sources[head.source], pairs), model.group)
             by_part.setdefault(head.part_of, []).append(logit_E)
         for matrix in model.matrices:
-            weight_F = all_reduce(matrix.pair_weights(pairs), model.group)
-            logit_E = sum_by_pair(weight_F, pairs) + matrix.offset
+            own_F = all_reduce(matrix.pair_weights(pairs), model.group)
+            logit_E = sum_by_pair(own_F, pairs) + matrix.offset
             by_part.setdefault(matrix.part_of, []).append(logit_E)
+            weight_F = own_F if weight_F is None else weight_F + own_F
         if not link.is_probability or link.normalised:
             return PairParts(weight_F, {})
         return PairParts(weight_F, {part: link.score(logits) for part, logits in by_part.items()})
+
+    @torch.no_grad()
+    def pair_weights(self, pairs: Pairs) -> Tensor | None:
+        """What each past item adds to the items x items paths (F,); None without one."""
+        parts = [all_reduce(m.pair_weights(pairs), self.model.group) for m in self.model.matrices]
+        return torch.stack(parts).sum(dim=0) if parts else None
 
 
 @dataclass(frozen=True)
@@ -111,7 +118,7 @@ class Ensemble:
         """The members' weighted sum of what each past item adds to the items x items path."""
         total_F = None
         for member, weight in zip(self.members, self.weights, strict=True):
-            weight_F = member.pair_parts(x, pairs).weight_F if member.has_reasons else None
+            weight_F = member.pair_weights(pairs)
             if weight_F is not None:
                 total_F = weight_F * weight if total_F is None else total_F + weight_F * weight
         return PairParts(total_F, {})

@@ -78,7 +78,7 @@ class OverlappedTrunk:
 
 
 class Trainer:
-    """The model, its trunk engine (None for NEASE alone) and both optimizers."""
+    """The model, its trunk engine (None without a trunk) and both optimizers."""
 
     def __init__(self, config: Config, n_items: int, ranks: Ranks) -> None:
         self.config, self.ranks, self.n_items = config, ranks, n_items
@@ -96,8 +96,8 @@ class Trainer:
         self._accumulating = Sink(add_to_grad, gradient_rows)
         trunk = make_trunk(config.model, config.run.seed)
         self.trunk = ZeroTrunk(trunk, config, ranks, fuse) if trunk else None
-        latent = config.model.latent if self.trunk else 0
-        self.batches = MicroBatches(config, n_items, ranks, latent)
+        noise_width = trunk.noise_width if trunk else 0
+        self.batches = MicroBatches(config, n_items, ranks, noise_width)
         self._step_trunk = (
             OverlappedTrunk(self.trunk, ranks.world_size, self.batches) if self.trunk else None
         )
@@ -259,19 +259,17 @@ class Trainer:
 
         Returns the sum of their losses.
         """
-        parts = []
+        reconstruction, penalty = self._squared_norm.new_zeros(()), self._squared_norm.new_zeros(())
         for i, rows in enumerate(micro_batches):
-            parts.append(self.model.gradients(self._step_trunk, rows, self._accumulating))
+            part = self.model.gradients(self._step_trunk, rows, self._accumulating)
+            reconstruction, penalty = reconstruction + part.reconstruction, penalty + part.penalty
             if self.trunk and i + 1 < len(micro_batches):
                 self.trunk.step()  # counts the micro-batch; the update comes at the last one
         for piece in self.model.trained_slices():
             assert piece.tensor.grad is not None
             piece.tensor.grad = self._over_replicas(piece.tensor.grad)
             self._squared_norm += _squared(piece.tensor.grad)
-        reconstruction, penalty = parts[0].reconstruction, parts[0].penalty
-        for part in parts[1:]:
-            reconstruction, penalty = reconstruction + part.reconstruction, penalty + part.penalty
-        return StepLoss(reconstruction, penalty, parts[-1].activations)
+        return StepLoss(reconstruction, penalty, part.activations)
 
     def _over_replicas(self, grad: Tensor) -> Tensor:
         """The gradient summed over the ranks that own the same items."""

@@ -33,6 +33,7 @@ from dist_vasp.model.ease import (
 )
 from dist_vasp.model.kinds.nease import CLOSED_FORM
 from dist_vasp.model.registry import kind_of
+from dist_vasp.model.slices import block_width
 from dist_vasp.parallel.agree import agreed
 from dist_vasp.parallel.comm import Ranks
 from dist_vasp.plan import EASE_INTERACTIONS_PER_ITEM
@@ -136,7 +137,8 @@ def start_from_ease(trainer: Trainer, manifest: Manifest) -> None:
     config, ranks = trainer.config, trainer.ranks
     (matrix,) = trainer.model.matrices
     if config.model.init_from_ease == CLOSED_FORM:
-        value, width = config.model.ease_lambda, matrix.columns()[0].shape[1]
+        value = config.model.ease_lambda
+        width = block_width(config.parallel.block_columns, ranks.device)
         fit(matrix.columns(), width, config, manifest, value, ranks, ranks.is_main)
     else:
         _read_closed_form(trainer, manifest)

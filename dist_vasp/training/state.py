@@ -175,8 +175,6 @@ def facts_of_data(config: Config, manifest: Manifest) -> dict[str, Any]:
 
 # --- resuming -------------------------------------------------------------------------------------
 
-# The values of keys that earlier versions did not have
-_ABSENT = {"data.input_dropout": 0.0, "model.ease_user_exponent": 0.0}
 # Keys that may change when a training by steps is resumed: the first ones decide its start alone
 _FREE_OF_MODEL = ("ease_lambda", "ease_dtype", "ease_dropout", "ease_user_exponent")
 _FREE_OF_OPTIMIZER = ("schedule", "accumulation")
@@ -246,7 +244,8 @@ def _state_of(opened: Checkpoint[Header], folder: Path, ranks: Ranks) -> RunStat
 def check_same(opened: Checkpoint[Header], matching: dict[str, Any], manifest: Manifest) -> None:
     """Raise ValueError that names what of `matching`, or of the data, is not what the checkpoint
     was written with."""
-    before = _ABSENT | opened.header.must_match
+    # A key that the version did not have which wrote the checkpoint counts as its default.
+    before = must_match(Config(), "") | opened.header.must_match
     now = json.loads(json.dumps(matching))
     different = [key for key in now if before.get(key) != now[key]]
     if "model.kind" in different:

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from dist_vasp.config.command_line import from_dict
-from dist_vasp.config.schema import Config, ModelConfig
+from dist_vasp.config.schema import Config, DataConfig, ModelConfig
+from dist_vasp.data.manifest import Manifest
 from dist_vasp.model.ease import scale_diagonal
 from dist_vasp.ranking.load import load_model
 from tests.faults.test_faults import tensors
@@ -449,3 +450,27 @@ def test_lists_and_explanations_know_the_offset(shards, ease_run, tmp_path, call
     line = json.loads(out.read_text().splitlines()[0])
     text = json.dumps(line)
     assert str(found[0][0]) in text
+
+
+def _closed_form_start(ranks, shards: Path) -> list[np.ndarray]:
+    """This rank's columns of W, started from the closed form."""
+    from dist_vasp.training.engine import Trainer
+    from dist_vasp.training.fit_ease import start_from_ease
+
+    manifest = Manifest.load(shards)
+    model = ModelConfig(kind="nease", init_from_ease="closed_form", ease_lambda=5.0)
+    config = Config(data=DataConfig(shards=str(shards)), model=model, device="cpu")
+    trainer = Trainer(config, manifest.n_items, ranks)
+    start_from_ease(trainer, manifest)
+    return [columns.numpy() for columns in trainer.model.matrices[0].columns()]
+
+
+def test_a_closed_form_start_where_no_rank_has_a_whole_block(tmp_path):
+    """Two ranks own 30 and 31 items, fewer than a block has."""
+    random = np.random.default_rng(2)
+    rows = [sorted(random.choice(61, size=6, replace=False).tolist()) for _ in range(90)]
+    write_folder(tmp_path / "shards", rows, n_items=61)
+    whole = np.concatenate(_closed_form_start(alone(), tmp_path / "shards"), axis=1)
+    by_rank = run_ranks(_closed_form_start, 2, tmp_path / "shards")
+    parts = np.concatenate([columns for own in by_rank for columns in own], axis=1)
+    np.testing.assert_allclose(parts, whole, atol=1e-5)

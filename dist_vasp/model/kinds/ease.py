@@ -38,7 +38,7 @@ class EaseKeys:
     """A user of n items weighs (n / mean n)^this in G. Negative values give users with long
     histories less weight."""
 
-    def check_ease(self) -> None:
+    def check(self) -> None:
         """Raise ValueError for values that no closed form can use."""
         m = self
         require_finite("model.ease_lambda", m.ease_lambda)
@@ -60,7 +60,7 @@ class EaseKeys:
 
 class Ease(Kind):
     name = "ease"
-    losses = ("bce", "cosine", "focal", "mse", "multinomial")  # none of them is used
+    losses = ()  # none is used
     closed_form = True
 
     def parts(self, config: Config, storage: Storage) -> Parts:

@@ -47,7 +47,7 @@ class FlvaeKeys:
     latent_head: bool = True
     """A second output head Q on the latent code, as in the authors' code."""
 
-    def check_flvae(self) -> None:
+    def check(self) -> None:
         """Raise ValueError for sizes that no trunk can have."""
         for key in ("hidden", "latent", "encoder_layers", "decoder_layers"):
             value = getattr(self, key)

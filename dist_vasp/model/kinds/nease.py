@@ -39,10 +39,10 @@ class NeaseKeys:
     """Added to W x before the sigmoid: with B's small scores some -8 keeps sigmoid(W x + offset)
     from saturating."""
     nease: Literal["trained", "frozen", "apart"] = "trained"
-    """W of vasp: trained; frozen at its start; or apart: frozen, the loss is FLVAE's alone, and the
-    paths meet in the scores."""
+    """W beside FLVAE: trained; frozen at its start; or apart: frozen, the loss is FLVAE's alone,
+    and the paths meet in the scores."""
 
-    def check_nease(self) -> None:
+    def check(self) -> None:
         """Raise ValueError for values that no W can start with."""
         scale, offset = self.nease_scale, self.nease_offset
         require_finite("model.nease_scale", scale)
@@ -65,7 +65,7 @@ class NeaseRates:
     """With init_from_ease: W is drawn to its start by this times its learning rate a step; takes
     one more copy of W."""
 
-    def check_rates(self) -> None:
+    def check(self) -> None:
         """Raise ValueError for values that are no rates."""
         require_finite("optimizer.nease_lr", self.nease_lr)
         require_finite("optimizer.nease_decay", self.nease_decay)
@@ -111,7 +111,7 @@ def check_start(config: Config, may_freeze: bool) -> None:
         m.nease == "trained" or (started and may_freeze),
         "model.nease",
         m.nease,
-        f"trained, unless model.kind is vasp and {START} is set",
+        f"trained, unless model.kind is vasp or wide_deep, and {START} is set",
         "set both, or leave it out",
     )
     require(
