@@ -30,7 +30,7 @@ def build_model(
     """The model of `model.kind` over `storage`, with the weights that lie there."""
     loss = make_loss(config.loss.kind, config.loss.alpha, config.loss.gamma, fuse)
     parts = kind_of(config.model.kind).parts(config, storage)
-    return PartitionedModel(config.model.kind, parts, loss, config.loss.kl_weight, ranks)
+    return PartitionedModel(parts, loss, config.loss.kl_weight, ranks)
 
 
 def new_model(

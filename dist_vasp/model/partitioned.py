@@ -99,8 +99,8 @@ class StepLoss:
 class PartitionedModel:
     """The paths of a model over this rank's items. The trunk is passed in by the caller."""
 
-    def __init__(self, kind: str, parts: Parts, loss: Loss, kl_weight: float, ranks: Ranks) -> None:
-        self.kind, self.loss, self.kl_weight = kind, loss, kl_weight
+    def __init__(self, parts: Parts, loss: Loss, kl_weight: float, ranks: Ranks) -> None:
+        self.loss, self.kl_weight = loss, kl_weight
         self.storage, self.input, self.link = parts.storage, parts.input, parts.link
         self.paths, self.n_items = parts.paths, parts.storage.n_items
         self.group: Group = ranks.partition_group

@@ -60,9 +60,6 @@ def drop(parameter: Tensor, first: int, grad: Tensor) -> None:
     """Take the gradient of a weight that is not trained."""
 
 
-accumulate = Sink(add_to_grad)
-
-
 @dataclass(frozen=True)
 class ItemSlice:
     """The items [lo, hi) of an item matrix, along dimension `item_dim` of `tensor`."""
