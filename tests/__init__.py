@@ -1,5 +1,6 @@
-"""Tests, and every process that they start, compute with one thread: results are then the same bits
-wherever they are computed, and two workers of pytest do not compete for two cores."""
+"""Tests, and every process that they start, compute with one thread unless OMP_NUM_THREADS says
+otherwise: results are then the same bits wherever they are computed, and two workers of pytest do
+not compete for two cores."""
 
 import os
 

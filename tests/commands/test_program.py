@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dist_vasp.parallel import local_ranks
 from dist_vasp.parallel.local_ranks import LocalRanks
 from tests.support.invoke import run_words
 from tests.support.jobs import environment
@@ -37,7 +38,7 @@ def shards(tmp_path_factory) -> Path:
 
 def start(*arguments: str | Path, **variables: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "dist_vasp", *map(str, arguments)]
-    env = environment(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", **variables)
+    env = environment(PYTHONPATH=str(ROOT), **variables)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, env=env, start_new_session=True, **pipes)
 
@@ -117,6 +118,7 @@ def test_a_rank_that_fails_ends_the_others(tmp_path, monkeypatch):
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setattr(local_ranks, "_GRACE_S", 1.0)
     with open(tmp_path / "log", "wb") as log:
         command = ["doctor", "--round_trip", str(tmp_path / "result"), "--device", "cpu"]
         with LocalRanks(command, 2, [log] * 2) as ranks:

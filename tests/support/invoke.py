@@ -65,7 +65,7 @@ def run_words(
 ) -> subprocess.CompletedProcess[str]:
     """Run `python FILE ...`, `python -m MODULE ...` or the one word of a Python program."""
     environment = {k: v for k, v in os.environ.items() if k not in LAUNCHED}
-    environment |= {"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment |= {"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
     if ranks:
         words = launcher_arguments(ranks, free_port(), words[1:])
     with tempfile.TemporaryDirectory() as folder:

@@ -63,7 +63,7 @@ def _worker(
             LOCAL_SIZE=str(layout.world_size),
             DS_ACCELERATOR="cpu",
         )
-        torch.set_num_threads(1)
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
         dist.init_process_group(
             "gloo",
             init_method=f"file://{rendezvous}",
