@@ -37,6 +37,8 @@ setup(
             "hypothesis>=6",
             "ruff>=0.11",
             "mypy>=1.15",
+            "pandas>=3",
+            "pytrec_eval-terrier>=0.5.9",
             "types-PyYAML",
             "types-psutil",
             "types-tqdm",

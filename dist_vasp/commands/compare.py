@@ -52,6 +52,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="DIR",
         help="folder for the runs and the report; the same one resumes",
     )
+    parser.add_argument(
+        "--metrics",
+        metavar="NAMES",
+        default="",
+        help="further metrics of every model, such as ndcg@10,hr@10,novelty@10, in place of the "
+        "file's",
+    )
     parser.add_argument("--shards", metavar="DIR", help="data folder in place of the file's")
     parser.add_argument(
         "--ranks",
@@ -68,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     arguments, rest = parser.parse_known_args(argv)
     more = _overrides(rest) | ({"shards": arguments.shards} if arguments.shards else {})
-    comparison = read_comparison(arguments.config, more)
+    comparison = read_comparison(arguments.config, more, arguments.metrics)
     if arguments.ranks < 1:
         raise ValueError(f"--ranks is {arguments.ranks}, expected at least 1")
     for model in comparison.models:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dist_vasp.commands.ending import rank_parser
+from dist_vasp.config.metric_names import Metric, computed_metrics, parse_metrics
 from dist_vasp.data.items import load_items
 from dist_vasp.data.manifest import Manifest
 from dist_vasp.files import new_file
@@ -21,7 +22,7 @@ from dist_vasp.parallel.start import init_ranks
 from dist_vasp.places import check_file
 from dist_vasp.progress import Progress
 from dist_vasp.ranking.ensemble import load_ranker
-from dist_vasp.ranking.evaluate import Scorer, evaluate, popularity_scorer
+from dist_vasp.ranking.evaluate import Scorer, evaluate, popularity_scorer, user_metrics
 from dist_vasp.ranking.load import check_vocabulary, shards_of
 from dist_vasp.ranking.metrics import summary
 from dist_vasp.ranking.per_user import PerUserFile, is_per_user
@@ -38,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     task = _load(arguments, ranks)
     metrics = _evaluate(task, arguments, ranks)
     if ranks.is_main:
-        print(f"{task.name} on {arguments.split}: {summary(metrics)}")
+        print(f"{task.name} on {arguments.split}: {summary(metrics, task.asked)}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -61,6 +62,13 @@ def _parser() -> argparse.ArgumentParser:
         help="recall@k divides by min(k, held-out items), or by all held-out items; "
         "default: what the run says, else min",
     )
+    add(
+        "--metrics",
+        metavar="NAMES",
+        default="",
+        help="further metrics, by name and list length: ndcg@10,recall@20,hr@10,mrr@10,map@10,"
+        "precision@10,novelty@10,coverage@10,gini@10,diversity@10; default: what the run says",
+    )
     add("--json", metavar="FILE", help="write {split: metrics} to this file")
     add(
         "--per_user",
@@ -81,6 +89,7 @@ def _check(arguments: argparse.Namespace) -> None:
             "--baseline needs data; pass --shards DIR, a folder written by "
             "`python -m data_tools.shard`"
         )
+    parse_metrics(arguments.metrics, "--metrics")
     json_path, per_user_path = arguments.json, arguments.per_user
     if json_path:
         check_file(json_path, "--json", ours=_is_evaluation)
@@ -101,6 +110,8 @@ class _Task:
     folder: str
     manifest: Manifest
     recall_denominator: str
+    asked: tuple[Metric, ...]
+    """Metrics beyond the default ones."""
     remark: str
     """Printed before the evaluation; "" says nothing."""
 
@@ -110,6 +121,7 @@ def _load(arguments: argparse.Namespace, ranks: Ranks) -> _Task:
     ranker = load_ranker(arguments.run, arguments.checkpoint, ranks) if arguments.run else None
     with agreed(ranks):
         folder, remark = arguments.shards, ""
+        asked = parse_metrics(arguments.metrics, "--metrics")
         if ranker and not folder:
             folder, remark = shards_of(ranker.members[0])
         manifest = Manifest.load(folder)
@@ -118,6 +130,7 @@ def _load(arguments: argparse.Namespace, ranks: Ranks) -> _Task:
             scorer: Scorer = ranker.model.scores
             name = ranker.name
             denominator = ranker.config.run.recall_denominator
+            asked = asked or ranker.config.run.asked_metrics
         else:
             scorer = popularity_scorer(load_items(folder, manifest), ranks)
             name, denominator = arguments.baseline, "min"
@@ -127,12 +140,12 @@ def _load(arguments: argparse.Namespace, ranks: Ranks) -> _Task:
                 "choose another --split or prepare the data with some"
             )
         denominator = arguments.recall_denominator or denominator
-        return _Task(name, scorer, folder, manifest, denominator, remark)
+        return _Task(name, scorer, folder, manifest, denominator, asked, remark)
 
 
 def _evaluate(task: _Task, arguments: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
     """Return the metrics and write the files that were asked for, which appear at the end."""
-    split = arguments.split
+    split, metrics = arguments.split, computed_metrics(task.asked)
     with ExitStack() as outputs:
         per_user = json_file = None
         with agreed(ranks):
@@ -142,13 +155,11 @@ def _evaluate(task: _Task, arguments: argparse.Namespace, ranks: Ranks) -> dict[
                 )
             if arguments.per_user and ranks.is_main:
                 items = load_items(task.folder, task.manifest)
+                of_users = user_metrics(
+                    metrics, task.recall_denominator, task.folder, task.manifest, items
+                )
                 file = PerUserFile(
-                    arguments.per_user,
-                    task.folder,
-                    split,
-                    task.manifest,
-                    items,
-                    task.recall_denominator,
+                    arguments.per_user, task.folder, split, task.manifest, items, of_users
                 )
                 per_user = outputs.enter_context(file)
         if task.remark and ranks.is_main:
@@ -164,13 +175,14 @@ def _evaluate(task: _Task, arguments: argparse.Namespace, ranks: Ranks) -> dict[
                 recall_denominator=task.recall_denominator,
                 each_block=per_user.write if per_user else None,
                 manifest=task.manifest,
+                metrics=metrics,
             )
         assert found is not None
-        metrics = found.result()
+        result = found.result()
         if json_file:
-            json_file.write((json.dumps({split: metrics}, indent=1) + "\n").encode())
+            json_file.write((json.dumps({split: result}, indent=1) + "\n").encode())
             finish(json_file)
-    return metrics
+    return result
 
 
 _is_evaluation = is_json(

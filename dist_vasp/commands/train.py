@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if ranks.is_main and result:
         for split in ("validation", "test"):
             if result[split]:
-                print(f"{split}: {summary(result[split])}")
+                print(f"{split}: {summary(result[split], config.run.told_metrics)}")
         print(
             f"{config.run.dir}/result.json: {result['seconds_training']:.1f} s of training, "
             f"checkpoint {result['checkpoint']}"

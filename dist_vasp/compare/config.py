@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from dist_vasp.config.command_line import from_dict
-from dist_vasp.config.schema import Config
+from dist_vasp.config.metric_names import Metric, parse_metrics
+from dist_vasp.config.schema import Config, RunConfig
 from dist_vasp.model.registry import kind_of
 
 
@@ -59,6 +60,7 @@ class Run:
     folder: Path
     config: Config | None
     members: tuple[Run, ...] = ()  # of an ensemble
+    metrics: tuple[Metric, ...] = ()  # beyond the default ones
 
     @property
     def stem(self) -> str:
@@ -83,6 +85,14 @@ class Comparison:
     reference: str
     seeds: tuple[int, ...]
     models: tuple[Model, ...]
+    metrics: tuple[Metric, ...] = ()  # beyond the default ones
+
+    @property
+    def best_by(self) -> str:
+        """Return the validation metrics by which the models' best checkpoints are chosen."""
+        chosen = [model.config.run.best_by for model in self.models if model.config]
+        names = dict.fromkeys(chosen or [RunConfig.best_by])
+        return " or ".join(parse_metrics(name, "run.best_by")[0].title for name in names)
 
     @property
     def recall_denominator(self) -> str:
@@ -107,7 +117,7 @@ class Comparison:
                         found[name, 0 if name in alone else place] for name, _ in model.members
                     )
                     found[model.name, place] = Run(
-                        model, seed, folder, _config_of(model, seed, folder), members
+                        model, seed, folder, _config_of(model, seed, folder), members, self.metrics
                     )
         return list(found.values())
 

@@ -29,6 +29,7 @@ from dist_vasp.compare.statistics import (
     read_scores,
     verdict,
 )
+from dist_vasp.config.metric_names import Metric
 from dist_vasp.data.items import load_items
 from dist_vasp.data.manifest import Manifest
 from dist_vasp.model.build import measure_size
@@ -80,8 +81,13 @@ def gather(
         "against_reference": against_reference(list(scores.values()), comparison.reference),
         "reference": comparison.reference,
         "models": [
-            _model(m, scores[m.name], reference, finished[m.name], costs[m.name]) for m in models
+            _model(
+                m, scores[m.name], reference, finished[m.name], costs[m.name], comparison.metrics
+            )
+            for m in models
         ],
+        "metrics_asked": [str(metric) for metric in comparison.metrics],
+        "best_by": comparison.best_by,
         "failures": [_failure(failure) for failure in failures],
         "recall_denominator": comparison.recall_denominator,
         "data": _data(comparison.shards, manifest),
@@ -109,9 +115,16 @@ def _made(comparison: Comparison, output: Path, command: str) -> dict[str, Any]:
 
 
 def _model(
-    model: Model, scores: Scores, reference: Scores, runs: Sequence[Run], cost: dict[str, Any]
+    model: Model,
+    scores: Scores,
+    reference: Scores,
+    runs: Sequence[Run],
+    cost: dict[str, Any],
+    asked: Sequence[Metric],
 ) -> dict[str, Any]:
-    coverage = [read_json(run.file("test.json"))["test"]["coverage@100"] for run in runs]
+    of_user = (str(metric) for metric in asked if not metric.of_all_lists)
+    columns = tuple(dict.fromkeys((*COLUMNS, *of_user)))
+    tests = [read_json(run.file("test.json"))["test"] for run in runs]
     found: dict[str, Any] = {
         "name": model.name,
         "what": model.what,
@@ -125,12 +138,15 @@ def _model(
             "by_seed": [_number(value) for value in scores.by_seed(column)],
             "seed_sd": _number(scores.seed_sd(column)),
         }
-        for column in COLUMNS
+        for column in columns
     }
-    found["coverage@100"] = {"mean": fmean(coverage), "by_seed": coverage}
+    for name in ("coverage@100", *(str(metric) for metric in asked if metric.of_all_lists)):
+        by_seed = [test[name] for test in tests]
+        known = [value for value in by_seed if value is not None]
+        found[name] = {"mean": fmean(known) if known else None, "by_seed": by_seed}
     if model.name != reference.name:
         found["difference"] = {
-            column: _estimate(paired(scores, reference, column)) for column in COLUMNS
+            column: _estimate(paired(scores, reference, column)) for column in columns
         }
     return found | {"cost": cost}
 

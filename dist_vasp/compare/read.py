@@ -4,6 +4,7 @@ shards: DIR                   data folder that every model is trained and tested
 reference: NAME               the model that all others are paired with
 seeds: [0, 1, 2]              run.seed of each run of a model
 overrides: {device: cpu}      optional: section.key: value for every trained model
+metrics: ndcg@10,hr@10        optional: further metrics of every model
 models:
   - name: vasp                letters, digits, dot, dash, underscore
     config: configs/X.yaml    a run's configuration, or its sections in place
@@ -28,6 +29,7 @@ from typing import Any
 
 from dist_vasp.compare.config import Comparison, Model
 from dist_vasp.config.command_line import from_dict
+from dist_vasp.config.metric_names import Metric, parse_metrics
 from dist_vasp.config.yaml_file import read_yaml
 from dist_vasp.model.registry import kind_of
 
@@ -41,14 +43,16 @@ _OWN_KEYS = {
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
-def read_comparison(path: str | Path, more: Mapping[str, Any] | None = None) -> Comparison:
+def read_comparison(
+    path: str | Path, more: Mapping[str, Any] | None = None, metrics: str = ""
+) -> Comparison:
     """Return the comparison in a YAML file; ValueError says what does not fit.
 
-    `more` overrides keys of every trained model, and `shards`.
+    `more` overrides keys of every trained model, and `shards`; `metrics` the file's.
     """
     raw = _mapping(read_yaml(path, "the configuration of a comparison"), str(path))
     more = dict(more or {})
-    _known(raw, ("shards", "reference", "seeds", "models", "overrides"), str(path))
+    _known(raw, ("shards", "reference", "seeds", "models", "overrides", "metrics"), str(path))
     shards = more.pop("shards", raw.get("shards"))
     if not isinstance(shards, str) or not shards:
         raise ValueError(
@@ -85,7 +89,19 @@ def read_comparison(path: str | Path, more: Mapping[str, Any] | None = None) -> 
             f"{path}: reference is {reference!r:.80}, expected one of the models "
             f"{', '.join(names)}; name one"
         )
-    return Comparison(str(path), shards, str(reference), seeds, tuple(models))
+    asked = _metrics(raw.get("metrics", ""), f"{path}: metrics", metrics, models)
+    return Comparison(str(path), shards, str(reference), seeds, tuple(models), asked)
+
+
+def _metrics(raw: Any, where: str, given: str, models: Sequence[Model]) -> tuple[Metric, ...]:
+    """Return the further metrics of all models: those of the file, or `given` in their place, and
+    those that any model's own configuration asks for."""
+    if not isinstance(raw, str):
+        raise ValueError(f"{where} is {raw!r:.80}, expected text such as ndcg@10,hr@10; correct it")
+    own = parse_metrics(raw, where)
+    asked = parse_metrics(given, "--metrics") or own
+    of_models = [m for model in models if model.config for m in model.config.run.asked_metrics]
+    return tuple(dict.fromkeys((*asked, *of_models)))
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Any
 
 from dist_vasp.compare.runs import count_runs
 from dist_vasp.compare.statistics import METRICS, NAMES, PRIMARY, Estimate
+from dist_vasp.config.metric_names import metric_or_none
 from dist_vasp.ranking.per_user import THIRDS
 
 
@@ -23,6 +24,7 @@ def markdown(found: dict[str, Any]) -> str:
         ],
         _failures(found),
         _metrics(found),
+        _asked(found),
         _long_tail(found),
         _cost(found),
         _made(found),
@@ -66,6 +68,43 @@ def _metrics(found: dict[str, Any]) -> list[str]:
         "verdict",
     ]
     return lines + _table(header, rows)
+
+
+def _asked(found: dict[str, Any]) -> list[str]:
+    """Return a table of the metrics asked for, and what they differ by from the reference."""
+    asked = [metric for name in found["metrics_asked"] if (metric := metric_or_none(name))]
+    if not asked:
+        return []
+    lines = [
+        "## Further metrics",
+        "",
+        "Means over users +- one standard error, and below them the paired difference from the "
+        f"reference **{found['reference']}**. Coverage, Gini and diversity are one number for all "
+        "lists (docs/metrics.md).",
+        "",
+    ]
+    rows = []
+    for model in _best_first(found):
+        cells = [
+            _four(model[str(m)]["mean"]) if m.of_all_lists else _of(model["metrics"][str(m)])
+            for m in asked
+        ]
+        rows.append([_name(model, found["reference"]), *cells])
+    lines += _table(["model", *(metric.title for metric in asked)], rows)
+    of_user = [metric for metric in asked if not metric.of_all_lists]
+    rows = [
+        [model["name"], *(_signed(_estimate(model["difference"][str(m)])) for m in of_user)]
+        for model in _best_first(found)
+        if "difference" in model
+    ]
+    if of_user and rows:
+        header = ["paired difference", *(metric.title for metric in of_user)]
+        lines += ["", *_table(header, rows)]
+    return lines
+
+
+def _four(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
 
 
 def _against(model: dict[str, Any]) -> list[str]:
@@ -201,7 +240,7 @@ def _made(found: dict[str, Any]) -> list[str]:
         f"- Data: {data['shards']}, protocol {data['protocol']}, {data['n_items']:,} items; "
         f"{splits}.",
         "- Every run is `launch/train.py` on its own folder; the best checkpoint by validation "
-        "NDCG@100 is tested, where nothing was "
+        f"{found['best_by']} is tested, where nothing was "
         "evaluated on the way the last one.",
         f"- Seen items are left out of the lists; Recall@k divides by {divisor}, NDCG's ideal has "
         "min(100, held-out items) "

@@ -62,7 +62,7 @@ def state_of(run: Run, data: str) -> str:
     A result of another configuration or of other data does not count: train.py is started then,
     which resumes where it may and refuses where it must not.
     """
-    evaluated = run.file("test.json").is_file() and run.file("per_user.parquet").is_file()
+    evaluated = _is_evaluated(run)
     same_data = _job(run).get("data_sha256") == data
     if run.members:
         same = (
@@ -81,6 +81,17 @@ def state_of(run: Run, data: str) -> str:
     if (run.dir / "result.json").is_file() and same_data and _same_config(run):
         return DONE if evaluated else TRAINED
     return BEGUN if folders.newest(run.dir / "checkpoints") else NEW
+
+
+def _is_evaluated(run: Run) -> bool:
+    """Return whether the files of an evaluation are there, with every metric asked for."""
+    if not run.file("test.json").is_file() or not run.file("per_user.parquet").is_file():
+        return False
+    try:
+        found = read_json(run.file("test.json"))["test"]
+        return all(str(metric) in found for metric in run.metrics)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _members_of(run: Run) -> str:
@@ -239,6 +250,8 @@ def _carry_out_one(
         "--per_user",
         str(run.file("per_user.parquet")),
     ]
+    if run.metrics:
+        arguments += ["--metrics", ",".join(map(str, run.metrics))]
     ended = jobs.run(["evaluate", *arguments], ranks, run.file("log"))
     if ended.status:
         return Failure(run, ended.status, _reason(run.file("log"), log_before))

@@ -6,6 +6,7 @@ import math
 import re
 from dataclasses import asdict
 
+from dist_vasp.config.metric_names import OF_TARGET, parse_metrics
 from dist_vasp.config.schema import (
     SECTIONS,
     Config,
@@ -81,6 +82,15 @@ def _check_run(run: RunConfig) -> None:
     for key in ("seed", "max_steps", "checkpoint_every_steps", "evaluate_every_epochs"):
         require_finite(f"run.{key}", getattr(run, key))
     require(run.seed < 1 << 63, "run.seed", run.seed, "less than 2^63", "lower it")
+    parse_metrics(run.metrics, "run.metrics")
+    best_by = parse_metrics(run.best_by, "run.best_by")
+    require(
+        len(best_by) == 1 and best_by[0].of_target,
+        "run.best_by",
+        run.best_by,
+        f"one metric of {', '.join(OF_TARGET)}, such as ndcg@100",
+        "name one that compares lists with what users chose",
+    )
     require(
         re.search(r"://[^/]*@", run.mlflow) is None,
         "run.mlflow",

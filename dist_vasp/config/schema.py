@@ -10,6 +10,7 @@ from typing import Literal
 
 import yaml
 
+from dist_vasp.config.metric_names import Metric, parse_metrics
 from dist_vasp.model.registry import KINDS, CheckedKeys, ModelKeys, OptimizerKeys, kind_of
 
 SECTIONS = ("data", "model", "loss", "optimizer", "parallel", "run")
@@ -160,6 +161,13 @@ class RunConfig:
     recall_denominator: Literal["min", "held_out"] = "min"
     """Recall@k divides by min(k, held-out items), or (held_out, as in LightGCN's literature) by all
     held-out items."""
+    metrics: str = ""
+    """Further metrics of every evaluation, by name and list length, such as ndcg@10,hr@10 (ndcg,
+    recall, precision, hr, mrr, map, novelty, coverage, gini, diversity); the default ones are
+    always computed."""
+    best_by: str = "ndcg@100"
+    """Validation metric that decides which checkpoint, or which lambda of a closed form, is the
+    best: one of ndcg, recall, precision, hr, mrr, map at any list length."""
     wandb: str = ""
     """Project of Weights & Biases that also gets the metrics; empty: none.
 
@@ -170,6 +178,22 @@ class RunConfig:
 
     Needs the library mlflow.
     """
+
+    @property
+    def asked_metrics(self) -> tuple[Metric, ...]:
+        """The metrics that `metrics` names, and before them that of `best_by` unless it is the
+        default one."""
+        asked = parse_metrics(self.metrics, "run.metrics")
+        if self.best_by == RunConfig.best_by:
+            return asked
+        return tuple(dict.fromkeys((*parse_metrics(self.best_by, "run.best_by"), *asked)))
+
+    @property
+    def told_metrics(self) -> tuple[Metric, ...]:
+        """The metrics that a line about an evaluation tells, that of `best_by` first; none for the
+        default ones."""
+        best = parse_metrics(self.best_by, "run.best_by")
+        return tuple(dict.fromkeys((*best, *self.asked_metrics))) if self.asked_metrics else ()
 
 
 @dataclass(frozen=True)

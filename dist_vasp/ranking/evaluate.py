@@ -9,7 +9,7 @@ block.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dist_vasp.config.metric_names import DEFAULT_METRICS, Metric
 from dist_vasp.data.held_out import EvalBlock, evaluation_blocks
-from dist_vasp.data.items import ItemTable
+from dist_vasp.data.items import ItemTable, load_items
 from dist_vasp.data.manifest import Manifest
 from dist_vasp.data.rows import Rows
 from dist_vasp.model.partitioned import PartitionedModel, TrunkCall
@@ -27,13 +28,13 @@ from dist_vasp.parallel.agree import agreed
 from dist_vasp.parallel.comm import Ranks, all_gather
 from dist_vasp.ranking.metrics import RankingMetrics
 from dist_vasp.ranking.topk import TopK, merge_topk
+from dist_vasp.ranking.user_metrics import UserMetrics, self_information_of
 
 # From the rows of users to (first item, scores (G, C)) of each block of this rank's items, in item
 # order. The caller may overwrite the scores.
 Scorer = Callable[[ItemRows], Iterator[tuple[int, Tensor]]]
 
 USERS_PER_BLOCK = 512
-LIST_LENGTH = 100  # the longest list that a metric needs
 _SELECT_COLUMNS = 2048  # blocks are joined to this width before selection
 
 
@@ -126,27 +127,32 @@ def evaluate(
     recall_denominator: str = "min",
     each_block: Callable[[EvalBlock, np.ndarray], None] | None = None,
     manifest: Manifest | None = None,
+    metrics: Sequence[Metric] = DEFAULT_METRICS,
 ) -> RankingMetrics | None:
-    """Return recall, NDCG and coverage of `split`, the same on every rank; None if interrupted.
+    """Return `metrics` of `split`, the same on every rank; None if interrupted.
 
-    `each_block(users, their lists (U, 100))` and then `progress(users done)` are called after each
-    block. `interrupted()` is called on all ranks together before each block; True ends the
-    evaluation. `manifest`: one that the caller has already read, so that shards replaced since then
-    are an error. AgreedError where a shard is damaged.
+    `each_block(users, their lists (U, K))`, K the longest list of the metrics, and then
+    `progress(users done)` are called after each block. `interrupted()` is called on all ranks
+    together before each block; True ends the evaluation. `manifest`: one that the caller has
+    already read, so that shards replaced since then are an error.
+    AgreedError where a shard or the item table is damaged.
     """
     manifest = manifest or Manifest.load(folder)
-    metrics, done = RankingMetrics(manifest.n_items, recall_denominator), 0
+    with agreed(ranks):
+        of_users = user_metrics(metrics, recall_denominator, folder, manifest)
+    found, done = RankingMetrics(manifest.n_items, of_users), 0
+    k = list_length(metrics, manifest.n_items)
     replicas = ranks.layout.replicas
     blocks = evaluation_blocks(folder, split, USERS_PER_BLOCK * replicas, manifest=manifest)
     while True:
         with agreed(ranks):
             block = next(blocks, None)
         if block is None:
-            return metrics
+            return found
         if interrupted():
             return None
-        ids = _lists(scorer, block, manifest.n_items, ranks)
-        metrics.update(ids, block.held_out)
+        ids = _lists(scorer, block, k, manifest.n_items, ranks)
+        found.update(ids, block.held_out)
         if each_block:
             each_block(block, ids)
         done += len(block.user_keys)
@@ -154,15 +160,39 @@ def evaluate(
             progress(done)
 
 
-def _lists(scorer: Scorer, block: EvalBlock, n_items: int, ranks: Ranks) -> np.ndarray:
-    """Return the lists of the block's users, (U, 100) item rows; each replica ranks some users."""
+def list_length(metrics: Sequence[Metric], n_items: int) -> int:
+    """Return the length of the lists that `metrics` need of a catalogue of `n_items`."""
+    return min(max((metric.k for metric in metrics), default=1), max(n_items, 1))
+
+
+def user_metrics(
+    metrics: Sequence[Metric],
+    recall_denominator: str,
+    folder: str | Path,
+    manifest: Manifest,
+    items: ItemTable | None = None,
+) -> UserMetrics:
+    """Return what computes the metrics of each user; ValueError where the item table, which novelty
+    needs, is damaged.
+
+    `items`: the table of the folder, if the caller has read it.
+    """
+    information = None
+    if any(metric.name == "novelty" for metric in metrics):
+        popularity = (items or load_items(folder, manifest)).popularity
+        information = self_information_of(popularity, manifest.splits["train"].users)
+    return UserMetrics(metrics, recall_denominator, information)
+
+
+def _lists(scorer: Scorer, block: EvalBlock, k: int, n_items: int, ranks: Ranks) -> np.ndarray:
+    """Return the lists of the block's users, (U, k) item rows; each replica ranks some users."""
     n_users, replicas = block.fold_in.n_rows, ranks.layout.replicas
     per_replica = -(-n_users // replicas)
     start = min(ranks.layout.replica_of(ranks.rank) * per_replica, n_users)
     mine = block.fold_in.slice(start, min(start + per_replica, n_users))
-    _, ids = top_items(scorer, mine, LIST_LENGTH, n_items, ranks)
+    _, ids = top_items(scorer, mine, k, n_items, ranks)
     if replicas == 1:
         return ids
-    padded = torch.full((per_replica, LIST_LENGTH), -1, dtype=torch.int64, device=ranks.device)
+    padded = torch.full((per_replica, k), -1, dtype=torch.int64, device=ranks.device)
     padded[: len(ids)] = torch.from_numpy(ids).to(ranks.device)
     return all_gather(padded, ranks.replica_group)[:n_users].cpu().numpy()

@@ -28,7 +28,7 @@ from dist_vasp.data.items import ItemTable
 from dist_vasp.data.manifest import MANIFEST, Manifest, users_file
 from dist_vasp.data.rows import Rows
 from dist_vasp.files import new_file
-from dist_vasp.ranking.metrics import user_metrics
+from dist_vasp.ranking.user_metrics import UserMetrics
 
 THIRDS = ("head", "middle", "tail")
 
@@ -61,7 +61,8 @@ class PerUserFile:
 
     Columns: `key` and `id`, then `n_held_out` and the metrics, then these again for each third,
     with `_head`, `_middle` or `_tail` added to their names. A metric is null where its target is
-    empty. As a context manager, it lets the file appear if the block ends without an error.
+    empty. Novelty needs no target: it is there once, and null where the list is empty. As a
+    context manager, it lets the file appear if the block ends without an error.
     ValueError where it cannot be written, or the users of the data folder cannot be read.
     """
 
@@ -72,13 +73,13 @@ class PerUserFile:
         split: str,
         manifest: Manifest,
         items: ItemTable,
-        recall_denominator: str = "min",
+        of_users: UserMetrics | None = None,
     ) -> None:
         self.path = Path(path)
         self._thirds = popularity_thirds(items.popularity)
         self._keys, self._ids = _read_users(folder, split, manifest)
         self._order = np.argsort(self._keys)
-        self._denominator = recall_denominator
+        self._of_users = of_users or UserMetrics()
         self._writer: pq.ParquetWriter | None = None
         self._files = ExitStack()
         self._file = self._files.enter_context(new_file(path, "--per_user", ours=is_per_user))
@@ -109,21 +110,23 @@ class PerUserFile:
             "key": block.user_keys,
             "id": self._ids_of(block.user_keys),
         }
-        columns |= self._scores(topk_ids, block.held_out, "")
+        columns["n_held_out"] = block.held_out.lengths.astype(np.int32)
+        columns |= self._of_users.of_user(topk_ids, block.held_out)
         for third, name in enumerate(THIRDS):
-            columns |= self._scores(
-                topk_ids, keep_items(block.held_out, self._thirds == third), f"_{name}"
-            )
+            columns |= self._of_third(topk_ids, block.held_out, third, f"_{name}")
         # from_pandas: NaN becomes null
         table = pa.table({name: pa.array(c, from_pandas=True) for name, c in columns.items()})
         if self._writer is None:
             self._writer = pq.ParquetWriter(self._file, table.schema)
         self._writer.write_table(table)
 
-    def _scores(self, topk_ids: np.ndarray, held_out: Rows, suffix: str) -> dict[str, np.ndarray]:
-        scores = user_metrics(topk_ids, held_out, self._denominator)
-        return {f"n_held_out{suffix}": held_out.lengths.astype(np.int32)} | {
-            f"{n}{suffix}": v for n, v in scores.items()
+    def _of_third(
+        self, topk_ids: np.ndarray, held_out: Rows, third: int, suffix: str
+    ) -> dict[str, np.ndarray]:
+        target = keep_items(held_out, self._thirds == third)
+        scores = self._of_users.of_target(topk_ids, target)
+        return {f"n_held_out{suffix}": target.lengths.astype(np.int32)} | {
+            f"{name}{suffix}": values for name, values in scores.items()
         }
 
     def _ids_of(self, keys: np.ndarray) -> pa.Array:

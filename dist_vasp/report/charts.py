@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from dist_vasp.config.metric_names import DEFAULT_METRICS, metric_or_none
 from dist_vasp.report.gather import Run
 from dist_vasp.report.svg import Bars, Drawing, Format, Line, bars, lines, percent, short, stacked
 from dist_vasp.report.view import View
@@ -82,18 +83,27 @@ _CURVES = (
         only_if_not_0=True,
     ),
 )
-_EVALUATED = (("ndcg@100", "NDCG@100"), ("recall@20", "Recall@20"), ("recall@50", "Recall@50"))
+_EVALUATED = ("ndcg@100", "recall@20", "recall@50")
 _PATHS_AFTER = "grad_norm"
 
 
 def learning(runs: Sequence[Run]) -> list[Card]:
     """Return the learning curves of all runs, a colour each; the paths' logits of a single run."""
-    cards = [_evaluations(runs, name, title) for name, title in _EVALUATED]
+    cards = [_evaluations(runs, name, title) for name, title in _evaluated(runs).items()]
     for curve in _CURVES:
         cards.append(_per_step(runs, curve))
         if curve.name == _PATHS_AFTER and len(runs) == 1:
             cards.append(_paths(runs[0]))
     return [card for card in cards if card]
+
+
+def _evaluated(runs: Sequence[Run]) -> dict[str, str]:
+    """Return the metrics that have a chart, with their titles: three default ones, then those that
+    a run has asked for."""
+    asked = dict.fromkeys(key for run in runs for line in run.evaluations for key in line)
+    default = {str(metric) for metric in DEFAULT_METRICS}
+    names = (*_EVALUATED, *(key for key in asked if key not in default))
+    return {str(metric): metric.title for name in names if (metric := metric_or_none(name))}
 
 
 def _evaluations(runs: Sequence[Run], name: str, title: str) -> Card | None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from dist_vasp.config.schema import RunConfig
 from dist_vasp.model.registry import KINDS
 from dist_vasp.report.files import is_drawable, plain, read_config, read_file, read_lines
 
@@ -46,6 +47,11 @@ class Run:
     def recall_denominator(self) -> str:
         """Return what Recall@k divides by: min or held_out."""
         return str(self.at("run", "recall_denominator", "min"))
+
+    @property
+    def best_by(self) -> str:
+        """Return the validation metric that has decided which checkpoint is the best."""
+        return str(self.at("run", "best_by", RunConfig.best_by))
 
     @property
     def splits(self) -> list[tuple[str, dict[str, Any]]]:

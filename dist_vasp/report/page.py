@@ -15,6 +15,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from dist_vasp.config.metric_names import DEFAULT_METRICS, metric_or_none
 from dist_vasp.config.schema import Config
 from dist_vasp.recognise import begins_with
 from dist_vasp.report import charts, words
@@ -22,13 +23,6 @@ from dist_vasp.report.gather import Run
 from dist_vasp.report.view import Lists, View
 from dist_vasp.text import printable
 
-METRICS = {
-    "ndcg@100": "NDCG@100",
-    "ndcg@20": "NDCG@20",
-    "recall@20": "Recall@20",
-    "recall@50": "Recall@50",
-    "coverage@100": "Coverage@100",
-}
 SECTIONS = {
     "results": "Results",
     "members": "Members",
@@ -57,6 +51,14 @@ class Fact:
     changed: bool = False
 
 
+def metric_titles(runs: Sequence[Run]) -> dict[str, str]:
+    """Return the metrics that a page shows, with their titles: the default ones, then those that a
+    run has asked for."""
+    asked = [key for run in runs for _, metrics in run.splits for key in metrics]
+    found = [metric for key in asked if (metric := metric_or_none(key))]
+    return {str(metric): metric.title for metric in (*DEFAULT_METRICS, *found)}
+
+
 def page(runs: Sequence[Run], lists: Sequence[Lists], date: str) -> str:
     """Return the whole page in ASCII: other characters are written as references."""
     environment = _environment()
@@ -67,7 +69,7 @@ def page(runs: Sequence[Run], lists: Sequence[Lists], date: str) -> str:
         "runs": runs,
         "several": len(runs) > 1,
         "date": date,
-        "metric_names": METRICS,
+        "metric_names": metric_titles(runs),
     }
     sections = {}
     for name, title in SECTIONS.items():

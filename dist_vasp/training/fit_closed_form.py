@@ -1,10 +1,10 @@
 """Fit in closed form: EASE from the Gram matrix of the shards (`model.kind: ease`).
 
 A step is one lambda: the given one, or those of GRID from large to small until the validation
-NDCG@100 has fallen twice in a row. The matrix is kept once: the Gram matrix of the next lambda is
-computed again, into the same memory, because it costs a small part of what the inverse does. The
-best lambda so far is on disk; a run that stopped resumes after it. Loss, optimizer and reading
-lanes of the configuration are not used.
+metric `run.best_by` has fallen twice in a row. The matrix is kept once: the Gram matrix of the next
+lambda is computed again, into the same memory, because it costs a small part of what the inverse
+does. The best lambda so far is on disk; a run that stopped resumes after it. Loss, optimizer and
+reading lanes of the configuration are not used.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from dist_vasp.ranking.metrics import summary
 from dist_vasp.training.fit_ease import StoppedError, fit
 from dist_vasp.training.floor import measure_rates
 from dist_vasp.training.run import Fitted, Past, Run
-from dist_vasp.training.state import BEST_BY, check_same, facts_of_data, newest_checkpoint
+from dist_vasp.training.state import check_same, facts_of_data, newest_checkpoint
 
 GRID = tuple(10.0 * 2**k for k in range(9, -1, -1))  # 5120 to 10
 PATIENCE = 2  # lambdas in a row that may be worse than the best before the search ends
@@ -213,7 +213,8 @@ class ClosedFormFit:
             metrics = result if result["n_users"] else None
         if metrics is None and len(self._lambdas) > 1:
             raise AgreedError(_no_validation(run.config))
-        told = f"validation {summary(metrics)}, " if metrics else ""
+        shown = run.config.run.told_metrics
+        told = f"validation {summary(metrics, shown)}, " if metrics else ""
         run.say(f"lambda {value:g}: {told}{took:.1f} s")
         if metrics:
             line = {"step": step, "epoch": 0, "split": "validation", "ease_lambda": value}
@@ -225,7 +226,8 @@ class ClosedFormFit:
             return True
         if metrics is None or self.best.best is None:
             return False
-        return metrics[BEST_BY] > self.best.best[BEST_BY]
+        best_by = self.run.config.run.best_by
+        return metrics[best_by] > self.best.best[best_by]
 
     def _save(
         self, model: PartitionedModel, step: int, value: float, metrics: dict[str, Any] | None
@@ -268,6 +270,7 @@ def _must_match(config: Config, manifest: Manifest) -> dict[str, Any]:
     """Return what a resumed run may not change; nothing else has a part in the result."""
     names = ("kind", "ease_lambda", "ease_dtype", "ease_dropout", "ease_user_exponent")
     matching = {f"model.{name}": getattr(config.model, name) for name in names}
+    matching["run.best_by"] = config.run.best_by
     return matching | {"hash of data.shards": manifest.shards_sha256}
 
 

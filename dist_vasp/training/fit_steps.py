@@ -23,7 +23,7 @@ from dist_vasp.training.batches import Batches, with_next
 from dist_vasp.training.engine import DivergedError, StepReport, Trainer
 from dist_vasp.training.environment import Memory
 from dist_vasp.training.run import Fitted, Past, Run
-from dist_vasp.training.state import BEST_BY, RunState, Saver, total_steps
+from dist_vasp.training.state import RunState, Saver, total_steps
 
 
 class StepFit:
@@ -225,9 +225,11 @@ class StepFit:
         if not metrics or not metrics["n_users"]:
             return
         epoch = (state.step - 1) // self.stream.steps_per_epoch
-        run.say(f"step {state.step}, epoch {epoch}: validation {summary(metrics)}")
+        told = summary(metrics, run.config.run.told_metrics)
+        run.say(f"step {state.step}, epoch {epoch}: validation {told}")
         line = {"step": state.step, "epoch": epoch, "split": "validation", **metrics}
         run.record(line, "validation")
-        if state.best is None or metrics[BEST_BY] > state.best[BEST_BY]:
+        best_by = run.config.run.best_by
+        if state.best is None or metrics[best_by] > state.best[best_by]:
             self.state = state.with_best(metrics)
             self._saver.save_best(self.state)

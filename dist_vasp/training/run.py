@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dist_vasp.checkpoint import folder as folders
+from dist_vasp.config.metric_names import computed_metrics
 from dist_vasp.config.schema import Config
 from dist_vasp.data.manifest import Manifest
 from dist_vasp.parallel.agree import agreed, any_rank
@@ -168,6 +169,7 @@ class Run:
                 interrupted=self.interrupted,
                 recall_denominator=self.config.run.recall_denominator,
                 manifest=manifest,
+                metrics=computed_metrics(self.config.run.asked_metrics),
             )
 
     def end(self, result: dict[str, Any] | None) -> None:

@@ -22,8 +22,6 @@ from dist_vasp.parallel.agree import agreed
 from dist_vasp.parallel.comm import Ranks, all_gather_bytes
 from dist_vasp.training.engine import Trainer
 
-BEST_BY = "ndcg@100"  # the validation metric that decides which checkpoint is the best
-
 
 @dataclass(frozen=True)
 class RunState:
@@ -192,6 +190,7 @@ def must_match(config: Config, shards_sha256: str) -> dict[str, Any]:
         "data.input_dropout": config.data.input_dropout,
         "parallel.lanes": config.parallel.lanes,
         "run.seed": config.run.seed,
+        "run.best_by": config.run.best_by,
         "hash of data.shards": shards_sha256,
     }
 

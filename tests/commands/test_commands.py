@@ -20,6 +20,7 @@ import yaml
 
 from dist_vasp.config.command_line import load
 from dist_vasp.data.hashing import sha256_of
+from dist_vasp.parallel.agree import AgreedError
 from tests.support.invoke import fails, run_script, succeeds
 from tests.support.make_shards import write_folder
 from tests.support.sizes import sizes
@@ -218,6 +219,30 @@ def test_evaluate_on_two_ranks_says_the_same(run, tmp_path):
         json.loads((run / "result.json").read_text())["test"],
     )
     assert found == pytest.approx(expected, rel=1e-9)
+
+
+def test_metrics_by_name_and_the_best_checkpoint_by_one_of_them(shards, tmp_path, call):
+    from launch.evaluate import main
+    from launch.train import main as train
+
+    asked = ["--run.metrics", "hr@5,diversity@5", "--run.best_by", "map@7"]
+    asked += ["--model.kind", "nease"]
+    call(train, *training(shards, tmp_path / "run", *asked))
+    evaluations = [line for line in lines_of(tmp_path / "run") if "loss" not in line]
+    best = max(evaluations, key=lambda line: line["map@7"])
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["checkpoint"] == f"best-{best['step']:08d}"
+    added = {"map@7", "map@7_se", "hr@5", "hr@5_se", "diversity@5"}
+    assert result["test"].keys() == {*METRICS, *added}
+    output = ["--json", tmp_path / "test.json", "--device", "cpu"]
+    call(main, "--run", tmp_path / "run", *output)
+    assert json.loads((tmp_path / "test.json").read_text())["test"] == result["test"]
+    call(main, "--run", tmp_path / "run", *output, "--metrics", "gini@3")
+    found = json.loads((tmp_path / "test.json").read_text())["test"]
+    assert found.keys() == {*METRICS, "gini@3"}
+    other = training(shards, tmp_path / "run", *asked, "--run.best_by", "hr@5")
+    with pytest.raises(AgreedError, match=r"run\.best_by was 'map@7' and is now 'hr@5'"):
+        call(train, *other)
 
 
 def test_recommend(run, tmp_path, call):

@@ -6,6 +6,7 @@ from __future__ import annotations
 import csv
 import gzip
 import hashlib
+import itertools
 import json
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import pytest
 
 from data_tools.shard import main as shard
 from dist_vasp import Recommender
+from dist_vasp.data.held_out import evaluation_blocks
 from dist_vasp.data.stream import StreamOptions, TrainStream
 from launch.evaluate import main as evaluate
 from launch.recommend import main as recommend
@@ -104,6 +106,54 @@ def test_users_and_halves_do_not_depend_on_how_they_are_read(folders):
             )
         epochs.append(set(reference))
     assert len(epochs[0] & epochs[1]) < 100  # only users of very few items may be split alike
+
+
+@pytest.mark.data
+def test_metrics_equal_trec_eval(folders, tmp_path):
+    """Every metric of every test user, for the lists of EASE, as trec_eval computes it."""
+    trec = pytest.importorskip("pytrec_eval")
+    folder, run, per_user = folders[0], tmp_path / "run", tmp_path / "users.parquet"
+    names = {"ndcg": "ndcg_cut", "recall": "recall", "precision": "P", "hr": "success"}
+    names |= {"map": "map_cut"}
+    asked = [f"{name}@{k}" for name in (*names, "mrr") for k in (5, 10, 20, 100)]
+    config = ["--config", str(ROOT / "configs" / "ease-ml-1m.yaml"), "--device", "cpu"]
+    train([*config, "--data.shards", str(folder), "--run.dir", str(run)])
+    output = ["--per_user", str(per_user), "--recall_denominator", "held_out", "--device", "cpu"]
+    evaluate(["--run", str(run), "--metrics", ",".join(asked), *output])
+    table = pq.read_table(per_user)
+
+    recommender = Recommender.load(run)
+    ids = recommender.items.ids
+    qrels: dict[str, dict[str, int]] = {}
+    lists: dict[str, list[str]] = {}
+    for block in evaluation_blocks(folder, "test", 500):
+        n = len(block.user_keys)
+        seen = [ids.take(block.fold_in.slice(u, u + 1).items).to_pylist() for u in range(n)]
+        for u, listed in enumerate(recommender.recommend(seen, 100).ids.tolist()):
+            user = str(block.user_keys[u])
+            held_out = ids.take(block.held_out.slice(u, u + 1).items).to_pylist()
+            qrels[user] = {str(item): 1 for item in held_out}
+            lists[user] = [str(item) for item in listed if item != -1]
+    assert len(qrels) == len(table) == 1000
+
+    def ranked(length: int) -> dict[str, dict[str, float]]:
+        return {
+            user: {item: float(-rank) for rank, item in enumerate(listed[:length])}
+            for user, listed in lists.items()
+        }
+
+    measures = {f"{measure}.5,10,20,100" for measure in names.values()}
+    expected = trec.RelevanceEvaluator(qrels, measures).evaluate(ranked(100))
+    users = [str(key) for key in table["key"].to_pylist()]
+    for name, k in itertools.product((*names, "mrr"), (5, 10, 20, 100)):
+        if name == "mrr":  # trec_eval has no cut
+            cut = trec.RelevanceEvaluator(qrels, {"recip_rank"}).evaluate(ranked(k))
+            wanted = [cut[user]["recip_rank"] for user in users]
+        else:
+            wanted = [expected[user][f"{names[name]}_{k}"] for user in users]
+        found = table[f"{name}@{k}"].to_numpy()
+        np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-6, err_msg=f"{name}@{k}")
+        assert 0 < np.mean(wanted) < 1
 
 
 @pytest.mark.slow

@@ -27,14 +27,12 @@ from tests.support.sizes import sizes
 # A training whose every evaluation is the best so far: a best checkpoint a step.
 ALWAYS_BETTER = """
 import itertools, sys
-import dist_vasp.training.fit_steps as steps
 from dist_vasp.ranking.metrics import RankingMetrics
 found = RankingMetrics.result
 count = itertools.count()
 RankingMetrics.result = lambda self: {**found(self), "recall@20": next(count)}
-steps.BEST_BY = "recall@20"
 from launch.train import main
-main(sys.argv[1:])
+main([*sys.argv[1:], "--run.best_by", "recall@20"])
 """
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+from functools import partial
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -13,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dist_vasp.config.metric_names import computed_metrics, parse_metrics
 from dist_vasp.data.held_out import evaluation_blocks
 from dist_vasp.data.items import load_items
 from dist_vasp.data.manifest import Manifest
@@ -20,14 +22,26 @@ from dist_vasp.model.build import make_trunk
 from dist_vasp.parallel.comm import Ranks, form_groups
 from dist_vasp.parallel.partition import Layout
 from dist_vasp.ranking import evaluate as module
-from dist_vasp.ranking.evaluate import evaluate, model_scorer, popularity_scorer, top_items
+from dist_vasp.ranking.evaluate import (
+    evaluate,
+    model_scorer,
+    popularity_scorer,
+    top_items,
+    user_metrics,
+)
 from dist_vasp.ranking.per_user import THIRDS, PerUserFile, keep_items, popularity_thirds
+from tests.oracles import metrics as oracle
 from tests.support.make_shards import write_folder
 from tests.support.partitioned import csr, make_model, random_rows
 from tests.support.ranks import run_ranks
 
 N_ITEMS = 131
 METRICS = {"ndcg@100": 100, "recall@20": 20, "recall@50": 50}
+ASKED = parse_metrics(
+    "ndcg@7,recall@120,precision@9,hr@3,mrr@8,map@11,novelty@9,coverage@4,gini@9,diversity@9",
+    "",
+)
+COMPUTED = computed_metrics(ASKED)
 
 
 def alone() -> Ranks:
@@ -112,10 +126,13 @@ def _write(ranks: Ranks, folder, path) -> dict:
     ):
         file = path / f"{name}-{ranks.world_size}-{ranks.layout.replicas}.parquet"
         if ranks.is_main:
-            with PerUserFile(file, folder, "test", manifest, items) as per_user:
-                metrics = evaluate(scorer, folder, "test", ranks, each_block=per_user.write)
+            of_users = user_metrics(COMPUTED, "min", folder, manifest)
+            with PerUserFile(file, folder, "test", manifest, items, of_users) as per_user:
+                metrics = evaluate(
+                    scorer, folder, "test", ranks, each_block=per_user.write, metrics=COMPUTED
+                )
         else:
-            metrics = evaluate(scorer, folder, "test", ranks)
+            metrics = evaluate(scorer, folder, "test", ranks, metrics=COMPUTED)
         found[name] = metrics.result()
     return found
 
@@ -140,6 +157,7 @@ def test_files_are_equal_on_every_layout_and_average_to_the_metrics(written, nam
     for (n, r), result in results.items():
         table = pq.read_table(path / f"{name}-{n}-{r}.parquet")
         assert table.equals(expected), (n, r)
+        assert result[name] == results[1, 1][name]
         for metric in METRICS:
             scored = table.column(metric).drop_null().to_numpy()
             assert result[name][metric] == pytest.approx(scored.mean(), rel=1e-12)
@@ -151,6 +169,42 @@ def test_files_are_equal_on_every_layout_and_average_to_the_metrics(written, nam
                 len(table) - len(scored),
             )
     assert not list(path.glob(".*"))
+
+
+def test_metrics_asked_for_against_their_definitions(folder, written):
+    """Popularity's lists are known; its file and its result hold every metric by name."""
+    path, results = written
+    table = pq.read_table(path / "popularity-1-1.parquet")
+    popularity = load_items(folder, Manifest.load(folder)).popularity
+    by_popularity = np.argsort(-popularity, kind="stable").tolist()
+    block = next(evaluation_blocks(folder, "test", 41))
+    lists, targets = [], []
+    for u in range(41):
+        seen = set(block.fold_in.slice(u, u + 1).items.tolist())
+        lists.append([item for item in by_popularity if item not in seen][:120])
+        targets.append(set(block.held_out.slice(u, u + 1).items.tolist()))
+    functions = {
+        "ndcg@7": partial(oracle.ndcg, k=7),
+        "recall@120": partial(oracle.recall, k=120),
+        "precision@9": partial(oracle.precision, k=9),
+        "hr@3": partial(oracle.hr, k=3),
+        "mrr@8": partial(oracle.mrr, k=8),
+        "map@11": partial(oracle.average_precision, k=11),
+    }
+    result = results[4, 2]["popularity"]
+    for name, function in functions.items():
+        expected = [function(one, target) for one, target in zip(lists, targets, strict=True)]
+        values = np.array(table[name].to_pylist(), float)  # None becomes NaN
+        np.testing.assert_allclose(values, np.array(expected, float), rtol=1e-12, err_msg=name)
+        known = [value for value in expected if value is not None]
+        assert result[name] == pytest.approx(np.mean(known), rel=1e-12), name
+        assert f"{name}_tail" in table.column_names
+    bits = [oracle.novelty(listed, popularity.tolist(), 60, 9) for listed in lists]
+    assert table["novelty@9"].to_pylist() == pytest.approx(bits, rel=1e-12)
+    assert "novelty@9_tail" not in table.column_names
+    assert result["coverage@4"] == pytest.approx(oracle.coverage(lists, N_ITEMS, 4), rel=1e-12)
+    assert result["gini@9"] == pytest.approx(oracle.gini(lists, N_ITEMS, 9), rel=1e-12)
+    assert result["diversity@9"] == pytest.approx(oracle.diversity(lists, 9), rel=1e-12)
 
 
 def test_file_against_a_plain_loop(folder, written):

@@ -145,6 +145,8 @@ CHANGED = {
         "keep": 1,
         "evaluate_every_epochs": 0,
         "recall_denominator": "held_out",
+        "metrics": "hr@10,gini@5",
+        "best_by": "map@10",
         "wandb": "films",
         "mlflow": "mlruns",
     },

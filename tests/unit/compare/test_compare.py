@@ -222,6 +222,8 @@ def and_ensemble(members: dict, **changes) -> dict:
         ({"shards": None}, r"shards is None, expected a folder"),
         ({"shard": "x"}, r"'shard' is not a key of a comparison; expected shards, reference"),
         ({"reference": "b"}, r"reference is 'b', expected one of the models a; name one"),
+        ({"metrics": "ndgc@5"}, r"metrics: 'ndgc@5' is not a metric; did you mean ndcg@5\?"),
+        ({"metrics": ["ndcg@5"]}, r"metrics is \['ndcg@5'\], expected text such as"),
         ({"seeds": []}, r"seeds is \[\], expected a list of different whole numbers"),
         ({"seeds": [1, 1]}, r"seeds is \[1, 1\], expected a list of different"),
         ({"seeds": 3}, r"seeds is 3, expected a list"),
@@ -441,7 +443,7 @@ def dry_run(tmp_path: Path, output: Path, *more: str) -> str:
 def test_a_whole_comparison(shards, tmp_path):
     models = [
         {"name": "popularity", "baseline": "popularity"},
-        {"name": "nease", "config": TINY},
+        {"name": "nease", "config": TINY, "overrides": {"run.metrics": "mrr@4"}},
         {
             "name": "ease",
             "config": TINY,
@@ -455,7 +457,8 @@ def test_a_whole_comparison(shards, tmp_path):
             "seeds": [0],
         },
     ]
-    written(tmp_path, shards=str(shards), reference="nease", models=models)
+    of_file = {"shards": str(shards), "reference": "nease", "metrics": "hr@3,gini@5"}
+    written(tmp_path, models=models, **of_file)
     output = tmp_path / "out"
     runs = output / "runs"
 
@@ -518,14 +521,33 @@ def test_a_whole_comparison(shards, tmp_path):
         ("../ease-seed0", 2.0),
         ("../nease-seed1", 1.0),
     ]
-    for heading in ("## Metrics", "## Long tail", "## Cost", "## How this was made"):
+
+    # Metrics asked for by the file, or by a model, are those of every model.
+    assert report["metrics_asked"] == ["hr@3", "gini@5", "mrr@4"]
+    for name in ("hr@3", "mrr@4"):
+        by_seed = [test[name] for test in tests]
+        assert nease["metrics"][name]["by_seed"] == pytest.approx(by_seed, rel=1e-12)
+        difference = popularity["metrics"][name]["mean"] - np.mean(by_seed)
+        assert popularity["difference"][name]["mean"] == pytest.approx(difference)
+    assert nease["gini@5"]["by_seed"] == [test["gini@5"] for test in tests]
+    assert {"hr@3", "mrr@4", "mrr@4_tail"} <= set(users.column_names)
+    assert "| model | HR@3 | Gini@5 | MRR@4 |" in text
+    assert "| paired difference | HR@3 | MRR@4 |" in text
+
+    for heading in (
+        "## Metrics",
+        "## Further metrics",
+        "## Long tail",
+        "## Cost",
+        "## How this was made",
+    ):
         assert heading in text
 
     # A finished run is not repeated; one that was cut short goes on where it stood.
     before = {path: path.stat().st_mtime_ns for path in runs.rglob("*.safetensors")}
     (runs / "nease-seed1" / "result.json").unlink()
     shutil.rmtree(runs / "nease-seed1" / "checkpoints" / "step-00000018")
-    written(tmp_path, shards=str(shards), reference="nease", models=models[:4])
+    written(tmp_path, models=models[:4], **of_file)
     out = dry_run(tmp_path, output)
     assert re.search(r"both-seed0 .* done\n", out)
     assert re.search(r"nease-seed0 .* done\n", out) and re.search(
@@ -542,6 +564,10 @@ def test_a_whole_comparison(shards, tmp_path):
     assert all(after[path] == before[path] for path in after if "seed0" in str(path))
     again = json.loads((output / "report.json").read_text())
     assert again["models"][1]["metrics"] == nease["metrics"] and not again["failures"]
+
+    # Another metric is evaluated, but nothing is trained again.
+    out = dry_run(tmp_path, output, "--metrics", "hr@3,map@7")
+    assert "0 done, 6 to do" in out and out.count("trained, to be evaluated") == 3
 
     # Another configuration is not taken for the same run.
     out = dry_run(tmp_path, output, "--model.kind", "flvae")

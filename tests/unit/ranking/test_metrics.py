@@ -11,8 +11,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dist_vasp.config.metric_names import computed_metrics, parse_metrics
 from dist_vasp.data.rows import Rows
-from dist_vasp.ranking.metrics import RankingMetrics, hits, ndcg_at_k, recall_at_k
+from dist_vasp.ranking.metrics import RankingMetrics, summary
+from dist_vasp.ranking.user_metrics import (
+    UserMetrics,
+    hits,
+    ndcg_at_k,
+    recall_at_k,
+    self_information_of,
+)
+from tests.oracles import metrics as oracle
 
 KEYS = [
     f"{name}{suffix}"
@@ -81,7 +90,7 @@ def test_metrics_equal_the_plain_loop(case, k):
 @given(cases(), st.integers(1, 4), st.sampled_from(["min", "held_out"]))
 def test_result_over_blocks(case, users_per_block, denominator):
     n_items, ids, targets = case
-    metrics = RankingMetrics(n_items, denominator)
+    metrics = RankingMetrics(n_items, UserMetrics(recall_denominator=denominator))
     for start in range(0, len(ids), users_per_block):
         metrics.update(
             ids[start : start + users_per_block], csr(targets[start : start + users_per_block])
@@ -152,3 +161,107 @@ def test_only_the_first_hundred_count_for_coverage():
     metrics.update(np.arange(300)[None], csr([{250}]))
     assert metrics.result()["coverage@100"] == 0.25
     assert metrics.result()["ndcg@100"] == 0
+
+
+# --- every metric by name -------------------------------------------------------------------------
+
+OF_TARGET = {
+    "ndcg": oracle.ndcg,
+    "recall": oracle.recall,
+    "precision": oracle.precision,
+    "hr": oracle.hr,
+    "mrr": oracle.mrr,
+    "map": oracle.average_precision,
+}
+OF_LISTS = ("coverage", "gini", "diversity")
+
+
+@settings(deadline=None)
+@given(cases(), st.sampled_from([1, 2, 5, 30, 200]), st.integers(0, 2**31))
+def test_every_metric_equals_its_definition(case, k, seed):
+    """Empty targets, empty lists, and lists that are shorter than k and padded with -1."""
+    n_items, ids, targets = case
+    popularity = np.random.default_rng(seed).integers(0, 9, n_items)
+    asked = parse_metrics(
+        ",".join(f"{name}@{k}" for name in (*OF_TARGET, "novelty", *OF_LISTS)), ""
+    )
+    of_users = UserMetrics(asked, "min", self_information_of(popularity, 12))
+    metrics = RankingMetrics(n_items, of_users)
+    for start in range(0, len(ids), 2):
+        metrics.update(ids[start : start + 2], csr(targets[start : start + 2]))
+    lists = [[item for item in row if item >= 0] for row in ids.tolist()]
+    expected = {
+        f"{name}@{k}": [
+            function(listed, target, k) for listed, target in zip(lists, targets, strict=True)
+        ]
+        for name, function in OF_TARGET.items()
+    }
+    bits = [oracle.novelty(listed, popularity.tolist(), 12, k) for listed in lists]
+    expected[f"novelty@{k}"] = bits
+    found = metrics.per_user()
+    assert list(found) == list(expected)
+    for name, values in expected.items():
+        np.testing.assert_allclose(found[name], np.array(values, float), rtol=1e-12, atol=1e-14)
+    result = metrics.result()
+    if not any(targets):
+        assert all(result[str(metric)] is None for metric in asked)
+        return
+    assert result[f"coverage@{k}"] == pytest.approx(oracle.coverage(lists, n_items, k))
+    assert result[f"gini@{k}"] == pytest.approx(oracle.gini(lists, n_items, k), abs=1e-12)
+    diversity = oracle.diversity(lists, k)
+    assert result[f"diversity@{k}"] == (
+        None if diversity is None else pytest.approx(diversity, abs=1e-12)
+    )
+    known = [value for value in bits if value is not None]
+    assert result[f"novelty@{k}"] == (pytest.approx(np.mean(known)) if known else None)
+    json.dumps(result, allow_nan=False)
+
+
+def test_metrics_of_lists_by_hand():
+    asked = parse_metrics("gini@2,diversity@2,coverage@2,novelty@2", "")
+    of_users = UserMetrics(asked, "min", self_information_of(np.array([8, 4, 1, 0]), 8))
+    same, other = RankingMetrics(4, of_users), RankingMetrics(4, of_users)
+    same.update(np.array([[0, 1], [1, 0], [0, 1]]), csr([{0}, {0}, {0}]))
+    other.update(np.array([[0, 1], [2, 3]]), csr([{0}, {0}]))
+    one, two = same.result(), other.result()
+    assert (one["diversity@2"], two["diversity@2"]) == (0, 1)
+    # counts 0 0 3 3: (-3 0 - 1 0 + 1 3 + 3 3) / (3 6)
+    assert (one["gini@2"], two["gini@2"]) == (pytest.approx(2 / 3), 0)
+    assert (one["coverage@2"], two["coverage@2"]) == (0.5, 1)
+    # bits 0, 1, 3 and 3, for an item without a user counts as having one
+    assert (one["novelty@2"], two["novelty@2"]) == (pytest.approx(0.5), pytest.approx(1.75))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("ndgc@10", "'ndgc@10' is not a metric; did you mean ndcg@10? expected NAME@K"),
+        ("Recall@20", "did you mean recall@20?"),
+        ("recal", "did you mean recall@10?"),
+        ("recall@0", "did you mean recall@10?"),
+        ("xyz@5", "'xyz@5' is not a metric; expected NAME@K"),
+        ("ndcg@10,,hr@5", "'' is not a metric"),
+        ("ndcg@10001", "asks for lists of more than 10000 items"),
+    ],
+)
+def test_wrong_names(text, message):
+    with pytest.raises(ValueError, match=r"^--metrics: ") as error:
+        parse_metrics(text, "--metrics")
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_names_are_taken_once_and_after_the_default_ones():
+    asked = parse_metrics(" hr@5, ndcg@100 ,hr@5", "")
+    assert [str(metric) for metric in asked] == ["hr@5", "ndcg@100"]
+    assert [str(metric) for metric in computed_metrics(asked)] == [
+        *("ndcg@100", "ndcg@20", "recall@20", "recall@50", "coverage@100", "hr@5")
+    ]
+    assert parse_metrics("", "") == ()
+
+
+def test_summary_shows_what_was_asked_for():
+    asked = parse_metrics("map@2,gini@2", "")
+    metrics = RankingMetrics(4, UserMetrics(computed_metrics(asked)))
+    metrics.update(np.array([[0, 1, 2, 3]] * 2), csr([{0}, {1}]))
+    assert summary(metrics.result(), asked) == "MAP@2 0.7500 +- 0.2500, Gini@2 0.667 (2 users)"
+    assert summary(metrics.result()).startswith("NDCG@100 0.8155 +- 0.1845, Recall@20 1.0000")
