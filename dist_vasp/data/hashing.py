@@ -14,9 +14,9 @@ import numpy as np
 import pyarrow as pa
 
 _MASK = 0xFFFF_FFFF_FFFF_FFFF
-_GAMMA = np.uint64(0x9E37_79B9_7F4A_7C15)  # 2^64 over the golden ratio, splitmix64's increment
-_MULTIPLIERS = (np.uint64(0xBF58_476D_1CE4_E5B9), np.uint64(0x94D0_49BB_1331_11EB))
-_SHIFTS = (np.uint64(30), np.uint64(27), np.uint64(31))
+GAMMA = np.uint64(0x9E37_79B9_7F4A_7C15)  # 2^64 over the golden ratio, splitmix64's increment
+MULTIPLIERS = (np.uint64(0xBF58_476D_1CE4_E5B9), np.uint64(0x94D0_49BB_1331_11EB))
+SHIFTS = (np.uint64(30), np.uint64(27), np.uint64(31))
 
 Word = int | np.ndarray
 
@@ -44,17 +44,17 @@ def absorb(state: np.ndarray | np.uint64, word: Word) -> np.ndarray:
     if isinstance(word, int):
         word = np.asarray(np.uint64(word & _MASK))
     with np.errstate(over="ignore"):  # arithmetic is modulo 2^64
-        h = np.asarray((word.astype(np.uint64, copy=False) + np.uint64(1)) * _GAMMA + state)
-        _mix_in_place(h)
+        h = np.asarray((word.astype(np.uint64, copy=False) + np.uint64(1)) * GAMMA + state)
+        mix_in_place(h)
     return h
 
 
-def _mix_in_place(h: np.ndarray) -> None:
+def mix_in_place(h: np.ndarray) -> None:
     """Apply the finaliser of splitmix64, a bijection of 64-bit words that spreads every bit."""
-    for shift, multiplier in zip(_SHIFTS, _MULTIPLIERS, strict=False):
+    for shift, multiplier in zip(SHIFTS, MULTIPLIERS, strict=False):
         h ^= h >> shift
         h *= multiplier
-    h ^= h >> _SHIFTS[2]
+    h ^= h >> SHIFTS[2]
 
 
 def pair_hash(user_keys: np.ndarray, item_keys: np.ndarray, seed: int) -> np.ndarray:
@@ -66,13 +66,13 @@ def pair_hash(user_keys: np.ndarray, item_keys: np.ndarray, seed: int) -> np.nda
 
     def mix(words: np.ndarray) -> np.ndarray:
         h = words.copy()
-        _mix_in_place(h)
+        mix_in_place(h)
         return h
 
     with np.errstate(over="ignore"):
-        state = mix(np.full(1, seed, np.uint64) + _GAMMA)
-        user = mix(mix(user_keys + _GAMMA) ^ state)
-        return mix((user + _GAMMA) ^ mix(item_keys ^ _GAMMA))
+        state = mix(np.full(1, seed, np.uint64) + GAMMA)
+        user = mix(mix(user_keys + GAMMA) ^ state)
+        return mix((user + GAMMA) ^ mix(item_keys ^ GAMMA))
 
 
 def permutation(n: int, *words: Word) -> np.ndarray:

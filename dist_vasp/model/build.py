@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from dist_vasp.data.hashing import hash64
 from dist_vasp.model.kind import Kind
 from dist_vasp.model.losses import make_loss
 from dist_vasp.model.partitioned import PartitionedModel
@@ -51,7 +50,7 @@ def make_trunk(
     """The trunk of `model`, None where the kind has none; with `seed` with its initial weights."""
     trunk = kind_of(model.kind).trunk(model, dtype)
     if trunk is not None and seed is not None:
-        trunk.initialise(int(hash64(seed, 0)))
+        trunk.initialise(seed)
     return trunk
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dist_vasp.data.hashing import hash64
+from dist_vasp.kernels.random import Uniform, fill, row_keys
 from dist_vasp.parallel.partition import ItemPartition
 
 BLOCK_COLUMNS = 256  # a block of logits stays in a CPU core's cache (docs/experiments.md)
@@ -25,14 +25,6 @@ GPU_BLOCK_COLUMNS = 2048  # fewer, larger kernels; not measured yet
 GRADIENT_ROWS = 1024  # input items whose gradient is held at once: made, used and dropped in cache
 
 Range = tuple[int, int]
-
-# The random stream of each matrix's initial weights. Other matrices use a hash of their name.
-_STREAMS = {
-    "input.weight": 1,
-    "output.decoder.weight": 2,
-    "output.latent.weight": 3,
-    "output.nease.weight": 4,
-}
 
 
 @dataclass(frozen=True)
@@ -71,23 +63,15 @@ class ItemSlice:
     tensor: Tensor
 
     def glorot(self, seed: int, fan: int) -> None:
-        """Fill with Glorot uniform weights, from one random generator for each item.
+        """Fill with Glorot uniform weights.
 
-        The numbers depend on (seed, name, item) alone, so every layout starts from the same matrix.
-        fan: rows plus columns of the whole matrix.
+        A weight depends on (seed, name, item, position) alone, so every layout starts from the same
+        matrix. fan: rows plus columns of the whole matrix.
         """
         bound = (6 / fan) ** 0.5
-        stream = _STREAMS.get(self.name) or int(hash64(*self.name.encode()))
-        keys = hash64(seed, stream, np.arange(self.lo, self.hi, dtype=np.uint64))
+        keys = row_keys(seed, self.name, np.arange(self.lo, self.hi, dtype=np.uint64))
         by_item = self.tensor.movedim(self.item_dim, 0)
-        width = by_item.shape[1]
-        for start in range(0, self.hi - self.lo, 1024):
-            rows = [
-                torch.rand(width, generator=torch.Generator().manual_seed(int(key))) * (2 * bound)
-                - bound
-                for key in keys[start : start + 1024]
-            ]
-            by_item[start : start + len(rows)] = torch.stack(rows).to(by_item)
+        fill(by_item[: len(keys)], keys, Uniform(-bound, bound))
 
 
 def block_width(block_columns: int, device: torch.device) -> int:

@@ -12,11 +12,22 @@ Shapes: B rows, H hidden width, L latent width. W1 x comes from the partitioned 
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
+from dist_vasp.kernels.random import Uniform, fill, row_keys
+
 LN_EPS = 1e-3
+
+
+class Linear(nn.Linear):
+    """A layer of zeros; `Trunk.initialise` fills it. torch would draw numbers for nothing."""
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
 
 
 class ResidualStack(nn.Module):
@@ -29,7 +40,7 @@ class ResidualStack(nn.Module):
             nn.LayerNorm(hidden, eps=LN_EPS, dtype=dtype) for _ in range(n_layers)
         )
         self.layers = nn.ModuleList(
-            nn.Linear(hidden, hidden, dtype=dtype) for _ in range(n_layers - 1)
+            Linear(hidden, hidden, dtype=dtype) for _ in range(n_layers - 1)
         )
 
     def forward(self, first_BH: Tensor) -> Tensor:
@@ -59,9 +70,9 @@ class Trunk(nn.Module):
         super().__init__()
         self.input_bias = nn.Parameter(torch.zeros(hidden, dtype=dtype))
         self.encoder = ResidualStack(encoder_layers, hidden, dtype)
-        self.mu = nn.Linear(hidden, latent, dtype=dtype)
-        self.logvar = nn.Linear(hidden, latent, dtype=dtype)
-        self.from_latent = nn.Linear(latent, hidden, dtype=dtype)
+        self.mu = Linear(hidden, latent, dtype=dtype)
+        self.logvar = Linear(hidden, latent, dtype=dtype)
+        self.from_latent = Linear(latent, hidden, dtype=dtype)
         self.decoder = ResidualStack(decoder_layers, hidden, dtype)
         layers = encoder_layers + decoder_layers
         self.noise_width = latent
@@ -71,14 +82,13 @@ class Trunk(nn.Module):
     def initialise(self, seed: int) -> None:
         """Fill with Glorot uniform weights and zero biases.
 
-        They are drawn in float32, so that every dtype starts from the same numbers.
+        They are made in float32, so that every dtype starts from the same numbers.
         """
-        generator = torch.Generator().manual_seed(seed)
-        for module in self.modules():
+        for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
                 bound = (6 / (module.in_features + module.out_features)) ** 0.5
-                draw = torch.rand(module.weight.shape, generator=generator) * (2 * bound) - bound
-                module.weight.copy_(draw)
+                keys = row_keys(seed, f"trunk.{name}", np.arange(module.out_features))
+                fill(module.weight, keys, Uniform(-bound, bound))
                 module.bias.zero_()
 
     def forward(

@@ -1,19 +1,20 @@
 """A batch on its way to the ranks of a partition group, as micro-batches.
 
-The ids of the next batch travel while this one is computed. Noise is drawn per reading lane, so
-that it is the same for every number of ranks.
+The ids of the next batch travel while this one is computed. Noise is a function of the seed, the
+step, the lane and the position in the lane, so that every number of ranks has the same.
 
 Shapes: B rows of this rank, L latent width.
 """
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dist_vasp.config.schema import Config
-from dist_vasp.data.hashing import hash64
 from dist_vasp.data.stream import Batch
+from dist_vasp.kernels.random import Normal, fill, row_keys
 from dist_vasp.model.partitioned import MicroBatch
 from dist_vasp.model.sparse import RowExchange
 from dist_vasp.parallel.comm import Ranks
@@ -47,7 +48,9 @@ class MicroBatches:
         noise_NL: list[Tensor | None] = [None] * len(exchanges)
         if self.latent:
             rows = -(-batch.padded_rows // len(exchanges))
-            noise_NL = list(self._noise(batch, rows * len(exchanges)).split(rows))
+            n_rows, device = rows * len(exchanges), self.ranks.device
+            noise = lane_noise(self.seed, batch, n_rows, self.latent, device)
+            noise_NL = list(noise.split(rows))
         micro_batches = []
         for exchange, noise_BL in zip(exchanges, noise_NL, strict=True):
             x, y = exchange.finish()
@@ -64,15 +67,13 @@ class MicroBatches:
             exchanges.append(RowExchange(csr, last - first, rows, self.n_items, group, device))
         return exchanges
 
-    def _noise(self, batch: Batch, n_rows: int) -> Tensor:
-        """Standard normal noise of this rank's rows: (n_rows, L)."""
-        device = self.ranks.device
-        noise = torch.zeros((n_rows, self.latent), device=device)
-        first = 0
-        for lane, count in batch.lane_rows:
-            key = int(hash64(self.seed, batch.step, lane))
-            generator = torch.Generator(device=device).manual_seed(key)
-            shape = (count, self.latent)
-            noise[first : first + count] = torch.randn(shape, generator=generator, device=device)
-            first += count
-        return noise
+
+def lane_noise(seed: int, batch: Batch, n_rows: int, latent: int, device: torch.device) -> Tensor:
+    """Return the standard normal noise of this rank's rows, (n_rows, latent), 0 in padded rows."""
+    lanes, counts = np.array(batch.lane_rows, np.int64).reshape(-1, 2).T
+    firsts = np.cumsum(counts) - counts
+    positions = np.arange(counts.sum()) - np.repeat(firsts, counts)
+    keys = row_keys(seed, "noise", batch.step, np.repeat(lanes, counts), positions)
+    noise_NL = torch.zeros((n_rows, latent), device=device)
+    fill(noise_NL[: len(keys)], keys, Normal())
+    return noise_NL

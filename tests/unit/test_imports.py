@@ -67,6 +67,7 @@ ROOMS = [
     "parallel.agree",
     "parallel.start",
     "data",
+    "kernels",
     "model",
     "config",
     "plan",
