@@ -31,7 +31,7 @@ from tests.ranks.test_ease import (
     train_matrix,
     write_shards,
 )
-from tests.ranks.test_engine import LR, REPORTED, STEPS, _batch, _noise, _rows, _state, _whole
+from tests.ranks.test_engine import LR, NOISE, REPORTED, STEPS, _batch, _rows, _state, _whole
 from tests.support.invoke import succeeds
 from tests.support.jobs import RunFolder, assert_same_run
 from tests.support.make_shards import write_folder
@@ -111,9 +111,7 @@ def _dense(parameters, case) -> dict[str, torch.Tensor | float]:
     found: dict[str, torch.Tensor | float] = {}
     for step in range(STEPS):
         x, y = (dense_rows(rows, engine.N_ITEMS, torch.float64) for rows in _rows(step))
-        reconstruction, kl = model.step(
-            x, y, _noise(step).double() if rest else None, "focal", None
-        )
+        reconstruction, kl = model.step(x, y, NOISE[step].double() if rest else None, "focal", None)
         if nease != "trained":
             model.gradients.pop(W, None)
             model.parameters[W].grad = None

@@ -2,8 +2,10 @@
 
 tests/fixtures/format1 holds one small run of each kind as the last version that wrote format 1 left
 it: a step and a best checkpoint on 2 partitions, an export, and an ensemble of two exports.
-expected.json beside each run is what `observe` gave in that version. tests/commands/test_format1.py
-calls `observe` again and compares.
+expected.json beside each run is what `observe` gave in that version, and for `resumed` and `started
+from it` what the version gave that changed noise and initial weights (dist_vasp/kernels/random.py);
+it gave the old values with the old numbers. tests/commands/test_format1.py calls `observe` again
+and compares.
 
 To write the folder again, check that version out (commit 56770e0) with this file, and run `python
 -m tests.support.format1` in the root of the repository. Later versions write another format.
