@@ -11,7 +11,12 @@ from dataclasses import replace
 import numpy as np
 
 from data_tools.interactions import TEST, TRAIN, VALIDATION, Interactions, UserBlock
-from data_tools.plan import MIN_ITEMS_TO_HOLD_OUT, by_popularity, rows_of_items
+from data_tools.plan import (
+    MIN_ITEMS_TO_HOLD_OUT,
+    by_popularity,
+    rows_of_items,
+    smallest_of_each,
+)
 from dist_vasp.data.block import Block
 from dist_vasp.data.hashing import keys_of_ids, pair_hash
 from dist_vasp.data.rows import rows_of_pairs
@@ -32,10 +37,7 @@ def moved_to_validation(
     n_moved = np.where(
         sizes >= MIN_ITEMS_TO_HOLD_OUT, np.maximum(1, (fraction * sizes).astype(np.int64)), 0
     ) * (fraction > 0)
-    order = np.lexsort((hashes, user))
-    rank = np.empty(len(user), np.int64)
-    rank[order] = np.arange(len(user)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    return rank < n_moved[user]
+    return smallest_of_each(user, hashes, sizes, n_moved)
 
 
 class GivenPlan:

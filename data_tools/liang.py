@@ -1,22 +1,25 @@
-"""Protocol `liang`: users are split.
+"""Protocol `liang`: users are split by a permutation.
 
 It follows the notebook that D. Liang et al. published with "Variational Autoencoders for
 Collaborative Filtering" (WWW 2018), down to the random numbers.
 
-Shapes: U users, I items, B users of a block, E interactions of a block.
+Shapes: U users, B users of a block, E interactions of a block.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from functools import partial
 
 import numpy as np
+import pyarrow as pa
 
+from data_tools.hashed import split_of_keys
 from data_tools.interactions import Interactions
-from data_tools.plan import MIN_ITEMS_TO_HOLD_OUT, by_popularity, rows_of_items
-from dist_vasp.data.block import Block
+from data_tools.like import OldSplit
+from data_tools.plan import MIN_ITEMS_TO_HOLD_OUT
+from data_tools.split_users import SplitUsersPlan, active_users
 from dist_vasp.data.hashing import keys_of_ids
-from dist_vasp.data.rows import rows_of_pairs
+from dist_vasp.data.manifest import SPLITS
 
 HELD_OUT_FRACTION = 0.2
 
@@ -48,8 +51,9 @@ class HeldOutDraw:
     def __init__(self, seed: int):
         self._random = np.random.RandomState(seed)
 
-    def mask(self, sizes: np.ndarray) -> np.ndarray:
-        """Return True for held-out interactions, (E,) bool, of users with `sizes` (B,) each."""
+    def mask(self, user_keys: np.ndarray, item_keys: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+        """Return True for held-out interactions, (E,) bool, of users with `sizes` (B,) each; the
+        keys play no part."""
         mask = np.zeros(int(sizes.sum()), bool)
         start = 0
         for n in sizes.tolist():
@@ -60,73 +64,39 @@ class HeldOutDraw:
         return mask
 
 
-class LiangPlan:
-    """Validation and test users take no part in training; a fifth of their items is held out."""
+def liang_plan(
+    data: Interactions, min_items: int, val_users: int | None, test_users: int | None, seed: int
+) -> SplitUsersPlan:
+    """Return the plan of the notebook; ValueError where no train user remains.
 
-    def __init__(
-        self,
-        data: Interactions,
-        min_items: int,
-        val_users: int | None,
-        test_users: int | None,
-        seed: int,
-    ):
-        """`val_users` and `test_users` None: a tenth of the users each, at most 10,000."""
-        kept = np.flatnonzero(data.sizes >= min_items)
-        if not len(kept):
-            raise ValueError(
-                f"no user has {min_items} items or more (the most is {int(data.sizes.max())} of "
-                f"{len(data.sizes)} users); lower --min_items"
-            )
-        self._data = data
-        self._seed = seed
-        self._keys = keys_of_ids(data.user_ids)
-        tenth = min(10_000, len(kept) // 10)
-        chosen = liang_users(
-            len(kept),
-            tenth if val_users is None else val_users,
-            tenth if test_users is None else test_users,
-            seed,
-        )
-        # Held-out users ascend, as the draw needs it. Train users stay permuted, so that a shard is
-        # a random sample.
-        self.users = {
-            split: kept[order] if split == "train" else np.sort(kept[order])
-            for split, order in chosen.items()
-        }
-        counts = np.zeros(len(data.item_ids), np.int64)
-        for block in data.blocks(np.sort(self.users["train"])):
-            counts += np.bincount(block.rows.items, minlength=len(counts))
-        self.vocabulary = by_popularity(counts, counts > 0)
-        self.popularity = counts[self.vocabulary]
-        self._rows = rows_of_items(self.vocabulary, len(counts))
-        self.left_out = {
-            "users_below_min_items": len(data.sizes) - len(kept),
-            "interactions_of_users_below_min_items": int(data.sizes.sum() - data.sizes[kept].sum()),
-            "items_without_train_interaction": len(counts) - len(self.vocabulary),
-            "heldout_user_interactions_outside_vocabulary": self._outside_vocabulary(),
-        }
+    `val_users` and `test_users` None: a tenth of the users each, at most 10,000.
+    """
+    kept = active_users(data, min_items)
+    tenth = min(10_000, len(kept) // 10)
+    chosen = liang_users(
+        len(kept),
+        tenth if val_users is None else val_users,
+        tenth if test_users is None else test_users,
+        seed,
+    )
+    return _plan(data, {split: kept[order] for split, order in chosen.items()}, seed)
 
-    def _outside_vocabulary(self) -> int:
-        users = np.concatenate([self.users["validation"], self.users["test"]])
-        return sum(
-            int((self._rows[block.rows.items] < 0).sum()) for block in self._data.blocks(users)
-        )
 
-    def blocks(self, split: str, sizes: Sequence[int]) -> Iterator[Block]:
-        draw = HeldOutDraw(self._seed)  # seeded anew for every split, as in the notebook
-        n_items = len(self.vocabulary)
-        for block in self._data.blocks(self.users[split], sizes):
-            user, row = block.rows.row_of, self._rows[block.rows.items]
-            known = row >= 0
-            user, row = user[known], row[known]
-            keys, n_users = self._keys[block.users], len(block.users)
-            if split == "train":
-                yield Block(keys, rows_of_pairs(user, row, n_users, n_items))
-                continue
-            held = draw.mask(np.bincount(user, minlength=n_users))
-            yield Block(
-                keys,
-                rows_of_pairs(user[~held], row[~held], n_users, n_items),
-                rows_of_pairs(user[held], row[held], n_users, n_items),
-            )
+def liang_plan_like(data: Interactions, min_items: int, old: OldSplit, seed: int) -> SplitUsersPlan:
+    """Return the plan in which the users of `old` keep their split, and new ones get theirs by the
+    hash of protocol `hashed`, with the fractions of `old`."""
+    kept = active_users(data, min_items)
+    ids = data.user_ids.take(pa.array(kept))
+    new = split_of_keys(keys_of_ids(ids), seed, old.val_fraction, old.test_fraction)
+    codes = old.keep(ids, new)
+    order = np.random.RandomState(seed).permutation(len(kept))
+    return _plan(
+        data, {split: kept[order[codes[order] == k]] for k, split in enumerate(SPLITS)}, seed
+    )
+
+
+def _plan(data: Interactions, users: dict[str, np.ndarray], seed: int) -> SplitUsersPlan:
+    # Held-out users ascend, as the draw needs it. Train users stay permuted, so that a shard is a
+    # random sample. The draw is seeded anew for every split, as in the notebook.
+    ordered = {split: u if split == "train" else np.sort(u) for split, u in users.items()}
+    return SplitUsersPlan(data, ordered, partial(HeldOutDraw, seed))

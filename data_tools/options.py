@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from data_tools.readers import FORMATS
@@ -11,16 +12,15 @@ from dist_vasp import command_line
 from dist_vasp.data.positives import REPEATS
 from dist_vasp.data.tables.options import add_reading_options
 
-_LIANG_ONLY = (
-    "rating_column",
-    "min_rating",
-    "min_items",
-    "min_users",
-    "core",
-    "val_users",
-    "test_users",
-)
-_GIVEN_ONLY = ("split_column", "validation_fraction")
+PROTOCOLS = ("liang", "hashed", "given")
+_FILTERED = ("liang", "hashed")
+_BELONGS_TO = {
+    **dict.fromkeys(("rating_column", "min_rating", "min_items", "min_users", "core"), _FILTERED),
+    **dict.fromkeys(("val_users", "test_users"), ("liang",)),
+    **dict.fromkeys(("val_fraction", "test_fraction"), ("hashed",)),
+    **dict.fromkeys(("split_column", "validation_fraction"), ("given",)),
+    "like": ("liang", "hashed"),
+}  # an option, and the protocols that take it
 
 
 def parser() -> command_line.Parser:
@@ -54,7 +54,7 @@ def _add_columns(result: command_line.Parser) -> None:
     add = result.add_argument
     add("--user_column", metavar="NAME", help="csv, parquet: default user")
     add("--item_column", metavar="NAME", help="csv, parquet: default item")
-    help = "liang: default rating; without such a column every row counts (implicit feedback)"
+    help = "not given: default rating; without such a column every row counts (implicit feedback)"
     add("--rating_column", metavar="NAME", help=help)
     help = "orders the rows of a user and an item; default for --repeats last: timestamp, if any"
     add("--time_column", metavar="NAME", help=help)
@@ -64,25 +64,30 @@ def _add_columns(result: command_line.Parser) -> None:
 
 def _add_protocol(result: command_line.Parser) -> None:
     add = result.add_argument
-    help = "liang splits users, given follows a column; default liang"
-    add("--protocol", choices=("liang", "given"), default="liang", help=help)
+    help = "liang and hashed split users, given follows a column; default liang"
+    add("--protocol", choices=PROTOCOLS, default="liang", help=help)
     add(
         "--min_rating",
         type=command_line.number,
-        help="liang: keep ratings of at least this; default 4",
+        help="not given: keep ratings of at least this; default 4",
     )
     help = "which of several rows of a user and an item counts; default first"
     add("--repeats", choices=REPEATS, default="first", help=help)
     at_least_one, count = command_line.at_least(1), command_line.at_least(0)
-    help = "liang: keep users with at least this many items; default 5"
+    help = "not given: keep users with at least this many items; default 5"
     add("--min_items", type=at_least_one, help=help)
-    help = "liang: keep items with at least this many users; default 1"
+    help = "not given: keep items with at least this many users; default 1"
     add("--min_users", type=at_least_one, help=help)
-    help = "liang: apply --min_items and --min_users until nothing changes"
+    help = "not given: apply --min_items and --min_users until nothing changes"
     add("--core", action="store_true", default=None, help=help)
     help = "liang: default a tenth of the users, at most 10,000"
     add("--val_users", type=count, help=help)
     add("--test_users", type=count, help=help)
+    help = "hashed: fraction of the users; default 0.1, with --like that of OLD_SHARDS"
+    add("--val_fraction", type=_fraction, help=help)
+    add("--test_fraction", type=_fraction, help=help)
+    help = "liang, hashed: users of this data folder keep their split"
+    add("--like", type=Path, metavar="OLD_SHARDS", help=help)
     help = "given: fraction of train items moved to validation; default 0.1, 0 moves none"
     add("--validation_fraction", type=_fraction, help=help)
 
@@ -113,10 +118,22 @@ def check_protocol(args: argparse.Namespace) -> None:
             "--time_column orders the rows for --repeats first and last, but it is max; leave one "
             "of them out"
         )
-    for name in _LIANG_ONLY if args.protocol == "given" else _GIVEN_ONLY:
-        if getattr(args, name) is not None:
-            other = "given" if args.protocol == "liang" else "liang"
+    for name, protocols in _BELONGS_TO.items():
+        if getattr(args, name) is not None and args.protocol not in protocols:
             raise ValueError(
-                f"--{name} belongs to --protocol {other}, but the protocol is {args.protocol}; "
-                "leave one of them out"
+                f"--{name} belongs to --protocol {_or(protocols)}, but the protocol is "
+                f"{args.protocol}; leave one of them out"
             )
+    if args.like is not None:
+        for name in ("val_users", "test_users"):
+            if getattr(args, name) is not None:
+                raise ValueError(
+                    f"--{name} chooses among all users, but with --like only new users get a "
+                    "split, in the shares of the earlier shards; leave one of them out"
+                )
+
+
+def _or(names: Sequence[str]) -> str:
+    """Return `liang, hashed or given`."""
+    *most, last = names
+    return f"{', '.join(most)} or {last}" if most else last

@@ -1,7 +1,8 @@
 """What a protocol decides: which users and items go to train, validation and test.
 
-`liang.py` and `given.py` hold the two protocols (DESIGN.md, section 4). Users and items are ranks
-among the ascending ids (see interactions.py); item rows are positions in the vocabulary.
+`liang.py`, `hashed.py`, `given.py` and `ordered.py` hold the protocols (DESIGN.md, section 4).
+Users and items are ranks among the ascending ids (see interactions.py); item rows are positions in
+the vocabulary.
 
 Shapes: U users, I items, V vocabulary items.
 """
@@ -43,3 +44,17 @@ def rows_of_items(vocabulary: np.ndarray, n_items: int) -> np.ndarray:
     rows = np.full(n_items, -1, np.int64)
     rows[vocabulary] = np.arange(len(vocabulary))
     return rows
+
+
+def smallest_of_each(
+    user: np.ndarray, values: np.ndarray, sizes: np.ndarray, n_chosen: np.ndarray
+) -> np.ndarray:
+    """Return True for the `n_chosen` (B,) interactions of each user with the smallest `values`
+    (E,), (E,) bool.
+
+    user (E,) ascends in [0, B); sizes (B,) counts the interactions of each user.
+    """
+    order = np.lexsort((values, user))
+    rank = np.empty(len(user), np.int64)
+    rank[order] = np.arange(len(user)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    return rank < n_chosen[user]

@@ -1,7 +1,7 @@
 """Turn raw interactions into the shards that training reads.
 
 python -m data_tools.shard INPUT [INPUT ...] OUT_DIR [--format csv|parquet|movielens|netflix]
-[--protocol liang|given] ...
+[--protocol liang|hashed|given] ...
 """
 
 from __future__ import annotations
@@ -15,19 +15,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+
 from data_tools import cli, options
 from data_tools.collect import collect
-from data_tools.given import GivenPlan
 from data_tools.interactions import Interactions, Summary
-from data_tools.liang import LiangPlan
+from data_tools.like import OldSplit, read_old_split
 from data_tools.plan import Plan
-from data_tools.rare_items import drop_rare_items
+from data_tools.protocols import make_plan, min_rating_of
 from data_tools.readers import Columns, Source, infer_format, open_source
 from data_tools.titles import read_titles
 from data_tools.writer import check_unique_keys, count_split, write_folder
 from dist_vasp.data import ids
 from dist_vasp.data.manifest import SPLITS, SplitEntry, default_users_per_shard, files_of
-from dist_vasp.data.positives import DEFAULT_MIN_RATING, PositiveRule, from_json
+from dist_vasp.data.positives import PositiveRule, from_json
 from dist_vasp.data.role_columns import unused_columns
 from dist_vasp.data.tables.inputs import expand
 from dist_vasp.data.tables.options import reading_of
@@ -51,13 +53,15 @@ def _command(args: argparse.Namespace) -> int:
     inputs = [
         *(("INPUT", path) for text in args.inputs for path in expand(text)),
         ("--titles", args.titles),
+        ("--like", args.like),
     ]
     check_folder(args.output, "", args.overwrite, files_of, inputs, make_parents=True)
     titles = read_titles(args.titles, args.item_column or "item") if args.titles else None
+    old = read_old_split(args.like) if args.like else None
     source = _open_source(args)
     if args.dry_run:
         with tempfile.TemporaryDirectory() as scratch:
-            prepared = _prepare(args, source, Path(scratch))
+            prepared = _prepare(args, source, old, Path(scratch))
             plan, per_shard = prepared.plan, prepared.users_per_shard
             splits = {split: count_split(plan, split, per_shard) for split in SPLITS}
     else:
@@ -66,7 +70,7 @@ def _command(args: argparse.Namespace) -> int:
             opened as folder,
             tempfile.TemporaryDirectory(prefix="scratch-", dir=folder) as scratch,
         ):
-            prepared = _prepare(args, source, Path(scratch))
+            prepared = _prepare(args, source, old, Path(scratch))
             prepared.preparation["arguments"]["users_per_shard"] = prepared.users_per_shard
             manifest = write_folder(
                 folder,
@@ -109,7 +113,7 @@ def _open_source(args: argparse.Namespace) -> Source:
             rating_column,
             split_column,
             args.time_column,
-            optional_rating=args.protocol == "liang",
+            optional_rating=args.protocol != "given",
         )
     source = open_source(args.inputs, args.format, columns, reading_of(args))
     if args.repeats == "last" and args.time_column is None:
@@ -117,29 +121,17 @@ def _open_source(args: argparse.Namespace) -> Source:
     return source
 
 
-def _prepare(args: argparse.Namespace, source: Source, scratch: Path) -> Prepared:
+def _prepare(
+    args: argparse.Namespace, source: Source, old: OldSplit | None, scratch: Path
+) -> Prepared:
     """Read the interactions, apply the protocol, and describe both for the manifest."""
-    dropped: dict[str, int] = {}
-    is_liang = args.protocol == "liang"
-    min_rating = _min_rating(args) if is_liang else float("-inf")
-    data, summary = collect(source.batches(), scratch, min_rating, args.memory_limit, args.repeats)
-    plan: Plan
-    if is_liang:
-        min_items, min_users = args.min_items or 5, args.min_users or 1
-        data, dropped = drop_rare_items(data, min_users, min_items, bool(args.core))
-        plan = LiangPlan(data, min_items, args.val_users, args.test_users, args.seed)
-        arguments: dict[str, Any] = {
-            "min_rating": min_rating,
-            "min_items": min_items,
-            "min_users": min_users,
-            "core": bool(args.core),
-            "val_users": len(plan.users["validation"]),
-            "test_users": len(plan.users["test"]),
-        }
-    else:
-        given = GivenPlan(data, args.validation_fraction, args.seed)
-        plan, arguments = given, {"validation_fraction": given.fraction}
+    batches, min_rating = source.batches(), min_rating_of(args)
+    data, summary = collect(batches, scratch, min_rating, args.memory_limit, args.repeats)
+    planned = make_plan(args, data, old)
+    data, plan = planned.data, planned.plan
     check_unique_keys(data, plan)
+    if old:
+        print(_told_of_like(old, data, plan))
     names, _ = source.match_columns()
     for role, values in (("user", data.user_ids), ("item", data.item_ids)):
         for remark in ids.remarks(role, values, names.get(role, role)):
@@ -148,13 +140,13 @@ def _prepare(args: argparse.Namespace, source: Source, scratch: Path) -> Prepare
         "protocol": args.protocol,
         "input": ", ".join(Path(text).name for text in args.inputs),
         "positives": _rule(args, summary, source).to_json(),
-        "arguments": {**arguments, "seed": args.seed},
+        "arguments": {**planned.arguments, "seed": args.seed},
         "rows_read": summary.rows + sum(source.left_out.values()),
         "left_out": {
             **source.left_out,
             "rows_below_min_rating": summary.below_min_rating,
             "duplicate_rows": summary.duplicates,
-            **dropped,
+            **planned.dropped,
             **plan.left_out,
         },
     }
@@ -162,20 +154,26 @@ def _prepare(args: argparse.Namespace, source: Source, scratch: Path) -> Prepare
     return Prepared(data, plan, preparation, per_shard)
 
 
-def _min_rating(args: argparse.Namespace) -> float:
-    return DEFAULT_MIN_RATING if args.min_rating is None else args.min_rating
+def _told_of_like(old: OldSplit, data: Interactions, plan: Plan) -> str:
+    """Return a line on how many users keep their split."""
+    ranks = np.concatenate(list(plan.users.values()))
+    n_known = old.n_known(data.user_ids.take(pa.array(ranks)))
+    return (
+        f"{n_known:,} users keep their split of {old.folder}, {len(ranks) - n_known:,} users are "
+        "new there"
+    )
 
 
 def _rule(args: argparse.Namespace, summary: Summary, source: Source) -> PositiveRule:
     """Return the rule that made the positives, with the names of the input's columns."""
     names, _ = source.match_columns()
-    rated = summary.has_ratings and args.protocol == "liang"
+    rated = summary.has_ratings and args.protocol != "given"
     return PositiveRule(
         names.get("user", "user"),
         names.get("item", "item"),
         names.get("rating", "rating") if rated else None,
         names.get("time"),
-        min_rating=_min_rating(args) if rated else None,
+        min_rating=min_rating_of(args) if rated else None,
         repeats=args.repeats,
         missing=reading_of(args).missing,
     )
@@ -199,7 +197,7 @@ def _unused(args: argparse.Namespace, source: Source) -> list[str]:
     """Return a line on the columns that are not used, and the options that would use them."""
     names, unused = source.match_columns()
     roles = []
-    if args.protocol == "liang":
+    if args.protocol != "given":
         roles = ["split"] if "rating" in names else ["rating", "split"]
     if args.repeats == "last" and "time" not in names:
         roles.append("time")

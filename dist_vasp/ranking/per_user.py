@@ -14,7 +14,6 @@ Shapes: U users of a block, E held-out items, I items of the vocabulary.
 
 from __future__ import annotations
 
-import hashlib
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -25,8 +24,9 @@ import pyarrow.parquet as pq
 
 from dist_vasp.data.held_out import EvalBlock
 from dist_vasp.data.items import ItemTable
-from dist_vasp.data.manifest import MANIFEST, Manifest, users_file
+from dist_vasp.data.manifest import Manifest
 from dist_vasp.data.rows import Rows
+from dist_vasp.data.users import read_users
 from dist_vasp.files import new_file
 from dist_vasp.ranking.user_metrics import UserMetrics
 
@@ -77,7 +77,7 @@ class PerUserFile:
     ) -> None:
         self.path = Path(path)
         self._thirds = popularity_thirds(items.popularity)
-        self._keys, self._ids = _read_users(folder, split, manifest)
+        self._keys, self._ids = read_users(folder, split, manifest)
         self._order = np.argsort(self._keys)
         self._of_users = of_users or UserMetrics()
         self._writer: pq.ParquetWriter | None = None
@@ -139,26 +139,3 @@ class PerUserFile:
                 "the data again"
             )
         return self._ids.take(pa.array(places))
-
-
-def _read_users(folder: str | Path, split: str, manifest: Manifest) -> tuple[np.ndarray, pa.Array]:
-    """Return the keys (uint64) and original ids of the users of a split.
-
-    ValueError unless the file is the one that the manifest lists.
-    """
-    name = users_file(split)
-    path = Path(folder) / name
-    try:
-        data = path.read_bytes()
-        if hashlib.sha256(data).hexdigest() != manifest.files.get(name):
-            raise ValueError(
-                f"{path} is not the file that {MANIFEST} lists; restore it or shard the data again"
-            )
-        table = pq.read_table(pa.BufferReader(data), columns=["key", "id"])
-        return np.asarray(table.column("key")).astype(np.uint64), table.column(
-            "id"
-        ).combine_chunks()
-    except (OSError, KeyError, pa.ArrowException) as error:
-        raise ValueError(
-            f"{path} cannot be read as the list of users ({error}); shard the data again"
-        ) from None

@@ -39,6 +39,7 @@ BASE = TABLES | {
     "dist_vasp.data.manifest",
     "dist_vasp.data.shard",
     "dist_vasp.data.items",
+    "dist_vasp.data.users",
     "dist_vasp.parallel.partition",
     "dist_vasp.parallel.network",
     "dist_vasp.parallel.launched",
@@ -101,6 +102,7 @@ WITHIN_BASE = {
         "dist_vasp.data.manifest",
     },
     "dist_vasp.data.items": {"dist_vasp.data.hashing", "dist_vasp.data.manifest"},
+    "dist_vasp.data.users": {"dist_vasp.data.manifest"},
     "dist_vasp.tensor_file": {"dist_vasp.bounded_json"},
     "dist_vasp.failure": {"dist_vasp.places", "dist_vasp.signals", "dist_vasp.text"},
 }  # the only imports inside BASE
@@ -113,6 +115,7 @@ SHARED_WITH_TOOLS = {
         "data.manifest",
         "data.shard",
         "data.items",
+        "data.users",
         "data.positives",
         "data.role_columns",
         "files",

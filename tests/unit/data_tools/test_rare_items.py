@@ -283,8 +283,11 @@ def test_given_takes_the_split_of_the_row_that_decides(tmp_path):
         ),
         (["--min_users", "0"], "--min_users: '0' is not an integer of at least 1"),
         (["--repeats", "all"], "--repeats: invalid choice: 'all'"),
-        (["--protocol", "given", "--min_users", "2"], "--min_users belongs to --protocol liang"),
-        (["--protocol", "given", "--core"], "--core belongs to --protocol liang"),
+        (
+            ["--protocol", "given", "--min_users", "2"],
+            "--min_users belongs to --protocol liang or hashed",
+        ),
+        (["--protocol", "given", "--core"], "--core belongs to --protocol liang or hashed"),
         (
             ["--repeats", "max", "--time_column", "rating"],
             "--time_column orders the rows for --repeats first and last, but it is max",

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from data_tools import shard
 from data_tools.collect import collect
 from data_tools.given import GivenPlan, moved_to_validation
-from data_tools.liang import HeldOutDraw, LiangPlan, liang_users
+from data_tools.liang import HeldOutDraw, liang_plan, liang_users
 from dist_vasp.data.hashing import pair_hash
 from dist_vasp.data.manifest import Manifest
 from tests.oracles.liang_reference import liang
@@ -96,7 +96,7 @@ def test_liang_equals_the_reference(tmp_path_factory, rows, seed, share, min_ite
     if kept < 3:
         return
     held = int(share * kept)
-    plan = LiangPlan(data, min_items, held, held, seed)
+    plan = liang_plan(data, min_items, held, held, seed)
     assert_equal_to_reference(
         plan_by_id(plan, data, block), liang(rows, 4.0, min_items, held, held, seed)
     )
@@ -137,11 +137,11 @@ def test_no_train_user_left(val, test):
 
 def test_held_out_draw_does_not_depend_on_blocks_and_spares_small_users():
     sizes = np.array([3, 5, 40, 4, 9, 10, 0, 7])
-    whole = HeldOutDraw(5).mask(sizes)
+    keys = np.empty(0, np.uint64)  # they play no part
+    whole = HeldOutDraw(5).mask(keys, keys, sizes)
     draw = HeldOutDraw(5)
-    np.testing.assert_array_equal(
-        whole, np.concatenate([draw.mask(sizes[:3]), draw.mask(sizes[3:])])
-    )
+    parts = [draw.mask(keys, keys, part) for part in (sizes[:3], sizes[3:])]
+    np.testing.assert_array_equal(whole, np.concatenate(parts))
     per_user = np.add.reduceat(whole, np.cumsum(sizes[:-1])[np.array([0, 1, 2, 3, 4, 6])])
     assert whole[:3].sum() == 0
     assert per_user[:2].tolist() == [1, 8]
