@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from contextlib import contextmanager
 from tqdm import tqdm
 
 _SECONDS_BETWEEN_LINES = 10.0
+_SECONDS_TO_WAIT_SILENTLY = 3.0
 
 
 class Progress:
@@ -123,6 +125,31 @@ def counting(what: str, unit: str, per: int = 1) -> Iterator[Callable[[int, int]
     finally:
         if progress:
             progress.close()
+
+
+class Waiting:
+    """Work in one piece: after 3 s, print once `what` it is, and about how long it takes.
+
+    estimate: seconds, 0 where there is no estimate. After the work, `seconds` is what it took.
+    """
+
+    def __init__(self, what: str, show: bool, estimate: float = 0.0) -> None:
+        left = estimate - _SECONDS_TO_WAIT_SILENTLY
+        text = f"{what}, about {max(left, 1):.0f} s left" if estimate else what
+        self._timer = threading.Timer(_SECONDS_TO_WAIT_SILENTLY, say, [text])
+        self._timer.daemon = True
+        self._show = show
+        self.seconds = 0.0
+
+    def __enter__(self) -> Waiting:
+        self._start = time.monotonic()
+        if self._show:
+            self._timer.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._timer.cancel()
+        self.seconds = time.monotonic() - self._start
 
 
 def duration(seconds: float) -> str:

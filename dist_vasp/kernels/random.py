@@ -16,6 +16,7 @@ Shapes: R rows, C columns, N numbers of a chunk.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from functools import lru_cache
 from statistics import NormalDist
@@ -102,6 +103,15 @@ def fill(out_RC: Tensor, keys_R: np.ndarray, distribution: Distribution) -> None
         _fill_on_cpu(out_RC, keys_R, steps_C, distribution)
     else:
         _fill_on_device(out_RC, keys_R, steps_C, distribution)
+
+
+def seconds_to_fill(n: int, device: torch.device) -> float:
+    """Return about how long it takes to fill `n` new numbers, from a million of them."""
+    n_sample = 1 << 20
+    start = time.perf_counter()
+    sample = torch.zeros((256, n_sample // 256), device=device)
+    fill(sample, row_keys(0, "sample", np.arange(256)), Uniform())
+    return (time.perf_counter() - start) * n / n_sample
 
 
 def _fill_on_cpu(

@@ -21,11 +21,13 @@ from torch import Tensor
 
 from dist_vasp.config.schema import Config
 from dist_vasp.data.stream import Batch
+from dist_vasp.kernels.random import seconds_to_fill
 from dist_vasp.model.build import make_trunk, measure_size, new_model
 from dist_vasp.model.partitioned import MicroBatch, StepLoss, TrunkCall
 from dist_vasp.model.slices import GRADIENT_ROWS, ItemSlice, Sink, add_to_grad
 from dist_vasp.parallel.comm import Ranks, all_reduce
 from dist_vasp.parallel.kernels import kernels, plain
+from dist_vasp.progress import Waiting
 from dist_vasp.training.micro_batches import MicroBatches
 from dist_vasp.training.optimizer import MOMENTS, SCALARS, InPlaceAdam
 from dist_vasp.training.zero import ZeroTrunk
@@ -83,9 +85,15 @@ class Trainer:
     def __init__(self, config: Config, n_items: int, ranks: Ranks) -> None:
         self.config, self.ranks, self.n_items = config, ranks, n_items
         size = measure_size(config, n_items, ranks.layout.partitions)
-        fuse, self.remark = kernels(config.parallel.compile, size.items)
-        self.model = new_model(config, n_items, ranks, fuse=fuse)
-        self.model.initialise(config.run.seed)
+        show = ranks.is_main
+        with Waiting("compiling a first function, 5 to 15 s in all", show) as compiling:
+            fuse, self.remark = kernels(config.parallel.compile, size.items)
+        # The functions of the first step take about half as long again.
+        self.seconds_to_compile = 0.0 if fuse is plain else 1.5 * compiling.seconds
+        estimate = seconds_to_fill(size.items, ranks.device)
+        with Waiting(f"building {size.items / 1e6:.1f}M item weights", show, estimate):
+            self.model = new_model(config, n_items, ranks, fuse=fuse)
+            self.model.initialise(config.run.seed)
         self.item_optimizer = InPlaceAdam(self._item_groups(), config.optimizer, fuse=fuse)
         self._anchors = self._find_anchors()
         gradient_rows = FUSED_GRADIENT_ROWS if fuse is not plain else GRADIENT_ROWS
@@ -94,8 +102,11 @@ class Trainer:
         self._measuring = Sink(self._measure, gradient_rows)
         self._updating = Sink(self._update, gradient_rows)
         self._accumulating = Sink(add_to_grad, gradient_rows)
-        trunk = make_trunk(config.model, config.run.seed)
-        self.trunk = ZeroTrunk(trunk, config, ranks, fuse) if trunk else None
+        estimate = seconds_to_fill(size.trunk, ranks.device)
+        what = f"building the trunk ({size.trunk / 1e6:.1f}M weights)"
+        with Waiting(what, show, estimate):
+            trunk = make_trunk(config.model, config.run.seed)
+            self.trunk = ZeroTrunk(trunk, config, ranks, fuse) if trunk else None
         noise_width = trunk.noise_width if trunk else 0
         self.batches = MicroBatches(config, n_items, ranks, noise_width)
         self._step_trunk = (

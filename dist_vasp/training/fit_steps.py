@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import secrets
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 from dist_vasp.checkpoint import folder as folders
@@ -16,7 +17,7 @@ from dist_vasp.checkpoint.read import header_of
 from dist_vasp.data.stream import Batch, TrainStream
 from dist_vasp.parallel.agree import AgreedError
 from dist_vasp.parallel.comm import all_gather_bytes, all_gather_keys
-from dist_vasp.progress import Progress
+from dist_vasp.progress import Progress, Waiting
 from dist_vasp.ranking.evaluate import model_scorer
 from dist_vasp.ranking.metrics import summary
 from dist_vasp.training.batches import Batches, with_next
@@ -43,6 +44,7 @@ class StepFit:
         self._saver = Saver(trainer, stream, run.checkpoints, run.say)
         self._memory = Memory(ranks.device)
         self._moved = self._bytes_moved()
+        self._is_first_step = True
         show = ranks.is_main
         self._progress = Progress("training", self.last, "step", state.step, show=show)
 
@@ -134,15 +136,24 @@ class StepFit:
     def _step(self, batch: Batch, following: Batch | None) -> StepReport:
         """One update; DivergedError names the users of the batch and the last good checkpoint."""
         try:
-            return self.trainer.step(
-                batch,
-                stop=self.run.stop_requested,
-                written=self._saver.written,
-                following=following,
-            )
+            with self._compiling():
+                return self.trainer.step(
+                    batch,
+                    stop=self.run.stop_requested,
+                    written=self._saver.written,
+                    following=following,
+                )
         except DivergedError as error:
             self._saver.keep_what_is_good(self.state.step)
             raise self._explained(error, batch) from None
+
+    def _compiling(self) -> AbstractContextManager[object]:
+        """Tell the user that the first step compiles."""
+        estimate = self.trainer.seconds_to_compile if self._is_first_step else 0.0
+        self._is_first_step = False
+        if not estimate:
+            return nullcontext()
+        return Waiting("compiling the functions of a step", self.run.ranks.is_main, estimate)
 
     def _explained(self, error: DivergedError, batch: Batch) -> DivergedError:
         """All ranks diverge at the same step, and call this together."""
