@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import duckdb
@@ -37,13 +37,16 @@ def collect(
     min_rating: float,
     memory_limit: str,
     repeats: str = "first",
+    by_time: bool = False,
 ) -> tuple[Interactions, Summary]:
     """Group the positives of `batches` by user, with scratch files in `folder`.
 
     batches: columns user and item, and optionally rating, split and time. Without a rating column
     every row counts. `repeats` says which of several rows of a pair counts; times, where there are
-    any, order them. ValueError for unknown split values, for an input without rows and for one
-    without positives; ValueError of the reader passes through.
+    any, order them. With `by_time` the positives of a user come in the order of their times, which
+    are kept beside them; without times in the order of the input. ValueError for unknown split
+    values, for an input without rows and for one without positives; ValueError of the reader passes
+    through.
     """
     rest = iter(batches)
     first = next(rest, None)
@@ -58,10 +61,10 @@ def collect(
     fields = [("user", pa.uint32()), ("item", pa.uint32()), ("position", pa.uint64())]
     sorted_schema = pa.schema([*fields, *((name, types[name]) for name in extra)])
     with _sorted_by_user(encoded, sorted_schema, folder, memory_limit) as stream:
-        sizes = _write_scratch(stream, folder, encoder)
+        sizes = _write_scratch(stream, folder, encoder, by_time)
     if not sizes.any():
         raise ValueError(_nothing_kept(encoder.summary, min_rating, repeats))
-    return _interactions(encoder, sizes, folder), encoder.summary
+    return _interactions(encoder, sizes, folder, by_time), encoder.summary
 
 
 def _rule_and_columns(
@@ -90,7 +93,9 @@ def _nothing_kept(summary: Summary, min_rating: float, repeats: str) -> str:
     return f"the input has no interaction to keep: {reason}"
 
 
-def _interactions(encoder: _Encoder, sizes: np.ndarray, folder: Path) -> Interactions:
+def _interactions(
+    encoder: _Encoder, sizes: np.ndarray, folder: Path, by_time: bool
+) -> Interactions:
     """Return the scratch files with users by ascending id; `sizes` (U,) are by user code."""
     user_ids, user_rank = _ascending(encoder.users)
     order = np.argsort(user_rank)
@@ -99,13 +104,19 @@ def _interactions(encoder: _Encoder, sizes: np.ndarray, folder: Path) -> Interac
         _ascending(encoder.items)[0],
         (np.cumsum(sizes) - sizes)[order],
         sizes[order],
-        "split" in encoder.extra,
+        _beside(encoder.extra, by_time),
         folder,
     )
     if encoder.rule.repeats == "last" and encoder.summary.has_ratings:
         # some users and items appear only in rows of low ratings
         return without_items(data, item_counts(data) == 0)
     return data
+
+
+def _beside(extra: Sequence[str], by_time: bool) -> tuple[str, ...]:
+    """Return what the scratch files hold beside the items."""
+    kept = {"splits": "split" in extra, "times": by_time and "time" in extra}
+    return tuple(name for name, is_kept in kept.items() if is_kept)
 
 
 def _ascending(index: IdIndex) -> tuple[pa.Array, np.ndarray]:
@@ -220,15 +231,18 @@ def _sorted_by_user(
         connection.close()
 
 
-def _write_scratch(stream: Iterable[pa.RecordBatch], folder: Path, encoder: _Encoder) -> np.ndarray:
+def _write_scratch(
+    stream: Iterable[pa.RecordBatch], folder: Path, encoder: _Encoder, by_time: bool
+) -> np.ndarray:
     """Write the positives to `folder`; return their number for every user, (U,) int64, by code."""
     sizes: list[np.ndarray] = []
     item_rank: np.ndarray | None = None
-    with (
-        open(folder / "items", "wb") as items_file,
-        open(folder / "splits", "wb") as splits_file,
-        Progress("grouping", None, "row", brief=True) as progress,
-    ):
+    beside = _beside(encoder.extra, by_time)
+    with ExitStack() as opened:
+        files = {
+            name: opened.enter_context(open(folder / name, "wb")) for name in ("items", *beside)
+        }
+        progress = opened.enter_context(Progress("grouping", None, "row", brief=True))
         for rows in _whole_users(stream, ["user", "item", *encoder.extra]):
             if item_rank is None:  # the sort has consumed all input, so the index is complete
                 item_rank = _ascending(encoder.items)[1]
@@ -238,9 +252,12 @@ def _write_scratch(stream: Iterable[pa.RecordBatch], folder: Path, encoder: _Enc
             pairs = local.astype(np.int64) * len(item_rank) + item
             kept = positive_rows(encoder.rule, pairs, rows.get("rating"), rows.get("time"))
             _count_left_out(encoder, pairs, len(kept))
-            items_file.write(item_rank[item[kept]].tobytes())
-            if "split" in rows:
-                splits_file.write(rows["split"][kept].tobytes())
+            if "times" in beside:
+                kept = kept[np.lexsort((rows["time"][kept], local[kept]))]  # ties: input order
+            files["items"].write(item_rank[item[kept]].tobytes())
+            for name in beside:
+                column = rows[name.removesuffix("s")][kept]
+                files[name].write(column.tobytes())
             sizes.append(np.bincount(local[kept], minlength=int(local[-1]) + 1))
     return np.concatenate([np.empty(0, np.int64), *sizes]).astype(np.int64)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from dist_vasp.data.rows import Rows, indptr_of
 
 TRAIN, TEST, VALIDATION = 0, 1, 2  # split codes
 _USERS_PER_BLOCK = 4096
-_FILES = ("items", "splits")
+_TYPES = {"splits": np.uint8, "times": np.float64}  # of what may lie beside the items
 
 
 @dataclass
@@ -40,22 +41,24 @@ class UserBlock:
 
     users: np.ndarray  # (B,) int64
     rows: Rows  # B rows of item ranks, uint32, in input order
-    splits: np.ndarray  # (E,) uint8 split codes; 0 where the input has none
+    splits: np.ndarray  # (E,) uint8 split codes; empty where they are not kept
+    times: np.ndarray  # (E,) float64; empty where they are not kept
 
 
 @dataclass(frozen=True)
 class Interactions:
     """Distinct interactions by user, in input order within a user.
 
-    They lie in the file `items` of `folder`, a uint32 each, and their split codes in the file
-    `splits`, a byte each. The folder must outlive this object.
+    They lie in the file `items` of `folder`, a uint32 each. `beside` names what lies in a file of
+    its own: `splits`, split codes of a byte each, and `times`, a float64 each. The folder must
+    outlive this object.
     """
 
     user_ids: pa.Array  # (U,) int64 or string, ascending
     item_ids: pa.Array  # (I,) int64 or string, ascending
     starts: np.ndarray  # (U,) int64, position of a user's first interaction in the files
     sizes: np.ndarray  # (U,) int64, distinct interactions of a user
-    has_splits: bool
+    beside: tuple[str, ...]
     folder: Path
 
     def blocks(self, users: np.ndarray, sizes: Sequence[int] | None = None) -> Iterator[UserBlock]:
@@ -65,21 +68,22 @@ class Interactions:
             if sizes is not None
             else np.append(np.arange(0, len(users), _USERS_PER_BLOCK), len(users))
         )
-        items_file = os.open(self.folder / "items", os.O_RDONLY)
-        splits_file = os.open(self.folder / "splits", os.O_RDONLY) if self.has_splits else -1
-        try:
+        with ExitStack() as opened:
+            files = {}
+            for name in ("items", *self.beside):
+                files[name] = os.open(self.folder / name, os.O_RDONLY)
+                opened.callback(os.close, files[name])
             for first, last in itertools.pairwise(bounds.tolist()):
                 block = users[first:last]
                 starts, lengths = self.starts[block], self.sizes[block]
-                items = np.frombuffer(_read(items_file, starts, lengths, 4), np.uint32)
-                splits = np.zeros(len(items), np.uint8)
-                if self.has_splits:
-                    splits = np.frombuffer(_read(splits_file, starts, lengths, 1), np.uint8)
-                yield UserBlock(block, Rows(indptr_of(lengths), items), splits)
-        finally:
-            os.close(items_file)
-            if splits_file >= 0:
-                os.close(splits_file)
+                items = np.frombuffer(_read(files["items"], starts, lengths, 4), np.uint32)
+                beside = {name: np.empty(0, kind) for name, kind in _TYPES.items()}
+                for name in self.beside:
+                    width = np.dtype(_TYPES[name]).itemsize
+                    data = _read(files[name], starts, lengths, width)
+                    beside[name] = np.frombuffer(data, _TYPES[name])
+                rows = Rows(indptr_of(lengths), items)
+                yield UserBlock(block, rows, beside["splits"], beside["times"])
 
     def blocks_in_file_order(self) -> Iterator[UserBlock]:
         """Yield all users in the order in which they lie in the files."""
@@ -120,15 +124,17 @@ def without_items(data: Interactions, dropped: np.ndarray) -> Interactions:
     folder.mkdir()
     new_rank = np.cumsum(~dropped, dtype=np.int64) - 1
     sizes = np.zeros(len(data.sizes), np.int64)
-    with open(folder / "items", "wb") as items_file, open(folder / "splits", "wb") as splits_file:
+    names = ("items", *data.beside)
+    with ExitStack() as opened:
+        files = {name: opened.enter_context(open(folder / name, "wb")) for name in names}
         for block in data.blocks_in_file_order():
             kept = ~dropped[block.rows.items]
             rows = block.rows.where(kept)
-            items_file.write(new_rank[rows.items].astype(np.uint32).tobytes())
-            if data.has_splits:
-                splits_file.write(block.splits[kept].tobytes())
+            files["items"].write(new_rank[rows.items].astype(np.uint32).tobytes())
+            for name in data.beside:
+                files[name].write(getattr(block, name)[kept].tobytes())
             sizes[block.users] = rows.lengths
-    for name in _FILES:
+    for name in names:
         (data.folder / name).unlink()
     order = np.argsort(data.starts, kind="stable")
     starts = np.empty(len(sizes), np.int64)

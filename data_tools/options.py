@@ -8,17 +8,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data_tools.readers import FORMATS
+from data_tools.times import moment
 from dist_vasp import command_line
 from dist_vasp.data.positives import REPEATS
 from dist_vasp.data.tables.options import add_reading_options
 
-PROTOCOLS = ("liang", "hashed", "given")
-_FILTERED = ("liang", "hashed")
+PROTOCOLS = ("liang", "hashed", "given", "time", "last")
+BY_TIME = ("time", "last")  # the interactions of a user are ordered by time
+_FILTERED = ("liang", "hashed", "time", "last")
 _BELONGS_TO = {
     **dict.fromkeys(("rating_column", "min_rating", "min_items", "min_users", "core"), _FILTERED),
     **dict.fromkeys(("val_users", "test_users"), ("liang",)),
     **dict.fromkeys(("val_fraction", "test_fraction"), ("hashed",)),
-    **dict.fromkeys(("split_column", "validation_fraction"), ("given",)),
+    "split_column": ("given",),
+    "validation_fraction": ("given", "time"),
+    **dict.fromkeys(("split_time", "split_quantile"), ("time",)),
     "like": ("liang", "hashed"),
 }  # an option, and the protocols that take it
 
@@ -56,7 +60,10 @@ def _add_columns(result: command_line.Parser) -> None:
     add("--item_column", metavar="NAME", help="csv, parquet: default item")
     help = "not given: default rating; without such a column every row counts (implicit feedback)"
     add("--rating_column", metavar="NAME", help=help)
-    help = "orders the rows of a user and an item; default for --repeats last: timestamp, if any"
+    help = (
+        "orders the rows of a user and an item; default for --repeats last, --protocol time and "
+        "last: timestamp, if any"
+    )
     add("--time_column", metavar="NAME", help=help)
     help = "given: default split; 0 or train, 1 or test, 2 or validation"
     add("--split_column", metavar="NAME", help=help)
@@ -64,7 +71,10 @@ def _add_columns(result: command_line.Parser) -> None:
 
 def _add_protocol(result: command_line.Parser) -> None:
     add = result.add_argument
-    help = "liang and hashed split users, given follows a column; default liang"
+    help = (
+        "liang and hashed split users, given follows a column, time cuts at a moment, last holds "
+        "out the last items of each user; default liang"
+    )
     add("--protocol", choices=PROTOCOLS, default="liang", help=help)
     add(
         "--min_rating",
@@ -88,7 +98,14 @@ def _add_protocol(result: command_line.Parser) -> None:
     add("--test_fraction", type=_fraction, help=help)
     help = "liang, hashed: users of this data folder keep their split"
     add("--like", type=Path, metavar="OLD_SHARDS", help=help)
-    help = "given: fraction of train items moved to validation; default 0.1, 0 moves none"
+    help = "time: training ends before this time, a number or a date, as in the input"
+    add("--split_time", type=moment, metavar="TIME", help=help)
+    help = "time: training ends before this quantile of the times"
+    add("--split_quantile", type=_quantile, metavar="Q", help=help)
+    help = (
+        "given, time: fraction of a user's train items moved to validation (time: the latest); "
+        "default 0.1, 0 moves none"
+    )
     add("--validation_fraction", type=_fraction, help=help)
 
 
@@ -96,6 +113,13 @@ def _fraction(text: str) -> float:
     value = command_line.number(text)
     if not 0 <= value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not at least 0 and below 1")
+    return value
+
+
+def _quantile(text: str) -> float:
+    value = _fraction(text)
+    if not value:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0 and below 1")
     return value
 
 
@@ -113,7 +137,7 @@ def check_protocol(args: argparse.Namespace) -> None:
         raise ValueError(
             "--repeats max takes ratings, which --protocol given does not read; pass first or last"
         )
-    if args.repeats == "max" and args.time_column is not None:
+    if args.repeats == "max" and args.time_column is not None and args.protocol not in BY_TIME:
         raise ValueError(
             "--time_column orders the rows for --repeats first and last, but it is max; leave one "
             "of them out"
@@ -124,6 +148,12 @@ def check_protocol(args: argparse.Namespace) -> None:
                 f"--{name} belongs to --protocol {_or(protocols)}, but the protocol is "
                 f"{args.protocol}; leave one of them out"
             )
+    if args.protocol == "time" and (args.split_time is None) == (args.split_quantile is None):
+        problem = "both say" if args.split_time is not None else "say"
+        raise ValueError(
+            f"--protocol time: --split_time and --split_quantile {problem} where training ends; "
+            "pass one of the two, such as --split_quantile 0.9"
+        )
     if args.like is not None:
         for name in ("val_users", "test_users"):
             if getattr(args, name) is not None:

@@ -6,13 +6,15 @@ import argparse
 from dataclasses import dataclass
 from typing import Any
 
-from data_tools.given import GivenPlan
+from data_tools.given import DEFAULT_VALIDATION_FRACTION, GivenPlan
 from data_tools.hashed import DEFAULT_FRACTION, hashed_plan
 from data_tools.interactions import Interactions
 from data_tools.liang import liang_plan, liang_plan_like
 from data_tools.like import OldSplit
+from data_tools.ordered import OrderedPlan, last_cuts, time_cuts
 from data_tools.plan import Plan
 from data_tools.rare_items import drop_rare_items
+from data_tools.times import kth_smallest
 from dist_vasp.data.positives import DEFAULT_MIN_RATING
 
 
@@ -44,8 +46,19 @@ def make_plan(args: argparse.Namespace, data: Interactions, old: OldSplit | None
         given = GivenPlan(data, args.validation_fraction, args.seed)
         return Planned(data, given, {"validation_fraction": given.fraction}, {})
     min_items, min_users = args.min_items or 5, args.min_users or 1
+    split_time = _split_time(args, data) if args.protocol == "time" else None
     data, dropped = drop_rare_items(data, min_users, min_items, bool(args.core))
-    plan, own = _plan(args, data, min_items, old)
+    plan: Plan
+    if split_time is not None:
+        fraction = _or_else(args.validation_fraction, DEFAULT_VALIDATION_FRACTION)
+        cuts = time_cuts(data, split_time, fraction)
+        plan = OrderedPlan(data, cuts, min_items, args.seed)
+        own = {"split_time": split_time, "split_quantile": args.split_quantile}
+        own["validation_fraction"] = fraction
+    elif args.protocol == "last":
+        plan, own = OrderedPlan(data, last_cuts(data.sizes), min_items, args.seed), {}
+    else:
+        plan, own = _split_users(args, data, min_items, old)
     arguments = {
         "min_rating": min_rating_of(args),
         "min_items": min_items,
@@ -58,10 +71,17 @@ def make_plan(args: argparse.Namespace, data: Interactions, old: OldSplit | None
     return Planned(data, plan, arguments, dropped)
 
 
-def _plan(
+def _split_time(args: argparse.Namespace, data: Interactions) -> float:
+    """Return the time at which training ends: asked for, or the quantile over all positives."""
+    if args.split_time is not None:
+        return float(args.split_time)
+    return kth_smallest(data.folder / "times", int(args.split_quantile * data.sizes.sum()))
+
+
+def _split_users(
     args: argparse.Namespace, data: Interactions, min_items: int, old: OldSplit | None
 ) -> tuple[Plan, dict[str, Any]]:
-    """Return the plan of filtered interactions, and the arguments of its protocol."""
+    """Return the plan of a protocol that splits users, and its arguments."""
     if args.protocol == "hashed":
         chosen = _fractions(args, old)
         plan = hashed_plan(data, min_items, chosen, args.seed, old)
@@ -83,5 +103,9 @@ def _fractions(args: argparse.Namespace, old: OldSplit | None) -> tuple[float, f
     """Return the fractions of the users for validation and test: asked for, else those of `old`."""
     default = (old.val_fraction, old.test_fraction) if old else (DEFAULT_FRACTION,) * 2
     asked = (args.val_fraction, args.test_fraction)
-    val, test = (d if a is None else a for a, d in zip(asked, default, strict=True))
+    val, test = (_or_else(a, d) for a, d in zip(asked, default, strict=True))
     return val, test
+
+
+def _or_else(asked: float | None, default: float) -> float:
+    return default if asked is None else asked

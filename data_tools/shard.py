@@ -1,7 +1,7 @@
 """Turn raw interactions into the shards that training reads.
 
 python -m data_tools.shard INPUT [INPUT ...] OUT_DIR [--format csv|parquet|movielens|netflix]
-[--protocol liang|hashed|given] ...
+[--protocol liang|hashed|given|time|last] ...
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from data_tools.like import OldSplit, read_old_split
 from data_tools.plan import Plan
 from data_tools.protocols import make_plan, min_rating_of
 from data_tools.readers import Columns, Source, infer_format, open_source
+from data_tools.times import told
 from data_tools.titles import read_titles
 from data_tools.writer import check_unique_keys, count_split, write_folder
 from dist_vasp.data import ids
@@ -81,7 +82,7 @@ def _command(args: argparse.Namespace) -> int:
                 prepared.preparation,
             )
             splits = manifest.splits
-    for note in source.notes:
+    for note in [*source.notes, *_order(args, source, prepared.preparation["arguments"])]:
         print(note)
     _print_splits(args, prepared.plan, splits)
     print(f"  {from_json(prepared.preparation['positives'])}")
@@ -116,8 +117,13 @@ def _open_source(args: argparse.Namespace) -> Source:
             optional_rating=args.protocol != "given",
         )
     source = open_source(args.inputs, args.format, columns, reading_of(args))
-    if args.repeats == "last" and args.time_column is None:
-        source.read_times()
+    if args.time_column is None and (args.repeats == "last" or args.protocol in options.BY_TIME):
+        found = source.read_times()
+        if args.protocol == "time" and found is None:
+            raise ValueError(
+                "--protocol time needs the time of every row, and the input has no column "
+                "'timestamp'; pass --time_column NAME"
+            )
     return source
 
 
@@ -126,7 +132,8 @@ def _prepare(
 ) -> Prepared:
     """Read the interactions, apply the protocol, and describe both for the manifest."""
     batches, min_rating = source.batches(), min_rating_of(args)
-    data, summary = collect(batches, scratch, min_rating, args.memory_limit, args.repeats)
+    by_time = args.protocol in options.BY_TIME
+    data, summary = collect(batches, scratch, min_rating, args.memory_limit, args.repeats, by_time)
     planned = make_plan(args, data, old)
     data, plan = planned.data, planned.plan
     check_unique_keys(data, plan)
@@ -193,13 +200,24 @@ def _print_splits(args: argparse.Namespace, plan: Plan, splits: dict[str, SplitE
         )
 
 
+def _order(args: argparse.Namespace, source: Source, arguments: dict[str, Any]) -> list[str]:
+    """Return a line on what orders the interactions of a user, and where training ends."""
+    if args.protocol not in options.BY_TIME:
+        return []
+    column = source.match_columns()[0].get("time")
+    if args.protocol == "time":
+        return [f"training ends before {told(arguments['split_time'])} of {column}"]
+    by = f"by {column}" if column else "in the order of the input, because no times were read"
+    return [f"the interactions of a user are ordered {by}"]
+
+
 def _unused(args: argparse.Namespace, source: Source) -> list[str]:
     """Return a line on the columns that are not used, and the options that would use them."""
     names, unused = source.match_columns()
     roles = []
     if args.protocol != "given":
         roles = ["split"] if "rating" in names else ["rating", "split"]
-    if args.repeats == "last" and "time" not in names:
+    if "time" not in names and (args.repeats == "last" or args.protocol == "last"):
         roles.append("time")
     return unused_columns([*names.values(), *unused], names.values(), roles)
 
@@ -233,10 +251,10 @@ def _counts_rows(reason: str) -> bool:
 def _rows_used(protocol: str, splits: dict[str, SplitEntry]) -> int:
     """Return the number of input rows that the shards hold.
 
-    In `given` the fold-in of a user repeats its train rows.
+    In `given`, `time` and `last` the fold-in of a user repeats its train rows.
     """
     held_out = splits["validation"].heldout + splits["test"].heldout
-    if protocol == "given":
+    if protocol in ("given", *options.BY_TIME):
         return splits["train"].interactions + held_out
     return sum(split.interactions for split in splits.values()) + held_out
 

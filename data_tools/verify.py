@@ -214,10 +214,11 @@ def _ids_and_keys(path: Path, kind: str, ids: pa.Array, keys: np.ndarray) -> Ite
 def _across_splits(manifest: Manifest, seen: dict[str, _Seen]) -> Iterator[str]:
     """Check the users across splits.
 
-    In `liang` no user is in two splits; in `given` every held-out user is a train user.
+    In `liang` and `hashed` no user is in two splits; in `given`, `time` and `last` every held-out
+    user is a train user.
     """
     users = {split: np.concatenate([np.empty(0, np.uint64), *s.keys]) for split, s in seen.items()}
-    if manifest.preparation.get("protocol") == "given":
+    if manifest.preparation.get("protocol") in ("given", "time", "last"):
         for split in ("validation", "test"):
             strangers = np.setdiff1d(users[split], users["train"])
             if seen["train"].is_complete and len(strangers):

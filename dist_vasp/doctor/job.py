@@ -118,8 +118,8 @@ def _shards(
 
 
 def config_needs_validation(manifest: Manifest) -> bool:
-    """Return whether data should have validation users: protocol `given` may have none."""
-    return manifest.preparation.get("protocol") == "liang"
+    """Return whether data should have validation users: it should where users are split."""
+    return manifest.preparation.get("protocol") in ("liang", "hashed")
 
 
 def _plan(config: Config, sizes: Sizes, layout: Layout, local_ranks: int) -> Finding:

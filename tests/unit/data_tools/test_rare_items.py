@@ -285,9 +285,12 @@ def test_given_takes_the_split_of_the_row_that_decides(tmp_path):
         (["--repeats", "all"], "--repeats: invalid choice: 'all'"),
         (
             ["--protocol", "given", "--min_users", "2"],
-            "--min_users belongs to --protocol liang or hashed",
+            "--min_users belongs to --protocol liang, hashed, time or last",
         ),
-        (["--protocol", "given", "--core"], "--core belongs to --protocol liang or hashed"),
+        (
+            ["--protocol", "given", "--core"],
+            "--core belongs to --protocol liang, hashed, time or last",
+        ),
         (
             ["--repeats", "max", "--time_column", "rating"],
             "--time_column orders the rows for --repeats first and last, but it is max",
