@@ -107,7 +107,7 @@ def pytest_terminal_summary(terminalreporter, config):
         r
         for kind in ("passed", "failed", "skipped")
         for r in terminalreporter.stats.get(kind, [])
-        if "data" in r.keywords
+        if "data" in getattr(r, "keywords", ())  # a module that is skipped has none
     ]
     ran = sum(r.when == "call" for r in reports)
     terminalreporter.write_line(

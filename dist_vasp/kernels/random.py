@@ -17,6 +17,7 @@ Shapes: R rows, C columns, N numbers of a chunk.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from statistics import NormalDist
@@ -54,7 +55,12 @@ class Uniform:
 
     def numbers(self, bits_N: Tensor) -> Tensor:
         k_N = bits_N.bitwise_right_shift_(40).to(torch.float32).add_(1 << 23)
-        return k_N.mul_((self.high - self.low) / (1 << 24)).add_(self.low)
+        return k_N.mul_(self.step).add_(self.low)
+
+    @property
+    def step(self) -> float:
+        """The distance between two neighbouring numbers."""
+        return (self.high - self.low) / (1 << 24)
 
 
 @dataclass(frozen=True)
@@ -70,7 +76,7 @@ class Normal:
     """
 
     def numbers(self, bits_N: Tensor) -> Tensor:
-        offsets, slopes = _quantiles(bits_N.device)
+        offsets, slopes = quantiles(bits_N.device)
         signed_N = bits_N.bitwise_right_shift_(32).to(torch.float64).add_(0.5)
         a_N = signed_N.abs()
         # The exponent of a and the upper bits of its mantissa count the segments.
@@ -129,10 +135,25 @@ def _fill_on_device(
     out_RC: Tensor, keys_R: np.ndarray, steps_C: np.ndarray, distribution: Distribution
 ) -> None:
     row_words, column_words = (_to_device(words, out_RC.device) for words in (keys_R, steps_C))
+    in_one_pass = out_RC.is_cuda and out_RC.dtype == torch.float32 and out_RC.stride(1) == 1
+    fused = _triton_fill() if in_one_pass else None
+    if fused and isinstance(distribution, Uniform | Normal):
+        fused(out_RC, row_words, column_words, distribution)
+        return
     for rows, columns in _chunks(out_RC, DEVICE_CHUNK):
         bits = row_words[rows, None] + column_words[columns]
         _mix_(bits)
         out_RC[rows, columns] = distribution.numbers(bits.view(-1)).view(bits.shape)
+
+
+@lru_cache(maxsize=1)
+def _triton_fill() -> Callable[..., None] | None:
+    """The fill of one pass; None where triton is not installed."""
+    try:
+        from dist_vasp.kernels.cuda_random import fill as fused
+    except ImportError:
+        return None
+    return fused
 
 
 def _chunks(out_RC: Tensor, size: int) -> list[tuple[slice, slice]]:
@@ -162,7 +183,7 @@ def _mix_(h: Tensor) -> None:
 
 
 @lru_cache(maxsize=8)
-def _quantiles(device: torch.device) -> Tensor:
+def quantiles(device: torch.device) -> Tensor:
     """Return (2, segments): offset and slope of the line that stands for each segment.
 
     Slopes have 21 significant bits, so that slope * a is exact in float64 and a fused
