@@ -20,7 +20,7 @@ from dist_vasp.recognise import recognised
 Inputs = Sequence[tuple[str, str | Path | None]]
 RUN_FILES = (
     r"config\.yaml|environment\.json|metrics\..*|result\.json|items\.parquet|tracking\.json|\.lock|"
-    r"diverged-step-\d+\.json|checkpoints|tensorboard"
+    r"trained-users\.parquet|diverged-step-\d+\.json|checkpoints|tensorboard"
 )
 _PARTS = r"trunk\.(safetensors|pt2)|items-\d{5}-of-\d{5}\.safetensors"
 _FOLDERS = (  # what a folder is, names that show it, and a pattern of the names in it
@@ -211,6 +211,7 @@ def check_run_folder(folder: Path) -> None:
         "config.yaml",
         "environment.json",
         "items.parquet",
+        "trained-users.parquet",
         "metrics.jsonl",
         "result.json",
         "tracking.json",

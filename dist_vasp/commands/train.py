@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if ranks.is_main:
             print(text)
         return
-    result = train(config, ranks, arguments.init_from)
+    result = train(config, ranks, arguments.init_from, arguments.allow_leak)
     if ranks.is_main and result:
         for split in ("validation", "test"):
             if result[split]:
@@ -53,6 +53,11 @@ def _parse(argv: Sequence[str] | None) -> tuple[Config, Any]:
         metavar="RUN_DIR",
         help="start a new run from this run's weights, items matched by original id",
     )
+    parser.add_argument(
+        "--allow_leak",
+        action="store_true",
+        help="with --init_from: start also where that run was trained on users held out now",
+    )
     config, arguments = parse(parser, argv)
     init_from, from_ease = arguments.init_from, config.model.init_from_ease
     if kind_of(config.model.kind).closed_form and init_from:
@@ -60,6 +65,8 @@ def _parse(argv: Sequence[str] | None) -> tuple[Config, Any]:
             f"--init_from is {init_from}, but model.kind {config.model.kind} is computed from the "
             "shards alone; leave it out"
         )
+    if arguments.allow_leak and not init_from:
+        raise ValueError("--allow_leak belongs to --init_from RUN_DIR; leave it out")
     if from_ease and init_from:
         raise ValueError(
             f"--init_from is {init_from} and model.init_from_ease is {from_ease}: "

@@ -33,6 +33,7 @@ from dist_vasp.training.fit_ease import StoppedError, fit
 from dist_vasp.training.floor import measure_rates
 from dist_vasp.training.run import Fitted, Past, Run
 from dist_vasp.training.state import check_same, facts_of_data, newest_checkpoint
+from dist_vasp.training.trained_users import Users
 
 GRID = tuple(10.0 * 2**k for k in range(9, -1, -1))  # 5120 to 10
 PATIENCE = 2  # lambdas in a row that may be worse than the best before the search ends
@@ -42,6 +43,7 @@ class ClosedFormSetup:
     """The closed form, before there is a matrix; see `FitSetup`."""
 
     keep = 1
+    earlier_users: Users | None = None
 
     def __init__(self, config: Config, ranks: Ranks) -> None:
         self.manifest = Manifest.load(config.data.shards)

@@ -21,8 +21,10 @@ from dist_vasp.progress import Progress, say
 from dist_vasp.ranking.evaluate import Scorer, evaluate
 from dist_vasp.ranking.metrics import RankingMetrics
 from dist_vasp.training.environment import describe
-from dist_vasp.training.run_dir import RunDir
+from dist_vasp.training.run_dir import REMEDY, RunDir
 from dist_vasp.training.stop import StopRequest
+from dist_vasp.training.trained_users import FILE as TRAINED_USERS
+from dist_vasp.training.trained_users import Users, write_trained_users
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,8 @@ class FitSetup(Protocol):
     manifest: Manifest
     keep: int
     """Step checkpoints that are kept."""
+    earlier_users: Users | None
+    """Users that the weights which a new run starts from have seen."""
 
     def check(self) -> None:
         """Raise ValueError where the fit cannot be made."""
@@ -118,14 +122,14 @@ class Run:
         if self.ranks.is_main:
             say(text)
 
-    def begin(self, fit: Fit, keep: int) -> None:
+    def begin(self, fit: Fit, setup: FitSetup) -> None:
         """Make the folder hold the past of `fit` and nothing beyond it, and open the metrics."""
         environment = describe(self.ranks)
         if self._run_dir is None:
             return
         past = fit.past()
         folders.settle(self.checkpoints, past.best)
-        folders.prune(self.checkpoints, keep)
+        folders.prune(self.checkpoints, setup.keep)
         if past.result_of is not None:
             self._run_dir.drop_result(unless=past.result_of)
         n_damaged = self._run_dir.open(
@@ -137,6 +141,19 @@ class Run:
             )
         for remark in past.remarks:
             self.say(remark)
+        if past.after_step == 0 or not (self._run_dir.folder / TRAINED_USERS).exists():
+            self._note_users(self._run_dir, setup.earlier_users)
+
+    def _note_users(self, run_dir: RunDir, earlier: Users | None) -> None:
+        """Write the users of training into the folder; a data folder without their list is said."""
+        try:
+            users = Users.of_split(self.config.data.shards, "train", self.manifest)
+        except ValueError as error:
+            self.say(f"{run_dir.folder / TRAINED_USERS} is not written: {error}")
+            return
+        if earlier is not None:
+            users = users.and_(earlier)
+        write_trained_users(run_dir.folder, users, REMEDY)
 
     def record(self, line: dict[str, Any], prefix: str) -> None:
         """Write one line of metrics on rank 0."""

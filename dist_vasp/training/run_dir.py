@@ -1,6 +1,7 @@
 """The folder of a run: its lock, its metrics line by line, TensorBoard events and the result.
 
-RUN_DIR/config.yaml  environment.json  metrics.jsonl  items.parquet  result.json
+RUN_DIR/config.yaml  environment.json  metrics.jsonl  items.parquet  trained-users.parquet
+        result.json
         checkpoints/  tensorboard/
 """
 
@@ -28,7 +29,7 @@ from dist_vasp.places import check_run_folder, unwritable
 from dist_vasp.training.events import EventFile
 from dist_vasp.training.tracking import Tracking
 
-_REMEDY = "free some space or move run.dir; earlier checkpoints are good"
+REMEDY = "free some space or move run.dir; earlier checkpoints are good"
 _LONGEST_LINE = 1 << 20  # of metrics.jsonl; a longer one is none of ours
 _SHARED_WITHIN_S = 5.0  # a network filesystem may show a new file late
 
@@ -137,7 +138,7 @@ def _no_link(path: str, flags: int) -> int:
 
 
 @contextmanager
-def _writing(path: Path, remedy: str = _REMEDY) -> Iterator[None]:
+def _writing(path: Path, remedy: str = REMEDY) -> Iterator[None]:
     """Turn a full or failing disk into a ValueError that says what to do."""
     try:
         yield
@@ -181,7 +182,7 @@ def check_shared(folder: str | Path, ranks: Ranks) -> None:
             token.unlink(missing_ok=True)
 
 
-def write_atomically(path: Path, text: str, remedy: str = _REMEDY) -> None:
+def write_atomically(path: Path, text: str, remedy: str = REMEDY) -> None:
     replace_text(path, text, remedy)
 
 
@@ -211,7 +212,7 @@ def cut_after(path: Path, step: int, evaluation_due: bool = False) -> int:
             raise ValueError(
                 f"{path} cannot be read ({error.strerror}); correct that, or remove it"
             ) from None
-        kept = stack.enter_context(replacing(path, _REMEDY))
+        kept = stack.enter_context(replacing(path, REMEDY))
         while line := lines.readline(_LONGEST_LINE):
             line = line.removesuffix(b"\n")
             found = _step_of(line)
@@ -223,7 +224,7 @@ def cut_after(path: Path, step: int, evaluation_due: bool = False) -> int:
                 broken, line = (line[:begin], line[begin:]) if found is not None else (line, b"")
                 if not n_damaged:
                     damaged = stack.enter_context(
-                        open_append(path.with_name("metrics.damaged.jsonl"), _REMEDY)
+                        open_append(path.with_name("metrics.damaged.jsonl"), REMEDY)
                     )
                 damaged.write(broken + b"\n")
                 n_damaged += 1
@@ -253,5 +254,5 @@ def _copy_items(shards: str, manifest: Manifest, target: Path) -> None:
             f"{source} changed while the run was starting; "
             "restore the shards and start the same command again"
         )
-    with replacing(target, _REMEDY) as handle:
+    with replacing(target, REMEDY) as handle:
         handle.write(data)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from pathlib import Path
 
 from dist_vasp.checkpoint import folder as folders
+from dist_vasp.checkpoint.header import Header
 from dist_vasp.config.schema import Config
 from dist_vasp.model.build import measure_size
 from dist_vasp.parallel.comm import Ranks
@@ -16,12 +18,15 @@ from dist_vasp.training.fit_steps import StepFit
 from dist_vasp.training.grow import initialise_from, open_source
 from dist_vasp.training.run import Run
 from dist_vasp.training.state import RunState, resume, total_steps
+from dist_vasp.training.trained_users import Users, check_held_out, read_trained_users
 
 
 class StepSetup:
     """Training by steps, before there are weights; see `FitSetup`."""
 
-    def __init__(self, config: Config, ranks: Ranks, init_from: str | None) -> None:
+    def __init__(
+        self, config: Config, ranks: Ranks, init_from: str | None, allow_leak: bool = False
+    ) -> None:
         self.stream = make_stream(config, ranks)
         self.manifest = self.stream.manifest
         self.keep = config.run.keep
@@ -29,11 +34,23 @@ class StepSetup:
         self._config = config
         self._ranks = ranks
         self._init_from = init_from
+        self._allow_leak = allow_leak
+        self.earlier_users: Users | None = None
+        self._remark = ""
 
     def check(self) -> None:
         check_memory(self._config, self.stream.n_items, self._ranks)
         if self._init_from:
-            open_source(self._init_from, self._config.model).close()
+            source = open_source(self._init_from, self._config.model)
+            source.close()
+            if folders.newest_step(Path(self._config.run.dir) / "checkpoints") == 0:
+                self._check_leak(self._init_from, source.header)
+
+    def _check_leak(self, run: str, header: Header) -> None:
+        """Raise ValueError where the weights of `run` have seen users that are held out now."""
+        self.earlier_users = read_trained_users(run, header)
+        data = self._config.data.shards, self.manifest
+        self._remark = check_held_out(run, header, self.earlier_users, *data, self._allow_leak)
 
     def describe(self) -> str:
         config, stream, layout = self._config, self.stream, self._ranks.layout
@@ -63,6 +80,8 @@ class StepSetup:
             if state is None:
                 state = RunState()
                 self._initialise(trainer)
+                if self._remark:
+                    run.say(self._remark)
             if state.step != first:
                 # Somebody has renamed the checkpoint.
                 batches.close()

@@ -22,16 +22,19 @@ from dist_vasp.training.stop import StopRequest
 from dist_vasp.training.tracking import services
 
 
-def train(config: Config, ranks: Ranks, init_from: str | None = None) -> dict[str, Any] | None:
+def train(
+    config: Config, ranks: Ranks, init_from: str | None = None, allow_leak: bool = False
+) -> dict[str, Any] | None:
     """Fit the model of `config`, resuming what is in `run.dir`, and write result.json.
 
-    `init_from`: a run whose weights a new run starts from, matched by original item ids. Returns
+    `init_from`: a run whose weights a new run starts from, matched by original item ids; with
+    `allow_leak` also where it was trained on users that are held out now. Returns
     what result.json holds, or None when a signal stopped the run: it is saved then, and the same
     call resumes it. Raises AgreedError for what a user can fix, DivergedError when the loss is no
     longer finite.
     """
     with closing(StopRequest()) as stop:
-        setup = _check(config, ranks, init_from)
+        setup = _check(config, ranks, init_from, allow_leak)
         run = _take_folder(config, ranks, setup, stop)
         fitted = _fit(run, setup)
         # The optimizers are part of cycles: their matrices would stay beside those of the best
@@ -54,19 +57,23 @@ def dry_run(config: Config, ranks: Ranks) -> str:
     return f"dry run: {setup.describe()}\nrun.dir {config.run.dir}: {what}"
 
 
-def make_setup(config: Config, ranks: Ranks, init_from: str | None) -> FitSetup:
+def make_setup(
+    config: Config, ranks: Ranks, init_from: str | None, allow_leak: bool = False
+) -> FitSetup:
     """Return the way in which the model of `config` is fitted."""
     if kind_of(config.model.kind).closed_form:
         return ClosedFormSetup(config, ranks)
-    return StepSetup(config, ranks, init_from)
+    return StepSetup(config, ranks, init_from, allow_leak)
 
 
-def _check(config: Config, ranks: Ranks, init_from: str | None) -> FitSetup:
+def _check(
+    config: Config, ranks: Ranks, init_from: str | None, allow_leak: bool = False
+) -> FitSetup:
     """Check everything that is cheap to check; AgreedError where something does not fit."""
     setup: FitSetup | None = None
     with agreed(ranks):
         check_folders(config)
-        setup = make_setup(config, ranks, init_from)
+        setup = make_setup(config, ranks, init_from, allow_leak)
     assert setup is not None
     check_shards(config.data.shards, setup.manifest, ranks)
     with agreed(ranks):
@@ -88,7 +95,7 @@ def _take_folder(config: Config, ranks: Ranks, setup: FitSetup, stop: StopReques
 def _fit(run: Run, setup: FitSetup) -> Fitted | None:
     """Build, resume and fit; nothing of the model is left in memory afterwards."""
     with closing(setup.start(run)) as fit:
-        run.begin(fit, setup.keep)
+        run.begin(fit, setup)
         run.say(fit.opening())
         fitted = fit.fit()
         if fitted is None:

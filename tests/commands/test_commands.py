@@ -159,6 +159,7 @@ def test_files_of_a_run(run, shards):
         "checkpoints",
         "tensorboard",
         "items.parquet",
+        "trained-users.parquet",
         "result.json",
     }
     assert not list(run.rglob("*.pkl")) and not list(run.rglob("*.pt"))

@@ -123,6 +123,8 @@ def prepare(folder: Path, commands: Commands) -> None:
         "python -m data_tools.shard interactions.parquet shards --val_users 10 "
         "--test_users 20 --users_per_shard 30",
         "python -m data_tools.shard interactions.parquet untested --val_users 0 --test_users 0",
+        "python -m data_tools.shard interactions.parquet resharded --val_users 10 "
+        "--test_users 20 --seed 1",
         "python -m data_tools.shard less.parquet other --min_items 1 --val_users 2 --test_users 2",
         "python launch/train.py --config small.yaml --run.dir run",
         "python launch/train.py --config small.yaml --run.dir flvae --model.kind flvae",
