@@ -110,7 +110,7 @@ def _shards(
         return warning(
             "shards",
             f"{folder} has no validation users",
-            "shard with --val_users to choose the best checkpoint",
+            "shard with --val_users or --val_fraction to choose the best checkpoint",
         ), manifest
     return ok(
         "shards", f"{manifest.n_items:,} items, users: {users}; {len(entries)} shards, {how}"

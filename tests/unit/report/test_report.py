@@ -305,6 +305,27 @@ def test_a_run_without_data_or_end_is_reported_as_far_as_it_goes(shards, tmp_pat
     assert "page.html" in capsys.readouterr().out
 
 
+def test_metrics_that_a_run_has_asked_for(shards, tmp_path):
+    folder = _write(tmp_path / "run", shards)
+    config = json.loads((folder / "config.yaml").read_text())
+    config["run"] |= {"best_by": "map@10", "metrics": "hr@5"}
+    (folder / "config.yaml").write_text(json.dumps(config))
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()[:-1]]
+    for line in lines:
+        if "split" in line:
+            line |= {"map@10": 0.125, "hr@5": 0.25, EVIL: 1.0}
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    result = json.loads((folder / "result.json").read_text())
+    result["test"] |= {"map@10": 0.1357, "hr@5": 0.2468, "gini@5": 0.9753, EVIL: 1.0}
+    (folder / "result.json").write_text(json.dumps(result))
+    main([str(folder), "--users", "0", "--out", str(tmp_path / "page.html")])
+    page = (tmp_path / "page.html").read_text()
+    text = Tags(page).text
+    for shown in ("MAP@10", "0.1357", "HR@5", "0.2468", "Gini@5", "0.9753"):
+        assert shown in text
+    assert "The best checkpoint by validation MAP@10" in text and EVIL not in page
+
+
 def test_an_ensemble_shows_its_members_and_says_what_is_not_known(run, shards, tmp_path):
     flvae = _write(tmp_path / "flvae", shards, "flvae")
     folder = tmp_path / "both"
