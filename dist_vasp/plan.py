@@ -19,7 +19,8 @@ import numpy as np
 from dist_vasp.config.schema import Config
 from dist_vasp.model.build import measure_size
 from dist_vasp.model.registry import kind_of
-from dist_vasp.model.slices import BLOCK_COLUMNS, GPU_BLOCK_COLUMNS, GRADIENT_ROWS
+from dist_vasp.model.sinks import GRADIENT_ROWS
+from dist_vasp.model.slices import BLOCK_COLUMNS, GPU_BLOCK_COLUMNS
 
 FLOAT = 4
 PROCESS_BASE = {

@@ -5,3 +5,4 @@ not compete for two cores."""
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton

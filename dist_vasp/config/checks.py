@@ -138,11 +138,11 @@ def _check_parallel(p: ParallelConfig, data: DataConfig) -> None:
         "1 suits most clusters",
     )
     require(
-        p.trunk_dtype == "fp32" or p.zero_stage > 0,
+        p.precision == "auto" or p.trunk_dtype in ("", p.precision),
         "parallel.trunk_dtype",
         p.trunk_dtype,
-        "fp32 with parallel.zero_stage 0, whose bias correction runs one step ahead in bf16",
-        "use stage 1, 2 or 3",
+        f"{p.precision}, as parallel.precision says, whose earlier name it is",
+        "leave it out",
     )
     require(
         p.lanes <= data.batch_size,

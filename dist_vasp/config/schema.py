@@ -125,18 +125,26 @@ class ParallelConfig:
     """
     block_columns: int = 0
     """Items of a block of the output side, which is made, used and dropped before the next; 0: 256
-    on a CPU, 2048 on a GPU."""
+    on a CPU, on a GPU as many as fit."""
     compile: Literal["auto", "always", "never"] = "auto"
     """Compile the loss and the update with torch.compile (needs g++ on a CPU); auto: where a rank
     holds 4M item weights or more."""
-    trunk_dtype: Literal["fp32", "bf16"] = "fp32"
-    """Precision of the trunk; bf16 at stages 1 to 3.
+    precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"
+    """Of matrix products: fp32; tf32, on GPUs; bf16, with float32 sums; auto: bf16 on a GPU that
+    has it, else fp32.
 
-    Item matrices, logits and losses are always fp32.
+    Weights, moments, losses and closed forms are float32 or more in each.
     """
+    trunk_dtype: Literal["", "fp32", "bf16"] = ""
+    """Earlier name of `precision`, which it sets; use `precision`."""
     interface: str = ""
     """Network interface of gloo and NCCL; empty: the loopback on one machine, else the libraries'
     choice."""
+
+    @property
+    def wanted_precision(self) -> str:
+        """`precision`, also where its earlier name is used."""
+        return self.trunk_dtype or self.precision
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from dist_vasp.kernels.interface import EXACT, Arithmetic
 from dist_vasp.model.kind import Kind
 from dist_vasp.model.losses import make_loss
 from dist_vasp.model.partitioned import PartitionedModel
@@ -16,18 +17,16 @@ from dist_vasp.model.registry import kind_of
 from dist_vasp.model.slices import NewStorage, Storage
 from dist_vasp.model.trunk import Trunk
 from dist_vasp.parallel.comm import Ranks
-from dist_vasp.parallel.kernels import Fuse, plain
 from dist_vasp.parallel.partition import ItemPartition
 
 if TYPE_CHECKING:
     from dist_vasp.config.schema import Config, ModelConfig
 
 
-def build_model(
-    config: Config, storage: Storage, ranks: Ranks, fuse: Fuse = plain
-) -> PartitionedModel:
+def build_model(config: Config, storage: Storage, ranks: Ranks) -> PartitionedModel:
     """The model of `model.kind` over `storage`, with the weights that lie there."""
-    loss = make_loss(config.loss.kind, config.loss.alpha, config.loss.gamma, fuse)
+    of, kernels = config.loss, storage.arithmetic.kernels
+    loss = make_loss(of.kind, of.alpha, of.gamma, kernels)
     parts = kind_of(config.model.kind).parts(config, storage)
     return PartitionedModel(parts, loss, config.loss.kl_weight, ranks)
 
@@ -36,19 +35,18 @@ def new_model(
     config: Config,
     n_items: int,
     ranks: Ranks,
-    dtype: torch.dtype = torch.float32,
-    fuse: Fuse = plain,
+    arithmetic: Arithmetic = EXACT,
 ) -> PartitionedModel:
     """This rank's part of a model with zero weights; `initialise` fills them."""
     part, columns = ranks.partition_of_items(n_items), config.parallel.block_columns
-    return build_model(config, NewStorage(part, ranks.device, dtype, columns), ranks, fuse)
+    return build_model(config, NewStorage(part, ranks.device, arithmetic, columns), ranks)
 
 
 def make_trunk(
-    model: ModelConfig, seed: int | None = None, dtype: torch.dtype = torch.float32
+    model: ModelConfig, seed: int | None = None, arithmetic: Arithmetic = EXACT
 ) -> Trunk | None:
     """The trunk of `model`, None where the kind has none; with `seed` with its initial weights."""
-    trunk = kind_of(model.kind).trunk(model, dtype)
+    trunk = kind_of(model.kind).trunk(model, arithmetic)
     if trunk is not None and seed is not None:
         trunk.initialise(seed)
     return trunk
@@ -99,7 +97,7 @@ def measure_size(config: Config, n_items: int, partitions: int = 1) -> ModelSize
     part = ItemPartition(n_items, partitions, partitions - 1)
     n_trunk, activations = _trunk_size(kind, model)
     try:
-        parts = kind.parts(config, NewStorage(part, meta, torch.float32, part.size))
+        parts = kind.parts(config, NewStorage(part, meta, width=part.size))
     except RuntimeError:  # torch counts bytes in 63 bits
         return ModelSize(_TOO_LARGE, 0, n_trunk, activations, 0, (), 0, 0, 0, 0, _TOO_LARGE)
     loss = make_loss(config.loss.kind)
@@ -128,7 +126,7 @@ def _trunk_size(kind: Kind, model: ModelConfig) -> tuple[int, int]:
     """Parameters of the trunk, and numbers that its backward keeps for a row."""
     try:
         with torch.device("meta"):
-            trunk = kind.trunk(model, torch.float32)
+            trunk = kind.trunk(model, EXACT)
     except RuntimeError:  # torch counts bytes in 63 bits
         return _TOO_LARGE, _TOO_LARGE
     if trunk is None:

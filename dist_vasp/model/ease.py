@@ -27,7 +27,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dist_vasp.model.sparse import ItemRows, sum_rows
+from dist_vasp.kernels.interface import PLAIN
+from dist_vasp.model.sparse import ItemRows
 from dist_vasp.parallel.agree import agreed
 from dist_vasp.parallel.comm import Ranks, all_reduce
 from dist_vasp.parallel.partition import ItemPartition
@@ -119,7 +120,7 @@ def add_gram(G: SymmetricColumns, x: ItemRows, weight_U: Tensor | None = None) -
             users, items = x.positions(first, last)
             x_UC[users, items] = 1.0 if weight_U is None else weight_U[users]
             for top, bottom in G.kept_rows(c):
-                column[top:bottom, first - lo : last - lo] += sum_rows(
+                column[top:bottom, first - lo : last - lo] += PLAIN.sum_rows(
                     x_UC, *x.rows_by_item(top, bottom)
                 )
 

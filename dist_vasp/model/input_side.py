@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from dist_vasp.model.slices import GRADIENT_ROWS, ItemSlice, Sink, Storage
-from dist_vasp.model.sparse import ItemRows, sum_rows
+from dist_vasp.model.sinks import Sink, SumOfRows
+from dist_vasp.model.slices import ItemSlice, Storage
+from dist_vasp.model.sparse import ItemRows
 from dist_vasp.parallel.comm import Group, reduce_scatter
 
 
@@ -19,7 +20,7 @@ class InputSide:
     """W1 (I, H), cut by item."""
 
     def __init__(self, storage: Storage, hidden: int) -> None:
-        self.hidden = hidden
+        self.hidden, self._kernels = hidden, storage.arithmetic.kernels
         self._slices = storage.rows("input.weight", hidden)
 
     def slices(self) -> list[ItemSlice]:
@@ -31,15 +32,17 @@ class InputSide:
 
     def forward(self, x: ItemRows, group: Group) -> Tensor:
         """Rows of the group -> W1 x of this rank's rows, (B, H)."""
-        sums = [sum_rows(p.tensor, *x.restricted(p.lo, p.hi)) for p in self._slices]
+        sums = [
+            self._kernels.sum_rows(p.working, *x.restricted(p.lo, p.hi), p.whole.dtype)
+            for p in self._slices
+        ]
         partial_GH = sums[0]
         for more in sums[1:]:
             partial_GH = partial_GH + more
         return reduce_scatter(partial_GH, group)
 
     def backward(self, x: ItemRows, grad_GH: Tensor, sink: Sink) -> None:
-        """Pass dL/dW1 to the sink, some rows at a time, given dL/d(W1 x) of the group's rows."""
+        """Pass dL/dW1 to the sink, given dL/d(W1 x) of the group's rows."""
         for piece in self._slices:
-            for lo in range(piece.lo, piece.hi, GRADIENT_ROWS):
-                hi = min(lo + GRADIENT_ROWS, piece.hi)
-                sink(piece.tensor, lo - piece.lo, sum_rows(grad_GH, *x.rows_by_item(lo, hi)))
+            items = (piece.lo, piece.hi)
+            sink.take_sum(piece.whole, SumOfRows(grad_GH, x, items, kernels=self._kernels))

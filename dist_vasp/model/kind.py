@@ -5,8 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, ClassVar
 
-import torch
-
+from dist_vasp.kernels.interface import Arithmetic
 from dist_vasp.model.partitioned import Parts
 from dist_vasp.model.slices import Storage
 from dist_vasp.model.trunk import Trunk
@@ -33,7 +32,7 @@ class Kind(ABC):
     def check(self, config: Config) -> None:
         """Raise ValueError for keys that make no sense with this kind."""
 
-    def trunk(self, model: ModelConfig, dtype: torch.dtype) -> Trunk | None:
+    def trunk(self, model: ModelConfig, arithmetic: Arithmetic) -> Trunk | None:
         """The replicated layers between input side and heads, None where there are none."""
         return None
 

@@ -28,8 +28,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from dist_vasp.kernels.interface import PLAIN, Kernels
 from dist_vasp.model.links import log_sum_exp, sum_log_sigmoid
-from dist_vasp.parallel.kernels import Fuse, plain
 
 Positions = tuple[Tensor, Tensor]  # rows (E,), columns (E,) of the ones of a block
 
@@ -73,18 +73,26 @@ def probability(logits: list[Tensor]) -> Probability:
     return Probability(p, q * scale, log_p, log_q, [miss * over_q for miss in misses])
 
 
+def _mask(ones: Positions, like: Tensor) -> Tensor:
+    """Where the ones of a block are, bool of the shape of `like`."""
+    is_one = torch.zeros(like.shape, dtype=torch.bool, device=like.device)
+    is_one[ones] = True
+    return is_one
+
+
 @dataclass
 class Loss:
     """A loss over blocks of items.
 
     row_statistics: how many numbers per row it needs over all items first (`row_stats`).
     skips_empty_rows: whether a row with an empty input or target has no loss.
-    fuse: compiles the pass over a block.
+    kernels: compute the pass over a block. Logits may be of lower precision than the weights of
+    the rows: then the gradients are, too, and everything between is of the higher.
     """
 
     row_statistics: ClassVar[int] = 0
     skips_empty_rows: ClassVar[bool] = False
-    fuse: Fuse = field(default=plain, compare=False, repr=False, kw_only=True)
+    kernels: Kernels = field(default=PLAIN, compare=False, repr=False, kw_only=True)
 
     def row_stats(self, logits: list[Tensor], ones: Positions) -> Tensor:
         """The statistics of the rows over one block: (G, row_statistics)."""
@@ -110,7 +118,7 @@ class ElementwiseLoss(Loss):
     """A loss that is a sum over items of a function of (log p, log q, y)."""
 
     def __post_init__(self) -> None:
-        self._entries = self.fuse(self.entries)
+        self._entries = self.kernels.fuse(self.entries)
 
     def slopes(
         self, of: Probability, is_one: Tensor, stats: Tensor | None
@@ -121,8 +129,7 @@ class ElementwiseLoss(Loss):
     def block(
         self, logits: list[Tensor], ones: Positions, weight_G: Tensor, stats: Tensor | None = None
     ) -> tuple[Tensor, list[Tensor]]:
-        is_one = torch.zeros(logits[0].shape, dtype=torch.bool, device=weight_G.device)
-        is_one[ones] = True
+        is_one = _mask(ones, logits[0])
         # With one weight per row the compiler would make several loops.
         weight_GC = weight_G[:, None].expand_as(is_one).contiguous()
         loss, grads = self._entries(
@@ -134,10 +141,10 @@ class ElementwiseLoss(Loss):
         self, logits: list[Tensor], is_one: Tensor, weight: Tensor, stats: Tensor | None
     ) -> tuple[Tensor, list[Tensor]]:
         """The loss of every entry, and its weighted gradient by each path, (G, C) each."""
-        of = probability(logits)
+        of = probability([logit.to(weight.dtype) for logit in logits])
         loss, slope_p, slope_q = self.slopes(of, is_one, stats)
         common = (of.q * slope_p - of.p * slope_q) * weight
-        return loss, [share * common for share in of.shares]
+        return loss, [(share * common).to(logits[0].dtype) for share in of.shares]
 
 
 @dataclass
@@ -146,6 +153,14 @@ class FocalLoss(ElementwiseLoss):
 
     alpha: float = 0.25
     gamma: float = 2.0
+
+    def block(
+        self, logits: list[Tensor], ones: Positions, weight_G: Tensor, stats: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        if self.kernels.updates_alone:
+            is_one = _mask(ones, logits[0])
+            return self.kernels.focal(logits, is_one, weight_G, self.alpha, self.gamma)
+        return super().block(logits, ones, weight_G, stats)
 
     def slopes(self, of, is_one, stats):
         log_hit = torch.where(is_one, of.log_p, of.log_q)
@@ -241,13 +256,13 @@ class MultinomialLoss(Loss):
         self, logits: list[Tensor], ones: Positions, weight_G: Tensor, stats: Tensor | None = None
     ) -> tuple[Tensor, list[Tensor]]:
         assert stats is not None
-        total = sum(logits[1:], logits[0])
+        total = sum(logits[1:], logits[0]).to(weight_G.dtype)
         rows, columns = ones
         log_softmax = total - stats[:, :1]
         loss = -(weight_G[rows] * log_softmax[ones]).sum()
         grad = torch.exp(log_softmax) * (stats[:, 1] * weight_G)[:, None]
         grad[rows, columns] -= weight_G[rows]
-        return loss, [grad] * len(logits)
+        return loss, [grad.to(logits[0].dtype)] * len(logits)
 
 
 _LOSSES: dict[str, type[Loss]] = {
@@ -259,8 +274,8 @@ _LOSSES: dict[str, type[Loss]] = {
 }
 
 
-def make_loss(kind: str, alpha: float = 0.25, gamma: float = 2.0, fuse: Fuse = plain) -> Loss:
+def make_loss(kind: str, alpha: float = 0.25, gamma: float = 2.0, kernels: Kernels = PLAIN) -> Loss:
     """The loss that `loss.kind` names."""
     if kind == "focal":
-        return FocalLoss(alpha, gamma, fuse=fuse)
-    return _LOSSES[kind](fuse=fuse)
+        return FocalLoss(alpha, gamma, kernels=kernels)
+    return _LOSSES[kind](kernels=kernels)

@@ -20,13 +20,15 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from dist_vasp.model.input_side import InputSide
 from dist_vasp.model.links import Link, log_sum_exp
 from dist_vasp.model.losses import Loss
 from dist_vasp.model.path_statistics import PathStatistics
 from dist_vasp.model.paths import BackwardPass, DenseHead, ItemMatrix, Path
-from dist_vasp.model.slices import ItemSlice, Sink, Storage, drop
+from dist_vasp.model.sinks import Drop, Sink
+from dist_vasp.model.slices import ItemSlice, Storage
 from dist_vasp.model.sparse import ItemRows
 from dist_vasp.parallel.comm import Group, Ranks, all_gather, reduce_scatter
 
@@ -103,6 +105,8 @@ class PartitionedModel:
         self.loss, self.kl_weight = loss, kl_weight
         self.storage, self.input, self.link = parts.storage, parts.input, parts.link
         self.paths, self.n_items = parts.paths, parts.storage.n_items
+        self.precision = parts.storage.arithmetic.precision
+        self._dtype = parts.storage.arithmetic.dtype
         self.group: Group = ranks.partition_group
         self.in_loss = [path for path in self.paths if path.training.in_loss]
         self.source_ids = sorted({p.source for p in self.paths if p.source is not None})
@@ -140,6 +144,11 @@ class PartitionedModel:
             self.input.initialise(seed, self.n_items)
         for path in self.paths:
             path.initialise(seed)
+
+    def refresh(self) -> None:
+        """Make the copies that products read anew: the weights have changed."""
+        for piece in self.slices():
+            piece.refresh()
 
     # --- one step ----------------------------------------------------------------------------
 
@@ -188,7 +197,7 @@ class PartitionedModel:
         x, y, counts = rows.x, rows.y, rows.x.real_rows
         if self.loss.skips_empty_rows:
             counts = counts & (x.lengths > 0) & (y.lengths > 0)
-        return counts.to(self.slices()[0].tensor.dtype) / rows.n_rows
+        return counts.to(self._dtype) / rows.n_rows
 
     def _encode(
         self, trunk: TrunkCall, x: ItemRows, noise_BL: Tensor | None
@@ -206,20 +215,28 @@ class PartitionedModel:
         """The sources out of what `_encode` has joined, each contiguous."""
         widths = {head.source: head.width for head in self.heads}
         parts = joined_GX.split([widths[i] for i in self.source_ids], dim=1)
-        return {i: part.contiguous() for i, part in zip(self.source_ids, parts, strict=True)}
+        return {
+            i: self.precision.cast(part).contiguous()
+            for i, part in zip(self.source_ids, parts, strict=True)
+        }
 
     def _logits(
         self, paths: Sequence[Path], block: int, sources: Sources, x: ItemRows
     ) -> list[Tensor]:
-        """One (G, C) tensor of logits per path."""
-        return [p.logits(block, None if p.source is None else sources[p.source], x) for p in paths]
+        """One (G, C) tensor of logits per path, without the padding."""
+        lo, hi = self.blocks[block]
+        return [
+            p.logits(block, None if p.source is None else sources[p.source], x)[:, : hi - lo]
+            for p in paths
+        ]
 
     def _row_stats(self, sources: Sources, rows: MicroBatch) -> Tensor:
         """The statistics that the loss needs, over all items of all partitions: (G, n)."""
         parts = []
         for i, (lo, hi) in enumerate(self.blocks):
             logits = self._logits(self.in_loss, i, sources, rows.x)
-            parts.append(self.loss.row_stats(self.link.factors(logits), rows.y.positions(lo, hi)))
+            factors = [factor.to(self._dtype) for factor in self.link.factors(logits)]
+            parts.append(self.loss.row_stats(factors, rows.y.positions(lo, hi)))
         local = self.loss.combine(torch.stack(parts))
         return self.loss.combine(all_gather(local[None], self.group))
 
@@ -242,17 +259,22 @@ class PartitionedModel:
             factors = self.link.factors(logits)
             block_loss, grads = self.loss.block(factors, rows.y.positions(lo, hi), weight_G, stats)
             total = total + block_loss
-            for path, grad_GC in zip(
-                self.in_loss, self.link.spread(grads, len(logits)), strict=True
-            ):
+            spread = self.link.spread([self._padded(grad, hi - lo) for grad in grads], len(logits))
+            for path, grad_GC in zip(self.in_loss, spread, strict=True):
                 if path.training.trained:
                     path.backward(i, grad_GC, passes[path], sink)
                 elif path.source is not None:  # its source may be trained
-                    path.backward(i, grad_GC, passes[path], Sink(drop, sink.rows))
+                    path.backward(i, grad_GC, passes[path], Drop())
         for path in self.in_loss:
             if path.training.trained:
                 path.end_backward(passes[path], sink)
         return total, self._source_gradients(passes)
+
+    def _padded(self, grad: Tensor, n: int) -> Tensor:
+        """The gradient (G, n) of a block, or wider, with zeros for the padding of its items."""
+        align = self.storage.arithmetic.kernels.align
+        width = -(-n // align) * align
+        return grad if grad.shape[1] == width else pad(grad, (0, width - n))
 
     def _backward_pass(self, path: Path, sources: Sources, x: ItemRows) -> BackwardPass:
         source = None if path.source is None else sources[path.source]
@@ -295,7 +317,8 @@ class PartitionedModel:
         for i, (lo, hi) in enumerate(self.blocks):
             if allowed_I is not None and not allowed_I[lo:hi].any():
                 continue
-            scores_GC = self.link.score(self._logits(self.paths, i, sources, x), normaliser_G)
+            logits = [logit.to(self._dtype) for logit in self._logits(self.paths, i, sources, x)]
+            scores_GC = self.link.score(logits, normaliser_G)
             if allowed_I is not None:
                 scores_GC[:, ~allowed_I[lo:hi]] = -torch.inf
             yield lo, scores_GC
@@ -303,6 +326,7 @@ class PartitionedModel:
     def _normaliser(self, sources: Sources, x: ItemRows) -> Tensor:
         """log sum exp of the paths' summed logits over all items: (G,)."""
         blocks = range(len(self.blocks))
-        parts = [log_sum_exp(self._logits(self.paths, i, sources, x)) for i in blocks]
+        logits = (self._logits(self.paths, i, sources, x) for i in blocks)
+        parts = [log_sum_exp(block).to(self._dtype) for block in logits]
         local_G = torch.logsumexp(torch.stack(parts), dim=0)
         return torch.logsumexp(all_gather(local_G[None], self.group), dim=0)

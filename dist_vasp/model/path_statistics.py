@@ -32,7 +32,7 @@ class PathStatistics:
         first = -first_item % SAMPLE_EVERY
         if first >= logits[0].shape[1]:
             return
-        real_G1 = (weight_G > 0).to(logits[0].dtype)[:, None]
+        real_G1 = (weight_G > 0).to(weight_G.dtype)[:, None]
         for sums, logits_GC in zip(self.sums, logits, strict=True):
             sample = logits_GC[:, first::SAMPLE_EVERY] * real_G1
             sums += torch.stack(

@@ -22,8 +22,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dist_vasp.model.slices import ItemSlice, Sink, Storage
-from dist_vasp.model.sparse import ItemRows, sum_rows
+from dist_vasp.model.sinks import Sink, SumOfRows
+from dist_vasp.model.slices import ItemSlice, Storage
+from dist_vasp.model.sparse import ItemRows
 
 _PAIRS_AT_ONCE = 4096  # rows of a head that are gathered at once
 _ROWS_AT_ONCE = 4096  # rows of a head that are compared at once
@@ -106,8 +107,10 @@ class BackwardPass:
 
     def __init__(self, source_GK: Tensor | None, x: ItemRows, biases: list[ItemSlice]) -> None:
         self.source_GK, self.x = source_GK, x
-        self.grad_source_GK = None if source_GK is None else torch.zeros_like(source_GK)
-        self.grad_bias = [torch.zeros_like(bias.tensor) for bias in biases]
+        self.grad_source_GK: Tensor | None = None
+        if source_GK is not None:
+            self.grad_source_GK = torch.zeros_like(source_GK, dtype=biases[0].whole.dtype)
+        self.grad_bias = [torch.zeros_like(bias.whole) for bias in biases]
 
 
 class DenseHead(Path):
@@ -118,13 +121,15 @@ class DenseHead(Path):
         self.weights = storage.rows(f"output.{name}.weight", width)
         self.biases = storage.rows(f"output.{name}.bias")
         self.n_items = storage.n_items
-        self._blocks = [self._place(lo, hi) for lo, hi in storage.blocks]
+        align = storage.arithmetic.kernels.align
+        self._blocks = [self._place(lo, hi, align) for lo, hi in storage.blocks]
 
-    def _place(self, lo: int, hi: int) -> tuple[int, int, int]:
-        """(index of the slice that holds a block, first and last row of the block in it)."""
+    def _place(self, lo: int, hi: int, align: int) -> tuple[int, int, int]:
+        """(index of the slice that holds a block, first and last row of the block and its padding
+        in it)."""
         index = next(i for i, piece in enumerate(self.weights) if piece.lo <= lo < piece.hi)
         first = self.weights[index].lo
-        return index, lo - first, hi - first
+        return index, lo - first, lo - first + -(-(hi - lo) // align) * align
 
     def slices(self) -> list[ItemSlice]:
         pairs = zip(self.weights, self.biases, strict=True)
@@ -137,20 +142,24 @@ class DenseHead(Path):
     def logits(self, block: int, source_GK: Tensor | None, x: ItemRows) -> Tensor:
         assert source_GK is not None
         i, lo, hi = self._blocks[block]
-        return torch.addmm(self.biases[i].tensor[lo:hi], source_GK, self.weights[i].tensor[lo:hi].T)
+        bias_C, weight_CK = self.biases[i].whole[lo:hi], self.weights[i].working[lo:hi]
+        return torch.addmm(bias_C.to(weight_CK.dtype), source_GK, weight_CK.T)
 
     def backward(self, block: int, grad_GC: Tensor, pass_: BackwardPass, sink: Sink) -> None:
         assert pass_.source_GK is not None
         assert pass_.grad_source_GK is not None
         i, lo, hi = self._blocks[block]
-        weight_JK = self.weights[i].tensor
-        pass_.grad_source_GK.addmm_(grad_GC, weight_JK[lo:hi])
-        pass_.grad_bias[i][lo:hi] = grad_GC.sum(dim=0)
-        sink(weight_JK, lo, grad_GC.T @ pass_.source_GK)
+        weight_CK, bias_J = self.weights[i].working[lo:hi], pass_.grad_bias[i]
+        if weight_CK.dtype == pass_.grad_source_GK.dtype:
+            pass_.grad_source_GK.addmm_(grad_GC, weight_CK)
+        else:
+            pass_.grad_source_GK += grad_GC @ weight_CK
+        bias_J[lo:hi] = grad_GC.sum(dim=0, dtype=bias_J.dtype)
+        sink.take_product(self.weights[i].whole, lo, grad_GC, pass_.source_GK)
 
     def end_backward(self, pass_: BackwardPass, sink: Sink) -> None:
         for bias, grad_J in zip(self.biases, pass_.grad_bias, strict=True):
-            sink(bias.tensor, 0, grad_J)
+            sink.take(bias.whole, 0, grad_J)
 
     def pair_logits(self, source_GK: Tensor, pairs: Pairs) -> Tensor:
         """The logit of each pair (E,), 0 where another rank owns the item."""
@@ -189,7 +198,7 @@ class ItemMatrix(Path):
         self.name, self.part_of, self.offset, self.training = name, part_of, offset, training
         self.n_items = storage.n_items
         self.blocks = storage.columns(f"output.{name}.weight")
-        self._storage = storage
+        self._storage, self._kernels = storage, storage.arithmetic.kernels
         self._starts: list[ItemSlice] | None = None
 
     def slices(self) -> list[ItemSlice]:
@@ -212,20 +221,15 @@ class ItemMatrix(Path):
             torch.diagonal(piece.tensor[piece.lo : piece.hi]).zero_()
 
     def logits(self, block: int, source_GK: Tensor | None, x: ItemRows) -> Tensor:
-        sums_GC = sum_rows(self.blocks[block].tensor, x.items, x.indptr)
+        sums_GC = self._kernels.sum_rows(self.blocks[block].working, x.items, x.indptr)
         return sums_GC.add_(self.offset) if self.offset else sums_GC
 
     def backward(self, block: int, grad_GC: Tensor, pass_: BackwardPass, sink: Sink) -> None:
-        """Pass dL/dW to the sink, some input items at a time; the diagonal has no gradient."""
+        """Pass dL/dW to the sink; the diagonal has no gradient."""
         piece = self.blocks[block]
-        for first in range(0, self.n_items, sink.rows):
-            last = min(first + sink.rows, self.n_items)
-            grad_RC = sum_rows(grad_GC, *pass_.x.rows_by_item(first, last))
-            lo, hi = max(piece.lo, first), min(piece.hi, last)
-            if lo < hi:
-                square = grad_RC[lo - first :, lo - piece.lo : hi - piece.lo]
-                torch.diagonal(square).zero_()
-            sink(piece.tensor, first, grad_RC)
+        everywhere = (0, self.n_items)
+        gradient = SumOfRows(grad_GC, pass_.x, everywhere, piece.lo, self._kernels)
+        sink.take_sum(piece.whole, gradient)
 
     def pair_weights(self, pairs: Pairs) -> Tensor:
         """W[i, j] of every past item i of every pair (F,), 0 where another rank owns item j."""

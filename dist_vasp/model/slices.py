@@ -9,7 +9,6 @@ Shapes: I items, J items of a slice, C columns of a block.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,50 +16,51 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dist_vasp.kernels.interface import EXACT, Arithmetic
 from dist_vasp.kernels.random import Uniform, fill, row_keys
 from dist_vasp.parallel.partition import ItemPartition
 
 BLOCK_COLUMNS = 256  # a block of logits stays in a CPU core's cache (docs/experiments.md)
 GPU_BLOCK_COLUMNS = 2048  # fewer, larger kernels; not measured yet
-GRADIENT_ROWS = 1024  # input items whose gradient is held at once: made, used and dropped in cache
 
 Range = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Sink:
-    """Takes the gradients of item matrices, block by block: (parameter, first row, gradient).
-
-    `rows`: how many rows of an items x items matrix it takes in one call.
-    """
-
-    take: Callable[[Tensor, int, Tensor], None]
-    rows: int = GRADIENT_ROWS
-
-    def __call__(self, parameter: Tensor, first: int, grad: Tensor) -> None:
-        self.take(parameter, first, grad)
-
-
-def add_to_grad(parameter: Tensor, first: int, grad: Tensor) -> None:
-    """Add a gradient to `parameter.grad`."""
-    if parameter.grad is None:
-        parameter.grad = torch.zeros_like(parameter)
-    parameter.grad[first : first + len(grad)] += grad
-
-
-def drop(parameter: Tensor, first: int, grad: Tensor) -> None:
-    """Take the gradient of a weight that is not trained."""
-
-
-@dataclass(frozen=True)
 class ItemSlice:
-    """The items [lo, hi) of an item matrix, along dimension `item_dim` of `tensor`."""
+    """The items [lo, hi) of an item matrix, along dimension `item_dim` of `tensor`.
+
+    padded: the memory that `tensor` is the front of; its further items are zero and stay zero. None
+    where there are none. copy: the padded weights in the precision of the products, None where
+    products read the weights themselves.
+    """
 
     name: str
     lo: int
     hi: int
     item_dim: int
     tensor: Tensor
+    padded: Tensor | None = None
+    copy: Tensor | None = None
+
+    @property
+    def whole(self) -> Tensor:
+        """The weights with their padding: what is updated."""
+        return self.tensor if self.padded is None else self.padded
+
+    @property
+    def working(self) -> Tensor:
+        """The weights with their padding, as products read them."""
+        return self.whole if self.copy is None else self.copy
+
+    def like(self, name: str, whole: Tensor) -> ItemSlice:
+        """The same items of `whole`, a moment of these weights or of each of their vectors."""
+        return _front_of(whole, name, (self.lo, self.hi), self.item_dim)
+
+    def refresh(self) -> None:
+        """Make the copy anew from the weights."""
+        if self.copy is not None:
+            self.copy.copy_(self.whole)
 
     def glorot(self, seed: int, fan: int) -> None:
         """Fill with Glorot uniform weights.
@@ -74,6 +74,16 @@ class ItemSlice:
         fill(by_item[: len(keys)], keys, Uniform(-bound, bound))
 
 
+def _front_of(
+    whole: Tensor, name: str, items: Range, item_dim: int, copy: Tensor | None = None
+) -> ItemSlice:
+    """The slice whose weights are the front of `whole`; the rest is padding."""
+    n = items[1] - items[0]
+    if whole.shape[item_dim] == n:
+        return ItemSlice(name, *items, item_dim, whole, None, copy)
+    return ItemSlice(name, *items, item_dim, whole.narrow(item_dim, 0, n), whole, copy)
+
+
 def block_width(block_columns: int, device: torch.device) -> int:
     """The items of a block: `parallel.block_columns`, or the default of the device for 0."""
     return block_columns or (BLOCK_COLUMNS if device.type == "cpu" else GPU_BLOCK_COLUMNS)
@@ -82,11 +92,13 @@ def block_width(block_columns: int, device: torch.device) -> int:
 class Storage(Protocol):
     """Where the slices of item matrices come from: new memory, or the files of a checkpoint.
 
-    blocks: the ranges of items that one pass over the output side takes, in order.
+    blocks: the ranges of items that one pass over the output side takes, in order. arithmetic: how
+    its weights are computed with.
     """
 
     n_items: int
     blocks: list[Range]
+    arithmetic: Arithmetic
 
     def rows(self, name: str, width: int | None = None) -> list[ItemSlice]:
         """The slices (J, width), or (J,) without a width, of a matrix with one row per item."""
@@ -102,27 +114,43 @@ class Storage(Protocol):
 
 
 class NewStorage:
-    """New zero matrices for the items [start, stop) of a catalogue."""
+    """New zero matrices for the items [start, stop) of a catalogue.
+
+    width: items of a block, 0 for the default of the device.
+    """
 
     def __init__(
-        self, part: ItemPartition, device: torch.device, dtype: torch.dtype, block_columns: int = 0
+        self,
+        part: ItemPartition,
+        device: torch.device,
+        arithmetic: Arithmetic = EXACT,
+        width: int = 0,
     ) -> None:
         self.part, self.n_items = part, part.n_items
-        self.blocks = part.blocks(block_width(block_columns, device))
-        self.device, self.dtype = device, dtype
+        self.device, self.arithmetic = device, arithmetic
+        self.blocks = part.blocks(block_width(width, device))
 
     def rows(self, name: str, width: int | None = None) -> list[ItemSlice]:
-        shape = (self.part.size,) if width is None else (self.part.size, width)
-        return [ItemSlice(name, self.part.start, self.part.stop, 0, self._zeros(*shape))]
+        n = self._padded(self.part.size)
+        shape = (n,) if width is None else (n, width)
+        return [self._slice(name, (self.part.start, self.part.stop), 0, shape)]
 
     def columns(self, name: str) -> list[ItemSlice]:
         # One contiguous (I, C) table for each block: sums of its rows stay in cache.
         return [
-            ItemSlice(name, lo, hi, 1, self._zeros(self.n_items, hi - lo)) for lo, hi in self.blocks
+            self._slice(name, (lo, hi), 1, (self.n_items, self._padded(hi - lo)))
+            for lo, hi in self.blocks
         ]
 
     def before_reading(self, items: Tensor) -> None:
         pass
 
-    def _zeros(self, *shape: int) -> Tensor:
-        return torch.zeros(shape, device=self.device, dtype=self.dtype)
+    def _padded(self, n: int) -> int:
+        align = self.arithmetic.kernels.align
+        return -(-n // align) * align
+
+    def _slice(self, name: str, items: Range, item_dim: int, shape: tuple[int, ...]) -> ItemSlice:
+        whole = torch.zeros(shape, device=self.device, dtype=self.arithmetic.dtype)
+        dtype = self.arithmetic.precision.dtype
+        copy = None if dtype is None or len(shape) == 1 else torch.zeros_like(whole, dtype=dtype)
+        return _front_of(whole, name, items, item_dim, copy)

@@ -15,20 +15,9 @@ from functools import cached_property
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding_bag
 
 from dist_vasp.data.rows import Rows
 from dist_vasp.parallel.comm import Gathering, Group
-
-
-def sum_rows(table: Tensor, ids: Tensor, indptr: Tensor) -> Tensor:
-    """Row n of the result is the sum of `table[ids[indptr[n]:indptr[n + 1]]]`: (n, C).
-
-    An empty bag sums to zero.
-    """
-    if len(ids) == 0:
-        return table.new_zeros((len(indptr) - 1, table.shape[1]))
-    return embedding_bag(ids, table, indptr, mode="sum", include_last_offset=True)
 
 
 @dataclass(frozen=True)
@@ -67,17 +56,29 @@ class ItemRows:
     def rows_by_item(self, lo: int, hi: int) -> tuple[Tensor, Tensor]:
         """For items [lo, hi): the rows that hold each, as ids and index pointer (hi - lo + 1,)."""
         rows, _, indptr = self._by_item
+        if (lo, hi) == (0, self.n_items):
+            return rows, indptr
         window = indptr[lo : hi + 1]
         return rows[window[0] : window[-1]], window - window[0]
+
+    def bags_of_items(self, lo: int, hi: int) -> tuple[Tensor, Tensor]:
+        """As `rows_by_item`, with the rows of all items and an index pointer into them: nothing is
+        read back from the device."""
+        rows, _, indptr = self._by_item
+        return rows, indptr[lo : hi + 1]
 
     def positions(self, lo: int, hi: int) -> tuple[Tensor, Tensor]:
         """(row, item - lo) of every interaction with an item in [lo, hi)."""
         rows, items, indptr = self._by_item
+        if (lo, hi) == (0, self.n_items):
+            return rows, items
         first, last = indptr[lo], indptr[hi]
         return rows[first:last], items[first:last] - lo
 
     def restricted(self, lo: int, hi: int) -> tuple[Tensor, Tensor]:
         """The rows with only their items in [lo, hi): ids minus lo, and index pointer (G+1,)."""
+        if (lo, hi) == (0, self.n_items):
+            return self.items, self.indptr
         keep = (self.items >= lo) & (self.items < hi)
         kept_before = torch.cat([keep.new_zeros(1, dtype=torch.int64), keep.cumsum(0)])
         return self.items[keep] - lo, kept_before[self.indptr]

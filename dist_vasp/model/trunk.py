@@ -15,19 +15,34 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import silu
+from torch.nn.functional import layer_norm, linear, silu
 
+from dist_vasp.kernels.interface import EXACT, Arithmetic
 from dist_vasp.kernels.random import Uniform, fill, row_keys
 
 LN_EPS = 1e-3
 
 
 class Linear(nn.Linear):
-    """A layer of zeros; `Trunk.initialise` fills it. torch would draw numbers for nothing."""
+    """A dense layer whose product has the dtype of its input; its weights keep their own.
+
+    They are zero until `Trunk.initialise` fills them: torch would draw numbers for nothing.
+    """
 
     def reset_parameters(self) -> None:
         nn.init.zeros_(self.weight)
         nn.init.zeros_(self.bias)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return linear(input, self.weight.to(input.dtype), self.bias.to(input.dtype))
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer normalisation of an input of any dtype, with mean and variance in float32 or more."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight, bias = self.weight.to(input.dtype), self.bias.to(input.dtype)
+        return layer_norm(input, self.normalized_shape, weight, bias, self.eps)
 
 
 class ResidualStack(nn.Module):
@@ -37,7 +52,7 @@ class ResidualStack(nn.Module):
     def __init__(self, n_layers: int, hidden: int, dtype: torch.dtype) -> None:
         super().__init__()
         self.norms = nn.ModuleList(
-            nn.LayerNorm(hidden, eps=LN_EPS, dtype=dtype) for _ in range(n_layers)
+            LayerNorm(hidden, eps=LN_EPS, dtype=dtype) for _ in range(n_layers)
         )
         self.layers = nn.ModuleList(
             Linear(hidden, hidden, dtype=dtype) for _ in range(n_layers - 1)
@@ -56,7 +71,8 @@ class ResidualStack(nn.Module):
 class Trunk(nn.Module):
     """W1 x (B, H), noise (B, L) or None -> sources (d (B, H), z (B, L)) and a penalty (B,).
 
-    The penalty is each row's KL divergence, averaged over L.
+    The sources have the dtype of the products. The penalty is each row's KL divergence, averaged
+    over L.
     """
 
     def __init__(
@@ -65,9 +81,11 @@ class Trunk(nn.Module):
         latent: int,
         encoder_layers: int = 7,
         decoder_layers: int = 5,
-        dtype: torch.dtype = torch.float32,
+        arithmetic: Arithmetic = EXACT,
     ) -> None:
         super().__init__()
+        dtype = arithmetic.dtype
+        self.precision = arithmetic.precision
         self.input_bias = nn.Parameter(torch.zeros(hidden, dtype=dtype))
         self.encoder = ResidualStack(encoder_layers, hidden, dtype)
         self.mu = Linear(hidden, latent, dtype=dtype)
@@ -94,13 +112,14 @@ class Trunk(nn.Module):
     def forward(
         self, pre_BH: Tensor, noise_BL: Tensor | None = None
     ) -> tuple[tuple[Tensor, Tensor], Tensor]:
-        dtype = self.input_bias.dtype
-        e_BH = self.encoder(pre_BH.to(dtype) + self.input_bias)
+        e_BH = self.encoder(self.precision.cast(pre_BH + self.input_bias))
         mu_BL, logvar_BL = self.mu(e_BH), self.logvar(e_BH)
-        z_BL = mu_BL if noise_BL is None else mu_BL + torch.exp(logvar_BL / 2) * noise_BL.to(dtype)
+        z_BL = mu_BL
+        if noise_BL is not None:
+            z_BL = mu_BL + torch.exp(logvar_BL / 2) * noise_BL.to(mu_BL.dtype)
         d_BH = self.decoder(self.from_latent(z_BL))
         kl_B = kl_divergence(mu_BL.to(pre_BH.dtype), logvar_BL.to(pre_BH.dtype))
-        return (d_BH.to(pre_BH.dtype), z_BL.to(pre_BH.dtype)), kl_B
+        return (d_BH, z_BL), kl_B
 
 
 def kl_divergence(mu_BL: Tensor, logvar_BL: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from torch import Tensor
 from dist_vasp.checkpoint.header import TRUNK, ModelHeader, items_file
 from dist_vasp.checkpoint.read import Checkpoint, parse_piece, readable
 from dist_vasp.config.schema import Config
+from dist_vasp.kernels.interface import EXACT
 from dist_vasp.model.build import build_model, make_trunk
 from dist_vasp.model.slices import BLOCK_COLUMNS, ItemSlice, Range
 from dist_vasp.model.trunk import Trunk
@@ -98,6 +99,7 @@ class MappedStorage:
 
     def __init__(self, opened: Checkpoint[ModelHeader]) -> None:
         self.opened = opened
+        self.arithmetic = EXACT
         self.n_items: int = opened.header.n_items
         names = opened.header.items_files()
         if not names:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,18 +21,20 @@ from torch import Tensor
 
 from dist_vasp.config.schema import Config
 from dist_vasp.data.stream import Batch
+from dist_vasp.kernels.choose import choose_kernels
+from dist_vasp.kernels.interface import PLAIN, Arithmetic
+from dist_vasp.kernels.precision import choose_precision
 from dist_vasp.kernels.random import seconds_to_fill
 from dist_vasp.model.build import make_trunk, measure_size, new_model
 from dist_vasp.model.partitioned import MicroBatch, StepLoss, TrunkCall
-from dist_vasp.model.slices import GRADIENT_ROWS, ItemSlice, Sink, add_to_grad
+from dist_vasp.model.sinks import AddToGrad
+from dist_vasp.model.slices import ItemSlice
 from dist_vasp.parallel.comm import Ranks, all_reduce
-from dist_vasp.parallel.kernels import kernels, plain
 from dist_vasp.progress import Waiting
+from dist_vasp.training.item_sinks import Norm, Update, squared
 from dist_vasp.training.micro_batches import MicroBatches
-from dist_vasp.training.optimizer import MOMENTS, SCALARS, InPlaceAdam
+from dist_vasp.training.optimizer import MOMENTS, SCALARS, Beside, InPlaceAdam
 from dist_vasp.training.zero import ZeroTrunk
-
-FUSED_GRADIENT_ROWS = 8192  # of a matrix, where a compiled update takes them: fewer, larger calls
 
 
 @dataclass(frozen=True)
@@ -51,14 +53,6 @@ class StepReport:
     stop: bool = False
     all_written: bool = True
     paths: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Anchor:
-    """Each step draws a parameter to `start` by `pull` times the schedule's learning rate."""
-
-    start: Tensor
-    pull: float
 
 
 class DivergedError(RuntimeError):
@@ -87,33 +81,33 @@ class Trainer:
         size = measure_size(config, n_items, ranks.layout.partitions)
         show = ranks.is_main
         with Waiting("compiling a first function, 5 to 15 s in all", show) as compiling:
-            fuse, self.remark = kernels(config.parallel.compile, size.items)
+            compile = config.parallel.compile
+            kernels, self.remark = choose_kernels(compile, size.items, ranks.device)
         # The functions of the first step take about half as long again.
-        self.seconds_to_compile = 0.0 if fuse is plain else 1.5 * compiling.seconds
+        self.seconds_to_compile = 0.0 if kernels is PLAIN else 1.5 * compiling.seconds
+        self.precision = choose_precision(config.parallel.wanted_precision, ranks.device)
+        arithmetic = Arithmetic(precision=self.precision, kernels=kernels)
         estimate = seconds_to_fill(size.items, ranks.device)
         with Waiting(f"building {size.items / 1e6:.1f}M item weights", show, estimate):
-            self.model = new_model(config, n_items, ranks, fuse=fuse)
+            self.model = new_model(config, n_items, ranks, arithmetic)
             self.model.initialise(config.run.seed)
-        self.item_optimizer = InPlaceAdam(self._item_groups(), config.optimizer, fuse=fuse)
-        self._anchors = self._find_anchors()
-        gradient_rows = FUSED_GRADIENT_ROWS if fuse is not plain else GRADIENT_ROWS
-        if config.optimizer.item_state == "lean":
-            gradient_rows = n_items  # the second moment of a column needs the whole column
-        self._measuring = Sink(self._measure, gradient_rows)
-        self._updating = Sink(self._update, gradient_rows)
-        self._accumulating = Sink(add_to_grad, gradient_rows)
+        self._copies_are_current = False
+        self.item_optimizer = InPlaceAdam(
+            self._item_groups(), config.optimizer, kernels=kernels, beside=self._beside()
+        )
+        self._norm = Norm(ranks.replica_group, ranks.device)
+        self._update = Update(self.item_optimizer, ranks.replica_group, kernels, ranks.clock)
+        self._accumulated = AddToGrad()
         estimate = seconds_to_fill(size.trunk, ranks.device)
         what = f"building the trunk ({size.trunk / 1e6:.1f}M weights)"
         with Waiting(what, show, estimate):
-            trunk = make_trunk(config.model, config.run.seed)
-            self.trunk = ZeroTrunk(trunk, config, ranks, fuse) if trunk else None
+            trunk = make_trunk(config.model, config.run.seed, arithmetic)
+            self.trunk = ZeroTrunk(trunk, config, ranks, kernels) if trunk else None
         noise_width = trunk.noise_width if trunk else 0
         self.batches = MicroBatches(config, n_items, ranks, noise_width)
         self._step_trunk = (
             OverlappedTrunk(self.trunk, ranks.world_size, self.batches) if self.trunk else None
         )
-        # Of this rank's item gradients in the current step.
-        self._squared_norm = torch.zeros((), device=ranks.device)
         self._lr = 0.0
         self._stage: int | None = None
 
@@ -123,20 +117,19 @@ class Trainer:
 
         def group(slices: list[ItemSlice], rate: float) -> dict[str, Any]:
             item_dim = slices[0].item_dim if lean else None
-            return {"params": [p.tensor for p in slices], "lean_dim": item_dim, "rate": rate}
+            return {"params": [p.whole for p in slices], "lean_dim": item_dim, "rate": rate}
 
         groups = [group(self.model.input.slices(), 1.0)] if self.model.input else []
         trained = [path for path in self.model.paths if path.training.trained]
         return groups + [group(path.slices(), path.training.rate) for path in trained]
 
-    def _find_anchors(self) -> dict[Tensor, Anchor]:
-        """Where the weights are drawn to, by parameter."""
-        anchors = {}
+    def _beside(self) -> dict[Tensor, Beside]:
+        """The copies of the item matrices, and where they are drawn to, by parameter."""
+        beside = {piece.whole: Beside(piece.copy) for piece in self.model.slices()}
         for path in self.model.paths:
-            pull = path.training.rate * path.training.decay
-            for weight, start in zip(path.slices(), path.start_slices(), strict=False):
-                anchors[weight.tensor] = Anchor(start.tensor, pull)
-        return anchors
+            for piece, start in zip(path.slices(), path.start_slices(), strict=False):
+                beside[piece.whole] = Beside(piece.copy, start.whole, path.training.decay)
+        return beside
 
     def optimizers(self) -> list[InPlaceAdam]:
         return [self.item_optimizer, *([self.trunk.optimizer] if self.trunk else [])]
@@ -153,57 +146,77 @@ class Trainer:
         finite; the weights in memory are invalid then.
         """
         self._set_rate(batch.epoch)
-        clip = self.config.optimizer.clip_norm
+        self._refresh()
         micro_batches = self.batches.receive(batch)
         self.batches.send(following)
         self.item_optimizer.begin_step()
-        self._squared_norm.zero_()
-        statistics = self.model.statistics
-        statistics.sums.zero_()
-        if len(micro_batches) > 1:
-            part = self._accumulate(micro_batches)
-        else:
-            sink = self._measuring if clip else self._updating
-            part = self.model.gradients(self._step_trunk, micro_batches[0], sink)
+        self._norm.begin()
+        self._update.begin()
+        self.model.statistics.sums.zero_()
+        with self.precision.scope():
+            part, squared_norm = self._gradients(micro_batches)
+            report = self._report(part, squared_norm, (stop, not written))
+            if not (math.isfinite(report.loss) and math.isfinite(report.grad_norm)):
+                raise DivergedError(
+                    f"step {batch.step + 1}: loss {report.loss}, gradient norm {report.grad_norm}"
+                )
+            clip = self.config.optimizer.clip_norm
+            scale = min(1.0, clip / report.grad_norm) if clip and report.grad_norm else 1.0
+            for optimizer in self.optimizers():
+                optimizer.grad_scale = scale
+            if len(micro_batches) > 1:
+                self._apply_accumulated()
+            elif clip:
+                self.model.replay(part.activations, self._update)
+                self._update.end()
+            if self.trunk:
+                self.trunk.step()
+        return report
 
-        # One all-reduce for what every rank must know.
-        replicas = self.ranks.layout.replicas
-        scalars = [part.reconstruction, part.penalty, self._squared_norm / replicas]
-        flags = torch.tensor([stop, not written]).to(scalars[0].device).double()
-        own = torch.stack([*(scalar.double() for scalar in scalars), *flags])
-        totals = all_reduce(torch.cat([own, statistics.sums.flatten()]), self.ranks.world).tolist()
-        reconstruction, kl, squared_norm, stops, unwritten = totals[: len(own)]
+    def _refresh(self) -> None:
+        """Make the copies of the weights before their first use; the update keeps them current."""
+        if not self._copies_are_current:
+            self.model.refresh()
+            self._copies_are_current = True
+
+    def _gradients(self, micro_batches: list[MicroBatch]) -> tuple[StepLoss, Tensor]:
+        """This rank's part of the loss, and of the squared norm of the item matrices' gradient."""
+        if len(micro_batches) > 1:
+            return self._accumulate(micro_batches)
+        sink = self._norm if self.config.optimizer.clip_norm else self._update
+        part = self.model.gradients(self._step_trunk, micro_batches[0], sink)
+        sink.end()
+        return part, sink.squared_norm
+
+    def _report(self, part: StepLoss, squared_norm: Tensor, flags: tuple[bool, bool]) -> StepReport:
+        """Add up what every rank must know: one all-reduce, and one read from the device."""
+        statistics, replicas = self.model.statistics, self.ranks.layout.replicas
+        scalars = [part.reconstruction, part.penalty, squared_norm / replicas]
+        own = torch.stack([*(scalar.double() for scalar in scalars)])
+        asked = torch.tensor(flags, dtype=torch.float64).to(own.device, non_blocking=True)
+        mine = torch.cat([own, asked, statistics.sums.flatten()])
+        totals = all_reduce(mine, self.ranks.world)
         if self.trunk:
-            squared_norm += self.trunk.squared_norm()
-        grad_norm = math.sqrt(squared_norm) if squared_norm >= 0 else math.nan
+            totals = torch.cat([totals, self.trunk.squared_norm()[None]])
+        reconstruction, kl, of_items, stops, unwritten, *rest = totals.tolist()
+        n_sums = statistics.sums.numel()
+        squared_sum = of_items + sum(rest[n_sums:])
+        grad_norm = math.sqrt(squared_sum) if squared_sum >= 0 else math.nan
         loss = reconstruction + self.config.loss.kl_weight * kl
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            raise DivergedError(f"step {batch.step + 1}: loss {loss}, gradient norm {grad_norm}")
-
-        scale = min(1.0, clip / grad_norm) if clip and grad_norm else 1.0
-        for optimizer in self.optimizers():
-            optimizer.grad_scale = scale
-        if len(micro_batches) > 1:
-            for piece in self.model.trained_slices():
-                assert piece.tensor.grad is not None
-                self._apply(piece.tensor, 0, piece.tensor.grad)
-                piece.tensor.grad = None
-        elif clip:
-            self.model.replay(part.activations, self._updating)
-        if self.trunk:
-            self.trunk.step()
-        paths = statistics.named(totals[len(own) :])
+        paths = statistics.named(rest[:n_sums])
         return StepReport(loss, reconstruction, kl, grad_norm, stops > 0, unwritten == 0, paths)
 
     @contextmanager
     def evaluating(self) -> Iterator[TrunkCall | None]:
         """The trunk as a function in evaluation mode, for the time of the body; None for NEASE
         alone."""
-        if self.trunk is None:
-            yield None
-        else:
-            with self.trunk.evaluating() as trunk:
-                yield trunk
+        self._refresh()
+        with self.precision.scope():
+            if self.trunk is None:
+                yield None
+            else:
+                with self.trunk.evaluating() as trunk:
+                    yield trunk
 
     def close(self) -> None:
         """End training, so that the memory is free with the last reference to this object."""
@@ -221,16 +234,12 @@ class Trainer:
         if not moments:
             return pieces
         states = [(piece, self._state_of(piece)) for piece in self.model.trained_slices()]
-        moments_of = [
-            replace(p, name=f"{p.name}.{m}", tensor=state[m])
-            for p, state in states
-            for m in MOMENTS
-        ]
+        moments_of = [p.like(f"{p.name}.{m}", state[m]) for p, state in states for m in MOMENTS]
         starts = [piece for path in self.model.paths for piece in path.start_slices()]
         return pieces + moments_of + starts
 
     def _state_of(self, piece: ItemSlice) -> dict[str, Tensor]:
-        return self.item_optimizer.ensure_state(piece.tensor)
+        return self.item_optimizer.ensure_state(piece.whole)
 
     def trunk_tensors(self, moments: bool) -> dict[str, Tensor]:
         """The whole trunk and, if asked, its moments; all ranks call it together."""
@@ -265,45 +274,29 @@ class Trainer:
                 optimizer.forget()
         self._stage = stage
 
-    def _accumulate(self, micro_batches: list[MicroBatch]) -> StepLoss:
+    def _accumulate(self, micro_batches: list[MicroBatch]) -> tuple[StepLoss, Tensor]:
         """Keep the gradients of all micro-batches in `.grad`, summed over the replicas.
 
-        Returns the sum of their losses.
+        Returns the sum of their losses, and the squared norm of the gradients.
         """
-        reconstruction, penalty = self._squared_norm.new_zeros(()), self._squared_norm.new_zeros(())
+        device = self.ranks.device
+        squared_norm = torch.zeros((), device=device)
+        reconstruction, penalty = torch.zeros((), device=device), torch.zeros((), device=device)
         for i, rows in enumerate(micro_batches):
-            part = self.model.gradients(self._step_trunk, rows, self._accumulating)
+            part = self.model.gradients(self._step_trunk, rows, self._accumulated)
             reconstruction, penalty = reconstruction + part.reconstruction, penalty + part.penalty
             if self.trunk and i + 1 < len(micro_batches):
                 self.trunk.step()  # counts the micro-batch; the update comes at the last one
         for piece in self.model.trained_slices():
-            assert piece.tensor.grad is not None
-            piece.tensor.grad = self._over_replicas(piece.tensor.grad)
-            self._squared_norm += _squared(piece.tensor.grad)
-        return StepLoss(reconstruction, penalty, part.activations)
+            assert piece.whole.grad is not None
+            piece.whole.grad = all_reduce(piece.whole.grad, self.ranks.replica_group)
+            squared_norm += squared(piece.whole.grad)
+        return StepLoss(reconstruction, penalty, part.activations), squared_norm
 
-    def _over_replicas(self, grad: Tensor) -> Tensor:
-        """The gradient summed over the ranks that own the same items."""
-        return all_reduce(grad, self.ranks.replica_group)
-
-    def _measure(self, parameter: Tensor, first: int, grad: Tensor) -> None:
-        """The sink of clipping's first pass: only the norm is kept."""
-        self._squared_norm += _squared(self._over_replicas(grad))
-
-    def _update(self, parameter: Tensor, first: int, grad: Tensor) -> None:
-        """The sink that applies a gradient and drops it."""
-        self._squared_norm += self._apply(parameter, first, self._over_replicas(grad))
-
-    def _apply(self, parameter: Tensor, first: int, grad: Tensor) -> Tensor:
-        """Update the rows of an item matrix from `first` on; W is first drawn to where it started.
-        Returns the gradient's squared norm."""
-        anchor = self._anchors.get(parameter)
-        if anchor is not None:
-            rows = slice(first, first + len(grad))
-            parameter[rows].lerp_(anchor.start[rows], self._lr * anchor.pull)
-        with self.ranks.clock("optimizer"):
-            return self.item_optimizer.update(parameter, first, grad)
-
-
-def _squared(grad: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(grad) ** 2
+    def _apply_accumulated(self) -> None:
+        """Update the item matrices from their `.grad`, which is summed over the replicas."""
+        for piece in self.model.trained_slices():
+            assert piece.whole.grad is not None
+            with self.ranks.clock("optimizer"):
+                self.item_optimizer.update(piece.whole, 0, piece.whole.grad)
+            piece.whole.grad = None

@@ -14,8 +14,8 @@ from statistics import median
 import torch
 
 from dist_vasp.config.schema import Config
+from dist_vasp.kernels.interface import PLAIN
 from dist_vasp.model.build import measure_size
-from dist_vasp.model.sparse import sum_rows
 from dist_vasp.plan import FLOAT, Rates
 
 
@@ -45,7 +45,8 @@ def measure_rates(
     table = torch.rand(n_items, 256, device=device)
     ids = torch.randint(n_items, (rows * items_per_row,), device=device)
     indptr = torch.arange(0, rows * items_per_row + 1, items_per_row, device=device)
-    gather = ids.numel() * 256 * FLOAT / _seconds(lambda: sum_rows(table, ids, indptr), device)
+    seconds = _seconds(lambda: PLAIN.sum_rows(table, ids, indptr), device)
+    gather = ids.numel() * 256 * FLOAT / seconds
     return Rates(flops=flops, copy=copy, gather=gather)
 
 

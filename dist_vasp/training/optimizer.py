@@ -25,26 +25,36 @@ import torch
 from torch import Tensor
 
 from dist_vasp.config.schema import OptimizerConfig
-from dist_vasp.parallel.kernels import Fuse, plain
+from dist_vasp.kernels.interface import CPU_CHUNK, PLAIN, AdamStep, Kernels, Weights
+from dist_vasp.model.sinks import SumOfRows
 
-CPU_CHUNK = (
-    1 << 16
-)  # elements; parameter, gradient, two moments and two temporaries of it fit a core's cache
-FUSED_CHUNK = 1 << 22  # what a compiled call costs, some 75 us, is little beside it
-SMALL = 1 << 14  # elements, as of a bias: for these it is not
+SMALL = 1 << 14  # numbers, as of a bias: a call costs more than the update of as many
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 SCALARS = ("step", "mu_product")
 
 
 class Factors(NamedTuple):
-    """The scalars of one step's update, as tensors: a compiled update would be compiled anew for
-    every other number."""
+    """The scalars of one step's update, as numbers and as tensors: a compiled update would be
+    compiled anew for every other number."""
 
+    step: AdamStep
     of_grad: Tensor
     of_momentum: Tensor
     of_root: Tensor
     shrink: Tensor
+
+
+class Beside(NamedTuple):
+    """What lies beside a parameter.
+
+    copy: in the precision of the products, written by the update. start: each step draws the
+    weights to it, by `decay` times the learning rate.
+    """
+
+    copy: Tensor | None = None
+    start: Tensor | None = None
+    decay: float = 0.0
 
 
 class InPlaceAdam(torch.optim.Optimizer):
@@ -54,6 +64,8 @@ class InPlaceAdam(torch.optim.Optimizer):
     `exp_avg` and `exp_avg_sq` of its shape, and the scalars `step` and `mu_product`. A parameter
     group with `lean_dim` keeps one second moment per vector along that dimension of its matrices
     (the mean of the squared gradient), as embedding libraries do: about 8 bytes per weight.
+
+    beside: copies and starts, by parameter.
     """
 
     def __init__(
@@ -61,14 +73,16 @@ class InPlaceAdam(torch.optim.Optimizer):
         params: Iterable[Tensor] | Iterable[dict],
         config: OptimizerConfig,
         lr: float = 0.0,
-        fuse: Fuse = plain,
+        kernels: Kernels = PLAIN,
+        beside: dict[Tensor, Beside] | None = None,
     ) -> None:
         super().__init__(params, {"lr": lr, "lean_dim": None, "rate": 1.0})
         self.config = config
         self.grad_scale = 1.0
         self._factors: dict[Tensor, Factors] = {}
-        self._fused = fuse is not plain
-        self._all, self._weights = fuse(self._update_all), fuse(self._update_weights)
+        self._kernels, self._beside = kernels, beside or {}
+        self._all = kernels.fuse(self._update_all)
+        self._weights = kernels.fuse(self._update_weights)
 
     @torch.no_grad()
     def step(self, closure=None) -> None:  # type: ignore[override]
@@ -76,8 +90,13 @@ class InPlaceAdam(torch.optim.Optimizer):
         assert closure is None
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
-            if params:
-                by = self._advance(params, group["lr"])
+            if not params:
+                continue
+            by = self._advance(params, group["lr"])
+            if self._kernels.updates_alone:
+                parts = [(p.grad, self._weights_of(p)) for p in params]
+                self._kernels.update_many(parts, self._numbers(by))
+            else:
                 self._apply_together([p for p in params if self._is_small(p)], by)
                 for p in params:
                     if not self._is_small(p):
@@ -104,7 +123,67 @@ class InPlaceAdam(torch.optim.Optimizer):
             for name in MOMENTS
         }
         assert parameter in self._factors, "begin_step comes first"
-        return self._apply(parameter[rows], grad, moments, self._factors[parameter])
+        beside = self._beside.get(parameter, Beside())
+        if beside.start is not None:
+            parameter[rows].lerp_(beside.start[rows], self._pull(parameter, beside))
+        squared_norm = self._apply(parameter[rows], grad, moments, self._factors[parameter])
+        if beside.copy is not None:
+            beside.copy[rows].copy_(parameter[rows])
+        return squared_norm
+
+    @torch.no_grad()
+    def update_sum(
+        self, parameter: Tensor, gradient: SumOfRows, squared_norms: Tensor | None = None
+    ) -> Tensor:
+        """Update all of `parameter` from a sum of rows that is never stored; the kernels must be
+        able to.
+
+        squared_norms: of the gradient's columns (C,), for a parameter with one second moment for
+        each of them. Returns the gradient's squared norm, a scalar.
+        """
+        beside, by = self._beside.get(parameter, Beside()), self._factors[parameter]
+        if beside.start is not None:
+            parameter.lerp_(beside.start, self._pull(parameter, beside))
+        denominators = None
+        if squared_norms is not None:
+            v = self.state[parameter]["exp_avg_sq"]
+            self._add_squares(v, squared_norms.view_as(v), len(parameter))
+            denominators = self._denom(v, by)
+        return self._kernels.update_sum(
+            gradient.grad_GC,
+            gradient.x.bags_of_items(*gradient.items),
+            gradient.diagonal,
+            self._weights_of(parameter, denominators),
+            self._numbers(by),
+        )
+
+    @torch.no_grad()
+    def update_many(self, parts: list[tuple[Tensor, Tensor]]) -> Tensor:
+        """Update whole parameters, each from its gradient, in one pass; the kernels must be able
+        to.
+
+        parts: parameters and gradients. Returns the squared norm of all gradients, a scalar.
+        """
+        by_factors: dict[int, list[tuple[Tensor, Weights]]] = {}
+        for parameter, grad in parts:
+            key = id(self._factors[parameter])
+            by_factors.setdefault(key, []).append((grad, self._weights_of(parameter)))
+        numbers = {id(by): self._numbers(by) for by in self._factors.values()}
+        norms = [self._kernels.update_many(same, numbers[key]) for key, same in by_factors.items()]
+        return torch.stack(norms).sum()
+
+    def _pull(self, parameter: Tensor, beside: Beside) -> float:
+        return self._group_of(parameter)["lr"] * beside.decay
+
+    def _numbers(self, by: Factors) -> AdamStep:
+        return by.step._replace(grad_scale=self.grad_scale)
+
+    def _weights_of(self, p: Tensor, denominators: Tensor | None = None) -> Weights:
+        first, second = (self.state[p][name] for name in MOMENTS)
+        copy = self._beside.get(p, Beside()).copy
+        if denominators is None:
+            return Weights(p, first, second, copy=copy)
+        return Weights(p, first, None, denominators, copy)
 
     def ensure_state(self, p: Tensor) -> dict:
         """The state of `p`, created empty if there is none."""
@@ -114,17 +193,21 @@ class InPlaceAdam(torch.optim.Optimizer):
             state["mu_product"] = torch.ones((), dtype=torch.float64)
             state["exp_avg"] = torch.zeros_like(p, memory_format=torch.contiguous_format)
             shape = list(p.shape)
-            lean_dim = self._lean_dim(p)
+            lean_dim = self.lean_dim(p)
             if lean_dim is not None:
                 shape[1 - lean_dim] = 1
             state["exp_avg_sq"] = torch.zeros(shape, dtype=p.dtype, device=p.device)
         return state
 
-    def _lean_dim(self, p: Tensor) -> int | None:
+    def lean_dim(self, p: Tensor) -> int | None:
         """The dimension along which each vector of `p` shares a second moment; None where every
         weight has its own."""
+        group = self._group_of(p)
+        return group["lean_dim"] if p.dim() == 2 else None
+
+    def _group_of(self, p: Tensor) -> dict:
         groups = [group for group in self.param_groups if any(p is q for q in group["params"])]
-        return groups[0]["lean_dim"] if groups and p.dim() == 2 else None
+        return groups[0] if groups else self.defaults
 
     def forget(self) -> None:
         """Start the moments anew, as the authors' code does where the learning rate changes."""
@@ -150,10 +233,12 @@ class InPlaceAdam(torch.optim.Optimizer):
             state["step"] += 1
             state["mu_product"] *= mu
         numbers = (of_grad, of_momentum, (1 - c.beta2**t) ** -0.5, 1 - lr * c.weight_decay)
-        return Factors(*torch.tensor(numbers, dtype=torch.float64).unbind())
+        step = AdamStep(c.beta1, c.beta2, c.eps, *numbers, grad_scale=1.0)
+        return Factors(step, *torch.tensor(numbers, dtype=torch.float64).unbind())
 
     def _apply(self, p: Tensor, grad: Tensor, state: dict, by: Factors) -> Tensor:
         m, v = (state[name] for name in MOMENTS)
+        grad = grad.to(p.dtype)
         squared_norm = grad.new_zeros(())
         if v.shape == p.shape:
             update = self._all if p.numel() > SMALL else self._update_all
@@ -192,12 +277,14 @@ class InPlaceAdam(torch.optim.Optimizer):
         along = 0 if v.shape[1] == grad.shape[1] else 1
         rows = max(1, CPU_CHUNK // grad.shape[1]) if grad.device.type == "cpu" else len(grad)
         sums = [(g_n * g_n).sum(dim=along, keepdim=True) for g_n in grad.split(rows)]
-        squared = (torch.cat(sums) if along else torch.stack(sums).sum(dim=0)).mul_(
-            self.grad_scale**2 / grad.shape[along]
-        )
-        assert squared.shape == v.shape, (squared.shape, v.shape)
-        v.lerp_(squared, 1 - self.config.beta2)
+        squared = torch.cat(sums) if along else torch.stack(sums).sum(dim=0)
+        self._add_squares(v, squared, grad.shape[along])
         return self._denom(v, by)
+
+    def _add_squares(self, v: Tensor, squared: Tensor, n: int) -> None:
+        """Move the second moments towards the mean of n squared gradients, given their sums."""
+        assert squared.shape == v.shape, (squared.shape, v.shape)
+        v.lerp_(squared * (self.grad_scale**2 / n), 1 - self.config.beta2)
 
     def _scaled(self, grad: Tensor) -> Tensor:
         return grad if self.grad_scale == 1.0 else grad * self.grad_scale
@@ -206,7 +293,7 @@ class InPlaceAdam(torch.optim.Optimizer):
         """Elements to update at once."""
         if p.device.type != "cpu":
             return max(1, p.numel())
-        return FUSED_CHUNK if self._fused else CPU_CHUNK
+        return self._kernels.chunk
 
     def _denom(self, v: Tensor, by: Factors) -> Tensor:
         return v.sqrt().mul_(by.of_root).add_(self.config.eps)

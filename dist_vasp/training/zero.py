@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from dist_vasp.config.schema import Config
+from dist_vasp.kernels.interface import Kernels
 from dist_vasp.model.trunk import Trunk
 from dist_vasp.parallel.comm import Ranks
-from dist_vasp.parallel.kernels import Fuse
 from dist_vasp.training.optimizer import MOMENTS, InPlaceAdam
 
 MAX_BUCKET = 500_000_000  # elements
@@ -31,11 +31,11 @@ MAX_BUCKET = 500_000_000  # elements
 class ZeroTrunk:
     """A Trunk and its optimizer at `parallel.zero_stage`; call it as the trunk itself."""
 
-    def __init__(self, trunk: Trunk, config: Config, ranks: Ranks, fuse: Fuse) -> None:
+    def __init__(self, trunk: Trunk, config: Config, ranks: Ranks, kernels: Kernels) -> None:
         deepspeed = _import_deepspeed(ranks.device)
         self.stage, self.ranks = config.parallel.zero_stage, ranks
         self.n_parameters = sum(p.numel() for p in trunk.parameters())
-        self.optimizer = InPlaceAdam(trunk.parameters(), config.optimizer, fuse=fuse)
+        self.optimizer = InPlaceAdam(trunk.parameters(), config.optimizer, kernels=kernels)
         accumulation = config.optimizer.accumulation
         bucket = min(self.n_parameters + self.n_parameters % 2, MAX_BUCKET)  # it wants an even size
         self._engine, *_ = deepspeed.initialize(
@@ -55,7 +55,6 @@ class ZeroTrunk:
                     "allgather_bucket_size": bucket,
                     "overlap_comm": ranks.device.type == "cuda",
                 },
-                "bf16": {"enabled": config.parallel.trunk_dtype == "bf16"},
                 "steps_per_print": 2**31 - 1,
             },
             dist_init_required=False,
@@ -90,8 +89,9 @@ class ZeroTrunk:
         """Take DeepSpeed's hooks off the parameters: they hold engine, optimizer and moments."""
         self._engine.destroy()
 
-    def squared_norm(self) -> float:
-        """Of the whole trunk's gradient, between the last backward of a step and the update."""
+    def squared_norm(self) -> Tensor:
+        """Of the whole trunk's gradient, between the last backward of a step and the update: a
+        float64 scalar on the device."""
         zero = self._engine.optimizer
         if self.stage == 0:
             norms = [
@@ -99,15 +99,15 @@ class ZeroTrunk:
                 for p in self.module.parameters()
                 if p.grad is not None
             ]
-            return float(torch.linalg.vector_norm(torch.stack(norms))) ** 2
+            return torch.linalg.vector_norm(torch.stack(norms)).double() ** 2
         norm = (
             zero.scaled_global_norm()
             if self.stage < 3
             else torch.linalg.vector_norm(torch.stack(zero._get_norm_groups()))
         )
-        return (
-            float(norm) ** 2 if norm >= 0 else float("nan")
-        )  # DeepSpeed says -1 for a gradient that is not finite
+        norm = torch.as_tensor(norm, dtype=torch.float64, device=self.ranks.device)
+        # DeepSpeed says -1 for a gradient that is not finite.
+        return torch.where(norm >= 0, norm**2, torch.nan)
 
     @contextmanager
     def evaluating(self) -> Iterator[ZeroTrunk]:

@@ -10,7 +10,7 @@ import torch
 from dist_vasp.model import path_statistics, slices
 from dist_vasp.model.build import make_trunk
 from dist_vasp.model.partitioned import MicroBatch
-from dist_vasp.model.slices import Sink, add_to_grad
+from dist_vasp.model.sinks import AddToGrad, Drop
 from dist_vasp.parallel.comm import all_reduce
 from tests.oracles.dense import dense_rows
 from tests.support.partitioned import (
@@ -40,12 +40,10 @@ def _statistics(ranks):
         x_G, y_G, mine, padded = gathered(x, y, N_ITEMS, ranks)
         noise = pad_noise(np.zeros((N_ROWS, SMALL["latent"])), mine, padded, torch.float64)
         rows = MicroBatch(x_G, y_G, noise, N_ROWS)
-        step = model.gradients(plain(trunk), rows, Sink(add_to_grad))
+        step = model.gradients(plain(trunk), rows, AddToGrad())
         statistics = model.statistics
         once = statistics.named(all_reduce(statistics.sums, ranks.world).flatten().tolist())
-        model.replay(
-            step.activations, Sink(lambda *_: None)
-        )  # the second pass of clipping counts all of it again
+        model.replay(step.activations, Drop())  # the second pass of clipping counts all of it again
         twice = statistics.named(all_reduce(statistics.sums, ranks.world).flatten().tolist())
         found[kind] = once, twice, export(model.slices())
     return found

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from dist_vasp.config.schema import OptimizerConfig
-from dist_vasp.model import slices
+from dist_vasp.kernels.interface import Arithmetic
+from dist_vasp.model import sinks, slices
 from dist_vasp.model.build import make_trunk
 from dist_vasp.model.partitioned import MicroBatch
-from dist_vasp.model.slices import Sink, add_to_grad
+from dist_vasp.model.sinks import AddToGrad
 from dist_vasp.training.optimizer import InPlaceAdam
 from tests.oracles.dense import TORCH_OPTIMIZERS, DenseVASP, dense_rows
 from tests.support.partitioned import (
@@ -49,13 +50,13 @@ def _data():
 def partitioned_step(ranks, cases):
     """For each case: parameters before, loss, gradients, scores and parameters after one step, of
     this rank."""
-    slices.BLOCK_COLUMNS, slices.GRADIENT_ROWS = 5, 7
+    slices.BLOCK_COLUMNS, sinks.GRADIENT_ROWS = 5, 7
     torch.set_grad_enabled(False)
     found = []
     for kind, loss, latent_head in cases:
         x, y, noise = _data()
         model = make_model(kind, N_ITEMS, ranks, loss, latent_head)
-        trunk = make_trunk(model.config, 5, torch.float64)
+        trunk = make_trunk(model.config, 5, Arithmetic(torch.float64))
         x_G, y_G, mine, padded = gathered(x, y, N_ITEMS, ranks)
         before = export(model.slices())
         trunk_before = (
@@ -66,7 +67,7 @@ def partitioned_step(ranks, cases):
         scores = [(lo, s.numpy().copy()) for lo, s in model.scores(trunk, x_G)]
         noise_BL = pad_noise(noise, mine, padded, torch.float64)
         rows = MicroBatch(x_G, y_G, noise_BL, N_ROWS)
-        losses = model.gradients(plain(trunk), rows, Sink(add_to_grad, rows=7))
+        losses = model.gradients(plain(trunk), rows, AddToGrad())
         gradients = export(model.slices(), "grad")
         trunk_grads = (
             {}

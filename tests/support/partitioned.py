@@ -9,6 +9,7 @@ import torch
 
 from dist_vasp.config.schema import Config, LossConfig, ModelConfig
 from dist_vasp.data.rows import Rows
+from dist_vasp.kernels.interface import Arithmetic
 from dist_vasp.model.build import new_model
 from dist_vasp.model.partitioned import PartitionedModel
 from dist_vasp.model.slices import ItemSlice
@@ -161,7 +162,7 @@ def make_model(
 ) -> ConfiguredModel:
     config = ModelConfig(kind=kind, latent_head=latent_head, **SMALL)
     whole = Config(model=config, loss=LossConfig(kind=loss))
-    model = new_model(whole, n_items, ranks, dtype)
+    model = new_model(whole, n_items, ranks, Arithmetic(dtype))
     model.__class__ = ConfiguredModel
     model.config = config
     model.initialise(seed)

@@ -133,6 +133,7 @@ CHANGED = {
         "zero_stage": 3,
         "lanes": 12,
         "block_columns": 64,
+        "precision": "bf16",
         "trunk_dtype": "bf16",
         "compile": "never",
         "interface": "eth0",
@@ -308,7 +309,7 @@ def test_unknown_key(tmp_path, key, value, meant):
         ("model.kind", "vase", "'vasp', 'wide_deep', 'flvae'"),
         ("optimizer.name", "sgd", "'nadam', 'adam', 'adamw'"),
         ("loss.kind", "hinge", "'focal', 'cosine', 'mse', 'bce', 'multinomial'"),
-        ("parallel.trunk_dtype", "fp8", "'fp32', 'bf16'"),
+        ("parallel.precision", "fp8", "'fp32', 'tf32', 'bf16'"),
     ],
 )
 def test_wrong_type_or_choice(tmp_path, key, value, expected):
@@ -391,8 +392,8 @@ IMPOSSIBLE = [
     ),
     ({"parallel.zero_stage": 4}, "parallel.zero_stage is 4, expected 0, 1, 2 or 3"),
     (
-        {"parallel.zero_stage": 0, "parallel.trunk_dtype": "bf16"},
-        "parallel.trunk_dtype is 'bf16', expected fp32 with parallel.zero_stage 0",
+        {"parallel.precision": "fp32", "parallel.trunk_dtype": "bf16"},
+        "parallel.trunk_dtype is 'bf16', expected fp32, as parallel.precision says",
     ),
     ({"device": "tpu"}, "device is 'tpu', expected auto, cuda or cpu"),
     (

@@ -48,7 +48,12 @@ BASE = TABLES | {
     "dist_vasp.parallel.clock",
     "dist_vasp.parallel.liveness",
     "dist_vasp.parallel.secret",
-    "dist_vasp.parallel.kernels",
+    "dist_vasp.kernels.precision",
+    "dist_vasp.kernels.interface",
+    "dist_vasp.kernels.compiled",
+    "dist_vasp.kernels.cuda",
+    "dist_vasp.kernels.triton_kernels",
+    "dist_vasp.kernels.choose",
     "dist_vasp.places",
     "dist_vasp.recognise",
     "dist_vasp.locks",
@@ -83,6 +88,18 @@ ROOMS = [
     "__main__",
 ]  # each imports itself, those before it and BASE
 WITHIN_BASE = {
+    "dist_vasp.kernels.interface": {"dist_vasp.kernels.precision"},
+    "dist_vasp.kernels.compiled": {"dist_vasp.kernels.interface"},
+    "dist_vasp.kernels.cuda": {
+        "dist_vasp.kernels.compiled",
+        "dist_vasp.kernels.interface",
+        "dist_vasp.kernels.triton_kernels",
+    },
+    "dist_vasp.kernels.choose": {
+        "dist_vasp.kernels.compiled",
+        "dist_vasp.kernels.cuda",
+        "dist_vasp.kernels.interface",
+    },
     "dist_vasp.places": {"dist_vasp.recognise"},
     "dist_vasp.temporary": {"dist_vasp.places"},
     "dist_vasp.files": {"dist_vasp.locks", "dist_vasp.places", "dist_vasp.temporary"},

@@ -13,8 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
-import torch
-
+from dist_vasp.kernels.interface import Arithmetic
 from dist_vasp.model.input_side import InputSide
 from dist_vasp.model.kind import Kind
 from dist_vasp.model.kinds.nease import refuse_start
@@ -65,9 +64,10 @@ class FlvaeKeys:
 SIZE_KEYS = tuple(field.name for field in fields(FlvaeKeys))
 
 
-def residual_trunk(model: ModelConfig, dtype: torch.dtype) -> Trunk:
+def residual_trunk(model: ModelConfig, arithmetic: Arithmetic) -> Trunk:
     """Encoder, latent code and decoder."""
-    return Trunk(model.hidden, model.latent, model.encoder_layers, model.decoder_layers, dtype)
+    sizes = (model.hidden, model.latent, model.encoder_layers, model.decoder_layers)
+    return Trunk(*sizes, arithmetic)
 
 
 def flvae_heads(model: ModelConfig, storage: Storage) -> list[DenseHead]:
@@ -86,8 +86,8 @@ class Flvae(Kind):
     def check(self, config: Config) -> None:
         refuse_start(config, self.name)
 
-    def trunk(self, model: ModelConfig, dtype: torch.dtype) -> Trunk:
-        return residual_trunk(model, dtype)
+    def trunk(self, model: ModelConfig, arithmetic: Arithmetic) -> Trunk:
+        return residual_trunk(model, arithmetic)
 
     def parts(self, config: Config, storage: Storage) -> Parts:
         model = config.model

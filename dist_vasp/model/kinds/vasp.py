@@ -10,8 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-
+from dist_vasp.kernels.interface import Arithmetic
 from dist_vasp.model.input_side import InputSide
 from dist_vasp.model.kind import Kind
 from dist_vasp.model.kinds.flvae import SIZE_KEYS, flvae_heads, residual_trunk
@@ -33,8 +32,8 @@ class Vasp(Kind):
     def check(self, config: Config) -> None:
         check_start(config, may_freeze=True)
 
-    def trunk(self, model: ModelConfig, dtype: torch.dtype) -> Trunk:
-        return residual_trunk(model, dtype)
+    def trunk(self, model: ModelConfig, arithmetic: Arithmetic) -> Trunk:
+        return residual_trunk(model, arithmetic)
 
     def parts(self, config: Config, storage: Storage) -> Parts:
         flvae = flvae_heads(config.model, storage)

@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_vasp.model.sparse import ItemRows, gather_rows, sum_rows
+from dist_vasp.kernels.interface import PLAIN
+from dist_vasp.model.sparse import ItemRows, gather_rows
 from tests.oracles.dense import dense_rows
 from tests.support.partitioned import csr, random_rows, share
 from tests.support.ranks import run_ranks
@@ -33,7 +34,7 @@ def item_rows(rows: list[list[int]], n_items: int) -> ItemRows:
 def test_sum_rows_is_a_dense_product(rows, width, dtype):
     table = torch.randn(13, width + 1, generator=torch.Generator().manual_seed(width), dtype=dtype)
     x = item_rows(rows, 13)
-    found = sum_rows(table, x.items, x.indptr)
+    found = PLAIN.sum_rows(table, x.items, x.indptr)
     assert found.dtype == dtype
     torch.testing.assert_close(found, dense_rows(rows, 13, dtype) @ table)
 
@@ -41,10 +42,13 @@ def test_sum_rows_is_a_dense_product(rows, width, dtype):
 def test_sum_rows_of_nothing():
     table, nothing = torch.ones(3, 2), torch.zeros(0, dtype=torch.int64)
     assert torch.equal(
-        sum_rows(table, nothing, torch.zeros(5, dtype=torch.int64)), torch.zeros(4, 2)
+        PLAIN.sum_rows(table, nothing, torch.zeros(5, dtype=torch.int64)), torch.zeros(4, 2)
     )
-    assert sum_rows(table, nothing, torch.zeros(1, dtype=torch.int64)).shape == (0, 2)
-    assert sum_rows(torch.empty(0, 2), nothing, torch.zeros(3, dtype=torch.int64)).shape == (2, 2)
+    assert PLAIN.sum_rows(table, nothing, torch.zeros(1, dtype=torch.int64)).shape == (0, 2)
+    assert PLAIN.sum_rows(torch.empty(0, 2), nothing, torch.zeros(3, dtype=torch.int64)).shape == (
+        2,
+        2,
+    )
 
 
 @settings(deadline=None, max_examples=200)
@@ -80,7 +84,9 @@ def test_no_interactions_at_all(n_rows):
     assert [len(t) for t in x.positions(1, 5)] == [0, 0]
     assert x.restricted(0, 6)[1].tolist() == [0] * (n_rows + 1)
     assert x.rows_by_item(0, 6)[1].tolist() == [0] * 7
-    assert torch.equal(sum_rows(torch.ones(n_rows, 2), *x.rows_by_item(0, 6)), torch.zeros(6, 2))
+    assert torch.equal(
+        PLAIN.sum_rows(torch.ones(n_rows, 2), *x.rows_by_item(0, 6)), torch.zeros(6, 2)
+    )
 
 
 # --- gathered over ranks --------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from dist_vasp.config.schema import ModelConfig
+from dist_vasp.kernels.interface import Arithmetic
 from dist_vasp.model.build import make_trunk
 from dist_vasp.model.trunk import Trunk, kl_divergence
 
@@ -58,7 +59,7 @@ def flat(outputs: tuple[tuple[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor,
 
 def randomised(n_encoder: int, n_decoder: int) -> Trunk:
     """Biases and norms start at zero and one: random ones make the comparison sharper."""
-    trunk = initialised(Trunk(H, L, n_encoder, n_decoder, torch.float64), 1)
+    trunk = initialised(Trunk(H, L, n_encoder, n_decoder, Arithmetic(torch.float64)), 1)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for p in trunk.parameters():
@@ -130,7 +131,8 @@ def test_kl_divergence():
 
 def test_initialisation_is_glorot_and_the_same_in_every_dtype():
     single, double = (
-        initialised(Trunk(40, 24, 4, 3, dtype), 9) for dtype in (torch.float32, torch.float64)
+        initialised(Trunk(40, 24, 4, 3, Arithmetic(dtype)), 9)
+        for dtype in (torch.float32, torch.float64)
     )
     other = initialised(Trunk(40, 24, 4, 3), 10)
     for (name, p), q, r in zip(

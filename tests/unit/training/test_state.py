@@ -92,6 +92,7 @@ def test_what_must_match_leaves_out_what_may_change():
         "partitions",
         "replicas",
         "zero_stage",
+        "precision",
         "trunk_dtype",
         "workers",
         "shards",

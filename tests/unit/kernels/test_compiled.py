@@ -6,9 +6,11 @@ import torch
 from torch._dynamo.utils import counters
 
 from dist_vasp.config.schema import OptimizerConfig
+from dist_vasp.kernels import choose, compiled
+from dist_vasp.kernels.choose import choose_kernels
+from dist_vasp.kernels.compiled import COMPILED
+from dist_vasp.kernels.interface import PLAIN
 from dist_vasp.model.losses import make_loss
-from dist_vasp.parallel import kernels as module
-from dist_vasp.parallel.kernels import fused, kernels, plain
 from dist_vasp.training.optimizer import InPlaceAdam
 from tests.oracles.rounding import bounded, within
 
@@ -17,7 +19,7 @@ from tests.oracles.rounding import bounded, within
 def configured(monkeypatch, tmp_path):
     """As `kernels` does it. torch's graph cache would hand out code made for other vector units."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "kernels"))
-    module._configure()
+    compiled._configure()
 
 
 def case(rows: int, columns: int, n_paths: int):
@@ -39,13 +41,13 @@ def in_double(
 
 @pytest.mark.parametrize("kind", ["focal", "cosine"])
 def test_a_compiled_block_equals_the_plain_one(kind):
-    compiled, reference = make_loss(kind, fuse=fused), make_loss(kind)
+    fast, reference = make_loss(kind, kernels=COMPILED), make_loss(kind)
     graphs = []
     for rows, columns in ((12, 40), (33, 17), (7, 256)):
         logits, ones, weight = case(rows, columns, 3)
         stats = reference.row_stats(logits, ones) if kind == "cosine" else None
         (a, grads_a), (b, grads_b) = (
-            loss.block(logits, ones, weight, stats) for loss in (compiled, reference)
+            loss.block(logits, ones, weight, stats) for loss in (fast, reference)
         )
         exact = bounded(lambda kind=kind, data=(logits, ones, weight): in_double(kind, *data))
         for value, grads in ((a, grads_a), (b, grads_b)):
@@ -67,10 +69,10 @@ def test_a_compiled_update_equals_the_plain_one(config, lean_dim):
     start = torch.randn(30, 20, generator=generator)
     gradients = [torch.randn(30, 20, generator=generator) for _ in range(4)]
 
-    def updated(weight, fuse) -> dict[str, torch.Tensor]:
+    def updated(weight, kernels) -> dict[str, torch.Tensor]:
         """The weight after four steps, and what the optimizer keeps of it."""
         optimizer = InPlaceAdam(
-            [{"params": [weight], "lean_dim": lean_dim}], config, lr=0.1, fuse=fuse
+            [{"params": [weight], "lean_dim": lean_dim}], config, lr=0.1, kernels=kernels
         )
         for step, gradient in enumerate(gradients):
             optimizer.param_groups[0]["lr"] = 0.1 / (1 + step)  # another number every step
@@ -81,10 +83,10 @@ def test_a_compiled_update_equals_the_plain_one(config, lean_dim):
         return {"weight": weight, **optimizer.state[weight]}
 
     graphs: list[int] = []
-    found = updated(start.clone(), fused)
+    found = updated(start.clone(), COMPILED)
     assert graphs[0] == graphs[-1] > 0, "one compilation serves every step"
-    exact = bounded(lambda: updated(start.double(), plain))
-    for result in (found, updated(start.clone(), plain)):
+    exact = bounded(lambda: updated(start.double(), PLAIN))
+    for result in (found, updated(start.clone(), PLAIN)):
         for name, value in result.items():
             within(value, exact, name)
     assert (found["weight"] - start).abs().max() > 0.05
@@ -94,16 +96,16 @@ def test_no_compiler(monkeypatch):
     def no_compiler():
         raise RuntimeError("No working C++ compiler found\nand much more")
 
-    monkeypatch.setattr(module, "_try", no_compiler)
-    many = module.WORTH_COMPILING
-    assert kernels("never", many) == (plain, "")
-    assert kernels("auto", many - 1) == (plain, "")
-    fuse, remark = kernels("auto", many)
-    assert fuse is plain
+    monkeypatch.setattr(compiled, "_try", no_compiler)
+    many, cpu = choose.WORTH_COMPILING, torch.device("cpu")
+    assert choose_kernels("never", many, cpu) == (PLAIN, "")
+    assert choose_kernels("auto", many - 1, cpu) == (PLAIN, "")
+    kernels, remark = choose_kernels("auto", many, cpu)
+    assert kernels is PLAIN
     assert "No working C++ compiler found); install" in remark
     with pytest.raises(
         ValueError,
         match=r"parallel\.compile is always.*No working C\+\+ compiler found\); install "
         r"a C\+\+ compiler",
     ):
-        kernels("always", 1)
+        choose_kernels("always", 1, cpu)

@@ -1,0 +1,148 @@
+"""The kernels of a GPU: Triton where plain torch would store what it could use at once.
+
+Imported on a GPU alone, because triton comes with torch's CUDA build.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dist_vasp.kernels import triton_kernels as jit
+from dist_vasp.kernels.compiled import COMPILED
+from dist_vasp.kernels.interface import AdamStep, Bags, F, Kernels, Weights
+
+_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
+_SUM = {"UNROLL": 8, "BLOCK": 1024, "num_warps": 4}  # 8 numbers per thread
+_UPDATE_BLOCK = 2048
+_FOCAL_BLOCK = 1024
+
+
+class TritonKernels(Kernels):
+    """compiles: whether torch.compile works for what has no kernel of its own."""
+
+    align: ClassVar[int] = 128  # a product with an odd dimension runs at a sixth of the rate
+    gradient_rows: ClassVar[int] = 8192
+    updates_alone: ClassVar[bool] = True
+
+    def __init__(self, compiles: bool = True) -> None:
+        self._compiles = compiles
+        self._tables: dict[tuple, tuple[Tensor, ...]] = {}
+
+    def fuse(self, function: F) -> F:
+        return COMPILED.fuse(function) if self._compiles else function
+
+    def sum_rows(
+        self, table: Tensor, ids: Tensor, indptr: Tensor, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        n, n_columns = len(indptr) - 1, table.shape[1]
+        out = table.new_empty((n, n_columns), dtype=dtype)
+        if n and n_columns:
+            jit.sum_rows[(n, triton.cdiv(n_columns, _SUM["BLOCK"]))](
+                ids, indptr, table, out, n_columns, table.stride(0), out.stride(0), **_SUM
+            )
+        return out
+
+    def update_sum(
+        self, grad: Tensor, bags: Bags, diagonal: int | None, of: Weights, by: AdamStep
+    ) -> Tensor:
+        (n, n_columns), (ids, indptr) = of.weights.shape, bags
+        grid = (n, triton.cdiv(n_columns, _SUM["BLOCK"]))
+        norms = torch.empty(grid, dtype=torch.float32, device=grad.device)
+        second = of.weights if of.second is None else of.second
+        denominators = of.weights if of.denominators is None else of.denominators
+        jit.update_sum[grid](
+            ids, indptr, grad, of.weights, of.first, second, denominators,
+            of.weights if of.copy is None else of.copy, norms,
+            n_columns, grad.stride(0), of.weights.stride(0),
+            *(0 if size == 1 else 1 for size in denominators.shape),
+            diagonal or 0, *by,
+            HAS_V=of.second is not None, HAS_COPY=of.copy is not None,
+            HAS_DIAGONAL=diagonal is not None, **_SUM,
+        )  # fmt: skip
+        return norms.sum()
+
+    def update_many(self, parts: list[tuple[Tensor, Weights]], by: AdamStep) -> Tensor:
+        norms = [
+            self._update_alike([part for part in parts if _kind(part) == kind], by)
+            for kind in dict.fromkeys(_kind(part) for part in parts)
+        ]
+        return torch.cat(norms).sum()
+
+    def _update_alike(self, parts: list[tuple[Tensor, Weights]], by: AdamStep) -> Tensor:
+        """`update_many` of gradients of one type and copies of one type: the norm of each block."""
+        grad, of = parts[0]
+        columns = [
+            [grad.contiguous() for grad, _ in parts],
+            *([of.weights for _, of in parts], [of.first for _, of in parts]),
+            *([of.second for _, of in parts], [of.copy for _, of in parts]),
+        ]
+        part, offset, size = self._places(
+            [len(of.weights.view(-1)) for _, of in parts], grad.device
+        )
+        tables = [self._addresses(column, grad.device) for column in columns]
+        norms = torch.empty(len(part), dtype=torch.float32, device=grad.device)
+        copy = of.weights if of.copy is None else of.copy
+        jit.update_many[(len(part),)](
+            part, offset, size, *tables, norms, *by,
+            GRAD=_TYPES[grad.dtype], COPY=_TYPES[copy.dtype],
+            HAS_COPY=of.copy is not None, BLOCK=_UPDATE_BLOCK, num_warps=8,
+        )  # fmt: skip
+        return norms
+
+    def focal(
+        self, logits: list[Tensor], is_one: Tensor, weight_G: Tensor, alpha: float, gamma: float
+    ) -> tuple[Tensor, list[Tensor]]:
+        (n_rows, n_items), dtype = logits[0].shape, logits[0].dtype
+        n_padded = -(-n_items // self.align) * self.align
+        same = {logit.stride() for logit in logits}
+        if len(same) > 1 or logits[0].stride(1) != 1:
+            logits = [logit.contiguous() for logit in logits]
+        grads = list(logits[0].new_empty((len(logits), n_rows, n_padded)).unbind())
+        device = weight_G.device
+        loss = torch.empty(n_rows, dtype=torch.float32, device=device)
+        addresses = self._addresses(logits, device), self._addresses(grads, device)
+        jit.focal[(n_rows,)](
+            addresses[0], is_one.view(torch.uint8), weight_G, addresses[1], loss,
+            n_items, n_padded, logits[0].stride(0), is_one.stride(0), n_padded,
+            alpha, gamma, -math.log(torch.finfo(torch.float32).eps / 4),
+            PATHS=len(logits), GAMMA=gamma if gamma in (0, 2) else -1, TYPE=_TYPES[dtype],
+            BLOCK=_FOCAL_BLOCK, num_warps=8,
+        )  # fmt: skip
+        return weight_G @ loss, grads
+
+    def _addresses(self, tensors: list[Tensor | None], device: torch.device) -> Tensor:
+        """The addresses of tensors on a device, made once for each list of addresses."""
+        found = tuple(0 if tensor is None else tensor.data_ptr() for tensor in tensors)
+        return self._on_device(("addresses", *found), (found,), device)[0]
+
+    def _places(self, sizes: list[int], device: torch.device) -> tuple[Tensor, ...]:
+        """For each block of numbers of tensors: its tensor, its first number; and all sizes."""
+        blocks = [(k, at) for k, n in enumerate(sizes) for at in range(0, n, _UPDATE_BLOCK)]
+        values = tuple(zip(*blocks, strict=True)) or ((), ())
+        return self._on_device(("places", *sizes), (*values, tuple(sizes)), device)
+
+    def _on_device(
+        self, key: tuple, values: tuple[tuple[int, ...], ...], device: torch.device
+    ) -> tuple[Tensor, ...]:
+        """Integers as tensors. Pinned memory lets the copy go on without waiting for the device."""
+        if key not in self._tables:
+            pin = device.type == "cuda"
+            tables = [torch.tensor(v, dtype=torch.int64, pin_memory=pin) for v in values]
+            if len(self._tables) > _MOST_TABLES:
+                self._tables.clear()
+            self._tables[key] = tuple(table.to(device, non_blocking=True) for table in tables)
+        return self._tables[key]
+
+
+_MOST_TABLES = 256
+
+
+def _kind(part: tuple[Tensor, Weights]) -> tuple[torch.dtype, torch.dtype | None]:
+    grad, of = part
+    return grad.dtype, None if of.copy is None else of.copy.dtype

@@ -1,0 +1,125 @@
+"""What is computed for items, in plain torch: the meaning of every kernel (DESIGN.md, section 9).
+
+`Kernels` is the interface. `compiled.py` and `cuda.py` compute the same, to rounding.
+
+Shapes: n rows or bags, E ids, C columns of a table, G rows of a step, J items of a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import ClassVar, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding_bag
+
+from dist_vasp.kernels.precision import FP32, Precision
+
+F = TypeVar("F", bound=Callable)
+
+CPU_CHUNK = 1 << 16  # numbers; weight, gradient, two moments and two temporaries stay in cache
+
+
+Bags = tuple[Tensor, Tensor]  # ids (E,) of rows, index pointer (n + 1,), which may start anywhere
+
+
+class AdamStep(NamedTuple):
+    """The numbers of one step of an Adam rule, as `training/optimizer.py` defines them.
+
+    The weights are multiplied by `shrink` and lose (of_momentum m + of_grad g) / denominator.
+    """
+
+    beta1: float
+    beta2: float
+    eps: float
+    of_grad: float
+    of_momentum: float
+    of_root: float
+    shrink: float
+    grad_scale: float
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Some weights, their moments, and their copy for products.
+
+    second: second moments, of the shape of the weights. With `denominators` (n, 1) or (1, C) there
+    are no second moments to update. copy: in the precision of the products, None without one.
+    """
+
+    weights: Tensor
+    first: Tensor
+    second: Tensor | None
+    denominators: Tensor | None = None
+    copy: Tensor | None = None
+
+
+class Kernels:
+    """Plain torch.
+
+    align: the item axis of a rank is padded to a multiple of it. chunk: numbers that an update on a
+    CPU takes at once. gradient_rows: rows of an items x items gradient that are made at once.
+    updates_alone: whether `update_sum`, `update_many` and `focal` exist.
+    """
+
+    align: ClassVar[int] = 1
+    chunk: ClassVar[int] = CPU_CHUNK
+    gradient_rows: ClassVar[int] = 1024
+    updates_alone: ClassVar[bool] = False
+
+    def fuse(self, function: F) -> F:
+        """Return the function, computed in one pass over memory where that is possible."""
+        return function
+
+    def sum_rows(
+        self, table: Tensor, ids: Tensor, indptr: Tensor, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """Row n of the result is the sum of `table[ids[indptr[n]:indptr[n + 1]]]`: (n, C).
+
+        An empty bag sums to zero. dtype: of the result, that of the table by default.
+        """
+        if len(ids) == 0:
+            return table.new_zeros((len(indptr) - 1, table.shape[1]), dtype=dtype)
+        sums = embedding_bag(ids, table, indptr, mode="sum", include_last_offset=True)
+        return sums if dtype is None else sums.to(dtype)
+
+    def update_sum(
+        self, grad: Tensor, bags: Bags, diagonal: int | None, of: Weights, by: AdamStep
+    ) -> Tensor:
+        """Update weights (n, C) from a gradient whose row i is the sum of the rows of `grad` that
+        bag i names, without storing it. Returns its squared norm, a scalar.
+
+        diagonal: entry (i, i - diagonal) has no gradient.
+        """
+        raise NotImplementedError
+
+    def update_many(self, parts: list[tuple[Tensor, Weights]], by: AdamStep) -> Tensor:
+        """Update several weights, each from its gradient. Returns the squared norm of all."""
+        raise NotImplementedError
+
+    def focal(
+        self, logits: list[Tensor], is_one: Tensor, weight_G: Tensor, alpha: float, gamma: float
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The focal loss of a product of sigmoids (model/losses.py) and its gradients.
+
+        logits and is_one (G, J). Returns the weighted loss, a scalar, and one (G, J padded) tensor
+        for each of the logits, zero beyond J.
+        """
+        raise NotImplementedError
+
+
+PLAIN = Kernels()
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """How a model computes: dtype of its weights, precision of its products, kernels."""
+
+    dtype: torch.dtype = torch.float32
+    precision: Precision = FP32
+    kernels: Kernels = field(default=PLAIN)
+
+
+EXACT = Arithmetic()  # fp32 products in plain torch

@@ -1,0 +1,56 @@
+"""Norms of gradients that are never formed (DESIGN.md, section 9).
+
+With g (G, C) the gradient of a block's outputs, the gradient of the weights is S^T g for what they
+were multiplied by: S = x (G, I) for a sum of rows, S = d (G, K) for a dense head. So
+
+    |column j|^2 = g_j^T (S S^T) g_j        |all|^2 = sum of (S S^T) * (g g^T), entry by entry
+
+Both need only S S^T (G, G). What the diagonal of an items x items matrix would have, x_j . g_j, is
+taken off.
+
+Shapes: G rows of the step, C columns of a block, I items, E interactions.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dist_vasp.model.sinks import SumOfRows
+from dist_vasp.model.sparse import ItemRows
+
+_ITEMS_AT_ONCE = 4096
+
+
+def shared_items(x: ItemRows, items: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """How many of the items [lo, hi) each two rows share: x x^T (G, G)."""
+    counts_GG = torch.zeros((x.n_rows, x.n_rows), dtype=dtype, device=x.items.device)
+    for first in range(*items, _ITEMS_AT_ONCE):
+        last = min(first + _ITEMS_AT_ONCE, items[1])
+        dense_GC = torch.zeros((x.n_rows, last - first), dtype=dtype, device=x.items.device)
+        dense_GC[x.positions(first, last)] = 1
+        counts_GG.addmm_(dense_GC, dense_GC.T)
+    return counts_GG
+
+
+def diagonal_gradients(gradient: SumOfRows) -> Tensor:
+    """What the entries of the diagonal would have as their gradient: (n,) of the block's items."""
+    assert gradient.diagonal is not None
+    lo = gradient.items[0] + gradient.diagonal
+    hi = min(lo + gradient.grad_GC.shape[1], gradient.items[1])
+    rows_E, columns_E = gradient.x.positions(lo, hi)
+    entries_E1 = gradient.grad_GC[rows_E, columns_E][:, None]
+    bounds = torch.searchsorted(columns_E, torch.arange(hi - lo + 1, device=columns_E.device))
+    order = torch.arange(len(columns_E), device=columns_E.device)
+    return gradient.kernels.sum_rows(entries_E1, order, bounds).squeeze(1)
+
+
+def column_norms(gradient: SumOfRows, shared_GG: Tensor) -> Tensor:
+    """The squared norm of each column of a sum of rows: (C,)."""
+    grad_GC = gradient.grad_GC
+    products_GC = grad_GC * (shared_GG.to(grad_GC.dtype) @ grad_GC)
+    squares_C = products_GC.sum(dim=0, dtype=shared_GG.dtype)
+    if gradient.diagonal is not None:
+        taken_off = diagonal_gradients(gradient).to(squares_C.dtype) ** 2
+        squares_C[: len(taken_off)] -= taken_off
+    return squares_C.clamp_(min=0)

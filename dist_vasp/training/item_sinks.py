@@ -1,0 +1,129 @@
+"""What a step does with the gradients of the item matrices: measure them, or apply and drop them.
+
+Shapes: G rows of the partition group, C columns of a block, K width of a source.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dist_vasp.kernels.interface import Kernels
+from dist_vasp.model.norms import column_norms, diagonal_gradients, shared_items
+from dist_vasp.model.sinks import GRADIENT_ROWS, Sink, SumOfRows
+from dist_vasp.parallel.clock import Clock
+from dist_vasp.parallel.comm import Group, all_reduce
+from dist_vasp.training.optimizer import InPlaceAdam
+
+
+def squared(grad: Tensor) -> Tensor:
+    """The squared norm of a tensor, a scalar."""
+    return torch.linalg.vector_norm(grad) ** 2
+
+
+class Norm(Sink):
+    """Adds up the squared norm of the gradients of this rank's items in `squared_norm`.
+
+    With one replica no gradient is formed (model/norms.py). Several replicas form each and add
+    theirs, because a norm needs the rows of all of them.
+    """
+
+    def __init__(self, replicas: Group, device: torch.device) -> None:
+        self._replicas = replicas
+        self.squared_norm = torch.zeros((), device=device)
+        self._products: dict[int, tuple[Tensor, Tensor]] = {}  # by source: it and sum of g g^T
+        self._shared: dict[tuple[int, int, int], Tensor] = {}  # by rows and items
+
+    def begin(self) -> None:
+        """Forget the step before."""
+        self.squared_norm.zero_()
+        self._products.clear()
+        self._shared.clear()
+
+    def take(self, parameter: Tensor, first: int, grad: Tensor) -> None:
+        self.squared_norm += squared(all_reduce(grad, self._replicas))
+
+    def take_product(
+        self, parameter: Tensor, first: int, grad_GC: Tensor, source_GK: Tensor
+    ) -> None:
+        if self._replicas.size > 1:
+            super().take_product(parameter, first, grad_GC, source_GK)
+            return
+        product_GG = (grad_GC @ grad_GC.T).to(parameter.dtype)
+        if id(parameter) in self._products:
+            self._products[id(parameter)][1].add_(product_GG)
+        else:
+            self._products[id(parameter)] = source_GK, product_GG
+
+    def take_sum(self, parameter: Tensor, gradient: SumOfRows) -> None:
+        if self._replicas.size > 1:
+            super().take_sum(parameter, gradient)
+            return
+        key = (id(gradient.x), *gradient.items)
+        if key not in self._shared:
+            self._shared[key] = shared_items(gradient.x, gradient.items, parameter.dtype)
+        product_GG = gradient.grad_GC @ gradient.grad_GC.T
+        self.squared_norm += (self._shared[key] * product_GG).sum()
+        if gradient.diagonal is not None:
+            self.squared_norm -= squared(diagonal_gradients(gradient))
+
+    def end(self) -> None:
+        """Complete `squared_norm`: every gradient of the step has been taken."""
+        for source_GK, sum_GG in self._products.values():
+            self.squared_norm += ((source_GK @ source_GK.T) * sum_GG).sum()
+        self.squared_norm.clamp_(min=0)  # the diagonal was taken off
+
+
+class Update(Sink):
+    """Applies gradients as they come and drops them; `squared_norm` is that of all of them.
+
+    Where the kernels can, a sum of rows is applied without being formed, and dense gradients wait
+    for `end`, which applies them together.
+    """
+
+    def __init__(
+        self, optimizer: InPlaceAdam, replicas: Group, kernels: Kernels, clock: Clock
+    ) -> None:
+        self._optimizer, self._replicas = optimizer, replicas
+        self._kernels, self._clock = kernels, clock
+        self._alone = kernels.updates_alone and replicas.size == 1
+        self._waiting: list[tuple[Tensor, Tensor]] = []
+        device = optimizer.param_groups[0]["params"][0].device
+        self.squared_norm = torch.zeros((), device=device)
+
+    def begin(self) -> None:
+        """Forget the step before."""
+        self.squared_norm.zero_()
+        self._waiting.clear()
+
+    def take(self, parameter: Tensor, first: int, grad: Tensor) -> None:
+        whole = grad.shape == parameter.shape
+        if self._alone and whole and self._optimizer.lean_dim(parameter) is None:
+            self._waiting.append((parameter, grad))
+            return
+        grad = all_reduce(grad, self._replicas)
+        with self._clock("optimizer"):
+            self.squared_norm += self._optimizer.update(parameter, first, grad)
+
+    def take_sum(self, parameter: Tensor, gradient: SumOfRows) -> None:
+        lean_dim = self._optimizer.lean_dim(parameter)
+        if self._alone and lean_dim != 0:
+            norms_C = None
+            if lean_dim == 1:
+                shared_GG = shared_items(gradient.x, gradient.items, parameter.dtype)
+                norms_C = column_norms(gradient, shared_GG)
+            with self._clock("optimizer"):
+                self.squared_norm += self._optimizer.update_sum(parameter, gradient, norms_C)
+        elif lean_dim == 1:  # the second moment of a column needs the whole column
+            self.take_rows(parameter, gradient, len(parameter))
+        elif gradient.diagonal is None:
+            self.take_rows(parameter, gradient, GRADIENT_ROWS)
+        else:
+            self.take_rows(parameter, gradient, self._kernels.gradient_rows)
+
+    def end(self) -> None:
+        """Apply what has waited: every gradient of the step has been taken."""
+        if self._waiting:
+            with self._clock("optimizer"):
+                self.squared_norm += self._optimizer.update_many(self._waiting)
+            self._waiting.clear()
