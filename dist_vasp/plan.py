@@ -119,7 +119,7 @@ class _Step:
         self.J = math.ceil(sizes.n_items / partitions)
         self.X = sum(self.model.widths)  # width of the sources
         self.moments = 2 * FLOAT if o.item_state == "full" else FLOAT
-        self.sharded = p.zero_stage > 0
+        self.sharded = p.zero_stage > 0 and self.world > 1
         self.trunk_share = self.world if self.sharded else 1
         self.passes = 2 if o.clip_norm else 1
 

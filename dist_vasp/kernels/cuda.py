@@ -6,6 +6,7 @@ Imported on a GPU alone, because triton comes with torch's CUDA build.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -31,11 +32,11 @@ class TritonKernels(Kernels):
     updates_alone: ClassVar[bool] = True
 
     def __init__(self, compiles: bool = True) -> None:
-        self._compiles = compiles
+        self.compiles_modules = compiles
         self._tables: dict[tuple, tuple[Tensor, ...]] = {}
 
     def fuse(self, function: F) -> F:
-        return COMPILED.fuse(function) if self._compiles else function
+        return COMPILED.fuse(function) if self.compiles_modules else function
 
     def sum_rows(
         self, table: Tensor, ids: Tensor, indptr: Tensor, dtype: torch.dtype | None = None
@@ -51,7 +52,8 @@ class TritonKernels(Kernels):
     def update_sum(
         self, grad: Tensor, bags: Bags, diagonal: int | None, of: Weights, by: AdamStep
     ) -> Tensor:
-        (n, n_columns), (ids, indptr) = of.weights.shape, bags
+        ids, indptr = bags
+        n, n_columns = len(indptr) - 1, of.weights.shape[1]
         grid = (n, triton.cdiv(n_columns, _SUM["BLOCK"]))
         norms = torch.empty(grid, dtype=torch.float32, device=grad.device)
         second = of.weights if of.second is None else of.second
@@ -77,10 +79,12 @@ class TritonKernels(Kernels):
     def _update_alike(self, parts: list[tuple[Tensor, Weights]], by: AdamStep) -> Tensor:
         """`update_many` of gradients of one type and copies of one type: the norm of each block."""
         grad, of = parts[0]
-        columns = [
+        columns: list[list[Tensor | None]] = [
             [grad.contiguous() for grad, _ in parts],
-            *([of.weights for _, of in parts], [of.first for _, of in parts]),
-            *([of.second for _, of in parts], [of.copy for _, of in parts]),
+            [of.weights for _, of in parts],
+            [of.first for _, of in parts],
+            [of.second for _, of in parts],
+            [of.copy for _, of in parts],
         ]
         part, offset, size = self._places(
             [len(of.weights.view(-1)) for _, of in parts], grad.device
@@ -116,7 +120,7 @@ class TritonKernels(Kernels):
         )  # fmt: skip
         return weight_G @ loss, grads
 
-    def _addresses(self, tensors: list[Tensor | None], device: torch.device) -> Tensor:
+    def _addresses(self, tensors: Sequence[Tensor | None], device: torch.device) -> Tensor:
         """The addresses of tensors on a device, made once for each list of addresses."""
         found = tuple(0 if tensor is None else tensor.data_ptr() for tensor in tensors)
         return self._on_device(("addresses", *found), (found,), device)[0]

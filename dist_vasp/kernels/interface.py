@@ -61,13 +61,15 @@ class Kernels:
 
     align: the item axis of a rank is padded to a multiple of it. chunk: numbers that an update on a
     CPU takes at once. gradient_rows: rows of an items x items gradient that are made at once.
-    updates_alone: whether `update_sum`, `update_many` and `focal` exist.
+    updates_alone: whether `update_sum`, `update_many` and `focal` exist. compiles_modules: whether
+    modules of the trunk are to be compiled.
     """
 
     align: ClassVar[int] = 1
     chunk: ClassVar[int] = CPU_CHUNK
     gradient_rows: ClassVar[int] = 1024
     updates_alone: ClassVar[bool] = False
+    compiles_modules: bool = False
 
     def fuse(self, function: F) -> F:
         """Return the function, computed in one pass over memory where that is possible."""
@@ -88,8 +90,9 @@ class Kernels:
     def update_sum(
         self, grad: Tensor, bags: Bags, diagonal: int | None, of: Weights, by: AdamStep
     ) -> Tensor:
-        """Update weights (n, C) from a gradient whose row i is the sum of the rows of `grad` that
-        bag i names, without storing it. Returns its squared norm, a scalar.
+        """Update weights (n or more, C) from a gradient whose row i is the sum of the rows of
+        `grad` that bag i names, without storing it. Rows beyond the n bags are padding. Returns the
+        squared norm of the gradient, a scalar.
 
         diagonal: entry (i, i - diagonal) has no gradient.
         """

@@ -14,7 +14,7 @@ from dist_vasp.model.losses import make_loss
 from dist_vasp.model.partitioned import PartitionedModel
 from dist_vasp.model.paths import DenseHead, ItemMatrix
 from dist_vasp.model.registry import kind_of
-from dist_vasp.model.slices import NewStorage, Storage
+from dist_vasp.model.slices import BLOCK_COLUMNS, GPU_ALIGN, NewStorage, Storage
 from dist_vasp.model.trunk import Trunk
 from dist_vasp.parallel.comm import Ranks
 from dist_vasp.parallel.partition import ItemPartition
@@ -38,8 +38,23 @@ def new_model(
     arithmetic: Arithmetic = EXACT,
 ) -> PartitionedModel:
     """This rank's part of a model with zero weights; `initialise` fills them."""
-    part, columns = ranks.partition_of_items(n_items), config.parallel.block_columns
-    return build_model(config, NewStorage(part, ranks.device, arithmetic, columns), ranks)
+    part = ranks.partition_of_items(n_items)
+    width = config.parallel.block_columns or default_width(config, ranks.device)
+    return build_model(config, NewStorage(part, ranks.device, arithmetic, width), ranks)
+
+
+def default_width(config: Config, device: torch.device) -> int:
+    """The items of a block where `parallel.block_columns` is 0.
+
+    On a GPU as many as a sixteenth of its memory holds the logits and gradients of: a function of
+    the card, so that a run that resumes computes the same.
+    """
+    if device.type != "cuda":
+        return BLOCK_COLUMNS
+    rows = 2 * -(-config.data.batch_size // config.optimizer.accumulation)  # two halves a user
+    a_column = rows * _BYTES_PER_LOGIT
+    fit = torch.cuda.get_device_properties(device).total_memory // 16 // a_column
+    return max(GPU_ALIGN, fit // GPU_ALIGN * GPU_ALIGN)
 
 
 def make_trunk(
@@ -52,6 +67,7 @@ def make_trunk(
     return trunk
 
 
+_BYTES_PER_LOGIT = 32  # logits and gradients of three paths in fp32, targets, and the loss
 _TOO_LARGE = 1 << 61  # numbers of a model whose bytes torch cannot count
 
 

@@ -42,7 +42,9 @@ class ItemRows:
     def row_of(self) -> Tensor:
         """(E,) the row of each interaction."""
         return torch.repeat_interleave(
-            torch.arange(self.n_rows, device=self.items.device), self.lengths
+            torch.arange(self.n_rows, device=self.items.device),
+            self.lengths,
+            output_size=len(self.items),  # else it would be read back from the device
         )
 
     @cached_property
@@ -90,7 +92,7 @@ class RowExchange:
 
     Two collectives: the lengths of the rows, then the ids, padded to the longest rank; both go on
     while this rank does other work. `advance` when there is time, `finish` when the rows are
-    needed. Padding rows are empty.
+    needed. Padding rows are empty. A group of one rank reads nothing back from the device.
     """
 
     def __init__(
@@ -106,19 +108,23 @@ class RowExchange:
         lengths = torch.full((1, len(rows), n_padded), -1, dtype=torch.int32)
         for k, csr in enumerate(rows):
             lengths[0, k, :n_real] = torch.from_numpy(np.diff(csr.indptr).astype(np.int32))
-        self._items = torch.from_numpy(
+        items = torch.from_numpy(
             np.concatenate([csr.items for csr in rows]).astype(np.int32, copy=False)
-        ).to(device)
-        self._lengths = Gathering(lengths.to(device), group)
+        )
+        self._items = _to_device(items, device)
+        self._ends_PK = [np.cumsum([len(csr.items) for csr in rows]).tolist()]  # of this rank alone
+        self._lengths = Gathering(_to_device(lengths, device), group)
         self._ids: Gathering | None = None
 
     def advance(self) -> None:
         """Once the lengths have arrived, send the ids."""
         if self._ids is None:
             self._lengths_PKB = self._lengths.wait().long()
-            self._totals_PK = self._lengths_PKB.clamp(min=0).sum(dim=2)
-            padded = self._items.new_zeros((1, int(self._totals_PK.sum(dim=1).max())))
-            padded[0, : len(self._items)] = self._items
+            padded = self._items[None]
+            if self.group.size > 1:
+                self._ends_PK = self._lengths_PKB.clamp(min=0).sum(dim=2).cumsum(dim=1).tolist()
+                padded = self._items.new_zeros((1, max(ends[-1] for ends in self._ends_PK)))
+                padded[0, : len(self._items)] = self._items
             self._ids = Gathering(padded, self.group)
 
     def finish(self) -> list[ItemRows]:
@@ -127,16 +133,21 @@ class RowExchange:
         assert self._ids is not None
         items_PE = self._ids.wait()
         gathered = []
-        ends_PK = self._totals_PK.cumsum(dim=1).tolist()
-        for k in range(self._totals_PK.shape[1]):
-            starts = [end[k - 1] if k else 0 for end in ends_PK]
+        for k in range(self._lengths_PKB.shape[1]):
+            starts = [ends[k - 1] if k else 0 for ends in self._ends_PK]
             ids = torch.cat(
-                [items_PE[p, starts[p] : ends_PK[p][k]] for p in range(self.group.size)]
+                [items_PE[p, starts[p] : self._ends_PK[p][k]] for p in range(self.group.size)]
             ).long()
             lengths_G = self._lengths_PKB[:, k].reshape(-1)
             indptr = torch.cat([lengths_G.new_zeros(1), lengths_G.clamp(min=0).cumsum(0)])
             gathered.append(ItemRows(indptr, ids, self.n_items, lengths_G >= 0))
         return gathered
+
+
+def _to_device(values: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on a device; the host does not wait for a GPU to take it."""
+    pinned = values.pin_memory() if device.type == "cuda" else values
+    return pinned.to(device, non_blocking=True)
 
 
 def gather_rows(

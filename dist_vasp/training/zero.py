@@ -33,7 +33,11 @@ class ZeroTrunk:
 
     def __init__(self, trunk: Trunk, config: Config, ranks: Ranks, kernels: Kernels) -> None:
         deepspeed = _import_deepspeed(ranks.device)
-        self.stage, self.ranks = config.parallel.zero_stage, ranks
+        # Of one rank nothing is partitioned: the other stages would only copy.
+        self.stage = config.parallel.zero_stage if ranks.world_size > 1 else 0
+        self.ranks = ranks
+        if kernels.compiles_modules and self.stage < 3:  # stage 3 gathers parameters as it goes
+            trunk.compile()
         self.n_parameters = sum(p.numel() for p in trunk.parameters())
         self.optimizer = InPlaceAdam(trunk.parameters(), config.optimizer, kernels=kernels)
         accumulation = config.optimizer.accumulation
@@ -56,6 +60,8 @@ class ZeroTrunk:
                     "overlap_comm": ranks.device.type == "cuda",
                 },
                 "steps_per_print": 2**31 - 1,
+                # its timer would wait for the device twice a step
+                "timers": {"throughput": {"enabled": False, "synchronized": False}},
             },
             dist_init_required=False,
         )

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from dist_vasp.kernels.interface import Arithmetic
 from dist_vasp.model import path_statistics, slices
 from dist_vasp.model.build import make_trunk
 from dist_vasp.model.partitioned import MicroBatch
@@ -36,7 +37,7 @@ def _statistics(ranks):
     found = {}
     for kind in ("nease", "vasp"):
         model = make_model(kind, N_ITEMS, ranks)
-        trunk = make_trunk(model.config, 5, torch.float64)
+        trunk = make_trunk(model.config, 5, Arithmetic(torch.float64))
         x_G, y_G, mine, padded = gathered(x, y, N_ITEMS, ranks)
         noise = pad_noise(np.zeros((N_ROWS, SMALL["latent"])), mine, padded, torch.float64)
         rows = MicroBatch(x_G, y_G, noise, N_ROWS)

@@ -20,6 +20,8 @@ from dist_vasp.training.optimizer import InPlaceAdam
 from tests.oracles.rounding import bounded, within
 
 KERNELS = TritonKernels(compiles=False)
+# Entries that a mask leaves out afterwards.
+pytestmark = pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid value")
 BY = AdamStep(0.9, 0.999, 1e-7, 0.02, 0.05, 1.5, 0.99, 0.5)
 BF16 = 2.0**-7  # the interpreter cuts off where a GPU rounds
 
