@@ -31,6 +31,7 @@ from dist_vasp.data.hashing import GAMMA, MULTIPLIERS, SHIFTS, Word, hash64, mix
 
 CHUNK = 1 << 15  # numbers made at once: they stay in a CPU core's cache
 DEVICE_CHUNK = 1 << 24  # the same on a GPU: enough to fill it, at most 512 MB of temporary memory
+_SAMPLE = 1 << 20  # numbers that are filled to see how long it takes
 SEGMENTS = 8  # log2 of the segments of the normal quantile function between two powers of two
 
 
@@ -112,12 +113,16 @@ def fill(out_RC: Tensor, keys_R: np.ndarray, distribution: Distribution) -> None
 
 
 def seconds_to_fill(n: int, device: torch.device) -> float:
-    """Return about how long it takes to fill `n` new numbers, from a million of them."""
-    n_sample = 1 << 20
+    """Return about how long it takes to fill `n` new numbers, from a million of them.
+
+    Fewer than a million take no time worth a word: 0.
+    """
+    if n < _SAMPLE:
+        return 0.0
     start = time.perf_counter()
-    sample = torch.zeros((256, n_sample // 256), device=device)
+    sample = torch.zeros((256, _SAMPLE // 256), device=device)
     fill(sample, row_keys(0, "sample", np.arange(256)), Uniform())
-    return (time.perf_counter() - start) * n / n_sample
+    return (time.perf_counter() - start) * n / _SAMPLE
 
 
 def _fill_on_cpu(

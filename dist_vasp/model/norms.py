@@ -17,16 +17,17 @@ import torch
 from torch import Tensor
 
 from dist_vasp.model.sinks import SumOfRows
-from dist_vasp.model.sparse import ItemRows
-
-_ITEMS_AT_ONCE = 4096
 
 
-def shared_items(x: ItemRows, items: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """How many of the items [lo, hi) each two rows share: x x^T (G, G)."""
+def shared_items(gradient: SumOfRows, dtype: torch.dtype) -> Tensor:
+    """How many items each two rows of a sum of rows share: x x^T (G, G).
+
+    x is dense for as many items at once as the gradient has columns.
+    """
+    x, items, at_once = gradient.x, gradient.items, gradient.grad_GC.shape[1]
     counts_GG = torch.zeros((x.n_rows, x.n_rows), dtype=dtype, device=x.items.device)
-    for first in range(*items, _ITEMS_AT_ONCE):
-        last = min(first + _ITEMS_AT_ONCE, items[1])
+    for first in range(*items, at_once):
+        last = min(first + at_once, items[1])
         dense_GC = torch.zeros((x.n_rows, last - first), dtype=dtype, device=x.items.device)
         dense_GC[x.positions(first, last)] = 1
         counts_GG.addmm_(dense_GC, dense_GC.T)

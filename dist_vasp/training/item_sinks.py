@@ -61,7 +61,7 @@ class Norm(Sink):
             return
         key = (id(gradient.x), *gradient.items)
         if key not in self._shared:
-            self._shared[key] = shared_items(gradient.x, gradient.items, parameter.dtype)
+            self._shared[key] = shared_items(gradient, parameter.dtype)
         product_GG = gradient.grad_GC @ gradient.grad_GC.T
         self.squared_norm += (self._shared[key] * product_GG).sum()
         if gradient.diagonal is not None:
@@ -110,7 +110,7 @@ class Update(Sink):
         if self._alone and lean_dim != 0:
             norms_C = None
             if lean_dim == 1:
-                shared_GG = shared_items(gradient.x, gradient.items, parameter.dtype)
+                shared_GG = shared_items(gradient, parameter.dtype)
                 norms_C = column_norms(gradient, shared_GG)
             with self._clock("optimizer"):
                 self.squared_norm += self._optimizer.update_sum(parameter, gradient, norms_C)
