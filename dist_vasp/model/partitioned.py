@@ -186,7 +186,7 @@ class PartitionedModel:
     def replay(self, kept: Activations, sink: Sink) -> None:
         """Recompute the gradients of the item matrices for another sink, without the trunk."""
         with self.group.clock("output"):
-            self._loss_and_gradients(kept.sources, kept.rows, kept.weight_G, sink)
+            self._loss_and_gradients(kept.sources, kept.rows, kept.weight_G, sink, to_trunk=False)
         if self.input is not None:
             assert kept.grad_pre_GH is not None
             with self.group.clock("input"):
@@ -241,18 +241,25 @@ class PartitionedModel:
         return self.loss.combine(all_gather(local[None], self.group))
 
     def _loss_and_gradients(
-        self, sources: Sources, rows: MicroBatch, weight_G: Tensor, sink: Sink
+        self,
+        sources: Sources,
+        rows: MicroBatch,
+        weight_G: Tensor,
+        sink: Sink,
+        to_trunk: bool = True,
     ) -> tuple[Tensor, list[Tensor]]:
         """One pass over the blocks: forward, loss and backward of each, before the next.
 
-        Returns this rank's part of the loss (scalar) and of the gradient to each source; both are
-        sums over partitions still to be taken.
+        Returns this rank's part of the loss (scalar) and, `to_trunk`, of the gradient to each
+        source; both are sums over partitions still to be taken.
         """
         stats, total = None, weight_G.new_zeros(())
         if self.loss.row_statistics:
             stats = self._row_stats(sources, rows)
             total = weight_G @ self.loss.row_loss(stats) / self.group.size
-        passes = {path: self._backward_pass(path, sources, rows.x) for path in self.in_loss}
+        passes = {
+            path: self._backward_pass(path, sources, rows.x, to_trunk) for path in self.in_loss
+        }
         for i, (lo, hi) in enumerate(self.blocks):
             logits = self._logits(self.in_loss, i, sources, rows.x)
             self.statistics.add(lo, logits, weight_G)
@@ -276,9 +283,12 @@ class PartitionedModel:
         width = -(-n // align) * align
         return grad if grad.shape[1] == width else pad(grad, (0, width - n))
 
-    def _backward_pass(self, path: Path, sources: Sources, x: ItemRows) -> BackwardPass:
+    def _backward_pass(
+        self, path: Path, sources: Sources, x: ItemRows, to_trunk: bool
+    ) -> BackwardPass:
         source = None if path.source is None else sources[path.source]
-        return BackwardPass(source, x, path.biases if isinstance(path, DenseHead) else [])
+        biases = path.biases if isinstance(path, DenseHead) else []
+        return BackwardPass(source, x, biases, to_trunk)
 
     def _source_gradients(self, passes: dict[Path, BackwardPass]) -> list[Tensor]:
         """dL/dsource in the order of `source_ids`."""
@@ -289,7 +299,7 @@ class PartitionedModel:
                 grads[path.source] = (
                     done.grad_source_GK if earlier is None else earlier + done.grad_source_GK
                 )
-        return [grads[i] for i in self.source_ids]
+        return [grads[i] for i in self.source_ids if i in grads]
 
     # --- scores ------------------------------------------------------------------------------
 

@@ -102,13 +102,20 @@ class Path(ABC):
 class BackwardPass:
     """What one backward pass over the blocks adds up for a path.
 
-    source_GK, x: what the path read. grad_source_GK: dL/dsource. grad_bias: one for each slice.
+    source_GK, x: what the path read. grad_source_GK: dL/dsource, None where nobody asks for it.
+    grad_bias: one for each slice.
     """
 
-    def __init__(self, source_GK: Tensor | None, x: ItemRows, biases: list[ItemSlice]) -> None:
+    def __init__(
+        self,
+        source_GK: Tensor | None,
+        x: ItemRows,
+        biases: list[ItemSlice],
+        to_trunk: bool = True,
+    ) -> None:
         self.source_GK, self.x = source_GK, x
         self.grad_source_GK: Tensor | None = None
-        if source_GK is not None:
+        if source_GK is not None and to_trunk:
             self.grad_source_GK = torch.zeros_like(source_GK, dtype=biases[0].whole.dtype)
         self.grad_bias = [torch.zeros_like(bias.whole) for bias in biases]
 
@@ -147,12 +154,11 @@ class DenseHead(Path):
 
     def backward(self, block: int, grad_GC: Tensor, pass_: BackwardPass, sink: Sink) -> None:
         assert pass_.source_GK is not None
-        assert pass_.grad_source_GK is not None
         i, lo, hi = self._blocks[block]
         weight_CK, bias_J = self.weights[i].working[lo:hi], pass_.grad_bias[i]
-        if weight_CK.dtype == pass_.grad_source_GK.dtype:
+        if pass_.grad_source_GK is not None and weight_CK.dtype == pass_.grad_source_GK.dtype:
             pass_.grad_source_GK.addmm_(grad_GC, weight_CK)
-        else:
+        elif pass_.grad_source_GK is not None:
             pass_.grad_source_GK += grad_GC @ weight_CK
         bias_J[lo:hi] = grad_GC.sum(dim=0, dtype=bias_J.dtype)
         sink.take_product(self.weights[i].whole, lo, grad_GC, pass_.source_GK)

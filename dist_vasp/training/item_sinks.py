@@ -28,9 +28,11 @@ class Norm(Sink):
     theirs, because a norm needs the rows of all of them.
     """
 
-    def __init__(self, replicas: Group, device: torch.device) -> None:
+    def __init__(
+        self, replicas: Group, device: torch.device, dtype: torch.dtype = torch.float32
+    ) -> None:
         self._replicas = replicas
-        self.squared_norm = torch.zeros((), device=device)
+        self.squared_norm = torch.zeros((), device=device, dtype=dtype)
         self._products: dict[int, tuple[Tensor, Tensor]] = {}  # by source: it and sum of g g^T
         self._shared: dict[tuple[int, int, int], Tensor] = {}  # by rows and items
 
