@@ -1,6 +1,6 @@
-"""Protocol `hashed`: a keyed hash decides the split of a user and his held-out items.
+"""Protocol `hashed`: a keyed hash decides the split of a user and the held-out items.
 
-Nothing depends on the other users, so a user keeps his split when the catalogue grows, and any
+Nothing depends on the other users, so a user keeps the split when the catalogue grows, and any
 engine can compute the same shards (docs/formats.md has the rule).
 
 Shapes: U users, B users of a block, E interactions of a block.

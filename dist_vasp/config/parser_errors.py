@@ -12,6 +12,7 @@ _TYPES = {
     "int": "a whole number",
     "float": "a number",
     "bool": "true or false",
+    "str": "text",
     "list": "a list of {epochs, lr}",
 }
 

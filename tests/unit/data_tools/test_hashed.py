@@ -7,11 +7,15 @@ import json
 import math
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
 from data_tools import shard, verify
-from data_tools.hashed import split_of_keys, threshold
+from data_tools.collect import collect
+from data_tools.hashed import hashed_plan, split_of_keys, threshold
 from dist_vasp.data.manifest import SPLITS, Manifest, users_file
 from tests.oracles.hashed_reference import hash64, hashed, split_of
 from tests.support.paths import ROOT
@@ -78,6 +82,36 @@ def test_filters_come_first(tmp_path):
     kept = [row for row in rows if len(liked.get(row[1], ())) >= 12]
     assert 0 < len(kept) < len(rows)
     assert_equal_to_reference(read_folder(folder), hashed(kept))
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    ids=st.sets(st.integers(0, 2**62), min_size=20, max_size=40),
+    seed=st.integers(0, 2**32 - 1),
+    fractions=st.tuples(st.floats(0, 0.45), st.floats(0, 0.45)),
+    data=st.data(),
+)
+def test_added_users_change_no_split(tmp_path_factory, ids, seed, fractions, data):
+    """Also items that the others bring, and rows in another order, change nothing."""
+    some = data.draw(st.sets(st.sampled_from(sorted(ids)), min_size=1))
+    assume("train" in {split_of(user, seed, *fractions) for user in some})
+    rows = [(user, 100 + (user + k) % 9) for user in ids for k in range(1 + user % 3)]
+    order = data.draw(st.permutations(rows))
+
+    def splits(kept) -> dict:
+        batch = pa.table({"user": [u for u, _ in kept], "item": [i for _, i in kept]})
+        scratch = tmp_path_factory.mktemp("scratch")
+        found, _ = collect(batch.to_batches(), scratch, 4.0, "200MB")
+        plan = hashed_plan(found, 1, fractions, seed, None)
+        return {
+            user: split
+            for split in SPLITS
+            for user in found.user_ids.take(pa.array(plan.users[split])).to_pylist()
+        }
+
+    few, all_of_them = splits([row for row in rows if row[0] in some]), splits(order)
+    assert few == {user: all_of_them[user] for user in some}
+    assert all_of_them == {user: split_of(user, seed, *fractions) for user in ids}
 
 
 def test_users_keep_their_split_whoever_else_is_there(tmp_path):
