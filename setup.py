@@ -39,6 +39,8 @@ setup(
             "mypy>=1.15",
             "pandas>=3",
             "pytrec_eval-terrier>=0.5.9",
+            # The GPU kernels, run on CPUs by the tests. torch's CUDA build brings its own.
+            "triton>=3.6; sys_platform == 'linux' and platform_machine == 'x86_64'",
             "types-PyYAML",
             "types-psutil",
             "types-tqdm",
