@@ -157,6 +157,7 @@ def _check_model(config: Config) -> None:
     loss, model, kind = config.loss, config.model, kind_of(config.model.kind)
     require_finite("loss.gamma", loss.gamma)
     require_finite("loss.kl_weight", loss.kl_weight)
+    require_finite("loss.kl_anneal_steps", loss.kl_anneal_steps)
     require(0 <= loss.alpha <= 1, "loss.alpha", loss.alpha, "0 to 1", "the paper uses 0.25")
     model.check_keys()
     config.optimizer.check_keys()

@@ -36,7 +36,7 @@ class DataConfig:
     """Users per optimizer step over all ranks; with halves each user gives two rows."""
     halves: bool | None = None
     """Split each user's items anew every epoch into halves that predict each other; null: yes,
-    except for model.kind nease."""
+    except for model.kind nease and multvae."""
     input_dropout: float = 0.0
     """Share of the inputs' interactions that is left out, drawn anew every epoch; targets keep all
     of theirs."""
@@ -49,8 +49,9 @@ class ModelKind:
     """The key of `model` that all kinds share."""
 
     kind: Literal[tuple(KINDS)] = "vasp"  # type: ignore[valid-type]
-    """vasp multiplies flvae and nease, which also train alone; wide_deep adds their logits; ease is
-    the closed form and uses neither loss nor optimizer."""
+    """vasp multiplies flvae and nease, which also train alone; wide_deep adds their logits; multvae
+    is a shallow autoencoder with multinomial loss; ease is the closed form and uses neither loss
+    nor optimizer."""
 
 
 @dataclass(frozen=True)
@@ -63,13 +64,24 @@ class LossConfig:
     """loss: what is minimised."""
 
     kind: Literal["focal", "cosine", "mse", "bce", "multinomial"] = "focal"
-    """focal for every model that is trained; cosine, mse, bce for nease; multinomial for flvae."""
+    """focal for vasp, wide_deep, flvae and nease; cosine, mse, bce for nease; multinomial for flvae
+    and multvae."""
     alpha: float = 0.25
     """Focal weight of the ones; the zeros weigh 1 - alpha."""
     gamma: float = 2.0
     """Focal exponent."""
     kl_weight: float = 1.0
-    """Weight of the KL divergence (mean over rows and latent dimensions)."""
+    """Weight of the KL divergence: mean over rows and over latent dimensions; multvae takes the sum
+    over latent dimensions."""
+    kl_anneal_steps: int = 0
+    """Steps over which the weight of the KL divergence rises linearly from 0 to kl_weight; 0: it is
+    kl_weight from the start."""
+
+    def kl_weight_at(self, step: int) -> float:
+        """Weight of the KL divergence in the step after `step` others (Liang et al. 2018, 2.2)."""
+        if step >= self.kl_anneal_steps:
+            return self.kl_weight
+        return self.kl_weight * step / self.kl_anneal_steps
 
 
 @dataclass(frozen=True)

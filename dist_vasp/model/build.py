@@ -28,7 +28,7 @@ def build_model(config: Config, storage: Storage, ranks: Ranks) -> PartitionedMo
     of, kernels = config.loss, storage.arithmetic.kernels
     loss = make_loss(of.kind, of.alpha, of.gamma, kernels)
     parts = kind_of(config.model.kind).parts(config, storage)
-    return PartitionedModel(parts, loss, config.loss.kl_weight, ranks)
+    return PartitionedModel(parts, loss, ranks)
 
 
 def new_model(

@@ -70,13 +70,14 @@ class MicroBatch:
     """Rows of one forward and backward pass.
 
     x, y: inputs and targets of the partition group, padding marked in `real_rows`. noise_BL: of
-    this rank's rows. n_rows: N.
+    this rank's rows. n_rows: N. penalty_weight: of the trunk's penalty in the loss of this step.
     """
 
     x: ItemRows
     y: ItemRows
     noise_BL: Tensor | None
     n_rows: int
+    penalty_weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -101,8 +102,8 @@ class StepLoss:
 class PartitionedModel:
     """The paths of a model over this rank's items. The trunk is passed in by the caller."""
 
-    def __init__(self, parts: Parts, loss: Loss, kl_weight: float, ranks: Ranks) -> None:
-        self.loss, self.kl_weight = loss, kl_weight
+    def __init__(self, parts: Parts, loss: Loss, ranks: Ranks) -> None:
+        self.loss = loss
         self.storage, self.input, self.link = parts.storage, parts.input, parts.link
         self.paths, self.n_items = parts.paths, parts.storage.n_items
         self.precision = parts.storage.arithmetic.precision
@@ -163,7 +164,7 @@ class PartitionedModel:
 
         assert trunk is not None
         with torch.enable_grad():
-            pre_BH, joined_BX, penalty_B = self._encode(trunk, rows.x, rows.noise_BL)
+            pre_BH, joined_BX, penalty_B = self._encode(trunk, rows.x, rows.noise_BL, True)
         sources = self._split(all_gather(joined_BX.detach(), self.group))
         with self.group.clock("output"):
             reconstruction, grads = self._loss_and_gradients(sources, rows, weight_G, sink)
@@ -174,7 +175,7 @@ class PartitionedModel:
         real_B = rows.x.real_rows[own].to(penalty_B.dtype) / rows.n_rows
         with torch.enable_grad():
             penalty = penalty_B @ real_B
-            total = self.kl_weight * penalty + (joined_BX * grad_joined_BX).sum()
+            total = rows.penalty_weight * penalty + (joined_BX * grad_joined_BX).sum()
             trunk.backward(total * trunk.scale)
         assert pre_BH.grad is not None
         grad_pre_GH = all_gather(pre_BH.grad / trunk.scale, self.group)
@@ -200,12 +201,12 @@ class PartitionedModel:
         return counts.to(self._dtype) / rows.n_rows
 
     def _encode(
-        self, trunk: TrunkCall, x: ItemRows, noise_BL: Tensor | None
+        self, trunk: TrunkCall, x: ItemRows, noise_BL: Tensor | None, training: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         """W1 x (B, H), the sources that paths read side by side (B, X), the penalty (B,)."""
         assert self.input is not None
         with self.group.clock("input"):
-            pre_BH = self.input.forward(x, self.group)
+            pre_BH = self.input.forward(x, self.group, training)
         pre_BH = pre_BH.requires_grad_(torch.is_grad_enabled())
         sources, penalty_B = trunk(pre_BH, noise_BL)
         used = [sources[i] for i in self.source_ids]
@@ -309,7 +310,7 @@ class PartitionedModel:
         if self.input is None:
             return {}
         assert trunk is not None
-        _, joined_BX, _ = self._encode(trunk, x, None)
+        _, joined_BX, _ = self._encode(trunk, x, None, training=False)
         return self._split(all_gather(joined_BX, self.group))
 
     @torch.no_grad()

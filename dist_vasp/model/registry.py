@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from dist_vasp.model.kind import Kind
 from dist_vasp.model.kinds.ease import Ease, EaseKeys
 from dist_vasp.model.kinds.flvae import Flvae, FlvaeKeys
+from dist_vasp.model.kinds.multvae import MultVae
 from dist_vasp.model.kinds.nease import Nease, NeaseKeys, NeaseRates
 from dist_vasp.model.kinds.vasp import Vasp
 from dist_vasp.model.kinds.wide_deep import WideDeep
@@ -15,6 +16,7 @@ _ALL: tuple[Kind, ...] = (
     Vasp(),  # FLVAE AND NEASE: the product of their probabilities
     WideDeep(),  # FLVAE OR NEASE: one sigmoid of the sum of their logits
     Flvae(),  # deep variational autoencoder
+    MultVae(),  # shallow variational autoencoder, softmax over the items
     Nease(),  # one items x items layer, trained
     Ease(),  # one items x items layer, closed form
 )

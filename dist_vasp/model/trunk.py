@@ -1,5 +1,5 @@
-"""The residual trunk of FLVAE: every layer of width H and L, no item axis (VASP paper, section 3.1,
-and the authors' code).
+"""What every trunk has, and the residual trunk of FLVAE: every layer of width H and L, no item axis
+(VASP paper, section 3.1, and the authors' code).
 
     encoder   e1 = LN(swish(h + b1)),  h = W1 x
               ek = LN(swish(Wk e(k-1) + bk + e1 + ... + e(k-1)))
@@ -69,11 +69,33 @@ class ResidualStack(nn.Module):
 
 
 class Trunk(nn.Module):
-    """W1 x (B, H), noise (B, L) or None -> sources (d (B, H), z (B, L)) and a penalty (B,).
+    """W1 x (B, H), noise (B, L) or None -> sources (B, K) each and a penalty (B,).
 
-    The sources have the dtype of the products. The penalty is each row's KL divergence, averaged
-    over L.
+    The sources have the dtype of the products. Noise is given in training alone. input_bias: (H,),
+    added to W1 x. noise_width: L, 0 for a trunk without noise. activations: numbers that are kept
+    for a row until the backward pass.
     """
+
+    input_bias: nn.Parameter
+    noise_width: int
+    activations: int
+
+    @torch.no_grad()
+    def initialise(self, seed: int) -> None:
+        """Fill with Glorot uniform weights and zero biases.
+
+        They are made in float32, so that every dtype starts from the same numbers.
+        """
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear):
+                bound = (6 / (module.in_features + module.out_features)) ** 0.5
+                keys = row_keys(seed, f"trunk.{name}", np.arange(module.out_features))
+                fill(module.weight, keys, Uniform(-bound, bound))
+                module.bias.zero_()
+
+
+class ResidualTrunk(Trunk):
+    """Sources d (B, H) and z (B, L). The penalty is the KL divergence, averaged over L."""
 
     def __init__(
         self,
@@ -94,32 +116,24 @@ class Trunk(nn.Module):
         self.decoder = ResidualStack(decoder_layers, hidden, dtype)
         layers = encoder_layers + decoder_layers
         self.noise_width = latent
-        self.activations = hidden * (3 * layers + 3) + 8 * latent  # numbers kept for a row
-
-    @torch.no_grad()
-    def initialise(self, seed: int) -> None:
-        """Fill with Glorot uniform weights and zero biases.
-
-        They are made in float32, so that every dtype starts from the same numbers.
-        """
-        for name, module in self.named_modules():
-            if isinstance(module, nn.Linear):
-                bound = (6 / (module.in_features + module.out_features)) ** 0.5
-                keys = row_keys(seed, f"trunk.{name}", np.arange(module.out_features))
-                fill(module.weight, keys, Uniform(-bound, bound))
-                module.bias.zero_()
+        self.activations = hidden * (3 * layers + 3) + 8 * latent
 
     def forward(
         self, pre_BH: Tensor, noise_BL: Tensor | None = None
     ) -> tuple[tuple[Tensor, Tensor], Tensor]:
         e_BH = self.encoder(self.precision.cast(pre_BH + self.input_bias))
         mu_BL, logvar_BL = self.mu(e_BH), self.logvar(e_BH)
-        z_BL = mu_BL
-        if noise_BL is not None:
-            z_BL = mu_BL + torch.exp(logvar_BL / 2) * noise_BL.to(mu_BL.dtype)
+        z_BL = sample(mu_BL, logvar_BL, noise_BL)
         d_BH = self.decoder(self.from_latent(z_BL))
         kl_B = kl_divergence(mu_BL.to(pre_BH.dtype), logvar_BL.to(pre_BH.dtype))
         return (d_BH, z_BL), kl_B
+
+
+def sample(mu_BL: Tensor, logvar_BL: Tensor, noise_BL: Tensor | None) -> Tensor:
+    """mu + exp(logvar / 2) * noise, or mu without noise: (B, L)."""
+    if noise_BL is None:
+        return mu_BL
+    return mu_BL + torch.exp(logvar_BL / 2) * noise_BL.to(mu_BL.dtype)
 
 
 def kl_divergence(mu_BL: Tensor, logvar_BL: Tensor) -> Tensor:

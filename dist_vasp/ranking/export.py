@@ -165,15 +165,15 @@ def _weights(opened: Checkpoint[ModelHeader], file: str) -> dict[str, Tensor]:
 
 
 class _Scoring(nn.Module):
-    """W1 x (B, H) -> d (B, H), z (B, L): the trunk as ranking uses it, without noise or KL."""
+    """W1 x (B, H) -> the trunk's sources, as ranking uses it: without noise or penalty."""
 
     def __init__(self, trunk: Trunk) -> None:
         super().__init__()
         self.trunk = trunk
 
-    def forward(self, pre_BH: Tensor) -> tuple[Tensor, Tensor]:
-        (d_BH, z_BL), _ = self.trunk(pre_BH)
-        return d_BH, z_BL
+    def forward(self, pre_BH: Tensor) -> tuple[Tensor, ...]:
+        sources, _ = self.trunk(pre_BH)
+        return tuple(sources)
 
 
 def write_program(trunk: Trunk, file: Path) -> str:

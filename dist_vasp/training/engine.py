@@ -41,9 +41,9 @@ from dist_vasp.training.zero import ZeroTrunk
 class StepReport:
     """What a step measured, summed over all ranks.
 
-    loss = focal + kl_weight * kl, where focal is the reconstruction loss of any kind. stop: some
-    rank was asked to stop. all_written: every rank's part of a checkpoint is on disk. paths: mean
-    and deviation of each path's logits (model/path_statistics.py).
+    loss = focal + (KL weight of the step) * kl, where focal is the reconstruction loss of any kind.
+    stop: some rank was asked to stop. all_written: every rank's part of a checkpoint is on disk.
+    paths: mean and deviation of each path's logits (model/path_statistics.py).
     """
 
     loss: float
@@ -155,7 +155,8 @@ class Trainer:
         self.model.statistics.sums.zero_()
         with self.precision.scope():
             part, squared_norm = self._gradients(micro_batches)
-            report = self._report(part, squared_norm, (stop, not written))
+            penalty_weight = micro_batches[0].penalty_weight
+            report = self._report(part, squared_norm, penalty_weight, (stop, not written))
             if not (math.isfinite(report.loss) and math.isfinite(report.grad_norm)):
                 raise DivergedError(
                     f"step {batch.step + 1}: loss {report.loss}, gradient norm {report.grad_norm}"
@@ -188,7 +189,13 @@ class Trainer:
         sink.end()
         return part, sink.squared_norm
 
-    def _report(self, part: StepLoss, squared_norm: Tensor, flags: tuple[bool, bool]) -> StepReport:
+    def _report(
+        self,
+        part: StepLoss,
+        squared_norm: Tensor,
+        penalty_weight: float,
+        flags: tuple[bool, bool],
+    ) -> StepReport:
         """Add up what every rank must know: one all-reduce, and one read from the device."""
         statistics, replicas = self.model.statistics, self.ranks.layout.replicas
         scalars = [part.reconstruction, part.penalty, squared_norm / replicas]
@@ -202,7 +209,7 @@ class Trainer:
         n_sums = statistics.sums.numel()
         squared_sum = of_items + sum(rest[n_sums:])
         grad_norm = math.sqrt(squared_sum) if squared_sum >= 0 else math.nan
-        loss = reconstruction + self.config.loss.kl_weight * kl
+        loss = reconstruction + penalty_weight * kl
         paths = statistics.named(rest[:n_sums])
         return StepReport(loss, reconstruction, kl, grad_norm, stops > 0, unwritten == 0, paths)
 

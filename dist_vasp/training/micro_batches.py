@@ -29,6 +29,7 @@ class MicroBatches:
     def __init__(self, config: Config, n_items: int, ranks: Ranks, latent: int) -> None:
         self.n, self.seed = config.optimizer.accumulation, config.run.seed
         self.n_items, self.ranks, self.latent = n_items, ranks, latent
+        self._loss = config.loss
         self._ahead: dict[int, list[RowExchange]] = {}  # by step: rows that are on their way
 
     def send(self, batch: Batch | None) -> None:
@@ -51,10 +52,11 @@ class MicroBatches:
             n_rows, device = rows * len(exchanges), self.ranks.device
             noise = lane_noise(self.seed, batch, n_rows, self.latent, device)
             noise_NL = list(noise.split(rows))
+        penalty_weight = self._loss.kl_weight_at(batch.step)
         micro_batches = []
         for exchange, noise_BL in zip(exchanges, noise_NL, strict=True):
             x, y = exchange.finish()
-            micro_batches.append(MicroBatch(x, y, noise_BL, batch.global_rows))
+            micro_batches.append(MicroBatch(x, y, noise_BL, batch.global_rows, penalty_weight))
         return micro_batches
 
     def _exchange(self, batch: Batch) -> list[RowExchange]:

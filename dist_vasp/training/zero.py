@@ -72,7 +72,7 @@ class ZeroTrunk:
 
     def __call__(
         self, pre_BH: Tensor, noise_BL: Tensor | None
-    ) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    ) -> tuple[tuple[Tensor, ...], Tensor]:
         with self.ranks.clock("trunk"):
             return self._engine(pre_BH, noise_BL)
 

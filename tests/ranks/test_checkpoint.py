@@ -25,6 +25,7 @@ from dist_vasp.checkpoint.read import GoneError, open_checkpoint, verify
 from dist_vasp.checkpoint.weights import load_weights
 from dist_vasp.config.schema import (
     Config,
+    LossConfig,
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
@@ -33,6 +34,7 @@ from dist_vasp.config.schema import (
 )
 from dist_vasp.data.stream import Batch
 from dist_vasp.model import slices
+from dist_vasp.model.registry import kind_of
 from dist_vasp.model.slices import ItemSlice
 from dist_vasp.parallel.agree import AgreedError
 from dist_vasp.parallel.comm import Ranks, form_groups
@@ -567,6 +569,7 @@ CASES = [
     ("vasp", "adamw", 2, 1),
     ("vasp", "nadam", 3, 1),
     ("nease", "adam", 1, 1),
+    ("multvae", "adam", 1, 1),
 ]
 
 
@@ -606,6 +609,7 @@ def _train_save_go_on(ranks, folder):
     for kind, name, stage, accumulation in CASES:
         config = Config(
             model=ModelConfig(kind=kind, **SMALL),
+            loss=LossConfig(kind=kind_of(kind).losses[0], kl_weight=0.5, kl_anneal_steps=8),
             optimizer=OptimizerConfig(
                 name=name, schedule=[Stage(10, 0.01)], accumulation=accumulation
             ),
@@ -641,6 +645,8 @@ def test_a_resumed_trainer_goes_on_bitwise(tmp_path):
             CASES, by_rank, strict=True
         ):
             assert reports == reports_resumed, case
+            for step, report in zip((3, 4), reports, strict=True):  # of 8 in which it rises to .5
+                assert report.loss == report.focal + step / 16 * report.kl, case
             assert whole.keys() == resumed.keys()
             for name, expected in whole.items():
                 assert np.array_equal(expected, resumed[name]), f"{case} {name}"

@@ -16,7 +16,7 @@ import yaml
 
 from dist_vasp.config.command_line import from_dict, load, make_parser, parse
 from dist_vasp.config.parser_errors import known_keys
-from dist_vasp.config.schema import Config, ModelConfig, OptimizerConfig, Stage
+from dist_vasp.config.schema import Config, LossConfig, ModelConfig, OptimizerConfig, Stage
 from tests.support.paths import ROOT
 
 
@@ -111,7 +111,13 @@ CHANGED = {
         "nease_offset": -8.0,
         "nease": "apart",
     },
-    "loss": {"kind": "multinomial", "alpha": 0.5, "gamma": 1.5, "kl_weight": 0.1},
+    "loss": {
+        "kind": "multinomial",
+        "alpha": 0.5,
+        "gamma": 1.5,
+        "kl_weight": 0.1,
+        "kl_anneal_steps": 9,
+    },
     "optimizer": {
         "name": "adamw",
         "beta1": 0.8,
@@ -192,12 +198,19 @@ def test_the_command_line_wins_over_the_file(tmp_path):
     assert command_line("--local_rank=3") == Config()  # the deepspeed launcher adds it
 
 
+def test_the_weight_of_the_kl_rises_linearly_to_its_end():
+    risen = LossConfig(kl_weight=0.2, kl_anneal_steps=4)
+    assert [risen.kl_weight_at(step) for step in (0, 1, 2, 4, 9)] == [0.0, 0.05, 0.1, 0.2, 0.2]
+    assert [LossConfig(kl_weight=0.3).kl_weight_at(step) for step in (0, 1)] == [0.3, 0.3]
+
+
 def test_halves_follow_the_model_unless_said_otherwise():
     assert [command_line(f"--model.kind={kind}").halves for kind in ("vasp", "flvae", "nease")] == [
         True,
         True,
         False,
     ]
+    assert not command_line("--model.kind=multvae", "--loss.kind=multinomial").halves
     assert command_line("--model.kind=nease", "--data.halves=true").halves is True
     assert command_line("--data.halves=false").halves is False
     assert command_line("--data.halves=null").halves is True
@@ -306,7 +319,7 @@ def test_unknown_key(tmp_path, key, value, meant):
         ("optimizer.schedule", "5", "list"),
         ("optimizer.schedule", "[{epochs: many, lr: 0.1}]", "a whole number"),
         ("optimizer.schedule", "[{epochs: 3}]", "lr"),
-        ("model.kind", "vase", "'vasp', 'wide_deep', 'flvae'"),
+        ("model.kind", "vase", "'vasp', 'wide_deep', 'flvae', 'multvae'"),
         ("optimizer.name", "sgd", "'nadam', 'adam', 'adamw'"),
         ("loss.kind", "hinge", "'focal', 'cosine', 'mse', 'bce', 'multinomial'"),
         ("parallel.precision", "fp8", "'fp32', 'tf32', 'bf16'"),

@@ -21,7 +21,7 @@ from dist_vasp.model.links import Link, Product, Softmax
 from dist_vasp.model.partitioned import Parts
 from dist_vasp.model.paths import DenseHead
 from dist_vasp.model.slices import Storage
-from dist_vasp.model.trunk import Trunk
+from dist_vasp.model.trunk import ResidualTrunk, Trunk
 from dist_vasp.require import require
 
 if TYPE_CHECKING:
@@ -64,10 +64,10 @@ class FlvaeKeys:
 SIZE_KEYS = tuple(field.name for field in fields(FlvaeKeys))
 
 
-def residual_trunk(model: ModelConfig, arithmetic: Arithmetic) -> Trunk:
+def residual_trunk(model: ModelConfig, arithmetic: Arithmetic) -> ResidualTrunk:
     """Encoder, latent code and decoder."""
     sizes = (model.hidden, model.latent, model.encoder_layers, model.decoder_layers)
-    return Trunk(*sizes, arithmetic)
+    return ResidualTrunk(*sizes, arithmetic)
 
 
 def flvae_heads(model: ModelConfig, storage: Storage) -> list[DenseHead]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from dist_vasp.config.schema import ModelConfig
 from dist_vasp.kernels.interface import Arithmetic
 from dist_vasp.model.build import make_trunk
-from dist_vasp.model.trunk import Trunk, kl_divergence
+from dist_vasp.model.trunk import ResidualTrunk, kl_divergence
 
 B, H, L = 5, 8, 3
 
@@ -33,7 +33,7 @@ def stack(p: dict[str, Tensor], name: str, first: Tensor, n_layers: int) -> Tens
 
 
 def formulas(
-    trunk: Trunk, pre: Tensor, noise: Tensor | None, n_encoder: int, n_decoder: int
+    trunk: ResidualTrunk, pre: Tensor, noise: Tensor | None, n_encoder: int, n_decoder: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     p = dict(trunk.named_parameters())
     e = stack(p, "encoder", pre + p["input_bias"], n_encoder)
@@ -46,7 +46,7 @@ def formulas(
     return d, z, (-torch.log(s) + (s**2 + mu**2 - 1) / 2).mean(dim=1)
 
 
-def initialised(trunk: Trunk, seed: int) -> Trunk:
+def initialised(trunk: ResidualTrunk, seed: int) -> ResidualTrunk:
     trunk.initialise(seed)
     return trunk
 
@@ -57,9 +57,9 @@ def flat(outputs: tuple[tuple[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor,
     return d, z, penalty
 
 
-def randomised(n_encoder: int, n_decoder: int) -> Trunk:
+def randomised(n_encoder: int, n_decoder: int) -> ResidualTrunk:
     """Biases and norms start at zero and one: random ones make the comparison sharper."""
-    trunk = initialised(Trunk(H, L, n_encoder, n_decoder, Arithmetic(torch.float64)), 1)
+    trunk = initialised(ResidualTrunk(H, L, n_encoder, n_decoder, Arithmetic(torch.float64)), 1)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for p in trunk.parameters():
@@ -131,10 +131,10 @@ def test_kl_divergence():
 
 def test_initialisation_is_glorot_and_the_same_in_every_dtype():
     single, double = (
-        initialised(Trunk(40, 24, 4, 3, Arithmetic(dtype)), 9)
+        initialised(ResidualTrunk(40, 24, 4, 3, Arithmetic(dtype)), 9)
         for dtype in (torch.float32, torch.float64)
     )
-    other = initialised(Trunk(40, 24, 4, 3), 10)
+    other = initialised(ResidualTrunk(40, 24, 4, 3), 10)
     for (name, p), q, r in zip(
         single.named_parameters(), double.parameters(), other.parameters(), strict=True
     ):
