@@ -17,7 +17,9 @@ from dist_vasp.files import new_file
 from dist_vasp.model.registry import kind_of
 from dist_vasp.parallel.partition import Layout
 from dist_vasp.places import check_file
-from dist_vasp.plan import Plan, Rates, Sizes, dense_reference_memory, make_plan, smallest_that_fits
+from dist_vasp.plan.estimate import dense_reference_memory, make_plan, smallest_that_fits
+from dist_vasp.plan.rates import BUILT_IN, Rates, built_in_rates, planned_precision
+from dist_vasp.plan.terms import Device, Plan, Sizes
 from dist_vasp.recognise import is_json
 
 _JSON_FIELDS = (
@@ -37,13 +39,14 @@ _RATES = ("flops", "copy", "gather", "network")
 def main(argv: Sequence[str] | None = None) -> None:
     config, arguments = _parse(argv)
     sizes = _sizes(config.data.shards, arguments["items"], arguments["items_per_user"])
-    rates = _rates(arguments.rates)
+    device = _device(config, arguments)
+    precision = planned_precision(config, device.type)
+    rates = _rates(arguments.rates, device, precision)
     layout = Layout.of(arguments.ranks, config.parallel.partitions, config.parallel.replicas)
-    device = "cuda" if config.device == "cuda" else "cpu"
     plan = make_plan(config, sizes, layout.partitions, layout.replicas, rates, device)
     print(
         f"{config.model.kind}, {sizes.n_items:,} items, {sizes.items_per_user:.0f} items a user, "
-        f"{arguments.ranks} ranks"
+        f"{arguments.ranks} ranks on {device.type} in {precision}"
     )
     closed = kind_of(config.model.kind).closed_form
     if closed:
@@ -51,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "a step is the closed form for one lambda: Gram matrix and inverse, evaluation excluded"
         )
     print(describe(plan, 0 if closed else config.data.batch_size))
+    print(_of_rates(rates, arguments.ranks))
     other = "numpy.linalg.inv in float64" if closed else "plain dense torch"
     dense_gb = dense_reference_memory(config, sizes) / 1e9
     print(f"{other} would hold about {dense_gb:.1f} GB on one device")
@@ -58,7 +62,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         room_gb = arguments.device_memory_gb
         print(_smallest(smallest_that_fits(config, sizes, room_gb * 1e9, rates, device), room_gb))
     if arguments.json:
-        text = json.dumps({name: getattr(plan, name) for name in _JSON_FIELDS}, indent=1) + "\n"
+        fields = {name: getattr(plan, name) for name in _JSON_FIELDS}
+        fields |= {"rates": rates and rates.name}
+        if not plan.seconds:
+            fields["step_seconds"] = None
+        text = json.dumps(fields, indent=1) + "\n"
         with new_file(arguments.json, "--json", ours=_is_plan, inputs=_inputs(arguments)) as file:
             file.write(text.encode())
 
@@ -84,8 +92,9 @@ def _parse(argv: Sequence[str] | None) -> tuple[Config, Any]:
     add(
         "--rates",
         default="",
-        metavar="FILE",
-        help="JSON of `launch/benchmark.py --floor`; default: those of a small CPU machine",
+        metavar="cpu|h100|FILE",
+        help="rates of a small CPU machine, of one H100, or benchmark.json of "
+        "`launch/benchmark.py --floor`; default: cpu, and no times for a GPU",
     )
     add("--json", default="", metavar="FILE", help="write the plan to this file")
     config, arguments = parse(parser, argv)
@@ -104,7 +113,8 @@ def _parse(argv: Sequence[str] | None) -> tuple[Config, Any]:
 def _inputs(arguments: Any) -> list[tuple[str, str]]:
     """Return the files that are read, which the plan must not replace, by their options."""
     configs = [("--config", str(path)) for path in arguments.config or ()]
-    return [("--rates", arguments.rates), *configs]
+    rates = [] if arguments.rates in BUILT_IN else [("--rates", arguments.rates)]
+    return rates + configs
 
 
 _is_plan = is_json(lambda found: {"partitions", "memory_total", "traffic_total"} <= set(found))
@@ -115,7 +125,7 @@ def describe(plan: Plan, users: int) -> str:
 
     `users` of a step; 0 where its speed is not counted in users.
     """
-    speed = f"   ({users / plan.step_seconds:,.0f} users/s)" if users else ""
+    speed = f"   ({users / plan.step_seconds:,.0f} users/s)" if users and plan.seconds else ""
 
     def rows(values: dict[str, float], unit: float, total: float) -> list[str]:
         shown = {kind: value for kind, value in values.items() if value} | {"in all": total}
@@ -127,18 +137,21 @@ def describe(plan: Plan, users: int) -> str:
         *rows(plan.memory, 1e9, plan.memory_total),
         "  on the wire in a step, MB",
         *rows(plan.traffic, 1e6, plan.traffic_total),
-        "  time of a step without overlap, s",
-        *rows(plan.seconds, 1, plan.step_seconds),
     ]
-    return "\n".join(lines) + speed
+    if not plan.seconds:
+        return "\n".join(lines)
+    unit, name = (1.0, "s") if plan.step_seconds >= 1 else (1e-3, "ms")
+    lines.append(f"  time of a step without overlap, {name}")
+    return "\n".join(lines + rows(plan.seconds, unit, plan.step_seconds)) + speed
 
 
 def _smallest(fits: Plan | None, room_gb: float) -> str:
     if fits is None:
         return f"no partitioning fits {room_gb:g} GB a rank"
+    time = f", {fits.step_seconds:.3g} s a step" if fits.seconds else ""
     return (
         f"smallest partitioning that fits {room_gb:g} GB a rank: {fits.partitions} partitions "
-        f"({fits.memory_total / 1e9:.2f} GB each, {fits.step_seconds:.2f} s a step)"
+        f"({fits.memory_total / 1e9:.2f} GB each{time})"
     )
 
 
@@ -157,16 +170,48 @@ def _sizes(shards: str, items: int, items_per_user: float) -> Sizes:
     return Sizes(items, items_per_user or 100.0, n_users)
 
 
-def _rates(path: str) -> Rates:
-    if not path:
-        return Rates()
+def _device(config: Config, arguments: Any) -> Device:
+    """Return what a rank computes on: `device`, or for auto what the rates are of.
+
+    ValueError where the two differ.
+    """
+    of_rates = BUILT_IN.get(arguments.rates)
+    if of_rates and config.device not in ("auto", of_rates):
+        raise ValueError(
+            f"--rates {arguments.rates} is for device {of_rates}, but device is "
+            f"{config.device}; set one of them to fit the other"
+        )
+    type_ = of_rates or ("cuda" if config.device == "cuda" else "cpu")
+    if arguments.device_memory_gb:
+        return Device(type_, int(arguments.device_memory_gb * 1e9))
+    return Device(type_)
+
+
+def _rates(wanted: str, device: Device, precision: str) -> Rates | None:
+    """Return the rates of that name or file; None for a GPU without any."""
+    if wanted in BUILT_IN:
+        return built_in_rates(wanted, precision)
+    if not wanted:
+        return built_in_rates("cpu", precision) if device.type == "cpu" else None
     try:
-        raw = read_json(path)
+        raw = read_json(wanted)
+        if isinstance(raw, dict) and raw.get("rows"):
+            raw = raw["rows"][0]["rates"]  # benchmark.json
         if not isinstance(raw, dict) or not raw.keys() & set(_RATES):
             raise ValueError("it names none of them")
-        return Rates(**{name: float(raw[name]) for name in _RATES if name in raw})
-    except (OSError, ValueError, TypeError) as error:
+        return Rates(**{name: float(raw[name]) for name in _RATES if name in raw}, name=wanted)
+    except (OSError, ValueError, TypeError, KeyError, IndexError) as error:
         raise ValueError(
-            f"--rates {path} cannot be read ({error}); "
-            "expected JSON with flops, copy, gather, network per second"
+            f"--rates {wanted} cannot be read ({error}); expected cpu, h100, or "
+            "JSON with flops, copy, gather, network per second"
         ) from None
+
+
+def _of_rates(rates: Rates | None, n_ranks: int) -> str:
+    if rates is None:
+        return "no time: no rates of this device are given; pass --rates h100 or --rates FILE"
+    text = f"rates of {rates.name}: {rates.flops / 1e12:g} TFLOP/s, "
+    text += f"{rates.copy / 1e9:g} GB/s copied, {rates.gather / 1e9:g} GB/s of rows summed"
+    if rates.network is not None:
+        return f"{text}, {rates.network / 1e9:g} GB/s on the wire"
+    return text + ("; communication was not measured and is left out" if n_ranks > 1 else "")

@@ -19,7 +19,8 @@ from dist_vasp.doctor.machine import available_memory
 from dist_vasp.model.build import measure_size
 from dist_vasp.model.registry import kind_of
 from dist_vasp.parallel.partition import ItemPartition, Layout
-from dist_vasp.plan import Rates, Sizes, make_plan, smallest_that_fits
+from dist_vasp.plan.estimate import make_plan, smallest_that_fits
+from dist_vasp.plan.terms import CPU, Device, Sizes
 from dist_vasp.training.tracking import services
 
 _SHARD_AGAIN = (
@@ -124,21 +125,21 @@ def config_needs_validation(manifest: Manifest) -> bool:
 
 def _plan(config: Config, sizes: Sizes, layout: Layout, local_ranks: int) -> Finding:
     on_cuda = config.device != "cpu" and torch.cuda.is_available()
-    device = "cuda" if on_cuda else "cpu"
-    plan = make_plan(config, sizes, layout.partitions, layout.replicas, Rates(), device)
+    device = CPU
     if on_cuda:
         room = min(
             torch.cuda.get_device_properties(i).total_memory
             for i in range(torch.cuda.device_count())
         )
-        where = "of a device"
+        device, where = Device("cuda", room), "of a device"
     else:
         room = available_memory()[0] // max(local_ranks, 1)
         where = "free here for each rank"
+    plan = make_plan(config, sizes, layout.partitions, layout.replicas, None, device)
     need = plan.memory_total
     text = f"a rank needs about {need / 1e9:.2f} GB at its peak, {room / 1e9:.2f} GB {where}"
     if need > room:
-        fits = smallest_that_fits(config, sizes, room, Rates(), device)
+        fits = smallest_that_fits(config, sizes, room, None, device)
         do = (
             f"use {fits.partitions} partitions or more"
             if fits

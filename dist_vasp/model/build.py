@@ -51,9 +51,13 @@ def default_width(config: Config, device: torch.device) -> int:
     """
     if device.type != "cuda":
         return BLOCK_COLUMNS
+    return gpu_width(config, torch.cuda.get_device_properties(device).total_memory)
+
+
+def gpu_width(config: Config, memory: int) -> int:
+    """`default_width` of a GPU with so many bytes of memory."""
     rows = 2 * -(-config.data.batch_size // config.optimizer.accumulation)  # two halves a user
-    a_column = rows * _BYTES_PER_LOGIT
-    fit = torch.cuda.get_device_properties(device).total_memory // 16 // a_column
+    fit = memory // 16 // (rows * _BYTES_PER_LOGIT)
     return max(GPU_ALIGN, fit // GPU_ALIGN * GPU_ALIGN)
 
 

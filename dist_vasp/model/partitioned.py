@@ -226,10 +226,11 @@ class PartitionedModel:
     ) -> list[Tensor]:
         """One (G, C) tensor of logits per path, without the padding."""
         lo, hi = self.blocks[block]
-        return [
-            p.logits(block, None if p.source is None else sources[p.source], x)[:, : hi - lo]
-            for p in paths
-        ]
+        with self.precision.scope():
+            return [
+                p.logits(block, None if p.source is None else sources[p.source], x)[:, : hi - lo]
+                for p in paths
+            ]
 
     def _row_stats(self, sources: Sources, rows: MicroBatch) -> Tensor:
         """The statistics that the loss needs, over all items of all partitions: (G, n)."""
@@ -310,7 +311,8 @@ class PartitionedModel:
         if self.input is None:
             return {}
         assert trunk is not None
-        _, joined_BX, _ = self._encode(trunk, x, None, training=False)
+        with self.precision.scope():
+            _, joined_BX, _ = self._encode(trunk, x, None, training=False)
         return self._split(all_gather(joined_BX, self.group))
 
     @torch.no_grad()

@@ -35,6 +35,7 @@ from dist_vasp.ranking.user_metrics import UserMetrics, self_information_of
 Scorer = Callable[[ItemRows], Iterator[tuple[int, Tensor]]]
 
 USERS_PER_BLOCK = 512
+GPU_USERS_PER_BLOCK = 2048  # fewer would leave it waiting for the host
 _SELECT_COLUMNS = 2048  # blocks are joined to this width before selection
 
 
@@ -143,7 +144,8 @@ def evaluate(
     found, done = RankingMetrics(manifest.n_items, of_users), 0
     k = list_length(metrics, manifest.n_items)
     replicas = ranks.layout.replicas
-    blocks = evaluation_blocks(folder, split, USERS_PER_BLOCK * replicas, manifest=manifest)
+    together = USERS_PER_BLOCK if ranks.device.type == "cpu" else GPU_USERS_PER_BLOCK
+    blocks = evaluation_blocks(folder, split, together * replicas, manifest=manifest)
     while True:
         with agreed(ranks):
             block = next(blocks, None)

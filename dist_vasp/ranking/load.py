@@ -7,6 +7,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from dist_vasp.checkpoint import folder as folders
 from dist_vasp.checkpoint.header import Header, ModelHeader
 from dist_vasp.checkpoint.read import Checkpoint, open_checkpoint, verify
@@ -17,7 +19,11 @@ from dist_vasp.data import positives
 from dist_vasp.data.items import ItemTable, read_items_file
 from dist_vasp.data.manifest import ITEMS_FILE, MANIFEST, Manifest
 from dist_vasp.data.positives import PositiveRule
+from dist_vasp.kernels.choose import choose_kernels
+from dist_vasp.kernels.interface import PLAIN, Arithmetic
+from dist_vasp.kernels.precision import choose_precision
 from dist_vasp.model.build import make_trunk, measure_size, new_model
+from dist_vasp.model.registry import kind_of
 from dist_vasp.parallel.agree import agreed
 from dist_vasp.parallel.comm import Ranks, all_gather_bytes
 from dist_vasp.ranking.export import is_export, open_export
@@ -57,14 +63,32 @@ def load_model(run_dir: str | Path, name: str | None, ranks: Ranks) -> LoadedMod
     verify(opened, ranks)
     with agreed(ranks):
         check_size(opened, config)
-        model = new_model(config, opened.header.n_items, ranks)
-        trunk = make_trunk(config.model)
+        arithmetic = scoring_arithmetic(config, ranks.device)
+        model = new_model(config, opened.header.n_items, ranks, arithmetic)
+        trunk = make_trunk(config.model, arithmetic=arithmetic)
         tensors = load_weights(opened, model.slices(), shapes_of(trunk))
+        model.refresh()
         if trunk is not None:
             fill_module(trunk, tensors)
             trunk.to(ranks.device).eval().requires_grad_(False)
     opened.close()
     return LoadedModel(config, opened, items, TrainedModel(model, trunk), rule)
+
+
+def scoring_arithmetic(config: Config, device: torch.device) -> Arithmetic:
+    """How a trained model scores on a device: as its training evaluated it.
+
+    A closed form keeps float32 products. ValueError where `parallel.compile` asks for kernels that
+    are not there.
+    """
+    if device.type == "cpu":
+        kernels = PLAIN
+    else:
+        kernels, _ = choose_kernels(config.parallel.compile, 0, device)
+    if kind_of(config.model.kind).closed_form:
+        return Arithmetic(kernels=kernels)
+    precision = choose_precision(config.parallel.wanted_precision, device)
+    return Arithmetic(precision=precision, kernels=kernels)
 
 
 def open_model(folder: str | Path, name: str | None = None) -> Checkpoint[ModelHeader]:

@@ -26,7 +26,8 @@ from dist_vasp.model.ease import SWEEP_COLUMNS
 from dist_vasp.model.partitioned import PartitionedModel
 from dist_vasp.parallel.agree import AgreedError, agreed
 from dist_vasp.parallel.comm import Ranks
-from dist_vasp.plan import Sizes, make_plan
+from dist_vasp.plan.estimate import make_plan
+from dist_vasp.plan.terms import Device, Sizes
 from dist_vasp.ranking.evaluate import model_scorer
 from dist_vasp.ranking.metrics import summary
 from dist_vasp.training.fit_ease import StoppedError, fit
@@ -67,7 +68,9 @@ class ClosedFormSetup:
         train, n_items = self.manifest.splits["train"], self.manifest.n_items
         rates = measure_rates(device, min(n_items, 1 << 14))
         sizes = Sizes(n_items, train.interactions / max(train.users, 1), train.users)
-        plan = make_plan(config, sizes, layout.partitions, layout.replicas, rates, device.type)
+        plan = make_plan(
+            config, sizes, layout.partitions, layout.replicas, rates, Device(device.type)
+        )
         parts = ", ".join(f"{part} {size / 1e9:.2f}" for part, size in plan.memory.items())
         n_lambdas = len(lambdas_of(config))
         lambdas = "one lambda" if n_lambdas == 1 else f"each of at most {n_lambdas} lambdas"

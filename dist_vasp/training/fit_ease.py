@@ -36,7 +36,7 @@ from dist_vasp.model.registry import kind_of
 from dist_vasp.model.slices import block_width
 from dist_vasp.parallel.agree import agreed
 from dist_vasp.parallel.comm import Ranks
-from dist_vasp.plan import EASE_INTERACTIONS_PER_ITEM
+from dist_vasp.plan.closed_form import EASE_INTERACTIONS_PER_ITEM
 from dist_vasp.progress import Progress
 from dist_vasp.ranking.evaluate import to_item_rows
 from dist_vasp.training.engine import Trainer

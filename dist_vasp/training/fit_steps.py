@@ -14,6 +14,7 @@ from dataclasses import replace
 
 from dist_vasp.checkpoint import folder as folders
 from dist_vasp.checkpoint.read import header_of
+from dist_vasp.config.schema import ParallelConfig
 from dist_vasp.data.stream import Batch, TrainStream
 from dist_vasp.parallel.agree import AgreedError
 from dist_vasp.parallel.comm import all_gather_bytes, all_gather_keys
@@ -96,10 +97,12 @@ class StepFit:
             f"{self.run.config.model.kind} on {stream.n_users:,} users and {stream.n_items:,} "
             f"items: {n_items / 1e6:.1f}M item parameters on this rank, {n_trunk / 1e6:.1f}M in "
             f"the trunk; {layout.partitions} partitions x {layout.replicas} replicas on "
-            f"{self.run.ranks.device.type}; {ahead}, {stream.steps_per_epoch} an epoch"
+            f"{self.run.ranks.device.type} in {trainer.precision.name}; "
+            f"{ahead}, {stream.steps_per_epoch} an epoch"
         )
         text += f" (resumed from step {step})" if step else ""
-        return f"{text}\n{trainer.remark}" if trainer.remark else text
+        remarks = (trainer.remark, _earlier_name(self.run.config.parallel))
+        return "\n".join([text, *(remark for remark in remarks if remark)])
 
     def stopped(self) -> str:
         return (
@@ -244,3 +247,13 @@ class StepFit:
         if state.best is None or metrics[best_by] > state.best[best_by]:
             self.state = state.with_best(metrics)
             self._saver.save_best(self.state)
+
+
+def _earlier_name(parallel: ParallelConfig) -> str:
+    """What to tell the user of a configuration of an earlier version, or ""."""
+    if not parallel.trunk_dtype:
+        return ""
+    return (
+        "parallel.trunk_dtype is an earlier name of parallel.precision; "
+        f"set parallel.precision to {parallel.trunk_dtype} instead"
+    )

@@ -16,7 +16,8 @@ import torch
 from dist_vasp.config.schema import Config
 from dist_vasp.kernels.interface import PLAIN
 from dist_vasp.model.build import measure_size
-from dist_vasp.plan import FLOAT, Rates
+from dist_vasp.plan.rates import Rates
+from dist_vasp.plan.terms import FLOAT
 
 
 def _seconds(work: Callable[[], object], device: torch.device, repeats: int = 5) -> float:

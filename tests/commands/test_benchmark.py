@@ -15,7 +15,8 @@ from dist_vasp.commands import benchmark as command
 from dist_vasp.commands.plan import _sizes
 from dist_vasp.measure.step import LABELS
 from dist_vasp.parallel import local_ranks
-from dist_vasp.plan import Rates, make_plan
+from dist_vasp.plan.estimate import make_plan
+from dist_vasp.plan.rates import Rates
 from tests.support.invoke import forked_local_ranks
 from tests.support.make_shards import write_folder
 

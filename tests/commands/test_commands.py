@@ -305,15 +305,21 @@ def test_recommend(run, tmp_path, call):
 
 def test_a_run_in_two_parts_equals_one_in_one_go(run, shards, tmp_path):
     parts = tmp_path / "parts"
-    succeeds("train", *training(shards, parts, "--run.max_steps", "4"))
+    out = succeeds("train", *training(shards, parts, "--run.max_steps", "4"))
+    assert "on cpu in fp32; " in out and "earlier name" not in out
     assert json.loads((parts / "result.json").read_text())["epochs"] == 4 / STEPS_PER_EPOCH
     cut = (parts / "metrics.jsonl").read_text()
     # as a kill leaves it: lines of steps that were not saved, and half a line
     (parts / "metrics.jsonl").write_text(
         cut + '{"step": 5, "epoch": 0, "loss": 1.0}\n{"step": 6, "epo'
     )
-    out = succeeds("train", *training(shards, parts, "--data.workers", "0", "--run.keep", "5"))
+    changed = ("--data.workers", "0", "--run.keep", "5", "--parallel.trunk_dtype", "fp32")
+    out = succeeds("train", *training(shards, parts, *changed))
     assert "resumed from step 4" in out
+    assert (
+        "parallel.trunk_dtype is an earlier name of parallel.precision; "
+        "set parallel.precision to fp32 instead"
+    ) in out
     for name in ("trunk.safetensors", "items-00000-of-00001.safetensors"):
         whole, resumed = (
             (path / "checkpoints" / "step-00000009" / name).read_bytes() for path in (run, parts)

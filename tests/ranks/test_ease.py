@@ -26,7 +26,10 @@ from dist_vasp.model.build import measure_size, new_model
 from dist_vasp.model.ease import SymmetricColumns, add_gram, add_to_diagonal, invert, to_weights
 from dist_vasp.parallel.agree import AgreedError
 from dist_vasp.parallel.comm import Ranks
-from dist_vasp.plan import EASE_COLUMNS, Rates, Sizes, make_plan
+from dist_vasp.plan.closed_form import EASE_COLUMNS
+from dist_vasp.plan.estimate import make_plan
+from dist_vasp.plan.rates import Rates
+from dist_vasp.plan.terms import Sizes
 from dist_vasp.ranking.evaluate import to_item_rows
 from dist_vasp.ranking.load import load_model
 from dist_vasp.training import fit_closed_form, fit_ease

@@ -85,6 +85,7 @@ def write_run(
     loss: str = "focal",
     sharper: float = 4.0,
     rule: PositiveRule | None = None,
+    precision: str = "auto",
 ) -> DenseVASP:
     """A run of a tiny model whose weights, `sharper` than Glorot's, differ from item to item;
     returns the dense oracle of it."""
@@ -93,7 +94,7 @@ def write_run(
     config = Config(
         model=ModelConfig(kind=kind, latent_head=latent_head, **SMALL),
         loss=LossConfig(kind=loss),
-        parallel=ParallelConfig(block_columns=columns),
+        parallel=ParallelConfig(block_columns=columns, precision=precision),
     )
     parts = []
     for p in range(partitions):

@@ -21,7 +21,9 @@ from dist_vasp.config.schema import (
 )
 from dist_vasp.data.stream import StreamOptions, TrainStream
 from dist_vasp.model.build import measure_size
-from dist_vasp.plan import Rates, Sizes, make_plan, smallest_that_fits
+from dist_vasp.plan.estimate import make_plan, smallest_that_fits
+from dist_vasp.plan.rates import Rates
+from dist_vasp.plan.terms import CPU, Device, Sizes
 from launch import plan as command
 from tests.support.make_shards import write_folder
 from tests.support.ranks import run_ranks
@@ -198,11 +200,11 @@ def test_smallest_that_fits_fits_and_is_the_smallest():
     sizes = Sizes(100_000, 50.0)
     one = make_plan(config, sizes, 1, 1, Rates())
     assert one.memory_total > 100e9
-    plan = smallest_that_fits(config, sizes, 20e9, Rates(), "cpu")
+    plan = smallest_that_fits(config, sizes, 20e9, Rates(), CPU)
     assert plan is not None
     assert plan.memory_total <= 20e9
     assert make_plan(config, sizes, plan.partitions - 1, 1, Rates()).memory_total > 20e9
-    assert smallest_that_fits(config, sizes, 1e6, Rates(), "cpu") is None
+    assert smallest_that_fits(config, sizes, 1e6, Rates(), CPU) is None
 
 
 def test_the_command_prints_and_refuses(tmp_path, capsys):
@@ -228,6 +230,55 @@ def test_the_command_prints_and_refuses(tmp_path, capsys):
     ):
         with pytest.raises(ValueError, match=text):
             command.main(argv)
+
+
+def _of_netflix(precision: str, device: Device, **optimizer) -> dict[str, float]:
+    config = Config(
+        data=DataConfig(batch_size=1024),
+        model=ModelConfig(hidden=4096, latent=2048),
+        optimizer=OptimizerConfig(**optimizer),
+        parallel=ParallelConfig(precision=precision),
+    )
+    return make_plan(config, Sizes(17_769, 122.0), 1, 1, None, device).memory
+
+
+def test_memory_on_a_gpu_follows_the_precision():
+    gpu = Device("cuda")
+    exact, half = (_of_netflix(precision, gpu) for precision in ("fp32", "auto"))
+    copies = "copies of weights in bf16"
+    size = measure_size(Config(model=ModelConfig(hidden=4096, latent=2048)), 17_769)
+    padded = 17_792 / 17_769
+    assert half["item weights"] == exact["item weights"] == pytest.approx(4 * size.items * padded)
+    assert half[copies] == pytest.approx(2 * (size.items * padded + size.trunk))
+    assert not exact[copies]
+    assert half["trunk activations"] == exact["trunk activations"] / 2
+    assert not _of_netflix("auto", CPU)[copies], "auto is fp32 on a CPU"
+    # An H100 took 12.3 GB in fp32 before there were copies (docs/gpu.md).
+    assert sum(exact.values()) == pytest.approx(12.3e9, rel=0.1)
+    small = Device("cuda", 8_000_000_000)  # cuts the output side into more blocks
+    block = "one block, or trunk gradients"
+    assert _of_netflix("fp32", small)[block] < exact[block]
+
+
+def test_rates_are_named_and_a_gpu_without_any_has_no_times(tmp_path, capsys):
+    def printed(*options: str) -> str:
+        command.main(["--items", "17769", *options])
+        return capsys.readouterr().out
+
+    assert "rates of a CPU machine" in printed() and "time of a step" in printed()
+    h100 = printed("--rates", "h100", "--ranks", "2")
+    assert "on cuda in bf16" in h100 and "rates of one H100 in bf16: 790 TFLOP/s" in h100
+    assert "communication was not measured" in h100 and "time of a step without overlap, ms" in h100
+    assert "51 TFLOP/s" in printed("--rates", "h100", "--parallel.precision", "fp32")
+    found = tmp_path / "plan.json"
+    without = printed("--device", "cuda", "--json", str(found))
+    assert "no time: no rates of this device" in without and "time of a step" not in without
+    assert json.loads(found.read_text())["step_seconds"] is None
+    rates = tmp_path / "benchmark.json"
+    rates.write_text(json.dumps({"rows": [{"rates": {"flops": 3e12, "copy": 1, "gather": 1}}]}))
+    assert f"rates of {rates}: 3 TFLOP/s" in printed("--rates", str(rates))
+    with pytest.raises(ValueError, match="--rates h100 is for device cuda, but device is cpu"):
+        command.main(["--items", "9", "--rates", "h100", "--device", "cpu"])
 
 
 def test_a_frozen_matrix_has_no_moments_and_apart_it_is_not_read():
