@@ -197,7 +197,7 @@ def main() -> None:
             parallel = replace(config.parallel, precision=a.precision, trunk_dtype="")
             config = replace(config, parallel=parallel)
         if config.model.kind != "vasp" or config.loss.kind != "focal":
-            parser.error("plain torch is VASP with the focal loss; pass a config of model.kind vasp")
+            parser.error("plain torch is VASP with the focal loss; pass a config of that")
         result = summarise(config, measure(config, sides, a.steps, a.threads))
     print(table(result))
     if a.json:

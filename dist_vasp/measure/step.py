@@ -111,8 +111,10 @@ def measure(config: Config, ranks: Ranks, steps: int, warm_up: int = 2) -> Measu
     }
     device_memory = torch.cuda.max_memory_allocated() if ranks.device.type == "cuda" else 0
     peak_memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    precision = trainer.precision
+    kernels = trainer.model.storage.arithmetic.kernels
     del trainer
-    rates = measure_rates(ranks.device, stream.n_items)
+    rates = measure_rates(ranks.device, stream.n_items, precision, kernels)
     rows_per_step, items_per_row = rows / steps, items / max(rows, 1)
     rows_per_rank = rows_per_step / ranks.world_size
     return Measured(
@@ -130,6 +132,12 @@ def measure(config: Config, ranks: Ranks, steps: int, warm_up: int = 2) -> Measu
         peak_device_memory=device_memory,
         rates={"flops": rates.flops, "copy": rates.copy, "gather": rates.gather},
         floor=step_floor(
-            config, stream.n_items, ranks.layout.partitions, rows_per_rank, items_per_row, rates
+            config,
+            stream.n_items,
+            ranks.layout.partitions,
+            rows_per_rank,
+            items_per_row,
+            rates,
+            precision,
         ),
     )

@@ -36,9 +36,16 @@ from dist_vasp.parallel.partition import ItemPartition
 # smaller: more passes over the matrix; larger: more work on the diagonal blocks, which are computed
 # whole
 SWEEP_COLUMNS = 512
+GPU_SWEEP_COLUMNS = 1024
 _GATHER_COLUMNS = 256  # a block of dense users stays in a CPU core's cache (docs/experiments.md)
+_DENSE_BYTES = 1 << 30  # of dense users at once on a GPU
 
 Range = tuple[int, int]
+
+
+def sweep_columns(device: torch.device) -> int:
+    """The columns of a block of the sweep."""
+    return SWEEP_COLUMNS if device.type == "cpu" else GPU_SWEEP_COLUMNS
 
 
 class SymmetricColumns:
@@ -111,6 +118,9 @@ def add_gram(G: SymmetricColumns, x: ItemRows, weight_U: Tensor | None = None) -
     Row i of the sum is the sum of the rows of those users that have item i; without weights a
     float32 G is exact up to 2^24 users of a pair.
     """
+    if x.items.device.type != "cpu":
+        add_dense_gram(G, x, weight_U)
+        return
     dtype = torch.float32 if weight_U is None else weight_U.dtype
     for c, column in G.own():
         lo, hi = G.blocks[c]
@@ -123,6 +133,22 @@ def add_gram(G: SymmetricColumns, x: ItemRows, weight_U: Tensor | None = None) -
                 column[top:bottom, first - lo : last - lo] += PLAIN.sum_rows(
                     x_UC, *x.rows_by_item(top, bottom)
                 )
+
+
+def add_dense_gram(G: SymmetricColumns, x: ItemRows, weight_U: Tensor | None = None) -> None:
+    """As `add_gram`, by dense products of some users at a time, which suits a GPU."""
+    dtype = G.columns[0].dtype
+    together = max(1, _DENSE_BYTES // (dtype.itemsize * x.n_items))
+    for first in range(0, x.n_rows, together):
+        last = min(first + together, x.n_rows)
+        start, stop = x.indptr[[first, last]].tolist()
+        x_UI = torch.zeros((last - first, x.n_items), device=x.items.device, dtype=dtype)
+        x_UI[x.row_of[start:stop] - first, x.items[start:stop]] = 1
+        weighted_UI = x_UI if weight_U is None else x_UI * weight_U[first:last, None].to(dtype)
+        for c, column in G.own():
+            weighted_UC = weighted_UI[:, slice(*G.blocks[c])]
+            for top, bottom in G.kept_rows(c):
+                column[top:bottom].addmm_(x_UI[:, top:bottom].T, weighted_UC)
 
 
 def invert(A: SymmetricColumns, tick: Callable[[int], None] = lambda done: None) -> None:

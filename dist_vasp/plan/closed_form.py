@@ -11,7 +11,7 @@ from dist_vasp.config.schema import Config
 from dist_vasp.plan.rates import Rates
 from dist_vasp.plan.terms import FLOAT, PROCESS_BASE, Device, Plan, Sizes, communication
 
-EASE_COLUMNS = 512
+EASE_COLUMNS = {"cpu": 512, "cuda": 1024}
 EASE_INTERACTIONS_PER_ITEM = 8
 
 
@@ -25,7 +25,8 @@ def closed_form_plan(
 ) -> Plan:
     """The closed form for one lambda (model/ease.py): its Gram matrix and its inverse are what a
     step is elsewhere."""
-    I, J, C = sizes.n_items, math.ceil(sizes.n_items / partitions), EASE_COLUMNS
+    I, J = sizes.n_items, math.ceil(sizes.n_items / partitions)
+    C = min(EASE_COLUMNS[device.type], I)
     word = {"fp32": 4, "fp64": 8}[config.model.ease_dtype]
     interactions = sizes.n_users * sizes.items_per_user
     together = min(

@@ -22,7 +22,7 @@ from dist_vasp.checkpoint.write import save
 from dist_vasp.config.schema import Config
 from dist_vasp.data.manifest import Manifest
 from dist_vasp.model.build import new_model
-from dist_vasp.model.ease import SWEEP_COLUMNS
+from dist_vasp.model.ease import sweep_columns
 from dist_vasp.model.partitioned import PartitionedModel
 from dist_vasp.parallel.agree import AgreedError, agreed
 from dist_vasp.parallel.comm import Ranks
@@ -165,7 +165,7 @@ class ClosedFormFit:
     def _search(self) -> None:
         """Try every lambda that is left; StoppedError where a stop was requested."""
         run = self.run
-        blocks = replace(run.config.parallel, block_columns=SWEEP_COLUMNS)
+        blocks = replace(run.config.parallel, block_columns=sweep_columns(run.ranks.device))
         config = replace(run.config, parallel=blocks)
         model = new_model(config, run.manifest.n_items, run.ranks)
         fallen = 0
@@ -193,7 +193,7 @@ class ClosedFormFit:
         run, start = self.run, time.monotonic()
         fit(
             model.matrices[0].columns(),
-            SWEEP_COLUMNS,
+            sweep_columns(run.ranks.device),
             run.config,
             run.manifest,
             value,

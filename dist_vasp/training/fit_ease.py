@@ -29,11 +29,12 @@ from dist_vasp.model.ease import (
     add_to_diagonal,
     invert,
     scale_diagonal,
+    sweep_columns,
     to_weights,
 )
 from dist_vasp.model.kinds.nease import CLOSED_FORM
 from dist_vasp.model.registry import kind_of
-from dist_vasp.model.slices import block_width
+from dist_vasp.model.slices import ItemSlice, block_width
 from dist_vasp.parallel.agree import agreed
 from dist_vasp.parallel.comm import Ranks
 from dist_vasp.plan.closed_form import EASE_INTERACTIONS_PER_ITEM
@@ -137,15 +138,32 @@ def start_from_ease(trainer: Trainer, manifest: Manifest) -> None:
     config, ranks = trainer.config, trainer.ranks
     (matrix,) = trainer.model.matrices
     if config.model.init_from_ease == CLOSED_FORM:
-        value = config.model.ease_lambda
-        width = block_width(config.parallel.block_columns, ranks.device)
-        fit(matrix.columns(), width, config, manifest, value, ranks, ranks.is_main)
+        if ranks.device.type == "cpu":
+            width = block_width(config.parallel.block_columns, ranks.device)
+            columns = matrix.columns()
+            fit(columns, width, config, manifest, config.model.ease_lambda, ranks, ranks.is_main)
+        else:
+            _fit_beside(matrix.slices(), config, manifest, ranks)
     else:
         _read_closed_form(trainer, manifest)
     for W_IC in matrix.columns():
         W_IC.mul_(config.model.nease_scale)
     for start, W_IC in zip(matrix.start_slices(), matrix.columns(), strict=False):
         start.tensor.copy_(W_IC)
+
+
+def _fit_beside(pieces: list[ItemSlice], config: Config, manifest: Manifest, ranks: Ranks) -> None:
+    """Compute B in blocks of their own and copy it: those of a GPU's model are wide and padded."""
+    width = sweep_columns(ranks.device)
+    blocks = ranks.partition_of_items(manifest.n_items).blocks(width)
+    columns = [torch.zeros((manifest.n_items, hi - lo), device=ranks.device) for lo, hi in blocks]
+    fit(columns, width, config, manifest, config.model.ease_lambda, ranks, ranks.is_main)
+    for (lo, hi), column in zip(blocks, columns, strict=True):
+        for piece in pieces:
+            first, last = max(lo, piece.lo), min(hi, piece.hi)
+            if first < last:
+                part = column[:, first - lo : last - lo]
+                piece.tensor[:, first - piece.lo : last - piece.lo] = part
 
 
 def _read_closed_form(trainer: Trainer, manifest: Manifest) -> None:

@@ -117,6 +117,23 @@ def test_gram_matrix_is_that_of_scipy(world_size):
         np.testing.assert_array_equal(found, (x.T @ x).toarray())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+def test_dense_products_of_users_give_the_same_gram_matrix(monkeypatch, dtype):
+    """As on a GPU; users are taken in several groups."""
+    n_items, rows = 37, random_rows(150, 37, 1, empty=(0, 149))
+    monkeypatch.setattr(ease, "_DENSE_BYTES", 40 * n_items * dtype.itemsize)
+    x = to_item_rows(csr(rows), len(rows), n_items, torch.device("cpu"))
+    for weight_U in (None, (1 + x.lengths.to(dtype)) ** -0.5):
+        sums, products = (columns_of(alone(), n_items, 8, dtype) for _ in range(2))
+        add_gram(sums, x, weight_U)
+        ease.add_dense_gram(products, x, weight_U)
+        for column, wanted in zip(products.columns, sums.columns, strict=True):
+            if weight_U is None:
+                assert torch.equal(column, wanted)
+            else:  # 150 summands, in another order
+                assert torch.allclose(column, wanted, rtol=150 * torch.finfo(dtype).eps, atol=0)
+
+
 def _weighted(ranks: Ranks) -> np.ndarray:
     rows = random_rows(150, 37, 1, empty=(0, 149))
     A = columns_of(ranks, 37, 8, torch.float64)
@@ -520,7 +537,7 @@ I, WIDTH, USERS = 211, 32, 46
 
 
 def _fit(ranks: Ranks, folder: Path, dtype: str) -> tuple[np.ndarray, dict]:
-    fit_closed_form.SWEEP_COLUMNS = ease._GATHER_COLUMNS = WIDTH
+    ease.SWEEP_COLUMNS = ease._GATHER_COLUMNS = WIDTH
     config = Config(
         model=ModelConfig(kind="ease", ease_dtype=dtype),
         data=DataConfig(shards=str(folder)),
@@ -570,7 +587,7 @@ def test_users_are_taken_together_and_each_once(tmp_path, monkeypatch):
 
 
 def test_plan_knows_the_block_and_counts_the_matrix():
-    assert EASE_COLUMNS == ease.SWEEP_COLUMNS
+    assert EASE_COLUMNS == {"cpu": ease.SWEEP_COLUMNS, "cuda": ease.GPU_SWEEP_COLUMNS}
     config = Config(model=ModelConfig(kind="ease"))
     one, four = (make_plan(config, Sizes(40_981, 27.0, 29_858), p, 1, Rates()) for p in (1, 4))
     assert one.memory["item weights"] == 4 * 40_981**2

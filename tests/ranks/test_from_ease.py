@@ -13,10 +13,13 @@ import pytest
 import torch
 
 from dist_vasp.config.command_line import from_dict
-from dist_vasp.config.schema import Config, DataConfig, ModelConfig
+from dist_vasp.config.schema import Config, DataConfig, ModelConfig, ParallelConfig
 from dist_vasp.data.manifest import Manifest
+from dist_vasp.model import ease
+from dist_vasp.model.build import new_model
 from dist_vasp.model.ease import scale_diagonal
 from dist_vasp.ranking.load import load_model
+from dist_vasp.training import fit_ease
 from tests.faults.test_faults import tensors
 from tests.oracles.dense import DenseVASP, dense_rows
 from tests.oracles.rounding import UNIT, Bounded, bounded, each_within, stored, within
@@ -35,7 +38,7 @@ from tests.ranks.test_engine import LR, NOISE, REPORTED, STEPS, _batch, _rows, _
 from tests.support.invoke import succeeds
 from tests.support.jobs import RunFolder, assert_same_run
 from tests.support.make_shards import write_folder
-from tests.support.partitioned import SMALL, dense_of, gathered
+from tests.support.partitioned import SMALL, dense_of, gathered, random_rows
 from tests.support.ranks import run_ranks
 from tests.support.sizes import sizes
 from tests.unit.ranking.test_recommend import alone
@@ -472,3 +475,20 @@ def test_a_closed_form_start_where_no_rank_has_a_whole_block(tmp_path):
     by_rank = run_ranks(_closed_form_start, 2, tmp_path / "shards")
     parts = np.concatenate([columns for own in by_rank for columns in own], axis=1)
     np.testing.assert_allclose(parts, whole, atol=1e-5)
+
+
+def test_a_start_beside_the_models_blocks_is_the_same(tmp_path, monkeypatch):
+    """As on a GPU, whose blocks are wide and padded: B is computed in blocks of its own."""
+    rows = random_rows(40, 23, 1)
+    write_folder(tmp_path, train=rows, n_items=23)
+    manifest, ranks = Manifest.load(tmp_path), alone()
+    model = ModelConfig(kind="nease", init_from_ease="closed_form", ease_lambda=5.0)
+    config = Config(data=DataConfig(shards=str(tmp_path)), model=model, device="cpu")
+    config = dataclasses.replace(config, parallel=ParallelConfig(block_columns=5))
+    monkeypatch.setattr(ease, "SWEEP_COLUMNS", 7)
+    pieces = new_model(config, 23, ranks).matrices[0].slices()
+    fit_ease._fit_beside(pieces, config, manifest, ranks)
+    columns = [torch.zeros(23, hi - lo) for lo, hi in ranks.partition_of_items(23).blocks(7)]
+    fit_ease.fit(columns, 7, config, manifest, 5.0, ranks)
+    found = torch.cat([piece.tensor for piece in pieces], dim=1)
+    assert torch.equal(found, torch.cat(columns, dim=1)) and found.any()
