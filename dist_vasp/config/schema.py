@@ -136,8 +136,8 @@ class ParallelConfig:
     Part of the order of users: keep it when resuming.
     """
     block_columns: int = 0
-    """Items of a block of the output side, which is made, used and dropped before the next; 0: 256
-    on a CPU, on a GPU as many as fit."""
+    """Items of a block of the output side on a CPU, which is made, used and dropped before the
+    next; 0: 256. A GPU takes as many as fit."""
     compile: Literal["auto", "always", "never"] = "auto"
     """Compile the loss and the update with torch.compile (needs g++ on a CPU); auto: where a rank
     holds 4M item weights or more."""

@@ -20,24 +20,25 @@ def choose_kernels(wanted: str, n_weights: int, device: torch.device) -> tuple[K
     if wanted == "never":
         return PLAIN, ""
     if device.type == "cuda":
-        return _for_gpu(wanted)
+        return _for_gpu(wanted, device)
     if wanted == "auto" and n_weights < WORTH_COMPILING:
         return PLAIN, ""
-    why = try_to_compile()
-    if why and wanted == "always":
+    why = try_to_compile(device)
+    return (PLAIN, _refuse(why, wanted)) if why else (COMPILED, "")
+
+
+def _refuse(why: str, wanted: str) -> str:
+    """The remark that nothing is compiled; ValueError where that was demanded."""
+    remedy = "install a C++ compiler (g++)"
+    if wanted == "always":
         raise ValueError(
             f"parallel.compile is always, but torch.compile does not work here ({why}); "
-            "install a C++ compiler (g++) or set it to auto"
+            f"{remedy} or set it to auto"
         )
-    if why:
-        return PLAIN, (
-            f"not compiled, and slower for it: torch.compile does not work here ({why}); "
-            "install a C++ compiler (g++)"
-        )
-    return COMPILED, ""
+    return f"not compiled, and slower for it: torch.compile does not work here ({why}); {remedy}"
 
 
-def _for_gpu(wanted: str) -> tuple[Kernels, str]:
+def _for_gpu(wanted: str, device: torch.device) -> tuple[Kernels, str]:
     try:
         from dist_vasp.kernels.cuda import TritonKernels
     except ImportError as error:
@@ -50,5 +51,5 @@ def _for_gpu(wanted: str) -> tuple[Kernels, str]:
             f"without the GPU kernels, and slower for it: triton cannot be imported ({error}); "
             "install torch's CUDA build, which brings it"
         )
-    why = try_to_compile()
-    return TritonKernels(compiles=not why), why
+    why = try_to_compile(device)
+    return TritonKernels(compiles=not why), _refuse(why, wanted) if why else ""

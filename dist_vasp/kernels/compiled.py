@@ -33,11 +33,12 @@ class Compiled(Kernels):
 COMPILED = Compiled()
 
 
-def try_to_compile() -> str:
-    """Set the compiler up and compile a small function. Returns why that failed, or ""."""
+def try_to_compile(device: torch.device) -> str:
+    """Set the compiler up and compile a small function for a device. Returns why that failed, or
+    ""."""
     _configure()
     try:
-        _try()
+        _try(device)
     except Exception as error:  # toolchains raise many types
         return (str(error).strip().splitlines() or [type(error).__name__])[0]
     return ""
@@ -60,7 +61,7 @@ def _configure() -> None:
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
 
 
-def _try() -> None:
+def _try(device: torch.device) -> None:
     """Compile and run a small function."""
-    x = torch.arange(64.0)
+    x = torch.arange(64.0, device=device)
     assert torch.equal(COMPILED.fuse(lambda t: t * 2 + 1)(x), x * 2 + 1)

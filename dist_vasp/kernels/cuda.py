@@ -9,10 +9,12 @@ import math
 from collections.abc import Sequence
 from typing import ClassVar
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn.functional import pad
 
 from dist_vasp.kernels import triton_kernels as jit
 from dist_vasp.kernels.compiled import COMPILED
@@ -33,7 +35,8 @@ class TritonKernels(Kernels):
 
     def __init__(self, compiles: bool = True) -> None:
         self.compiles_modules = compiles
-        self._tables: dict[tuple, tuple[Tensor, ...]] = {}
+        self._addressed: dict[tuple[int, ...], Tensor] = {}
+        self._placed: dict[tuple[int, ...], tuple[Tensor, ...]] = {}
 
     def fuse(self, function: F) -> F:
         return COMPILED.fuse(function) if self.compiles_modules else function
@@ -48,6 +51,24 @@ class TritonKernels(Kernels):
                 ids, indptr, table, out, n_columns, table.stride(0), out.stride(0), **_SUM
             )
         return out
+
+    def product(self, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+        if a.device.type != "cuda":
+            return super().product(a, b, dtype)
+        return torch.mm(a, b, out_dtype=dtype)
+
+    def ones(
+        self, positions: tuple[Tensor, Tensor], shape: tuple[int, int], dtype: torch.dtype
+    ) -> Tensor:
+        if positions[0].device.type != "cuda":
+            return super().ones(positions, shape, dtype)
+        padded = (shape[0], -(-shape[1] // self.align) * self.align)
+        return super().ones(positions, padded, torch.bfloat16)  # holds 0 and 1 exactly
+
+    def gram(self, ones_GC: Tensor) -> Tensor:
+        if ones_GC.device.type != "cuda":
+            return super().gram(ones_GC)
+        return torch.mm(ones_GC, ones_GC.T, out_dtype=torch.float32)
 
     def update_sum(
         self, grad: Tensor, bags: Bags, diagonal: int | None, of: Weights, by: AdamStep
@@ -86,9 +107,7 @@ class TritonKernels(Kernels):
             [of.second for _, of in parts],
             [of.copy for _, of in parts],
         ]
-        part, offset, size = self._places(
-            [len(of.weights.view(-1)) for _, of in parts], grad.device
-        )
+        part, offset, size = self._places(tuple(of.weights.numel() for _, of in parts), grad.device)
         tables = [self._addresses(column, grad.device) for column in columns]
         norms = torch.empty(len(part), dtype=torch.float32, device=grad.device)
         copy = of.weights if of.copy is None else of.copy
@@ -104,9 +123,10 @@ class TritonKernels(Kernels):
     ) -> tuple[Tensor, list[Tensor]]:
         (n_rows, n_items), dtype = logits[0].shape, logits[0].dtype
         n_padded = -(-n_items // self.align) * self.align
-        same = {logit.stride() for logit in logits}
-        if len(same) > 1 or logits[0].stride(1) != 1:
-            logits = [logit.contiguous() for logit in logits]
+        row, column = logits[0].stride()
+        if row < n_padded or column != 1 or len({logit.stride() for logit in logits}) > 1:
+            logits = [pad(logit, (0, n_padded - n_items)) for logit in logits]
+        is_one = pad(is_one, (0, n_padded - is_one.shape[1]))
         grads = list(logits[0].new_empty((len(logits), n_rows, n_padded)).unbind())
         device = weight_G.device
         loss = torch.empty(n_rows, dtype=torch.float32, device=device)
@@ -122,26 +142,28 @@ class TritonKernels(Kernels):
 
     def _addresses(self, tensors: Sequence[Tensor | None], device: torch.device) -> Tensor:
         """The addresses of tensors on a device, made once for each list of addresses."""
-        found = tuple(0 if tensor is None else tensor.data_ptr() for tensor in tensors)
-        return self._on_device(("addresses", *found), (found,), device)[0]
+        key = tuple(0 if tensor is None else tensor.data_ptr() for tensor in tensors)
+        if key not in self._addressed:
+            if len(self._addressed) >= _MOST_TABLES:
+                self._addressed.clear()
+            self._addressed[key] = _on_device(key, device)
+        return self._addressed[key]
 
-    def _places(self, sizes: list[int], device: torch.device) -> tuple[Tensor, ...]:
-        """For each block of numbers of tensors: its tensor, its first number; and all sizes."""
-        blocks = [(k, at) for k, n in enumerate(sizes) for at in range(0, n, _UPDATE_BLOCK)]
-        values = tuple(zip(*blocks, strict=True)) or ((), ())
-        return self._on_device(("places", *sizes), (*values, tuple(sizes)), device)
+    def _places(self, sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, ...]:
+        """For each block of numbers of tensors: its tensor, its first number; and all sizes. Made
+        once for each list of sizes."""
+        if sizes not in self._placed:
+            blocks = [np.arange(0, n, _UPDATE_BLOCK) for n in sizes]
+            part = np.repeat(np.arange(len(sizes)), [len(of_one) for of_one in blocks])
+            columns = (part, np.concatenate(blocks), np.array(sizes))
+            self._placed[sizes] = tuple(_on_device(column, device) for column in columns)
+        return self._placed[sizes]
 
-    def _on_device(
-        self, key: tuple, values: tuple[tuple[int, ...], ...], device: torch.device
-    ) -> tuple[Tensor, ...]:
-        """Integers as tensors. Pinned memory lets the copy go on without waiting for the device."""
-        if key not in self._tables:
-            pin = device.type == "cuda"
-            tables = [torch.tensor(v, dtype=torch.int64, pin_memory=pin) for v in values]
-            if len(self._tables) > _MOST_TABLES:
-                self._tables.clear()
-            self._tables[key] = tuple(table.to(device, non_blocking=True) for table in tables)
-        return self._tables[key]
+
+def _on_device(values: Sequence[int] | np.ndarray, device: torch.device) -> Tensor:
+    """Integers on a device. Pinned memory lets the copy go on without waiting for a GPU."""
+    table = torch.as_tensor(np.asarray(values, dtype=np.int64))
+    return (table.pin_memory() if device.type == "cuda" else table).to(device, non_blocking=True)
 
 
 _MOST_TABLES = 256

@@ -87,6 +87,22 @@ class Kernels:
         sums = embedding_bag(ids, table, indptr, mode="sum", include_last_offset=True)
         return sums if dtype is None else sums.to(dtype)
 
+    def product(self, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+        """a @ b with sums and result of a wider dtype than theirs."""
+        return a.to(dtype) @ b.to(dtype)
+
+    def ones(
+        self, positions: tuple[Tensor, Tensor], shape: tuple[int, int], dtype: torch.dtype
+    ) -> Tensor:
+        """A tensor of zeros with ones at (rows, columns), for `gram`."""
+        dense = torch.zeros(shape, dtype=dtype, device=positions[0].device)
+        dense[positions] = 1
+        return dense
+
+    def gram(self, ones_GC: Tensor) -> Tensor:
+        """The product of a tensor of zeros and ones with its transpose, exact: (G, G)."""
+        return ones_GC @ ones_GC.T
+
     def update_sum(
         self, grad: Tensor, bags: Bags, diagonal: int | None, of: Weights, by: AdamStep
     ) -> Tensor:
@@ -107,8 +123,8 @@ class Kernels:
     ) -> tuple[Tensor, list[Tensor]]:
         """The focal loss of a product of sigmoids (model/losses.py) and its gradients.
 
-        logits and is_one (G, J). Returns the weighted loss, a scalar, and one (G, J padded) tensor
-        for each of the logits, zero beyond J.
+        logits (G, J), is_one (G, J or more). Returns the weighted loss, a scalar, and one (G, J
+        padded) tensor for each of the logits, zero beyond J.
         """
         raise NotImplementedError
 

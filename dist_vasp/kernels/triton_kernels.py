@@ -84,6 +84,42 @@ def update_sum(
 
 
 @triton.jit
+def read(pointers, here, MASKED: tl.constexpr):
+    """Numbers, 0 where `here` is false. Without a mask several are read at once."""
+    return tl.load(pointers, here, 0.0) if MASKED else tl.load(pointers)
+
+
+@triton.jit
+def write(pointers, numbers, here, MASKED: tl.constexpr):
+    if MASKED:
+        tl.store(pointers, numbers, here)
+    else:
+        tl.store(pointers, numbers)
+
+
+@triton.jit
+def update_block(
+    P, M, V, G, C, first, size,
+    beta1, beta2, eps, of_grad, of_momentum, of_root, shrink, grad_scale,
+    HAS_COPY: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Update the numbers from `first` on; the squared norm of their gradient."""
+    at = first + tl.arange(0, BLOCK)
+    here = at < size
+    g = read(G + at, here, MASKED).to(tl.float32) * grad_scale
+    v = read(V + at, here, MASKED) * beta2 + g * g * (1 - beta2)
+    denominator = tl.sqrt(v) * of_root + eps
+    p, m = read(P + at, here, MASKED), read(M + at, here, MASKED)
+    p, m = adam(p, g, m, denominator, beta1, of_grad, of_momentum, shrink)
+    write(P + at, p, here, MASKED)
+    write(M + at, m, here, MASKED)
+    write(V + at, v, here, MASKED)
+    if HAS_COPY:
+        write(C + at, p.to(C.dtype.element_ty), here, MASKED)
+    return tl.sum(g * g)
+
+
+@triton.jit
 def update_many(
     Parts, Offsets, Sizes, Grads, Ps, Ms, Vs, Copies, Norm,
     beta1, beta2, eps, of_grad, of_momentum, of_root, shrink, grad_scale,
@@ -96,23 +132,25 @@ def update_many(
     """
     k = tl.program_id(0)
     part = tl.load(Parts + k)
-    at = tl.load(Offsets + k) + tl.arange(0, BLOCK)
-    here = at < tl.load(Sizes + part)
-    P = tl.load(Ps + part).to(tl.pointer_type(tl.float32))
-    M = tl.load(Ms + part).to(tl.pointer_type(tl.float32))
-    V = tl.load(Vs + part).to(tl.pointer_type(tl.float32))
-    g = tl.load(tl.load(Grads + part).to(tl.pointer_type(GRAD)) + at, here, 0.0).to(tl.float32)
-    g = g * grad_scale
-    tl.store(Norm + k, tl.sum(g * g))
-    v = tl.load(V + at, here, 0.0) * beta2 + g * g * (1 - beta2)
-    tl.store(V + at, v, here)
-    denominator = tl.sqrt(v) * of_root + eps
-    p, m = tl.load(P + at, here, 0.0), tl.load(M + at, here, 0.0)
-    p, m = adam(p, g, m, denominator, beta1, of_grad, of_momentum, shrink)
-    tl.store(P + at, p, here)
-    tl.store(M + at, m, here)
-    if HAS_COPY:
-        tl.store(tl.load(Copies + part).to(tl.pointer_type(COPY)) + at, p.to(COPY), here)
+    first, size = tl.multiple_of(tl.load(Offsets + k), BLOCK), tl.load(Sizes + part)
+    P = tl.multiple_of(tl.load(Ps + part).to(tl.pointer_type(tl.float32)), 16)
+    M = tl.multiple_of(tl.load(Ms + part).to(tl.pointer_type(tl.float32)), 16)
+    V = tl.multiple_of(tl.load(Vs + part).to(tl.pointer_type(tl.float32)), 16)
+    G = tl.multiple_of(tl.load(Grads + part).to(tl.pointer_type(GRAD)), 16)
+    C = tl.multiple_of(tl.load(Copies + part).to(tl.pointer_type(COPY)), 16)
+    if first + BLOCK <= size:
+        norm = update_block(
+            P, M, V, G, C, first, size,
+            beta1, beta2, eps, of_grad, of_momentum, of_root, shrink, grad_scale,
+            HAS_COPY, False, BLOCK,
+        )  # fmt: skip
+    else:
+        norm = update_block(
+            P, M, V, G, C, first, size,
+            beta1, beta2, eps, of_grad, of_momentum, of_root, shrink, grad_scale,
+            HAS_COPY, True, BLOCK,
+        )  # fmt: skip
+    tl.store(Norm + k, norm)
 
 
 @triton.jit
@@ -131,26 +169,26 @@ def focal(
 ):  # fmt: skip
     """One row of the focal loss of a product of sigmoids, as `losses.probability` writes it.
 
-    Logits and Grads are the addresses of PATHS tensors. GAMMA: gamma, where it is
-    0 or 2. smallest: minus the
-    logarithm of a quarter of the rounding unit.
+    Logits and Grads are the addresses of PATHS tensors. All rows have n_padded numbers. GAMMA:
+    gamma, where it is 0 or 2. smallest: minus the logarithm of a quarter of the rounding unit.
     """
     r = tl.program_id(0).to(tl.int64)
     weight = tl.load(Weights + r)
     total = 0.0
     for start in range(0, n_padded, BLOCK):
         c = start + tl.arange(0, BLOCK)
-        here = c < n_items
+        here, stored = c < n_items, c < n_padded
         least = tl.full((BLOCK,), float("inf"), tl.float32)
         for k in tl.static_range(PATHS):
-            path = tl.load(Logits + k).to(tl.pointer_type(TYPE))
-            least = tl.minimum(least, tl.load(path + r * logits_row + c, here, 0.0).to(tl.float32))
+            path = tl.multiple_of(tl.load(Logits + k).to(tl.pointer_type(TYPE)), 16)
+            logit = tl.load(path + r * logits_row + c, stored, 0.0).to(tl.float32)
+            least = tl.minimum(least, logit)
         shift = tl.maximum(least - smallest, 0.0)
         below, spread, q = tl.zeros_like(least), tl.zeros_like(least), tl.zeros_like(least)
         p = tl.full((BLOCK,), 1.0, tl.float32)
         for k in tl.static_range(PATHS):
-            path = tl.load(Logits + k).to(tl.pointer_type(TYPE))
-            logit = tl.load(path + r * logits_row + c, here, 0.0).to(tl.float32)
+            path = tl.multiple_of(tl.load(Logits + k).to(tl.pointer_type(TYPE)), 16)
+            logit = tl.load(path + r * logits_row + c, stored, 0.0).to(tl.float32)
             hit, miss, u = sigmoid(logit, shift)
             below += tl.minimum(logit, 0.0)
             spread = spread + u + spread * u
@@ -159,7 +197,7 @@ def focal(
         log_p = below - log1p(spread * scale)
         log_q = tl.where(p < 0.5, log1p(-p), tl.log(q)) - shift
         q = q * scale
-        is_one = tl.load(IsOne + r * ones_row + c, here, 0) != 0
+        is_one = tl.load(IsOne + r * ones_row + c, stored, 0) != 0
         base = tl.where(is_one, q, p)
         if GAMMA == 2:
             power = base * base
@@ -175,12 +213,12 @@ def focal(
         common = (q * slope_p - p * slope_q) * weight * over_q
         total += tl.sum(tl.where(here, loss, 0.0))
         for k in tl.static_range(PATHS):
-            path = tl.load(Logits + k).to(tl.pointer_type(TYPE))
-            logit = tl.load(path + r * logits_row + c, here, 0.0).to(tl.float32)
+            path = tl.multiple_of(tl.load(Logits + k).to(tl.pointer_type(TYPE)), 16)
+            logit = tl.load(path + r * logits_row + c, stored, 0.0).to(tl.float32)
             _, miss, _ = sigmoid(logit, shift)
-            grads = tl.load(Grads + k).to(tl.pointer_type(TYPE))
+            grads = tl.multiple_of(tl.load(Grads + k).to(tl.pointer_type(TYPE)), 16)
             grad = tl.where(here, miss * common, 0.0)
-            tl.store(grads + r * grads_row + c, grad.to(TYPE), c < n_padded)
+            tl.store(grads + r * grads_row + c, grad.to(TYPE), stored)
     tl.store(Loss + r, total)
 
 

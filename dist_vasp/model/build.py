@@ -14,7 +14,7 @@ from dist_vasp.model.losses import make_loss
 from dist_vasp.model.partitioned import PartitionedModel
 from dist_vasp.model.paths import DenseHead, ItemMatrix
 from dist_vasp.model.registry import kind_of
-from dist_vasp.model.slices import BLOCK_COLUMNS, GPU_ALIGN, NewStorage, Storage
+from dist_vasp.model.slices import GPU_ALIGN, NewStorage, Storage
 from dist_vasp.model.trunk import Trunk
 from dist_vasp.parallel.comm import Ranks
 from dist_vasp.parallel.partition import ItemPartition
@@ -39,23 +39,23 @@ def new_model(
 ) -> PartitionedModel:
     """This rank's part of a model with zero weights; `initialise` fills them."""
     part = ranks.partition_of_items(n_items)
-    width = config.parallel.block_columns or default_width(config, ranks.device)
+    width = block_items(config, ranks.device)
     return build_model(config, NewStorage(part, ranks.device, arithmetic, width), ranks)
 
 
-def default_width(config: Config, device: torch.device) -> int:
-    """The items of a block where `parallel.block_columns` is 0.
+def block_items(config: Config, device: torch.device) -> int:
+    """The items of a block: `parallel.block_columns`, 0 for the default of the device.
 
-    On a GPU as many as a sixteenth of its memory holds the logits and gradients of: a function of
-    the card, so that a run that resumes computes the same.
+    On a GPU a step takes as many as a sixteenth of its memory holds the logits and gradients of: a
+    function of the card, so that a run that resumes computes the same.
     """
-    if device.type != "cuda":
-        return BLOCK_COLUMNS
+    if device.type != "cuda" or kind_of(config.model.kind).closed_form:
+        return config.parallel.block_columns
     return gpu_width(config, torch.cuda.get_device_properties(device).total_memory)
 
 
 def gpu_width(config: Config, memory: int) -> int:
-    """`default_width` of a GPU with so many bytes of memory."""
+    """The items of a block on a GPU with so many bytes of memory."""
     rows = 2 * -(-config.data.batch_size // config.optimizer.accumulation)  # two halves a user
     fit = memory // 16 // (rows * _BYTES_PER_LOGIT)
     return max(GPU_ALIGN, fit // GPU_ALIGN * GPU_ALIGN)

@@ -73,9 +73,9 @@ def probability(logits: list[Tensor]) -> Probability:
     return Probability(p, q * scale, log_p, log_q, [miss * over_q for miss in misses])
 
 
-def _mask(ones: Positions, like: Tensor) -> Tensor:
-    """Where the ones of a block are, bool of the shape of `like`."""
-    is_one = torch.zeros(like.shape, dtype=torch.bool, device=like.device)
+def _mask(ones: Positions, shape: tuple[int, ...]) -> Tensor:
+    """Where the ones of a block are: bool of a shape."""
+    is_one = torch.zeros(shape, dtype=torch.bool, device=ones[0].device)
     is_one[ones] = True
     return is_one
 
@@ -129,7 +129,7 @@ class ElementwiseLoss(Loss):
     def block(
         self, logits: list[Tensor], ones: Positions, weight_G: Tensor, stats: Tensor | None = None
     ) -> tuple[Tensor, list[Tensor]]:
-        is_one = _mask(ones, logits[0])
+        is_one = _mask(ones, logits[0].shape)
         # With one weight per row the compiler would make several loops.
         weight_GC = weight_G[:, None].expand_as(is_one).contiguous()
         loss, grads = self._entries(
@@ -158,7 +158,9 @@ class FocalLoss(ElementwiseLoss):
         self, logits: list[Tensor], ones: Positions, weight_G: Tensor, stats: Tensor | None = None
     ) -> tuple[Tensor, list[Tensor]]:
         if self.kernels.updates_alone:
-            is_one = _mask(ones, logits[0])
+            align = self.kernels.align
+            n_padded = -(-logits[0].shape[1] // align) * align
+            is_one = _mask(ones, (len(weight_G), n_padded))
             return self.kernels.focal(logits, is_one, weight_G, self.alpha, self.gamma)
         return super().block(logits, ones, weight_G, stats)
 
@@ -208,7 +210,10 @@ class CosineLoss(ElementwiseLoss):
         p = torch.exp(sum_log_sigmoid(logits))
         share = p.new_zeros((p.shape[0], 3))
         share[:, 1] = (p * p).sum(dim=1)
-        share[:, 0].index_add_(0, ones[0], p[ones])
+        if self.kernels.updates_alone:  # a GPU would add in another order every time
+            share[:, 0] = (p * _mask(ones, p.shape)).sum(dim=1)
+        else:
+            share[:, 0].index_add_(0, ones[0], p[ones])
         share[:, 2].index_add_(0, ones[0], torch.ones_like(ones[0], dtype=p.dtype))
         return share
 

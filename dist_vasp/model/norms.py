@@ -19,18 +19,39 @@ from torch import Tensor
 from dist_vasp.model.sinks import SumOfRows
 
 
+class SharedItems:
+    """x x^T (G, G) of the rows of a step, computed once for each range of items."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[int, int, int], Tensor] = {}
+
+    def begin(self) -> None:
+        """Forget the rows of the step before."""
+        self._found.clear()
+
+    def of(self, gradient: SumOfRows, dtype: torch.dtype) -> Tensor:
+        """How many items each two rows of a sum of rows share."""
+        key = (id(gradient.x), *gradient.items)
+        if key not in self._found:
+            self._found[key] = shared_items(gradient, dtype)
+        return self._found[key]
+
+
 def shared_items(gradient: SumOfRows, dtype: torch.dtype) -> Tensor:
     """How many items each two rows of a sum of rows share: x x^T (G, G).
 
-    x is dense for as many items at once as the gradient has columns.
+    x is dense for as many items at once as the gradient has columns; where a rank has all it needs
+    of x to itself, on a GPU, for all of them.
     """
-    x, items, at_once = gradient.x, gradient.items, gradient.grad_GC.shape[1]
+    x, (lo, hi), kernels = gradient.x, gradient.items, gradient.kernels
+    at_once = gradient.grad_GC.shape[1]
+    if kernels.updates_alone and gradient.diagonal is None:
+        at_once = hi - lo
     counts_GG = torch.zeros((x.n_rows, x.n_rows), dtype=dtype, device=x.items.device)
-    for first in range(*items, at_once):
-        last = min(first + at_once, items[1])
-        dense_GC = torch.zeros((x.n_rows, last - first), dtype=dtype, device=x.items.device)
-        dense_GC[x.positions(first, last)] = 1
-        counts_GG.addmm_(dense_GC, dense_GC.T)
+    for first in range(lo, hi, at_once):
+        last = min(first + at_once, hi)
+        dense_GC = kernels.ones(x.positions(first, last), (x.n_rows, last - first), dtype)
+        counts_GG += kernels.gram(dense_GC)
     return counts_GG
 
 

@@ -222,15 +222,20 @@ class PartitionedModel:
         }
 
     def _logits(
-        self, paths: Sequence[Path], block: int, sources: Sources, x: ItemRows
+        self,
+        paths: Sequence[Path],
+        block: int,
+        sources: Sources,
+        x: ItemRows,
+        dtype: torch.dtype | None = None,
     ) -> list[Tensor]:
-        """One (G, C) tensor of logits per path, without the padding."""
+        """One (G, C) tensor of logits per path, without the padding, of a dtype."""
         lo, hi = self.blocks[block]
-        with self.precision.scope():
-            return [
-                p.logits(block, None if p.source is None else sources[p.source], x)[:, : hi - lo]
-                for p in paths
-            ]
+        read = [None if path.source is None else sources[path.source] for path in paths]
+        return [
+            path.logits(block, source_GK, x, dtype)[:, : hi - lo]
+            for path, source_GK in zip(paths, read, strict=True)
+        ]
 
     def _row_stats(self, sources: Sources, rows: MicroBatch) -> Tensor:
         """The statistics that the loss needs, over all items of all partitions: (G, n)."""
@@ -330,7 +335,7 @@ class PartitionedModel:
         for i, (lo, hi) in enumerate(self.blocks):
             if allowed_I is not None and not allowed_I[lo:hi].any():
                 continue
-            logits = [logit.to(self._dtype) for logit in self._logits(self.paths, i, sources, x)]
+            logits = self._logits(self.paths, i, sources, x, self._dtype)
             scores_GC = self.link.score(logits, normaliser_G)
             if allowed_I is not None:
                 scores_GC[:, ~allowed_I[lo:hi]] = -torch.inf
@@ -339,7 +344,7 @@ class PartitionedModel:
     def _normaliser(self, sources: Sources, x: ItemRows) -> Tensor:
         """log sum exp of the paths' summed logits over all items: (G,)."""
         blocks = range(len(self.blocks))
-        logits = (self._logits(self.paths, i, sources, x) for i in blocks)
-        parts = [log_sum_exp(block).to(self._dtype) for block in logits]
+        logits = (self._logits(self.paths, i, sources, x, self._dtype) for i in blocks)
+        parts = [log_sum_exp(block) for block in logits]
         local_G = torch.logsumexp(torch.stack(parts), dim=0)
         return torch.logsumexp(all_gather(local_G[None], self.group), dim=0)

@@ -84,8 +84,14 @@ class Path(ABC):
         """Fill the weights for the start of a training."""
 
     @abstractmethod
-    def logits(self, block: int, source_GK: Tensor | None, x: ItemRows) -> Tensor:
-        """The logits (G, C) of a block."""
+    def logits(
+        self,
+        block: int,
+        source_GK: Tensor | None,
+        x: ItemRows,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """The logits (G, C) of a block, of a dtype, that of the products by default."""
 
     @abstractmethod
     def backward(self, block: int, grad_GC: Tensor, pass_: BackwardPass, sink: Sink) -> None:
@@ -128,7 +134,8 @@ class DenseHead(Path):
         self.weights = storage.rows(f"output.{name}.weight", width)
         self.biases = storage.rows(f"output.{name}.bias")
         self.n_items = storage.n_items
-        align = storage.arithmetic.kernels.align
+        self._kernels = storage.arithmetic.kernels
+        align = self._kernels.align
         self._blocks = [self._place(lo, hi, align) for lo, hi in storage.blocks]
 
     def _place(self, lo: int, hi: int, align: int) -> tuple[int, int, int]:
@@ -146,10 +153,18 @@ class DenseHead(Path):
         for piece in self.weights:
             piece.glorot(seed, self.n_items + self.width)
 
-    def logits(self, block: int, source_GK: Tensor | None, x: ItemRows) -> Tensor:
+    def logits(
+        self,
+        block: int,
+        source_GK: Tensor | None,
+        x: ItemRows,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
         assert source_GK is not None
         i, lo, hi = self._blocks[block]
         bias_C, weight_CK = self.biases[i].whole[lo:hi], self.weights[i].working[lo:hi]
+        if dtype not in (None, weight_CK.dtype):
+            return self._kernels.product(source_GK, weight_CK.T, dtype).add_(bias_C)
         return torch.addmm(bias_C.to(weight_CK.dtype), source_GK, weight_CK.T)
 
     def backward(self, block: int, grad_GC: Tensor, pass_: BackwardPass, sink: Sink) -> None:
@@ -226,8 +241,14 @@ class ItemMatrix(Path):
             piece.glorot(seed, 2 * self.n_items)
             torch.diagonal(piece.tensor[piece.lo : piece.hi]).zero_()
 
-    def logits(self, block: int, source_GK: Tensor | None, x: ItemRows) -> Tensor:
-        sums_GC = self._kernels.sum_rows(self.blocks[block].working, x.items, x.indptr)
+    def logits(
+        self,
+        block: int,
+        source_GK: Tensor | None,
+        x: ItemRows,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        sums_GC = self._kernels.sum_rows(self.blocks[block].working, x.items, x.indptr, dtype)
         return sums_GC.add_(self.offset) if self.offset else sums_GC
 
     def backward(self, block: int, grad_GC: Tensor, pass_: BackwardPass, sink: Sink) -> None:

@@ -129,7 +129,8 @@ class NewStorage:
     ) -> None:
         self.part, self.n_items = part, part.n_items
         self.device, self.arithmetic = device, arithmetic
-        self.blocks = part.blocks(block_width(width, device))
+        # A block begins where the padding of the one before it would end.
+        self.blocks = part.blocks(self._padded(block_width(width, device)))
 
     def rows(self, name: str, width: int | None = None) -> list[ItemSlice]:
         n = self._padded(self.part.size)

@@ -26,6 +26,10 @@ from dist_vasp.parallel.partition import ItemPartition, Layout
 
 _MESSAGE_BYTES = 1024
 
+# torch 2.13 has renamed them.
+_all_gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter_into = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 @dataclass
 class Group:
@@ -133,7 +137,7 @@ class Gathering:
         self._gathered = local
         if group.size > 1:
             self._gathered = local.new_empty((group.size * local.shape[0], *local.shape[1:]))
-            self._work = dist.all_gather_single(
+            self._work = _all_gather_into(
                 self._gathered, self._local, group=group.handle, async_op=True
             )
 
@@ -157,7 +161,7 @@ def reduce_scatter(partial: Tensor, group: Group) -> Tensor:
     with group.clock("communication"):
         partial = partial.contiguous()
         reduced = partial.new_empty((partial.shape[0] // group.size, *partial.shape[1:]))
-        dist.reduce_scatter_single(reduced, partial, group=group.handle)
+        _reduce_scatter_into(reduced, partial, group=group.handle)
     group.count(
         "reduce_scatter", (group.size - 1) * reduced.numel() * reduced.element_size(), since
     )

@@ -26,6 +26,7 @@ from dist_vasp.kernels.interface import PLAIN, Arithmetic
 from dist_vasp.kernels.precision import choose_precision
 from dist_vasp.kernels.random import seconds_to_fill
 from dist_vasp.model.build import make_trunk, measure_size, new_model
+from dist_vasp.model.norms import SharedItems
 from dist_vasp.model.partitioned import MicroBatch, StepLoss, TrunkCall
 from dist_vasp.model.sinks import AddToGrad
 from dist_vasp.model.slices import ItemSlice
@@ -95,8 +96,13 @@ class Trainer:
         self.item_optimizer = InPlaceAdam(
             self._item_groups(), config.optimizer, kernels=kernels, beside=self._beside()
         )
-        self._norm = Norm(ranks.replica_group, ranks.device)
-        self._update = Update(self.item_optimizer, ranks.replica_group, kernels, ranks.clock)
+        self._shared = SharedItems()
+        keeps = kernels.updates_alone and len(self.model.blocks) == 1 and ranks.layout.replicas == 1
+        zero = torch.zeros((), device=ranks.device)
+        self._norm = Norm(ranks.replica_group, self._shared, zero, keeps)
+        self._update = Update(
+            self.item_optimizer, ranks.replica_group, self._shared, kernels, ranks.clock
+        )
         self._accumulated = AddToGrad()
         estimate = seconds_to_fill(size.trunk, ranks.device)
         what = f"building the trunk ({size.trunk / 1e6:.1f}M weights)"
@@ -150,29 +156,39 @@ class Trainer:
         micro_batches = self.batches.receive(batch)
         self.batches.send(following)
         self.item_optimizer.begin_step()
-        self._norm.begin()
-        self._update.begin()
+        for begins in (self._shared, self._norm, self._update):
+            begins.begin()
         self.model.statistics.sums.zero_()
         with self.precision.scope():
             part, squared_norm = self._gradients(micro_batches)
-            penalty_weight = micro_batches[0].penalty_weight
-            report = self._report(part, squared_norm, penalty_weight, (stop, not written))
+            totals = self._totals(part, squared_norm, (stop, not written))
+            clip = self.config.optimizer.clip_norm
+            if not clip:  # else the update must wait for the norm
+                self._apply(part, len(micro_batches), 1.0)
+            report = self._report(totals, micro_batches[0].penalty_weight)
             if not (math.isfinite(report.loss) and math.isfinite(report.grad_norm)):
                 raise DivergedError(
                     f"step {batch.step + 1}: loss {report.loss}, gradient norm {report.grad_norm}"
                 )
-            clip = self.config.optimizer.clip_norm
-            scale = min(1.0, clip / report.grad_norm) if clip and report.grad_norm else 1.0
-            for optimizer in self.optimizers():
-                optimizer.grad_scale = scale
-            if len(micro_batches) > 1:
-                self._apply_accumulated()
-            elif clip:
-                self.model.replay(part.activations, self._update)
-                self._update.end()
-            if self.trunk:
-                self.trunk.step()
+            if clip:
+                scale = min(1.0, clip / report.grad_norm) if report.grad_norm else 1.0
+                self._apply(part, len(micro_batches), scale)
         return report
+
+    def _apply(self, part: StepLoss, n_micro_batches: int, scale: float) -> None:
+        """Update what has not been updated as its gradient came, with gradients times `scale`."""
+        for optimizer in self.optimizers():
+            optimizer.grad_scale = scale
+        if n_micro_batches > 1:
+            self._apply_accumulated()
+        elif self.config.optimizer.clip_norm:
+            if self._norm.keeps:
+                self._norm.pass_on(self._update)
+            else:
+                self.model.replay(part.activations, self._update)
+            self._update.end()
+        if self.trunk:
+            self.trunk.step()
 
     def _refresh(self) -> None:
         """Make the copies of the weights before their first use; the update keeps them current."""
@@ -189,28 +205,24 @@ class Trainer:
         sink.end()
         return part, sink.squared_norm
 
-    def _report(
-        self,
-        part: StepLoss,
-        squared_norm: Tensor,
-        penalty_weight: float,
-        flags: tuple[bool, bool],
-    ) -> StepReport:
-        """Add up what every rank must know: one all-reduce, and one read from the device."""
+    def _totals(self, part: StepLoss, squared_norm: Tensor, flags: tuple[bool, bool]) -> Tensor:
+        """Add up what every rank must know, in one all-reduce; it stays on the device."""
         statistics, replicas = self.model.statistics, self.ranks.layout.replicas
         scalars = [part.reconstruction, part.penalty, squared_norm / replicas]
-        own = torch.stack([*(scalar.double() for scalar in scalars)])
+        own = torch.stack([scalar.double() for scalar in scalars])
         asked = torch.tensor(flags, dtype=torch.float64).to(own.device, non_blocking=True)
         mine = torch.cat([own, asked, statistics.sums.flatten()])
         totals = all_reduce(mine, self.ranks.world)
-        if self.trunk:
-            totals = torch.cat([totals, self.trunk.squared_norm()[None]])
+        return torch.cat([totals, self.trunk.squared_norm()[None]]) if self.trunk else totals
+
+    def _report(self, totals: Tensor, penalty_weight: float) -> StepReport:
+        """Read from the device what a step has measured: the one time that a step waits for it."""
         reconstruction, kl, of_items, stops, unwritten, *rest = totals.tolist()
-        n_sums = statistics.sums.numel()
+        n_sums = self.model.statistics.sums.numel()
         squared_sum = of_items + sum(rest[n_sums:])
         grad_norm = math.sqrt(squared_sum) if squared_sum >= 0 else math.nan
         loss = reconstruction + penalty_weight * kl
-        paths = statistics.named(rest[:n_sums])
+        paths = self.model.statistics.named(rest[:n_sums])
         return StepReport(loss, reconstruction, kl, grad_norm, stops > 0, unwritten == 0, paths)
 
     @contextmanager
@@ -265,6 +277,7 @@ class Trainer:
             for name in SCALARS:
                 state[name].fill_(scalars[name])
         self._stage = self.config.stage(epoch)
+        self._copies_are_current = False  # the weights were loaded, too
 
     # --- parts of a step --------------------------------------------------------------------------
 
@@ -303,7 +316,12 @@ class Trainer:
     def _apply_accumulated(self) -> None:
         """Update the item matrices from their `.grad`, which is summed over the replicas."""
         for piece in self.model.trained_slices():
-            assert piece.whole.grad is not None
-            with self.ranks.clock("optimizer"):
-                self.item_optimizer.update(piece.whole, 0, piece.whole.grad)
+            grad = piece.whole.grad
+            assert grad is not None
             piece.whole.grad = None
+            if self._update.alone:
+                self._update.take(piece.whole, 0, grad)
+            else:
+                with self.ranks.clock("optimizer"):
+                    self.item_optimizer.update(piece.whole, 0, grad)
+        self._update.end()

@@ -5,11 +5,13 @@ Shapes: G rows of the partition group, C columns of a block, K width of a source
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from dist_vasp.kernels.interface import Kernels
-from dist_vasp.model.norms import column_norms, diagonal_gradients, shared_items
+from dist_vasp.model.norms import SharedItems, column_norms, diagonal_gradients
 from dist_vasp.model.sinks import GRADIENT_ROWS, Sink, SumOfRows
 from dist_vasp.parallel.clock import Clock
 from dist_vasp.parallel.comm import Group, all_reduce
@@ -26,23 +28,33 @@ class Norm(Sink):
 
     With one replica no gradient is formed (model/norms.py). Several replicas form each and add
     theirs, because a norm needs the rows of all of them.
+
+    keeps: whether what gradients are made of is kept for `pass_on`. It has the size of the logits.
     """
 
     def __init__(
-        self, replicas: Group, device: torch.device, dtype: torch.dtype = torch.float32
+        self, replicas: Group, shared: SharedItems, squared_norm: Tensor, keeps: bool = False
     ) -> None:
-        self._replicas = replicas
-        self.squared_norm = torch.zeros((), device=device, dtype=dtype)
+        self._replicas, self._shared, self.keeps = replicas, shared, keeps
+        self.squared_norm = squared_norm
         self._products: dict[int, tuple[Tensor, Tensor]] = {}  # by source: it and sum of g g^T
-        self._shared: dict[tuple[int, int, int], Tensor] = {}  # by rows and items
+        self._kept: list[Callable[[Sink], None]] = []
 
     def begin(self) -> None:
         """Forget the step before."""
         self.squared_norm.zero_()
         self._products.clear()
-        self._shared.clear()
+        self._kept.clear()
+
+    def pass_on(self, sink: Sink) -> None:
+        """Give every gradient that was taken to another sink."""
+        for give in self._kept:
+            give(sink)
+        self._kept.clear()
 
     def take(self, parameter: Tensor, first: int, grad: Tensor) -> None:
+        if self.keeps:
+            self._kept.append(lambda sink: sink.take(parameter, first, grad))
         self.squared_norm += squared(all_reduce(grad, self._replicas))
 
     def take_product(
@@ -51,6 +63,8 @@ class Norm(Sink):
         if self._replicas.size > 1:
             super().take_product(parameter, first, grad_GC, source_GK)
             return
+        if self.keeps:
+            self._kept.append(lambda sink: sink.take_product(parameter, first, grad_GC, source_GK))
         product_GG = (grad_GC @ grad_GC.T).to(parameter.dtype)
         if id(parameter) in self._products:
             self._products[id(parameter)][1].add_(product_GG)
@@ -61,11 +75,10 @@ class Norm(Sink):
         if self._replicas.size > 1:
             super().take_sum(parameter, gradient)
             return
-        key = (id(gradient.x), *gradient.items)
-        if key not in self._shared:
-            self._shared[key] = shared_items(gradient, parameter.dtype)
+        if self.keeps:
+            self._kept.append(lambda sink: sink.take_sum(parameter, gradient))
         product_GG = gradient.grad_GC @ gradient.grad_GC.T
-        self.squared_norm += (self._shared[key] * product_GG).sum()
+        self.squared_norm += (self._shared.of(gradient, parameter.dtype) * product_GG).sum()
         if gradient.diagonal is not None:
             self.squared_norm -= squared(diagonal_gradients(gradient))
 
@@ -79,16 +92,21 @@ class Norm(Sink):
 class Update(Sink):
     """Applies gradients as they come and drops them; `squared_norm` is that of all of them.
 
-    Where the kernels can, a sum of rows is applied without being formed, and dense gradients wait
-    for `end`, which applies them together.
+    alone: the kernels can apply a sum of rows without forming it, and no other rank has a part in
+    it. Then dense gradients wait for `end`, which applies them together.
     """
 
     def __init__(
-        self, optimizer: InPlaceAdam, replicas: Group, kernels: Kernels, clock: Clock
+        self,
+        optimizer: InPlaceAdam,
+        replicas: Group,
+        shared: SharedItems,
+        kernels: Kernels,
+        clock: Clock,
     ) -> None:
-        self._optimizer, self._replicas = optimizer, replicas
+        self._optimizer, self._replicas, self._shared = optimizer, replicas, shared
         self._kernels, self._clock = kernels, clock
-        self._alone = kernels.updates_alone and replicas.size == 1
+        self.alone = kernels.updates_alone and replicas.size == 1
         self._waiting: list[tuple[Tensor, Tensor]] = []
         device = optimizer.param_groups[0]["params"][0].device
         self.squared_norm = torch.zeros((), device=device)
@@ -100,7 +118,7 @@ class Update(Sink):
 
     def take(self, parameter: Tensor, first: int, grad: Tensor) -> None:
         whole = grad.shape == parameter.shape
-        if self._alone and whole and self._optimizer.lean_dim(parameter) is None:
+        if self.alone and whole and self._optimizer.lean_dim(parameter) is None:
             self._waiting.append((parameter, grad))
             return
         grad = all_reduce(grad, self._replicas)
@@ -109,11 +127,10 @@ class Update(Sink):
 
     def take_sum(self, parameter: Tensor, gradient: SumOfRows) -> None:
         lean_dim = self._optimizer.lean_dim(parameter)
-        if self._alone and lean_dim != 0:
+        if self.alone and lean_dim != 0:
             norms_C = None
             if lean_dim == 1:
-                shared_GG = shared_items(gradient, parameter.dtype)
-                norms_C = column_norms(gradient, shared_GG)
+                norms_C = column_norms(gradient, self._shared.of(gradient, parameter.dtype))
             with self._clock("optimizer"):
                 self.squared_norm += self._optimizer.update_sum(parameter, gradient, norms_C)
         elif lean_dim == 1:  # the second moment of a column needs the whole column

@@ -19,6 +19,8 @@ from dist_vasp.model.partitioned import MicroBatch
 from dist_vasp.model.sparse import RowExchange
 from dist_vasp.parallel.comm import Ranks
 
+_GPU_ROWS = 64
+
 
 class MicroBatches:
     """Cuts batches into `optimizer.accumulation` micro-batches and sends their ids to the group.
@@ -48,9 +50,8 @@ class MicroBatches:
         exchanges = self._ahead.pop(batch.step, None) or self._exchange(batch)
         noise_NL: list[Tensor | None] = [None] * len(exchanges)
         if self.latent:
-            rows = -(-batch.padded_rows // len(exchanges))
-            n_rows, device = rows * len(exchanges), self.ranks.device
-            noise = lane_noise(self.seed, batch, n_rows, self.latent, device)
+            rows, device = self._rows(batch), self.ranks.device
+            noise = lane_noise(self.seed, batch, rows * len(exchanges), self.latent, device)
             noise_NL = list(noise.split(rows))
         penalty_weight = self._loss.kl_weight_at(batch.step)
         micro_batches = []
@@ -59,8 +60,15 @@ class MicroBatches:
             micro_batches.append(MicroBatch(x, y, noise_BL, batch.global_rows, penalty_weight))
         return micro_batches
 
-    def _exchange(self, batch: Batch) -> list[RowExchange]:
+    def _rows(self, batch: Batch) -> int:
+        """Rows of a micro-batch, padded; on a GPU to a multiple, so that most steps have one shape
+        and nothing is compiled anew."""
         rows = -(-batch.padded_rows // self.n)
+        align = _GPU_ROWS if self.ranks.device.type == "cuda" else 1
+        return -(-rows // align) * align
+
+    def _exchange(self, batch: Batch) -> list[RowExchange]:
+        rows = self._rows(batch)
         group, device = self.ranks.partition_group, self.ranks.device
         exchanges = []
         for start in range(0, rows * self.n, rows):

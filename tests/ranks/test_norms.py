@@ -9,7 +9,7 @@ import torch
 from dist_vasp.kernels.interface import Arithmetic
 from dist_vasp.model import slices
 from dist_vasp.model.build import make_trunk
-from dist_vasp.model.norms import column_norms, shared_items
+from dist_vasp.model.norms import SharedItems, column_norms, shared_items
 from dist_vasp.model.partitioned import MicroBatch
 from dist_vasp.model.sinks import AddToGrad, Sink, SumOfRows
 from dist_vasp.training.item_sinks import Norm
@@ -52,7 +52,10 @@ def norms(ranks, cases) -> list[tuple[float, float, list[float]]]:
         trunk = make_trunk(model.config, 5, Arithmetic(torch.float64))
         x_G, y_G, mine, padded = gathered(x, y, N_ITEMS, ranks)
         rows = MicroBatch(x_G, y_G, pad_noise(noise, mine, padded, torch.float64), N_ROWS)
-        norm, columns = Norm(ranks.replica_group, ranks.device, torch.float64), ColumnNorms()
+        norm, columns = (
+            Norm(ranks.replica_group, SharedItems(), torch.zeros((), dtype=torch.float64)),
+            ColumnNorms(),
+        )
         norm.begin()
         model.gradients(plain(trunk), rows, norm)
         norm.end()

@@ -93,7 +93,7 @@ def test_a_compiled_update_equals_the_plain_one(config, lean_dim):
 
 
 def test_no_compiler(monkeypatch):
-    def no_compiler():
+    def no_compiler(_):
         raise RuntimeError("No working C++ compiler found\nand much more")
 
     monkeypatch.setattr(compiled, "_try", no_compiler)
