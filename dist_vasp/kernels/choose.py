@@ -38,6 +38,17 @@ def _refuse(why: str, wanted: str) -> str:
     return f"not compiled, and slower for it: torch.compile does not work here ({why}); {remedy}"
 
 
+def kernels_for_scores(wanted: str, device: torch.device) -> Kernels:
+    """Return the kernels of a model that is not trained: nothing of it is compiled."""
+    if wanted == "never" or device.type != "cuda":
+        return PLAIN
+    try:
+        from dist_vasp.kernels.cuda import TritonKernels
+    except ImportError:
+        return PLAIN
+    return TritonKernels(compiles=False)
+
+
 def _for_gpu(wanted: str, device: torch.device) -> tuple[Kernels, str]:
     try:
         from dist_vasp.kernels.cuda import TritonKernels

@@ -19,8 +19,8 @@ from dist_vasp.data import positives
 from dist_vasp.data.items import ItemTable, read_items_file
 from dist_vasp.data.manifest import ITEMS_FILE, MANIFEST, Manifest
 from dist_vasp.data.positives import PositiveRule
-from dist_vasp.kernels.choose import choose_kernels
-from dist_vasp.kernels.interface import PLAIN, Arithmetic
+from dist_vasp.kernels.choose import kernels_for_scores
+from dist_vasp.kernels.interface import Arithmetic
 from dist_vasp.kernels.precision import choose_precision
 from dist_vasp.model.build import make_trunk, measure_size, new_model
 from dist_vasp.model.registry import kind_of
@@ -78,13 +78,9 @@ def load_model(run_dir: str | Path, name: str | None, ranks: Ranks) -> LoadedMod
 def scoring_arithmetic(config: Config, device: torch.device) -> Arithmetic:
     """How a trained model scores on a device: as its training evaluated it.
 
-    A closed form keeps float32 products. ValueError where `parallel.compile` asks for kernels that
-    are not there.
+    A closed form keeps float32 products.
     """
-    if device.type == "cpu":
-        kernels = PLAIN
-    else:
-        kernels, _ = choose_kernels(config.parallel.compile, 0, device)
+    kernels = kernels_for_scores(config.parallel.compile, device)
     if kind_of(config.model.kind).closed_form:
         return Arithmetic(kernels=kernels)
     precision = choose_precision(config.parallel.wanted_precision, device)
