@@ -14,11 +14,12 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing as mp
+import os
 import resource
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
@@ -53,8 +54,10 @@ def make_step(side: str, config: Config, n_items: int, ranks: Ranks) -> Callable
     return lambda batch, following: plain.step(batch)
 
 
-def serve(side: str, config: Config, threads: int, pipe: Connection) -> None:
-    """Be one side: take steps as the pipe names them."""
+def serve(side: str, config: Config, threads: int, cache: str, pipe: Connection) -> None:
+    """Be one side: take steps as the pipe names them. cache: where plain torch compiles to."""
+    if side == "compiled":
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
     ranks = init_ranks(device=config.device, threads=threads)
     on_gpu = ranks.device.type == "cuda"
     stream = make_stream(config, ranks)
@@ -81,69 +84,107 @@ def serve(side: str, config: Config, threads: int, pipe: Connection) -> None:
         pipe.send((seconds, loss, peak))
 
 
-def receive(pipe: Connection, process: Any, seconds: float, what: str) -> Any:
-    """The next message of a side; RuntimeError where it has ended or takes too long."""
-    deadline = time.monotonic() + seconds
-    while not pipe.poll(1.0):
-        if not process.is_alive():
-            raise RuntimeError(f"the process of {what} ended with status {process.exitcode}")
-        if time.monotonic() > deadline:
-            raise RuntimeError(f"{what} took more than {seconds:.0f} s")
-    return pipe.recv()
+class Side:
+    """A side in a process of its own, and what was measured of it.
+
+    error: why it takes no more steps, "" while it does.
+    """
+
+    def __init__(self, name: str, config: Config, threads: int, cache: str) -> None:
+        self.name, self.error = name, ""
+        self.seconds: list[float] = []
+        self.losses: list[float] = []
+        self.peak = 0
+        context = mp.get_context("spawn")
+        self._pipe, there = context.Pipe()
+        self._process = context.Process(
+            target=serve, args=(name, config, threads, cache, there), daemon=True
+        )
+        self._process.start()
+        there.close()
+
+    def device(self) -> str:
+        """Wait until it is built; the device's name, "" where it failed."""
+        return self._receive(READY_SECONDS) or ""
+
+    def step(self, number: int) -> None:
+        """Take a step, unless one has failed."""
+        if self.error:
+            return
+        self._pipe.send(number)
+        found = self._receive(STEP_SECONDS)
+        if found:
+            seconds, loss, self.peak = found
+            self.losses.append(loss)
+            if number >= WARM_UP:
+                self.seconds.append(seconds)
+
+    def end(self) -> None:
+        """End the process."""
+        if not self.error:
+            self._pipe.send(None)
+            self._process.join(timeout=30)
+        if self._process.is_alive():
+            self._process.terminate()
+
+    def _receive(self, seconds: float) -> Any:
+        """The next message; None, and a word in `error`, where there is none."""
+        try:
+            if self._pipe.poll(seconds):
+                return self._pipe.recv()
+            self.error = f"no answer in {seconds:.0f} s"
+        except EOFError:
+            self.error = "its process ended"
+        return None
 
 
-def measure(config: Config, sides: list[str], steps: int, threads: int) -> dict[str, Any]:
-    """Seconds of each step, losses and peak memory, by side; and the device's name."""
-    context = mp.get_context("spawn")
-    device, found, serving = "", {}, {}
+@dataclass(frozen=True)
+class Measured:
+    """The device's name, and the sides: ours first."""
+
+    device: str
+    sides: list[Side]
+
+
+def measure(config: Config, names: list[str], steps: int, threads: int, cache: str) -> Measured:
+    """Take steps in turn; ours must take all, another side may fail."""
+    sides = [Side(name, config, threads, cache) for name in names]
     try:
-        for side in sides:
-            here, there = context.Pipe()
-            process = context.Process(
-                target=serve, args=(side, config, threads, there), daemon=True
-            )
-            process.start()
-            serving[side] = here, process
-            found[side] = {"seconds": [], "losses": [], "peak": 0}
-        for side, (pipe, process) in serving.items():
-            device = receive(pipe, process, READY_SECONDS, side)
+        device = "".join([side.device() for side in sides][:1])
         for number in range(WARM_UP + steps):
-            for side, (pipe, process) in serving.items():
-                pipe.send(number)
-                taken, loss, peak = receive(pipe, process, STEP_SECONDS, f"a step of {side}")
-                found[side]["losses"].append(loss)
-                found[side]["peak"] = peak
-                if number >= WARM_UP:
-                    found[side]["seconds"].append(taken)
-        for pipe, process in serving.values():
-            pipe.send(None)
-            process.join(timeout=30)
+            for side in sides:
+                side.step(number)
+            if sides[0].error:
+                raise RuntimeError(f"ours: {sides[0].error}")
     finally:
-        for _, process in serving.values():
-            if process.is_alive():
-                process.terminate()
-    return {"device": device, "sides": found}
+        for side in sides:
+            side.end()
+    return Measured(device, sides)
 
 
-def summarise(config: Config, measured: dict[str, Any]) -> dict[str, Any]:
+def summarise(config: Config, measured: Measured) -> dict[str, Any]:
     """What the JSON holds: medians by side, and how many times as long as ours each takes."""
-    ours = measured["sides"]["ours"]["seconds"]
-    users, sides = config.data.batch_size, {}
-    for side, of in measured["sides"].items():
-        seconds = median(of["seconds"])
-        ratios = [theirs / mine for mine, theirs in zip(ours, of["seconds"], strict=True)]
-        sides[side] = {
+    ours = measured.sides[0].seconds
+    users = config.data.batch_size
+    sides: dict[str, dict[str, Any]] = {}
+    for side in measured.sides:
+        if side.error:
+            sides[side.name] = {"error": side.error}
+            continue
+        seconds = median(side.seconds)
+        ratios = [theirs / mine for mine, theirs in zip(ours, side.seconds, strict=True)]
+        sides[side.name] = {
             "ms": 1e3 * seconds,
             "users_per_second": users / seconds,
-            "peak_gb": of["peak"] / 1e9,
+            "peak_gb": side.peak / 1e9,
             "times_ours": median(ratios),
-            "losses": of["losses"][:WARM_UP],
+            "losses": side.losses[:WARM_UP],
         }
-    on_gpu = measured["device"] != "cpu"
+    on_gpu = measured.device != "cpu"
     wanted = config.parallel.wanted_precision
     precision = choose_precision(wanted, torch.device("cuda" if on_gpu else "cpu")).name
     return {
-        "device": measured["device"],
+        "device": measured.device,
         "torch": torch.__version__,
         "precision": precision,
         "users_per_step": users,
@@ -162,6 +203,9 @@ def table(result: dict[str, Any]) -> str:
         "|---|---|---|---|---|",
     ]
     for side, of in result["sides"].items():
+        if "error" in of:
+            lines.append(f"| {side} | failed: {of['error']} | | | |")
+            continue
         lines.append(
             f"| {side} | {of['ms']:.1f} | {of['users_per_second']:,.0f} | {of['peak_gb']:.2f} | "
             f"{of['times_ours']:.2f} |"
@@ -186,7 +230,7 @@ def main() -> None:
     sides = ["ours", *(side for side in a.against.split(",") if side)]
     if not set(sides) <= set(SIDES):
         parser.error(f"--against is {a.against!r}, expected plain, compiled or plain,compiled")
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as cache:
         shards = a.shards
         if not shards:
             shards = folder
@@ -198,7 +242,7 @@ def main() -> None:
             config = replace(config, parallel=parallel)
         if config.model.kind != "vasp" or config.loss.kind != "focal":
             parser.error("plain torch is VASP with the focal loss; pass a config of that")
-        result = summarise(config, measure(config, sides, a.steps, a.threads))
+        result = summarise(config, measure(config, sides, a.steps, a.threads, cache))
     print(table(result))
     if a.json:
         Path(a.json).write_text(json.dumps(result, indent=1) + "\n")
