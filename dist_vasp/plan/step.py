@@ -97,15 +97,14 @@ class Step:
         """The bytes of a block of the output side while its loss and gradients are computed."""
         o, model, G, word = self.config.optimizer, self.model, self.G, self.word
         n_paths = len(model.widths) + model.matrices
-        columns = self.config.parallel.block_columns
         if self.device.type == "cuda":
             # Logits and gradients of each path, targets, and temporaries of the loss.
-            C = min(self.J, columns or gpu_width(self.config, self.device.memory))
+            C = min(self.J, gpu_width(self.config, self.device.memory))
             return G * C * (2 * word * n_paths + 1 + 2 * FLOAT) * self.padding
         # (G, C) logits, misses and shares of each path and 14 others while the loss is taken
         # uncompiled. Then the gradient of each path and that of some rows of W (lean: of all rows,
         # and what their update makes).
-        C = min(self.J, columns or BLOCK_COLUMNS)
+        C = min(self.J, self.config.parallel.block_columns or BLOCK_COLUMNS)
         of_weights = GRADIENT_ROWS if o.item_state == "full" else 2 * self.sizes.n_items
         of_paths = G * n_paths + of_weights * model.matrices
         return FLOAT * C * max(G * (3 * n_paths + 14), of_paths)
