@@ -127,8 +127,16 @@ _MADE = {
 }
 
 
+_LONG = ["layout.md"]  # its commands train on several layouts
+
+
 @pytest.mark.parametrize(
-    "page", [p for p in PAGES if any(not mark for mark, _ in blocks(p))], ids=lambda p: p.name
+    "page",
+    [
+        pytest.param(p, id=p.name, marks=[pytest.mark.slow] if p.name in _LONG else [])
+        for p in PAGES
+        if any(not mark for mark, _ in blocks(p))
+    ],
 )
 def test_commands_of_a_page(page, prepared, tmp_path):
     folder = shutil.copytree(prepared, tmp_path / "project", symlinks=True)

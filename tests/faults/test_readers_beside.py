@@ -110,6 +110,7 @@ class Training:
         return {line["step"]: line["ndcg@100"] for line in lines if "loss" not in line}
 
 
+@pytest.mark.slow
 def test_a_recommender_is_of_one_checkpoint(shards, tmp_path, pytestconfig):
     loads = pytestconfig.getoption("loads") or 15
     with Training(shards, tmp_path / "run") as training:

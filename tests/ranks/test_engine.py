@@ -164,7 +164,10 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("world_size", "replicas"), [(1, 1), (2, 1), (3, 1), (2, 2), (4, 2)])
+@pytest.mark.parametrize(
+    ("world_size", "replicas"),
+    [(1, 1), (2, 1), (3, 1), (2, 2), pytest.param(4, 2, marks=pytest.mark.slow)],
+)
 def test_steps_equal_dense_oracle(world_size, replicas):
     configs = [
         _config(name, accumulation=accumulation, replicas=replicas, clip=clip, stage=stage)

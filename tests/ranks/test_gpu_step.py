@@ -26,7 +26,7 @@ from tests.support.ranks import run_ranks
 
 pytest.importorskip("triton", reason="triton is not installed; pip install -e '.[dev]'")
 
-N_ITEMS, N_ROWS, STEPS = 30, 8, 10
+N_ITEMS, N_ROWS, STEPS = 20, 6, 10
 CASES = {
     "vasp": {},
     "vasp clipped": {"clip_norm": 0.5},
@@ -105,7 +105,7 @@ def check(world_size: int, cases: list[str]) -> None:
             assert np.allclose(*scores, rtol=1e-3, atol=1e-4), case
 
 
-FAST = ["vasp", "vasp lean and clipped", "nease cosine"]
+FAST = ["vasp", "vasp lean and clipped"]
 
 
 def test_ten_steps_equal_those_of_the_cpu():

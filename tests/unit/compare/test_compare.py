@@ -599,7 +599,8 @@ def alive_in(folder: Path) -> list[psutil.Process]:
     return found
 
 
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_ctrl_c_is_passed_on_and_the_same_command_goes_on(shards, tmp_path, ranks):
     models = [{"name": "nease", "config": TINY}, {"name": "popularity", "baseline": "popularity"}]
     written(tmp_path, shards=str(shards), reference="nease", models=models, seeds=[0])

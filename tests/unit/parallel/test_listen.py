@@ -41,6 +41,7 @@ def listening(pid: int) -> set[str]:
     return found
 
 
+@pytest.mark.slow
 def test_ranks_listen_on_the_loopback_only(tmp_path):
     write_folder(tmp_path / "shards", [[u % 9, 9 + u % 7] for u in range(64)], n_items=20)
     more = (
