@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -42,7 +43,7 @@ def first_step(folder: str, config: str, shards: str, device: str, *options: str
     command = [sys.executable, "launch/train.py", "--config", config, "--device", device]
     command += ["--data.shards", shards, "--run.dir", str(run_dir), *options]
     start = time.monotonic()
-    process = subprocess.Popen(command, env=environment, stdout=sys.stderr)
+    process = subprocess.Popen(command, env=environment, stdout=sys.stderr, start_new_session=True)
     try:
         metrics = run_dir / "metrics.jsonl"
         while not (metrics.is_file() and "step_seconds" in metrics.read_text()):
@@ -53,7 +54,7 @@ def first_step(folder: str, config: str, shards: str, device: str, *options: str
             time.sleep(0.05)
         return {"seconds": time.monotonic() - start}
     finally:
-        process.kill()
+        os.killpg(process.pid, signal.SIGKILL)  # its loaders, too
         process.wait()
 
 

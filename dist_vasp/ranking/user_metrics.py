@@ -1,8 +1,8 @@
 """Metrics of each user's list (docs/metrics.md).
 
 Shapes: U users, K length of a list, I items of the vocabulary. A list holds item rows, best first,
-and is padded with -1 where fewer unseen items exist. A user with an empty target is not scored
-(NaN).
+and is padded with -1 where fewer unseen items exist. `hit_UK` says which of them are in the user's
+target (`hits`). A user with an empty target is not scored (NaN).
 """
 
 from __future__ import annotations
@@ -32,64 +32,62 @@ def hits(topk_ids: np.ndarray, held_out: Rows) -> np.ndarray:
     return (nearest == listed) & (topk_ids >= 0)
 
 
-def recall_at_k(
-    topk_ids: np.ndarray, held_out: Rows, k: int, denominator: str = "min"
-) -> np.ndarray:
+def recall_at_k(hit_UK: np.ndarray, held_out: Rows, k: int, denominator: str = "min") -> np.ndarray:
     """Return the hits among the first k divided by min(k, held-out items), (U,) float64.
 
     denominator `held_out` divides by the held-out items (He et al. 2020, LightGCN). NaN where the
     target is empty.
     """
-    n_hits = hits(topk_ids[:, :k], held_out).sum(axis=1)
+    n_hits = hit_UK[:, :k].sum(axis=1)
     return _divide(
         n_hits, held_out.lengths if denominator == "held_out" else np.minimum(k, held_out.lengths)
     )
 
 
-def ndcg_at_k(topk_ids: np.ndarray, held_out: Rows, k: int) -> np.ndarray:
+def ndcg_at_k(hit_UK: np.ndarray, held_out: Rows, k: int) -> np.ndarray:
     """Return DCG / ideal DCG, (U,) float64, NaN where the target is empty.
 
     DCG is the sum of 1 / log2(rank + 2) over the hits, with ranks from 0 and below k. The ideal DCG
     has min(k, held-out items) hits at the top (Järvelin and Kekäläinen 2002).
     """
     discounts = 1 / np.log2(np.arange(k) + 2)
-    hit = hits(topk_ids[:, :k], held_out)
+    hit = hit_UK[:, :k]
     dcg = (hit * discounts[: hit.shape[1]]).sum(axis=1)
     ideal = np.concatenate([[0.0], np.cumsum(discounts)])[np.minimum(k, held_out.lengths)]
     return _divide(dcg, ideal)
 
 
-def precision_at_k(topk_ids: np.ndarray, held_out: Rows, k: int) -> np.ndarray:
+def precision_at_k(hit_UK: np.ndarray, held_out: Rows, k: int) -> np.ndarray:
     """Return the hits among the first k divided by k, (U,) float64, NaN where the target is
     empty."""
-    n_hits: np.ndarray = hits(topk_ids[:, :k], held_out).sum(axis=1)
+    n_hits: np.ndarray = hit_UK[:, :k].sum(axis=1)
     return _scored(np.divide(n_hits, k), held_out)
 
 
-def hit_rate_at_k(topk_ids: np.ndarray, held_out: Rows, k: int) -> np.ndarray:
+def hit_rate_at_k(hit_UK: np.ndarray, held_out: Rows, k: int) -> np.ndarray:
     """Return 1 where there is a hit among the first k, else 0, (U,) float64, NaN where the target
     is empty."""
-    n_hits: np.ndarray = hits(topk_ids[:, :k], held_out).sum(axis=1)
+    n_hits: np.ndarray = hit_UK[:, :k].sum(axis=1)
     return _scored((n_hits > 0).astype(np.float64), held_out)
 
 
-def reciprocal_rank_at_k(topk_ids: np.ndarray, held_out: Rows, k: int) -> np.ndarray:
+def reciprocal_rank_at_k(hit_UK: np.ndarray, held_out: Rows, k: int) -> np.ndarray:
     """Return 1 / rank of the first hit, ranks from 1 to k, or 0 without one, (U,) float64.
 
     NaN where the target is empty (Voorhees 1999).
     """
-    hit = hits(topk_ids[:, :k], held_out)
+    hit = hit_UK[:, :k]
     reciprocal = hit / (np.arange(hit.shape[1]) + 1)
     return _scored(reciprocal.max(axis=1, initial=0.0), held_out)
 
 
-def average_precision_at_k(topk_ids: np.ndarray, held_out: Rows, k: int) -> np.ndarray:
+def average_precision_at_k(hit_UK: np.ndarray, held_out: Rows, k: int) -> np.ndarray:
     """Return the sum over the hits among the first k of the precision at the hit, divided by the
     held-out items, (U,) float64.
 
     NaN where the target is empty. As `map_cut` of trec_eval.
     """
-    hit = hits(topk_ids[:, :k], held_out)
+    hit = hit_UK[:, :k]
     precision = np.cumsum(hit, axis=1) / (np.arange(hit.shape[1]) + 1)
     return _divide((hit * precision).sum(axis=1), held_out.lengths)
 
@@ -152,24 +150,33 @@ class UserMetrics:
 
         topk_ids (U, K); held_out of U rows.
         """
+        hit_UK = self._hits(topk_ids, held_out)
         return {
-            str(metric): self._one(metric, topk_ids, held_out)
+            str(metric): self._one(metric, topk_ids, hit_UK, held_out)
             for metric in self.metrics
             if metric.of_target
         }
 
     def of_user(self, topk_ids: np.ndarray, held_out: Rows) -> dict[str, np.ndarray]:
         """Return each metric of each user, (U,) float64, in the order of `names`."""
+        hit_UK = self._hits(topk_ids, held_out)
         return {
-            str(metric): self._one(metric, topk_ids, held_out)
+            str(metric): self._one(metric, topk_ids, hit_UK, held_out)
             for metric in self.metrics
             if not metric.of_all_lists
         }
 
-    def _one(self, metric: Metric, topk_ids: np.ndarray, held_out: Rows) -> np.ndarray:
+    def _hits(self, topk_ids: np.ndarray, held_out: Rows) -> np.ndarray:
+        """The hits among as many items as some metric needs: found once for all of them."""
+        longest = max((metric.k for metric in self.metrics if metric.of_target), default=0)
+        return hits(topk_ids[:, :longest], held_out)
+
+    def _one(
+        self, metric: Metric, topk_ids: np.ndarray, hit_UK: np.ndarray, held_out: Rows
+    ) -> np.ndarray:
         if metric.name == "recall":
-            return recall_at_k(topk_ids, held_out, metric.k, self.recall_denominator)
+            return recall_at_k(hit_UK, held_out, metric.k, self.recall_denominator)
         if metric.name == "novelty":
             assert self.self_information is not None
             return novelty_at_k(topk_ids, self.self_information, metric.k)
-        return _OF_TARGET[metric.name](topk_ids, held_out, metric.k)
+        return _OF_TARGET[metric.name](hit_UK, held_out, metric.k)

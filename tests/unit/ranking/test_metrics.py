@@ -83,7 +83,9 @@ def test_metrics_equal_the_plain_loop(case, k):
     assert hits(ids, held_out).tolist() == expected_hits
     for metric, naive in ((recall_at_k, naive_recall), (ndcg_at_k, naive_ndcg)):
         expected = [naive(row, t, k) for row, t in zip(ids.tolist(), targets, strict=True)]
-        np.testing.assert_allclose(metric(ids, held_out, k), np.array(expected), rtol=1e-12)
+        np.testing.assert_allclose(
+            metric(hits(ids, held_out), held_out, k), np.array(expected), rtol=1e-12
+        )
 
 
 @settings(deadline=None)
@@ -128,17 +130,18 @@ def test_result_over_blocks(case, users_per_block, denominator):
 def test_by_hand():
     ids = np.array([[7, 2, 9, -1], [1, 2, 3, 4]])
     held_out = csr([{2, 5}, {4}])
-    np.testing.assert_allclose(recall_at_k(ids, held_out, 4), [0.5, 1.0])
-    np.testing.assert_allclose(recall_at_k(ids, held_out, 1), [0.0, 0.0])
-    np.testing.assert_allclose(recall_at_k(ids, held_out, 1, "held_out"), [0.0, 0.0])
-    np.testing.assert_allclose(
-        recall_at_k(ids, csr([{2, 7, 5, 6}, {1}]), 1, "held_out"), [0.25, 1.0]
-    )
-    np.testing.assert_allclose(recall_at_k(ids, csr([{2, 7, 5, 6}, {1}]), 1), [1.0, 1.0])
+    hit = hits(ids, held_out)
+    np.testing.assert_allclose(recall_at_k(hit, held_out, 4), [0.5, 1.0])
+    np.testing.assert_allclose(recall_at_k(hit, held_out, 1), [0.0, 0.0])
+    np.testing.assert_allclose(recall_at_k(hit, held_out, 1, "held_out"), [0.0, 0.0])
     ideal = 1 + 1 / math.log2(3)
     np.testing.assert_allclose(
-        ndcg_at_k(ids, held_out, 4), [1 / math.log2(3) / ideal, 1 / math.log2(5)]
+        ndcg_at_k(hit, held_out, 4), [1 / math.log2(3) / ideal, 1 / math.log2(5)]
     )
+    more = csr([{2, 7, 5, 6}, {1}])
+    hit = hits(ids, more)
+    np.testing.assert_allclose(recall_at_k(hit, more, 1, "held_out"), [0.25, 1.0])
+    np.testing.assert_allclose(recall_at_k(hit, more, 1), [1.0, 1.0])
 
 
 def test_padding_hits_nothing_at_the_border_of_two_rows():
