@@ -102,7 +102,7 @@ def _check_run(run: RunConfig) -> None:
 
 def _check_optimizer(o: OptimizerConfig) -> None:
     _at_least_one(optimizer__accumulation=o.accumulation)
-    for key in ("momentum_decay", "weight_decay", "clip_norm"):
+    for key in ("momentum_decay", "weight_decay", "l2", "clip_norm"):
         require_finite(f"optimizer.{key}", getattr(o, key))
     for key, value in (("optimizer.beta1", o.beta1), ("optimizer.beta2", o.beta2)):
         require(0 <= value < 1, key, value, "0 <= beta < 1", "the usual values are 0.9 and 0.999")
@@ -162,6 +162,14 @@ def _check_model(config: Config) -> None:
     model.check_keys()
     config.optimizer.check_keys()
     kind.check(config)
+    optimizer = config.optimizer
+    require(
+        kind.closed_form or not (optimizer.l2 and optimizer.clip_norm),
+        "optimizer.l2",
+        optimizer.l2,
+        f"0 with optimizer.clip_norm {optimizer.clip_norm:g}",
+        "leave one of the two out",
+    )
     require(
         kind.closed_form or loss.kind in kind.losses,
         "loss.kind",

@@ -36,7 +36,7 @@ class DataConfig:
     """Users per optimizer step over all ranks; with halves each user gives two rows."""
     halves: bool | None = None
     """Split each user's items anew every epoch into halves that predict each other; null: yes,
-    except for model.kind nease and multvae."""
+    except for model.kind nease, multvae and autorec."""
     input_dropout: float = 0.0
     """Share of the inputs' interactions that is left out, drawn anew every epoch; targets keep all
     of theirs."""
@@ -50,8 +50,8 @@ class ModelKind:
 
     kind: Literal[tuple(KINDS)] = "vasp"  # type: ignore[valid-type]
     """vasp multiplies flvae and nease, which also train alone; wide_deep adds their logits; multvae
-    is a shallow autoencoder with multinomial loss; ease is the closed form and uses neither loss
-    nor optimizer."""
+    is a shallow variational autoencoder; autorec is an autoencoder of one hidden layer; ease is the
+    closed form and uses neither loss nor optimizer."""
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,9 @@ class ModelConfig(ModelKeys, ModelKind, CheckedKeys):
 class LossConfig:
     """loss: what is minimised."""
 
-    kind: Literal["focal", "cosine", "mse", "bce", "multinomial"] = "focal"
+    kind: Literal["focal", "cosine", "mse", "bce", "multinomial", "squared"] = "focal"
     """focal for vasp, wide_deep, flvae and nease; cosine, mse, bce for nease; multinomial for flvae
-    and multvae."""
+    and multvae; squared, the squared error of a score that is no probability, for autorec."""
     alpha: float = 0.25
     """Focal weight of the ones; the zeros weigh 1 - alpha."""
     gamma: float = 2.0
@@ -103,6 +103,9 @@ class UpdateRule:
     to no memory."""
     weight_decay: float = 0.0
     """Decoupled weight decay; adamw only."""
+    l2: float = 0.0
+    """L2 regularisation of the item matrices, not of biases and trunk: their gradient grows by this
+    times the weights. Reported losses leave it out."""
     clip_norm: float = 0.0
     """Largest joint gradient norm of trunk and item matrices; 0 does not clip."""
     accumulation: int = 1

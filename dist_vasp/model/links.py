@@ -3,7 +3,7 @@
     product    p = prod_k sigmoid(l_k)            all paths must agree (VASP, section 3.3)
     sum        p = sigmoid(sum_k l_k)             one path is enough (wide and deep)
     softmax    p = softmax over items of sum_k l_k
-    identity   score = sum_k l_k                  no probability: the closed form
+    identity   score = sum_k l_k                  no probability: the closed form, autorec
 
 A loss is a function of the link's `factors`; `spread` takes its gradients back to the paths.
 

@@ -270,12 +270,26 @@ class MultinomialLoss(Loss):
         return loss, [grad.to(logits[0].dtype)] * len(logits)
 
 
+@dataclass
+class ScoreError(Loss):
+    """(y - l)^2 over all items, with l the sum of the paths' logits."""
+
+    def block(
+        self, logits: list[Tensor], ones: Positions, weight_G: Tensor, stats: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        error = sum(logits[1:], logits[0]).to(weight_G.dtype, copy=True)
+        error[ones] -= 1
+        grad = (2 * weight_G)[:, None] * error
+        return weight_G @ (error * error).sum(dim=1), [grad.to(logits[0].dtype)] * len(logits)
+
+
 _LOSSES: dict[str, type[Loss]] = {
     "focal": FocalLoss,
     "bce": BinaryCrossEntropy,
     "mse": SquaredError,
     "cosine": CosineLoss,
     "multinomial": MultinomialLoss,
+    "squared": ScoreError,
 }
 
 

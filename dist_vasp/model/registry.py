@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dist_vasp.model.kind import Kind
+from dist_vasp.model.kinds.autorec import AutoRec, AutoRecKeys
 from dist_vasp.model.kinds.ease import Ease, EaseKeys
 from dist_vasp.model.kinds.flvae import Flvae, FlvaeKeys
 from dist_vasp.model.kinds.multvae import MultVae
@@ -17,6 +18,7 @@ _ALL: tuple[Kind, ...] = (
     WideDeep(),  # FLVAE OR NEASE: one sigmoid of the sum of their logits
     Flvae(),  # deep variational autoencoder
     MultVae(),  # shallow variational autoencoder, softmax over the items
+    AutoRec(),  # autoencoder of one hidden layer, squared error
     Nease(),  # one items x items layer, trained
     Ease(),  # one items x items layer, closed form
 )
@@ -35,7 +37,7 @@ class CheckedKeys:
 
 
 @dataclass(frozen=True)
-class ModelKeys(NeaseKeys, EaseKeys, FlvaeKeys):
+class ModelKeys(AutoRecKeys, NeaseKeys, EaseKeys, FlvaeKeys):
     """The keys of `model` that the kinds add."""
 
 

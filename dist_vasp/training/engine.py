@@ -119,11 +119,12 @@ class Trainer:
 
     def _item_groups(self) -> list[dict[str, Any]]:
         """Parameter groups of the item matrices: one for each path, one for the input side."""
-        lean = self.config.optimizer.item_state == "lean"
+        lean, l2 = self.config.optimizer.item_state == "lean", self.config.optimizer.l2
 
         def group(slices: list[ItemSlice], rate: float) -> dict[str, Any]:
             item_dim = slices[0].item_dim if lean else None
-            return {"params": [p.whole for p in slices], "lean_dim": item_dim, "rate": rate}
+            whole = [p.whole for p in slices]
+            return {"params": whole, "lean_dim": item_dim, "rate": rate, "l2": l2}
 
         groups = [group(self.model.input.slices(), 1.0)] if self.model.input else []
         trained = [path for path in self.model.paths if path.training.trained]

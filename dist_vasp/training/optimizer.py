@@ -63,7 +63,9 @@ class InPlaceAdam(torch.optim.Optimizer):
     `grad_scale` multiplies every gradient before it is used (joint clipping). State per parameter:
     `exp_avg` and `exp_avg_sq` of its shape, and the scalars `step` and `mu_product`. A parameter
     group with `lean_dim` keeps one second moment per vector along that dimension of its matrices
-    (the mean of the squared gradient), as embedding libraries do: about 8 bytes per weight.
+    (the mean of the squared gradient), as embedding libraries do: about 8 bytes per weight. The
+    gradient of the matrices of a group with `l2` grows by `l2` times the weights in `update` and
+    `update_many`.
 
     beside: copies and starts, by parameter.
     """
@@ -76,7 +78,7 @@ class InPlaceAdam(torch.optim.Optimizer):
         kernels: Kernels = PLAIN,
         beside: dict[Tensor, Beside] | None = None,
     ) -> None:
-        super().__init__(params, {"lr": lr, "lean_dim": None, "rate": 1.0})
+        super().__init__(params, {"lr": lr, "lean_dim": None, "rate": 1.0, "l2": 0.0})
         self.config = config
         self.grad_scale = 1.0
         self._factors: dict[Tensor, Factors] = {}
@@ -126,6 +128,8 @@ class InPlaceAdam(torch.optim.Optimizer):
         beside = self._beside.get(parameter, Beside())
         if beside.start is not None:
             parameter[rows].lerp_(beside.start[rows], self._pull(parameter, beside))
+        if self.l2(parameter):
+            grad = grad + self.l2(parameter) * parameter[rows]
         squared_norm = self._apply(parameter[rows], grad, moments, self._factors[parameter])
         if beside.copy is not None:
             beside.copy[rows].copy_(parameter[rows])
@@ -141,6 +145,7 @@ class InPlaceAdam(torch.optim.Optimizer):
         squared_norms: of the gradient's columns (C,), for a parameter with one second moment for
         each of them. Returns the gradient's squared norm, a scalar.
         """
+        assert not self.l2(parameter), "the gradient is never formed"
         beside, by = self._beside.get(parameter, Beside()), self._factors[parameter]
         if beside.start is not None:
             parameter.lerp_(beside.start, self._pull(parameter, beside))
@@ -166,6 +171,8 @@ class InPlaceAdam(torch.optim.Optimizer):
         """
         by_factors: dict[int, list[tuple[Tensor, Weights]]] = {}
         for parameter, grad in parts:
+            if self.l2(parameter):
+                grad = grad + self.l2(parameter) * parameter
             key = id(self._factors[parameter])
             by_factors.setdefault(key, []).append((grad, self._weights_of(parameter)))
         numbers = {id(by): self._numbers(by) for by in self._factors.values()}
@@ -204,6 +211,10 @@ class InPlaceAdam(torch.optim.Optimizer):
         weight has its own."""
         group = self._group_of(p)
         return group["lean_dim"] if p.dim() == 2 else None
+
+    def l2(self, p: Tensor) -> float:
+        """What its weights are multiplied by where they are added to its gradient."""
+        return self._group_of(p)["l2"] if p.dim() == 2 else 0.0
 
     def _group_of(self, p: Tensor) -> dict:
         groups = [group for group in self.param_groups if any(p is q for q in group["params"])]

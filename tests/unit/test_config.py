@@ -110,6 +110,7 @@ CHANGED = {
         "nease_scale": 8.0,
         "nease_offset": -8.0,
         "nease": "apart",
+        "autorec_encoder": "identity",
     },
     "loss": {
         "kind": "multinomial",
@@ -128,6 +129,7 @@ CHANGED = {
         "weight_decay": 0.01,
         "nease_lr": 0.1,
         "nease_decay": 0.5,
+        "l2": 0.01,
         "clip_norm": 1.0,
         "accumulation": 3,
         "reset_on_stage": True,

@@ -18,6 +18,7 @@ from dist_vasp.model.losses import (
     CosineLoss,
     FocalLoss,
     MultinomialLoss,
+    ScoreError,
     SquaredError,
     make_loss,
     probability,
@@ -37,6 +38,7 @@ LOSSES = {
     "mse": SquaredError(),
     "cosine": CosineLoss(),
     "multinomial": MultinomialLoss(),
+    "squared": ScoreError(),
 }
 EXTREMES = [-1e4, -200.0, -100.0, -50.0, 0.0, 50.0, 100.0, 200.0, 1e4]
 
@@ -75,6 +77,8 @@ def naive(loss, logits: list[Tensor], y: Tensor, weight: Tensor) -> Tensor:
             1 - (p * y).sum(1) / ((p * p).sum(1).sqrt() * (y * y).sum(1).clamp(min=1).sqrt())
         )
     total = sum(logits)
+    if isinstance(loss, ScoreError):
+        return (weight[:, None] * (y - total) ** 2).sum()
     return -(weight[:, None] * y * (total - total.exp().sum(1, keepdim=True).log())).sum()
 
 

@@ -41,6 +41,24 @@ def test_equals_torch(name, monkeypatch):
         torch.testing.assert_close(q, p, rtol=1e-7 if name == "nadam" else 1e-12, atol=1e-14)
 
 
+def test_l2_grows_the_gradient_of_matrices_alone():
+    generator = torch.Generator().manual_seed(1)
+    start = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((5, 3), 4)]
+    theirs, ours = ([torch.nn.Parameter(p.clone()) for p in start] for _ in range(2))
+    groups = [{"params": [theirs[0]], "weight_decay": 0.1}, {"params": [theirs[1]]}]
+    a = torch.optim.Adam(groups, lr=0.01, eps=1e-7)
+    b = InPlaceAdam([{"params": ours, "l2": 0.1}], OptimizerConfig(name="adam"), lr=0.01)
+    for _ in range(5):
+        b.begin_step()
+        for p, q in zip(theirs, ours, strict=True):
+            p.grad = torch.randn(p.shape, generator=generator, dtype=torch.float64)
+            for first in range(0, len(q), 2):
+                b.update(q, first, p.grad[first : first + 2])
+        a.step()
+    for p, q in zip(theirs, ours, strict=True):
+        torch.testing.assert_close(q, p, rtol=1e-12, atol=1e-14)
+
+
 def test_grad_scale_is_a_scaled_gradient():
     p, q = (torch.nn.Parameter(torch.ones(4, dtype=torch.float64)) for _ in range(2))
     a, b = (InPlaceAdam([x], OptimizerConfig(eps=1.0), lr=0.1) for x in (p, q))
