@@ -38,20 +38,24 @@ def collect(
     memory_limit: str,
     repeats: str = "first",
     by_time: bool = False,
+    keep_ratings: bool = False,
 ) -> tuple[Interactions, Summary]:
     """Group the positives of `batches` by user, with scratch files in `folder`.
 
     batches: columns user and item, and optionally rating, split and time. Without a rating column
     every row counts. `repeats` says which of several rows of a pair counts; times, where there are
     any, order them. With `by_time` the positives of a user come in the order of their times, which
-    are kept beside them; without times in the order of the input. ValueError for unknown split
-    values, for an input without rows and for one without positives; ValueError of the reader passes
-    through.
+    are kept beside them; without times in the order of the input. With `keep_ratings` the ratings
+    are kept beside them. ValueError for unknown split values, for an input without rows, for one
+    without positives, and for one without the ratings that are to be kept; ValueError of the reader
+    passes through.
     """
     rest = iter(batches)
     first = next(rest, None)
     schema = first.schema if first is not None else pa.schema([])
     rule, extra = _rule_and_columns(schema.names, min_rating, repeats, first is None)
+    if keep_ratings and "rating" not in extra:
+        extra.append("rating")
     encoder = _Encoder(rule, extra, has_ratings="rating" in schema.names)
     folder.mkdir(parents=True, exist_ok=True)
     encoded = _EncodedBatches(encoder, itertools.chain([] if first is None else [first], rest))
@@ -60,11 +64,12 @@ def collect(
         types["time"] = schema.field("time").type
     fields = [("user", pa.uint32()), ("item", pa.uint32()), ("position", pa.uint64())]
     sorted_schema = pa.schema([*fields, *((name, types[name]) for name in extra)])
+    beside = _beside(extra, by_time, keep_ratings)
     with _sorted_by_user(encoded, sorted_schema, folder, memory_limit) as stream:
-        sizes = _write_scratch(stream, folder, encoder, by_time)
+        sizes = _write_scratch(stream, folder, encoder, beside)
     if not sizes.any():
         raise ValueError(_nothing_kept(encoder.summary, min_rating, repeats))
-    return _interactions(encoder, sizes, folder, by_time), encoder.summary
+    return _interactions(encoder, sizes, folder, beside), encoder.summary
 
 
 def _rule_and_columns(
@@ -94,7 +99,7 @@ def _nothing_kept(summary: Summary, min_rating: float, repeats: str) -> str:
 
 
 def _interactions(
-    encoder: _Encoder, sizes: np.ndarray, folder: Path, by_time: bool
+    encoder: _Encoder, sizes: np.ndarray, folder: Path, beside: tuple[str, ...]
 ) -> Interactions:
     """Return the scratch files with users by ascending id; `sizes` (U,) are by user code."""
     user_ids, user_rank = _ascending(encoder.users)
@@ -104,7 +109,7 @@ def _interactions(
         _ascending(encoder.items)[0],
         (np.cumsum(sizes) - sizes)[order],
         sizes[order],
-        _beside(encoder.extra, by_time),
+        beside,
         folder,
     )
     if encoder.rule.repeats == "last" and encoder.summary.has_ratings:
@@ -113,9 +118,13 @@ def _interactions(
     return data
 
 
-def _beside(extra: Sequence[str], by_time: bool) -> tuple[str, ...]:
+def _beside(extra: Sequence[str], by_time: bool, keep_ratings: bool) -> tuple[str, ...]:
     """Return what the scratch files hold beside the items."""
-    kept = {"splits": "split" in extra, "times": by_time and "time" in extra}
+    kept = {
+        "splits": "split" in extra,
+        "times": by_time and "time" in extra,
+        "ratings": keep_ratings,
+    }
     return tuple(name for name, is_kept in kept.items() if is_kept)
 
 
@@ -232,12 +241,11 @@ def _sorted_by_user(
 
 
 def _write_scratch(
-    stream: Iterable[pa.RecordBatch], folder: Path, encoder: _Encoder, by_time: bool
+    stream: Iterable[pa.RecordBatch], folder: Path, encoder: _Encoder, beside: tuple[str, ...]
 ) -> np.ndarray:
     """Write the positives to `folder`; return their number for every user, (U,) int64, by code."""
     sizes: list[np.ndarray] = []
     item_rank: np.ndarray | None = None
-    beside = _beside(encoder.extra, by_time)
     with ExitStack() as opened:
         files = {
             name: opened.enter_context(open(folder / name, "wb")) for name in ("items", *beside)

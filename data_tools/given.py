@@ -122,9 +122,9 @@ class GivenPlan:
             parts = []
             for code in (TRAIN,) if target is None else (TRAIN, target):
                 chosen = (block.splits == code) & (row >= 0)
-                parts.append(
-                    rows_of_pairs(user[chosen], row[chosen], n_users, len(self.vocabulary))
-                )
+                values = block.ratings[chosen] if len(block.ratings) else None
+                n_items = len(self.vocabulary)
+                parts.append(rows_of_pairs(user[chosen], row[chosen], n_users, n_items, values))
             yield Block(self._user_keys[block.users], *parts)
 
 

@@ -22,7 +22,8 @@ from dist_vasp.data.rows import Rows, indptr_of
 
 TRAIN, TEST, VALIDATION = 0, 1, 2  # split codes
 _USERS_PER_BLOCK = 4096
-_TYPES = {"splits": np.uint8, "times": np.float64}  # of what may lie beside the items
+# of what may lie beside the items
+_TYPES = {"splits": np.uint8, "times": np.float64, "ratings": np.float64}
 
 
 @dataclass
@@ -43,6 +44,7 @@ class UserBlock:
     rows: Rows  # B rows of item ranks, uint32, in input order
     splits: np.ndarray  # (E,) uint8 split codes; empty where they are not kept
     times: np.ndarray  # (E,) float64; empty where they are not kept
+    ratings: np.ndarray  # (E,) float64; empty where they are not kept
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,8 @@ class Interactions:
     """Distinct interactions by user, in input order within a user.
 
     They lie in the file `items` of `folder`, a uint32 each. `beside` names what lies in a file of
-    its own: `splits`, split codes of a byte each, and `times`, a float64 each. The folder must
-    outlive this object.
+    its own: `splits`, split codes of a byte each, `times` and `ratings`, a float64 each. The folder
+    must outlive this object.
     """
 
     user_ids: pa.Array  # (U,) int64 or string, ascending
@@ -83,7 +85,7 @@ class Interactions:
                     data = _read(files[name], starts, lengths, width)
                     beside[name] = np.frombuffer(data, _TYPES[name])
                 rows = Rows(indptr_of(lengths), items)
-                yield UserBlock(block, rows, beside["splits"], beside["times"])
+                yield UserBlock(block, rows, **beside)
 
     def blocks_in_file_order(self) -> Iterator[UserBlock]:
         """Yield all users in the order in which they lie in the files."""

@@ -21,6 +21,7 @@ _BELONGS_TO = {
     **dict.fromkeys(("val_users", "test_users"), ("liang",)),
     **dict.fromkeys(("val_fraction", "test_fraction"), ("hashed",)),
     "split_column": ("given",),
+    "keep_ratings": ("given",),
     "validation_fraction": ("given", "time"),
     **dict.fromkeys(("split_time", "split_quantile"), ("time",)),
     "like": ("liang", "hashed"),
@@ -58,7 +59,10 @@ def _add_columns(result: command_line.Parser) -> None:
     add = result.add_argument
     add("--user_column", metavar="NAME", help="csv, parquet: default user")
     add("--item_column", metavar="NAME", help="csv, parquet: default item")
-    help = "not given: default rating; without such a column every row counts (implicit feedback)"
+    help = (
+        "not given, unless with --keep_ratings: default rating; without such a column every row "
+        "counts (implicit feedback)"
+    )
     add("--rating_column", metavar="NAME", help=help)
     help = (
         "orders the rows of a user and an item; default for --repeats last, --protocol time and "
@@ -67,6 +71,8 @@ def _add_columns(result: command_line.Parser) -> None:
     add("--time_column", metavar="NAME", help=help)
     help = "given: default split; 0 or train, 1 or test, 2 or validation"
     add("--split_column", metavar="NAME", help=help)
+    help = "given: keep the ratings of --rating_column beside the items, for model.kind autorec"
+    add("--keep_ratings", action="store_true", default=None, help=help)
 
 
 def _add_protocol(result: command_line.Parser) -> None:
@@ -143,6 +149,8 @@ def check_protocol(args: argparse.Namespace) -> None:
             "of them out"
         )
     for name, protocols in _BELONGS_TO.items():
+        if name == "rating_column" and args.keep_ratings:
+            continue
         if getattr(args, name) is not None and args.protocol not in protocols:
             raise ValueError(
                 f"--{name} belongs to --protocol {_or(protocols)}, but the protocol is "

@@ -29,7 +29,13 @@ from data_tools.times import told
 from data_tools.titles import read_titles
 from data_tools.writer import check_unique_keys, count_split, write_folder
 from dist_vasp.data import ids
-from dist_vasp.data.manifest import SPLITS, SplitEntry, default_users_per_shard, files_of
+from dist_vasp.data.manifest import (
+    KEEP_RATINGS,
+    SPLITS,
+    SplitEntry,
+    default_users_per_shard,
+    files_of,
+)
 from dist_vasp.data.positives import PositiveRule, from_json
 from dist_vasp.data.role_columns import unused_columns
 from dist_vasp.data.tables.inputs import expand
@@ -85,7 +91,9 @@ def _command(args: argparse.Namespace) -> int:
     for note in [*source.notes, *_order(args, source, prepared.preparation["arguments"])]:
         print(note)
     _print_splits(args, prepared.plan, splits)
-    print(f"  {from_json(prepared.preparation['positives'])}")
+    rule = str(from_json(prepared.preparation["positives"]))
+    kept = "every row counts, and its rating is kept beside the item"
+    print(f"  {kept if args.keep_ratings else rule}")
     for line in _unused(args, source):
         print(f"  {line}")
     _print_left_out(prepared.preparation, splits, time.monotonic() - start)
@@ -99,6 +107,8 @@ def _open_source(args: argparse.Namespace) -> Source:
     if args.min_rating is not None and rating_column is None:
         is_table = (args.format or infer_format(args.inputs)) in ("csv", "parquet")
         rating_column = "rating" if is_table else None  # a minimum needs the column
+    if args.keep_ratings:
+        rating_column = rating_column or "rating"
     names_columns = bool(
         split_column
         or rating_column
@@ -133,7 +143,8 @@ def _prepare(
     """Read the interactions, apply the protocol, and describe both for the manifest."""
     batches, min_rating = source.batches(), min_rating_of(args)
     by_time = args.protocol in options.BY_TIME
-    data, summary = collect(batches, scratch, min_rating, args.memory_limit, args.repeats, by_time)
+    options_of = (min_rating, args.memory_limit, args.repeats, by_time, bool(args.keep_ratings))
+    data, summary = collect(batches, scratch, *options_of)
     planned = make_plan(args, data, old)
     data, plan = planned.data, planned.plan
     check_unique_keys(data, plan)
@@ -147,7 +158,11 @@ def _prepare(
         "protocol": args.protocol,
         "input": ", ".join(Path(text).name for text in args.inputs),
         "positives": _rule(args, summary, source).to_json(),
-        "arguments": {**planned.arguments, "seed": args.seed},
+        "arguments": {
+            **planned.arguments,
+            **({KEEP_RATINGS: True} if args.keep_ratings else {}),
+            "seed": args.seed,
+        },
         "rows_read": summary.rows + sum(source.left_out.values()),
         "left_out": {
             **source.left_out,

@@ -15,6 +15,7 @@ from dist_vasp.commands.ending import rank_parser
 from dist_vasp.config.metric_names import Metric, computed_metrics, parse_metrics
 from dist_vasp.data.items import load_items
 from dist_vasp.data.manifest import Manifest
+from dist_vasp.data.shard import check_ratings
 from dist_vasp.files import new_file
 from dist_vasp.parallel.agree import agreed
 from dist_vasp.parallel.comm import Ranks
@@ -114,13 +115,15 @@ class _Task:
     """Metrics beyond the default ones."""
     remark: str
     """Printed before the evaluation; "" says nothing."""
+    ratings: bool
+    """Whether the model reads ratings, and its scores are compared with those of the targets."""
 
 
 def _load(arguments: argparse.Namespace, ranks: Ranks) -> _Task:
     """Load the run or the baseline and the manifest of its data. All ranks call this together."""
     ranker = load_ranker(arguments.run, arguments.checkpoint, ranks) if arguments.run else None
     with agreed(ranks):
-        folder, remark = arguments.shards, ""
+        folder, remark, ratings = arguments.shards, "", False
         asked = parse_metrics(arguments.metrics, "--metrics")
         if ranker and not folder:
             folder, remark = shards_of(ranker.members[0])
@@ -129,6 +132,9 @@ def _load(arguments: argparse.Namespace, ranks: Ranks) -> _Task:
             check_vocabulary(ranker.members[0], folder, manifest)
             scorer: Scorer = ranker.model.scores
             name = ranker.name
+            ratings = ranker.config.data.ratings
+            if ratings:
+                check_ratings(folder, manifest)
             denominator = ranker.config.run.recall_denominator
             asked = asked or ranker.config.run.asked_metrics
         else:
@@ -140,7 +146,7 @@ def _load(arguments: argparse.Namespace, ranks: Ranks) -> _Task:
                 "choose another --split or prepare the data with some"
             )
         denominator = arguments.recall_denominator or denominator
-        return _Task(name, scorer, folder, manifest, denominator, asked, remark)
+        return _Task(name, scorer, folder, manifest, denominator, asked, remark, ratings)
 
 
 def _evaluate(task: _Task, arguments: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
@@ -176,6 +182,7 @@ def _evaluate(task: _Task, arguments: argparse.Namespace, ranks: Ranks) -> dict[
                 each_block=per_user.write if per_user else None,
                 manifest=task.manifest,
                 metrics=metrics,
+                ratings=task.ratings,
             )
         assert found is not None
         result = found.result()

@@ -21,6 +21,7 @@ from dist_vasp.ranking.explain import model_explainer
 from dist_vasp.ranking.filters import allowed_items
 from dist_vasp.ranking.history_columns import history_columns
 from dist_vasp.ranking.history_file import HistoryFile, open_histories
+from dist_vasp.ranking.load import refuse_ratings
 from dist_vasp.ranking.recommend import recommend_to_file
 from dist_vasp.ranking.writers import check_output
 from dist_vasp.text import one_line
@@ -36,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     ranker = load_ranker(arguments.run, arguments.checkpoint, ranks)
     with ExitStack() as stack:
         with agreed(ranks):
+            refuse_ratings(ranker.config, arguments.run)
             _check_explain(arguments, ranker)
             histories, allowed, notes = _open(arguments, ranker, stack)
         if ranks.is_main:

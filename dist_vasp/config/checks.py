@@ -162,6 +162,13 @@ def _check_model(config: Config) -> None:
     model.check_keys()
     config.optimizer.check_keys()
     kind.check(config)
+    require(
+        not config.data.ratings or kind.closed_form or (kind.reads_ratings and not config.halves),
+        "data.ratings",
+        config.data.ratings,
+        "false, unless model.kind is autorec and data.halves is not true",
+        "leave it out",
+    )
     optimizer = config.optimizer
     require(
         kind.closed_form or not (optimizer.l2 and optimizer.clip_norm),

@@ -40,6 +40,9 @@ class DataConfig:
     input_dropout: float = 0.0
     """Share of the inputs' interactions that is left out, drawn anew every epoch; targets keep all
     of theirs."""
+    ratings: bool = False
+    """Train on the ratings that the shards keep (keep_ratings of data_tools.shard), not on zeros and
+    ones: autorec's inputs are ratings, and its loss is that of the observed ones."""
     workers: int = 1
     """Loader processes per rank that run ahead of training; 0 loads in the training process."""
 

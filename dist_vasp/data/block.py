@@ -1,7 +1,8 @@
 """A block of users, and how it is stored as one sample of a WebDataset tar.
 
 A sample holds numpy arrays: `user_keys`, `indptr` and `items`; in validation and test also
-`heldout_indptr` and `heldout_items`. Nothing is unpickled.
+`heldout_indptr` and `heldout_items`. Shards that keep ratings have `values`, and `heldout_values`,
+beside the items. Nothing is unpickled.
 
 Shapes: U users of a block, E interactions of a block.
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,8 +24,11 @@ _DTYPES: dict[str, np.dtype[Any]] = {
     "items": np.dtype("<i4"),
     "heldout_indptr": np.dtype("<i8"),
     "heldout_items": np.dtype("<i4"),
+    "values": np.dtype("<f4"),
+    "heldout_values": np.dtype("<f4"),
 }
 _TRAIN_MEMBERS = ("user_keys", "indptr", "items")
+_HELD_OUT_MEMBERS = (*_TRAIN_MEMBERS, "heldout_indptr", "heldout_items")
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,11 @@ class Block:
     def n_held_out(self) -> int:
         """The number of held-out interactions."""
         return 0 if self.held_out is None else len(self.held_out.items)
+
+    def without_ratings(self) -> Block:
+        """Return the block with interactions alone."""
+        held_out = None if self.held_out is None else replace(self.held_out, values=None)
+        return Block(self.user_keys, replace(self.rows, values=None), held_out)
 
     def check(self, n_items: int, where: str) -> None:
         """Raise ValueError, naming `where`, unless this is a legal block over `n_items` items."""
@@ -76,9 +85,13 @@ def encode_block(key: str, block: Block) -> dict[str, Any]:
         "indptr": block.rows.indptr,
         "items": block.rows.items,
     }
+    if block.rows.values is not None:
+        arrays["values"] = block.rows.values
     if block.held_out is not None:
         arrays["heldout_indptr"] = block.held_out.indptr
         arrays["heldout_items"] = block.held_out.items
+        if block.held_out.values is not None:
+            arrays["heldout_values"] = block.held_out.values
     sample: dict[str, Any] = {"__key__": key}
     for name, array in arrays.items():
         buffer = io.BytesIO()
@@ -88,12 +101,14 @@ def encode_block(key: str, block: Block) -> dict[str, Any]:
 
 
 def decode_sample(sample: dict[str, Any], split: str, n_items: int, where: str) -> Block:
-    """Return the block in one WebDataset sample.
+    """Return the block in one WebDataset sample, with ratings where it keeps them.
 
     ValueError names `where` and the member that is missing, unexpected or malformed.
     """
-    names = _TRAIN_MEMBERS if split == "train" else tuple(_DTYPES)
+    names: tuple[str, ...] = _TRAIN_MEMBERS if split == "train" else _HELD_OUT_MEMBERS
     members = {k for k in sample if not k.startswith("__")}
+    if "values.npy" in members:
+        names += ("values",) if split == "train" else ("values", "heldout_values")
     expected = {f"{name}.npy" for name in names}
     if members != expected:
         extra, missing = sorted(members - expected), sorted(expected - members)
@@ -104,8 +119,10 @@ def decode_sample(sample: dict[str, Any], split: str, n_items: int, where: str) 
     arrays = {name: _decode_array(name, sample[f"{name}.npy"], where) for name in names}
     held_out = None
     if "heldout_items" in arrays:
-        held_out = Rows(arrays["heldout_indptr"], arrays["heldout_items"])
-    block = Block(arrays["user_keys"], Rows(arrays["indptr"], arrays["items"]), held_out)
+        values = arrays.get("heldout_values")
+        held_out = Rows(arrays["heldout_indptr"], arrays["heldout_items"], values)
+    rows = Rows(arrays["indptr"], arrays["items"], arrays.get("values"))
+    block = Block(arrays["user_keys"], rows, held_out)
     block.check(n_items, where)
     return block
 

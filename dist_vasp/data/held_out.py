@@ -47,14 +47,15 @@ def evaluation_blocks(
     start: int = 0,
     stop: int | None = None,
     manifest: Manifest | None = None,
+    ratings: bool = False,
 ) -> Iterator[EvalBlock]:
     """Yield the users start to stop of `split` ("validation" or "test") in order, in blocks of
     `users_per_block`; the last one may hold fewer.
 
     The blocks do not depend on the shards, and every rank of a partition group iterates the same
     ones. Memory holds one shard and one block. Shards before `start` are not read. `manifest`: one
-    that the caller has already read, so that shards replaced since then are an error. ValueError
-    where a shard is damaged.
+    that the caller has already read, so that shards replaced since then are an error. With
+    `ratings` the rows carry them. ValueError where a shard is damaged or has no ratings.
     """
     if split not in ("validation", "test"):
         raise ValueError(f"split is {split!r}, expected validation or test")
@@ -69,7 +70,8 @@ def evaluation_blocks(
         position += shard.users
         if first >= last:
             continue
-        block = _eval_block(read_shard(folder, split, shard, manifest.n_items)).slice(first, last)
+        read = read_shard(folder, split, shard, manifest.n_items, ratings)
+        block = _eval_block(read).slice(first, last)
         waiting = block if waiting is None else waiting.followed_by(block)
         n, done = len(waiting.user_keys), 0
         while n - done >= users_per_block:

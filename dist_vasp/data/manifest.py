@@ -61,6 +61,9 @@ class SplitEntry:
     shards: list[ShardEntry] = field(default_factory=list)
 
 
+KEEP_RATINGS = "keep_ratings"  # an argument of data_tools.shard
+
+
 @dataclass(frozen=True)
 class Manifest:
     """The content of `manifest.json`."""
@@ -79,6 +82,12 @@ class Manifest:
         for shard in self.splits["train"].shards:
             digest.update(shard.sha256.encode())
         return digest.hexdigest()
+
+    @property
+    def keeps_ratings(self) -> bool:
+        """Whether the shards hold the ratings of the interactions."""
+        arguments = self.preparation.get("arguments")
+        return isinstance(arguments, dict) and arguments.get(KEEP_RATINGS) is True
 
     @property
     def positives(self) -> PositiveRule | None:

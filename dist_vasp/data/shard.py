@@ -12,7 +12,7 @@ from webdataset.tariterators import group_by_keys
 
 from dist_vasp.data.block import Block, concatenate, decode_sample
 from dist_vasp.data.hashing import sha256_of
-from dist_vasp.data.manifest import ShardEntry
+from dist_vasp.data.manifest import Manifest, ShardEntry
 
 
 def iterate_shard(data: bytes, split: str, n_items: int, where: str) -> Iterator[Block]:
@@ -51,8 +51,19 @@ def _tar_members(data: bytes) -> Iterator[dict[str, Any]]:
             yield {"fname": member.name, "data": body}
 
 
-def read_shard(folder: str | Path, split: str, entry: ShardEntry, n_items: int) -> Block:
-    """Return all users of one shard as one block.
+def check_ratings(folder: str | Path, manifest: Manifest) -> None:
+    """Raise ValueError where the shards of a folder keep no ratings."""
+    if not manifest.keeps_ratings:
+        raise ValueError(
+            f"data.ratings is true, but the shards in {folder} keep no ratings; shard the data "
+            "with --keep_ratings, or set data.ratings to false"
+        )
+
+
+def read_shard(
+    folder: str | Path, split: str, entry: ShardEntry, n_items: int, ratings: bool = False
+) -> Block:
+    """Return all users of one shard as one block, with their ratings only if asked.
 
     Its size and SHA-256 are compared with the manifest first. ValueError names the file where it is
     missing, was changed or damaged, or holds anything unexpected.
@@ -79,4 +90,8 @@ def read_shard(folder: str | Path, split: str, entry: ShardEntry, n_items: int) 
             f"ones, manifest.json says {entry.users}, {entry.interactions} and {entry.heldout}; "
             "shard the data again"
         )
+    if not ratings:
+        return block.without_ratings()
+    if block.rows.values is None:
+        raise ValueError(f"{path} holds no ratings; shard the data again with --keep_ratings")
     return block

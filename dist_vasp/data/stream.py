@@ -20,7 +20,7 @@ from dist_vasp.data.items import load_items
 from dist_vasp.data.lanes import LaneOrder
 from dist_vasp.data.manifest import Manifest
 from dist_vasp.data.rows import Rows, concatenate_rows, indptr_of
-from dist_vasp.data.shard import read_shard
+from dist_vasp.data.shard import check_ratings, read_shard
 from dist_vasp.data.workers import ReadAhead
 
 _SPARE_SHARDS = 4  # decoded shards kept beyond one per lane
@@ -31,7 +31,8 @@ class StreamOptions:
     """What determines the batches of all ranks together.
 
     batch_size: users per step over all ranks, on average; a step has at most 2 more. lanes: parts
-    of the data that are read side by side.
+    of the data that are read side by side. ratings: rows carry the ratings of the shards; not with
+    halves.
     """
 
     batch_size: int
@@ -39,10 +40,12 @@ class StreamOptions:
     seed: int = 0
     halves: bool = True
     input_dropout: float = 0.0
+    ratings: bool = False
 
     def check(self, world_size: int) -> None:
         """Raise ValueError where `world_size` ranks cannot read these batches."""
         assert 0 <= self.input_dropout < 1, self.input_dropout
+        assert not (self.ratings and self.halves), "halves have no ratings"
         if self.batch_size < 1:
             raise ValueError(
                 f"data.batch_size is {self.batch_size}, expected at least 1 user per step"
@@ -107,6 +110,8 @@ class TrainStream:
                 f"{folder} has no training users; prepare the data with fewer val_users and "
                 "test_users"
             )
+        if options.ratings:
+            check_ratings(folder, self.manifest)
         self._item_keys = load_items(folder, self.manifest).keys
         self._shards = self.manifest.splits["train"].shards
         users_per_shard = [shard.users for shard in self._shards]
@@ -189,7 +194,8 @@ class TrainStream:
         """Return the user keys and rows of one shard in the order of `epoch`, from the cache."""
         key = (epoch, shard)
         if key not in self._cache:
-            block = read_shard(self.folder, "train", self._shards[shard], self.n_items)
+            entry, ratings = self._shards[shard], self.options.ratings
+            block = read_shard(self.folder, "train", entry, self.n_items, ratings)
             order = self._order.users_of_shard(epoch, shard)
             self._cache[key] = (block.user_keys[order], block.rows.take(order))
         self._cache.move_to_end(key)

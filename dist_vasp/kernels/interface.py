@@ -103,6 +103,21 @@ class Kernels:
         """The product of a tensor of zeros and ones with its transpose, exact: (G, G)."""
         return ones_GC @ ones_GC.T
 
+    def sum_weighted_rows(
+        self, table: Tensor, ids: Tensor, indptr: Tensor, weights: Tensor
+    ) -> Tensor:
+        """As `sum_rows`, each row times its weight (E,): (n, C). The index pointer starts at 0."""
+        if len(ids) == 0:
+            return table.new_zeros((len(indptr) - 1, table.shape[1]))
+        return embedding_bag(
+            ids,
+            table,
+            indptr,
+            mode="sum",
+            include_last_offset=True,
+            per_sample_weights=weights.to(table.dtype),
+        )
+
     def update_sum(
         self, grad: Tensor, bags: Bags, diagonal: int | None, of: Weights, by: AdamStep
     ) -> Tensor:

@@ -51,16 +51,21 @@ class InputSide:
 
     def forward(self, x: ItemRows, group: Group, training: bool = False) -> Tensor:
         """Rows of the group -> W1 x of this rank's rows, (B, H)."""
-        sums = [
-            self._kernels.sum_rows(p.working, *x.restricted(p.lo, p.hi), p.whole.dtype)
-            for p in self._slices
-        ]
+        sums = [self._sum(piece, x) for piece in self._slices]
         partial_GH = sums[0]
         for more in sums[1:]:
             partial_GH = partial_GH + more
         if self.scale is not None:
             partial_GH = partial_GH * self.scale.factors(x, training, partial_GH)
         return reduce_scatter(partial_GH, group)
+
+    def _sum(self, piece: ItemSlice, x: ItemRows) -> Tensor:
+        """The part of W1 x that the items of one slice give, (G, H)."""
+        bags, dtype = x.restricted(piece.lo, piece.hi), piece.whole.dtype
+        if x.values is None:
+            return self._kernels.sum_rows(piece.working, *bags, dtype)
+        values = x.restricted_values(piece.lo, piece.hi)
+        return self._kernels.sum_weighted_rows(piece.working, *bags, values).to(dtype)
 
     def backward(self, x: ItemRows, grad_GH: Tensor, sink: Sink) -> None:
         """Pass dL/dW1 to the sink, given dL/d(W1 x) of the group's rows in training."""

@@ -19,6 +19,7 @@ class Kind(ABC):
 
     losses: the values of `loss.kind` that it takes; none matters to a closed form.
     halves: whether each user's items are split into halves that predict each other by default.
+    reads_ratings: whether it can be trained on ratings (`data.ratings`).
     closed_form: whether it is computed from the Gram matrix instead of trained in steps.
     size_keys: keys of `model` that decide the shapes of its weights.
     """
@@ -26,6 +27,7 @@ class Kind(ABC):
     name: ClassVar[str]
     losses: ClassVar[tuple[str, ...]]
     halves: ClassVar[bool] = True
+    reads_ratings: ClassVar[bool] = False
     closed_form: ClassVar[bool] = False
     size_keys: ClassVar[tuple[str, ...]] = ()
 

@@ -112,6 +112,12 @@ class Loss:
         """The block's weighted loss (scalar) and its gradient by each factor's logits (G, C)."""
         raise TypeError(f"{type(self).__name__} does not define a block")  # pragma: no cover
 
+    def rated_block(
+        self, logits: list[Tensor], rated: Positions, rating_E: Tensor, weight_G: Tensor
+    ) -> tuple[Tensor, list[Tensor]]:
+        """As `block`, over the rated items (E,) alone, whose targets are their ratings."""
+        raise TypeError(f"{type(self).__name__} takes no ratings")  # pragma: no cover
+
 
 @dataclass
 class ElementwiseLoss(Loss):
@@ -272,7 +278,7 @@ class MultinomialLoss(Loss):
 
 @dataclass
 class ScoreError(Loss):
-    """(y - l)^2 over all items, with l the sum of the paths' logits."""
+    """(y - l)^2 over all items or over the rated ones, with l the sum of the paths' logits."""
 
     def block(
         self, logits: list[Tensor], ones: Positions, weight_G: Tensor, stats: Tensor | None = None
@@ -281,6 +287,16 @@ class ScoreError(Loss):
         error[ones] -= 1
         grad = (2 * weight_G)[:, None] * error
         return weight_G @ (error * error).sum(dim=1), [grad.to(logits[0].dtype)] * len(logits)
+
+    def rated_block(
+        self, logits: list[Tensor], rated: Positions, rating_E: Tensor, weight_G: Tensor
+    ) -> tuple[Tensor, list[Tensor]]:
+        score = sum(logits[1:], logits[0])
+        weight_E = weight_G[rated[0]]
+        error_E = score[rated].to(weight_G.dtype) - rating_E
+        grad = torch.zeros_like(score)
+        grad[rated] = (2 * weight_E * error_E).to(score.dtype)
+        return weight_E @ (error_E * error_E), [grad] * len(logits)
 
 
 _LOSSES: dict[str, type[Loss]] = {

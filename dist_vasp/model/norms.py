@@ -16,6 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dist_vasp.kernels.interface import PLAIN
 from dist_vasp.model.sinks import SumOfRows
 
 
@@ -38,7 +39,7 @@ class SharedItems:
 
 
 def shared_items(gradient: SumOfRows, dtype: torch.dtype) -> Tensor:
-    """How many items each two rows of a sum of rows share: x x^T (G, G).
+    """How many items each two rows of a sum of rows share, or x x^T of ratings: (G, G).
 
     x is dense for as many items at once as the gradient has columns; where a rank has all it needs
     of x to itself, on a GPU, for all of them.
@@ -50,8 +51,13 @@ def shared_items(gradient: SumOfRows, dtype: torch.dtype) -> Tensor:
     counts_GG = torch.zeros((x.n_rows, x.n_rows), dtype=dtype, device=x.items.device)
     for first in range(lo, hi, at_once):
         last = min(first + at_once, hi)
-        dense_GC = kernels.ones(x.positions(first, last), (x.n_rows, last - first), dtype)
-        counts_GG += kernels.gram(dense_GC)
+        positions, shape = x.positions(first, last), (x.n_rows, last - first)
+        if x.values is None:
+            counts_GG += kernels.gram(kernels.ones(positions, shape, dtype))
+        else:
+            dense_GC = PLAIN.ones(positions, shape, dtype)
+            dense_GC[positions] = x.values_by_item(first, last).to(dtype)
+            counts_GG += dense_GC @ dense_GC.T
     return counts_GG
 
 

@@ -271,7 +271,12 @@ class PartitionedModel:
             logits = self._logits(self.in_loss, i, sources, rows.x)
             self.statistics.add(lo, logits, weight_G)
             factors = self.link.factors(logits)
-            block_loss, grads = self.loss.block(factors, rows.y.positions(lo, hi), weight_G, stats)
+            ones = rows.y.positions(lo, hi)
+            if rows.y.values is None:
+                block_loss, grads = self.loss.block(factors, ones, weight_G, stats)
+            else:
+                rating_E = rows.y.values_by_item(lo, hi).to(weight_G.dtype)
+                block_loss, grads = self.loss.rated_block(factors, ones, rating_E, weight_G)
             total = total + block_loss
             spread = self.link.spread([self._padded(grad, hi - lo) for grad in grads], len(logits))
             for path, grad_GC in zip(self.in_loss, spread, strict=True):

@@ -22,7 +22,8 @@ GRADIENT_ROWS = 1024  # input items whose gradient is held at once: made, used a
 
 @dataclass(frozen=True)
 class SumOfRows:
-    """A gradient whose row i is the sum of `grad_GC` over the rows of `x` that hold item lo + i.
+    """A gradient whose row i is the sum of `grad_GC` over the rows of `x` that hold item lo + i,
+    each times its rating where `x` has ratings.
 
     grad_GC: dL/d(outputs). x: the rows that the outputs are sums over. items: [lo, hi). diagonal:
     column c of row c + diagonal has no gradient; None where every entry has one.
@@ -37,6 +38,11 @@ class SumOfRows:
     def rows(self, first: int, last: int) -> Tensor:
         """The rows [first, last) of the gradient: (last - first, C)."""
         lo = self.items[0]
+        if self.x.values is not None:
+            assert self.diagonal is None
+            bags = self.x.rows_by_item(lo + first, lo + last)
+            values = self.x.values_by_item(lo + first, lo + last)
+            return self.kernels.sum_weighted_rows(self.grad_GC, *bags, values)
         any_start = self.kernels.updates_alone
         bags_of = self.x.bags_of_items if any_start else self.x.rows_by_item
         bags = bags_of(lo + first, lo + last)

@@ -15,6 +15,7 @@ from functools import cached_property
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from dist_vasp.data.rows import Rows
 from dist_vasp.parallel.comm import Gathering, Group
@@ -22,12 +23,16 @@ from dist_vasp.parallel.comm import Gathering, Group
 
 @dataclass(frozen=True)
 class ItemRows:
-    """G rows of item ids in CSR form, on the device. `items` ascend within a row."""
+    """G rows of item ids in CSR form, on the device. `items` ascend within a row.
+
+    values: the rating of each interaction; None where every interaction counts as 1.
+    """
 
     indptr: Tensor  # (G+1,) int64
     items: Tensor  # (E,) int64
     n_items: int
     real_rows: Tensor  # (G,) bool; False marks padding, which is empty and counts for nothing
+    values: Tensor | None = None  # (E,) float32
 
     @property
     def n_rows(self) -> int:
@@ -48,10 +53,16 @@ class ItemRows:
         )
 
     @cached_property
+    def _sorted(self) -> tuple[Tensor, Tensor]:
+        """The items in ascending order (E,), and where each stood (E,)."""
+        items, order = torch.sort(self.items, stable=True)
+        return items, order
+
+    @cached_property
     def _by_item(self) -> tuple[Tensor, Tensor, Tensor]:
         """Interactions sorted by item: their rows (E,), their items (E,), and the index pointer
         over items (I+1,)."""
-        items, order = torch.sort(self.items, stable=True)
+        items, order = self._sorted
         bounds = torch.arange(self.n_items + 1, device=items.device)
         return self.row_of[order], items, torch.searchsorted(items, bounds)
 
@@ -77,6 +88,17 @@ class ItemRows:
         first, last = indptr[lo], indptr[hi]
         return rows[first:last], items[first:last] - lo
 
+    def values_by_item(self, lo: int, hi: int) -> Tensor:
+        """The ratings in the order of `rows_by_item` and `positions`, for rows that have some."""
+        assert self.values is not None
+        values, indptr = self.values[self._sorted[1]], self._by_item[2]
+        return values[indptr[lo] : indptr[hi]]
+
+    def restricted_values(self, lo: int, hi: int) -> Tensor:
+        """The ratings in the order of `restricted`, for rows that have some."""
+        assert self.values is not None
+        return self.values[(self.items >= lo) & (self.items < hi)]
+
     def restricted(self, lo: int, hi: int) -> tuple[Tensor, Tensor]:
         """The rows with only their items in [lo, hi): ids minus lo, and index pointer (G+1,)."""
         if (lo, hi) == (0, self.n_items):
@@ -91,8 +113,9 @@ class RowExchange:
     n_padded rows in all.
 
     Two collectives: the lengths of the rows, then the ids, padded to the longest rank; both go on
-    while this rank does other work. `advance` when there is time, `finish` when the rows are
-    needed. Padding rows are empty. A group of one rank reads nothing back from the device.
+    while this rank does other work. Ratings, where there are some, are a third. `advance` when
+    there is time, `finish` when the rows are needed. Padding rows are empty. A group of one rank
+    reads nothing back from the device.
     """
 
     def __init__(
@@ -115,33 +138,48 @@ class RowExchange:
         self._ends_PK = [np.cumsum([len(csr.items) for csr in rows]).tolist()]  # of this rank alone
         self._lengths = Gathering(_to_device(lengths, device), group)
         self._ids: Gathering | None = None
+        self._ratings: Gathering | None = None
+        values = [csr.values for csr in rows if csr.values is not None]
+        assert len(values) in (0, len(rows)), "some rows have ratings, others none"
+        self._values = None
+        if values:
+            self._values = _to_device(torch.from_numpy(np.concatenate(values)), device)
 
     def advance(self) -> None:
         """Once the lengths have arrived, send the ids."""
         if self._ids is None:
             self._lengths_PKB = self._lengths.wait().long()
-            padded = self._items[None]
             if self.group.size > 1:
                 self._ends_PK = self._lengths_PKB.clamp(min=0).sum(dim=2).cumsum(dim=1).tolist()
-                padded = self._items.new_zeros((1, max(ends[-1] for ends in self._ends_PK)))
-                padded[0, : len(self._items)] = self._items
-            self._ids = Gathering(padded, self.group)
+            self._ids = self._send(self._items)
+            if self._values is not None:
+                self._ratings = self._send(self._values)
+
+    def _send(self, own_E: Tensor) -> Gathering:
+        """Start gathering one number of each interaction, padded to the longest rank."""
+        longest = max(ends[-1] for ends in self._ends_PK)
+        return Gathering(pad(own_E, (0, longest - len(own_E)))[None], self.group)
 
     def finish(self) -> list[ItemRows]:
         """The rows of the whole group, one ItemRows per CSR."""
         self.advance()
         assert self._ids is not None
         items_PE = self._ids.wait()
+        values_PE = None if self._ratings is None else self._ratings.wait()
         gathered = []
         for k in range(self._lengths_PKB.shape[1]):
             starts = [ends[k - 1] if k else 0 for ends in self._ends_PK]
-            ids = torch.cat(
-                [items_PE[p, starts[p] : self._ends_PK[p][k]] for p in range(self.group.size)]
-            ).long()
+            ids = self._of_rows(items_PE, k, starts).long()
+            values = None if values_PE is None else self._of_rows(values_PE, k, starts)
             lengths_G = self._lengths_PKB[:, k].reshape(-1)
             indptr = torch.cat([lengths_G.new_zeros(1), lengths_G.clamp(min=0).cumsum(0)])
-            gathered.append(ItemRows(indptr, ids, self.n_items, lengths_G >= 0))
+            gathered.append(ItemRows(indptr, ids, self.n_items, lengths_G >= 0, values))
         return gathered
+
+    def _of_rows(self, numbers_PE: Tensor, k: int, starts: list[int]) -> Tensor:
+        """The numbers of the k-th CSR, of all ranks one after another."""
+        ends = [of_rank[k] for of_rank in self._ends_PK]
+        return torch.cat([numbers_PE[p, starts[p] : ends[p]] for p in range(self.group.size)])
 
 
 def _to_device(values: Tensor, device: torch.device) -> Tensor:

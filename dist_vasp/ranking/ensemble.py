@@ -21,6 +21,7 @@ from typing import Any, Self
 from dist_vasp.checkpoint.header import ModelHeader
 from dist_vasp.checkpoint.json_header import JsonHeader, header_sha256, is_count, read_header
 from dist_vasp.checkpoint.read import Checkpoint
+from dist_vasp.config.command_line import from_dict
 from dist_vasp.config.schema import Config
 from dist_vasp.data.items import ItemTable
 from dist_vasp.data.positives import PositiveRule
@@ -32,6 +33,7 @@ from dist_vasp.ranking.load import (
     load_model,
     open_model,
     positives_of,
+    refuse_ratings,
     rule_of_rank_0,
 )
 from dist_vasp.ranking.scoring import Ensemble, Model
@@ -173,6 +175,7 @@ def _open_all(folder: Path, header: EnsembleHeader) -> OpenMembers:
     rules: dict[str, PositiveRule | None] = {}
     for run, one in zip(runs, opened, strict=True):
         _check_vocabulary(run, one.header, header.vocabulary_sha256, str(folder / ENSEMBLE))
+        refuse_ratings(from_dict(one.header.config), run)
         rules[str(run)] = positives_of(one)
     weights = tuple(member.weight for member in header.members)
     return OpenMembers(runs, opened, weights, _common_rule(rules))
@@ -217,6 +220,8 @@ def describe_ensemble(
             "weight is left out"
         )
     opened = [open_model(run) for run in runs]
+    for run, one in zip(runs, opened, strict=True):
+        refuse_ratings(from_dict(one.header.config), run)
     first = opened[0].header
     for run, one in zip(runs[1:], opened[1:], strict=True):
         _check_vocabulary(run, one.header, first.vocabulary_sha256, str(runs[0]))

@@ -25,8 +25,9 @@ from dist_vasp.data.rows import Rows
 from dist_vasp.model.partitioned import PartitionedModel, TrunkCall
 from dist_vasp.model.sparse import ItemRows
 from dist_vasp.parallel.agree import agreed
-from dist_vasp.parallel.comm import Ranks, all_gather
+from dist_vasp.parallel.comm import Ranks, all_gather, all_reduce
 from dist_vasp.ranking.metrics import RankingMetrics
+from dist_vasp.ranking.rating_errors import RatingErrors, WatchedScorer
 from dist_vasp.ranking.topk import TopK, merge_topk
 from dist_vasp.ranking.user_metrics import UserMetrics, self_information_of
 
@@ -61,11 +62,13 @@ def to_item_rows(rows: Rows, n_rows: int, n_items: int, device: torch.device) ->
     """Return the rows on the device, padded to `n_rows` with empty rows."""
     indptr = np.concatenate([rows.indptr, np.full(n_rows - rows.n_rows, rows.indptr[-1])])
     real = torch.arange(n_rows, device=device) < rows.n_rows
+    values = None if rows.values is None else torch.tensor(rows.values, device=device)
     return ItemRows(
         torch.from_numpy(indptr).to(device),
         torch.from_numpy(rows.items.astype(np.int64)).to(device),
         n_items,
         real,
+        values,
     )
 
 
@@ -129,14 +132,16 @@ def evaluate(
     each_block: Callable[[EvalBlock, np.ndarray], None] | None = None,
     manifest: Manifest | None = None,
     metrics: Sequence[Metric] = DEFAULT_METRICS,
+    ratings: bool = False,
 ) -> RankingMetrics | None:
     """Return `metrics` of `split`, the same on every rank; None if interrupted.
 
     `each_block(users, their lists (U, K))`, K the longest list of the metrics, and then
     `progress(users done)` are called after each block. `interrupted()` is called on all ranks
     together before each block; True ends the evaluation. `manifest`: one that the caller has
-    already read, so that shards replaced since then are an error.
-    AgreedError where a shard or the item table is damaged.
+    already read, so that shards replaced since then are an error. With `ratings` histories carry
+    their ratings, and the scores are compared with the held-out ones (RMSE).
+    AgreedError where a shard or the item table is damaged, or has no ratings.
     """
     manifest = manifest or Manifest.load(folder)
     with agreed(ranks):
@@ -145,15 +150,19 @@ def evaluate(
     k = list_length(metrics, manifest.n_items)
     replicas = ranks.layout.replicas
     together = USERS_PER_BLOCK if ranks.device.type == "cpu" else GPU_USERS_PER_BLOCK
-    blocks = evaluation_blocks(folder, split, together * replicas, manifest=manifest)
+    size = together * replicas
+    blocks = evaluation_blocks(folder, split, size, manifest=manifest, ratings=ratings)
+    errors = RatingErrors(ranks.device) if ratings else None
     while True:
         with agreed(ranks):
             block = next(blocks, None)
         if block is None:
+            if errors:
+                found.add_ratings(*all_reduce(errors.sums, ranks.world).tolist())
             return found
         if interrupted():
             return None
-        ids = _lists(scorer, block, k, manifest.n_items, ranks)
+        ids = _lists(scorer, block, k, manifest.n_items, ranks, errors)
         found.update(ids, block.held_out)
         if each_block:
             each_block(block, ids)
@@ -186,12 +195,27 @@ def user_metrics(
     return UserMetrics(metrics, recall_denominator, information)
 
 
-def _lists(scorer: Scorer, block: EvalBlock, k: int, n_items: int, ranks: Ranks) -> np.ndarray:
-    """Return the lists of the block's users, (U, k) item rows; each replica ranks some users."""
+def _lists(
+    scorer: Scorer,
+    block: EvalBlock,
+    k: int,
+    n_items: int,
+    ranks: Ranks,
+    errors: RatingErrors | None,
+) -> np.ndarray:
+    """Return the lists of the block's users, (U, k) item rows; each replica ranks some users.
+
+    `errors` takes the scores of held-out ratings.
+    """
     n_users, replicas = block.fold_in.n_rows, ranks.layout.replicas
     per_replica = -(-n_users // replicas)
     start = min(ranks.layout.replica_of(ranks.rank) * per_replica, n_users)
-    mine = block.fold_in.slice(start, min(start + per_replica, n_users))
+    stop = min(start + per_replica, n_users)
+    mine = block.fold_in.slice(start, stop)
+    if errors:
+        held_out = block.held_out.slice(start, stop)
+        rated = to_item_rows(held_out, held_out.n_rows, n_items, ranks.device)
+        scorer = WatchedScorer(scorer, rated, errors)
     _, ids = top_items(scorer, mine, k, n_items, ranks)
     if replicas == 1:
         return ids

@@ -25,6 +25,7 @@ class RankingMetrics:
         self._lists = ListCounts(n_items, self._of_users.metrics)
         self._values: dict[str, list[np.ndarray]] = {name: [] for name in self._of_users.names}
         self._n_users = self._n_scored = 0
+        self._ratings: tuple[float, int] | None = None
 
     def update(self, topk_ids: np.ndarray, held_out: Rows) -> None:
         """Add a block of users; topk_ids (U, K), K at least the longest list that a metric needs or
@@ -35,6 +36,10 @@ class RankingMetrics:
         self._lists.update(topk_ids)
         for name, values in self._of_users.of_user(topk_ids, held_out).items():
             self._values[name].append(values)
+
+    def add_ratings(self, squared_error: float, n: float) -> None:
+        """Add n held-out ratings, and the sum of the squared errors of their scores."""
+        self._ratings = squared_error, int(n)
 
     def per_user(self) -> dict[str, np.ndarray]:
         """Return each metric of each user, (n,) float64, in the order in which they were added."""
@@ -54,6 +59,10 @@ class RankingMetrics:
             out[f"{name}_se"] = float(known.std(ddof=1)) / math.sqrt(n) if n > 1 else None
         for name, value in self._lists.result().items():
             out[name] = value if self._n_scored else None
+        if self._ratings is not None:
+            squared_error, n = self._ratings
+            out["rmse"] = math.sqrt(squared_error / n) if n else None
+            out["n_ratings"] = n
         out["n_users"] = self._n_scored
         out["n_users_unscored"] = self._n_users - self._n_scored
         return out
@@ -70,6 +79,8 @@ def summary(metrics: dict[str, Any], asked: Sequence[Metric] = ()) -> str:
     error = metrics.get(f"{shown_metrics(tuple(asked))[0]}_se")
     if error is not None:
         told[0] += f" +- {error:.4f}"
+    if metrics.get("rmse") is not None:
+        told.append(f"RMSE {metrics['rmse']:.4f}")
     return f"{', '.join(told)} ({metrics['n_users']} users)"
 
 

@@ -25,7 +25,7 @@ from dist_vasp.data.positives import PositiveRule
 from dist_vasp.parallel.comm import form_groups
 from dist_vasp.parallel.partition import Layout
 from dist_vasp.ranking.ensemble import is_ensemble, open_members
-from dist_vasp.ranking.load import check_size, open_model, positives_of
+from dist_vasp.ranking.load import check_size, open_model, positives_of, refuse_ratings
 from dist_vasp.ranking.mapped import map_model
 from dist_vasp.ranking.scoring import Ensemble, Model, TrainedModel
 
@@ -102,6 +102,7 @@ def _open(opened: Checkpoint[ModelHeader], folder: Path, verify: bool) -> Source
     if verify:
         verify_files(opened, form_groups(0, Layout(1, 1, 1), torch.device("cpu")))
     config = from_dict(opened.header.config)
+    refuse_ratings(config, opened.path)
     check_size(opened, config)
     model = map_model(opened, config)
     if verify:

@@ -127,7 +127,8 @@ class Update(Sink):
 
     def take_sum(self, parameter: Tensor, gradient: SumOfRows) -> None:
         lean_dim = self._optimizer.lean_dim(parameter)
-        if self.alone and lean_dim != 0 and not self._optimizer.l2(parameter):
+        formed = self._optimizer.l2(parameter) or gradient.x.values is not None
+        if self.alone and lean_dim != 0 and not formed:
             norms_C = None
             if lean_dim == 1:
                 norms_C = column_norms(gradient, self._shared.of(gradient, parameter.dtype))

@@ -188,6 +188,7 @@ def must_match(config: Config, shards_sha256: str) -> dict[str, Any]:
         "data.batch_size": config.data.batch_size,
         "data.halves": config.halves,
         "data.input_dropout": config.data.input_dropout,
+        "data.ratings": config.data.ratings,
         "parallel.lanes": config.parallel.lanes,
         "run.seed": config.run.seed,
         "run.best_by": config.run.best_by,

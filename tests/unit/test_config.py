@@ -93,6 +93,7 @@ CHANGED = {
         "batch_size": 77,
         "halves": False,
         "input_dropout": 0.2,
+        "ratings": True,
         "workers": 0,
     },
     "model": {

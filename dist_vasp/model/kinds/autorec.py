@@ -3,9 +3,10 @@
     score(x) = R g(W1 x + m) + r          g sigmoid or identity (`model.autorec_encoder`)
     loss     = mean over rows of (sum over items of (score - y)^2)  +  l2/2 (|R|^2 + |W1|^2)
 
-y is 1 for an item of the user and 0 for any other. The paper sums over U users and weighs the norms
-by lambda / 2: the same with `optimizer.l2` 2 lambda / (2 U), of which the gradient takes l2 times
-the weights.
+With `data.ratings`, as in the paper, x holds the ratings of a user, and the sum is over the items
+that he has rated. Without, x and y are 1 for his items and 0 for all others, and the sum is over
+all items. The paper's loss is a sum over U users with lambda / 2 of the norms, so its lambda is U
+times `optimizer.l2`.
 """
 
 from __future__ import annotations
@@ -63,6 +64,7 @@ class AutoRec(Kind):
     name = "autorec"
     losses = ("squared",)
     halves = False
+    reads_ratings = True
     size_keys = ("hidden",)
 
     def check(self, config: Config) -> None:
