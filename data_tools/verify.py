@@ -109,7 +109,7 @@ def _shards(
     for entry in manifest.splits[split].shards:
         progress.add(entry.users)
         try:
-            block = read_shard(folder, split, entry, manifest.n_items)
+            block = read_shard(folder, split, entry, manifest.n_items, manifest.keeps_ratings)
         except ValueError as error:
             seen.is_complete = False
             yield str(error)

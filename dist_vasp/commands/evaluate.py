@@ -132,7 +132,7 @@ def _load(arguments: argparse.Namespace, ranks: Ranks) -> _Task:
             check_vocabulary(ranker.members[0], folder, manifest)
             scorer: Scorer = ranker.model.scores
             name = ranker.name
-            ratings = ranker.config.data.ratings
+            ratings = ranker.config.ratings
             if ratings:
                 check_ratings(folder, manifest)
             denominator = ranker.config.run.recall_denominator

@@ -41,8 +41,8 @@ class DataConfig:
     """Share of the inputs' interactions that is left out, drawn anew every epoch; targets keep all
     of theirs."""
     ratings: bool = False
-    """Train on the ratings that the shards keep (keep_ratings of data_tools.shard), not on zeros and
-    ones: autorec's inputs are ratings, and its loss is that of the observed ones."""
+    """Train on the ratings that the shards keep (keep_ratings of data_tools.shard), not on zeros
+    and ones: autorec's inputs are ratings, and its loss is that of the observed ones."""
     workers: int = 1
     """Loader processes per rank that run ahead of training; 0 loads in the training process."""
 
@@ -239,6 +239,11 @@ class Config:
     def halves(self) -> bool:
         default = kind_of(self.model.kind).halves
         return default if self.data.halves is None else self.data.halves
+
+    @property
+    def ratings(self) -> bool:
+        """Whether the model reads ratings."""
+        return self.data.ratings and kind_of(self.model.kind).reads_ratings
 
     @property
     def epochs(self) -> int:

@@ -150,7 +150,7 @@ def rule_of_rank_0(rule: PositiveRule | None, ranks: Ranks) -> PositiveRule | No
 
 def refuse_ratings(config: Config, path: str | Path) -> None:
     """Raise ValueError where a model reads ratings, which histories are read without."""
-    if config.data.ratings:
+    if config.ratings:
         raise ValueError(
             f"{path} was trained on ratings (data.ratings), and lists are made from items alone; "
             "train it without data.ratings, or measure it with launch/evaluate.py"

@@ -22,7 +22,7 @@ def make_stream(config: Config, ranks: Ranks) -> TrainStream:
         config.run.seed,
         config.halves,
         data.input_dropout,
-        data.ratings,
+        config.ratings,
     )
     return TrainStream(data.shards, options, ranks.rank, ranks.world_size)
 

@@ -187,7 +187,7 @@ class Run:
                 recall_denominator=self.config.run.recall_denominator,
                 manifest=manifest,
                 metrics=computed_metrics(self.config.run.asked_metrics),
-                ratings=self.config.data.ratings,
+                ratings=self.config.ratings,
             )
 
     def end(self, result: dict[str, Any] | None) -> None:

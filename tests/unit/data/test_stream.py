@@ -221,7 +221,7 @@ def test_a_shard_is_decoded_once_a_pass_unless_it_lies_across_a_border(folders, 
     read = []
     monkeypatch.setattr(
         "dist_vasp.data.stream.read_shard",
-        lambda f, s, entry, n: read.append(entry.name) or read_shard(f, s, entry, n),
+        lambda f, s, entry, n, ratings: read.append(entry.name) or read_shard(f, s, entry, n),
     )
     for step in range(stream.steps_per_epoch):
         stream.batch(step)
