@@ -69,8 +69,8 @@ class Recommender:
         """Write the model to a new folder that `load` and launch/recommend.py take.
 
         Returns one line on what was written. `trunk` "torch_export" adds trunk.pt2, a program
-        W1 x (B, H) -> d (B, H), z (B, L) for another runtime. `progress(bytes done, bytes in all)`
-        is called meanwhile.
+        W1 x (B, H) -> the sources of the heads (B, K) for another runtime. `progress(bytes done,
+        bytes in all)` is called meanwhile.
         """
         self.sources.check_unchanged()
         if trunk not in (None, "torch_export"):
