@@ -38,7 +38,7 @@ from dist_vasp.parallel.partition import ItemPartition
 SWEEP_COLUMNS = 512
 GPU_SWEEP_COLUMNS = 1024
 _GATHER_COLUMNS = 256  # a block of dense users stays in a CPU core's cache (docs/experiments.md)
-_DENSE_BYTES = 1 << 30  # of dense users at once on a GPU
+DENSE_BYTES = 1 << 30  # of dense users at once on a GPU
 
 Range = tuple[int, int]
 
@@ -138,7 +138,7 @@ def add_gram(G: SymmetricColumns, x: ItemRows, weight_U: Tensor | None = None) -
 def add_dense_gram(G: SymmetricColumns, x: ItemRows, weight_U: Tensor | None = None) -> None:
     """As `add_gram`, by dense products of some users at a time, which suits a GPU."""
     dtype = G.columns[0].dtype
-    together = max(1, _DENSE_BYTES // (dtype.itemsize * x.n_items))
+    together = max(1, DENSE_BYTES // (dtype.itemsize * x.n_items))
     for first in range(0, x.n_rows, together):
         last = min(first + together, x.n_rows)
         start, stop = x.indptr[[first, last]].tolist()

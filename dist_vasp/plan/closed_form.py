@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 
 from dist_vasp.config.schema import Config
+from dist_vasp.model.ease import DENSE_BYTES
 from dist_vasp.plan.rates import Rates
 from dist_vasp.plan.terms import FLOAT, PROCESS_BASE, Device, Plan, Sizes, communication
 
@@ -38,15 +39,21 @@ def closed_form_plan(
         "one block": word * I * C * (3 + (partitions > 1)) + FLOAT * I * 256,
         "ids": 8 * 6 * together,
     }
+    if device.type == "cuda":
+        memory["dense users"] = min(DENSE_BYTES, word * sizes.n_users * I)
     traffic = {"panels of the inverse": 2 * (partitions - 1) / partitions * 2 * word * I * I}
     arithmetic = {
         "inverse": I * I * (J + 4 * C),
         "gathers (bytes)": interactions * J / 2 * FLOAT,
     }
+    if device.type == "cuda":  # of dense users
+        arithmetic["gathers (bytes)"] = 0.0
+        arithmetic["Gram matrix"] = sizes.n_users * I * J
     if rates is None:
         return Plan(partitions, replicas, memory, traffic, arithmetic, {})
     seconds = {
-        "Gram matrix": arithmetic["gathers (bytes)"] / rates.gather,
+        "Gram matrix": arithmetic["gathers (bytes)"] / rates.gather
+        + arithmetic.get("Gram matrix", 0.0) / rates.flops,
         "inverse": arithmetic["inverse"] / rates.flops * (word / FLOAT),
         "passes over the matrix": math.ceil(I / C) * word * I * J / rates.copy,
     }

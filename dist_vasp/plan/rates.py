@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dist_vasp.config.schema import Config
+from dist_vasp.model.registry import kind_of
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,10 @@ def built_in_rates(name: str, precision: str) -> Rates:
 def planned_precision(config: Config, device: str) -> str:
     """What `parallel.precision` means on a device that need not be here.
 
-    It is taken to have bf16 where it is a GPU.
+    It is taken to have bf16 where it is a GPU. Closed forms are fp32 or more everywhere.
     """
+    if kind_of(config.model.kind).closed_form:
+        return "fp32"
     wanted = config.parallel.wanted_precision
     if wanted == "auto":
         return "bf16" if device == "cuda" else "fp32"

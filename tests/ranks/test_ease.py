@@ -121,7 +121,7 @@ def test_gram_matrix_is_that_of_scipy(world_size):
 def test_dense_products_of_users_give_the_same_gram_matrix(monkeypatch, dtype):
     """As on a GPU; users are taken in several groups."""
     n_items, rows = 37, random_rows(150, 37, 1, empty=(0, 149))
-    monkeypatch.setattr(ease, "_DENSE_BYTES", 40 * n_items * dtype.itemsize)
+    monkeypatch.setattr(ease, "DENSE_BYTES", 40 * n_items * dtype.itemsize)
     x = to_item_rows(csr(rows), len(rows), n_items, torch.device("cpu"))
     for weight_U in (None, (1 + x.lengths.to(dtype)) ** -0.5):
         sums, products = (columns_of(alone(), n_items, 8, dtype) for _ in range(2))

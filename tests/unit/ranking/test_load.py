@@ -9,7 +9,8 @@ from dist_vasp.config.schema import Config, ModelConfig, ParallelConfig
 from dist_vasp.data.rows import Rows
 from dist_vasp.kernels.interface import PLAIN
 from dist_vasp.kernels.precision import BF16, FP32
-from dist_vasp.ranking.evaluate import to_item_rows
+from dist_vasp.ranking import load
+from dist_vasp.ranking.evaluate import to_item_rows, top_items
 from dist_vasp.ranking.load import load_model, scoring_arithmetic
 from tests.oracles.dense import dense_rows
 from tests.support.partitioned import csr
@@ -53,3 +54,23 @@ def test_the_arithmetic_of_a_run():
     assert of("vasp", "auto").precision == FP32
     assert of("ease", "bf16").precision == FP32, "the closed form keeps float32"
     assert of("vasp", "bf16").kernels is PLAIN
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("kind", ["vasp", "ease"])
+def test_scores_with_the_kernels_of_a_gpu(tmp_path, monkeypatch, kind, precision):
+    """In Triton's interpreter: weights are read into padded memory, and padding is never listed."""
+    pytest.importorskip("triton", reason="triton is not installed; pip install -e '.[dev]'")
+    from dist_vasp.kernels.cuda import TritonKernels
+
+    rows = csr([[0, 3, 7], [1], [2, 4, 5, 12], []])
+    write_run(tmp_path, list(range(N_ITEMS)), kind, columns=0, precision=precision)
+    plain = scores(tmp_path, rows)
+    monkeypatch.setattr(load, "kernels_for_scores", lambda *_: TritonKernels(compiles=False))
+    found = scores(tmp_path, rows)
+    assert found.shape == (4, N_ITEMS) and found.dtype == torch.float32
+    error = 1e-5 if precision == "fp32" or kind == "ease" else 0.1
+    assert ((found - plain).abs() <= error * plain.abs().clamp(min=1)).all()
+    model = load_model(tmp_path, None, alone()).model
+    _, ids = top_items(model.scores, rows, N_ITEMS + 3, N_ITEMS, alone())
+    assert ids.max() < N_ITEMS and (ids[3] >= 0).sum() == N_ITEMS
