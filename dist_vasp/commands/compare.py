@@ -36,7 +36,7 @@ REPORT = "report.json"
 _REMEDY = "choose another --output"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def _parser() -> Parser:
     parser = Parser(
         prog="compare.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -72,8 +72,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         action="store_true",
         help="check the configurations, say what would be trained, and stop",
     )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
-    arguments, rest = parser.parse_known_args(argv)
+    arguments, rest = _parser().parse_known_args(argv)
     more = _overrides(rest) | ({"shards": arguments.shards} if arguments.shards else {})
     comparison = read_comparison(arguments.config, more, arguments.metrics)
     if arguments.ranks < 1:

@@ -235,21 +235,10 @@ def _carry_out_one(
         ["--run", str(run.dir)] if run.config or run.members else ["--baseline", run.model.source]
     )
     device = device if run.config is None else run.config.device
-    arguments = [
-        *what,
-        "--shards",
-        comparison.shards,
-        "--device",
-        device,
-        "--json",
-        str(run.file("test.json")),
-    ]
-    arguments += [
-        "--recall_denominator",
-        comparison.recall_denominator,
-        "--per_user",
-        str(run.file("per_user.parquet")),
-    ]
+    arguments = [*what, "--shards", comparison.shards, "--device", device]
+    arguments += ["--recall_denominator", comparison.recall_denominator]
+    arguments += ["--json", str(run.file("test.json"))]
+    arguments += ["--per_user", str(run.file("per_user.parquet"))]
     if run.metrics:
         arguments += ["--metrics", ",".join(map(str, run.metrics))]
     ended = jobs.run(["evaluate", *arguments], ranks, run.file("log"))

@@ -73,20 +73,24 @@ class Measured:
     floor: dict[str, float]
 
 
+def _count_traffic(ranks: Ranks) -> None:
+    """Count what the trunk's engine sends, beside what our own collectives send."""
+    watch_traffic(
+        lambda collective, n_bytes: ranks.world.count(
+            f"trunk: {collective}", n_bytes, time.perf_counter()
+        )
+    )
+
+
 def measure(config: Config, ranks: Ranks, steps: int, warm_up: int = 2) -> Measured:
     """Train `steps` steps after a warm-up, then measure the machine's rates."""
     stream = make_stream(config, ranks)
-    batches = with_next(
-        stream.batches(0, warm_up + steps, config.data.workers)
-    )  # its workers start before the model exists
+    # Its workers start before the model exists.
+    batches = with_next(stream.batches(0, warm_up + steps, config.data.workers))
     clock = StopWatch(ranks.device)
     trainer = Trainer(config, stream.n_items, ranks.timed_by(clock))
     if trainer.trunk:
-        watch_traffic(
-            lambda collective, n_bytes: ranks.world.count(
-                f"trunk: {collective}", n_bytes, time.perf_counter()
-            )
-        )
+        _count_traffic(ranks)
     step_seconds, users, rows, items = [], 0, 0, 0
     before: dict[str, int] = {}
     start = time.perf_counter()
@@ -116,7 +120,9 @@ def measure(config: Config, ranks: Ranks, steps: int, warm_up: int = 2) -> Measu
     del trainer
     rates = measure_rates(ranks.device, stream.n_items, precision, kernels)
     rows_per_step, items_per_row = rows / steps, items / max(rows, 1)
-    rows_per_rank = rows_per_step / ranks.world_size
+    n_items, partitions = stream.n_items, ranks.layout.partitions
+    share = rows_per_step / ranks.world_size
+    floor = step_floor(config, n_items, partitions, share, items_per_row, rates, precision)
     return Measured(
         rank=ranks.rank,
         threads=torch.get_num_threads(),
@@ -131,13 +137,5 @@ def measure(config: Config, ranks: Ranks, steps: int, warm_up: int = 2) -> Measu
         peak_memory=peak_memory,
         peak_device_memory=device_memory,
         rates={"flops": rates.flops, "copy": rates.copy, "gather": rates.gather},
-        floor=step_floor(
-            config,
-            stream.n_items,
-            ranks.layout.partitions,
-            rows_per_rank,
-            items_per_row,
-            rates,
-            precision,
-        ),
+        floor=floor,
     )

@@ -14,9 +14,8 @@ H hidden, L latent, K width of a source, C items of a block.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -30,29 +29,15 @@ from dist_vasp.model.paths import BackwardPass, DenseHead, ItemMatrix, Path
 from dist_vasp.model.sinks import Drop, Sink
 from dist_vasp.model.slices import ItemSlice, Storage
 from dist_vasp.model.sparse import ItemRows
+from dist_vasp.model.step import (
+    Activations,
+    MicroBatch,
+    Sources,
+    StepLoss,
+    TrainedTrunk,
+    TrunkCall,
+)
 from dist_vasp.parallel.comm import Group, Ranks, all_gather, reduce_scatter
-
-# (W1 x (B, H), noise (B, L) or None) -> sources (B, K) each, penalty of each row (B,)
-TrunkCall = Callable[[Tensor, Tensor | None], tuple[Sequence[Tensor], Tensor]]
-Sources = dict[int, Tensor]  # by the index of the trunk's output
-
-
-class TrainedTrunk(Protocol):
-    """A trunk in training. What enters `backward` is multiplied by `scale` before.
-
-    An engine that averages over W ranks would otherwise divide by W what is already a sum over N
-    rows.
-    """
-
-    scale: float
-
-    def __call__(
-        self, pre_BH: Tensor, noise_BL: Tensor | None
-    ) -> tuple[Sequence[Tensor], Tensor]: ...
-
-    def backward(self, scalar: Tensor) -> None:
-        """Run autograd from `scalar` into the trunk."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -63,40 +48,6 @@ class Parts:
     input: InputSide | None
     paths: tuple[Path, ...]
     link: Link
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """Rows of one forward and backward pass.
-
-    x, y: inputs and targets of the partition group, padding marked in `real_rows`. noise_BL: of
-    this rank's rows. n_rows: N. penalty_weight: of the trunk's penalty in the loss of this step.
-    """
-
-    x: ItemRows
-    y: ItemRows
-    noise_BL: Tensor | None
-    n_rows: int
-    penalty_weight: float = 1.0
-
-
-@dataclass(frozen=True)
-class Activations:
-    """What a second backward pass over the item matrices needs."""
-
-    rows: MicroBatch
-    sources: Sources
-    weight_G: Tensor
-    grad_pre_GH: Tensor | None
-
-
-@dataclass(frozen=True)
-class StepLoss:
-    """This rank's part of a step's loss, as scalars on the device; the ranks' parts add up."""
-
-    reconstruction: Tensor
-    penalty: Tensor
-    activations: Activations
 
 
 class PartitionedModel:

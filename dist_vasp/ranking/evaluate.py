@@ -22,8 +22,9 @@ from dist_vasp.data.held_out import EvalBlock, evaluation_blocks
 from dist_vasp.data.items import ItemTable, load_items
 from dist_vasp.data.manifest import Manifest
 from dist_vasp.data.rows import Rows
-from dist_vasp.model.partitioned import PartitionedModel, TrunkCall
+from dist_vasp.model.partitioned import PartitionedModel
 from dist_vasp.model.sparse import ItemRows
+from dist_vasp.model.step import TrunkCall
 from dist_vasp.parallel.agree import agreed
 from dist_vasp.parallel.comm import Ranks, all_gather, all_reduce
 from dist_vasp.ranking.metrics import RankingMetrics

@@ -16,9 +16,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dist_vasp.model.partitioned import PartitionedModel, TrunkCall
+from dist_vasp.model.partitioned import PartitionedModel
 from dist_vasp.model.paths import Pairs
 from dist_vasp.model.sparse import ItemRows
+from dist_vasp.model.step import TrunkCall
 from dist_vasp.parallel.comm import all_reduce
 
 

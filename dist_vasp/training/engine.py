@@ -11,9 +11,8 @@ Shapes: B rows of this rank, N rows of the whole step, L latent width.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,51 +26,17 @@ from dist_vasp.kernels.precision import choose_precision
 from dist_vasp.kernels.random import seconds_to_fill
 from dist_vasp.model.build import make_trunk, measure_size, new_model
 from dist_vasp.model.norms import SharedItems
-from dist_vasp.model.partitioned import MicroBatch, StepLoss, TrunkCall
 from dist_vasp.model.sinks import AddToGrad
 from dist_vasp.model.slices import ItemSlice
+from dist_vasp.model.step import MicroBatch, StepLoss, TrunkCall
 from dist_vasp.parallel.comm import Ranks, all_reduce
 from dist_vasp.progress import Waiting
+from dist_vasp.training.adam_step import Beside
 from dist_vasp.training.item_sinks import Norm, Update, squared
 from dist_vasp.training.micro_batches import MicroBatches
-from dist_vasp.training.optimizer import MOMENTS, SCALARS, Beside, InPlaceAdam
-from dist_vasp.training.zero import ZeroTrunk
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """What a step measured, summed over all ranks.
-
-    loss = focal + (KL weight of the step) * kl, where focal is the reconstruction loss of any kind.
-    stop: some rank was asked to stop. all_written: every rank's part of a checkpoint is on disk.
-    paths: mean and deviation of each path's logits (model/path_statistics.py).
-    """
-
-    loss: float
-    focal: float
-    kl: float
-    grad_norm: float
-    stop: bool = False
-    all_written: bool = True
-    paths: dict[str, float] = field(default_factory=dict)
-
-
-class DivergedError(RuntimeError):
-    """The loss or a gradient is no longer a finite number."""
-
-
-class OverlappedTrunk:
-    """The trunk of one step: while its backward runs, the next batch's ids travel."""
-
-    def __init__(self, trunk: ZeroTrunk, scale: float, batches: MicroBatches) -> None:
-        self.trunk, self.scale, self.batches = trunk, scale, batches
-
-    def __call__(self, pre_BH: Tensor, noise_BL: Tensor | None) -> tuple[Sequence[Tensor], Tensor]:
-        return self.trunk(pre_BH, noise_BL)
-
-    def backward(self, scalar: Tensor) -> None:
-        self.batches.advance()
-        self.trunk.backward(scalar)
+from dist_vasp.training.optimizer import MOMENTS, SCALARS, InPlaceAdam
+from dist_vasp.training.step_report import DivergedError, StepReport
+from dist_vasp.training.zero import OverlappedTrunk, ZeroTrunk
 
 
 class Trainer:

@@ -15,8 +15,8 @@ from torch import Tensor
 from dist_vasp.config.schema import Config
 from dist_vasp.data.stream import Batch
 from dist_vasp.kernels.random import Normal, fill, row_keys
-from dist_vasp.model.partitioned import MicroBatch
 from dist_vasp.model.sparse import RowExchange
+from dist_vasp.model.step import MicroBatch
 from dist_vasp.parallel.comm import Ranks
 
 _GPU_ROWS = 64

@@ -19,7 +19,6 @@ numbers as torch.optim's Adam, AdamW and NAdam.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,34 +26,12 @@ from torch import Tensor
 from dist_vasp.config.schema import OptimizerConfig
 from dist_vasp.kernels.interface import CPU_CHUNK, PLAIN, AdamStep, Kernels, Weights
 from dist_vasp.model.sinks import SumOfRows
+from dist_vasp.training.adam_step import Beside, Factors, step_factors
 
 SMALL = 1 << 14  # numbers, as of a bias: a call costs more than the update of as many
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 SCALARS = ("step", "mu_product")
-
-
-class Factors(NamedTuple):
-    """The scalars of one step's update, as numbers and as tensors: a compiled update would be
-    compiled anew for every other number."""
-
-    step: AdamStep
-    of_grad: Tensor
-    of_momentum: Tensor
-    of_root: Tensor
-    shrink: Tensor
-
-
-class Beside(NamedTuple):
-    """What lies beside a parameter.
-
-    copy: in the precision of the products, written by the update. start: each step draws the
-    weights to it, by `decay` times the learning rate.
-    """
-
-    copy: Tensor | None = None
-    start: Tensor | None = None
-    decay: float = 0.0
 
 
 class InPlaceAdam(torch.optim.Optimizer):
@@ -230,22 +207,13 @@ class InPlaceAdam(torch.optim.Optimizer):
     def _advance(self, params: list[Tensor], lr: float) -> Factors:
         """Count a step in the state of each; what the step, one for all of them, multiplies
         gradient, momentum and weights by."""
-        c, states = self.config, [self.ensure_state(p) for p in params]
-        t = float(states[0]["step"]) + 1
-        of_grad, of_momentum, mu = 0.0, lr / (1 - c.beta1**t), 1.0
-        if c.name == "nadam":
-            mu, mu_next = (c.beta1 * (1 - 0.5 * 0.96 ** (s * c.momentum_decay)) for s in (t, t + 1))
-            product = float(states[0]["mu_product"]) * mu
-            of_grad, of_momentum = (
-                lr * (1 - mu) / (1 - product),
-                lr * mu_next / (1 - product * mu_next),
-            )
+        states = [self.ensure_state(p) for p in params]
+        t, product = float(states[0]["step"]) + 1, float(states[0]["mu_product"])
+        factors, mu = step_factors(self.config, lr, t, product)
         for state in states:
             state["step"] += 1
             state["mu_product"] *= mu
-        numbers = (of_grad, of_momentum, (1 - c.beta2**t) ** -0.5, 1 - lr * c.weight_decay)
-        step = AdamStep(c.beta1, c.beta2, c.eps, *numbers, grad_scale=1.0)
-        return Factors(step, *torch.tensor(numbers, dtype=torch.float64).unbind())
+        return factors
 
     def _apply(self, p: Tensor, grad: Tensor, state: dict, by: Factors) -> Tensor:
         m, v = (state[name] for name in MOMENTS)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,6 +23,7 @@ from dist_vasp.config.schema import Config
 from dist_vasp.kernels.interface import Kernels
 from dist_vasp.model.trunk import Trunk
 from dist_vasp.parallel.comm import Ranks
+from dist_vasp.training.micro_batches import MicroBatches
 from dist_vasp.training.optimizer import MOMENTS, InPlaceAdam
 
 MAX_BUCKET = 500_000_000  # elements
@@ -211,6 +212,20 @@ class ZeroTrunk:
             else:
                 p.ds_tensor.data.copy_(piece)
                 safe_set_local_fp32_param(p, piece)
+
+
+class OverlappedTrunk:
+    """The trunk of one step: while its backward runs, the next batch's ids travel."""
+
+    def __init__(self, trunk: ZeroTrunk, scale: float, batches: MicroBatches) -> None:
+        self.trunk, self.scale, self.batches = trunk, scale, batches
+
+    def __call__(self, pre_BH: Tensor, noise_BL: Tensor | None) -> tuple[Sequence[Tensor], Tensor]:
+        return self.trunk(pre_BH, noise_BL)
+
+    def backward(self, scalar: Tensor) -> None:
+        self.batches.advance()
+        self.trunk.backward(scalar)
 
 
 def watch_traffic(count: Callable[[str, int], None]) -> None:

@@ -14,9 +14,9 @@ from dist_vasp.kernels.interface import Arithmetic
 from dist_vasp.model import sinks
 from dist_vasp.model.build import make_trunk
 from dist_vasp.model.norms import SharedItems
-from dist_vasp.model.partitioned import MicroBatch
 from dist_vasp.model.sinks import AddToGrad
 from dist_vasp.model.sparse import gather_rows
+from dist_vasp.model.step import MicroBatch
 from dist_vasp.training.item_sinks import Norm
 from tests.oracles.autorec import DenseAutoRec
 from tests.ranks.test_vasp import check_step, partitioned_step

@@ -10,8 +10,8 @@ from dist_vasp.kernels.interface import Arithmetic
 from dist_vasp.model import slices
 from dist_vasp.model.build import make_trunk
 from dist_vasp.model.norms import SharedItems, column_norms, shared_items
-from dist_vasp.model.partitioned import MicroBatch
 from dist_vasp.model.sinks import AddToGrad, Sink, SumOfRows
+from dist_vasp.model.step import MicroBatch
 from dist_vasp.training.item_sinks import Norm
 from tests.support.partitioned import SMALL, gathered, make_model, pad_noise, plain, random_rows
 from tests.support.ranks import run_ranks

@@ -10,8 +10,8 @@ import torch
 from dist_vasp.kernels.interface import Arithmetic
 from dist_vasp.model import path_statistics, slices
 from dist_vasp.model.build import make_trunk
-from dist_vasp.model.partitioned import MicroBatch
 from dist_vasp.model.sinks import AddToGrad, Drop
+from dist_vasp.model.step import MicroBatch
 from dist_vasp.parallel.comm import all_reduce
 from tests.oracles.dense import dense_rows
 from tests.support.partitioned import (

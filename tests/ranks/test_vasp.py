@@ -11,8 +11,8 @@ from dist_vasp.config.schema import OptimizerConfig
 from dist_vasp.kernels.interface import Arithmetic
 from dist_vasp.model import sinks, slices
 from dist_vasp.model.build import make_trunk
-from dist_vasp.model.partitioned import MicroBatch
 from dist_vasp.model.sinks import AddToGrad
+from dist_vasp.model.step import MicroBatch
 from dist_vasp.training.optimizer import InPlaceAdam
 from tests.oracles.dense import TORCH_OPTIMIZERS, DenseVASP, dense_rows
 from tests.support.partitioned import (

@@ -21,9 +21,9 @@ from dist_vasp.model.losses import (
     ScoreError,
     SquaredError,
     make_loss,
-    probability,
     sum_log_sigmoid,
 )
+from dist_vasp.model.probability import probability
 from tests.oracles.rounding import ELEMENTARY, SAFETY, UNIT
 
 G, C = 7, 11

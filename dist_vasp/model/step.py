@@ -1,0 +1,71 @@
+"""What goes into one step of a model, and what comes out of it.
+
+Shapes: B rows of this rank, G rows of the partition group, N rows of the whole step, H hidden,
+L latent, K width of a source.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from dist_vasp.model.sparse import ItemRows
+
+# (W1 x (B, H), noise (B, L) or None) -> sources (B, K) each, penalty of each row (B,)
+TrunkCall = Callable[[Tensor, Tensor | None], tuple[Sequence[Tensor], Tensor]]
+Sources = dict[int, Tensor]  # by the index of the trunk's output
+
+
+class TrainedTrunk(Protocol):
+    """A trunk in training. What enters `backward` is multiplied by `scale` before.
+
+    An engine that averages over W ranks would otherwise divide by W what is already a sum over N
+    rows.
+    """
+
+    scale: float
+
+    def __call__(
+        self, pre_BH: Tensor, noise_BL: Tensor | None
+    ) -> tuple[Sequence[Tensor], Tensor]: ...
+
+    def backward(self, scalar: Tensor) -> None:
+        """Run autograd from `scalar` into the trunk."""
+        ...
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Rows of one forward and backward pass.
+
+    x, y: inputs and targets of the partition group, padding marked in `real_rows`. noise_BL: of
+    this rank's rows. n_rows: N. penalty_weight: of the trunk's penalty in the loss of this step.
+    """
+
+    x: ItemRows
+    y: ItemRows
+    noise_BL: Tensor | None
+    n_rows: int
+    penalty_weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Activations:
+    """What a second backward pass over the item matrices needs."""
+
+    rows: MicroBatch
+    sources: Sources
+    weight_G: Tensor
+    grad_pre_GH: Tensor | None
+
+
+@dataclass(frozen=True)
+class StepLoss:
+    """This rank's part of a step's loss, as scalars on the device; the ranks' parts add up."""
+
+    reconstruction: Tensor
+    penalty: Tensor
+    activations: Activations
