@@ -193,7 +193,9 @@ def _run_job(task: _Task, n_ranks: int, batch: int, folder: Path) -> list[Measur
     if status:
         printed = log.read_text(errors="replace").splitlines()
         lines = [line for line in printed if line.startswith("error:")] or printed[-3:]
-        raise ValueError(f"the job of {n_ranks} ranks failed: {' '.join(lines)}")
+        # Its log lies in the same folder: on a full disk even the reason is lost.
+        silence = f"it could not write to {task.folder}; if the disk is full, free some space"
+        raise ValueError(f"the job of {n_ranks} ranks failed: {' '.join(lines) or silence}")
     return [Measured(**read_json(path)) for path in sorted(folder.glob("rank-*.json"))]
 
 
