@@ -440,6 +440,7 @@ def dry_run(tmp_path: Path, output: Path, *more: str) -> str:
     return out.getvalue()
 
 
+@pytest.mark.slow
 def test_a_whole_comparison(shards, tmp_path):
     models = [
         {"name": "popularity", "baseline": "popularity"},

@@ -14,6 +14,7 @@ from tests.support.paths import ROOT
 pytest.importorskip("triton", reason="triton is not installed; pip install -e '.[dev]'")
 
 
+@pytest.mark.slow
 def test_every_kernel_compiles_for_an_h100(tmp_path):
     """In a process of its own: triton decides at its import whether it compiles or interprets."""
     from triton.backends.nvidia.compiler import get_ptxas_version
