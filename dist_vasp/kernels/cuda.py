@@ -62,7 +62,7 @@ class TritonKernels(Kernels):
     ) -> Tensor:
         if positions[0].device.type != "cuda":
             return super().ones(positions, shape, dtype)
-        padded = (shape[0], -(-shape[1] // self.align) * self.align)
+        padded = (shape[0], self.padded(shape[1]))
         return super().ones(positions, padded, torch.bfloat16)  # holds 0 and 1 exactly
 
     def gram(self, ones_GC: Tensor) -> Tensor:
@@ -122,7 +122,7 @@ class TritonKernels(Kernels):
         self, logits: list[Tensor], is_one: Tensor, weight_G: Tensor, alpha: float, gamma: float
     ) -> tuple[Tensor, list[Tensor]]:
         (n_rows, n_items), dtype = logits[0].shape, logits[0].dtype
-        n_padded = -(-n_items // self.align) * self.align
+        n_padded = self.padded(n_items)
         row, column = logits[0].stride()
         if row < n_padded or column != 1 or len({logit.stride() for logit in logits}) > 1:
             logits = [pad(logit, (0, n_padded - n_items)) for logit in logits]

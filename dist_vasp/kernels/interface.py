@@ -71,6 +71,10 @@ class Kernels:
     updates_alone: ClassVar[bool] = False
     compiles_modules: bool = False
 
+    def padded(self, n: int) -> int:
+        """How many items n items and their padding are."""
+        return -(-n // self.align) * self.align
+
     def fuse(self, function: F) -> F:
         """Return the function, computed in one pass over memory where that is possible."""
         return function

@@ -120,8 +120,7 @@ class FocalLoss(ElementwiseLoss):
         self, logits: list[Tensor], ones: Positions, weight_G: Tensor, stats: Tensor | None = None
     ) -> tuple[Tensor, list[Tensor]]:
         if self.kernels.updates_alone:
-            align = self.kernels.align
-            n_padded = -(-logits[0].shape[1] // align) * align
+            n_padded = self.kernels.padded(logits[0].shape[1])
             is_one = _mask(ones, (len(weight_G), n_padded))
             return self.kernels.focal(logits, is_one, weight_G, self.alpha, self.gamma)
         return super().block(logits, ones, weight_G, stats)

@@ -242,8 +242,7 @@ class PartitionedModel:
 
     def _padded(self, grad: Tensor, n: int) -> Tensor:
         """The gradient (G, n) of a block, or wider, with zeros for the padding of its items."""
-        align = self.storage.arithmetic.kernels.align
-        width = -(-n // align) * align
+        width = self.storage.arithmetic.kernels.padded(n)
         return grad if grad.shape[1] == width else pad(grad, (0, width - n))
 
     def _backward_pass(

@@ -135,15 +135,14 @@ class DenseHead(Path):
         self.biases = storage.rows(f"output.{name}.bias")
         self.n_items = storage.n_items
         self._kernels = storage.arithmetic.kernels
-        align = self._kernels.align
-        self._blocks = [self._place(lo, hi, align) for lo, hi in storage.blocks]
+        self._blocks = [self._place(lo, hi) for lo, hi in storage.blocks]
 
-    def _place(self, lo: int, hi: int, align: int) -> tuple[int, int, int]:
+    def _place(self, lo: int, hi: int) -> tuple[int, int, int]:
         """(index of the slice that holds a block, first and last row of the block and its padding
         in it)."""
         index = next(i for i, piece in enumerate(self.weights) if piece.lo <= lo < piece.hi)
         first = self.weights[index].lo
-        return index, lo - first, lo - first + -(-(hi - lo) // align) * align
+        return index, lo - first, lo - first + self._kernels.padded(hi - lo)
 
     def slices(self) -> list[ItemSlice]:
         pairs = zip(self.weights, self.biases, strict=True)

@@ -130,26 +130,22 @@ class NewStorage:
         self.part, self.n_items = part, part.n_items
         self.device, self.arithmetic = device, arithmetic
         # A block begins where the padding of the one before it would end.
-        self.blocks = part.blocks(self._padded(block_width(width, device)))
+        self.blocks = part.blocks(arithmetic.kernels.padded(block_width(width, device)))
 
     def rows(self, name: str, width: int | None = None) -> list[ItemSlice]:
-        n = self._padded(self.part.size)
+        n = self.arithmetic.kernels.padded(self.part.size)
         shape = (n,) if width is None else (n, width)
         return [self._slice(name, (self.part.start, self.part.stop), 0, shape)]
 
     def columns(self, name: str) -> list[ItemSlice]:
         # One contiguous (I, C) table for each block: sums of its rows stay in cache.
         return [
-            self._slice(name, (lo, hi), 1, (self.n_items, self._padded(hi - lo)))
+            self._slice(name, (lo, hi), 1, (self.n_items, self.arithmetic.kernels.padded(hi - lo)))
             for lo, hi in self.blocks
         ]
 
     def before_reading(self, items: Tensor) -> None:
         pass
-
-    def _padded(self, n: int) -> int:
-        align = self.arithmetic.kernels.align
-        return -(-n // align) * align
 
     def _slice(self, name: str, items: Range, item_dim: int, shape: tuple[int, ...]) -> ItemSlice:
         whole = torch.zeros(shape, device=self.device, dtype=self.arithmetic.dtype)

@@ -79,7 +79,6 @@ class Trainer:
         self._step_trunk = (
             OverlappedTrunk(self.trunk, ranks.world_size, self.batches) if self.trunk else None
         )
-        self._lr = 0.0
         self._stage: int | None = None
 
     def _item_groups(self) -> list[dict[str, Any]]:
@@ -251,10 +250,10 @@ class Trainer:
         """The schedule's rate for `epoch`; where a new stage begins the moments are kept, unless
         told otherwise."""
         stage = self.config.stage(epoch)
-        self._lr = self.config.lr(epoch)
+        lr = self.config.lr(epoch)
         for optimizer in self.optimizers():
             for group in optimizer.param_groups:
-                group["lr"] = self._lr * group["rate"]
+                group["lr"] = lr * group["rate"]
             optimizer.grad_scale = 1.0
             if self.config.optimizer.reset_on_stage and self._stage not in (None, stage):
                 optimizer.forget()

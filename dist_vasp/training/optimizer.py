@@ -102,14 +102,13 @@ class InPlaceAdam(torch.optim.Optimizer):
             for name in MOMENTS
         }
         assert parameter in self._factors, "begin_step comes first"
-        beside = self._beside.get(parameter, Beside())
-        if beside.start is not None:
-            parameter[rows].lerp_(beside.start[rows], self._pull(parameter, beside))
+        self._draw_to_start(parameter, rows)
         if self.l2(parameter):
             grad = grad + self.l2(parameter) * parameter[rows]
         squared_norm = self._apply(parameter[rows], grad, moments, self._factors[parameter])
-        if beside.copy is not None:
-            beside.copy[rows].copy_(parameter[rows])
+        copy = self._beside.get(parameter, Beside()).copy
+        if copy is not None:
+            copy[rows].copy_(parameter[rows])
         return squared_norm
 
     @torch.no_grad()
@@ -123,9 +122,8 @@ class InPlaceAdam(torch.optim.Optimizer):
         each of them. Returns the gradient's squared norm, a scalar.
         """
         assert not self.l2(parameter), "the gradient is never formed"
-        beside, by = self._beside.get(parameter, Beside()), self._factors[parameter]
-        if beside.start is not None:
-            parameter.lerp_(beside.start, self._pull(parameter, beside))
+        by = self._factors[parameter]
+        self._draw_to_start(parameter, slice(None))
         denominators = None
         if squared_norms is not None:
             v = self.state[parameter]["exp_avg_sq"]
@@ -148,6 +146,7 @@ class InPlaceAdam(torch.optim.Optimizer):
         """
         by_factors: dict[int, list[tuple[Tensor, Weights]]] = {}
         for parameter, grad in parts:
+            self._draw_to_start(parameter, slice(None))
             if self.l2(parameter):
                 grad = grad + self.l2(parameter) * parameter
             key = id(self._factors[parameter])
@@ -156,8 +155,12 @@ class InPlaceAdam(torch.optim.Optimizer):
         norms = [self._kernels.update_many(same, numbers[key]) for key, same in by_factors.items()]
         return torch.stack(norms).sum()
 
-    def _pull(self, parameter: Tensor, beside: Beside) -> float:
-        return self._group_of(parameter)["lr"] * beside.decay
+    def _draw_to_start(self, parameter: Tensor, rows: slice) -> None:
+        """Move some rows towards where they started, for a parameter that has a start."""
+        beside = self._beside.get(parameter, Beside())
+        if beside.start is not None:
+            pull = self._group_of(parameter)["lr"] * beside.decay
+            parameter[rows].lerp_(beside.start[rows], pull)
 
     def _numbers(self, by: Factors) -> AdamStep:
         return by.step._replace(grad_scale=self.grad_scale)

@@ -16,6 +16,7 @@ from dist_vasp.config.schema import OptimizerConfig
 from dist_vasp.kernels.cuda import TritonKernels
 from dist_vasp.kernels.interface import PLAIN, AdamStep, Weights
 from dist_vasp.model.losses import FocalLoss
+from dist_vasp.training.adam_step import Beside
 from dist_vasp.training.optimizer import InPlaceAdam
 from tests.oracles.rounding import bounded, within
 
@@ -218,3 +219,18 @@ def test_an_optimizer_with_many_parameters_equals_the_plain_one():
         found.append([param.detach() for param in params])
     for ours, plain in zip(*found, strict=True):
         assert torch.allclose(ours, plain, rtol=1e-5, atol=1e-7)
+
+
+def test_a_weight_is_drawn_to_its_start_however_its_gradient_comes():
+    start, grad, found = numbers(30, 20, seed=1), numbers(30, 20, seed=2), []
+    for kernels in (KERNELS, PLAIN):
+        weight = torch.zeros(30, 20)
+        beside = {weight: Beside(start=start, decay=0.5)}
+        optimizer = InPlaceAdam([weight], OptimizerConfig(), 0.1, kernels, beside)
+        optimizer.begin_step()
+        if kernels is KERNELS:
+            optimizer.update_many([(weight, grad.clone())])
+        else:
+            optimizer.update(weight, 0, grad.clone())
+        found.append(weight)
+    assert torch.allclose(*found, rtol=1e-5, atol=1e-7)
