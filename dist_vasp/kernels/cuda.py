@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 
 from dist_vasp.kernels import triton_kernels as jit
 from dist_vasp.kernels.compiled import COMPILED
-from dist_vasp.kernels.interface import AdamStep, Bags, F, Kernels, Weights
+from dist_vasp.kernels.interface import Bags, F, Kernels, Weights
 
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
 _SUM = {"UNROLL": 8, "BLOCK": 1024, "num_warps": 4}  # 8 numbers per thread
@@ -37,6 +37,9 @@ class TritonKernels(Kernels):
         self.compiles_modules = compiles
         self._addressed: dict[tuple[int, ...], Tensor] = {}
         self._placed: dict[tuple[int, ...], tuple[Tensor, ...]] = {}
+        # Tables of recorded steps: those to be written, and all that must stay where they are.
+        self._recorded: list[tuple[Tensor, tuple[int, ...]]] = []
+        self._kept: list[Tensor] = []
 
     def fuse(self, function: F) -> F:
         return COMPILED.fuse(function) if self.compiles_modules else function
@@ -60,10 +63,11 @@ class TritonKernels(Kernels):
     def ones(
         self, positions: tuple[Tensor, Tensor], shape: tuple[int, int], dtype: torch.dtype
     ) -> Tensor:
-        if positions[0].device.type != "cuda":
-            return super().ones(positions, shape, dtype)
-        padded = (shape[0], self.padded(shape[1]))
-        return super().ones(positions, padded, torch.bfloat16)  # holds 0 and 1 exactly
+        on_gpu = positions[0].device.type == "cuda"
+        padded = (shape[0], self.padded(shape[1] + 1))  # one column for no item
+        ones = super().ones(positions, padded, torch.bfloat16 if on_gpu else dtype)  # exactly
+        ones[:, shape[1] :] = 0
+        return ones
 
     def gram(self, ones_GC: Tensor) -> Tensor:
         if ones_GC.device.type != "cuda":
@@ -71,7 +75,7 @@ class TritonKernels(Kernels):
         return torch.mm(ones_GC, ones_GC.T, out_dtype=torch.float32)
 
     def update_sum(
-        self, grad: Tensor, bags: Bags, diagonal: int | None, of: Weights, by: AdamStep
+        self, grad: Tensor, bags: Bags, diagonal: int | None, of: Weights, by: Tensor
     ) -> Tensor:
         ids, indptr = bags
         n, n_columns = len(indptr) - 1, of.weights.shape[1]
@@ -84,20 +88,20 @@ class TritonKernels(Kernels):
             of.weights if of.copy is None else of.copy, norms,
             n_columns, grad.stride(0), of.weights.stride(0),
             *(0 if size == 1 else 1 for size in denominators.shape),
-            diagonal or 0, *by,
+            diagonal or 0, by,
             HAS_V=of.second is not None, HAS_COPY=of.copy is not None,
             HAS_DIAGONAL=diagonal is not None, **_SUM,
         )  # fmt: skip
         return norms.sum()
 
-    def update_many(self, parts: list[tuple[Tensor, Weights]], by: AdamStep) -> Tensor:
+    def update_many(self, parts: list[tuple[Tensor, Weights]], by: Tensor) -> Tensor:
         norms = [
             self._update_alike([part for part in parts if _kind(part) == kind], by)
             for kind in dict.fromkeys(_kind(part) for part in parts)
         ]
         return torch.cat(norms).sum()
 
-    def _update_alike(self, parts: list[tuple[Tensor, Weights]], by: AdamStep) -> Tensor:
+    def _update_alike(self, parts: list[tuple[Tensor, Weights]], by: Tensor) -> Tensor:
         """`update_many` of gradients of one type and copies of one type: the norm of each block."""
         grad, of = parts[0]
         columns: list[list[Tensor | None]] = [
@@ -112,7 +116,7 @@ class TritonKernels(Kernels):
         norms = torch.empty(len(part), dtype=torch.float32, device=grad.device)
         copy = of.weights if of.copy is None else of.copy
         jit.update_many[(len(part),)](
-            part, offset, size, *tables, norms, *by,
+            part, offset, size, *tables, norms, by,
             GRAD=_TYPES[grad.dtype], COPY=_TYPES[copy.dtype],
             HAS_COPY=of.copy is not None, BLOCK=_UPDATE_BLOCK, num_warps=8,
         )  # fmt: skip
@@ -126,7 +130,8 @@ class TritonKernels(Kernels):
         row, column = logits[0].stride()
         if row < n_padded or column != 1 or len({logit.stride() for logit in logits}) > 1:
             logits = [pad(logit, (0, n_padded - n_items)) for logit in logits]
-        is_one = pad(is_one, (0, n_padded - is_one.shape[1]))
+        if is_one.shape[1] < n_padded:
+            is_one = pad(is_one, (0, n_padded - is_one.shape[1]))
         grads = list(logits[0].new_empty((len(logits), n_rows, n_padded)).unbind())
         device = weight_G.device
         loss = torch.empty(n_rows, dtype=torch.float32, device=device)
@@ -143,11 +148,22 @@ class TritonKernels(Kernels):
     def _addresses(self, tensors: Sequence[Tensor | None], device: torch.device) -> Tensor:
         """The addresses of tensors on a device, made once for each list of addresses."""
         key = tuple(0 if tensor is None else tensor.data_ptr() for tensor in tensors)
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            table = torch.empty(len(key), dtype=torch.int64, device=device)
+            self._recorded.append((table, key))
+            return table
         if key not in self._addressed:
             if len(self._addressed) >= _MOST_TABLES:
                 self._addressed.clear()
             self._addressed[key] = _on_device(key, device)
         return self._addressed[key]
+
+    def end_recording(self) -> None:
+        """Write the tables of addresses that a recorded step reads."""
+        for table, key in self._recorded:
+            table.copy_(torch.tensor(key))
+            self._kept.append(table)
+        self._recorded.clear()
 
     def _places(self, sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, ...]:
         """For each block of numbers of tensors: its tensor, its first number; and all sizes. Made

@@ -28,7 +28,9 @@ Bags = tuple[Tensor, Tensor]  # ids (E,) of rows, index pointer (n + 1,), which 
 class AdamStep(NamedTuple):
     """The numbers of one step of an Adam rule, as `training/optimizer.py` defines them.
 
-    The weights are multiplied by `shrink` and lose (of_momentum m + of_grad g) / denominator.
+    The weights are multiplied by `shrink` and lose (of_momentum m + of_grad g) / denominator. rest1
+    and rest2: 1 - beta1 and 1 - beta2, which float32 would round. Kernels read all of them from the
+    device, as float32 in this order: so a captured step can be replayed with others.
     """
 
     beta1: float
@@ -38,6 +40,8 @@ class AdamStep(NamedTuple):
     of_momentum: float
     of_root: float
     shrink: float
+    rest1: float
+    rest2: float
     grad_scale: float
 
 
@@ -122,18 +126,21 @@ class Kernels:
             per_sample_weights=weights.to(table.dtype),
         )
 
+    def end_recording(self) -> None:
+        """Complete what a recorded step reads, before its first replay."""
+
     def update_sum(
-        self, grad: Tensor, bags: Bags, diagonal: int | None, of: Weights, by: AdamStep
+        self, grad: Tensor, bags: Bags, diagonal: int | None, of: Weights, by: Tensor
     ) -> Tensor:
         """Update weights (n or more, C) from a gradient whose row i is the sum of the rows of
         `grad` that bag i names, without storing it. Rows beyond the n bags are padding. Returns the
         squared norm of the gradient, a scalar.
 
-        diagonal: entry (i, i - diagonal) has no gradient.
+        diagonal: entry (i, i - diagonal) has no gradient. by: an AdamStep on the device.
         """
         raise NotImplementedError
 
-    def update_many(self, parts: list[tuple[Tensor, Weights]], by: AdamStep) -> Tensor:
+    def update_many(self, parts: list[tuple[Tensor, Weights]], by: Tensor) -> Tensor:
         """Update several weights, each from its gradient. Returns the squared norm of all."""
         raise NotImplementedError
 

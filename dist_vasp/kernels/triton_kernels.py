@@ -41,17 +41,31 @@ def sum_rows(
 
 
 @triton.jit
-def adam(p, g, m, denominator, beta1, of_grad, of_momentum, shrink):
+def scaled(g, By):
+    """A gradient as the update uses it. By: an AdamStep (kernels/interface.py)."""
+    return g * tl.load(By + 9)
+
+
+@triton.jit
+def second_moment(v, g, By):
+    """New second moment, and the denominator that it gives (training/optimizer.py)."""
+    beta2, eps, of_root = tl.load(By + 1), tl.load(By + 2), tl.load(By + 5)
+    v = v * beta2 + g * g * tl.load(By + 8)
+    return v, tl.sqrt(v) * of_root + eps
+
+
+@triton.jit
+def adam(p, g, m, denominator, By):
     """New weights and first moment (training/optimizer.py)."""
-    m = m * beta1 + g * (1 - beta1)
-    return p * shrink - (m * of_momentum + g * of_grad) / denominator, m
+    beta1, of_grad, of_momentum = tl.load(By), tl.load(By + 3), tl.load(By + 4)
+    m = m * beta1 + g * tl.load(By + 7)
+    return p * tl.load(By + 6) - (m * of_momentum + g * of_grad) / denominator, m
 
 
 @triton.jit
 def update_sum(
     Ids, Ptr, Grad, P, M, V, Denominators, Copy, Norm,
-    n_columns, grad_row, p_row, denominator_row, denominator_column, diagonal,
-    beta1, beta2, eps, of_grad, of_momentum, of_root, shrink, grad_scale,
+    n_columns, grad_row, p_row, denominator_row, denominator_column, diagonal, By,
     HAS_V: tl.constexpr, HAS_COPY: tl.constexpr, HAS_DIAGONAL: tl.constexpr,
     UNROLL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -65,18 +79,17 @@ def update_sum(
     g = sum_of_rows(Ids, Ptr, Grad, n_columns, grad_row, r, c, UNROLL, BLOCK)
     if HAS_DIAGONAL:
         g = tl.where(c + diagonal == r, 0.0, g)
-    g = g * grad_scale
+    g = scaled(g, By)
     tl.store(Norm + r * tl.num_programs(1) + tl.program_id(1), tl.sum(tl.where(here, g * g, 0.0)))
     at = r.to(tl.int64) * p_row + c
     if HAS_V:
-        v = tl.load(V + at, here, 0.0) * beta2 + g * g * (1 - beta2)
+        v, denominator = second_moment(tl.load(V + at, here, 0.0), g, By)
         tl.store(V + at, v, here)
-        denominator = tl.sqrt(v) * of_root + eps
     else:
         where = r.to(tl.int64) * denominator_row + c * denominator_column
         denominator = tl.load(Denominators + where, here, 1.0)
     p, m = tl.load(P + at, here, 0.0), tl.load(M + at, here, 0.0)
-    p, m = adam(p, g, m, denominator, beta1, of_grad, of_momentum, shrink)
+    p, m = adam(p, g, m, denominator, By)
     tl.store(P + at, p, here)
     tl.store(M + at, m, here)
     if HAS_COPY:
@@ -99,18 +112,16 @@ def write(pointers, numbers, here, MASKED: tl.constexpr):
 
 @triton.jit
 def update_block(
-    P, M, V, G, C, first, size,
-    beta1, beta2, eps, of_grad, of_momentum, of_root, shrink, grad_scale,
+    P, M, V, G, C, first, size, By,
     HAS_COPY: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Update the numbers from `first` on; the squared norm of their gradient."""
     at = first + tl.arange(0, BLOCK)
     here = at < size
-    g = read(G + at, here, MASKED).to(tl.float32) * grad_scale
-    v = read(V + at, here, MASKED) * beta2 + g * g * (1 - beta2)
-    denominator = tl.sqrt(v) * of_root + eps
+    g = scaled(read(G + at, here, MASKED).to(tl.float32), By)
+    v, denominator = second_moment(read(V + at, here, MASKED), g, By)
     p, m = read(P + at, here, MASKED), read(M + at, here, MASKED)
-    p, m = adam(p, g, m, denominator, beta1, of_grad, of_momentum, shrink)
+    p, m = adam(p, g, m, denominator, By)
     write(P + at, p, here, MASKED)
     write(M + at, m, here, MASKED)
     write(V + at, v, here, MASKED)
@@ -121,8 +132,7 @@ def update_block(
 
 @triton.jit
 def update_many(
-    Parts, Offsets, Sizes, Grads, Ps, Ms, Vs, Copies, Norm,
-    beta1, beta2, eps, of_grad, of_momentum, of_root, shrink, grad_scale,
+    Parts, Offsets, Sizes, Grads, Ps, Ms, Vs, Copies, Norm, By,
     GRAD: tl.constexpr, COPY: tl.constexpr, HAS_COPY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One block of one of several tensors, whose addresses are Grads, Ps, Ms, Vs and Copies.
@@ -139,17 +149,9 @@ def update_many(
     G = tl.multiple_of(tl.load(Grads + part).to(tl.pointer_type(GRAD)), 16)
     C = tl.multiple_of(tl.load(Copies + part).to(tl.pointer_type(COPY)), 16)
     if first + BLOCK <= size:
-        norm = update_block(
-            P, M, V, G, C, first, size,
-            beta1, beta2, eps, of_grad, of_momentum, of_root, shrink, grad_scale,
-            HAS_COPY, False, BLOCK,
-        )  # fmt: skip
+        norm = update_block(P, M, V, G, C, first, size, By, HAS_COPY, False, BLOCK)
     else:
-        norm = update_block(
-            P, M, V, G, C, first, size,
-            beta1, beta2, eps, of_grad, of_momentum, of_root, shrink, grad_scale,
-            HAS_COPY, True, BLOCK,
-        )  # fmt: skip
+        norm = update_block(P, M, V, G, C, first, size, By, HAS_COPY, True, BLOCK)
     tl.store(Norm + k, norm)
 
 

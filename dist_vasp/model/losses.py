@@ -42,12 +42,14 @@ class Loss:
 
     row_statistics: how many numbers per row it needs over all items first (`row_stats`).
     skips_empty_rows: whether a row with an empty input or target has no loss.
+    takes_room: whether `ones` may name a column behind the last one, which is no item.
     kernels: compute the pass over a block. Logits may be of lower precision than the weights of
     the rows: then the gradients are, too, and everything between is of the higher.
     """
 
     row_statistics: ClassVar[int] = 0
     skips_empty_rows: ClassVar[bool] = False
+    takes_room: bool = field(default=False, init=False)
     kernels: Kernels = field(default=PLAIN, compare=False, repr=False, kw_only=True)
 
     def row_stats(self, logits: list[Tensor], ones: Positions) -> Tensor:
@@ -116,11 +118,15 @@ class FocalLoss(ElementwiseLoss):
     alpha: float = 0.25
     gamma: float = 2.0
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.takes_room = self.kernels.updates_alone
+
     def block(
         self, logits: list[Tensor], ones: Positions, weight_G: Tensor, stats: Tensor | None = None
     ) -> tuple[Tensor, list[Tensor]]:
         if self.kernels.updates_alone:
-            n_padded = self.kernels.padded(logits[0].shape[1])
+            n_padded = self.kernels.padded(logits[0].shape[1] + 1)  # one column for no item
             is_one = _mask(ones, (len(weight_G), n_padded))
             return self.kernels.focal(logits, is_one, weight_G, self.alpha, self.gamma)
         return super().block(logits, ones, weight_G, stats)

@@ -64,10 +64,12 @@ def shared_items(gradient: SumOfRows, dtype: torch.dtype) -> Tensor:
 def diagonal_gradients(gradient: SumOfRows) -> Tensor:
     """What the entries of the diagonal would have as their gradient: (n,) of the block's items."""
     assert gradient.diagonal is not None
+    x = gradient.x
     lo = gradient.items[0] + gradient.diagonal
     hi = min(lo + gradient.grad_GC.shape[1], gradient.items[1])
-    rows_E, columns_E = gradient.x.positions(lo, hi)
-    entries_E1 = gradient.grad_GC[rows_E, columns_E][:, None]
+    rows_E, columns_E = x.positions(lo, hi)
+    inside_E = columns_E.clamp(max=gradient.grad_GC.shape[1] - 1) if x.has_room else columns_E
+    entries_E1 = gradient.grad_GC[rows_E, inside_E][:, None]
     bounds = torch.searchsorted(columns_E, torch.arange(hi - lo + 1, device=columns_E.device))
     order = torch.arange(len(columns_E), device=columns_E.device)
     return gradient.kernels.sum_rows(entries_E1, order, bounds).squeeze(1)

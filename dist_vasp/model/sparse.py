@@ -25,7 +25,8 @@ from dist_vasp.parallel.comm import Gathering, Group
 class ItemRows:
     """G rows of item ids in CSR form, on the device. `items` ascend within a row.
 
-    values: the rating of each interaction; None where every interaction counts as 1.
+    values: the rating of each interaction; None where every interaction counts as 1. has_room:
+    `items` may hold more than the rows do; those beyond the last row are n_items, which is no item.
     """
 
     indptr: Tensor  # (G+1,) int64
@@ -33,6 +34,7 @@ class ItemRows:
     n_items: int
     real_rows: Tensor  # (G,) bool; False marks padding, which is empty and counts for nothing
     values: Tensor | None = None  # (E,) float32
+    has_room: bool = False
 
     @property
     def n_rows(self) -> int:
@@ -46,6 +48,10 @@ class ItemRows:
     @cached_property
     def row_of(self) -> Tensor:
         """(E,) the row of each interaction."""
+        if self.has_room:
+            numbers = torch.arange(len(self.items), device=self.items.device)
+            rows = torch.searchsorted(self.indptr[1:], numbers, right=True)
+            return rows.clamp_(max=self.n_rows - 1)
         return torch.repeat_interleave(
             torch.arange(self.n_rows, device=self.items.device),
             self.lengths,
@@ -81,7 +87,8 @@ class ItemRows:
         return rows, indptr[lo : hi + 1]
 
     def positions(self, lo: int, hi: int) -> tuple[Tensor, Tensor]:
-        """(row, item - lo) of every interaction with an item in [lo, hi)."""
+        """(row, item - lo) of every interaction with an item in [lo, hi); of rows with room also
+        (a row, n_items)."""
         rows, items, indptr = self._by_item
         if (lo, hi) == (0, self.n_items):
             return rows, items

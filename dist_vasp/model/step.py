@@ -43,13 +43,14 @@ class MicroBatch:
 
     x, y: inputs and targets of the partition group, padding marked in `real_rows`. noise_BL: of
     this rank's rows. n_rows: N. penalty_weight: of the trunk's penalty in the loss of this step.
+    Both are scalars on the device in a step that is recorded.
     """
 
     x: ItemRows
     y: ItemRows
     noise_BL: Tensor | None
-    n_rows: int
-    penalty_weight: float = 1.0
+    n_rows: int | Tensor
+    penalty_weight: float | Tensor = 1.0
 
 
 @dataclass(frozen=True)

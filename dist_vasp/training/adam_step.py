@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from dist_vasp.config.schema import OptimizerConfig
@@ -12,14 +11,23 @@ from dist_vasp.kernels.interface import AdamStep
 
 
 class Factors(NamedTuple):
-    """The scalars of one step's update, as numbers and as tensors: a compiled update would be
-    compiled anew for every other number."""
+    """The scalars of one step's update as tensors: a compiled update would be compiled anew for
+    every other number, and a captured one would keep it.
 
-    step: AdamStep
+    whole: all of an AdamStep, which kernels read.
+    """
+
+    whole: Tensor
     of_grad: Tensor
     of_momentum: Tensor
     of_root: Tensor
     shrink: Tensor
+
+
+def factors_in(whole: Tensor) -> Factors:
+    """The factors in a tensor of the numbers of an AdamStep, as views of it."""
+    named = dict(zip(AdamStep._fields, whole.unbind(), strict=True))
+    return Factors(whole, *(named[name] for name in Factors._fields[1:]))
 
 
 class Beside(NamedTuple):
@@ -34,10 +42,10 @@ class Beside(NamedTuple):
     decay: float = 0.0
 
 
-def step_factors(
+def step_numbers(
     c: OptimizerConfig, lr: float, t: float, mu_product: float
-) -> tuple[Factors, float]:
-    """The factors of step t, counted from 1, and mu_t, which is 1 but for Nadam.
+) -> tuple[AdamStep, float]:
+    """The numbers of step t, counted from 1, and mu_t, which is 1 but for Nadam.
 
     mu_product: the product of mu_1 to mu_(t-1).
     """
@@ -48,5 +56,5 @@ def step_factors(
         of_grad = lr * (1 - mu) / (1 - product)
         of_momentum = lr * mu_next / (1 - product * mu_next)
     numbers = (of_grad, of_momentum, (1 - c.beta2**t) ** -0.5, 1 - lr * c.weight_decay)
-    step = AdamStep(c.beta1, c.beta2, c.eps, *numbers, grad_scale=1.0)
-    return Factors(step, *torch.tensor(numbers, dtype=torch.float64).unbind()), mu
+    rest = (1 - c.beta1, 1 - c.beta2)
+    return AdamStep(c.beta1, c.beta2, c.eps, *numbers, *rest, grad_scale=1.0), mu

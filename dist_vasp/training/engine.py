@@ -29,14 +29,19 @@ from dist_vasp.model.norms import SharedItems
 from dist_vasp.model.sinks import AddToGrad
 from dist_vasp.model.slices import ItemSlice
 from dist_vasp.model.step import MicroBatch, StepLoss, TrunkCall
+from dist_vasp.parallel.clock import Clock
 from dist_vasp.parallel.comm import Ranks, all_reduce
 from dist_vasp.progress import Waiting
 from dist_vasp.training.adam_step import Beside
+from dist_vasp.training.captured_step import CapturedStep
 from dist_vasp.training.item_sinks import Norm, Update, squared
-from dist_vasp.training.micro_batches import MicroBatches
+from dist_vasp.training.lone_trunk import LoneTrunk
+from dist_vasp.training.micro_batches import MicroBatches, OverlappedTrunk
 from dist_vasp.training.optimizer import MOMENTS, SCALARS, InPlaceAdam
 from dist_vasp.training.step_report import DivergedError, StepReport
-from dist_vasp.training.zero import OverlappedTrunk, ZeroTrunk
+from dist_vasp.training.zero import ZeroTrunk
+
+_BEFORE_SUMS = 5  # numbers in `_totals` before the sums of the paths' statistics
 
 
 class Trainer:
@@ -73,13 +78,31 @@ class Trainer:
         what = f"building the trunk ({size.trunk / 1e6:.1f}M weights)"
         with Waiting(what, show, estimate):
             trunk = make_trunk(config.model, config.run.seed, arithmetic)
-            self.trunk = ZeroTrunk(trunk, config, ranks, kernels) if trunk else None
+            self.trunk: LoneTrunk | ZeroTrunk | None = None
+            if trunk and ranks.world_size == 1:
+                self.trunk = LoneTrunk(trunk, config, ranks, arithmetic)
+            elif trunk:
+                self.trunk = ZeroTrunk(trunk, config, ranks, kernels)
         noise_width = trunk.noise_width if trunk else 0
         self.batches = MicroBatches(config, n_items, ranks, noise_width)
         self._step_trunk = (
             OverlappedTrunk(self.trunk, ranks.world_size, self.batches) if self.trunk else None
         )
+        self._captured = (
+            CapturedStep(self._recordable, kernels) if self._can_be_captured() else None
+        )
         self._stage: int | None = None
+
+    def _can_be_captured(self) -> bool:
+        """Whether a step is the same kernels at the same addresses in every step."""
+        alone = self.ranks.world_size == 1 and type(self.ranks.clock) is Clock
+        return (
+            alone
+            and self.ranks.device.type == "cuda"
+            and self.model.loss.takes_room
+            and len(self.model.blocks) == 1
+            and self.batches.n == 1
+        )
 
     def _item_groups(self) -> list[dict[str, Any]]:
         """Parameter groups of the item matrices: one for each path, one for the input side."""
@@ -119,31 +142,47 @@ class Trainer:
         self._set_rate(batch.epoch)
         self._refresh()
         micro_batches = self.batches.receive(batch)
-        self.batches.send(following)
-        self.item_optimizer.begin_step()
+        for counts in (self.item_optimizer, self.trunk):
+            if counts is not None:
+                counts.begin_step()
+        if self._captured is None:
+            self.batches.send(following)
+            totals = self._compute(micro_batches, (stop, not written))
+        else:
+            totals = self._captured.run(micro_batches[0])
+            self.batches.send(following)
+        report = self._report(totals, micro_batches[0].penalty_weight, (stop, not written))
+        if not (math.isfinite(report.loss) and math.isfinite(report.grad_norm)):
+            raise DivergedError(
+                f"step {batch.step + 1}: loss {report.loss}, gradient norm {report.grad_norm}"
+            )
+        return report
+
+    def _recordable(self, rows: MicroBatch) -> Tensor:
+        """A step of one rank."""
+        return self._compute([rows], (False, False))
+
+    def _compute(self, micro_batches: list[MicroBatch], flags: tuple[bool, bool]) -> Tensor:
+        """Update all weights; what every rank must know of it, on the device (`_totals`)."""
         for begins in (self._shared, self._norm, self._update):
             begins.begin()
         self.model.statistics.sums.zero_()
+        clip = self.config.optimizer.clip_norm
         with self.precision.scope():
             part, squared_norm = self._gradients(micro_batches)
-            totals = self._totals(part, squared_norm, (stop, not written))
-            clip = self.config.optimizer.clip_norm
-            if not clip:  # else the update must wait for the norm
-                self._apply(part, len(micro_batches), 1.0)
-            report = self._report(totals, micro_batches[0].penalty_weight)
-            if not (math.isfinite(report.loss) and math.isfinite(report.grad_norm)):
-                raise DivergedError(
-                    f"step {batch.step + 1}: loss {report.loss}, gradient norm {report.grad_norm}"
-                )
-            if clip:
-                scale = min(1.0, clip / report.grad_norm) if report.grad_norm else 1.0
-                self._apply(part, len(micro_batches), scale)
-        return report
+            if not clip:
+                self._apply(part, len(micro_batches))
+            totals = self._totals(part, squared_norm, flags)
+            if clip:  # the update must wait for the norm
+                norm = self._squared_norms(totals).sum().sqrt()
+                scale = torch.where(norm > 0, (clip / norm).clamp(max=1.0), 1.0)
+                for optimizer in self.optimizers():
+                    optimizer.grad_scale = scale if self._update.alone else float(scale)
+                self._apply(part, len(micro_batches))
+        return totals
 
-    def _apply(self, part: StepLoss, n_micro_batches: int, scale: float) -> None:
-        """Update what has not been updated as its gradient came, with gradients times `scale`."""
-        for optimizer in self.optimizers():
-            optimizer.grad_scale = scale
+    def _apply(self, part: StepLoss, n_micro_batches: int) -> None:
+        """Update what has not been updated as its gradient came."""
         if n_micro_batches > 1:
             self._apply_accumulated()
         elif self.config.optimizer.clip_norm:
@@ -159,6 +198,8 @@ class Trainer:
         """Make the copies of the weights before their first use; the update keeps them current."""
         if not self._copies_are_current:
             self.model.refresh()
+            if self.trunk:
+                self.trunk.refresh()
             self._copies_are_current = True
 
     def _gradients(self, micro_batches: list[MicroBatch]) -> tuple[StepLoss, Tensor]:
@@ -171,16 +212,28 @@ class Trainer:
         return part, sink.squared_norm
 
     def _totals(self, part: StepLoss, squared_norm: Tensor, flags: tuple[bool, bool]) -> Tensor:
-        """Add up what every rank must know, in one all-reduce; it stays on the device."""
+        """Add up what every rank must know, in one all-reduce; it stays on the device.
+
+        The flags of a rank that is alone are not in it: they are no part of a recorded step.
+        """
         statistics, replicas = self.model.statistics, self.ranks.layout.replicas
         scalars = [part.reconstruction, part.penalty, squared_norm / replicas]
         own = torch.stack([scalar.double() for scalar in scalars])
-        asked = torch.tensor(flags, dtype=torch.float64).to(own.device, non_blocking=True)
+        asked = own.new_zeros(len(flags))
+        if self.ranks.world_size > 1:
+            asked = torch.tensor(flags, dtype=own.dtype).to(own.device, non_blocking=True)
         mine = torch.cat([own, asked, statistics.sums.flatten()])
         totals = all_reduce(mine, self.ranks.world)
         return torch.cat([totals, self.trunk.squared_norm()[None]]) if self.trunk else totals
 
-    def _report(self, totals: Tensor, penalty_weight: float) -> StepReport:
+    def _squared_norms(self, totals: Tensor) -> Tensor:
+        """Those of the item matrices and of the trunk, in totals: (1,) or (2,)."""
+        n_sums = self.model.statistics.sums.numel()
+        return torch.cat([totals[2:3], totals[_BEFORE_SUMS + n_sums :]])
+
+    def _report(
+        self, totals: Tensor, penalty_weight: float | Tensor, flags: tuple[bool, bool]
+    ) -> StepReport:
         """Read from the device what a step has measured: the one time that a step waits for it."""
         reconstruction, kl, of_items, stops, unwritten, *rest = totals.tolist()
         n_sums = self.model.statistics.sums.numel()
@@ -188,7 +241,8 @@ class Trainer:
         grad_norm = math.sqrt(squared_sum) if squared_sum >= 0 else math.nan
         loss = reconstruction + penalty_weight * kl
         paths = self.model.statistics.named(rest[:n_sums])
-        return StepReport(loss, reconstruction, kl, grad_norm, stops > 0, unwritten == 0, paths)
+        stop, written = flags[0] or stops > 0, not flags[1] and unwritten == 0
+        return StepReport(loss, reconstruction, kl, grad_norm, stop, written, paths)
 
     @contextmanager
     def evaluating(self) -> Iterator[TrunkCall | None]:
@@ -243,6 +297,8 @@ class Trainer:
                 state[name].fill_(scalars[name])
         self._stage = self.config.stage(epoch)
         self._copies_are_current = False  # the weights were loaded, too
+        if self._captured:
+            self._captured.forget()
 
     # --- parts of a step --------------------------------------------------------------------------
 
@@ -257,6 +313,8 @@ class Trainer:
             optimizer.grad_scale = 1.0
             if self.config.optimizer.reset_on_stage and self._stage not in (None, stage):
                 optimizer.forget()
+        if self._captured and self._stage != stage:
+            self._captured.forget()  # rates are numbers of Python in a recorded step
         self._stage = stage
 
     def _accumulate(self, micro_batches: list[MicroBatch]) -> tuple[StepLoss, Tensor]:

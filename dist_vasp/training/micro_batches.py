@@ -8,6 +8,8 @@ Shapes: B rows of this rank, L latent width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -18,6 +20,8 @@ from dist_vasp.kernels.random import Normal, fill, row_keys
 from dist_vasp.model.sparse import RowExchange
 from dist_vasp.model.step import MicroBatch
 from dist_vasp.parallel.comm import Ranks
+from dist_vasp.training.lone_trunk import LoneTrunk
+from dist_vasp.training.zero import ZeroTrunk
 
 _GPU_ROWS = 64
 
@@ -76,6 +80,20 @@ class MicroBatches:
             csr = [side.slice(first, last) for side in (batch.inputs, batch.targets)]
             exchanges.append(RowExchange(csr, last - first, rows, self.n_items, group, device))
         return exchanges
+
+
+class OverlappedTrunk:
+    """The trunk of one step: while its backward runs, the next batch's ids travel."""
+
+    def __init__(self, trunk: LoneTrunk | ZeroTrunk, scale: float, batches: MicroBatches) -> None:
+        self.trunk, self.scale, self.batches = trunk, scale, batches
+
+    def __call__(self, pre_BH: Tensor, noise_BL: Tensor | None) -> tuple[Sequence[Tensor], Tensor]:
+        return self.trunk(pre_BH, noise_BL)
+
+    def backward(self, scalar: Tensor) -> None:
+        self.batches.advance()
+        self.trunk.backward(scalar)
 
 
 def lane_noise(seed: int, batch: Batch, n_rows: int, latent: int, device: torch.device) -> Tensor:

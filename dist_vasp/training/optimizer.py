@@ -26,7 +26,7 @@ from torch import Tensor
 from dist_vasp.config.schema import OptimizerConfig
 from dist_vasp.kernels.interface import CPU_CHUNK, PLAIN, AdamStep, Kernels, Weights
 from dist_vasp.model.sinks import SumOfRows
-from dist_vasp.training.adam_step import Beside, Factors, step_factors
+from dist_vasp.training.adam_step import Beside, Factors, factors_in, step_numbers
 
 SMALL = 1 << 14  # numbers, as of a bias: a call costs more than the update of as many
 
@@ -37,12 +37,11 @@ SCALARS = ("step", "mu_product")
 class InPlaceAdam(torch.optim.Optimizer):
     """Adam, AdamW or Nadam by `config.name`.
 
-    `grad_scale` multiplies every gradient before it is used (joint clipping). State per parameter:
-    `exp_avg` and `exp_avg_sq` of its shape, and the scalars `step` and `mu_product`. A parameter
-    group with `lean_dim` keeps one second moment per vector along that dimension of its matrices
-    (the mean of the squared gradient), as embedding libraries do: about 8 bytes per weight. The
-    gradient of the matrices of a group with `l2` grows by `l2` times the weights in `update` and
-    `update_many`.
+    State per parameter: `exp_avg` and `exp_avg_sq` of its shape, and the scalars `step` and
+    `mu_product`, which the parameters of a group share. A parameter group with `lean_dim` keeps one
+    second moment per vector along that dimension of its matrices (the mean of the squared
+    gradient), as embedding libraries do: about 8 bytes per weight. The gradient of the matrices of
+    a group with `l2` grows by `l2` times the weights in `update` and `update_many`.
 
     beside: copies and starts, by parameter.
     """
@@ -57,36 +56,67 @@ class InPlaceAdam(torch.optim.Optimizer):
     ) -> None:
         super().__init__(params, {"lr": lr, "lean_dim": None, "rate": 1.0, "l2": 0.0})
         self.config = config
-        self.grad_scale = 1.0
+        self._grad_scale: float | Tensor = 1.0
         self._factors: dict[Tensor, Factors] = {}
+        # One AdamStep per group, on the host, or on the device for kernels that read it there.
+        self._numbers: Tensor | None = None
         self._kernels, self._beside = kernels, beside or {}
         self._all = kernels.fuse(self._update_all)
         self._weights = kernels.fuse(self._update_weights)
+
+    @property
+    def grad_scale(self) -> float | Tensor:
+        """What multiplies every gradient before it is used (joint clipping): a number, or a scalar
+        of the device."""
+        return self._grad_scale
+
+    @grad_scale.setter
+    def grad_scale(self, scale: float | Tensor) -> None:
+        if self._numbers is not None and scale is not self._grad_scale:
+            self._numbers[:, -1] = scale
+        self._grad_scale = scale
 
     @torch.no_grad()
     def step(self, closure=None) -> None:  # type: ignore[override]
         """Update every parameter from its `.grad`."""
         assert closure is None
+        self.begin_step()
+        self.update_all()
+
+    @torch.no_grad()
+    def update_all(self) -> None:
+        """Update every parameter from its `.grad`, in the step that `begin_step` opened."""
+        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if self._kernels.updates_alone:
+            self.update_many([(p, p.grad) for p in params])  # type: ignore[misc]
+            return
+        small = [p for p in params if self._is_small(p)]
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if not params:
-                continue
-            by = self._advance(params, group["lr"])
-            if self._kernels.updates_alone:
-                parts = [(p.grad, self._weights_of(p)) for p in params]
-                self._kernels.update_many(parts, self._numbers(by))
-            else:
-                self._apply_together([p for p in params if self._is_small(p)], by)
-                for p in params:
-                    if not self._is_small(p):
-                        self._apply(p, p.grad, self.state[p], by)  # type: ignore[arg-type]
+            self._apply_together([p for p in small if any(p is q for q in group["params"])])
+        for p in params:
+            if not self._is_small(p):
+                self._apply(p, p.grad, self.state[p], self._factors[p])  # type: ignore[arg-type]
 
     def begin_step(self) -> None:
         """Count a step for every parameter at once; `update` then takes their gradients piece by
         piece."""
-        for group in self.param_groups:
-            factors = self._advance(group["params"], group["lr"])
-            self._factors |= dict.fromkeys(group["params"], factors)
+        groups = [group for group in self.param_groups if group["params"]]
+        numbers = [self._advance(group["params"], group["lr"]) for group in groups]
+        own = torch.tensor(numbers, dtype=torch.float64)
+        if self._kernels.updates_alone:
+            own = self._on_device(own, groups[0]["params"][0].device)
+        for group, whole in zip(groups, own, strict=True):
+            self._factors |= dict.fromkeys(group["params"], factors_in(whole))
+
+    def _on_device(self, numbers: Tensor, device: torch.device) -> Tensor:
+        """The numbers where the kernels read them: at the same addresses in every step."""
+        if self._numbers is None or len(self._numbers) != len(numbers):
+            self._numbers = torch.zeros(numbers.shape, device=device)
+        host = numbers.float()
+        self._numbers.copy_(host.pin_memory() if device.type == "cuda" else host, True)
+        if isinstance(self.grad_scale, Tensor) or self.grad_scale != 1.0:
+            self._numbers[:, -1] = self.grad_scale
+        return self._numbers
 
     @torch.no_grad()
     def update(self, parameter: Tensor, first: int, grad: Tensor) -> Tensor:
@@ -134,7 +164,7 @@ class InPlaceAdam(torch.optim.Optimizer):
             gradient.x.bags_of_items(*gradient.items),
             gradient.diagonal,
             self._weights_of(parameter, denominators),
-            self._numbers(by),
+            by.whole,
         )
 
     @torch.no_grad()
@@ -144,15 +174,16 @@ class InPlaceAdam(torch.optim.Optimizer):
 
         parts: parameters and gradients. Returns the squared norm of all gradients, a scalar.
         """
-        by_factors: dict[int, list[tuple[Tensor, Weights]]] = {}
+        by_factors: dict[int, tuple[Tensor, list[tuple[Tensor, Weights]]]] = {}
         for parameter, grad in parts:
             self._draw_to_start(parameter, slice(None))
             if self.l2(parameter):
                 grad = grad + self.l2(parameter) * parameter
-            key = id(self._factors[parameter])
-            by_factors.setdefault(key, []).append((grad, self._weights_of(parameter)))
-        numbers = {id(by): self._numbers(by) for by in self._factors.values()}
-        norms = [self._kernels.update_many(same, numbers[key]) for key, same in by_factors.items()]
+            by = self._factors[parameter].whole
+            by_factors.setdefault(by.data_ptr(), (by, []))[1].append(
+                (grad, self._weights_of(parameter))
+            )
+        norms = [self._kernels.update_many(same, by) for by, same in by_factors.values()]
         return torch.stack(norms).sum()
 
     def _draw_to_start(self, parameter: Tensor, rows: slice) -> None:
@@ -161,9 +192,6 @@ class InPlaceAdam(torch.optim.Optimizer):
         if beside.start is not None:
             pull = self._group_of(parameter)["lr"] * beside.decay
             parameter[rows].lerp_(beside.start[rows], pull)
-
-    def _numbers(self, by: Factors) -> AdamStep:
-        return by.step._replace(grad_scale=self.grad_scale)
 
     def _weights_of(self, p: Tensor, denominators: Tensor | None = None) -> Weights:
         first, second = (self.state[p][name] for name in MOMENTS)
@@ -176,8 +204,13 @@ class InPlaceAdam(torch.optim.Optimizer):
         """The state of `p`, created empty if there is none."""
         state = self.state[p]
         if not state:
-            state["step"] = torch.zeros((), dtype=torch.float64)
-            state["mu_product"] = torch.ones((), dtype=torch.float64)
+            alike = [
+                self.state[q] for q in self._group_of(p).get("params", ()) if self.state.get(q)
+            ]
+            state["step"] = alike[0]["step"] if alike else torch.zeros((), dtype=torch.float64)
+            state["mu_product"] = (
+                alike[0]["mu_product"] if alike else torch.ones((), dtype=torch.float64)
+            )
             state["exp_avg"] = torch.zeros_like(p, memory_format=torch.contiguous_format)
             shape = list(p.shape)
             lean_dim = self.lean_dim(p)
@@ -207,16 +240,16 @@ class InPlaceAdam(torch.optim.Optimizer):
                 value.zero_()
             state["mu_product"].fill_(1.0)
 
-    def _advance(self, params: list[Tensor], lr: float) -> Factors:
-        """Count a step in the state of each; what the step, one for all of them, multiplies
+    def _advance(self, params: list[Tensor], lr: float) -> AdamStep:
+        """Count a step in the state that the parameters of a group share; what the step multiplies
         gradient, momentum and weights by."""
-        states = [self.ensure_state(p) for p in params]
-        t, product = float(states[0]["step"]) + 1, float(states[0]["mu_product"])
-        factors, mu = step_factors(self.config, lr, t, product)
-        for state in states:
-            state["step"] += 1
-            state["mu_product"] *= mu
-        return factors
+        for p in params:
+            state = self.ensure_state(p)
+        t, product = float(state["step"]) + 1, float(state["mu_product"])
+        numbers, mu = step_numbers(self.config, lr, t, product)
+        state["step"] += 1
+        state["mu_product"] *= mu
+        return numbers
 
     def _apply(self, p: Tensor, grad: Tensor, state: dict, by: Factors) -> Tensor:
         m, v = (state[name] for name in MOMENTS)
@@ -240,11 +273,12 @@ class InPlaceAdam(torch.optim.Optimizer):
     def _is_small(self, p: Tensor) -> bool:
         return p.numel() <= SMALL and self.state[p]["exp_avg_sq"].shape == p.shape
 
-    def _apply_together(self, params: list[Tensor], by: Factors) -> None:
-        """Update small parameters, such as biases, as if they were one: what a call costs is more
-        than what it does."""
+    def _apply_together(self, params: list[Tensor]) -> None:
+        """Update small parameters of a group, such as biases, as if they were one: what a call
+        costs is more than what it does."""
         if not params:
             return
+        by = self._factors[params[0]]
         moments = [[self.state[p][name].view(-1) for p in params] for name in MOMENTS]
         parts = [[p.view(-1) for p in params], *moments]
         p_n, m_n, v_n = (torch.cat(part) for part in parts)
@@ -269,7 +303,8 @@ class InPlaceAdam(torch.optim.Optimizer):
         v.lerp_(squared * (self.grad_scale**2 / n), 1 - self.config.beta2)
 
     def _scaled(self, grad: Tensor) -> Tensor:
-        return grad if self.grad_scale == 1.0 else grad * self.grad_scale
+        scale = self.grad_scale
+        return grad if isinstance(scale, float) and scale == 1.0 else grad * scale
 
     def _chunk(self, p: Tensor) -> int:
         """Elements to update at once."""

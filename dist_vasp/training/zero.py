@@ -1,5 +1,5 @@
-"""The trunk under DeepSpeed ZeRO: build it, step it, take its state out whole and put it back. The
-only importer of deepspeed.
+"""The trunk of several ranks under DeepSpeed ZeRO: build it, step it, take its state out whole and
+put it back. The only importer of deepspeed.
 
 What each stage partitions over the world: 0 nothing, 1 moments, 2 moments and gradients, 3
 parameters too. The state that leaves here is whole and plain, so a checkpoint knows nothing of the
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,7 +23,6 @@ from dist_vasp.config.schema import Config
 from dist_vasp.kernels.interface import Kernels
 from dist_vasp.model.trunk import Trunk
 from dist_vasp.parallel.comm import Ranks
-from dist_vasp.training.micro_batches import MicroBatches
 from dist_vasp.training.optimizer import MOMENTS, InPlaceAdam
 
 MAX_BUCKET = 500_000_000  # elements
@@ -34,9 +33,7 @@ class ZeroTrunk:
 
     def __init__(self, trunk: Trunk, config: Config, ranks: Ranks, kernels: Kernels) -> None:
         deepspeed = _import_deepspeed(ranks.device)
-        # Of one rank nothing is partitioned: the other stages would only copy.
-        self.stage = config.parallel.zero_stage if ranks.world_size > 1 else 0
-        self.ranks = ranks
+        self.stage, self.ranks = config.parallel.zero_stage, ranks
         if kernels.compiles_modules and self.stage < 3:  # stage 3 gathers parameters as it goes
             trunk.compile()
         self.n_parameters = sum(p.numel() for p in trunk.parameters())
@@ -66,10 +63,7 @@ class ZeroTrunk:
             },
             dist_init_required=False,
         )
-        if self.stage == 0 and ranks.world_size == 1:
-            self._engine.enable_backward_allreduce = (
-                False  # it would copy every gradient into a bucket and out again
-            )
+        self._squared_norm: Tensor | None = None
 
     def __call__(
         self, pre_BH: Tensor, noise_BL: Tensor | None
@@ -86,9 +80,18 @@ class ZeroTrunk:
         """Run autograd from `scalar`; DeepSpeed averages the gradients over the world."""
         with self.ranks.clock("trunk"):
             self._engine.backward(scalar, scale_wrt_gas=False)
+        self._squared_norm = None
+
+    def refresh(self) -> None:
+        """There are no copies to make anew."""
+
+    def begin_step(self) -> None:
+        """The optimizer counts its step when DeepSpeed calls it."""
 
     def step(self) -> None:
         """End a micro-batch; the last one of a step updates the parameters."""
+        if self._engine.is_gradient_accumulation_boundary():
+            self.squared_norm()
         with self.ranks.clock("optimizer"):
             self._engine.step()
 
@@ -97,8 +100,13 @@ class ZeroTrunk:
         self._engine.destroy()
 
     def squared_norm(self) -> Tensor:
-        """Of the whole trunk's gradient, between the last backward of a step and the update: a
-        float64 scalar on the device."""
+        """Of the whole trunk's gradient, after the last backward of a step: a float64 scalar on the
+        device. All ranks call it together."""
+        if self._squared_norm is None:
+            self._squared_norm = self._measured_norm()
+        return self._squared_norm
+
+    def _measured_norm(self) -> Tensor:
         zero = self._engine.optimizer
         if self.stage == 0:
             norms = [
@@ -212,20 +220,6 @@ class ZeroTrunk:
             else:
                 p.ds_tensor.data.copy_(piece)
                 safe_set_local_fp32_param(p, piece)
-
-
-class OverlappedTrunk:
-    """The trunk of one step: while its backward runs, the next batch's ids travel."""
-
-    def __init__(self, trunk: ZeroTrunk, scale: float, batches: MicroBatches) -> None:
-        self.trunk, self.scale, self.batches = trunk, scale, batches
-
-    def __call__(self, pre_BH: Tensor, noise_BL: Tensor | None) -> tuple[Sequence[Tensor], Tensor]:
-        return self.trunk(pre_BH, noise_BL)
-
-    def backward(self, scalar: Tensor) -> None:
-        self.batches.advance()
-        self.trunk.backward(scalar)
 
 
 def watch_traffic(count: Callable[[str, int], None]) -> None:

@@ -21,10 +21,9 @@ from dist_vasp.kernels import triton_kernels as jit
 H100 = GPUTarget("cuda", 90, 32)
 ADDRESSES = ("Parts", "Offsets", "Sizes", "Grads", "Ps", "Ms", "Vs", "Copies", "Logits")
 POINTERS = dict.fromkeys((*ADDRESSES, "Ids", "Ptr", "RowWords", "ColumnWords"), "*i64")
-POINTERS |= dict.fromkeys(("P", "M", "V", "Denominators", "Norm", "Weights", "Loss"), "*fp32")
+POINTERS |= dict.fromkeys(("P", "M", "V", "Denominators", "Norm", "Weights", "Loss", "By"), "*fp32")
 POINTERS |= {"Copy": "*bf16", "IsOne": "*u8", "Offsets": "*i64"}
-FLOATS = ("beta1", "beta2", "eps", "of_grad", "of_momentum", "of_root", "shrink", "grad_scale")
-FLOATS += ("alpha", "gamma", "smallest", "low", "step")
+FLOATS = ("alpha", "gamma", "smallest", "low", "step")
 
 
 def compile_kernel(kernel, constants: dict, warps: int, **pointers: str) -> tuple[str, str]:

@@ -23,7 +23,8 @@ from tests.oracles.rounding import bounded, within
 KERNELS = TritonKernels(compiles=False)
 # Entries that a mask leaves out afterwards.
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid value")
-BY = AdamStep(0.9, 0.999, 1e-7, 0.02, 0.05, 1.5, 0.99, 0.5)
+BY = AdamStep(0.9, 0.999, 1e-7, 0.02, 0.05, 1.5, 0.99, 0.1, 0.001, 0.5)
+ON_DEVICE = torch.tensor(BY)
 BF16 = 2.0**-7  # the interpreter cuts off where a GPU rounds
 
 
@@ -79,8 +80,8 @@ def test_an_index_pointer_may_start_anywhere():
 def adam(weights: dict[str, torch.Tensor], grad: torch.Tensor) -> dict[str, torch.Tensor]:
     """One step of BY in plain torch."""
     g = grad * BY.grad_scale
-    m = weights["m"] * BY.beta1 + g * (1 - BY.beta1)
-    v = weights["v"] * BY.beta2 + g * g * (1 - BY.beta2)
+    m = weights["m"] * BY.beta1 + g * BY.rest1
+    v = weights["v"] * BY.beta2 + g * g * BY.rest2
     denominator = v.sqrt() * BY.of_root + BY.eps
     if "denominators" in weights:
         v, denominator = weights["v"], weights["denominators"]
@@ -127,7 +128,7 @@ def test_an_update_by_sums_of_rows(n, n_rows, n_columns, lean):
     of = Weights(p, m, v, copy=copy)
     if lean is not None:
         of = Weights(p, m, None, before["denominators"], copy)
-    norm = KERNELS.update_sum(grad, (ids, indptr), diagonal, of, BY)
+    norm = KERNELS.update_sum(grad, (ids, indptr), diagonal, of, ON_DEVICE)
     for name, value in {"p": p, "m": m, "v": v, "norm": norm}.items():
         within(value, exact, name)
     assert torch.allclose(copy.float(), p, rtol=BF16, atol=0)
@@ -141,7 +142,7 @@ def test_the_diagonal_of_a_matrix_stays_zero():
     torch.diagonal(p).zero_()
     of = Weights(p, torch.zeros(6, 6), torch.zeros(6, 6))
     for _ in range(3):
-        KERNELS.update_sum(numbers(10, 6, seed=8), (ids, indptr), 0, of, BY)
+        KERNELS.update_sum(numbers(10, 6, seed=8), (ids, indptr), 0, of, ON_DEVICE)
     assert not torch.diagonal(p).any()
     assert p.count_nonzero() == 30
 
@@ -162,7 +163,7 @@ def test_many_updates_in_one_pass(dtype):
         copy = torch.zeros(shape, dtype=torch.bfloat16) if k != 1 else None
         p, m, v = (before[name].clone() for name in "pmv")
         parts.append((grad, Weights(p, m, v, copy=copy)))
-    norm = KERNELS.update_many(parts, BY)
+    norm = KERNELS.update_many(parts, ON_DEVICE)
     pairs = zip(befores, parts, strict=True)
     total = sum(float(adam(before, grad.double())["norm"]) for before, (grad, _) in pairs)
     assert float(norm) == pytest.approx(total, rel=1e-5)
