@@ -20,7 +20,7 @@ def choose_kernels(wanted: str, n_weights: int, device: torch.device) -> tuple[K
     if wanted == "never":
         return PLAIN, ""
     if device.type == "cuda":
-        return _for_gpu(wanted, device)
+        return _for_gpu(wanted)
     if wanted == "auto" and n_weights < WORTH_COMPILING:
         return PLAIN, ""
     why = try_to_compile(device)
@@ -46,10 +46,10 @@ def kernels_for_scores(wanted: str, device: torch.device) -> Kernels:
         from dist_vasp.kernels.cuda import TritonKernels
     except ImportError:
         return PLAIN
-    return TritonKernels(compiles=False)
+    return TritonKernels()
 
 
-def _for_gpu(wanted: str, device: torch.device) -> tuple[Kernels, str]:
+def _for_gpu(wanted: str) -> tuple[Kernels, str]:
     try:
         from dist_vasp.kernels.cuda import TritonKernels
     except ImportError as error:
@@ -62,5 +62,4 @@ def _for_gpu(wanted: str, device: torch.device) -> tuple[Kernels, str]:
             f"without the GPU kernels, and slower for it: triton cannot be imported ({error}); "
             "install torch's CUDA build, which brings it"
         )
-    why = try_to_compile(device)
-    return TritonKernels(compiles=not why), _refuse(why, wanted) if why else ""
+    return TritonKernels(), ""

@@ -9,8 +9,10 @@ rounding.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
+from functools import wraps
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -31,6 +33,32 @@ class Compiled(Kernels):
 
 
 COMPILED = Compiled()
+
+
+def fuse_on_gpu(function: F) -> F:
+    """Return a function that is compiled at its first call, where it is for a GPU and compiling
+    works. That takes 10 seconds and more, and few models need it."""
+    chosen: list[F] = []
+
+    @wraps(function)
+    def call(*args: Any) -> Any:
+        if not chosen:
+            device = _device_of(args)
+            plain = device.type != "cuda" or try_to_compile(device)
+            chosen.append(function if plain else COMPILED.fuse(function))
+        return chosen[0](*args)
+
+    return call  # type: ignore[return-value]
+
+
+def _device_of(values: Iterable[Any]) -> torch.device:
+    """The device of the first tensor."""
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            return value.device
+        if isinstance(value, list | tuple) and value:
+            return _device_of(value)
+    raise TypeError("there is no tensor")  # pragma: no cover
 
 
 def try_to_compile(device: torch.device) -> str:

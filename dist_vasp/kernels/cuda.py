@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from dist_vasp.kernels import triton_kernels as jit
-from dist_vasp.kernels.compiled import COMPILED
+from dist_vasp.kernels.compiled import fuse_on_gpu
 from dist_vasp.kernels.interface import Bags, F, Kernels, Weights
 
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
@@ -27,14 +27,14 @@ _FOCAL_BLOCK = 1024
 
 
 class TritonKernels(Kernels):
-    """compiles: whether torch.compile works for what has no kernel of its own."""
+    """Triton, and plain torch where nothing would be stored in vain."""
 
     align: ClassVar[int] = 128  # a product with an odd dimension runs at a sixth of the rate
     gradient_rows: ClassVar[int] = 8192
     updates_alone: ClassVar[bool] = True
+    seconds_to_compile: ClassVar[float] = 10.0  # where none is in Triton's cache
 
-    def __init__(self, compiles: bool = True) -> None:
-        self.compiles_modules = compiles
+    def __init__(self) -> None:
         self._addressed: dict[tuple[int, ...], Tensor] = {}
         self._placed: dict[tuple[int, ...], tuple[Tensor, ...]] = {}
         # Tables of recorded steps: those to be written, and all that must stay where they are.
@@ -42,7 +42,7 @@ class TritonKernels(Kernels):
         self._kept: list[Tensor] = []
 
     def fuse(self, function: F) -> F:
-        return COMPILED.fuse(function) if self.compiles_modules else function
+        return fuse_on_gpu(function)
 
     def sum_rows(
         self, table: Tensor, ids: Tensor, indptr: Tensor, dtype: torch.dtype | None = None

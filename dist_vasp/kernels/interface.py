@@ -65,15 +65,15 @@ class Kernels:
 
     align: the item axis of a rank is padded to a multiple of it. chunk: numbers that an update on a
     CPU takes at once. gradient_rows: rows of an items x items gradient that are made at once.
-    updates_alone: whether `update_sum`, `update_many` and `focal` exist. compiles_modules: whether
-    modules of the trunk are to be compiled.
+    updates_alone: whether `update_sum`, `update_many` and `focal` exist.
+    seconds_to_compile: what the kernels of a step take once.
     """
 
     align: ClassVar[int] = 1
     chunk: ClassVar[int] = CPU_CHUNK
     gradient_rows: ClassVar[int] = 1024
     updates_alone: ClassVar[bool] = False
-    compiles_modules: bool = False
+    seconds_to_compile: ClassVar[float] = 0.0
 
     def padded(self, n: int) -> int:
         """How many items n items and their padding are."""

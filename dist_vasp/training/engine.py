@@ -21,7 +21,8 @@ from torch import Tensor
 from dist_vasp.config.schema import Config
 from dist_vasp.data.stream import Batch
 from dist_vasp.kernels.choose import choose_kernels
-from dist_vasp.kernels.interface import PLAIN, Arithmetic
+from dist_vasp.kernels.compiled import COMPILED
+from dist_vasp.kernels.interface import Arithmetic
 from dist_vasp.kernels.precision import choose_precision
 from dist_vasp.kernels.random import seconds_to_fill
 from dist_vasp.model.build import make_trunk, measure_size, new_model
@@ -55,7 +56,9 @@ class Trainer:
             compile = config.parallel.compile
             kernels, self.remark = choose_kernels(compile, size.items, ranks.device)
         # The functions of the first step take about half as long again.
-        self.seconds_to_compile = 0.0 if kernels is PLAIN else 1.5 * compiling.seconds
+        self.seconds_to_compile = kernels.seconds_to_compile
+        if kernels is COMPILED:
+            self.seconds_to_compile = 1.5 * compiling.seconds
         self.precision = choose_precision(config.parallel.wanted_precision, ranks.device)
         arithmetic = Arithmetic(precision=self.precision, kernels=kernels)
         estimate = seconds_to_fill(size.items, ranks.device)

@@ -34,8 +34,6 @@ class ZeroTrunk:
     def __init__(self, trunk: Trunk, config: Config, ranks: Ranks, kernels: Kernels) -> None:
         deepspeed = _import_deepspeed(ranks.device)
         self.stage, self.ranks = config.parallel.zero_stage, ranks
-        if kernels.compiles_modules and self.stage < 3:  # stage 3 gathers parameters as it goes
-            trunk.compile()
         self.n_parameters = sum(p.numel() for p in trunk.parameters())
         self.optimizer = InPlaceAdam(trunk.parameters(), config.optimizer, kernels=kernels)
         accumulation = config.optimizer.accumulation

@@ -89,7 +89,7 @@ def losses(
     captured_step.record_on_gpu = again  # type: ignore[assignment]
     if captured:
         engine.Trainer._can_be_captured = lambda self: True  # type: ignore[method-assign]
-    chosen = {"triton": TritonKernels(compiles=False), "plain": PLAIN}[kernels]
+    chosen = {"triton": TritonKernels(), "plain": PLAIN}[kernels]
     engine.choose_kernels = lambda *_: (chosen, "")  # type: ignore[assignment]
     found = {}
     for case in cases:
@@ -187,7 +187,7 @@ def reads(ranks, cases: list[str]) -> dict[str, list[str]]:
     from dist_vasp.kernels.cuda import TritonKernels
     from dist_vasp.training import engine
 
-    engine.choose_kernels = lambda *_: (TritonKernels(compiles=False), "")  # type: ignore[assignment]
+    engine.choose_kernels = lambda *_: (TritonKernels(), "")  # type: ignore[assignment]
     found = {}
     for case in cases:
         trainer = engine.Trainer(config(case), N_ITEMS, ranks)

@@ -20,7 +20,7 @@ from dist_vasp.training.adam_step import Beside
 from dist_vasp.training.optimizer import InPlaceAdam
 from tests.oracles.rounding import bounded, within
 
-KERNELS = TritonKernels(compiles=False)
+KERNELS = TritonKernels()
 # Entries that a mask leaves out afterwards.
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid value")
 BY = AdamStep(0.9, 0.999, 1e-7, 0.02, 0.05, 1.5, 0.99, 0.1, 0.001, 0.5)

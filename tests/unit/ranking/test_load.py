@@ -66,7 +66,7 @@ def test_scores_with_the_kernels_of_a_gpu(tmp_path, monkeypatch, kind, precision
     rows = csr([[0, 3, 7], [1], [2, 4, 5, 12], []])
     write_run(tmp_path, list(range(N_ITEMS)), kind, columns=0, precision=precision)
     plain = scores(tmp_path, rows)
-    monkeypatch.setattr(load, "kernels_for_scores", lambda *_: TritonKernels(compiles=False))
+    monkeypatch.setattr(load, "kernels_for_scores", lambda *_: TritonKernels())
     found = scores(tmp_path, rows)
     assert found.shape == (4, N_ITEMS) and found.dtype == torch.float32
     error = 1e-5 if precision == "fp32" or kind == "ease" else 0.1
