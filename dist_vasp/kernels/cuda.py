@@ -16,9 +16,10 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import pad
 
+from dist_vasp.kernels import cuda_residual
 from dist_vasp.kernels import triton_kernels as jit
 from dist_vasp.kernels.compiled import fuse_on_gpu
-from dist_vasp.kernels.interface import Bags, F, Kernels, Weights
+from dist_vasp.kernels.interface import Bags, F, Kernels, Norm, Weights
 
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
 _SUM = {"UNROLL": 8, "BLOCK": 1024, "num_warps": 4}  # 8 numbers per thread
@@ -32,6 +33,7 @@ class TritonKernels(Kernels):
     align: ClassVar[int] = 128  # a product with an odd dimension runs at a sixth of the rate
     gradient_rows: ClassVar[int] = 8192
     updates_alone: ClassVar[bool] = True
+    adds_bias: ClassVar[bool] = True
     seconds_to_compile: ClassVar[float] = 10.0  # where none is in Triton's cache
 
     def __init__(self) -> None:
@@ -73,6 +75,13 @@ class TritonKernels(Kernels):
         if ones_GC.device.type != "cuda":
             return super().gram(ones_GC)
         return torch.mm(ones_GC, ones_GC.T, out_dtype=torch.float32)
+
+    def residual(
+        self, h_BH: Tensor, bias_H: Tensor | None, sum_BH: Tensor | None, norm: Norm
+    ) -> tuple[Tensor, Tensor]:
+        if not cuda_residual.fits(h_BH):
+            return super().residual(h_BH, bias_H, sum_BH, norm)
+        return cuda_residual.residual(h_BH, bias_H, sum_BH, norm)
 
     def update_sum(
         self, grad: Tensor, bags: Bags, diagonal: int | None, of: Weights, by: Tensor

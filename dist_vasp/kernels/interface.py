@@ -13,7 +13,7 @@ from typing import ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding_bag
+from torch.nn.functional import embedding_bag, layer_norm, silu
 
 from dist_vasp.kernels.precision import FP32, Precision
 
@@ -60,12 +60,21 @@ class Weights:
     copy: Tensor | None = None
 
 
+class Norm(NamedTuple):
+    """Layer normalisation of rows: y times a weight plus a shift, (H,) each."""
+
+    weight_H: Tensor
+    shift_H: Tensor
+    eps: float
+
+
 class Kernels:
     """Plain torch.
 
     align: the item axis of a rank is padded to a multiple of it. chunk: numbers that an update on a
     CPU takes at once. gradient_rows: rows of an items x items gradient that are made at once.
-    updates_alone: whether `update_sum`, `update_many` and `focal` exist.
+    updates_alone: whether `update_sum`, `update_many` and `focal` exist. adds_bias: whether
+    `residual` adds the bias of the product before it; plain torch adds it inside the product.
     seconds_to_compile: what the kernels of a step take once.
     """
 
@@ -73,6 +82,7 @@ class Kernels:
     chunk: ClassVar[int] = CPU_CHUNK
     gradient_rows: ClassVar[int] = 1024
     updates_alone: ClassVar[bool] = False
+    adds_bias: ClassVar[bool] = False
     seconds_to_compile: ClassVar[float] = 0.0
 
     def padded(self, n: int) -> int:
@@ -125,6 +135,19 @@ class Kernels:
             include_last_offset=True,
             per_sample_weights=weights.to(table.dtype),
         )
+
+    def residual(
+        self, h_BH: Tensor, bias_H: Tensor | None, sum_BH: Tensor | None, norm: Norm
+    ) -> tuple[Tensor, Tensor]:
+        """out = LayerNorm(silu(h + bias + sum)) and sum + out, (B, H) each, in the dtype of h.
+
+        Differentiable. None counts as 0. Mean and variance are computed in float32 or more.
+        """
+        x_BH = h_BH if bias_H is None else h_BH + bias_H.to(h_BH.dtype)
+        x_BH = silu(x_BH if sum_BH is None else x_BH + sum_BH)
+        weight_H, shift_H = norm.weight_H.to(h_BH.dtype), norm.shift_H.to(h_BH.dtype)
+        out_BH = layer_norm(x_BH, x_BH.shape[1:], weight_H, shift_H, norm.eps)
+        return out_BH, out_BH if sum_BH is None else sum_BH + out_BH
 
     def end_recording(self) -> None:
         """Complete what a recorded step reads, before its first replay."""

@@ -15,9 +15,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import layer_norm, linear, silu
+from torch.nn.functional import linear
 
-from dist_vasp.kernels.interface import EXACT, Arithmetic
+from dist_vasp.kernels.interface import EXACT, Arithmetic, Kernels, Norm
 from dist_vasp.kernels.random import Uniform, fill, row_keys
 
 LN_EPS = 1e-3
@@ -33,39 +33,53 @@ class Linear(nn.Linear):
         nn.init.zeros_(self.weight)
         nn.init.zeros_(self.bias)
 
-    def forward(self, input: Tensor) -> Tensor:
-        return linear(input, self.weight.to(input.dtype), self.bias.to(input.dtype))
+    def forward(self, input: Tensor, with_bias: bool = True) -> Tensor:
+        bias = self.bias.to(input.dtype) if with_bias else None
+        return linear(input, self.weight.to(input.dtype), bias)
 
 
-class LayerNorm(nn.LayerNorm):
-    """Layer normalisation of an input of any dtype, with mean and variance in float32 or more."""
+class ResidualNorm(nn.Module):
+    """What follows the product of a residual layer: `Kernels.residual`."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        weight, bias = self.weight.to(input.dtype), self.bias.to(input.dtype)
-        return layer_norm(input, self.normalized_shape, weight, bias, self.eps)
+    def __init__(self, hidden: int, arithmetic: Arithmetic) -> None:
+        super().__init__()
+        self.kernels = arithmetic.kernels
+        self.weight = nn.Parameter(torch.ones(hidden, dtype=arithmetic.dtype))
+        self.bias = nn.Parameter(torch.zeros(hidden, dtype=arithmetic.dtype))
+
+    def forward(
+        self, h_BH: Tensor, bias_H: Tensor | None, sum_BH: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        norm = Norm(self.weight, self.bias, LN_EPS)
+        return self.kernels.residual(h_BH, bias_H, sum_BH, norm)
 
 
 class ResidualStack(nn.Module):
     """Densely residual layers of width H: the sum of all earlier outputs enters the next layer
     inside swish."""
 
-    def __init__(self, n_layers: int, hidden: int, dtype: torch.dtype) -> None:
+    def __init__(self, n_layers: int, hidden: int, arithmetic: Arithmetic) -> None:
         super().__init__()
-        self.norms = nn.ModuleList(
-            LayerNorm(hidden, eps=LN_EPS, dtype=dtype) for _ in range(n_layers)
-        )
+        self.kernels = arithmetic.kernels
+        self.norms = nn.ModuleList(ResidualNorm(hidden, arithmetic) for _ in range(n_layers))
         self.layers = nn.ModuleList(
-            Linear(hidden, hidden, dtype=dtype) for _ in range(n_layers - 1)
+            Linear(hidden, hidden, dtype=arithmetic.dtype) for _ in range(n_layers - 1)
         )
 
-    def forward(self, first_BH: Tensor) -> Tensor:
-        """First pre-activation (B, H) -> last output (B, H)."""
-        out_BH = self.norms[0](silu(first_BH))
-        sum_BH = out_BH
+    def forward(self, first_BH: Tensor, bias_H: Tensor | None = None) -> Tensor:
+        """First pre-activation (B, H), and a bias to add to it -> last output (B, H)."""
+        out_BH, sum_BH = self.norms[0](first_BH, bias_H, None)
         for layer, norm in zip(self.layers, self.norms[1:], strict=True):
-            out_BH = norm(silu(layer(out_BH) + sum_BH))
-            sum_BH = sum_BH + out_BH
+            assert isinstance(layer, Linear)
+            out_BH, sum_BH = norm(*pre_activation(layer, out_BH, self.kernels), sum_BH)
         return out_BH
+
+
+def pre_activation(layer: Linear, input: Tensor, kernels: Kernels) -> tuple[Tensor, Tensor | None]:
+    """The output of a layer, and the bias that `Kernels.residual` has yet to add to it."""
+    if kernels.adds_bias:
+        return layer(input, with_bias=False), layer.bias
+    return layer(input), None
 
 
 class Trunk(nn.Module):
@@ -107,13 +121,13 @@ class ResidualTrunk(Trunk):
     ) -> None:
         super().__init__()
         dtype = arithmetic.dtype
-        self.precision = arithmetic.precision
+        self.precision, self.kernels = arithmetic.precision, arithmetic.kernels
         self.input_bias = nn.Parameter(torch.zeros(hidden, dtype=dtype))
-        self.encoder = ResidualStack(encoder_layers, hidden, dtype)
+        self.encoder = ResidualStack(encoder_layers, hidden, arithmetic)
         self.mu = Linear(hidden, latent, dtype=dtype)
         self.logvar = Linear(hidden, latent, dtype=dtype)
         self.from_latent = Linear(latent, hidden, dtype=dtype)
-        self.decoder = ResidualStack(decoder_layers, hidden, dtype)
+        self.decoder = ResidualStack(decoder_layers, hidden, arithmetic)
         layers = encoder_layers + decoder_layers
         self.noise_width = latent
         self.activations = hidden * (3 * layers + 3) + 8 * latent
@@ -121,10 +135,13 @@ class ResidualTrunk(Trunk):
     def forward(
         self, pre_BH: Tensor, noise_BL: Tensor | None = None
     ) -> tuple[tuple[Tensor, Tensor], Tensor]:
-        e_BH = self.encoder(self.precision.cast(pre_BH + self.input_bias))
+        if self.kernels.adds_bias:
+            e_BH = self.encoder(self.precision.cast(pre_BH), self.input_bias)
+        else:
+            e_BH = self.encoder(self.precision.cast(pre_BH + self.input_bias))
         mu_BL, logvar_BL = self.mu(e_BH), self.logvar(e_BH)
         z_BL = sample(mu_BL, logvar_BL, noise_BL)
-        d_BH = self.decoder(self.from_latent(z_BL))
+        d_BH = self.decoder(*pre_activation(self.from_latent, z_BL, self.kernels))
         kl_B = kl_divergence(mu_BL.to(pre_BH.dtype), logvar_BL.to(pre_BH.dtype))
         return (d_BH, z_BL), kl_B
 

@@ -15,7 +15,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dist_vasp.kernels import cuda, cuda_random
+from dist_vasp.kernels import cuda, cuda_random, cuda_residual
 from dist_vasp.kernels import triton_kernels as jit
 
 H100 = GPUTarget("cuda", 90, 32)
@@ -26,10 +26,13 @@ POINTERS |= {"Copy": "*bf16", "IsOne": "*u8", "Offsets": "*i64"}
 FLOATS = ("alpha", "gamma", "smallest", "low", "step")
 
 
-def compile_kernel(kernel, constants: dict, warps: int, **pointers: str) -> tuple[str, str]:
+def compile_kernel(
+    kernel, constants: dict, warps: int, aligned: str = "", **pointers: str
+) -> tuple[str, str]:
     """Compile one kernel; returns its PTX and what ptxas says of it.
 
-    pointers: types of arguments that differ from POINTERS. Other arguments are 32-bit integers.
+    aligned: an integer that is a multiple of 16, as all addresses are then. pointers: types of
+    arguments that differ from POINTERS. Other arguments are 32-bit integers.
     """
     types = POINTERS | dict.fromkeys(FLOATS, "fp32") | pointers
     signature = {
@@ -37,10 +40,17 @@ def compile_kernel(kernel, constants: dict, warps: int, **pointers: str) -> tupl
         for name in kernel.arg_names
     }
     values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    attributes = {
+        (k,): [["tt.divisibility", 16]]
+        for k, (name, of) in enumerate(signature.items())
+        if aligned and (name == aligned or of.startswith("*"))
+    }
     log = io.StringIO()
     with contextlib.redirect_stdout(log):
         compiled = triton.compile(
-            ASTSource(kernel, signature, values), target=H100, options={"num_warps": warps}
+            ASTSource(kernel, signature, values, attributes),
+            target=H100,
+            options={"num_warps": warps},
         )
     return compiled.asm["ptx"], log.getvalue()
 
@@ -72,6 +82,27 @@ def main() -> None:
         constants = {"SEGMENTS": cuda_random.SEGMENTS, "NORMAL": normal, "BLOCK": cuda_random.BLOCK}
         tables = {"Out": "*fp32", "Offsets": "*fp64", "Slopes": "*fp64"}
         report(f"fill {normal}", *compile_kernel(cuda_random._fill, constants, 4, **tables))
+    residual_layers()
+
+
+def residual_layers() -> None:
+    """The kernels of a residual layer, of the widths of two configurations."""
+    ends = ("H", "Sum", "Out", "NewSum", "GradOut", "GradNext", "GradH", "GradSum")
+    vectors = ("Bias", "Weight", "Shift", "GradBias", "GradWeight", "GradShift")
+    single = dict.fromkeys((*vectors, "Mean", "Scale", "Parts"), "*fp32")
+    forward, backward = cuda_residual.residual_forward, cuda_residual.residual_backward
+    for width in (512, 4096):
+        for name in ("fp32", "bf16"):
+            pointers = single | dict.fromkeys(ends, f"*{name}")
+            for kernel, options in (
+                (forward, cuda_residual.forward_options(width)),
+                (backward, cuda_residual.backward_options(width)),
+            ):
+                warps = options.pop("num_warps")
+                what = f"{kernel.__name__} {width} {name}"
+                report(what, *compile_kernel(kernel, options, warps, "n_columns", **pointers))
+    parts = {"PARTS": cuda_residual.PROGRAMS, "BLOCK": cuda_residual.PARTS_BLOCK}
+    report("add_parts", *compile_kernel(cuda_residual.add_parts, parts, 4, **single))
 
 
 def report(what: str, ptx: str, log: str) -> None:

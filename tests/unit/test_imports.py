@@ -51,6 +51,7 @@ BASE = TABLES | {
     "dist_vasp.kernels.precision",
     "dist_vasp.kernels.interface",
     "dist_vasp.kernels.compiled",
+    "dist_vasp.kernels.cuda_residual",
     "dist_vasp.kernels.cuda",
     "dist_vasp.kernels.triton_kernels",
     "dist_vasp.kernels.choose",
@@ -90,8 +91,10 @@ ROOMS = [
 WITHIN_BASE = {
     "dist_vasp.kernels.interface": {"dist_vasp.kernels.precision"},
     "dist_vasp.kernels.compiled": {"dist_vasp.kernels.interface"},
+    "dist_vasp.kernels.cuda_residual": {"dist_vasp.kernels.interface"},
     "dist_vasp.kernels.cuda": {
         "dist_vasp.kernels.compiled",
+        "dist_vasp.kernels.cuda_residual",
         "dist_vasp.kernels.interface",
         "dist_vasp.kernels.triton_kernels",
     },
