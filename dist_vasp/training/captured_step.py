@@ -26,13 +26,18 @@ _ROOM = 1.125  # ids of a buffer, times those of the batch that it was made for
 _ALIGN = 1024  # ids
 
 
-def record_on_gpu(compute: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-    """Record a call, which does not run, as a CUDA graph; what runs it, and where its result will
-    lie."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = compute()
-    return graph.replay, result
+class Recorder:
+    """Records calls as CUDA graphs. They share their memory: one runs at a time."""
+
+    def __init__(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, compute: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        """Record a call, which does not run; what runs it, and where its result will lie."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            result = compute()
+        return graph.replay, result
 
 
 class CapturedStep:
@@ -44,7 +49,7 @@ class CapturedStep:
     """
 
     def __init__(self, compute: Compute, kernels: Kernels) -> None:
-        self._compute, self._kernels = compute, kernels
+        self._compute, self._kernels, self._record = compute, kernels, Recorder()
         self._shapes: dict[int, _Shape] = {}
 
     def run(self, rows: MicroBatch) -> Tensor:
@@ -60,7 +65,7 @@ class CapturedStep:
             return self._compute(shape.rows())
         shape.fill(rows)
         if shape.recorded is None:
-            shape.recorded = record_on_gpu(lambda: self._compute(shape.rows()))
+            shape.recorded = self._record(lambda: self._compute(shape.rows()))
             self._kernels.end_recording()
         replay, result = shape.recorded
         replay()
