@@ -18,11 +18,14 @@ from torch.nn.functional import pad
 
 from dist_vasp.kernels import cuda_residual
 from dist_vasp.kernels import triton_kernels as jit
+from dist_vasp.kernels import triton_rows
 from dist_vasp.kernels.compiled import fuse_on_gpu
 from dist_vasp.kernels.interface import Bags, F, Kernels, Norm, Weights
 
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
 _SUM = {"UNROLL": 8, "BLOCK": 1024, "num_warps": 4}  # 8 numbers per thread
+_SUM_NARROW = {"UNROLL": 128, "BLOCK": 1, "num_warps": 4}  # one column: a thread for each row
+_ROW_UNROLL, _ROW_BLOCK, _ROW_BLOCK_OF_WARP = 4, 4096, 512
 _UPDATE_BLOCK = 2048
 _FOCAL_BLOCK = 1024
 
@@ -51,14 +54,15 @@ class TritonKernels(Kernels):
     ) -> Tensor:
         n, n_columns = len(indptr) - 1, table.shape[1]
         out = table.new_empty((n, n_columns), dtype=dtype)
+        shape = _SUM_NARROW if n_columns == 1 else _SUM
         if n and n_columns:
-            jit.sum_rows[(n, triton.cdiv(n_columns, _SUM["BLOCK"]))](
-                ids, indptr, table, out, n_columns, table.stride(0), out.stride(0), **_SUM
+            jit.sum_rows[(n, triton.cdiv(n_columns, shape["BLOCK"]))](
+                ids, indptr, table, out, n_columns, table.stride(0), out.stride(0), **shape
             )
         return out
 
     def product(self, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-        if a.device.type != "cuda":
+        if a.device.type != "cuda" or a.dtype == dtype:
             return super().product(a, b, dtype)
         return torch.mm(a, b, out_dtype=dtype)
 
@@ -100,6 +104,20 @@ class TritonKernels(Kernels):
             diagonal or 0, by,
             HAS_V=of.second is not None, HAS_COPY=of.copy is not None,
             HAS_DIAGONAL=diagonal is not None, **_SUM,
+        )  # fmt: skip
+        return norms.sum()
+
+    def update_rows(self, grad: Tensor, bags: Bags | None, of: Weights, by: Tensor) -> Tensor:
+        assert of.second is not None
+        grad, n_columns = grad.contiguous(), of.weights.shape[1]
+        ids, indptr = (grad, grad) if bags is None else bags
+        n = len(grad) if bags is None else len(indptr) - 1
+        norms = torch.empty(n, dtype=torch.float32, device=grad.device)
+        triton_rows.update_rows[(n,)](
+            ids, indptr, grad, of.weights, of.first, of.second,
+            of.weights if of.copy is None else of.copy, norms,
+            n_columns, grad.stride(0), of.weights.stride(0), by,
+            SUMS=bags is not None, HAS_COPY=of.copy is not None, **row_shape(n_columns),
         )  # fmt: skip
         return norms.sum()
 
@@ -183,6 +201,14 @@ class TritonKernels(Kernels):
             columns = (part, np.concatenate(blocks), np.array(sizes))
             self._placed[sizes] = tuple(_on_device(column, device) for column in columns)
         return self._placed[sizes]
+
+
+def row_shape(n_columns: int) -> dict[str, int]:
+    """How `update_rows` divides rows of so many columns."""
+    block = min(triton.next_power_of_2(n_columns), _ROW_BLOCK)
+    warps = max(1, block // _ROW_BLOCK_OF_WARP)
+    more = n_columns > block
+    return {"HAS_MORE": more, "UNROLL": _ROW_UNROLL, "BLOCK": block, "num_warps": warps}
 
 
 def _on_device(values: Sequence[int] | np.ndarray, device: torch.device) -> Tensor:

@@ -49,8 +49,9 @@ class AdamStep(NamedTuple):
 class Weights:
     """Some weights, their moments, and their copy for products.
 
-    second: second moments, of the shape of the weights. With `denominators` (n, 1) or (1, C) there
-    are no second moments to update. copy: in the precision of the products, None without one.
+    second: second moments, of the shape of the weights, or (n, 1) for `update_rows`. With
+    `denominators` (n, 1) or (1, C) there are no second moments to update. copy: in the precision of
+    the products, None without one.
     """
 
     weights: Tensor
@@ -73,8 +74,8 @@ class Kernels:
 
     align: the item axis of a rank is padded to a multiple of it. chunk: numbers that an update on a
     CPU takes at once. gradient_rows: rows of an items x items gradient that are made at once.
-    updates_alone: whether `update_sum`, `update_many` and `focal` exist. adds_bias: whether
-    `residual` adds the bias of the product before it; plain torch adds it inside the product.
+    updates_alone: whether the methods from `update_sum` on exist. adds_bias: whether `residual`
+    adds the bias of the product before it; plain torch adds it inside the product.
     seconds_to_compile: what the kernels of a step take once.
     """
 
@@ -160,6 +161,16 @@ class Kernels:
         squared norm of the gradient, a scalar.
 
         diagonal: entry (i, i - diagonal) has no gradient. by: an AdamStep on the device.
+        """
+        raise NotImplementedError
+
+    def update_rows(self, grad: Tensor, bags: Bags | None, of: Weights, by: Tensor) -> Tensor:
+        """Update rows of weights (n or more, C) that have one second moment each, which moves
+        towards the mean of the row's squared gradient. Returns the squared norm of the gradient, a
+        scalar.
+
+        bags: row i of the gradient is the sum of the rows of `grad` that bag i names; with None it
+        is row i of `grad`. Other arguments as in `update_sum`.
         """
         raise NotImplementedError
 

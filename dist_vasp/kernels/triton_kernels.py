@@ -47,10 +47,11 @@ def scaled(g, By):
 
 
 @triton.jit
-def second_moment(v, g, By):
-    """New second moment, and the denominator that it gives (training/optimizer.py)."""
+def second_moment(v, squared, By):
+    """New second moment from a squared gradient, and the denominator that it gives
+    (training/optimizer.py)."""
     beta2, eps, of_root = tl.load(By + 1), tl.load(By + 2), tl.load(By + 5)
-    v = v * beta2 + g * g * tl.load(By + 8)
+    v = v * beta2 + squared * tl.load(By + 8)
     return v, tl.sqrt(v) * of_root + eps
 
 
@@ -83,7 +84,7 @@ def update_sum(
     tl.store(Norm + r * tl.num_programs(1) + tl.program_id(1), tl.sum(tl.where(here, g * g, 0.0)))
     at = r.to(tl.int64) * p_row + c
     if HAS_V:
-        v, denominator = second_moment(tl.load(V + at, here, 0.0), g, By)
+        v, denominator = second_moment(tl.load(V + at, here, 0.0), g * g, By)
         tl.store(V + at, v, here)
     else:
         where = r.to(tl.int64) * denominator_row + c * denominator_column
@@ -119,7 +120,7 @@ def update_block(
     at = first + tl.arange(0, BLOCK)
     here = at < size
     g = scaled(read(G + at, here, MASKED).to(tl.float32), By)
-    v, denominator = second_moment(read(V + at, here, MASKED), g, By)
+    v, denominator = second_moment(read(V + at, here, MASKED), g * g, By)
     p, m = read(P + at, here, MASKED), read(M + at, here, MASKED)
     p, m = adam(p, g, m, denominator, By)
     write(P + at, p, here, MASKED)

@@ -72,7 +72,7 @@ class Trainer:
         self._shared = SharedItems()
         keeps = kernels.updates_alone and len(self.model.blocks) == 1 and ranks.layout.replicas == 1
         zero = torch.zeros((), device=ranks.device)
-        self._norm = Norm(ranks.replica_group, self._shared, zero, keeps)
+        self._norm = Norm(ranks.replica_group, self._shared, zero, keeps, arithmetic)
         self._update = Update(
             self.item_optimizer, ranks.replica_group, self._shared, kernels, ranks.clock
         )

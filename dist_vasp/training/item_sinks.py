@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dist_vasp.kernels.interface import Kernels
+from dist_vasp.kernels.interface import EXACT, Arithmetic, Kernels
 from dist_vasp.model.norms import SharedItems, column_norms, diagonal_gradients
 from dist_vasp.model.sinks import GRADIENT_ROWS, Sink, SumOfRows
 from dist_vasp.parallel.clock import Clock
@@ -30,12 +30,19 @@ class Norm(Sink):
     theirs, because a norm needs the rows of all of them.
 
     keeps: whether what gradients are made of is kept for `pass_on`. It has the size of the logits.
+    arithmetic: of the products, whose sums are float32 also where their factors are bfloat16.
     """
 
     def __init__(
-        self, replicas: Group, shared: SharedItems, squared_norm: Tensor, keeps: bool = False
+        self,
+        replicas: Group,
+        shared: SharedItems,
+        squared_norm: Tensor,
+        keeps: bool = False,
+        arithmetic: Arithmetic = EXACT,
     ) -> None:
         self._replicas, self._shared, self.keeps = replicas, shared, keeps
+        self._arithmetic = arithmetic
         self.squared_norm = squared_norm
         self._products: dict[int, tuple[Tensor, Tensor]] = {}  # by source: it and sum of g g^T
         self._kept: list[Callable[[Sink], None]] = []
@@ -65,7 +72,7 @@ class Norm(Sink):
             return
         if self.keeps:
             self._kept.append(lambda sink: sink.take_product(parameter, first, grad_GC, source_GK))
-        product_GG = (grad_GC @ grad_GC.T).to(parameter.dtype)
+        product_GG = self._by_itself(grad_GC, parameter.dtype)
         if id(parameter) in self._products:
             self._products[id(parameter)][1].add_(product_GG)
         else:
@@ -77,7 +84,7 @@ class Norm(Sink):
             return
         if self.keeps:
             self._kept.append(lambda sink: sink.take_sum(parameter, gradient))
-        product_GG = gradient.grad_GC @ gradient.grad_GC.T
+        product_GG = self._by_itself(gradient.grad_GC, parameter.dtype)
         self.squared_norm += (self._shared.of(gradient, parameter.dtype) * product_GG).sum()
         if gradient.diagonal is not None:
             self.squared_norm -= squared(diagonal_gradients(gradient))
@@ -85,8 +92,13 @@ class Norm(Sink):
     def end(self) -> None:
         """Complete `squared_norm`: every gradient of the step has been taken."""
         for source_GK, sum_GG in self._products.values():
-            self.squared_norm += ((source_GK @ source_GK.T) * sum_GG).sum()
+            self.squared_norm += (self._by_itself(source_GK, sum_GG.dtype) * sum_GG).sum()
         self.squared_norm.clamp_(min=0)  # the diagonal was taken off
+
+    def _by_itself(self, rows_GK: Tensor, dtype: torch.dtype) -> Tensor:
+        """The product of a tensor with its transpose, (G, G) of a dtype."""
+        rounded_GK = self._arithmetic.precision.cast(rows_GK)
+        return self._arithmetic.kernels.product(rounded_GK, rounded_GK.T, dtype)
 
 
 class Update(Sink):
@@ -128,7 +140,7 @@ class Update(Sink):
     def take_sum(self, parameter: Tensor, gradient: SumOfRows) -> None:
         lean_dim = self._optimizer.lean_dim(parameter)
         formed = self._optimizer.l2(parameter) or gradient.x.values is not None
-        if self.alone and lean_dim != 0 and not formed:
+        if self.alone and not formed:
             norms_C = None
             if lean_dim == 1:
                 norms_C = column_norms(gradient, self._shared.of(gradient, parameter.dtype))

@@ -28,6 +28,7 @@ from dist_vasp.kernels.interface import CPU_CHUNK, PLAIN, AdamStep, Kernels, Wei
 from dist_vasp.model.sinks import SumOfRows
 from dist_vasp.training.adam_step import Beside, Factors, factors_in, step_numbers
 
+_FIRST_ROW = 8  # a row whose address is a multiple of 16 bytes, as `update_many` demands
 SMALL = 1 << 14  # numbers, as of a bias: a call costs more than the update of as many
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -135,11 +136,28 @@ class InPlaceAdam(torch.optim.Optimizer):
         self._draw_to_start(parameter, rows)
         if self.l2(parameter):
             grad = grad + self.l2(parameter) * parameter[rows]
-        squared_norm = self._apply(parameter[rows], grad, moments, self._factors[parameter])
-        copy = self._beside.get(parameter, Beside()).copy
+        copy, by = self._beside.get(parameter, Beside()).copy, self._factors[parameter]
+        if self._kernels.updates_alone and self._is_for_kernels(parameter, first):
+            of = Weights(
+                parameter[rows],
+                moments["exp_avg"],
+                moments["exp_avg_sq"],
+                copy=None if copy is None else copy[rows],
+            )
+            if self.lean_dim(parameter) is None:
+                return self._kernels.update_many([(grad, of)], by.whole)
+            return self._kernels.update_rows(grad, None, of, by.whole)
+        squared_norm = self._apply(parameter[rows], grad, moments, by)
         if copy is not None:
             copy[rows].copy_(parameter[rows])
         return squared_norm
+
+    def _is_for_kernels(self, parameter: Tensor, first: int) -> bool:
+        """Whether kernels can update its rows from `first` on: each has its own second moments."""
+        lean_dim = self.lean_dim(parameter)
+        if lean_dim is None:
+            return first % _FIRST_ROW == 0
+        return lean_dim == 0
 
     @torch.no_grad()
     def update_sum(
@@ -154,6 +172,11 @@ class InPlaceAdam(torch.optim.Optimizer):
         assert not self.l2(parameter), "the gradient is never formed"
         by = self._factors[parameter]
         self._draw_to_start(parameter, slice(None))
+        bags = gradient.x.bags_of_items(*gradient.items)
+        if self.lean_dim(parameter) == 0:
+            assert gradient.diagonal is None
+            of = self._weights_of(parameter)
+            return self._kernels.update_rows(gradient.grad_GC, bags, of, by.whole)
         denominators = None
         if squared_norms is not None:
             v = self.state[parameter]["exp_avg_sq"]
@@ -161,7 +184,7 @@ class InPlaceAdam(torch.optim.Optimizer):
             denominators = self._denom(v, by)
         return self._kernels.update_sum(
             gradient.grad_GC,
-            gradient.x.bags_of_items(*gradient.items),
+            bags,
             gradient.diagonal,
             self._weights_of(parameter, denominators),
             by.whole,

@@ -15,7 +15,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dist_vasp.kernels import cuda, cuda_random, cuda_residual
+from dist_vasp.kernels import cuda, cuda_random, cuda_residual, triton_rows
 from dist_vasp.kernels import triton_kernels as jit
 
 H100 = GPUTarget("cuda", 90, 32)
@@ -63,6 +63,7 @@ def spilled(log: str) -> int | None:
 
 def main() -> None:
     sums = {"UNROLL": cuda._SUM["UNROLL"], "BLOCK": cuda._SUM["BLOCK"]}
+    narrow = {"UNROLL": cuda._SUM_NARROW["UNROLL"], "BLOCK": cuda._SUM_NARROW["BLOCK"]}
     update = sums | {"HAS_DIAGONAL": True, "HAS_COPY": True}
     many = {"HAS_COPY": True, "COPY": tl.bfloat16, "BLOCK": cuda._UPDATE_BLOCK}
     focal = {"PATHS": 3, "BLOCK": cuda._FOCAL_BLOCK}
@@ -76,12 +77,14 @@ def main() -> None:
             "focal": (jit.focal, focal | {"GAMMA": 2, "TYPE": dtype}, 8, {}),
             "focal any gamma": (jit.focal, focal | {"GAMMA": -1, "TYPE": dtype}, 8, {}),
         }
+        cases["sum_rows narrow"] = (jit.sum_rows, narrow, 4, {"Table": of, "Out": of})
         for what, (kernel, constants, warps, pointers) in cases.items():
             report(f"{what} {name}", *compile_kernel(kernel, constants, warps, **pointers))
     for normal in (False, True):
         constants = {"SEGMENTS": cuda_random.SEGMENTS, "NORMAL": normal, "BLOCK": cuda_random.BLOCK}
         tables = {"Out": "*fp32", "Offsets": "*fp64", "Slopes": "*fp64"}
         report(f"fill {normal}", *compile_kernel(cuda_random._fill, constants, 4, **tables))
+    lean_rows()
     residual_layers()
 
 
@@ -103,6 +106,20 @@ def residual_layers() -> None:
                 report(what, *compile_kernel(kernel, options, warps, "n_columns", **pointers))
     parts = {"PARTS": cuda_residual.PROGRAMS, "BLOCK": cuda_residual.PARTS_BLOCK}
     report("add_parts", *compile_kernel(cuda_residual.add_parts, parts, 4, **single))
+
+
+def lean_rows() -> None:
+    """`update_rows` of dense gradients and of sums, of the widths of three configurations."""
+    for width in (512, 4096, 6144):
+        for name, sums in (("fp32", False), ("bf16", False), ("fp32", True)):
+            options = cuda.row_shape(width) | {"SUMS": sums, "HAS_COPY": True}
+            warps = options.pop("num_warps")
+            pointers = {"Grad": f"*{name}"}
+            if not sums:
+                pointers |= dict.fromkeys(("Ids", "Ptr"), f"*{name}")
+            what = f"update_rows {'sums' if sums else 'dense'} {width} {name}"
+            kernel = triton_rows.update_rows
+            report(what, *compile_kernel(kernel, options, warps, "n_columns", **pointers))
 
 
 def report(what: str, ptx: str, log: str) -> None:

@@ -50,7 +50,7 @@ def numbers(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> t
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-SIZES = [(1, 1, 1), (7, 5, 3), (13, 40, 130), (3, 9, 1030)]
+SIZES = [(1, 1, 1), (6, 200, 1), (7, 5, 3), (13, 40, 130), (3, 9, 1030)]
 
 
 @pytest.mark.parametrize(("n", "n_rows", "n_columns"), SIZES)
@@ -134,6 +134,68 @@ def test_an_update_by_sums_of_rows(n, n_rows, n_columns, lean):
     assert torch.allclose(copy.float(), p, rtol=BF16, atol=0)
     if lean is None:
         assert not p[:, n_real:].any() and not m[:, n_real:].any() and not v[:, n_real:].any()
+
+
+def adam_by_row(weights: dict[str, torch.Tensor], grad: torch.Tensor) -> dict[str, torch.Tensor]:
+    """One step of BY in plain torch, with one second moment for each row."""
+    g = grad * BY.grad_scale
+    v = weights["v"] * BY.beta2 + (g * g).sum(dim=1, keepdim=True) * (BY.rest2 / g.shape[1])
+    return adam(weights | {"denominators": v.sqrt() * BY.of_root + BY.eps}, grad) | {"v": v}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("sums", [False, True], ids=["dense", "sums"])
+@pytest.mark.parametrize(("n", "n_rows", "n_columns"), [*SIZES, (3, 5, 4100)])
+def test_an_update_of_rows_with_one_second_moment(n, n_rows, n_columns, sums, dtype):
+    ids, indptr = bags(n, n_rows, 3)
+    grad = numbers(n_rows if sums else n, n_columns, seed=4).to(dtype)
+    before = start(n + 2, n_columns) | {"v": numbers(n + 2, 1, seed=3) ** 2}  # two rows of padding
+    for part in before.values():
+        part[n:] = 0
+
+    def updated() -> dict[str, torch.Tensor]:
+        whole = {name: part[:n].double() for name, part in before.items()}
+        return adam_by_row(whole, summed(grad.double(), ids, indptr) if sums else grad.double())
+
+    exact = bounded(updated)
+    p, m, v = (before[name].clone() for name in "pmv")
+    copy = torch.zeros_like(p, dtype=torch.bfloat16)
+    of = Weights(p, m, v, copy=copy)
+    norm = KERNELS.update_rows(grad, (ids, indptr) if sums else None, of, ON_DEVICE)
+    for name, value in {"p": p[:n], "m": m[:n], "v": v[:n], "norm": norm}.items():
+        within(value, exact, name)
+    assert torch.allclose(copy.float(), p, rtol=BF16, atol=0)
+    assert not any(part[n:].any() for part in (p, m, v))
+
+
+def test_rows_without_a_gradient_stay_zero():
+    p, m, v = torch.zeros(3, 6), torch.zeros(3, 6), torch.zeros(3, 1)
+    KERNELS.update_rows(torch.zeros(3, 6), None, Weights(p, m, v), ON_DEVICE)
+    assert not p.any() and not m.any() and not v.any()
+
+
+@pytest.mark.parametrize("l2", [0.0, 0.1])
+@pytest.mark.parametrize("lean_dim", [None, 0], ids=["full", "lean"])
+def test_a_matrix_equals_the_plain_one_however_its_gradient_comes(lean_dim, l2):
+    """Whole, or some rows at a time, and drawn to its start."""
+    grads = [numbers(30, 20, seed=k) for k in range(3)]
+    found = []
+    for kernels, at_once in ((PLAIN, 30), (KERNELS, 30), (KERNELS, 8), (KERNELS, 7)):
+        weight, copy = numbers(30, 20, seed=9), torch.zeros(30, 20, dtype=torch.bfloat16)
+        beside = {weight: Beside(copy, start=torch.ones(30, 20), decay=0.5)}
+        group = {"params": [weight], "lean_dim": lean_dim, "l2": l2}
+        optimizer = InPlaceAdam([group], OptimizerConfig(), 0.1, kernels, beside)
+        norms = []
+        for grad in grads:
+            optimizer.begin_step()
+            optimizer.grad_scale = torch.tensor(0.5)
+            parts = range(0, 30, at_once)
+            norms.append(sum(optimizer.update(weight, k, grad[k : k + at_once]) for k in parts))
+        assert torch.allclose(copy.float(), weight, rtol=BF16, atol=0)
+        found.append((weight, optimizer.state[weight]["exp_avg_sq"], torch.stack(norms)))
+    for ours in found[1:]:
+        for value, plain in zip(ours, found[0], strict=True):
+            assert torch.allclose(value, plain, rtol=1e-5, atol=1e-6)
 
 
 def test_the_diagonal_of_a_matrix_stays_zero():
