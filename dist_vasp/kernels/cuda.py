@@ -16,9 +16,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import pad
 
-from dist_vasp.kernels import cuda_residual
+from dist_vasp.kernels import cuda_residual, triton_rows
 from dist_vasp.kernels import triton_kernels as jit
-from dist_vasp.kernels import triton_rows
 from dist_vasp.kernels.compiled import fuse_on_gpu
 from dist_vasp.kernels.interface import Bags, F, Kernels, Norm, Weights
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from dist_vasp.kernels.interface import Arithmetic
+from dist_vasp.kernels.precision import BF16
 from dist_vasp.model import slices
 from dist_vasp.model.build import make_trunk
 from dist_vasp.model.norms import SharedItems, column_norms, shared_items
@@ -73,3 +74,42 @@ def test_norms_by_formula(world_size):
             assert by_formula == pytest.approx(formed, rel=1e-10), case
             assert all(error < 1e-10 for error in errors), case
             assert formed > 0
+
+
+def norms_in_bf16(ranks) -> list[tuple[float, float]]:
+    """Squared norms in bf16 and in double precision: of a product, and of a sum of rows."""
+    generator = torch.Generator().manual_seed(1)
+    rows = random_rows(N_ROWS, N_ITEMS, 1)
+    x_G = gathered(rows, rows, N_ITEMS, ranks)[0]
+    grad_GC, source_GK = (
+        torch.randn(N_ROWS, n, generator=generator).bfloat16() for n in (N_ITEMS, 7)
+    )
+    weight_CK = torch.zeros(N_ITEMS, 7)
+    wide_GH = torch.randn(N_ROWS, 7, generator=generator)
+    formed = [
+        grad_GC.double().T @ source_GK.double(),
+        SumOfRows(wide_GH.double(), x_G, (0, N_ITEMS)).rows(0, N_ITEMS),
+    ]
+    found = []
+    for k, gradient in enumerate(formed):
+        norm = Norm(
+            ranks.replica_group,
+            SharedItems(),
+            torch.zeros(()),
+            arithmetic=Arithmetic(precision=BF16),
+        )
+        norm.begin()
+        if k:
+            norm.take_sum(weight_CK, SumOfRows(wide_GH, x_G, (0, N_ITEMS)))
+        else:
+            norm.take_product(weight_CK, 0, grad_GC, source_GK)
+        norm.end()
+        found.append((float(norm.squared_norm), float((gradient**2).sum())))
+    return found
+
+
+def test_norms_in_bf16_are_summed_in_float32():
+    (found,) = run_ranks(norms_in_bf16, 1)
+    (of_product, exact_product), (of_sum, exact_sum) = found
+    assert of_product == pytest.approx(exact_product, rel=1e-5)  # its factors are bfloat16 anyway
+    assert of_sum == pytest.approx(exact_sum, rel=1e-2)  # float32 gradients, rounded once

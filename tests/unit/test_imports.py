@@ -54,6 +54,7 @@ BASE = TABLES | {
     "dist_vasp.kernels.cuda_residual",
     "dist_vasp.kernels.cuda",
     "dist_vasp.kernels.triton_kernels",
+    "dist_vasp.kernels.triton_rows",
     "dist_vasp.kernels.choose",
     "dist_vasp.places",
     "dist_vasp.recognise",
@@ -97,7 +98,9 @@ WITHIN_BASE = {
         "dist_vasp.kernels.cuda_residual",
         "dist_vasp.kernels.interface",
         "dist_vasp.kernels.triton_kernels",
+        "dist_vasp.kernels.triton_rows",
     },
+    "dist_vasp.kernels.triton_rows": {"dist_vasp.kernels.triton_kernels"},
     "dist_vasp.kernels.choose": {
         "dist_vasp.kernels.compiled",
         "dist_vasp.kernels.cuda",
