@@ -188,13 +188,17 @@ def _cholesky(pivot_CC: Tensor, first: int) -> Tensor:
     return L_CC
 
 
-def to_weights(negative_P: SymmetricColumns) -> None:
-    """-P -> B, whole columns, in place: B_ij = -P_ij / P_jj, zero on the diagonal.
+def to_weights(
+    negative_P: SymmetricColumns, ridge: list[Tensor] | None = None, xi: float = 0.0
+) -> None:
+    """-P -> B, whole columns, in place: B_ij = -P_ij max(ridge_j, (1 - xi) / P_jj), zero on the
+    diagonal; without `ridge` B_ij = -P_ij / P_jj.
 
-    AgreedError where P_jj is not positive.
+    ridge: (C,) of each of this rank's blocks, what was added to the diagonal of its columns. See
+    model/closed_form.py. AgreedError where P_jj is not positive.
     """
     with agreed(negative_P.ranks):
-        for c, column in negative_P.own():
+        for k, (c, column) in enumerate(negative_P.own()):
             lo, hi = negative_P.blocks[c]
             diagonal_C = torch.diagonal(column[lo:hi])
             if not ((diagonal_C < 0) & torch.isfinite(diagonal_C)).all():
@@ -204,13 +208,21 @@ def to_weights(negative_P: SymmetricColumns) -> None:
                     f"{str(column.dtype).removeprefix('torch.')}; raise model.ease_lambda or set "
                     "model.ease_dtype to fp64"
                 )
-            column.div_(-diagonal_C.clone())
+            if ridge is None:
+                column.div_(-diagonal_C.clone())
+            else:
+                column.mul_(torch.maximum(ridge[k], (1 - xi) / -diagonal_C))
             diagonal_C.zero_()
 
 
-def add_to_diagonal(A: SymmetricColumns, value: float) -> None:
+def add_to_diagonal(A: SymmetricColumns, value: float | Tensor) -> None:
+    """A_jj += value, one for all items or (I,) one for each."""
     for c, column in A.own():
-        torch.diagonal(column[slice(*A.blocks[c])]).add_(value)
+        own = slice(*A.blocks[c])
+        if isinstance(value, Tensor):
+            torch.diagonal(column[own]).add_(value[own].to(column.dtype))
+        else:
+            torch.diagonal(column[own]).add_(value)
 
 
 def scale_diagonal(A: SymmetricColumns, factor: float) -> None:

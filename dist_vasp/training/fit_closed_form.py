@@ -10,7 +10,7 @@ reading lanes of the configuration are not used.
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from dist_vasp.config.schema import Config
 from dist_vasp.data.manifest import Manifest
 from dist_vasp.model.build import new_model
 from dist_vasp.model.ease import sweep_columns
+from dist_vasp.model.kinds.ease import EaseKeys
 from dist_vasp.model.partitioned import PartitionedModel
 from dist_vasp.parallel.agree import AgreedError, agreed
 from dist_vasp.parallel.comm import Ranks
@@ -191,12 +192,12 @@ class ClosedFormFit:
     def _solve(self, model: PartitionedModel, value: float) -> float:
         """Write B for lambda `value` into the model; return the seconds it took."""
         run, start = self.run, time.monotonic()
+        config = replace(run.config, model=replace(run.config.model, ease_lambda=value))
         fit(
             model.matrices[0].columns(),
             sweep_columns(run.ranks.device),
-            run.config,
+            config,
             run.manifest,
-            value,
             run.ranks,
             run.ranks.is_main,
             run.interrupted,
@@ -273,7 +274,7 @@ def _no_validation(config: Config) -> str:
 
 def _must_match(config: Config, manifest: Manifest) -> dict[str, Any]:
     """Return what a resumed run may not change; nothing else has a part in the result."""
-    names = ("kind", "ease_lambda", "ease_dtype", "ease_dropout", "ease_user_exponent")
+    names = ("kind", *(key.name for key in fields(EaseKeys)))
     matching = {f"model.{name}": getattr(config.model, name) for name in names}
     matching["run.best_by"] = config.run.best_by
     return matching | {"hash of data.shards": manifest.shards_sha256}

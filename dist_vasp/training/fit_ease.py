@@ -1,10 +1,7 @@
 """The closed form from the shards, into columns that exist: as a run of its own
 (training/fit_closed_form.py), or as NEASE's start.
 
-With `model.ease_dropout` s the diagonal of G grows by s / (1 - s) of itself: the ridge regression
-whose inputs lose the share s of their items at random, in expectation (Steck 2020, arXiv
-1911.02459, "Autoencoders that don't overfit towards the identity"). With `model.ease_user_exponent`
-a, the squared error of a user of n items weighs (n / mean n)^a: G = X^T diag(weights) X.
+model/closed_form.py has the equations.
 """
 
 from __future__ import annotations
@@ -23,15 +20,8 @@ from dist_vasp.config.schema import Config
 from dist_vasp.data.manifest import Manifest
 from dist_vasp.data.rows import Rows, concatenate_rows
 from dist_vasp.data.shard import read_shard
-from dist_vasp.model.ease import (
-    SymmetricColumns,
-    add_gram,
-    add_to_diagonal,
-    invert,
-    scale_diagonal,
-    sweep_columns,
-    to_weights,
-)
+from dist_vasp.model.closed_form import solve
+from dist_vasp.model.ease import SymmetricColumns, add_gram, sweep_columns
 from dist_vasp.model.kinds.nease import CLOSED_FORM
 from dist_vasp.model.registry import kind_of
 from dist_vasp.model.slices import ItemSlice, block_width
@@ -54,50 +44,71 @@ def fit(
     width: int,
     config: Config,
     manifest: Manifest,
-    value: float,
     ranks: Ranks,
     show: bool = False,
     interrupted: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Write B for lambda `value` into `columns`, this rank's blocks (I, C) of `width` items.
+    """Write the B of the keys `model.ease_*` into `columns`, this rank's blocks (I, C) of `width`
+    items.
 
     In float64 the list's tensors are made anew, block by block, and again in float32.
     """
-    dtype = {"fp32": torch.float32, "fp64": torch.float64}[config.model.ease_dtype]
-    _convert(columns, dtype)
+    keys = config.model
+    _convert(columns, {"fp32": torch.float32, "fp64": torch.float64}[keys.ease_dtype])
     for column in columns:
         column.zero_()
     matrix = SymmetricColumns(columns, manifest.n_items, ranks, width)
-    done, exponent, train = 0, config.model.ease_user_exponent, manifest.splits["train"]
-    reading = Progress("Gram matrix, training", train.users, "user", show=show)
-    for rows in training_users(config.data.shards, manifest):
+    reading = Progress("Gram matrix, training", manifest.splits["train"].users, "user", show=show)
+
+    def read(users: int) -> None:
+        reading.update(users)
         if interrupted():
             raise StoppedError
-        x = to_item_rows(rows, rows.n_rows, manifest.n_items, ranks.device)
-        weight_U = (
-            (x.lengths.to(dtype) * (train.users / train.interactions)) ** exponent
-            if exponent
-            else None
-        )
-        add_gram(matrix, x, weight_U)
-        done += rows.n_rows
-        reading.update(done)
-    reading.close()
-    if config.model.ease_dropout:
-        scale_diagonal(matrix, 1 / (1 - config.model.ease_dropout))
-    add_to_diagonal(matrix, value)
 
-    inverting = Progress(f"lambda {value:g}, inverse", len(matrix.blocks), "block", show=show)
+    popularity_I = add_training_users(matrix, config, manifest, read)
+    reading.close()
+
+    title = f"lambda {keys.ease_lambda:g}, inverse"
+    inverting = Progress(title, len(matrix.blocks), "block", show=show)
 
     def tick(blocks: int) -> None:
         inverting.update(blocks)
         if interrupted():
             raise StoppedError
 
-    invert(matrix, tick)
+    solve(matrix, popularity_I, keys, tick)
     inverting.close()
-    to_weights(matrix)
     _convert(columns, torch.float32)
+
+
+def add_training_users(
+    G: SymmetricColumns,
+    config: Config,
+    manifest: Manifest,
+    read: Callable[[int], None] = lambda users: None,
+) -> Tensor:
+    """G += the Gram matrix of the training users, each weighted by `model.ease_user_exponent`;
+    return how many of them have each item, (I,) float64.
+
+    `read(users so far)` is called before each group of users, and at the end.
+    """
+    dtype, device = G.columns[0].dtype, G.ranks.device
+    exponent, train = config.model.ease_user_exponent, manifest.splits["train"]
+    popularity_I = torch.zeros(manifest.n_items, dtype=torch.float64, device=device)
+    done = 0
+    for rows in training_users(config.data.shards, manifest):
+        read(done)
+        x = to_item_rows(rows, rows.n_rows, manifest.n_items, device)
+        popularity_I.index_add_(0, x.items, torch.ones_like(x.items, dtype=torch.float64))
+        weight_U = (
+            (x.lengths.to(dtype) * (train.users / train.interactions)) ** exponent
+            if exponent
+            else None
+        )
+        add_gram(G, x, weight_U)
+        done += rows.n_rows
+    read(done)
+    return popularity_I
 
 
 def _convert(columns: list[Tensor], dtype: torch.dtype) -> None:
@@ -141,7 +152,7 @@ def start_from_ease(trainer: Trainer, manifest: Manifest) -> None:
         if ranks.device.type == "cpu":
             width = block_width(config.parallel.block_columns, ranks.device)
             columns = matrix.columns()
-            fit(columns, width, config, manifest, config.model.ease_lambda, ranks, ranks.is_main)
+            fit(columns, width, config, manifest, ranks, ranks.is_main)
         else:
             _fit_beside(matrix.slices(), config, manifest, ranks)
     else:
@@ -157,7 +168,7 @@ def _fit_beside(pieces: list[ItemSlice], config: Config, manifest: Manifest, ran
     width = sweep_columns(ranks.device)
     blocks = ranks.partition_of_items(manifest.n_items).blocks(width)
     columns = [torch.zeros((manifest.n_items, hi - lo), device=ranks.device) for lo, hi in blocks]
-    fit(columns, width, config, manifest, config.model.ease_lambda, ranks, ranks.is_main)
+    fit(columns, width, config, manifest, ranks, ranks.is_main)
     for (lo, hi), column in zip(blocks, columns, strict=True):
         for piece in pieces:
             first, last = max(lo, piece.lo), min(hi, piece.hi)

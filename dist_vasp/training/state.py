@@ -6,7 +6,7 @@ import json
 import os
 from collections import deque
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from dist_vasp.checkpoint.write import Save
 from dist_vasp.config.schema import Config
 from dist_vasp.data.manifest import Manifest
 from dist_vasp.data.stream import TrainStream
+from dist_vasp.model.kinds.ease import EaseKeys
 from dist_vasp.parallel.agree import agreed
 from dist_vasp.parallel.comm import Ranks, all_gather_bytes
 from dist_vasp.training.engine import Trainer
@@ -174,7 +175,7 @@ def facts_of_data(config: Config, manifest: Manifest) -> dict[str, Any]:
 # --- resuming -------------------------------------------------------------------------------------
 
 # Keys that may change when a training by steps is resumed: the first ones decide its start alone
-_FREE_OF_MODEL = ("ease_lambda", "ease_dtype", "ease_dropout", "ease_user_exponent")
+_FREE_OF_MODEL = tuple(key.name for key in fields(EaseKeys))
 _FREE_OF_OPTIMIZER = ("schedule", "accumulation")
 
 
@@ -245,7 +246,8 @@ def check_same(opened: Checkpoint[Header], matching: dict[str, Any], manifest: M
     """Raise ValueError that names what of `matching`, or of the data, is not what the checkpoint
     was written with."""
     # A key that the version did not have which wrote the checkpoint counts as its default.
-    before = must_match(Config(), "") | opened.header.must_match
+    free = {f"model.{name}": getattr(Config().model, name) for name in _FREE_OF_MODEL}
+    before = free | must_match(Config(), "") | opened.header.must_match
     now = json.loads(json.dumps(matching))
     different = [key for key in now if before.get(key) != now[key]]
     if "model.kind" in different:

@@ -539,7 +539,7 @@ I, WIDTH, USERS = 211, 32, 46
 def _fit(ranks: Ranks, folder: Path, dtype: str) -> tuple[np.ndarray, dict]:
     ease.SWEEP_COLUMNS = ease._GATHER_COLUMNS = WIDTH
     config = Config(
-        model=ModelConfig(kind="ease", ease_dtype=dtype),
+        model=ModelConfig(kind="ease", ease_dtype=dtype, ease_lambda=LAMBDA),
         data=DataConfig(shards=str(folder)),
         run=RunConfig(),
     )
@@ -547,7 +547,7 @@ def _fit(ranks: Ranks, folder: Path, dtype: str) -> tuple[np.ndarray, dict]:
     model = new_model(replace(config, parallel=blocks), I, ranks)
     columns = model.matrices[0].columns()
     with Allocations() as mode:
-        fit_ease.fit(columns, WIDTH, config, Manifest.load(folder), LAMBDA, ranks)
+        fit_ease.fit(columns, WIDTH, config, Manifest.load(folder), ranks)
     return torch.cat(columns, dim=1).numpy(), mode.seen
 
 

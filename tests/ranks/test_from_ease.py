@@ -489,6 +489,6 @@ def test_a_start_beside_the_models_blocks_is_the_same(tmp_path, monkeypatch):
     pieces = new_model(config, 23, ranks).matrices[0].slices()
     fit_ease._fit_beside(pieces, config, manifest, ranks)
     columns = [torch.zeros(23, hi - lo) for lo, hi in ranks.partition_of_items(23).blocks(7)]
-    fit_ease.fit(columns, 7, config, manifest, 5.0, ranks)
+    fit_ease.fit(columns, 7, config, manifest, ranks)
     found = torch.cat([piece.tensor for piece in pieces], dim=1)
     assert torch.equal(found, torch.cat(columns, dim=1)) and found.any()

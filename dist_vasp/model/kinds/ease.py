@@ -2,8 +2,8 @@
 
     score = x B,  diag(B) = 0,  B = I - P diagMat(1 / diag P),  P = (X^T X + lambda I)^-1
 
-Dropout of a user's items in expectation: EDLAE (Steck 2020, arXiv 1911.02459). The computation is
-model/ease.py. Neither loss nor optimizer is used.
+The keys generalise it to EDLAE, RLAE, RDLAE and DAN: model/closed_form.py has the equations and
+the sources. Neither loss nor optimizer is used.
 """
 
 from __future__ import annotations
@@ -37,6 +37,15 @@ class EaseKeys:
     ease_user_exponent: float = 0.0
     """A user of n items weighs (n / mean n)^this in G. Negative values give users with long
     histories less weight."""
+    ease_item_exponent: float = 0.0
+    """B_ij is multiplied by (popularity of j / popularity of i)^this (DAN). Negative values lower
+    the scores of popular items."""
+    ease_lambda_exponent: float = 0.0
+    """The lambda of an item is ease_lambda (popularity / mean popularity)^this. Positive values
+    regularise what popular items contribute to scores more."""
+    ease_xi: float = 0.0
+    """Largest value of B's diagonal while B is computed (RLAE); 0 gives EASE, 1 ridge regression
+    without a constraint. The diagonal is stored as 0."""
 
     def check(self) -> None:
         """Raise ValueError for values that no closed form can use."""
@@ -56,6 +65,11 @@ class EaseKeys:
             "-4 to 4",
             "0 weighs all users the same, -0.5 did well on MovieLens 1M",
         )
+        for name in ("ease_item_exponent", "ease_lambda_exponent"):
+            value = getattr(m, name)
+            action = "0 treats popular and rare items the same"
+            require(-4 <= value <= 4, f"model.{name}", value, "-4 to 4", action)
+        require(0 <= m.ease_xi <= 1, "model.ease_xi", m.ease_xi, "0 to 1", "0 gives EASE")
 
 
 class Ease(Kind):
