@@ -378,6 +378,17 @@ def test_what_cannot_work_is_refused(shards, ease_run, tmp_path, call):
             r"model\.ease_user_exponent is 5\.0, expected -4 to 4; 0 weighs all users the same",
         ),
         ("model", {"ease_dropout": 1.0}, r"model\.ease_dropout is 1\.0, expected 0 <= share < 1"),
+        ("model", {"ease_xi": 1.5}, r"model\.ease_xi is 1\.5, expected 0 to 1; 0 gives EASE"),
+        (
+            "model",
+            {"ease_item_exponent": -5.0},
+            r"model\.ease_item_exponent is -5\.0, expected -4 to 4; 0 treats popular and rare",
+        ),
+        (
+            "model",
+            {"ease_lambda_exponent": 5.0},
+            r"model\.ease_lambda_exponent is 5\.0, expected -4 to 4",
+        ),
         (
             "optimizer",
             {"nease_decay": 1.0},
