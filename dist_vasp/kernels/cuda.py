@@ -71,7 +71,7 @@ class TritonKernels(Kernels):
         on_gpu = positions[0].device.type == "cuda"
         padded = (shape[0], self.padded(shape[1] + 1))  # one column for no item
         ones = super().ones(positions, padded, torch.bfloat16 if on_gpu else dtype)  # exactly
-        ones[:, shape[1] :] = 0
+        ones[:, shape[1] :].zero_()
         return ones
 
     def gram(self, ones_GC: Tensor) -> Tensor:

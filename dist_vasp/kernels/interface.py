@@ -115,7 +115,7 @@ class Kernels:
     ) -> Tensor:
         """A tensor of zeros with ones at (rows, columns), for `gram`."""
         dense = torch.zeros(shape, dtype=dtype, device=positions[0].device)
-        dense[positions] = 1
+        dense.index_put_(positions, dense.new_ones(()))  # a Python number would come from the host
         return dense
 
     def gram(self, ones_GC: Tensor) -> Tensor:

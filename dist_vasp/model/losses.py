@@ -32,7 +32,7 @@ Positions = tuple[Tensor, Tensor]  # rows (E,), columns (E,) of the ones of a bl
 def _mask(ones: Positions, shape: tuple[int, ...]) -> Tensor:
     """Where the ones of a block are: bool of a shape."""
     is_one = torch.zeros(shape, dtype=torch.bool, device=ones[0].device)
-    is_one[ones] = True
+    is_one.index_put_(ones, is_one.new_ones(()))  # a Python number would come from the host
     return is_one
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from dist_vasp.kernels.interface import Kernels
 from dist_vasp.model.sparse import ItemRows
 from dist_vasp.model.step import MicroBatch
+from dist_vasp.progress import say
 
 Compute = Callable[[MicroBatch], Tensor]
 
@@ -51,10 +52,11 @@ class CapturedStep:
     def __init__(self, compute: Compute, kernels: Kernels) -> None:
         self._compute, self._kernels, self._record = compute, kernels, Recorder()
         self._shapes: dict[int, _Shape] = {}
+        self._fails = False
 
     def run(self, rows: MicroBatch) -> Tensor:
         """Return what `compute` gives for these rows; the next call overwrites it."""
-        if rows.x.values is not None:
+        if self._fails or rows.x.values is not None:
             return self._compute(rows)
         shape = self._shapes.get(rows.x.n_rows)
         if shape is None or not shape.holds(rows):
@@ -64,12 +66,24 @@ class CapturedStep:
             shape.fill(rows)
             return self._compute(shape.rows())
         shape.fill(rows)
-        if shape.recorded is None:
-            shape.recorded = self._record(lambda: self._compute(shape.rows()))
-            self._kernels.end_recording()
+        if shape.recorded is None and not self._recorded(shape):
+            return self._compute(rows)
+        assert shape.recorded is not None
         replay, result = shape.recorded
         replay()
         return result
+
+    def _recorded(self, shape: _Shape) -> bool:
+        """Record the step of a shape; False, and a word to the user, where that is impossible."""
+        try:
+            shape.recorded = self._record(lambda: self._compute(shape.rows()))
+        except RuntimeError as error:
+            self._fails = True
+            why = str(error).partition("\n")[0]
+            say(f"warning: steps are slower than they could be: no CUDA graph of one ({why})")
+            return False
+        self._kernels.end_recording()
+        return True
 
     def forget(self) -> None:
         """Record every step anew."""

@@ -178,7 +178,7 @@ class Trainer:
             totals = self._totals(part, squared_norm, flags)
             if clip:  # the update must wait for the norm
                 norm = self._squared_norms(totals).sum().sqrt()
-                scale = torch.where(norm > 0, (clip / norm).clamp(max=1.0), 1.0)
+                scale = (clip / norm).clamp(max=1.0)
                 for optimizer in self.optimizers():
                     optimizer.grad_scale = scale if self._update.alone else float(scale)
                 self._apply(part, len(micro_batches))

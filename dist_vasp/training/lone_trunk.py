@@ -64,6 +64,8 @@ class LoneTrunk:
 
     def backward(self, scalar: Tensor) -> None:
         """Run autograd from `scalar`; gradients of micro-batches add up."""
+        if self._n_backward % self._accumulation == 0:
+            self._drop_gradients()
         with self.ranks.clock("trunk"):
             scalar.backward()
         self._n_backward += 1
@@ -86,6 +88,9 @@ class LoneTrunk:
             else:
                 self.squared_norm()
                 self.optimizer.update_all()
+        self._drop_gradients()
+
+    def _drop_gradients(self) -> None:
         for leaf in self._read.values():
             leaf.grad = None
 

@@ -73,9 +73,15 @@ class InPlaceAdam(torch.optim.Optimizer):
 
     @grad_scale.setter
     def grad_scale(self, scale: float | Tensor) -> None:
-        if self._numbers is not None and scale is not self._grad_scale:
-            self._numbers[:, -1] = scale
-        self._grad_scale = scale
+        changes, self._grad_scale = scale is not self._grad_scale, scale
+        if changes:
+            self._write_scale()
+
+    def _write_scale(self) -> None:
+        """Put the scale where kernels read it, without a copy from the host."""
+        if self._numbers is not None:
+            scale, column = self.grad_scale, self._numbers[:, -1]
+            column.copy_(scale) if isinstance(scale, Tensor) else column.fill_(scale)
 
     @torch.no_grad()
     def step(self, closure=None) -> None:  # type: ignore[override]
@@ -116,7 +122,7 @@ class InPlaceAdam(torch.optim.Optimizer):
         host = numbers.float()
         self._numbers.copy_(host.pin_memory() if device.type == "cuda" else host, True)
         if isinstance(self.grad_scale, Tensor) or self.grad_scale != 1.0:
-            self._numbers[:, -1] = self.grad_scale
+            self._write_scale()
         return self._numbers
 
     @torch.no_grad()
