@@ -2,7 +2,7 @@
 
 A part excludes the parts inside it: a collective of the input side counts as communication. On a
 GPU the clock waits for the device wherever a part begins or ends, so the parts add up, and the
-whole is a little slower than training.
+whole is slower than training, which replays a recorded step (training/captured_step.py).
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def measure(config: Config, ranks: Ranks, steps: int, warm_up: int = 2) -> Measu
     batches = with_next(stream.batches(0, warm_up + steps, config.data.workers))
     clock = StopWatch(ranks.device)
     trainer = Trainer(config, stream.n_items, ranks.timed_by(clock))
-    if trainer.trunk:
+    if trainer.trunk and ranks.world_size > 1:
         _count_traffic(ranks)
     step_seconds, users, rows, items = [], 0, 0, 0
     before: dict[str, int] = {}
