@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import pad
 
-from dist_vasp.kernels import cuda_residual, triton_rows
+from dist_vasp.kernels import cuda_latent, cuda_residual, triton_rows
 from dist_vasp.kernels import triton_kernels as jit
 from dist_vasp.kernels.compiled import fuse_on_gpu
 from dist_vasp.kernels.interface import Bags, F, Kernels, Norm, Weights
@@ -85,6 +85,13 @@ class TritonKernels(Kernels):
         if not cuda_residual.fits(h_BH):
             return super().residual(h_BH, bias_H, sum_BH, norm)
         return cuda_residual.residual(h_BH, bias_H, sum_BH, norm)
+
+    def latent_code(
+        self, mu_BL: Tensor, logvar_BL: Tensor, noise_BL: Tensor | None, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        if noise_BL is None or not cuda_latent.fits(mu_BL, dtype):
+            return super().latent_code(mu_BL, logvar_BL, noise_BL, dtype)
+        return cuda_latent.latent_code(mu_BL, logvar_BL, noise_BL)
 
     def update_sum(
         self, grad: Tensor, bags: Bags, diagonal: int | None, of: Weights, by: Tensor

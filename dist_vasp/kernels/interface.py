@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag, layer_norm, silu
 
+from dist_vasp.kernels.latent import kl_divergence, sample
 from dist_vasp.kernels.precision import FP32, Precision
 
 F = TypeVar("F", bound=Callable)
@@ -149,6 +150,14 @@ class Kernels:
         weight_H, shift_H = norm.weight_H.to(h_BH.dtype), norm.shift_H.to(h_BH.dtype)
         out_BH = layer_norm(x_BH, x_BH.shape[1:], weight_H, shift_H, norm.eps)
         return out_BH, out_BH if sum_BH is None else sum_BH + out_BH
+
+    def latent_code(
+        self, mu_BL: Tensor, logvar_BL: Tensor, noise_BL: Tensor | None, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """z (B, L) in the dtype of mu, and its KL divergence (B,), computed in `dtype`
+        (latent.py). Differentiable."""
+        z_BL = sample(mu_BL, logvar_BL, noise_BL)
+        return z_BL, kl_divergence(mu_BL.to(dtype), logvar_BL.to(dtype))
 
     def end_recording(self) -> None:
         """Complete what a recorded step reads, before its first replay."""

@@ -140,19 +140,6 @@ class ResidualTrunk(Trunk):
         else:
             e_BH = self.encoder(self.precision.cast(pre_BH + self.input_bias))
         mu_BL, logvar_BL = self.mu(e_BH), self.logvar(e_BH)
-        z_BL = sample(mu_BL, logvar_BL, noise_BL)
+        z_BL, kl_B = self.kernels.latent_code(mu_BL, logvar_BL, noise_BL, pre_BH.dtype)
         d_BH = self.decoder(*pre_activation(self.from_latent, z_BL, self.kernels))
-        kl_B = kl_divergence(mu_BL.to(pre_BH.dtype), logvar_BL.to(pre_BH.dtype))
         return (d_BH, z_BL), kl_B
-
-
-def sample(mu_BL: Tensor, logvar_BL: Tensor, noise_BL: Tensor | None) -> Tensor:
-    """mu + exp(logvar / 2) * noise, or mu without noise: (B, L)."""
-    if noise_BL is None:
-        return mu_BL
-    return mu_BL + torch.exp(logvar_BL / 2) * noise_BL.to(mu_BL.dtype)
-
-
-def kl_divergence(mu_BL: Tensor, logvar_BL: Tensor) -> Tensor:
-    """KL(N(mu, exp(logvar)) || N(0, 1)) of each row, averaged over the latent dimensions: (B,)."""
-    return -0.5 * (1 + logvar_BL - mu_BL**2 - torch.exp(logvar_BL)).mean(dim=1)

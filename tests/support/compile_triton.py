@@ -15,7 +15,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dist_vasp.kernels import cuda, cuda_random, cuda_residual, triton_rows
+from dist_vasp.kernels import cuda, cuda_latent, cuda_random, cuda_residual, triton_rows
 from dist_vasp.kernels import triton_kernels as jit
 
 H100 = GPUTarget("cuda", 90, 32)
@@ -85,11 +85,11 @@ def main() -> None:
         tables = {"Out": "*fp32", "Offsets": "*fp64", "Slopes": "*fp64"}
         report(f"fill {normal}", *compile_kernel(cuda_random._fill, constants, 4, **tables))
     lean_rows()
-    residual_layers()
+    trunk_kernels()
 
 
-def residual_layers() -> None:
-    """The kernels of a residual layer, of the widths of two configurations."""
+def trunk_kernels() -> None:
+    """The kernels of residual layers, of two widths, and of the latent code."""
     ends = ("H", "Sum", "Out", "NewSum", "GradOut", "GradNext", "GradH", "GradSum")
     vectors = ("Bias", "Weight", "Shift", "GradBias", "GradWeight", "GradShift")
     single = dict.fromkeys((*vectors, "Mean", "Scale", "Parts"), "*fp32")
@@ -105,6 +105,13 @@ def residual_layers() -> None:
                 what = f"{kernel.__name__} {width} {name}"
                 report(what, *compile_kernel(kernel, options, warps, "n_columns", **pointers))
     parts = {"PARTS": cuda_residual.PROGRAMS, "BLOCK": cuda_residual.PARTS_BLOCK}
+    latents = ("Mu", "LogVar", "Noise", "Z", "Kl", "GradZ", "GradKl", "GradMu", "GradLogVar")
+    for kernel in (cuda_latent.latent_forward, cuda_latent.latent_backward):
+        pointers = dict.fromkeys(latents, "*bf16") | dict.fromkeys(
+            ("Noise", "Kl", "GradKl"), "*fp32"
+        )
+        block = {"BLOCK": cuda_latent.LATENT["BLOCK"]}
+        report(kernel.__name__, *compile_kernel(kernel, block, 4, "n_columns", **pointers))
     report("add_parts", *compile_kernel(cuda_residual.add_parts, parts, 4, **single))
 
 

@@ -49,8 +49,10 @@ BASE = TABLES | {
     "dist_vasp.parallel.liveness",
     "dist_vasp.parallel.secret",
     "dist_vasp.kernels.precision",
+    "dist_vasp.kernels.latent",
     "dist_vasp.kernels.interface",
     "dist_vasp.kernels.compiled",
+    "dist_vasp.kernels.cuda_latent",
     "dist_vasp.kernels.cuda_residual",
     "dist_vasp.kernels.cuda",
     "dist_vasp.kernels.triton_kernels",
@@ -90,11 +92,12 @@ ROOMS = [
     "__main__",
 ]  # each imports itself, those before it and BASE
 WITHIN_BASE = {
-    "dist_vasp.kernels.interface": {"dist_vasp.kernels.precision"},
+    "dist_vasp.kernels.interface": {"dist_vasp.kernels.latent", "dist_vasp.kernels.precision"},
     "dist_vasp.kernels.compiled": {"dist_vasp.kernels.interface"},
     "dist_vasp.kernels.cuda_residual": {"dist_vasp.kernels.interface"},
     "dist_vasp.kernels.cuda": {
         "dist_vasp.kernels.compiled",
+        "dist_vasp.kernels.cuda_latent",
         "dist_vasp.kernels.cuda_residual",
         "dist_vasp.kernels.interface",
         "dist_vasp.kernels.triton_kernels",

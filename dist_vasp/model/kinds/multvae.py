@@ -24,7 +24,7 @@ from dist_vasp.model.links import Softmax
 from dist_vasp.model.partitioned import Parts
 from dist_vasp.model.paths import DenseHead
 from dist_vasp.model.slices import Storage
-from dist_vasp.model.trunk import Linear, Trunk, kl_divergence, sample
+from dist_vasp.model.trunk import Linear, Trunk
 
 if TYPE_CHECKING:
     from dist_vasp.config.schema import Config, ModelConfig
@@ -36,7 +36,7 @@ class MultVaeTrunk(Trunk):
     def __init__(self, hidden: int, latent: int, arithmetic: Arithmetic) -> None:
         super().__init__()
         dtype = arithmetic.dtype
-        self.precision = arithmetic.precision
+        self.precision, self.kernels = arithmetic.precision, arithmetic.kernels
         self.input_bias = nn.Parameter(torch.zeros(hidden, dtype=dtype))
         self.mu = Linear(hidden, latent, dtype=dtype)
         self.logvar = Linear(hidden, latent, dtype=dtype)
@@ -49,8 +49,8 @@ class MultVaeTrunk(Trunk):
     ) -> tuple[tuple[Tensor], Tensor]:
         h_BH = torch.tanh(self.precision.cast(pre_BH + self.input_bias))
         mu_BL, logvar_BL = self.mu(h_BH), self.logvar(h_BH)
-        d_BH = torch.tanh(self.from_latent(sample(mu_BL, logvar_BL, noise_BL)))
-        kl_B = kl_divergence(mu_BL.to(pre_BH.dtype), logvar_BL.to(pre_BH.dtype))
+        z_BL, kl_B = self.kernels.latent_code(mu_BL, logvar_BL, noise_BL, pre_BH.dtype)
+        d_BH = torch.tanh(self.from_latent(z_BL))
         return (d_BH,), kl_B * self.noise_width
 
 

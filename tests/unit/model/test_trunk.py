@@ -8,8 +8,9 @@ from torch import Tensor
 
 from dist_vasp.config.schema import ModelConfig
 from dist_vasp.kernels.interface import Arithmetic
+from dist_vasp.kernels.latent import kl_divergence
 from dist_vasp.model.build import make_trunk
-from dist_vasp.model.trunk import ResidualTrunk, kl_divergence
+from dist_vasp.model.trunk import ResidualTrunk
 
 B, H, L = 5, 8, 3
 
