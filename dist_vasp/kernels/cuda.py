@@ -41,9 +41,7 @@ class TritonKernels(Kernels):
     def __init__(self) -> None:
         self._addressed: dict[tuple[int, ...], Tensor] = {}
         self._placed: dict[tuple[int, ...], tuple[Tensor, ...]] = {}
-        # Tables of recorded steps: those to be written, and all that must stay where they are.
-        self._recorded: list[tuple[Tensor, tuple[int, ...]]] = []
-        self._kept: list[Tensor] = []
+        self._tables: RecordedTables | None = None
 
     def fuse(self, function: F) -> F:
         return fuse_on_gpu(function)
@@ -181,10 +179,11 @@ class TritonKernels(Kernels):
     def _addresses(self, tensors: Sequence[Tensor | None], device: torch.device) -> Tensor:
         """The addresses of tensors on a device, made once for each list of addresses."""
         key = tuple(0 if tensor is None else tensor.data_ptr() for tensor in tensors)
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            table = torch.empty(len(key), dtype=torch.int64, device=device)
-            self._recorded.append((table, key))
-            return table
+        if _is_recording(device):
+            assert self._tables is not None, "a step runs before it is recorded"
+            return self._tables.reserve(key)
+        if self._tables is None:
+            self._tables = RecordedTables(device)
         if key not in self._addressed:
             if len(self._addressed) >= _MOST_TABLES:
                 self._addressed.clear()
@@ -192,11 +191,8 @@ class TritonKernels(Kernels):
         return self._addressed[key]
 
     def end_recording(self) -> None:
-        """Write the tables of addresses that a recorded step reads."""
-        for table, key in self._recorded:
-            table.copy_(torch.tensor(key))
-            self._kept.append(table)
-        self._recorded.clear()
+        if self._tables is not None:
+            self._tables.write()
 
     def _places(self, sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, ...]:
         """For each block of numbers of tensors: its tensor, its first number; and all sizes. Made
@@ -215,6 +211,41 @@ def row_shape(n_columns: int) -> dict[str, int]:
     warps = max(1, block // _ROW_BLOCK_OF_WARP)
     more = n_columns > block
     return {"HAS_MORE": more, "UNROLL": _ROW_UNROLL, "BLOCK": block, "num_warps": warps}
+
+
+class RecordedTables:
+    """The tables of addresses that recorded steps read.
+
+    They lie in memory that was there before: what a step allocates while it is recorded, an earlier
+    kernel of the same step may overwrite in each replay.
+    """
+
+    _SIZE = 1 << 17  # numbers, enough for some hundred recorded steps
+
+    def __init__(self, device: torch.device) -> None:
+        self._memory = torch.zeros(self._SIZE, dtype=torch.int64, device=device)
+        self._used = 0
+        self._waiting: list[tuple[Tensor, tuple[int, ...]]] = []
+
+    def reserve(self, key: tuple[int, ...]) -> Tensor:
+        """A place for a table; RuntimeError where all are taken."""
+        start = self._used
+        self._used += -(-len(key) // 2) * 2  # the next one starts at a multiple of 16 bytes, too
+        if self._used > self._SIZE:
+            raise RuntimeError("too many steps have been recorded")
+        table = self._memory[start : start + len(key)]
+        self._waiting.append((table, key))
+        return table
+
+    def write(self) -> None:
+        """Fill the tables that were reserved since the last call."""
+        for table, key in self._waiting:
+            table.copy_(torch.tensor(key))
+        self._waiting.clear()
+
+
+def _is_recording(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _on_device(values: Sequence[int] | np.ndarray, device: torch.device) -> Tensor:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from dist_vasp.config.schema import OptimizerConfig
+from dist_vasp.kernels import cuda
 from dist_vasp.kernels.cuda import TritonKernels
 from dist_vasp.kernels.interface import PLAIN, AdamStep, Weights
 from dist_vasp.model.losses import FocalLoss
@@ -297,3 +298,20 @@ def test_a_weight_is_drawn_to_its_start_however_its_gradient_comes():
             optimizer.update(weight, 0, grad.clone())
         found.append(weight)
     assert torch.allclose(*found, rtol=1e-5, atol=1e-7)
+
+
+def test_tables_of_a_recorded_step_lie_in_memory_that_was_there_before(monkeypatch):
+    kernels, parts = TritonKernels(), [(numbers(5, 3, seed=k), numbers(5, 3)) for k in range(2)]
+    weights = [Weights(numbers(5, 3), numbers(5, 3), numbers(5, 3) ** 2) for _ in range(4)]
+    kernels.update_many(
+        [(grad, of) for (grad, _), of in zip(parts, weights, strict=False)], ON_DEVICE
+    )
+    monkeypatch.setattr(cuda, "_is_recording", lambda device: True)
+    tables = [kernels._addresses([of.weights], torch.device("cpu")) for of in weights]
+    assert not torch.cat(tables).any()
+    kernels.end_recording()
+    assert torch.cat(tables).tolist() == [of.weights.data_ptr() for of in weights]
+    assert len({table.untyped_storage().data_ptr() for table in tables}) == 1
+    monkeypatch.setattr(cuda.RecordedTables, "_SIZE", 8)
+    with pytest.raises(RuntimeError, match="too many steps"):
+        kernels._addresses([weights[0].weights], torch.device("cpu"))
