@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 _SECTIONS = {
     "DataConfig": "data",
     "ModelConfig": "model",
+    "SearchConfig": "search",
     "LossConfig": "loss",
     "OptimizerConfig": "optimizer",
     "ParallelConfig": "parallel",

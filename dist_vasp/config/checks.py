@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from dist_vasp.config.metric_names import OF_TARGET, parse_metrics
 from dist_vasp.config.schema import (
@@ -18,6 +18,8 @@ from dist_vasp.config.schema import (
 from dist_vasp.model.registry import kind_of
 from dist_vasp.require import require, require_finite
 
+MOST_SETTINGS = 10_000
+
 
 def check(config: Config) -> Config:
     """Raise ValueError for the first key that does not fit; return the config."""
@@ -27,6 +29,7 @@ def check(config: Config) -> Config:
     _check_optimizer(config.optimizer)
     _check_parallel(config.parallel, config.data)
     _check_model(config)
+    _check_search(config)
     rows = config.data.batch_size * (2 if config.halves else 1)
     require(
         config.optimizer.accumulation <= rows,
@@ -183,4 +186,38 @@ def _check_model(config: Config) -> None:
         loss.kind,
         f"one of {', '.join(kind.losses)} for model.kind {kind.name}",
         "change one of the two",
+    )
+
+
+def _check_search(config: Config) -> None:
+    lists = {name: values for name, values in asdict(config.search).items() if values}
+    for name, values in lists.items():
+        key, kind = f"search.{name}", kind_of(config.model.kind)
+        require(
+            kind.closed_form,
+            key,
+            values,
+            f"[] with model.kind {kind.name}",
+            "only closed forms are searched",
+        )
+        require(len(set(values)) == len(values), key, values, "different values", "drop the others")
+        for value in values:
+            try:
+                replace(config.model, **{name: value}).check_keys()
+            except ValueError as error:
+                raise ValueError(f"{key}: {error}") from None
+    n_settings = math.prod(len(values) for values in lists.values())
+    require(
+        n_settings <= MOST_SETTINGS,
+        "search",
+        f"{n_settings:,} combinations",
+        f"at most {MOST_SETTINGS:,}",
+        "shorten its lists",
+    )
+    require(
+        0 not in config.search.ease_lambda,
+        "search.ease_lambda",
+        config.search.ease_lambda,
+        "positive values",
+        "drop the 0",
     )

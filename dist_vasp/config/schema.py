@@ -13,7 +13,7 @@ import yaml
 from dist_vasp.config.metric_names import Metric, parse_metrics
 from dist_vasp.model.registry import KINDS, CheckedKeys, ModelKeys, OptimizerKeys, kind_of
 
-SECTIONS = ("data", "model", "loss", "optimizer", "parallel", "run")
+SECTIONS = ("data", "model", "search", "loss", "optimizer", "parallel", "run")
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,29 @@ class ModelKind:
 @dataclass(frozen=True)
 class ModelConfig(ModelKeys, ModelKind, CheckedKeys):
     """model: its kind, and the keys of the kinds."""
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """search: values of a closed form's keys to choose from on validation.
+
+    Every combination is tried; an empty list leaves the key as it is in `model`.
+    """
+
+    ease_user_exponent: list[float] = field(default_factory=list)
+    """Values of model.ease_user_exponent."""
+    ease_item_exponent: list[float] = field(default_factory=list)
+    """Values of model.ease_item_exponent."""
+    ease_lambda_exponent: list[float] = field(default_factory=list)
+    """Values of model.ease_lambda_exponent."""
+    ease_dropout: list[float] = field(default_factory=list)
+    """Values of model.ease_dropout."""
+    ease_xi: list[float] = field(default_factory=list)
+    """Values of model.ease_xi."""
+    ease_lambda: list[float] = field(default_factory=list)
+    """Values of model.ease_lambda, tried from large to small for each combination of the others
+    until the validation metric has fallen twice in a row; empty with model.ease_lambda 0: 5120 to
+    10, halved each time."""
 
 
 @dataclass(frozen=True)
@@ -228,6 +251,7 @@ class Config:
 
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)

@@ -1,14 +1,17 @@
-"""Fit in closed form: EASE from the Gram matrix of the shards (`model.kind: ease`).
+"""Fit in closed form: EASE and its relatives from the Gram matrix of the shards (`model.kind:
+ease`).
 
-A step is one lambda: the given one, or those of GRID from large to small until the validation
-metric `run.best_by` has fallen twice in a row. The matrix is kept once: the Gram matrix of the next
-lambda is computed again, into the same memory, because it costs a small part of what the inverse
-does. The best lambda so far is on disk; a run that stopped resumes after it. Loss, optimizer and
-reading lanes of the configuration are not used.
+A step is one setting of candidates.py: the given one, or those that are searched for the best
+validation metric `run.best_by`. The matrix is kept once: the Gram matrix of the next setting is
+computed again, into the same memory, because it costs a small part of what the inverse does. The
+best setting so far is on disk; a run that stopped resumes after the last one it tried. Loss,
+optimizer and reading lanes of the configuration are not used.
 """
 
 from __future__ import annotations
 
+import json
+import math
 import time
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -26,19 +29,17 @@ from dist_vasp.model.ease import sweep_columns
 from dist_vasp.model.kinds.ease import EaseKeys
 from dist_vasp.model.partitioned import PartitionedModel
 from dist_vasp.parallel.agree import AgreedError, agreed
-from dist_vasp.parallel.comm import Ranks
+from dist_vasp.parallel.comm import Ranks, all_gather_bytes
 from dist_vasp.plan.estimate import make_plan
 from dist_vasp.plan.terms import Device, Sizes
 from dist_vasp.ranking.evaluate import model_scorer
 from dist_vasp.ranking.metrics import summary
+from dist_vasp.training.candidates import PATIENCE, Candidate, Tried, read_tried, walks_of
 from dist_vasp.training.fit_ease import StoppedError, fit
 from dist_vasp.training.floor import measure_rates
 from dist_vasp.training.run import Fitted, Past, Run
 from dist_vasp.training.state import check_same, facts_of_data, newest_checkpoint
 from dist_vasp.training.trained_users import Users
-
-GRID = tuple(10.0 * 2**k for k in range(9, -1, -1))  # 5120 to 10
-PATIENCE = 2  # lambdas in a row that may be worse than the best before the search ends
 
 
 class ClosedFormSetup:
@@ -57,7 +58,7 @@ class ClosedFormSetup:
                 f"{config.data.shards} has no training users; "
                 "prepare the data with fewer val_users and test_users"
             )
-        if not config.model.ease_lambda and not splits["validation"].users:
+        if _n_settings(config) > 1 and not splits["validation"].users:
             raise ValueError(_no_validation(config))
         ranks.partition_of_items(self.manifest.n_items)
 
@@ -73,46 +74,63 @@ class ClosedFormSetup:
             config, sizes, layout.partitions, layout.replicas, rates, Device(device.type)
         )
         parts = ", ".join(f"{part} {size / 1e9:.2f}" for part, size in plan.memory.items())
-        n_lambdas = len(lambdas_of(config))
-        lambdas = "one lambda" if n_lambdas == 1 else f"each of at most {n_lambdas} lambdas"
+        n_settings = _n_settings(config)
+        settings = "one setting" if n_settings == 1 else f"each of at most {n_settings} settings"
         return (
             f"ease, {train.users:,} training users, {n_items:,} items, {config.model.ease_dtype}\n"
             f"memory of a rank, {layout.partitions} partitions: "
             f"{plan.memory_total / 1e9:.2f} GB ({parts})\n"
-            f"time for {lambdas}, evaluation excluded: about {plan.step_seconds:,.0f} s "
+            f"time for {settings}, evaluation excluded: about {plan.step_seconds:,.0f} s "
             f"at the {rates.flops / 1e9:.0f} GFLOP/s measured now"
         )
 
     def start(self, run: Run) -> ClosedFormFit:
-        """Read the header of the best lambda so far, if there is one."""
+        """Read the header of the best setting so far, if there is one, and what was tried."""
         config, ranks = run.config, run.ranks
         found: Header | None = None
         seconds, is_done = 0.0, False
+        folder = Path(config.run.dir)
         opened = folders.open_together(
             lambda: newest_checkpoint(run.checkpoints), open_checkpoint, ranks
         )
+        tried: dict[int, Tried] = {}
         with agreed(ranks):
             if opened is not None:
                 check_same(opened, _must_match(config, self.manifest), self.manifest)
                 found = opened.header
                 opened.close()
                 seconds = found.seconds_training
-                result = Path(config.run.dir) / "result.json"
-                is_done = result.is_file()
+                is_done = (folder / "result.json").is_file()
                 if is_done:
-                    seconds = _seconds(result)  # of the lambdas after the best one, too
-        return ClosedFormFit(run, found, seconds, is_done)
+                    seconds = _seconds(folder / "result.json")  # of settings after the best, too
+                elif ranks.is_main:
+                    tried = _tried(folder, config, found)
+        return ClosedFormFit(run, found, seconds, is_done, _of_rank_0(tried, ranks))
 
 
 class ClosedFormFit:
-    """A search for lambda; `best` is the header of the best one so far. See `Fit`."""
+    """A search for the best setting; `best` is the header of the best one so far. See `Fit`.
 
-    def __init__(self, run: Run, best: Header | None, seconds: float, is_done: bool) -> None:
+    tried: the settings that need not be tried again, by their number.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        best: Header | None,
+        seconds: float,
+        is_done: bool,
+        tried: dict[int, Tried],
+    ) -> None:
         self.run = run
         self.best = best
-        self._seconds = seconds
         self._is_done = is_done
-        self._lambdas = lambdas_of(run.config)
+        self._tried = tried
+        self._walks = walks_of(run.config)
+        best_step = best.position.step if best else 0
+        later = [one.seconds for step, one in tried.items() if step > best_step]
+        self._seconds = seconds + sum(later)
+        self._last_tried = max((best_step, *tried))
 
     def close(self) -> None:
         """Nothing is held between calls."""
@@ -121,9 +139,8 @@ class ClosedFormFit:
 
     def past(self) -> Past:
         best = self.best
-        done = best.position.step if best else 0
         return Past(
-            after_step=len(self._lambdas) if self._is_done else done,
+            after_step=_n_settings(self.run.config) if self._is_done else self._last_tried,
             best=folders.newest(self.run.checkpoints) if best and best.best else None,
             result_of=None if self._is_done else "",
         )
@@ -137,17 +154,27 @@ class ClosedFormFit:
         best = self.best
         if self._is_done and best:
             return (
-                f"{text}{self.run.config.run.dir} already holds lambda {best.ease_lambda:g}; "
+                f"{text}{self.run.config.run.dir} already holds "
+                f"{self._candidate(best.position.step)}; "
                 "it is evaluated again"
             )
-        if model.ease_lambda:
-            text += f"lambda {model.ease_lambda:g}"
+        n_walks, first = len(self._walks), self._walks[0]
+        if n_walks > 1:
+            text += f"{n_walks} combinations of {', '.join(first[0].searched)}, each with "
+        if len(first) == 1:
+            text += f"lambda {first[0].model.ease_lambda:g}"
         else:
-            text += f"lambda by validation, at most {len(GRID)} from {GRID[0]:g} down"
-        return text + (f" (resumed after lambda {best.ease_lambda:g})" if best else "")
+            largest = first[0].model.ease_lambda
+            text += f"lambda by validation, at most {len(first)} from {largest:g} down"
+        last = self._last_tried
+        return text + (f" (resumed after {self._candidate(last)})" if last else "")
+
+    def _candidate(self, step: int) -> Candidate:
+        width = len(self._walks[0])
+        return self._walks[(step - 1) // width][(step - 1) % width]
 
     def stopped(self) -> str:
-        return "stopped on request; the same command resumes after the best lambda that is saved"
+        return "stopped on request; the same command resumes after the last setting that was tried"
 
     # --- the search -------------------------------------------------------------------------------
 
@@ -160,43 +187,56 @@ class ClosedFormFit:
         best = self.best
         assert best is not None
         name = folders.step_path(self.run.checkpoints, best.position.step).name
-        facts = {"ease_lambda": best.ease_lambda}
+        facts = {**self._candidate(best.position.step).values, "ease_lambda": best.ease_lambda}
         return Fitted(name, self._seconds, 1, self.stopped(), facts)
 
     def _search(self) -> None:
-        """Try every lambda that is left; StoppedError where a stop was requested."""
+        """Try every setting that is left; StoppedError where a stop was requested."""
         run = self.run
         blocks = replace(run.config.parallel, block_columns=sweep_columns(run.ranks.device))
         config = replace(run.config, parallel=blocks)
         model = new_model(config, run.manifest.n_items, run.ranks)
-        fallen = 0
-        first = self.best.position.step + 1 if self.best else 1
-        for step in range(first, len(self._lambdas) + 1):
-            value = self._lambdas[step - 1]
-            try:
-                took = self._solve(model, value)
-            except AgreedError as error:
-                if self.best is None:
-                    raise
-                run.say(f"lambda {value:g}: {error}; the search ends here")
-                return
-            metrics = self._validate(model, step, value, took)
-            if self._is_better(metrics):
-                fallen = 0
-                self._save(model, step, value, metrics)
-            else:
-                fallen += 1
-                if fallen == PATIENCE:
-                    return
+        for walk in self._walks:
+            self._walk(model, walk)
 
-    def _solve(self, model: PartitionedModel, value: float) -> float:
-        """Write B for lambda `value` into the model; return the seconds it took."""
+    def _walk(self, model: PartitionedModel, walk: list[Candidate]) -> None:
+        """Try the lambdas of one combination until the metric has fallen twice in a row."""
+        best_by = self.run.config.run.best_by
+        highest, fallen = -math.inf, 0
+        for candidate in walk:
+            if candidate.step in self._tried:
+                value = self._tried[candidate.step].value
+            elif candidate.step <= self._last_tried:
+                continue  # it failed, or its line is lost
+            else:
+                try:
+                    metrics = self._try(model, candidate)
+                except AgreedError as error:
+                    if self.best is None:
+                        raise
+                    self.run.say(f"{candidate}: {error}; smaller lambdas are left out")
+                    return
+                value = metrics[best_by] if metrics else math.inf
+            fallen = 0 if value > highest else fallen + 1
+            highest = max(highest, value)
+            if fallen == PATIENCE:
+                return
+
+    def _try(self, model: PartitionedModel, candidate: Candidate) -> dict[str, Any] | None:
+        """Compute and validate a setting, and save it if it is the best so far."""
+        took = self._solve(model, candidate)
+        metrics = self._validate(model, candidate, took)
+        if self._is_better(metrics):
+            self._save(model, candidate, metrics)
+        return metrics
+
+    def _solve(self, model: PartitionedModel, candidate: Candidate) -> float:
+        """Write the B of a setting into the model; return the seconds it took."""
         run, start = self.run, time.monotonic()
-        config = replace(run.config, model=replace(run.config.model, ease_lambda=value))
         fit(
             model.matrices[0].columns(),
             sweep_columns(run.ranks.device),
-            config,
+            replace(run.config, model=candidate.model),
             run.manifest,
             run.ranks,
             run.ranks.is_main,
@@ -207,9 +247,9 @@ class ClosedFormFit:
         return took
 
     def _validate(
-        self, model: PartitionedModel, step: int, value: float, took: float
+        self, model: PartitionedModel, candidate: Candidate, took: float
     ) -> dict[str, Any] | None:
-        """Return the validation metrics of a lambda; None where no user has a target."""
+        """Return the validation metrics of a setting; None where no user has a target."""
         run, metrics = self.run, None
         if run.manifest.splits["validation"].users > 0:
             found = run.evaluate(model_scorer(model, None), "validation")
@@ -217,13 +257,14 @@ class ClosedFormFit:
                 raise StoppedError
             result = found.result()
             metrics = result if result["n_users"] else None
-        if metrics is None and len(self._lambdas) > 1:
+        if metrics is None and _n_settings(run.config) > 1:
             raise AgreedError(_no_validation(run.config))
         shown = run.config.run.told_metrics
         told = f"validation {summary(metrics, shown)}, " if metrics else ""
-        run.say(f"lambda {value:g}: {told}{took:.1f} s")
+        run.say(f"{candidate}: {told}{took:.1f} s")
         if metrics:
-            line = {"step": step, "epoch": 0, "split": "validation", "ease_lambda": value}
+            place = {"step": candidate.step, "epoch": 0, "split": "validation"}
+            line = {**place, **candidate.values}
             run.record({**line, "seconds": took, **metrics}, "validation")
         return metrics
 
@@ -236,22 +277,22 @@ class ClosedFormFit:
         return metrics[best_by] > self.best.best[best_by]
 
     def _save(
-        self, model: PartitionedModel, step: int, value: float, metrics: dict[str, Any] | None
+        self, model: PartitionedModel, candidate: Candidate, metrics: dict[str, Any] | None
     ) -> None:
         """Write the model as step-XXXXXXXX; point `best` at it if it was validated."""
         config, ranks, manifest = self.run.config, self.run.ranks, self.run.manifest
         self.best = Header(
-            position=Position(0, 0, step),
-            config=asdict(config),
+            position=Position(0, 0, candidate.step),
+            config=asdict(replace(config, model=candidate.model)),
             must_match=_must_match(config, manifest),
             **facts_of_data(config, manifest),
             layout=asdict(ranks.layout),
             optimizer={"step": 0, "mu_product": 1.0},
             seconds_training=self._seconds,
-            ease_lambda=value,
+            ease_lambda=candidate.model.ease_lambda,
             best=metrics,
         )
-        path = folders.step_path(self.run.checkpoints, step)
+        path = folders.step_path(self.run.checkpoints, candidate.step)
         save(path, self.best, model.slices(), {}, ranks)
         if ranks.is_main:
             if metrics:
@@ -259,16 +300,36 @@ class ClosedFormFit:
             folders.prune(self.run.checkpoints, 1)
 
 
-def lambdas_of(config: Config) -> tuple[float, ...]:
-    """Return the lambdas that are tried, in order."""
-    return (config.model.ease_lambda,) if config.model.ease_lambda else GRID
+def _n_settings(config: Config) -> int:
+    """Return how many settings may be tried."""
+    return sum(len(walk) for walk in walks_of(config))
+
+
+def _tried(folder: Path, config: Config, best: Header) -> dict[int, Tried]:
+    """Return the settings that an earlier start has tried, by their number."""
+    if best.best is None:
+        return {}
+    best_by = config.run.best_by
+    path = folder / "metrics.jsonl"
+    return read_tried(path, best_by, best.position.step, best.best[best_by])
+
+
+def _of_rank_0(tried: dict[int, Tried], ranks: Ranks) -> dict[int, Tried]:
+    """Return rank 0's settings on every rank: another host may read an older file."""
+    message = json.dumps([[step, one.value, one.seconds] for step, one in tried.items()])
+    sent = all_gather_bytes(message.encode(), ranks.world, ranks.device, capacity=1 << 30)
+    return {step: Tried(value, seconds) for step, value, seconds in json.loads(sent[0])}
 
 
 def _no_validation(config: Config) -> str:
+    lists = asdict(config.search)
+    which = next((f"search.{name}" for name, values in lists.items() if len(values) > 1), "")
+    why = f"{which} is {lists[which[7:]]}" if which else "model.ease_lambda is 0"
     return (
-        "model.ease_lambda is 0, so it is to be chosen on validation, but "
-        f"{config.data.shards} has no validation user with a target; "
-        "set model.ease_lambda, or prepare the data with some"
+        f"{why}, so it is to be chosen on validation, but {config.data.shards} has no validation "
+        "user with a target; "
+        f"{'leave search out, ' if which else ''}set model.ease_lambda, or prepare the data with "
+        "some"
     )
 
 
@@ -276,6 +337,7 @@ def _must_match(config: Config, manifest: Manifest) -> dict[str, Any]:
     """Return what a resumed run may not change; nothing else has a part in the result."""
     names = ("kind", *(key.name for key in fields(EaseKeys)))
     matching = {f"model.{name}": getattr(config.model, name) for name in names}
+    matching |= {f"search.{name}": values for name, values in asdict(config.search).items()}
     matching["run.best_by"] = config.run.best_by
     return matching | {"hash of data.shards": manifest.shards_sha256}
 

@@ -247,6 +247,7 @@ def check_same(opened: Checkpoint[Header], matching: dict[str, Any], manifest: M
     was written with."""
     # A key that the version did not have which wrote the checkpoint counts as its default.
     free = {f"model.{name}": getattr(Config().model, name) for name in _FREE_OF_MODEL}
+    free |= {f"search.{name}": values for name, values in asdict(Config().search).items()}
     before = free | must_match(Config(), "") | opened.header.must_match
     now = json.loads(json.dumps(matching))
     different = [key for key in now if before.get(key) != now[key]]

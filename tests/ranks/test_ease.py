@@ -32,7 +32,7 @@ from dist_vasp.plan.rates import Rates
 from dist_vasp.plan.terms import Sizes
 from dist_vasp.ranking.evaluate import to_item_rows
 from dist_vasp.ranking.load import load_model
-from dist_vasp.training import fit_closed_form, fit_ease
+from dist_vasp.training import candidates, fit_ease
 from dist_vasp.training import train as training
 from tests.oracles.rounding import bounded_scores, each_within, stored
 from tests.ranks.test_evaluate import full_ranking, metrics_of
@@ -307,20 +307,20 @@ def lines_of(run_dir: Path) -> list[dict]:
 
 def test_the_search_finds_the_lambda_that_is_best_on_validation(run):
     lines, result = lines_of(run), json.loads((run / "result.json").read_text())
-    assert [line["ease_lambda"] for line in lines] == list(fit_closed_form.GRID[: len(lines)])
+    assert [line["ease_lambda"] for line in lines] == list(candidates.GRID[: len(lines)])
     x, pairs = train_matrix(), held_out(150, 1)
     for line in lines:
         expected = figures(oracle(x, line["ease_lambda"]), pairs)
         # the run scores with its weights in float32, which may swap two items that are as good as
         # tied
         assert line["ndcg@100"] == pytest.approx(expected["ndcg@100"], abs=1e-4)
-    every = {value: figures(oracle(x, value), pairs)["ndcg@100"] for value in fit_closed_form.GRID}
+    every = {value: figures(oracle(x, value), pairs)["ndcg@100"] for value in candidates.GRID}
     planted = max(every, key=every.__getitem__)
     assert result["ease_lambda"] == planted
-    assert fit_closed_form.GRID[0] > planted > fit_closed_form.GRID[-1], (
+    assert candidates.GRID[0] > planted > candidates.GRID[-1], (
         "the optimum of this test lies within the grid"
     )
-    assert len(lines) == fit_closed_form.GRID.index(planted) + 1 + fit_closed_form.PATIENCE, (
+    assert len(lines) == candidates.GRID.index(planted) + 1 + candidates.PATIENCE, (
         "the search ends behind it"
     )
 
@@ -442,10 +442,12 @@ def test_a_search_that_was_cut_off_goes_on_behind_the_best(run, shards, tmp_path
     assert "stopped on request" in capsys.readouterr().out
     assert not (path / "result.json").exists()
     assert (path / "checkpoints" / "best").is_dir()
-    saved = (path / "checkpoints" / "best").resolve().name
+    saved, tried = (path / "checkpoints" / "best").resolve().name, lines_of(path)
     call(main, *arguments(shards, path))
-    value = fit_closed_form.GRID[int(saved.removeprefix("step-")) - 1]
+    value = candidates.GRID[len(tried) - 1]
+    assert len(tried) >= int(saved.removeprefix("step-"))
     assert f"(resumed after lambda {value:g})" in capsys.readouterr().out
+    assert lines_of(path)[: len(tried)] == tried, "none is tried again"
     before, after = (json.loads((folder / "result.json").read_text()) for folder in (run, path))
     assert {k: after[k] for k in ("test", "validation", "checkpoint")} == {
         k: before[k] for k in ("test", "validation", "checkpoint")
@@ -488,7 +490,8 @@ def test_dry_run_says_memory_and_time_and_writes_nothing(run, shards, tmp_path, 
     call(main, *arguments(shards, tmp_path / "new"), "--dry_run")
     out = capsys.readouterr().out
     assert (
-        "memory of a rank, 1 partitions: 0." in out and "time for each of at most 10 lambdas" in out
+        "memory of a rank, 1 partitions: 0." in out
+        and "time for each of at most 10 settings" in out
     )
     assert "would start anew" in out and not (tmp_path / "new").exists()
     call(main, *arguments(shards, run), "--dry_run")

@@ -116,6 +116,14 @@ CHANGED = {
         "nease": "apart",
         "autorec_encoder": "identity",
     },
+    "search": {
+        "ease_user_exponent": [0.0, -0.5],
+        "ease_item_exponent": [0.1],
+        "ease_lambda_exponent": [0.2],
+        "ease_dropout": [0.3],
+        "ease_xi": [0.4],
+        "ease_lambda": [5.0],
+    },
     "loss": {
         "kind": "multinomial",
         "alpha": 0.5,

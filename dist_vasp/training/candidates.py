@@ -1,0 +1,97 @@
+"""The settings of a closed form that a run tries on validation: a grid, walked by lambda.
+
+The lists of the section `search` are combined, the last one fastest. For each combination, lambda
+goes from large to small until the validation metric has fallen twice in a row. A setting has its
+number in that order, so a run that stopped knows from metrics.jsonl which ones it has tried.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from itertools import product
+from pathlib import Path
+
+from dist_vasp.bounded_json import parse_json
+from dist_vasp.config.schema import Config, ModelConfig, SearchConfig
+
+GRID = tuple(10.0 * 2**k for k in range(9, -1, -1))  # 5120 to 10
+PATIENCE = 2  # lambdas in a row that may be worse than the best before a walk ends
+_LONGEST_LINE = 1 << 20  # of metrics.jsonl; a longer one is none of ours
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One setting: the model's keys, and its number among all settings, from 1."""
+
+    step: int
+    model: ModelConfig
+    searched: tuple[str, ...]
+    """Names of the keys that the settings differ in, except ease_lambda."""
+
+    @property
+    def values(self) -> dict[str, float]:
+        """The value of every searched key and of ease_lambda."""
+        return {name: getattr(self.model, name) for name in ("ease_lambda", *self.searched)}
+
+    def __str__(self) -> str:
+        named = {name.removeprefix("ease_"): value for name, value in self.values.items()}
+        return ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in named.items())
+
+
+def walks_of(config: Config) -> list[list[Candidate]]:
+    """Return the settings that may be tried, a list for each combination of keys but lambda."""
+    model, search = config.model, config.search
+    lists = {key.name: getattr(search, key.name) for key in fields(SearchConfig)}
+    lambdas = lists.pop("ease_lambda") or ([model.ease_lambda] if model.ease_lambda else GRID)
+    searched = tuple(name for name, values in lists.items() if values)
+    walks: list[list[Candidate]] = []
+    for combination in product(*(lists[name] for name in searched)):
+        chosen = dict(zip(searched, combination, strict=True))
+        first = len(walks) * len(lambdas) + 1
+        walks.append(
+            [
+                Candidate(first + k, replace(model, ease_lambda=value, **chosen), searched)
+                for k, value in enumerate(sorted(lambdas, reverse=True))
+            ]
+        )
+    return walks
+
+
+@dataclass(frozen=True)
+class Tried:
+    """What is known of a setting that was tried."""
+
+    value: float
+    """Of the validation metric that decides."""
+    seconds: float
+
+
+def read_tried(path: Path, best_by: str, best_step: int, best_value: float) -> dict[int, Tried]:
+    """Return the settings in metrics.jsonl by their number; damaged lines are left out.
+
+    best_step, best_value: of the checkpoint. Lines from the first better setting on, whose weights
+    were not saved, do not count.
+    """
+    tried: dict[int, Tried] = {}
+    try:
+        with open(path, "rb") as handle:
+            while line := handle.readline(_LONGEST_LINE):
+                tried |= _tried_in(line, best_by)
+    except OSError:
+        return {}
+    unsaved = [s for s in tried if s > best_step and tried[s].value > best_value]
+    return {step: one for step, one in tried.items() if step < min(unsaved, default=step + 1)}
+
+
+def _tried_in(line: bytes, best_by: str) -> dict[int, Tried]:
+    """The setting that a line evaluates by its number; empty for any other line."""
+    try:
+        record = parse_json(line.decode())
+    except ValueError:
+        return {}
+    if not isinstance(record, dict) or record.get("split") != "validation":
+        return {}
+    step, value, seconds = (record.get(name) for name in ("step", best_by, "seconds"))
+    if type(step) is not int or type(value) is not float or type(seconds) is not float:
+        return {}
+    return {step: Tried(value, seconds)}

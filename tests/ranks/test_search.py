@@ -1,0 +1,180 @@
+"""The search of a closed form's keys on validation: every combination, resumed where it stopped."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from itertools import product
+from pathlib import Path
+
+import pytest
+
+from dist_vasp.config.command_line import from_dict
+from dist_vasp.ranking.load import load_model
+from dist_vasp.training import train as training
+from dist_vasp.training.candidates import GRID, read_tried, walks_of
+from tests.oracles import closed_form as oracle
+from tests.ranks.test_ease import arguments, figures, held_out, lines_of, train_matrix, write_shards
+from tests.support.make_shards import write_folder
+from tests.support.partitioned import random_rows
+from tests.unit.ranking.test_recommend import alone
+
+DROPOUT, XI, LAMBDAS = (0.0, 0.5), (0.0, 0.1, 1.0), (400.0, 20.0, 100.0)
+SEARCH = [
+    *("--search.ease_dropout", json.dumps(DROPOUT)),
+    *("--search.ease_xi", json.dumps(XI)),
+    *("--search.ease_lambda", json.dumps(LAMBDAS)),
+    *("--model.ease_item_exponent", "-0.2"),
+]
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> Path:
+    return write_shards(tmp_path_factory.mktemp("search") / "shards")
+
+
+class StopAfter(training.StopRequest):
+    """A stop is requested the 75th time that a rank looks: in a later combination."""
+
+    asked = 0
+
+    @property
+    def requested(self) -> bool:
+        type(self).asked += 1
+        return type(self).asked > 75
+
+    @requested.setter
+    def requested(self, value: bool) -> None: ...
+
+
+def test_every_combination_is_tried_and_the_best_is_kept(shards, tmp_path, call, capsys):
+    from launch.train import main
+
+    call(main, *arguments(shards, tmp_path / "run", *SEARCH))
+    out = capsys.readouterr().out
+    assert (
+        "6 combinations of ease_dropout, ease_xi, each with lambda by validation, at most 3" in out
+    )
+    lines, result = (
+        lines_of(tmp_path / "run"),
+        json.loads((tmp_path / "run/result.json").read_text()),
+    )
+    x, pairs, expected = train_matrix(), held_out(150, 1), {}
+    settings = list(product(DROPOUT, XI, sorted(LAMBDAS, reverse=True)))
+    for line in lines:
+        keys = {name: line[f"ease_{name}"] for name in ("dropout", "xi", "lambda")}
+        assert settings[line["step"] - 1] == tuple(keys.values())
+        B = oracle.weights(x, keys | {"item_exponent": -0.2})
+        expected[line["step"]] = figures(B, pairs)["ndcg@100"]
+        # weights in float32 may swap two items that are as good as tied
+        assert line["ndcg@100"] == pytest.approx(expected[line["step"]], abs=1e-4)
+    assert {(line["ease_dropout"], line["ease_xi"]) for line in lines} == set(product(DROPOUT, XI))
+    best = max(lines, key=lambda line: line["ndcg@100"])
+    chosen = {name: best[name] for name in ("ease_dropout", "ease_xi", "ease_lambda")}
+    assert {name: result[name] for name in chosen} == chosen
+    assert result["checkpoint"] == f"step-{best['step']:08d}"
+    header = load_model(tmp_path / "run", None, alone()).checkpoint.header
+    assert {name: header.config["model"][name] for name in chosen} == chosen
+
+    again = shutil.copytree(tmp_path / "run", tmp_path / "again", symlinks=True)
+    with pytest.raises(
+        ValueError, match=r"search\.ease_xi was \[0\.0, 0\.1, 1\.0\] and is now \[\]"
+    ):
+        call(main, *arguments(shards, again, *SEARCH[:2], *SEARCH[4:]))
+
+
+def test_a_search_that_was_stopped_tries_no_setting_twice(shards, tmp_path, call, capsys):
+    from launch.train import main
+
+    call(main, *arguments(shards, tmp_path / "whole", *SEARCH))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "StopRequest", StopAfter)
+        assert call(main, *arguments(shards, tmp_path / "cut", *SEARCH)) is None
+    before = lines_of(tmp_path / "cut")
+    assert 3 < len(before) < len(lines_of(tmp_path / "whole"))
+    capsys.readouterr()
+    call(main, *arguments(shards, tmp_path / "cut", *SEARCH))
+    assert "(resumed after lambda " in capsys.readouterr().out
+    after = lines_of(tmp_path / "cut")
+    assert after[: len(before)] == before, "none of them is tried again"
+    whole, cut = (
+        [{k: v for k, v in line.items() if k != "seconds"} for line in lines_of(tmp_path / name)]
+        for name in ("whole", "cut")
+    )
+    assert cut == whole
+    results = [json.loads((tmp_path / n / "result.json").read_text()) for n in ("whole", "cut")]
+    for name in ("validation", "test", "checkpoint", "ease_dropout", "ease_xi", "ease_lambda"):
+        assert results[0][name] == results[1][name]
+
+
+def test_settings_are_numbered_in_the_order_of_the_lists():
+    search = {"ease_xi": [0.0, 0.1], "ease_user_exponent": [-0.5, 0.0]}
+    walks = walks_of(from_dict({"model": {"kind": "ease"}, "search": search}))
+    assert [str(walk[0]) for walk in walks] == [
+        f"lambda 5120, user exponent {user:g}, xi {xi:g}"
+        for user in (-0.5, 0.0)
+        for xi in (0.0, 0.1)
+    ]
+    assert [c.step for walk in walks for c in walk] == list(range(1, 4 * len(GRID) + 1))
+    (walk,) = walks_of(from_dict({"model": {"kind": "ease", "ease_lambda": 7.0}}))
+    assert [c.values for c in walk] == [{"ease_lambda": 7.0}]
+
+
+def test_lines_after_a_better_setting_that_was_not_saved_are_tried_again(tmp_path):
+    """The run was killed between the line and the checkpoint."""
+    values = {1: 0.2, 2: 0.3, 3: 0.25, 4: 0.4, 5: 0.1}
+    lines = [
+        json.dumps({"step": step, "split": "validation", "seconds": 1.0, "ndcg@100": value})
+        for step, value in values.items()
+    ]
+    noise = ["{", json.dumps({"step": 3, "split": "test"}), json.dumps([1]), '{"step": 9']
+    (tmp_path / "m.jsonl").write_text("\n".join([noise[0], *lines, *noise[1:]]))
+    assert list(read_tried(tmp_path / "m.jsonl", "ndcg@100", 2, 0.3)) == [1, 2, 3]
+    assert read_tried(tmp_path / "none.jsonl", "ndcg@100", 2, 0.3) == {}
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (
+            {"search": {"ease_xi": [0.1]}},
+            r"search\.ease_xi is \[0\.1\], expected \[\] with model\.kind vasp",
+        ),
+        (
+            {"model": {"kind": "ease"}, "search": {"ease_xi": [0.1, 2.0]}},
+            r"search\.ease_xi: model\.ease_xi is 2\.0, expected 0 to 1",
+        ),
+        (
+            {"model": {"kind": "ease"}, "search": {"ease_dropout": [0.1, 0.1]}},
+            r"search\.ease_dropout is \[0\.1, 0\.1\], expected different values",
+        ),
+        (
+            {"model": {"kind": "ease"}, "search": {"ease_lambda": [1.0, 0.0]}},
+            r"search\.ease_lambda is \[1\.0, 0\.0\], expected positive values",
+        ),
+        (
+            {
+                "model": {"kind": "ease"},
+                "search": {
+                    f"ease_{name}": [k / 100 for k in range(50)] for name in ("xi", "dropout")
+                }
+                | {"ease_lambda": [1.0, 2.0, 3.0, 4.0, 5.0]},
+            },
+            r"search is '12,500 combinations', expected at most 10,000; shorten its lists",
+        ),
+    ],
+)
+def test_lists_that_cannot_be_searched_are_named(raw, message):
+    with pytest.raises(ValueError, match=message):
+        from_dict(raw)
+
+
+def test_a_search_needs_validation_users(tmp_path, call):
+    from launch.train import main
+
+    write_folder(tmp_path / "none", random_rows(20, 60, 0), n_items=60)
+    more = ["--model.ease_lambda", "9", "--search.ease_xi", "[0, 0.1]"]
+    with pytest.raises(
+        ValueError, match=r"search\.ease_xi is \[0\.0, 0\.1\], so it is to be chosen on validation"
+    ):
+        call(main, *arguments(tmp_path / "none", tmp_path / "run", *more))
