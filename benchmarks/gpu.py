@@ -1,5 +1,5 @@
 """What one GPU can do: each line with its bar, one table, and JSON: benchmarks/gpu.sh [--small]
-[--ml1m DIR] [--gowalla DIR] [--only G1,G3] [--json FILE]
+[--netflix DIR] [--ml1m DIR] [--gowalla DIR] [--only G1,G3] [--json FILE]
 
 A line that fails or takes too long does not stop the others. Without --ml1m and --gowalla (folders
 of data_tools.shard) the lines that need them are left out. --small rehearses on a CPU.
@@ -46,7 +46,7 @@ class Bench:
     def __init__(self, options: argparse.Namespace, folder: Path) -> None:
         self.options, self.folder, self.small = options, folder, options.small
         self.device = "cpu" if options.small else "cuda"
-        self.shards = folder / "netflix-like"
+        self.shards = options.netflix or folder / "netflix-like"
         self.slower = 5 if options.small else 1  # a CPU may be busy
         self.deadline = time.monotonic() + options.seconds * self.slower
         self.plain_ms = 0.0  # of a bf16 step, for the ratios of G2
@@ -100,6 +100,8 @@ class Bench:
         sizes = (
             ("500", "600", "9000", "128") if self.small else ("17769", "61440", "7500000", "40960")
         )
+        if self.options.netflix:
+            return
         names = ("--items", "--users", "--interactions", "--test_users")
         options = [word for pair in zip(names, sizes, strict=True) for word in pair]
         out = self.run(90, "-m", "benchmarks.synthetic_shards", str(self.shards), *options)
@@ -270,6 +272,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("--small", action="store_true", help="tiny sizes on a CPU: a rehearsal")
+    add("--netflix", type=Path, help="shards of Netflix's shape; default: made here")
     add("--ml1m", type=Path, help="shards of MovieLens 1M (configs/ml-1m.yaml)")
     add("--gowalla", type=Path, help="shards of Gowalla (configs/ease-gowalla.yaml)")
     add("--only", default="", help="lines to measure, such as G1,G5; default: all but G7")
