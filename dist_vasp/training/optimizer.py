@@ -19,6 +19,7 @@ numbers as torch.optim's Adam, AdamW and NAdam.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -28,7 +29,6 @@ from dist_vasp.kernels.interface import CPU_CHUNK, PLAIN, AdamStep, Kernels, Wei
 from dist_vasp.model.sinks import SumOfRows
 from dist_vasp.training.adam_step import Beside, Factors, factors_in, step_numbers
 
-_FIRST_ROW = 8  # a row whose address is a multiple of 16 bytes, as `update_many` demands
 SMALL = 1 << 14  # numbers, as of a bias: a call costs more than the update of as many
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -143,27 +143,29 @@ class InPlaceAdam(torch.optim.Optimizer):
         if self.l2(parameter):
             grad = grad + self.l2(parameter) * parameter[rows]
         copy, by = self._beside.get(parameter, Beside()).copy, self._factors[parameter]
-        if self._kernels.updates_alone and self._is_for_kernels(parameter, first):
-            of = Weights(
-                parameter[rows],
-                moments["exp_avg"],
-                moments["exp_avg_sq"],
-                copy=None if copy is None else copy[rows],
-            )
-            if self.lean_dim(parameter) is None:
-                return self._kernels.update_many([(grad, of)], by.whole)
-            return self._kernels.update_rows(grad, None, of, by.whole)
+        if self._kernels.updates_alone:
+            part = None if copy is None else copy[rows]
+            of = Weights(parameter[rows], moments["exp_avg"], moments["exp_avg_sq"], copy=part)
+            return self._update_by_kernels(grad.contiguous(), of, self.lean_dim(parameter), by)
         squared_norm = self._apply(parameter[rows], grad, moments, by)
         if copy is not None:
             copy[rows].copy_(parameter[rows])
         return squared_norm
 
-    def _is_for_kernels(self, parameter: Tensor, first: int) -> bool:
-        """Whether kernels can update its rows from `first` on: each has its own second moments."""
-        lean_dim = self.lean_dim(parameter)
-        if lean_dim is None:
-            return first % _FIRST_ROW == 0
-        return lean_dim == 0
+    def _update_by_kernels(
+        self, grad: Tensor, of: Weights, lean_dim: int | None, by: Factors
+    ) -> Tensor:
+        """Update weights from their gradient; the squared norm of the gradient."""
+        if grad.dim() == 1:
+            return self._kernels.update_many([(grad, of)], by.whole)
+        if lean_dim == 0:
+            return self._kernels.update_rows(grad, None, of, by.whole)
+        if lean_dim == 1:
+            assert of.second is not None
+            denominators = self._lean_denom(grad.to(of.weights.dtype), of.second, by)
+            of = replace(of, second=None, denominators=denominators)
+        each = torch.arange(len(grad) + 1, device=grad.device)  # a row is the sum of itself
+        return self._kernels.update_sum(grad, (each, each), None, of, by.whole)
 
     @torch.no_grad()
     def update_sum(

@@ -12,13 +12,10 @@ pytest.importorskip("triton", reason="triton is not installed; pip install -e '.
 import numpy as np
 import torch
 
-from dist_vasp.config.schema import OptimizerConfig
 from dist_vasp.kernels import cuda
 from dist_vasp.kernels.cuda import TritonKernels
-from dist_vasp.kernels.interface import PLAIN, AdamStep, Weights
+from dist_vasp.kernels.interface import AdamStep, Weights
 from dist_vasp.model.losses import FocalLoss
-from dist_vasp.training.adam_step import Beside
-from dist_vasp.training.optimizer import InPlaceAdam
 from tests.oracles.rounding import bounded, within
 
 KERNELS = TritonKernels()
@@ -175,30 +172,6 @@ def test_rows_without_a_gradient_stay_zero():
     assert not p.any() and not m.any() and not v.any()
 
 
-@pytest.mark.parametrize("l2", [0.0, 0.1])
-@pytest.mark.parametrize("lean_dim", [None, 0], ids=["full", "lean"])
-def test_a_matrix_equals_the_plain_one_however_its_gradient_comes(lean_dim, l2):
-    """Whole, or some rows at a time, and drawn to its start."""
-    grads = [numbers(30, 20, seed=k) for k in range(3)]
-    found = []
-    for kernels, at_once in ((PLAIN, 30), (KERNELS, 30), (KERNELS, 8), (KERNELS, 7)):
-        weight, copy = numbers(30, 20, seed=9), torch.zeros(30, 20, dtype=torch.bfloat16)
-        beside = {weight: Beside(copy, start=torch.ones(30, 20), decay=0.5)}
-        group = {"params": [weight], "lean_dim": lean_dim, "l2": l2}
-        optimizer = InPlaceAdam([group], OptimizerConfig(), 0.1, kernels, beside)
-        norms = []
-        for grad in grads:
-            optimizer.begin_step()
-            optimizer.grad_scale = torch.tensor(0.5)
-            parts = range(0, 30, at_once)
-            norms.append(sum(optimizer.update(weight, k, grad[k : k + at_once]) for k in parts))
-        assert torch.allclose(copy.float(), weight, rtol=BF16, atol=0)
-        found.append((weight, optimizer.state[weight]["exp_avg_sq"], torch.stack(norms)))
-    for ours in found[1:]:
-        for value, plain in zip(ours, found[0], strict=True):
-            assert torch.allclose(value, plain, rtol=1e-5, atol=1e-6)
-
-
 def test_the_diagonal_of_a_matrix_stays_zero():
     ids, indptr = bags(6, 10, 3)
     p = numbers(6, 6)
@@ -268,36 +241,6 @@ def test_the_focal_loss(n_rows, n_items, n_paths, gamma):
     for path, grad in enumerate(grads):
         error = (grad[:, :n_items].double() - wanted[f"gradient {path}"]).abs()
         assert error.le(BF16 * wanted[f"gradient {path}"].abs() + 1e-12).all()
-
-
-def test_an_optimizer_with_many_parameters_equals_the_plain_one():
-    grads = {shape: numbers(*shape, seed=len(shape)) for shape in ((30, 20), (7,), (1,))}
-    found = []
-    for kernels in (KERNELS, PLAIN):
-        params = [torch.zeros(shape, requires_grad=True) for shape in grads]
-        optimizer = InPlaceAdam(params, OptimizerConfig(), lr=0.1, kernels=kernels)
-        for _ in range(3):
-            for param, grad in zip(params, grads.values(), strict=True):
-                param.grad = grad.clone()
-            optimizer.step()
-        found.append([param.detach() for param in params])
-    for ours, plain in zip(*found, strict=True):
-        assert torch.allclose(ours, plain, rtol=1e-5, atol=1e-7)
-
-
-def test_a_weight_is_drawn_to_its_start_however_its_gradient_comes():
-    start, grad, found = numbers(30, 20, seed=1), numbers(30, 20, seed=2), []
-    for kernels in (KERNELS, PLAIN):
-        weight = torch.zeros(30, 20)
-        beside = {weight: Beside(start=start, decay=0.5)}
-        optimizer = InPlaceAdam([weight], OptimizerConfig(), 0.1, kernels, beside)
-        optimizer.begin_step()
-        if kernels is KERNELS:
-            optimizer.update_many([(weight, grad.clone())])
-        else:
-            optimizer.update(weight, 0, grad.clone())
-        found.append(weight)
-    assert torch.allclose(*found, rtol=1e-5, atol=1e-7)
 
 
 def test_tables_of_a_recorded_step_lie_in_memory_that_was_there_before(monkeypatch):
