@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from dist_vasp.config.schema import RunConfig
+from dist_vasp.config.schema import RunConfig, SearchConfig
 from dist_vasp.model.registry import KINDS
 from dist_vasp.report.files import is_drawable, plain, read_config, read_file, read_lines
 
@@ -80,14 +80,29 @@ class Run:
             if is_drawable(line.get(name))
         ]
 
+    @property
+    def searched(self) -> list[str]:
+        """Return the keys, besides lambda, in which the settings of a closed form differ."""
+        keys = (key.name for key in fields(SearchConfig) if key.name != "ease_lambda")
+        return [k for k in keys if len({str(line.get(k)) for line in self.evaluations}) > 1]
+
+    def settings(self, most: int = 20) -> list[dict[str, Any]]:
+        """Return the evaluations of a closed form's settings, the best ones first."""
+        found = [line for line in self.evaluations if is_drawable(line.get(self.best_by))]
+        return sorted(found, key=lambda line: -line[self.best_by])[:most]
+
     def evaluated(self, name: str) -> list[tuple[float, float, float]]:
         """Return (epochs done, value, standard error or 0) of every evaluation on validation.
 
-        A closed form has lambda in place of epochs.
+        A closed form has lambda in place of epochs; of a search these are the lambdas that were
+        tried with the best values of the other keys.
         """
         per = self.steps_per_epoch
         found = []
+        best = self.settings(1)[:1] if self.searched else []
         for line in self.evaluations:
+            if best and any(line.get(name) != best[0].get(name) for name in self.searched):
+                continue
             if is_drawable(line.get(name)):
                 x = (
                     line["ease_lambda"]

@@ -26,6 +26,7 @@ from dist_vasp.text import printable
 SECTIONS = {
     "results": "Results",
     "members": "Members",
+    "search": "Search",
     "learning": "Learning curves",
     "popularity": "Popularity",
     "users": "Users",

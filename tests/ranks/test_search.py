@@ -11,6 +11,7 @@ import pytest
 
 from dist_vasp.config.command_line import from_dict
 from dist_vasp.ranking.load import load_model
+from dist_vasp.report.gather import read_run
 from dist_vasp.training import train as training
 from dist_vasp.training.candidates import GRID, read_tried, walks_of
 from tests.oracles import closed_form as oracle
@@ -178,3 +179,23 @@ def test_a_search_needs_validation_users(tmp_path, call):
         ValueError, match=r"search\.ease_xi is \[0\.0, 0\.1\], so it is to be chosen on validation"
     ):
         call(main, *arguments(tmp_path / "none", tmp_path / "run", *more))
+
+
+def test_the_report_lists_the_settings_and_draws_the_best_combination(shards, tmp_path, call):
+    from launch.report import main as report
+    from launch.train import main
+
+    call(main, *arguments(shards, tmp_path / "run", *SEARCH))
+    call(report, tmp_path / "run", "--out", tmp_path / "r.html", "--users", "0", "--samples", "0")
+    text, lines = (tmp_path / "r.html").read_text(), lines_of(tmp_path / "run")
+    assert f"{len(lines)} settings of the closed form were tried" in " ".join(text.split())
+    table = text.partition("Settings of run")[2].partition("</table>")[0]
+    assert table.count("<tr>") == 1 + min(len(lines), 20)
+    assert '<th class="n">dropout</th>' in table and '<th class="n">xi</th>' in table
+    best = max(lines, key=lambda line: line["ndcg@100"])
+    first = table.partition("<tbody>")[2].partition("</tr>")[0]
+    assert f"{best['ease_lambda']:g}</td>" in first and f"{best['ndcg@100']:.4f}" in first
+    run = read_run(tmp_path / "run")
+    drawn = [x for x, _, _ in run.evaluated("ndcg@100")]
+    same = [x for x in lines if all(x[k] == best[k] for k in ("ease_dropout", "ease_xi"))]
+    assert drawn == sorted(x["ease_lambda"] for x in same)
