@@ -15,5 +15,5 @@ if [ -n "${WHEELS:-}" ]; then
     python=$environment/bin/python
     "$python" -m pip install --quiet --no-index --no-deps "$WHEELS"/*.whl
 fi
-export PYTHONPATH=$PWD
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 exec "$python" -m benchmarks.gpu "$@"

@@ -21,8 +21,11 @@ from dist_vasp.config.schema import (
     Stage,
 )
 from dist_vasp.data.stream import Batch
+from tests.support.interpreter import interpreted
 from tests.support.partitioned import SMALL, csr, random_rows, share
 from tests.support.ranks import run_ranks
+
+pytestmark = interpreted
 
 pytest.importorskip("triton", reason="triton is not installed; pip install -e '.[dev]'")
 

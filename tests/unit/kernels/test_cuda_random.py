@@ -11,6 +11,9 @@ import torch
 
 from dist_vasp.kernels import cuda_random
 from dist_vasp.kernels.random import Normal, Uniform, fill, row_keys
+from tests.support.interpreter import interpreted
+
+pytestmark = interpreted
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 GAMMA = np.uint64(0x9E3779B97F4A7C15)

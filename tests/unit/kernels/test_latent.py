@@ -16,6 +16,9 @@ from torch import Tensor
 from dist_vasp.kernels.cuda import TritonKernels
 from dist_vasp.kernels.interface import PLAIN
 from tests.oracles.rounding import bounded, each_within, within
+from tests.support.interpreter import interpreted
+
+pytestmark = interpreted
 
 KERNELS, FULL, HALF = TritonKernels(), torch.float32, torch.bfloat16
 STORED = 2.0**-7  # of bfloat16: the interpreter cuts off where a GPU rounds

@@ -20,6 +20,9 @@ from dist_vasp.kernels.interface import PLAIN, Arithmetic, Norm
 from dist_vasp.kernels.precision import BF16
 from dist_vasp.model.trunk import ResidualTrunk
 from tests.oracles.rounding import bounded, each_within, within
+from tests.support.interpreter import interpreted
+
+pytestmark = interpreted
 
 KERNELS, EPS = TritonKernels(), 1e-3
 STORED = 2.0**-7  # of bfloat16: the interpreter cuts off where a GPU rounds

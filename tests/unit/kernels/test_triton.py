@@ -17,10 +17,14 @@ from dist_vasp.kernels.cuda import TritonKernels
 from dist_vasp.kernels.interface import AdamStep, Weights
 from dist_vasp.model.losses import FocalLoss
 from tests.oracles.rounding import bounded, within
+from tests.support.interpreter import interpreted
 
 KERNELS = TritonKernels()
 # Entries that a mask leaves out afterwards.
-pytestmark = pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid value")
+pytestmark = [
+    interpreted,
+    pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid value"),
+]
 BY = AdamStep(0.9, 0.999, 1e-7, 0.02, 0.05, 1.5, 0.99, 0.1, 0.001, 0.5)
 ON_DEVICE = torch.tensor(BY)
 BF16 = 2.0**-7  # the interpreter cuts off where a GPU rounds

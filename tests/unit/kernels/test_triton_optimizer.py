@@ -14,7 +14,10 @@ from dist_vasp.kernels.cuda import TritonKernels
 from dist_vasp.kernels.interface import PLAIN
 from dist_vasp.training.adam_step import Beside
 from dist_vasp.training.optimizer import InPlaceAdam
+from tests.support.interpreter import interpreted
 from tests.unit.kernels.test_triton import BF16, KERNELS, numbers
+
+pytestmark = interpreted
 
 
 @pytest.mark.parametrize("l2", [0.0, 0.1])

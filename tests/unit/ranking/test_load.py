@@ -13,6 +13,7 @@ from dist_vasp.ranking import load
 from dist_vasp.ranking.evaluate import to_item_rows, top_items
 from dist_vasp.ranking.load import load_model, scoring_arithmetic
 from tests.oracles.dense import dense_rows
+from tests.support.interpreter import interpreted
 from tests.support.partitioned import csr
 from tests.support.runs import write_run
 from tests.unit.ranking.test_recommend import alone
@@ -56,6 +57,7 @@ def test_the_arithmetic_of_a_run():
     assert of("vasp", "bf16").kernels is PLAIN
 
 
+@interpreted
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("kind", ["vasp", "ease"])
 def test_scores_with_the_kernels_of_a_gpu(tmp_path, monkeypatch, kind, precision):
