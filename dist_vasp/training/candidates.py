@@ -7,7 +7,7 @@ number in that order, so a run that stopped knows from metrics.jsonl which ones 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import product
 from pathlib import Path
 
@@ -55,6 +55,24 @@ def walks_of(config: Config) -> list[list[Candidate]]:
             ]
         )
     return walks
+
+
+def n_settings(config: Config) -> int:
+    """Return how many settings may be tried."""
+    return sum(len(walk) for walk in walks_of(config))
+
+
+def no_validation(config: Config) -> str:
+    """Return the message for a search without validation users."""
+    lists = asdict(config.search)
+    which = next((f"search.{name}" for name, values in lists.items() if len(values) > 1), "")
+    why = f"{which} is {lists[which[7:]]}" if which else "model.ease_lambda is 0"
+    return (
+        f"{why}, so it is to be chosen on validation, but {config.data.shards} has no validation "
+        "user with a target; "
+        f"{'leave search out, ' if which else ''}set model.ease_lambda, or prepare the data with "
+        "some"
+    )
 
 
 @dataclass(frozen=True)

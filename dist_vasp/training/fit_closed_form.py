@@ -10,17 +10,13 @@ optimizer and reading lanes of the configuration are not used.
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from dataclasses import asdict, fields, replace
-from pathlib import Path
 from typing import Any
 
-from dist_vasp.bounded_json import read_json, reason
 from dist_vasp.checkpoint import folder as folders
 from dist_vasp.checkpoint.header import Header, Position
-from dist_vasp.checkpoint.read import open_checkpoint
 from dist_vasp.checkpoint.write import save
 from dist_vasp.config.schema import Config
 from dist_vasp.data.manifest import Manifest
@@ -28,84 +24,20 @@ from dist_vasp.model.build import new_model
 from dist_vasp.model.ease import sweep_columns
 from dist_vasp.model.kinds.ease import EaseKeys
 from dist_vasp.model.partitioned import PartitionedModel
-from dist_vasp.parallel.agree import AgreedError, agreed
-from dist_vasp.parallel.comm import Ranks, all_gather_bytes
-from dist_vasp.plan.estimate import make_plan
-from dist_vasp.plan.terms import Device, Sizes
+from dist_vasp.parallel.agree import AgreedError
 from dist_vasp.ranking.evaluate import model_scorer
 from dist_vasp.ranking.metrics import summary
-from dist_vasp.training.candidates import PATIENCE, Candidate, Tried, read_tried, walks_of
+from dist_vasp.training.candidates import (
+    PATIENCE,
+    Candidate,
+    Tried,
+    n_settings,
+    no_validation,
+    walks_of,
+)
 from dist_vasp.training.fit_ease import StoppedError, fit
-from dist_vasp.training.floor import measure_rates
 from dist_vasp.training.run import Fitted, Past, Run
-from dist_vasp.training.state import check_same, facts_of_data, newest_checkpoint
-from dist_vasp.training.trained_users import Users
-
-
-class ClosedFormSetup:
-    """The closed form, before there is a matrix; see `FitSetup`."""
-
-    keep = 1
-    earlier_users: Users | None = None
-
-    def __init__(self, config: Config, ranks: Ranks) -> None:
-        self.manifest = Manifest.load(config.data.shards)
-        self._config = config
-        self._ranks = ranks
-        splits = self.manifest.splits
-        if splits["train"].users < 1:
-            raise ValueError(
-                f"{config.data.shards} has no training users; "
-                "prepare the data with fewer val_users and test_users"
-            )
-        if _n_settings(config) > 1 and not splits["validation"].users:
-            raise ValueError(_no_validation(config))
-        ranks.partition_of_items(self.manifest.n_items)
-
-    def check(self) -> None:
-        """Nothing more than was checked when the shards were opened."""
-
-    def describe(self) -> str:
-        config, layout, device = self._config, self._ranks.layout, self._ranks.device
-        train, n_items = self.manifest.splits["train"], self.manifest.n_items
-        rates = measure_rates(device, min(n_items, 1 << 14))
-        sizes = Sizes(n_items, train.interactions / max(train.users, 1), train.users)
-        plan = make_plan(
-            config, sizes, layout.partitions, layout.replicas, rates, Device(device.type)
-        )
-        parts = ", ".join(f"{part} {size / 1e9:.2f}" for part, size in plan.memory.items())
-        n_settings = _n_settings(config)
-        settings = "one setting" if n_settings == 1 else f"each of at most {n_settings} settings"
-        return (
-            f"ease, {train.users:,} training users, {n_items:,} items, {config.model.ease_dtype}\n"
-            f"memory of a rank, {layout.partitions} partitions: "
-            f"{plan.memory_total / 1e9:.2f} GB ({parts})\n"
-            f"time for {settings}, evaluation excluded: about {plan.step_seconds:,.0f} s "
-            f"at the {rates.flops / 1e9:.0f} GFLOP/s measured now"
-        )
-
-    def start(self, run: Run) -> ClosedFormFit:
-        """Read the header of the best setting so far, if there is one, and what was tried."""
-        config, ranks = run.config, run.ranks
-        found: Header | None = None
-        seconds, is_done = 0.0, False
-        folder = Path(config.run.dir)
-        opened = folders.open_together(
-            lambda: newest_checkpoint(run.checkpoints), open_checkpoint, ranks
-        )
-        tried: dict[int, Tried] = {}
-        with agreed(ranks):
-            if opened is not None:
-                check_same(opened, _must_match(config, self.manifest), self.manifest)
-                found = opened.header
-                opened.close()
-                seconds = found.seconds_training
-                is_done = (folder / "result.json").is_file()
-                if is_done:
-                    seconds = _seconds(folder / "result.json")  # of settings after the best, too
-                elif ranks.is_main:
-                    tried = _tried(folder, config, found)
-        return ClosedFormFit(run, found, seconds, is_done, _of_rank_0(tried, ranks))
+from dist_vasp.training.state import facts_of_data
 
 
 class ClosedFormFit:
@@ -140,7 +72,7 @@ class ClosedFormFit:
     def past(self) -> Past:
         best = self.best
         return Past(
-            after_step=_n_settings(self.run.config) if self._is_done else self._last_tried,
+            after_step=n_settings(self.run.config) if self._is_done else self._last_tried,
             best=folders.newest(self.run.checkpoints) if best and best.best else None,
             result_of=None if self._is_done else "",
         )
@@ -257,8 +189,8 @@ class ClosedFormFit:
                 raise StoppedError
             result = found.result()
             metrics = result if result["n_users"] else None
-        if metrics is None and _n_settings(run.config) > 1:
-            raise AgreedError(_no_validation(run.config))
+        if metrics is None and n_settings(run.config) > 1:
+            raise AgreedError(no_validation(run.config))
         shown = run.config.run.told_metrics
         told = f"validation {summary(metrics, shown)}, " if metrics else ""
         run.say(f"{candidate}: {told}{took:.1f} s")
@@ -284,7 +216,7 @@ class ClosedFormFit:
         self.best = Header(
             position=Position(0, 0, candidate.step),
             config=asdict(replace(config, model=candidate.model)),
-            must_match=_must_match(config, manifest),
+            must_match=must_match_of(config, manifest),
             **facts_of_data(config, manifest),
             layout=asdict(ranks.layout),
             optimizer={"step": 0, "mu_product": 1.0},
@@ -300,53 +232,10 @@ class ClosedFormFit:
             folders.prune(self.run.checkpoints, 1)
 
 
-def _n_settings(config: Config) -> int:
-    """Return how many settings may be tried."""
-    return sum(len(walk) for walk in walks_of(config))
-
-
-def _tried(folder: Path, config: Config, best: Header) -> dict[int, Tried]:
-    """Return the settings that an earlier start has tried, by their number."""
-    if best.best is None:
-        return {}
-    best_by = config.run.best_by
-    path = folder / "metrics.jsonl"
-    return read_tried(path, best_by, best.position.step, best.best[best_by])
-
-
-def _of_rank_0(tried: dict[int, Tried], ranks: Ranks) -> dict[int, Tried]:
-    """Return rank 0's settings on every rank: another host may read an older file."""
-    message = json.dumps([[step, one.value, one.seconds] for step, one in tried.items()])
-    sent = all_gather_bytes(message.encode(), ranks.world, ranks.device, capacity=1 << 30)
-    return {step: Tried(value, seconds) for step, value, seconds in json.loads(sent[0])}
-
-
-def _no_validation(config: Config) -> str:
-    lists = asdict(config.search)
-    which = next((f"search.{name}" for name, values in lists.items() if len(values) > 1), "")
-    why = f"{which} is {lists[which[7:]]}" if which else "model.ease_lambda is 0"
-    return (
-        f"{why}, so it is to be chosen on validation, but {config.data.shards} has no validation "
-        "user with a target; "
-        f"{'leave search out, ' if which else ''}set model.ease_lambda, or prepare the data with "
-        "some"
-    )
-
-
-def _must_match(config: Config, manifest: Manifest) -> dict[str, Any]:
+def must_match_of(config: Config, manifest: Manifest) -> dict[str, Any]:
     """Return what a resumed run may not change; nothing else has a part in the result."""
     names = ("kind", *(key.name for key in fields(EaseKeys)))
     matching = {f"model.{name}": getattr(config.model, name) for name in names}
     matching |= {f"search.{name}": values for name, values in asdict(config.search).items()}
     matching["run.best_by"] = config.run.best_by
     return matching | {"hash of data.shards": manifest.shards_sha256}
-
-
-def _seconds(result: Path) -> float:
-    try:
-        return float(read_json(result)["seconds_training"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{result} cannot be read ({reason(error)}); "
-            "remove it, and the same command resumes the search"
-        ) from None

@@ -14,7 +14,7 @@ from dist_vasp.parallel.agree import agreed
 from dist_vasp.parallel.comm import Ranks
 from dist_vasp.ranking.load import load_model
 from dist_vasp.training.checks import check_folders, check_shards
-from dist_vasp.training.fit_closed_form import ClosedFormSetup
+from dist_vasp.training.closed_form_setup import ClosedFormSetup
 from dist_vasp.training.run import FitSetup, Fitted, Run
 from dist_vasp.training.run_dir import RunDir, check_shared
 from dist_vasp.training.step_setup import StepSetup
