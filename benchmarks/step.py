@@ -74,7 +74,7 @@ def serve(side: str, config: Config, threads: int, cache: str, pipe: Connection)
         for wanted in (number, number + 1):
             if wanted not in batches:
                 batches[wanted] = stream.batch(wanted)
-        if number == WARM_UP and on_gpu:
+        if number == 0 and on_gpu:  # a replayed step allocates nothing: the first ones count
             torch.cuda.reset_peak_memory_stats()
         start = wait()
         loss = step(batches.pop(number), batches[number + 1])
