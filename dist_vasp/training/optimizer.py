@@ -1,10 +1,6 @@
 """Nadam, Adam and AdamW, updated in place: one rule for the trunk (inside DeepSpeed) and the item
 matrices (outside it).
 
-An update is one compiled pass over parameter, gradient and moments; uncompiled, it walks them in
-chunks that stay in cache. Either way each is read and written once, and no temporary has the
-parameter's size (torch.optim.NAdam needs 32 to 37 bytes a parameter at its peak).
-
     m = b1 m + (1 - b1) g,    v = b2 v + (1 - b2) g^2,    denom = sqrt(v / (1 - b2^t)) + eps
     Adam   p -= lr / (1 - b1^t) * m / denom
     AdamW  first multiplies p by 1 - lr * weight_decay
@@ -25,11 +21,10 @@ import torch
 from torch import Tensor
 
 from dist_vasp.config.schema import OptimizerConfig
-from dist_vasp.kernels.interface import CPU_CHUNK, PLAIN, AdamStep, Kernels, Weights
+from dist_vasp.kernels.interface import PLAIN, AdamStep, Kernels, Weights
 from dist_vasp.model.sinks import SumOfRows
 from dist_vasp.training.adam_step import Beside, Factors, factors_in, step_numbers
-
-SMALL = 1 << 14  # numbers, as of a bias: a call costs more than the update of as many
+from dist_vasp.training.plain_update import SMALL, PlainUpdate
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 SCALARS = ("step", "mu_product")
@@ -62,8 +57,7 @@ class InPlaceAdam(torch.optim.Optimizer):
         # One AdamStep per group, on the host, or on the device for kernels that read it there.
         self._numbers: Tensor | None = None
         self._kernels, self._beside = kernels, beside or {}
-        self._all = kernels.fuse(self._update_all)
-        self._weights = kernels.fuse(self._update_weights)
+        self._plain = PlainUpdate(config, kernels)
 
     @property
     def grad_scale(self) -> float | Tensor:
@@ -99,10 +93,16 @@ class InPlaceAdam(torch.optim.Optimizer):
             return
         small = [p for p in params if self._is_small(p)]
         for group in self.param_groups:
-            self._apply_together([p for p in small if any(p is q for q in group["params"])])
+            own = {id(p) for p in group["params"]}
+            together = [p for p in small if id(p) in own]
+            moments = [[self.state[p][name] for p in together] for name in MOMENTS]
+            parts = [together, *moments, [p.grad for p in together]]
+            if together:
+                self._plain.apply_together(parts, self._factors[together[0]], self.grad_scale)
         for p in params:
             if not self._is_small(p):
-                self._apply(p, p.grad, self.state[p], self._factors[p])  # type: ignore[arg-type]
+                m, v = (self.state[p][name] for name in MOMENTS)
+                self._plain.apply(p, p.grad, m, v, self._factors[p], self.grad_scale)
 
     def begin_step(self) -> None:
         """Count a step for every parameter at once; `update` then takes their gradients piece by
@@ -147,7 +147,8 @@ class InPlaceAdam(torch.optim.Optimizer):
             part = None if copy is None else copy[rows]
             of = Weights(parameter[rows], moments["exp_avg"], moments["exp_avg_sq"], copy=part)
             return self._update_by_kernels(grad.contiguous(), of, self.lean_dim(parameter), by)
-        squared_norm = self._apply(parameter[rows], grad, moments, by)
+        m, v = moments.values()
+        squared_norm = self._plain.apply(parameter[rows], grad, m, v, by, self.grad_scale)
         if copy is not None:
             copy[rows].copy_(parameter[rows])
         return squared_norm
@@ -162,7 +163,9 @@ class InPlaceAdam(torch.optim.Optimizer):
             return self._kernels.update_rows(grad, None, of, by.whole)
         if lean_dim == 1:
             assert of.second is not None
-            denominators = self._lean_denom(grad.to(of.weights.dtype), of.second, by)
+            denominators = self._plain.lean_denominators(
+                grad.to(of.weights.dtype), of.second, by, self.grad_scale
+            )
             of = replace(of, second=None, denominators=denominators)
         each = torch.arange(len(grad) + 1, device=grad.device)  # a row is the sum of itself
         return self._kernels.update_sum(grad, (each, each), None, of, by.whole)
@@ -188,8 +191,8 @@ class InPlaceAdam(torch.optim.Optimizer):
         denominators = None
         if squared_norms is not None:
             v = self.state[parameter]["exp_avg_sq"]
-            self._add_squares(v, squared_norms.view_as(v), len(parameter))
-            denominators = self._denom(v, by)
+            squares, n = squared_norms.view_as(v), len(parameter)
+            denominators = self._plain.denominators_of_squares(v, squares, n, by, self.grad_scale)
         return self._kernels.update_sum(
             gradient.grad_GC,
             bags,
@@ -282,85 +285,5 @@ class InPlaceAdam(torch.optim.Optimizer):
         state["mu_product"] *= mu
         return numbers
 
-    def _apply(self, p: Tensor, grad: Tensor, state: dict, by: Factors) -> Tensor:
-        m, v = (state[name] for name in MOMENTS)
-        grad = grad.to(p.dtype)
-        squared_norm = grad.new_zeros(())
-        if v.shape == p.shape:
-            update = self._all if p.numel() > SMALL else self._update_all
-            for p_n, g_n, m_n, v_n in zip(
-                *(x.view(-1).split(self._chunk(p)) for x in (p, grad, m, v)), strict=True
-            ):
-                squared_norm += update(p_n, self._scaled(g_n), m_n, v_n, by)
-        else:
-            denom = self._lean_denom(grad, v, by).expand_as(p)
-            rows = max(1, self._chunk(p) // p.shape[1])
-            for p_n, g_n, m_n, denom_n in zip(
-                *(x.split(rows) for x in (p, grad, m, denom)), strict=True
-            ):
-                squared_norm += self._weights(p_n, self._scaled(g_n), m_n, denom_n, by)
-        return squared_norm
-
     def _is_small(self, p: Tensor) -> bool:
         return p.numel() <= SMALL and self.state[p]["exp_avg_sq"].shape == p.shape
-
-    def _apply_together(self, params: list[Tensor]) -> None:
-        """Update small parameters of a group, such as biases, as if they were one: what a call
-        costs is more than what it does."""
-        if not params:
-            return
-        by = self._factors[params[0]]
-        moments = [[self.state[p][name].view(-1) for p in params] for name in MOMENTS]
-        parts = [[p.view(-1) for p in params], *moments]
-        p_n, m_n, v_n = (torch.cat(part) for part in parts)
-        grad_n = torch.cat([p.grad.reshape(-1) for p in params])  # type: ignore[union-attr]
-        self._update_all(p_n, self._scaled(grad_n), m_n, v_n, by)
-        for part, updated_n in zip(parts, (p_n, m_n, v_n), strict=True):
-            torch._foreach_copy_(part, list(updated_n.split([len(x) for x in part])))
-
-    def _lean_denom(self, grad: Tensor, v: Tensor, by: Factors) -> Tensor:
-        """Update the one second moment per row (n, 1) or per column (1, n); the denominator of its
-        shape."""
-        along = 0 if v.shape[1] == grad.shape[1] else 1
-        rows = max(1, CPU_CHUNK // grad.shape[1]) if grad.device.type == "cpu" else len(grad)
-        sums = [(g_n * g_n).sum(dim=along, keepdim=True) for g_n in grad.split(rows)]
-        squared = torch.cat(sums) if along else torch.stack(sums).sum(dim=0)
-        self._add_squares(v, squared, grad.shape[along])
-        return self._denom(v, by)
-
-    def _add_squares(self, v: Tensor, squared: Tensor, n: int) -> None:
-        """Move the second moments towards the mean of n squared gradients, given their sums."""
-        assert squared.shape == v.shape, (squared.shape, v.shape)
-        v.lerp_(squared * (self.grad_scale**2 / n), 1 - self.config.beta2)
-
-    def _scaled(self, grad: Tensor) -> Tensor:
-        scale = self.grad_scale
-        return grad if isinstance(scale, float) and scale == 1.0 else grad * scale
-
-    def _chunk(self, p: Tensor) -> int:
-        """Elements to update at once."""
-        if p.device.type != "cpu":
-            return max(1, p.numel())
-        return self._kernels.chunk
-
-    def _denom(self, v: Tensor, by: Factors) -> Tensor:
-        return v.sqrt().mul_(by.of_root).add_(self.config.eps)
-
-    def _update_all(self, p: Tensor, g: Tensor, m: Tensor, v: Tensor, by: Factors) -> Tensor:
-        """Both moments, then the weights, all of one shape; |g|^2."""
-        v.mul_(self.config.beta2).addcmul_(g, g, value=1 - self.config.beta2)
-        return self._update_weights(p, g, m, self._denom(v, by), by)
-
-    def _update_weights(
-        self, p: Tensor, g: Tensor, m: Tensor, denom: Tensor, by: Factors
-    ) -> Tensor:
-        """The momentum, then the weights; |g|^2."""
-        c = self.config
-        m.lerp_(g, 1 - c.beta1)
-        step = m * by.of_momentum
-        if c.name == "nadam":
-            step += g * by.of_grad
-        if c.weight_decay:
-            p.mul_(by.shrink)
-        p.addcdiv_(step, denom, value=-1)
-        return (g * g).sum()

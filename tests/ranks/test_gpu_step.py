@@ -39,6 +39,7 @@ CASES = {
     "vasp accumulated": {"accumulation": 2},
     "wide_deep": {},
     "nease cosine": {"name": "adam"},
+    "flvae": {},
     "flvae multinomial": {"name": "adamw", "weight_decay": 0.1},
 }
 
@@ -82,8 +83,9 @@ def again(compute):
 
 
 def losses(
-    ranks, cases: list[str], kernels: str, precision: str = "fp32", captured: bool = False
-) -> dict[str, list]:
+    ranks, cases: list[str], kernels: str, precision: str = "fp32", steps: int = STEPS,
+    captured: bool = False,
+) -> dict[str, list]:  # fmt: skip
     """(loss, gradient norm) of each step of each case, and what the ends of its slices hold."""
     from dist_vasp.kernels.cuda import TritonKernels
     from dist_vasp.kernels.interface import PLAIN
@@ -97,7 +99,7 @@ def losses(
     found = {}
     for case in cases:
         trainer = engine.Trainer(config(case, precision), N_ITEMS, ranks)
-        reports = [trainer.step(batch(step, ranks)) for step in range(STEPS)]
+        reports = [trainer.step(batch(step, ranks)) for step in range(steps)]
         found[case] = [(report.loss, report.grad_norm) for report in reports]
         for piece in trainer.model.slices():
             beyond = piece.whole.movedim(piece.item_dim, 0)[piece.hi - piece.lo :]
@@ -125,19 +127,22 @@ def check(world_size: int, cases: list[str]) -> None:
             assert np.allclose(*scores, rtol=1e-3, atol=1e-4), case
 
 
-FAST = ["vasp", "vasp lean and clipped"]
+SLOW = pytest.mark.slow
+RECORDED = ["vasp", "vasp clipped", "vasp lean", "flvae", "wide_deep"]
 
 
-def test_replayed_steps_equal_those_that_are_computed():
+@pytest.mark.parametrize(
+    "cases", [["vasp lean and clipped"], pytest.param(RECORDED, marks=SLOW)], ids=["one", "many"]
+)
+def test_replayed_steps_equal_those_that_are_computed(cases):
     """The rows lie in buffers with room for more; the number of ids changes with every step."""
-    cases = ["vasp", "vasp clipped", "vasp lean and clipped"]
-    (replayed,) = run_ranks(losses, 1, cases, "triton", "fp32", True)
-    (computed,) = run_ranks(losses, 1, cases, "triton")
+    (replayed,) = run_ranks(losses, 1, cases, "triton", "fp32", 4, True, timeout=300)
+    (computed,) = run_ranks(losses, 1, cases, "triton", "fp32", 4, timeout=300)
     assert replayed == computed
 
 
 def test_ten_steps_equal_those_of_the_cpu():
-    check(1, FAST)
+    check(1, ["vasp"])
 
 
 @pytest.mark.slow
@@ -146,8 +151,10 @@ def test_ten_steps_of_every_case_equal_those_of_the_cpu(world_size):
     check(world_size, list(CASES))
 
 
-def test_bf16_agrees_to_the_rounding_of_its_products():
-    cases = ["vasp", "flvae multinomial"]
+@pytest.mark.parametrize(
+    "cases", [["vasp"], pytest.param(["flvae multinomial"], marks=SLOW)], ids=["vasp", "flvae"]
+)
+def test_bf16_agrees_to_the_rounding_of_its_products(cases):
     (half,) = run_ranks(losses, 1, cases, "triton", "bf16")
     (full,) = run_ranks(losses, 1, cases, "plain", "fp32")
     for case in cases:
@@ -208,6 +215,12 @@ def reads(ranks, cases: list[str]) -> dict[str, list[str]]:
     return found
 
 
-def test_a_step_reads_from_the_device_once():
-    (found,) = run_ranks(reads, 1, [case for case in CASES if case != "vasp in blocks"])
+@pytest.mark.parametrize(
+    "cases",
+    [["vasp lean and clipped", "nease cosine"], pytest.param([*CASES], marks=SLOW)],
+    ids=["some", "all"],
+)
+def test_a_step_reads_from_the_device_once(cases):
+    cases = [case for case in cases if case != "vasp in blocks"]
+    (found,) = run_ranks(reads, 1, cases, timeout=300)
     assert {case: seen for case, seen in found.items() if seen != ["tolist"]} == {}

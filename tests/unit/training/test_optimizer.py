@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dist_vasp.config.schema import OptimizerConfig
-from dist_vasp.training import optimizer as module
+from dist_vasp.training import plain_update as module
 from dist_vasp.training.optimizer import InPlaceAdam
 
 TORCH = {
