@@ -16,6 +16,7 @@ from dist_vasp.training import train as training
 from dist_vasp.training.candidates import GRID, read_tried, walks_of
 from tests.oracles import closed_form as oracle
 from tests.ranks.test_ease import arguments, figures, held_out, lines_of, train_matrix, write_shards
+from tests.support.invoke import succeeds
 from tests.support.make_shards import write_folder
 from tests.support.partitioned import random_rows
 from tests.unit.ranking.test_recommend import alone
@@ -106,6 +107,27 @@ def test_a_search_that_was_stopped_tries_no_setting_twice(shards, tmp_path, call
     results = [json.loads((tmp_path / n / "result.json").read_text()) for n in ("whole", "cut")]
     for name in ("validation", "test", "checkpoint", "ease_dropout", "ease_xi", "ease_lambda"):
         assert results[0][name] == results[1][name]
+
+
+@pytest.mark.slow
+def test_two_ranks_search_and_resume_as_one_does(shards, tmp_path):
+    """Of a search that was stopped before its last evaluation, nothing is tried again."""
+    for ranks in (1, 2):
+        succeeds("train", *arguments(shards, tmp_path / str(ranks), *SEARCH), ranks=ranks)
+    one, two = lines_of(tmp_path / "1"), lines_of(tmp_path / "2")
+    assert [line["step"] for line in one] == [line["step"] for line in two]
+    for line, other in zip(one, two, strict=True):
+        assert line["ndcg@100"] == pytest.approx(other["ndcg@100"], abs=1e-4)
+    result = tmp_path / "2" / "result.json"
+    before = json.loads(result.read_text())
+    result.unlink()
+    out = succeeds("train", *arguments(shards, tmp_path / "2", *SEARCH), ranks=2)
+    assert f"(resumed after lambda {two[-1]['ease_lambda']:g}," in out and "inverse" not in out
+    assert lines_of(tmp_path / "2") == two
+    after = json.loads(result.read_text())
+    assert {k: after[k] for k in ("test", "ease_xi", "seconds_training")} == {
+        k: before[k] for k in ("test", "ease_xi", "seconds_training")
+    }
 
 
 def test_settings_are_numbered_in_the_order_of_the_lists():
