@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,16 +32,15 @@ from dist_vasp.model.step import MicroBatch, StepLoss, TrunkCall
 from dist_vasp.parallel.clock import Clock
 from dist_vasp.parallel.comm import Ranks, all_reduce
 from dist_vasp.progress import Waiting
-from dist_vasp.training.adam_step import Beside
 from dist_vasp.training.captured_step import CapturedStep
+from dist_vasp.training.item_groups import copies_and_starts, item_groups
 from dist_vasp.training.item_sinks import Norm, Update, squared
 from dist_vasp.training.lone_trunk import LoneTrunk
 from dist_vasp.training.micro_batches import MicroBatches, OverlappedTrunk
 from dist_vasp.training.optimizer import MOMENTS, SCALARS, InPlaceAdam
 from dist_vasp.training.step_report import DivergedError, StepReport
+from dist_vasp.training.totals import Totals
 from dist_vasp.training.zero import ZeroTrunk
-
-_BEFORE_SUMS = 5  # numbers in `_totals` before the sums of the paths' statistics
 
 
 class Trainer:
@@ -67,7 +65,10 @@ class Trainer:
             self.model.initialise(config.run.seed)
         self._copies_are_current = False
         self.item_optimizer = InPlaceAdam(
-            self._item_groups(), config.optimizer, kernels=kernels, beside=self._beside()
+            item_groups(self.model, config.optimizer),
+            config.optimizer,
+            kernels=kernels,
+            beside=copies_and_starts(self.model),
         )
         self._shared = SharedItems()
         keeps = kernels.updates_alone and len(self.model.blocks) == 1 and ranks.layout.replicas == 1
@@ -77,6 +78,7 @@ class Trainer:
             self.item_optimizer, ranks.replica_group, self._shared, kernels, ranks.clock
         )
         self._accumulated = AddToGrad()
+        self._totals = Totals(self.model.statistics, ranks)
         estimate = seconds_to_fill(size.trunk, ranks.device)
         what = f"building the trunk ({size.trunk / 1e6:.1f}M weights)"
         with Waiting(what, show, estimate):
@@ -91,42 +93,20 @@ class Trainer:
         self._step_trunk = (
             OverlappedTrunk(self.trunk, ranks.world_size, self.batches) if self.trunk else None
         )
-        self._captured = (
-            CapturedStep(self._recordable, kernels) if self._can_be_captured() else None
-        )
+        can = self._can_be_captured()
+        self._captured = CapturedStep(self._recordable, kernels) if can else None
         self._stage: int | None = None
 
     def _can_be_captured(self) -> bool:
         """Whether a step is the same kernels at the same addresses in every step."""
-        alone = self.ranks.world_size == 1 and type(self.ranks.clock) is Clock
         return (
-            alone
+            self.ranks.world_size == 1
+            and type(self.ranks.clock) is Clock
             and self.ranks.device.type == "cuda"
             and self.model.loss.takes_room
             and len(self.model.blocks) == 1
             and self.batches.n == 1
         )
-
-    def _item_groups(self) -> list[dict[str, Any]]:
-        """Parameter groups of the item matrices: one for each path, one for the input side."""
-        lean, l2 = self.config.optimizer.item_state == "lean", self.config.optimizer.l2
-
-        def group(slices: list[ItemSlice], rate: float) -> dict[str, Any]:
-            item_dim = slices[0].item_dim if lean else None
-            whole = [p.whole for p in slices]
-            return {"params": whole, "lean_dim": item_dim, "rate": rate, "l2": l2}
-
-        groups = [group(self.model.input.slices(), 1.0)] if self.model.input else []
-        trained = [path for path in self.model.paths if path.training.trained]
-        return groups + [group(path.slices(), path.training.rate) for path in trained]
-
-    def _beside(self) -> dict[Tensor, Beside]:
-        """The copies of the item matrices, and where they are drawn to, by parameter."""
-        beside = {piece.whole: Beside(piece.copy) for piece in self.model.slices()}
-        for path in self.model.paths:
-            for piece, start in zip(path.slices(), path.start_slices(), strict=False):
-                beside[piece.whole] = Beside(piece.copy, start.whole, path.training.decay)
-        return beside
 
     def optimizers(self) -> list[InPlaceAdam]:
         return [self.item_optimizer, *([self.trunk.optimizer] if self.trunk else [])]
@@ -154,7 +134,7 @@ class Trainer:
         else:
             totals = self._captured.run(micro_batches[0])
             self.batches.send(following)
-        report = self._report(totals, micro_batches[0].penalty_weight, (stop, not written))
+        report = self._totals.report(totals, micro_batches[0].penalty_weight, (stop, not written))
         if not (math.isfinite(report.loss) and math.isfinite(report.grad_norm)):
             raise DivergedError(
                 f"step {batch.step + 1}: loss {report.loss}, gradient norm {report.grad_norm}"
@@ -166,7 +146,7 @@ class Trainer:
         return self._compute([rows], (False, False))
 
     def _compute(self, micro_batches: list[MicroBatch], flags: tuple[bool, bool]) -> Tensor:
-        """Update all weights; what every rank must know of it, on the device (`_totals`)."""
+        """Update all weights; what every rank must know of it, on the device (totals.py)."""
         for begins in (self._shared, self._norm, self._update):
             begins.begin()
         self.model.statistics.sums.zero_()
@@ -175,10 +155,10 @@ class Trainer:
             part, squared_norm = self._gradients(micro_batches)
             if not clip:
                 self._apply(part, len(micro_batches))
-            totals = self._totals(part, squared_norm, flags)
+            of_trunk = self.trunk.squared_norm() if self.trunk else None
+            totals = self._totals.add_up(part, squared_norm, flags, of_trunk)
             if clip:  # the update must wait for the norm
-                norm = self._squared_norms(totals).sum().sqrt()
-                scale = (clip / norm).clamp(max=1.0)
+                scale = (clip / self._totals.norm(totals)).clamp(max=1.0)
                 for optimizer in self.optimizers():
                     optimizer.grad_scale = scale if self._update.alone else float(scale)
                 self._apply(part, len(micro_batches))
@@ -213,39 +193,6 @@ class Trainer:
         part = self.model.gradients(self._step_trunk, micro_batches[0], sink)
         sink.end()
         return part, sink.squared_norm
-
-    def _totals(self, part: StepLoss, squared_norm: Tensor, flags: tuple[bool, bool]) -> Tensor:
-        """Add up what every rank must know, in one all-reduce; it stays on the device.
-
-        The flags of a rank that is alone are not in it: they are no part of a recorded step.
-        """
-        statistics, replicas = self.model.statistics, self.ranks.layout.replicas
-        scalars = [part.reconstruction, part.penalty, squared_norm / replicas]
-        own = torch.stack([scalar.double() for scalar in scalars])
-        asked = own.new_zeros(len(flags))
-        if self.ranks.world_size > 1:
-            asked = torch.tensor(flags, dtype=own.dtype).to(own.device, non_blocking=True)
-        mine = torch.cat([own, asked, statistics.sums.flatten()])
-        totals = all_reduce(mine, self.ranks.world)
-        return torch.cat([totals, self.trunk.squared_norm()[None]]) if self.trunk else totals
-
-    def _squared_norms(self, totals: Tensor) -> Tensor:
-        """Those of the item matrices and of the trunk, in totals: (1,) or (2,)."""
-        n_sums = self.model.statistics.sums.numel()
-        return torch.cat([totals[2:3], totals[_BEFORE_SUMS + n_sums :]])
-
-    def _report(
-        self, totals: Tensor, penalty_weight: float | Tensor, flags: tuple[bool, bool]
-    ) -> StepReport:
-        """Read from the device what a step has measured: the one time that a step waits for it."""
-        reconstruction, kl, of_items, stops, unwritten, *rest = totals.tolist()
-        n_sums = self.model.statistics.sums.numel()
-        squared_sum = of_items + sum(rest[n_sums:])
-        grad_norm = math.sqrt(squared_sum) if squared_sum >= 0 else math.nan
-        loss = reconstruction + penalty_weight * kl
-        paths = self.model.statistics.named(rest[:n_sums])
-        stop, written = flags[0] or stops > 0, not flags[1] and unwritten == 0
-        return StepReport(loss, reconstruction, kl, grad_norm, stop, written, paths)
 
     @contextmanager
     def evaluating(self) -> Iterator[TrunkCall | None]:
