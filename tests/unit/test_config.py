@@ -358,6 +358,7 @@ def test_null_is_not_a_value(tmp_path, key):
         assert "None" in message or "null" in message or "Expected" in message
 
 
+@pytest.mark.slow
 def test_null_is_refused_for_every_key():
     for name in known_keys():
         section, _, field = name.rpartition(".")

@@ -578,6 +578,7 @@ def test_a_whole_comparison(shards, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_without_the_reference_there_is_no_report(shards, tmp_path):
     broken = {"name": "broken", "config": TINY, "overrides": {"parallel.interface": "nowhere0"}}
     written(tmp_path, shards=str(shards), reference="broken", models=[broken], seeds=[0])

@@ -354,6 +354,7 @@ print(max(s for a, s in zip(at, seen) if a <= file.n_users / 5), max(seen))
 """
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_a_block(tmp_path):
     """300,000 users of 20 interactions, together but not ascending: no more is resident at the end
     than after a fifth of them. To hold them all would take 72 MB at least, more than the twentieth

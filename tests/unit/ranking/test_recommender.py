@@ -803,6 +803,7 @@ def test_no_copy_of_the_matrix_is_ever_made(runs):
     assert copies.largest == matrix / 2, "a copy would have been seen"
 
 
+@pytest.mark.slow
 def test_private_memory_does_not_grow_with_the_matrix(runs, tmp_path):
     """In a process of its own: 64 MB of W, of which private memory takes no part; a copied load is
     seen."""

@@ -204,6 +204,7 @@ def test_the_page_is_well_formed_and_holds_no_script_or_address(report):
         assert said in tags.text, said
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason=WHY_NOT)
 def test_in_a_browser_in_light_and_dark_narrow_and_wide(report, run, shards, tmp_path_factory):
     several = tmp_path_factory.mktemp("several")

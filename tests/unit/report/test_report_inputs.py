@@ -94,6 +94,7 @@ def _spoilt(text: str, place: tuple, odd: str) -> str:
     return json.dumps(value).replace('"<odd>"', odd)
 
 
+@pytest.mark.slow
 def test_every_value_may_be_odd(run):
     """Each value of each file once, with an odd one in its place."""
     chance = random.Random(0)
