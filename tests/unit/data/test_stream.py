@@ -3,6 +3,7 @@ and any sharding."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -312,8 +313,12 @@ def test_a_damaged_shard_is_a_plain_error_that_names_the_file(tmp_path, workers,
 
 def children() -> set[int]:
     """Process ids of this process's children that run."""
-    found = psutil.Process().children()
-    return {child.pid for child in found if child.status() != psutil.STATUS_ZOMBIE}
+    found = set()
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.NoSuchProcess):  # it ended since they were listed
+            if child.status() != psutil.STATUS_ZOMBIE:
+                found.add(child.pid)
+    return found
 
 
 @pytest.mark.parametrize("started", [True, False])
