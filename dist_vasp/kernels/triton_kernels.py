@@ -64,6 +64,18 @@ def adam(p, g, m, denominator, By):
 
 
 @triton.jit
+def update_columns(P, M, Copy, first, n_columns, c, g, denominator, By, HAS_COPY: tl.constexpr):
+    """Update the columns c of the row whose number 0 is number `first` of P."""
+    at, here = first + c, c < n_columns
+    p, m = tl.load(P + at, here, 0.0), tl.load(M + at, here, 0.0)
+    p, m = adam(p, g, m, denominator, By)
+    tl.store(P + at, p, here)
+    tl.store(M + at, m, here)
+    if HAS_COPY:
+        tl.store(Copy + at, p.to(Copy.dtype.element_ty), here)
+
+
+@triton.jit
 def update_sum(
     Ids, Ptr, Grad, P, M, V, Denominators, Copy, Norm,
     n_columns, grad_row, p_row, denominator_row, denominator_column, diagonal, By,
@@ -82,19 +94,15 @@ def update_sum(
         g = tl.where(c + diagonal == r, 0.0, g)
     g = scaled(g, By)
     tl.store(Norm + r * tl.num_programs(1) + tl.program_id(1), tl.sum(tl.where(here, g * g, 0.0)))
-    at = r.to(tl.int64) * p_row + c
+    first = r.to(tl.int64) * p_row
     if HAS_V:
+        at = first + c
         v, denominator = second_moment(tl.load(V + at, here, 0.0), g * g, By)
         tl.store(V + at, v, here)
     else:
         where = r.to(tl.int64) * denominator_row + c * denominator_column
         denominator = tl.load(Denominators + where, here, 1.0)
-    p, m = tl.load(P + at, here, 0.0), tl.load(M + at, here, 0.0)
-    p, m = adam(p, g, m, denominator, By)
-    tl.store(P + at, p, here)
-    tl.store(M + at, m, here)
-    if HAS_COPY:
-        tl.store(Copy + at, p.to(Copy.dtype.element_ty), here)
+    update_columns(P, M, Copy, first, n_columns, c, g, denominator, By, HAS_COPY)
 
 
 @triton.jit

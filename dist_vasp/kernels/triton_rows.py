@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dist_vasp.kernels.triton_kernels import adam, scaled, second_moment, sum_of_rows
+from dist_vasp.kernels.triton_kernels import scaled, second_moment, sum_of_rows, update_columns
 
 
 @triton.jit
@@ -24,18 +24,6 @@ def columns_of_gradient(
     else:
         g = tl.load(Grad + r.to(tl.int64) * grad_row + c, c < n_columns, 0.0).to(tl.float32)
     return scaled(g, By)
-
-
-@triton.jit
-def update_columns(P, M, Copy, first, n_columns, c, g, denominator, By, HAS_COPY: tl.constexpr):
-    """Update the columns c of the row whose number 0 is number `first` of P."""
-    at, here = first + c, c < n_columns
-    p, m = tl.load(P + at, here, 0.0), tl.load(M + at, here, 0.0)
-    p, m = adam(p, g, m, denominator, By)
-    tl.store(P + at, p, here)
-    tl.store(M + at, m, here)
-    if HAS_COPY:
-        tl.store(Copy + at, p.to(Copy.dtype.element_ty), here)
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""One optimizer step: the trunk as a DeepSpeed ZeRO engine, the item matrices beside it.
+"""One optimizer step: the trunk, of several ranks a DeepSpeed ZeRO engine, and the item matrices.
 
 The item matrices stay outside the engine, because `deepspeed.initialize` overwrites every rank's
 parameters with rank 0's. DeepSpeed averages gradients over the world, but the loss is already
