@@ -25,7 +25,7 @@ from dist_vasp.kernels.interface import Norm
 WIDEST = 8192  # columns; the numbers of a row stay in registers
 PROGRAMS = 128  # of the backward pass: one on each multiprocessor of an H100, which has 132
 _TILE = 2048  # numbers of a tile: of several rows, or of one with as many or more
-_PER_THREAD, _PER_BACKWARD_THREAD = 16, 8  # numbers
+_PER_THREAD, _PER_BACKWARD_THREAD = 16, 4  # numbers
 _STAGES = 2  # the backward pass reads its next rows while it computes
 PARTS_BLOCK = 32
 
