@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -163,13 +164,16 @@ class TrainStream:
         """Return the batches of the global steps start to stop, read ahead by `workers` processes.
 
         With 0 workers this process reads them. Workers start at once and live as long as the
-        iterator, so call this once for a whole run, before the model exists: a worker is a fork,
-        and keeps a copy of every page that the rank changes later. Closing the iterator ends the
-        workers. An error of a worker is raised here as the same error.
+        iterator, so call this once for a whole run. Closing the iterator ends the workers. An error
+        of a worker is raised here as the same error.
         """
         if workers == 0:
             return (self.batch(step) for step in range(start, stop))
         return ReadAhead(self.batch, start, stop, workers)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a worker is sent: all but the decoded shards."""
+        return self.__dict__ | {"_cache": OrderedDict()}
 
     def _read_users(self, epoch: int, step_of_epoch: int) -> tuple[np.ndarray, Rows]:
         """Return the keys and rows of this rank's users at a step."""

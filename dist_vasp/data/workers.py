@@ -1,8 +1,10 @@
 """Read batches ahead of the training in worker processes.
 
-Each worker is a fork that computes every n-th batch and sends it through a pipe. It ignores the
-signals that a terminal, a launcher or a cluster sends to a whole process group, because only the
-rank decides when to stop. It ends when the rank ends it, or when the rank is gone.
+Each worker is a new Python process (dist_vasp/data/reader.py) that computes every n-th batch and
+sends it back. It is no fork: a rank has threads, of gloo and of Arrow among others, and a fork
+keeps for ever what one of them has locked at that moment. A worker ignores the signals that a
+terminal, a launcher or a cluster sends to a whole process group, because only the rank decides when
+to stop. It ends when the rank ends it, or when the rank is gone.
 
 A batch is a function of its step. If a worker is killed, the rank computes that worker's batches
 itself, so this only costs time.
@@ -11,58 +13,59 @@ itself, so this only costs time.
 from __future__ import annotations
 
 import os
-import queue
 import signal
+import subprocess
 import sys
-import threading
-import time
 from collections.abc import Callable, Iterator
-from multiprocessing.connection import Connection, Pipe
-from typing import Any, NoReturn, TypeVar
+from multiprocessing.connection import Pipe
+from pathlib import Path
+from typing import Any, TypeVar
 
-import torch
+import dist_vasp
+from dist_vasp.data.reader import GROUP_SIGNALS, Task
 
 T = TypeVar("T")
 
-_PREFETCH = 4  # batches that a worker runs ahead
-_ORPHAN_CHECK_S = 0.2  # how often a worker checks that its rank is still there
-_GROUP_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
-
 
 class Worker:
-    """One process that sends `compute(first)`, `compute(first + stride)`, ... up to `stop`."""
+    """One process that computes the steps of a task and sends the results.
 
-    def __init__(
-        self,
-        compute: Callable[[int], Any],
-        first: int,
-        stop: int,
-        stride: int,
-        others: list[Worker],
-    ) -> None:
-        rank_process = os.getpid()
-        self._receiver, sender = Pipe(duplex=False)  # needs no /dev/shm, which may be full
+    OSError where it cannot be started.
+    """
+
+    def __init__(self) -> None:
+        self._connection, theirs = Pipe()  # needs no /dev/shm, which may be full
         self.exit_code: int | None = None
-        # A signal between the fork and the child's SIG_IGN is held back, and then ignored.
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _GROUP_SIGNALS)
+        # A signal before the process ignores it is held back, and then ignored.
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, GROUP_SIGNALS)
         try:
-            self.pid = os.fork()
-            if self.pid == 0:
-                inherited = [self._receiver, *(other._receiver for other in others)]
-                _work(compute, range(first, stop, stride), sender, inherited, rank_process)
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "dist_vasp.data.reader", str(theirs.fileno())],
+                stdin=subprocess.DEVNULL,
+                env=_environment(),
+                pass_fds=[theirs.fileno()],
+            )
         except OSError:
-            self._receiver.close()
+            self._connection.close()
             raise
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-            sender.close()
+            theirs.close()
+        self.pid = self._process.pid
+
+    def begin(self, task: Task) -> None:
+        """Send the process its task."""
+        try:
+            self._connection.send(task)
+        except OSError:  # it is gone
+            self.end()
 
     def receive(self) -> Any | None:
         """Return the next batch; None, with `exit_code` set, where the worker is gone."""
         if self.exit_code is not None:
             return None
         try:
-            return self._receiver.recv()
+            return self._connection.recv()
         except (EOFError, OSError):  # possible in the middle of a batch, too
             self.end()
             return None
@@ -71,19 +74,24 @@ class Worker:
         """End the process if it still runs, and collect its status."""
         if self.exit_code is not None:
             return
-        self._receiver.close()
-        try:
-            os.kill(self.pid, signal.SIGKILL)  # has no effect on a process that has ended
-            self.exit_code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
-        except (ChildProcessError, ProcessLookupError):  # something else has collected its status
-            self.exit_code = -signal.SIGKILL
+        self._connection.close()
+        self._process.kill()  # has no effect on a process that has ended
+        self.exit_code = self._process.wait()
+
+
+def _environment() -> dict[str, str]:
+    """The variables of a worker: it finds this package, and computes on one thread."""
+    root = str(Path(dist_vasp.__file__).resolve().parent.parent)
+    paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
 
 
 class ReadAhead(Iterator[T]):
     """`compute(start)` to `compute(stop - 1)` in order, computed ahead by `n_workers` processes.
 
-    The processes start at once, and live until the last batch or `close`. After an exception in a
-    worker, `next` computes that batch again and raises the same exception.
+    `compute` is pickled: a method of an object that can be. The processes start at once, and live
+    until the last batch or `close`. After an exception in a worker, `next` computes that batch again
+    and raises the same exception.
     """
 
     def __init__(self, compute: Callable[[int], T], start: int, stop: int, n_workers: int) -> None:
@@ -93,10 +101,12 @@ class ReadAhead(Iterator[T]):
         self._workers: list[Worker] = []
         for w in range(min(n_workers, stop - start)):
             try:
-                self._workers.append(Worker(compute, start + w, stop, n_workers, self._workers))
+                self._workers.append(Worker())
             except OSError as error:  # too little memory, or a limit of processes or files
                 _warn(f"loader worker {w + 1} of {n_workers} cannot be started ({error.strerror})")
                 break
+        for w, worker in enumerate(self._workers):
+            worker.begin(Task(compute, range(start + w, stop, n_workers), os.getpid()))
         self._stride = n_workers
 
     def __next__(self) -> T:
@@ -138,57 +148,3 @@ def _warn(what: str) -> None:
         file=sys.stderr,
         flush=True,
     )
-
-
-# --- in the worker --------------------------------------------------------------------------------
-
-
-def _work(
-    compute: Callable[[int], Any],
-    steps: range,
-    sender: Connection,
-    inherited: list[Connection],
-    rank_process: int,
-) -> NoReturn:
-    """Send a batch for each of `steps`, then end; never returns into the rank's code."""
-    status = 1
-    try:
-        for receiver in inherited:  # a pipe is closed for its writer when its last reader has gone
-            receiver.close()
-        for number in _GROUP_SIGNALS:
-            signal.signal(number, signal.SIG_IGN)  # for every thread of the process
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _GROUP_SIGNALS)
-        threading.Thread(target=_end_with, args=(rank_process,), daemon=True).start()
-        torch.set_num_threads(1)
-        ready: queue.Queue[Any] = queue.Queue(_PREFETCH)
-        sending = threading.Thread(target=_send, args=(ready, sender), daemon=True)
-        sending.start()
-        try:
-            for step in steps:
-                ready.put(compute(step))
-            status = 0
-        finally:
-            ready.put(None)
-            sending.join()  # batches computed before an error still arrive
-    except BaseException:
-        pass  # the rank computes this batch again and raises the same error
-    finally:
-        os._exit(status)
-
-
-def _send(ready: queue.Queue[Any], sender: Connection) -> None:
-    try:
-        while (batch := ready.get()) is not None:
-            sender.send(batch)
-    except BaseException:
-        os._exit(1)  # the rank no longer reads
-
-
-def _end_with(rank_process: int) -> None:
-    """End this process when its rank is gone.
-
-    Until then this process holds what it inherited, such as the lock on run.dir.
-    """
-    while os.getppid() == rank_process:
-        time.sleep(_ORPHAN_CHECK_S)
-    os._exit(1)

@@ -84,7 +84,7 @@ class Liveness:
         self._all_connected = threading.Event()
         if server is None and not self._connect(address):
             return  # this rank is not watched, and has printed a warning
-        # a loader worker must not keep its rank's connections open
+        # a forked child must not keep its rank's connections open
         os.register_at_fork(after_in_child=self._forget)
         threading.Thread(target=self._watch, daemon=True).start()
         if world_size > 1:

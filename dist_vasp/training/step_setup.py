@@ -71,7 +71,7 @@ class StepSetup:
     def start(self, run: Run) -> StepFit:
         """Build the trainer and load the newest checkpoint, if there is one."""
         with ExitStack() as undo:
-            # The loader's workers start before there are weights for them to inherit.
+            # The loader's workers read the first batches while the model is built.
             first = folders.newest_step(run.checkpoints)
             batches = self._batches(first)
             undo.callback(lambda: batches.close())
