@@ -89,9 +89,9 @@ def _environment() -> dict[str, str]:
 class ReadAhead(Iterator[T]):
     """`compute(start)` to `compute(stop - 1)` in order, computed ahead by `n_workers` processes.
 
-    `compute` is pickled: a method of an object that can be. The processes start at once, and live
-    until the last batch or `close`. After an exception in a worker, `next` computes that batch again
-    and raises the same exception.
+    `compute` is pickled, so it is a method of an object that can be. The processes start at once,
+    and live until the last batch or `close`. After an exception in a worker, `next` computes that
+    batch again and raises the same exception.
     """
 
     def __init__(self, compute: Callable[[int], T], start: int, stop: int, n_workers: int) -> None:
