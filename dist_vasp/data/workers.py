@@ -21,7 +21,6 @@ from multiprocessing.connection import Pipe
 from pathlib import Path
 from typing import Any, TypeVar
 
-import dist_vasp
 from dist_vasp.data.reader import GROUP_SIGNALS, Task
 
 T = TypeVar("T")
@@ -81,7 +80,7 @@ class Worker:
 
 def _environment() -> dict[str, str]:
     """The variables of a worker: it finds this package, and computes on one thread."""
-    root = str(Path(dist_vasp.__file__).resolve().parent.parent)
+    root = str(Path(__file__).resolve().parents[2])
     paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
     return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
 
