@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 import duckdb
@@ -22,9 +22,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from data_tools.interactions import Interactions, Summary, item_counts, without_items
+from data_tools.grouping import Grouping, ScratchWriter, whole_users
+from data_tools.interactions import (
+    FolderStore,
+    Interactions,
+    Store,
+    Summary,
+    item_counts,
+    without_items,
+)
 from dist_vasp.data.ids import IdIndex
-from dist_vasp.data.positives import PositiveRule, positive_rows
+from dist_vasp.data.positives import PositiveRule
 from dist_vasp.progress import Progress
 
 ROWS_PER_BATCH = 1 << 19
@@ -53,23 +61,45 @@ def collect(
     rest = iter(batches)
     first = next(rest, None)
     schema = first.schema if first is not None else pa.schema([])
-    rule, extra = _rule_and_columns(schema.names, min_rating, repeats, first is None)
-    if keep_ratings and "rating" not in extra:
-        extra.append("rating")
-    encoder = _Encoder(rule, extra, has_ratings="rating" in schema.names)
+    grouping = grouping_of(
+        None if first is None else schema.names, min_rating, repeats, by_time, keep_ratings
+    )
+    encoder = _Encoder(grouping, has_ratings="rating" in schema.names)
     folder.mkdir(parents=True, exist_ok=True)
     encoded = _EncodedBatches(encoder, itertools.chain([] if first is None else [first], rest))
     types = {"split": pa.uint8(), "rating": pa.float64()}
     if "time" in schema.names:
         types["time"] = schema.field("time").type
     fields = [("user", pa.uint32()), ("item", pa.uint32()), ("position", pa.uint64())]
-    sorted_schema = pa.schema([*fields, *((name, types[name]) for name in extra)])
-    beside = _beside(extra, by_time, keep_ratings)
+    sorted_schema = pa.schema([*fields, *((name, types[name]) for name in grouping.extra)])
     with _sorted_by_user(encoded, sorted_schema, folder, memory_limit) as stream:
-        sizes = _write_scratch(stream, folder, encoder, beside)
+        sizes, store = _write_scratch(stream, folder, encoder, grouping)
     if not sizes.any():
-        raise ValueError(_nothing_kept(encoder.summary, min_rating, repeats))
-    return _interactions(encoder, sizes, folder, beside), encoder.summary
+        raise ValueError(nothing_kept(encoder.summary, min_rating, repeats))
+    user_ids, user_rank = ascending(encoder.users)
+    data = interactions_of(user_ids, user_rank, ascending(encoder.items)[0], sizes, store)
+    return only_positives(data, grouping, encoder.summary), encoder.summary
+
+
+def grouping_of(
+    columns: Sequence[str] | None,
+    min_rating: float,
+    repeats: str,
+    by_time: bool,
+    keep_ratings: bool,
+) -> Grouping:
+    """Return what becomes of the rows of a user, for an input with these columns (None: it has no
+    rows); ValueError where `repeats` needs a rating and there is none."""
+    names = columns or []
+    rule, extra = _rule_and_columns(names, min_rating, repeats, columns is None)
+    if keep_ratings and "rating" not in extra:
+        extra.append("rating")
+    kept = {
+        "splits": "split" in extra,
+        "times": by_time and "time" in extra,
+        "ratings": keep_ratings,
+    }
+    return Grouping(rule, tuple(extra), tuple(name for name, is_kept in kept.items() if is_kept))
 
 
 def _rule_and_columns(
@@ -89,7 +119,8 @@ def _rule_and_columns(
     return PositiveRule(rating_column="rating", min_rating=min_rating, repeats=repeats), extra
 
 
-def _nothing_kept(summary: Summary, min_rating: float, repeats: str) -> str:
+def nothing_kept(summary: Summary, min_rating: float, repeats: str) -> str:
+    """Return the message for an input without positives."""
     reason = f"all {summary.rows} rows have a rating below {min_rating:g}; lower --min_rating"
     if repeats == "last":
         reason = f"the last rating of every pair is below {min_rating:g}; lower --min_rating"
@@ -98,39 +129,33 @@ def _nothing_kept(summary: Summary, min_rating: float, repeats: str) -> str:
     return f"the input has no interaction to keep: {reason}"
 
 
-def _interactions(
-    encoder: _Encoder, sizes: np.ndarray, folder: Path, beside: tuple[str, ...]
+def interactions_of(
+    user_ids: pa.Array,
+    user_rank: np.ndarray,
+    item_ids: pa.Array,
+    sizes: np.ndarray,
+    store: Store,
 ) -> Interactions:
-    """Return the scratch files with users by ascending id; `sizes` (U,) are by user code."""
-    user_ids, user_rank = _ascending(encoder.users)
+    """Return the interactions of a store.
+
+    user_ids (U,) and item_ids (I,) ascend; user_rank (U,) and sizes (U,) are in the store's order.
+    """
     order = np.argsort(user_rank)
-    data = Interactions(
-        user_ids,
-        _ascending(encoder.items)[0],
-        (np.cumsum(sizes) - sizes)[order],
-        sizes[order],
-        beside,
-        folder,
-    )
-    if encoder.rule.repeats == "last" and encoder.summary.has_ratings:
+    starts = np.cumsum(sizes) - sizes
+    return Interactions(user_ids, item_ids, starts[order], sizes[order], store)
+
+
+def only_positives(data: Interactions, grouping: Grouping, summary: Summary) -> Interactions:
+    """Return the interactions without users and items that have none."""
+    if grouping.rule.repeats == "last" and summary.has_ratings:
         # some users and items appear only in rows of low ratings
         return without_items(data, item_counts(data) == 0)
     return data
 
 
-def _beside(extra: Sequence[str], by_time: bool, keep_ratings: bool) -> tuple[str, ...]:
-    """Return what the scratch files hold beside the items."""
-    kept = {
-        "splits": "split" in extra,
-        "times": by_time and "time" in extra,
-        "ratings": keep_ratings,
-    }
-    return tuple(name for name, is_kept in kept.items() if is_kept)
-
-
-def _ascending(index: IdIndex) -> tuple[pa.Array, np.ndarray]:
+def ascending(index: IdIndex) -> tuple[pa.Array, np.ndarray]:
     """Return the ids in ascending order (strings by their UTF-8 bytes), and the rank of each code
-    there."""
+    there, uint32."""
     assert index.ids is not None
     order = np.asarray(pc.array_sort_indices(index.ids))
     rank = np.empty(len(order), np.uint32)
@@ -141,21 +166,15 @@ def _ascending(index: IdIndex) -> tuple[pa.Array, np.ndarray]:
 class _Encoder:
     """Turns batches of ids into batches of codes, and drops the rows whose rating is too low."""
 
-    def __init__(self, rule: PositiveRule, extra: Sequence[str], has_ratings: bool):
-        self.rule = rule
-        self.extra = extra
+    def __init__(self, grouping: Grouping, has_ratings: bool):
+        self._grouping = grouping
         self.users = IdIndex()
         self.items = IdIndex()
         self.summary = Summary(has_ratings=has_ratings)
         self._position = 0
 
     def encode(self, batch: pa.RecordBatch) -> pa.RecordBatch:
-        self.summary.rows += len(batch)
-        kept = batch
-        if self.rule.min_rating is not None and self.rule.repeats != "last":
-            # with `last`, a low rating may be the last row of its pair
-            kept = batch.filter(pc.greater_equal(batch["rating"], self.rule.min_rating))
-            self.summary.below_min_rating += len(batch) - len(kept)
+        kept = kept_rows(batch, self._grouping.rule, self.summary)
         positions = np.arange(self._position, self._position + len(kept), dtype=np.uint64)
         self._position += len(kept)
         columns = {
@@ -163,9 +182,25 @@ class _Encoder:
             "item": self.items.encode(kept["item"]),
             "position": pa.array(positions),
         }
-        for name in self.extra:
-            columns[name] = _split_codes(kept["split"]) if name == "split" else kept[name]
+        columns |= extra_columns(kept, self._grouping.extra)
         return pa.record_batch(columns)
+
+
+def kept_rows(batch: pa.RecordBatch, rule: PositiveRule, summary: Summary) -> pa.RecordBatch:
+    """Return the rows whose ratings are high enough, and count all rows in `summary`."""
+    summary.rows += len(batch)
+    if rule.min_rating is None or rule.repeats == "last":
+        return batch  # with `last`, a low rating may be the last row of its pair
+    kept = batch.filter(pc.greater_equal(batch["rating"], rule.min_rating))
+    summary.below_min_rating += len(batch) - len(kept)
+    return kept
+
+
+def extra_columns(batch: pa.RecordBatch, names: Sequence[str]) -> dict[str, pa.Array]:
+    """Return the columns besides user and item; ValueError for an unknown split."""
+    return {
+        name: _split_codes(batch["split"]) if name == "split" else batch[name] for name in names
+    }
 
 
 def _split_codes(splits: pa.Array) -> pa.Array:
@@ -241,66 +276,17 @@ def _sorted_by_user(
 
 
 def _write_scratch(
-    stream: Iterable[pa.RecordBatch], folder: Path, encoder: _Encoder, beside: tuple[str, ...]
-) -> np.ndarray:
+    stream: Iterable[pa.RecordBatch], folder: Path, encoder: _Encoder, grouping: Grouping
+) -> tuple[np.ndarray, FolderStore]:
     """Write the positives to `folder`; return their number for every user, (U,) int64, by code."""
-    sizes: list[np.ndarray] = []
     item_rank: np.ndarray | None = None
-    with ExitStack() as opened:
-        files = {
-            name: opened.enter_context(open(folder / name, "wb")) for name in ("items", *beside)
-        }
-        progress = opened.enter_context(Progress("grouping", None, "row", brief=True))
-        for rows in _whole_users(stream, ["user", "item", *encoder.extra]):
+    with (
+        ScratchWriter(folder, grouping, encoder.summary) as scratch,
+        Progress("grouping", None, "row", brief=True) as progress,
+    ):
+        for rows in whole_users(stream, ["user", "item", *grouping.extra]):
             if item_rank is None:  # the sort has consumed all input, so the index is complete
-                item_rank = _ascending(encoder.items)[1]
-            user, item = rows["user"], rows["item"]
-            progress.add(len(user))
-            local = user - user[0]  # codes are dense: every user has a row
-            pairs = local.astype(np.int64) * len(item_rank) + item
-            kept = positive_rows(encoder.rule, pairs, rows.get("rating"), rows.get("time"))
-            _count_left_out(encoder, pairs, len(kept))
-            if "times" in beside:
-                kept = kept[np.lexsort((rows["time"][kept], local[kept]))]  # ties: input order
-            files["items"].write(item_rank[item[kept]].tobytes())
-            for name in beside:
-                column = rows[name.removesuffix("s")][kept]
-                files[name].write(column.tobytes())
-            sizes.append(np.bincount(local[kept], minlength=int(local[-1]) + 1))
-    return np.concatenate([np.empty(0, np.int64), *sizes]).astype(np.int64)
-
-
-def _count_left_out(encoder: _Encoder, pairs: np.ndarray, n_kept: int) -> None:
-    n_pairs = n_kept
-    if encoder.rule.repeats == "last" and not encoder.rule.is_implicit:
-        n_pairs = len(np.unique(pairs))
-    encoder.summary.duplicates += len(pairs) - n_pairs
-    encoder.summary.below_min_rating += n_pairs - n_kept
-
-
-def _whole_users(
-    stream: Iterable[pa.RecordBatch], names: Sequence[str]
-) -> Iterator[dict[str, np.ndarray]]:
-    """Yield the columns `names` of `stream` in parts that end where the user changes, so that the
-    rows of a user are never in two parts."""
-    waiting: list[dict[str, np.ndarray]] = []  # rows of one user, whose end has not come
-    for batch in stream:
-        if not len(batch):
-            continue
-        columns = {name: np.asarray(batch[name]) for name in names}
-        user = columns["user"]
-        cut = int(np.searchsorted(user, user[-1]))
-        if cut:
-            waiting.append({name: column[:cut] for name, column in columns.items()})
-            yield _joined(waiting)
-            waiting = []
-        elif waiting and waiting[-1]["user"][-1] != user[0]:
-            yield _joined(waiting)
-            waiting = []
-        waiting.append({name: column[cut:] for name, column in columns.items()})
-    if waiting:
-        yield _joined(waiting)
-
-
-def _joined(parts: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+                item_rank = ascending(encoder.items)[1]
+            progress.add(len(rows["user"]))
+            scratch.add(rows, item_rank)
+        return scratch.sizes, scratch.store()

@@ -5,8 +5,7 @@ Shapes: U users, I items, B users of a block, E interactions of a block.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -45,12 +44,10 @@ class GivenPlan:
 
     def __init__(self, data: Interactions, validation_fraction: float | None, seed: int):
         """`validation_fraction` None: 0.1, or 0 where the input has validation interactions."""
-        self._data = data
-        self._seed = seed
-        self._user_keys = keys_of_ids(data.user_ids)
-        self._item_keys = keys_of_ids(data.item_ids)
-        of_split = self._count_by_split(len(data.user_ids))
+        self.user_keys = keys_of_ids(data.user_ids)
+        of_split = _count_by_split(data)
         self.fraction = _fraction(int(of_split[VALIDATION].sum()), validation_fraction)
+        self._move = Move(keys_of_ids(data.item_ids), self.fraction, seed)
 
         trained = of_split[TRAIN] > 0
         if not trained.any():
@@ -63,12 +60,12 @@ class GivenPlan:
         popularity = np.zeros(n_items, np.int64)
         targets = np.zeros(n_items, np.int64)
         validated = (of_split[VALIDATION] > 0) & trained
-        for block in self._data.blocks(np.flatnonzero(trained)):
+        for block in data.blocks(np.flatnonzero(trained)):
             items, before = block.rows.items, block.splits
             # before the move, so that the vocabulary does not depend on the fraction
             in_vocabulary[items[before == TRAIN]] = True
             targets += np.bincount(items[before != TRAIN], minlength=n_items)
-            after = self._after_move(block).splits
+            after = self._move(block, self.user_keys[block.users])
             validated[block.users[block.rows.row_of[before != after]]] = True
             popularity += np.bincount(items[after == TRAIN], minlength=n_items)
         self.vocabulary = by_popularity(popularity, in_vocabulary)
@@ -89,43 +86,62 @@ class GivenPlan:
             "target_interactions_outside_vocabulary": int(targets[~in_vocabulary].sum()),
         }
 
-    def _count_by_split(self, n_users: int) -> np.ndarray:
-        """Return the interactions of every user by split code, (3, U)."""
-        counts = np.zeros((3, n_users), np.int64)
-        for block in self._data.blocks(np.arange(n_users)):
-            user = block.rows.row_of
-            for code in (TRAIN, TEST, VALIDATION):
-                chosen = user[block.splits == code]
-                counts[code, block.users] = np.bincount(chosen, minlength=len(block.users))
-        return counts
+    def maker(self, split: str) -> GivenMaker:
+        """See `Plan`."""
+        target = {"train": None, "validation": VALIDATION, "test": TEST}[split]
+        return GivenMaker(target, self._move, self._rows, len(self.vocabulary))
 
-    def _after_move(self, block: UserBlock) -> UserBlock:
-        """Return the block with the train interactions chosen by hash turned into validation
-        ones."""
+
+def _count_by_split(data: Interactions) -> np.ndarray:
+    """Return the interactions of every user by split code, (3, U)."""
+    n_users = len(data.user_ids)
+    counts = np.zeros((3, n_users), np.int64)
+    for block in data.blocks_in_file_order():
+        user = block.rows.row_of
+        for code in (TRAIN, TEST, VALIDATION):
+            chosen = user[block.splits == code]
+            counts[code, block.users] = np.bincount(chosen, minlength=len(block.users))
+    return counts
+
+
+@dataclass(frozen=True)
+class Move:
+    """Turns some train interactions into validation ones."""
+
+    item_keys: np.ndarray  # (I,) uint64
+    fraction: float
+    seed: int
+
+    def __call__(self, block: UserBlock, keys: np.ndarray) -> np.ndarray:
+        """Return the split codes after the move, (E,) uint8, of users with these keys (B,)."""
         train = np.flatnonzero(block.splits == TRAIN)
         user = block.rows.row_of[train]
-        hashes = pair_hash(
-            self._user_keys[block.users[user]],
-            self._item_keys[block.rows.items[train]],
-            self._seed,
-        )
+        hashes = pair_hash(keys[user], self.item_keys[block.rows.items[train]], self.seed)
         splits = block.splits.copy()
-        moved = moved_to_validation(user, hashes, len(block.users), self.fraction)
+        moved = moved_to_validation(user, hashes, len(keys), self.fraction)
         splits[train[moved]] = VALIDATION
-        return replace(block, splits=splits)
+        return splits
 
-    def blocks(self, split: str, sizes: Sequence[int]) -> Iterator[Block]:
-        target = {"train": None, "validation": VALIDATION, "test": TEST}[split]
-        for unmoved in self._data.blocks(self.users[split], sizes):
-            block = self._after_move(unmoved)
-            user, row, n_users = block.rows.row_of, self._rows[block.rows.items], len(block.users)
-            parts = []
-            for code in (TRAIN,) if target is None else (TRAIN, target):
-                chosen = (block.splits == code) & (row >= 0)
-                values = block.ratings[chosen] if len(block.ratings) else None
-                n_items = len(self.vocabulary)
-                parts.append(rows_of_pairs(user[chosen], row[chosen], n_users, n_items, values))
-            yield Block(self._user_keys[block.users], *parts)
+
+@dataclass(frozen=True)
+class GivenMaker:
+    """Makes the blocks of one split."""
+
+    target: int | None  # the split code of the target; None in train
+    move: Move
+    rows: np.ndarray  # (I,) int64, item rows; -1 outside the vocabulary
+    n_items: int
+
+    def __call__(self, block: UserBlock, keys: np.ndarray) -> Block:
+        """See `BlockMaker`."""
+        splits, n_users = self.move(block, keys), len(keys)
+        user, row = block.rows.row_of, self.rows[block.rows.items]
+        parts = []
+        for code in (TRAIN,) if self.target is None else (TRAIN, self.target):
+            chosen = (splits == code) & (row >= 0)
+            values = block.ratings[chosen] if len(block.ratings) else None
+            parts.append(rows_of_pairs(user[chosen], row[chosen], n_users, self.n_items, values))
+        return Block(keys, *parts)
 
 
 def _fraction(n_validation: int, asked: float | None) -> float:

@@ -14,6 +14,9 @@ from dist_vasp.data.positives import REPEATS
 from dist_vasp.data.tables.options import add_reading_options
 
 PROTOCOLS = ("liang", "hashed", "given", "time", "last")
+ENGINES = ("local", "spark")
+ON_SPARK = ("hashed", "given", "time", "last")  # the protocols of --engine spark
+MEMORY_LIMIT = "800MB"
 BY_TIME = ("time", "last")  # the interactions of a user are ordered by time
 _FILTERED = ("liang", "hashed", "time", "last")
 _BELONGS_TO = {
@@ -47,8 +50,12 @@ def parser() -> command_line.Parser:
         type=command_line.at_least(1),
         help="default min(4096, train users / 64)",
     )
-    help = "memory for the sort, which spills to disk; default 800MB"
-    add("--memory_limit", type=_memory, default="800MB", help=help)
+    help = "spark: on a Spark cluster, with the same bytes (docs/cluster.md); default local"
+    add("--engine", choices=ENGINES, default="local", help=help)
+    help = "spark: the cluster, such as local[4] or spark://host:7077; default: Spark's own"
+    add("--master", metavar="URL", help=help)
+    help = f"local: memory for the sort, which spills to disk; default {MEMORY_LIMIT}"
+    add("--memory_limit", type=_memory, help=help)
     help = "replace OUT_DIR if it is a folder that this command wrote"
     add("--overwrite", action="store_true", help=help)
     add("--dry_run", action="store_true", help="print what would be written, write nothing")
@@ -135,6 +142,28 @@ def _memory(text: str) -> str:
             f"{text!r} is not an amount of memory; write 1GB, 500MB, ..."
         )
     return text
+
+
+def check_engine(args: argparse.Namespace) -> None:
+    """ValueError where an option does not go with --engine."""
+    if args.engine == "local":
+        if args.master is not None:
+            raise ValueError(
+                "--master names a Spark cluster, but the engine is local; pass --engine spark, or "
+                "leave --master out"
+            )
+        return
+    if args.memory_limit is not None:
+        raise ValueError(
+            "--memory_limit is for the sort of --engine local, but the engine is spark, whose "
+            "memory spark.executor.memory sets; leave --memory_limit out"
+        )
+    if args.protocol not in ON_SPARK:
+        raise ValueError(
+            f"--engine spark takes --protocol {_or(ON_SPARK)}, but the protocol is "
+            f"{args.protocol}, which draws the held-out items of one user after another; pass "
+            "--protocol hashed, or --engine local"
+        )
 
 
 def check_protocol(args: argparse.Namespace) -> None:

@@ -9,8 +9,8 @@ Shapes: U users, I items, B users of a block, E interactions of a block.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -25,58 +25,96 @@ from dist_vasp.data.rows import Rows, rows_of_pairs
 
 @dataclass(frozen=True)
 class Cuts:
-    """How many interactions of each user are for training and validation, and which items are in
+    """How many interactions of some users are for training and validation, and which items are in
     the vocabulary."""
 
-    n_train: np.ndarray  # (U,) int64
-    n_validation: np.ndarray  # (U,) int64
-    n_vocabulary: np.ndarray  # (U,) int64: the items of the user's first so many interactions
+    n_train: np.ndarray  # (B,) int64
+    n_validation: np.ndarray  # (B,) int64
+    n_vocabulary: np.ndarray  # (B,) int64: the items of the user's first so many interactions
 
 
-def last_cuts(sizes: np.ndarray) -> Cuts:
-    """Return the cuts of `last` for users with `sizes` (U,) interactions.
+class CutRule(Protocol):
+    """Says where the interactions of a user are cut."""
+
+    def __call__(self, block: UserBlock) -> Cuts: ...
+
+    def check(self, cuts: Cuts, data: Interactions) -> None:
+        """ValueError where the cuts of all users (U,) leave nothing on one side."""
+        ...
+
+
+class LastRule:
+    """The cuts of `last`.
 
     The last interaction is the target of test and the one before it that of validation, but the
     first is always a train interaction.
     """
-    n_test = (sizes >= 2).astype(np.int64)
-    n_validation = (sizes >= 3).astype(np.int64)
-    n_train = sizes - n_test - n_validation
-    return Cuts(n_train, n_validation, n_train)
+
+    def __call__(self, block: UserBlock) -> Cuts:
+        sizes = block.rows.lengths
+        n_test = (sizes >= 2).astype(np.int64)
+        n_validation = (sizes >= 3).astype(np.int64)
+        n_train = sizes - n_test - n_validation
+        return Cuts(n_train, n_validation, n_train)
+
+    def check(self, cuts: Cuts, data: Interactions) -> None:
+        """Every user has a train interaction."""
 
 
-def time_cuts(data: Interactions, split_time: float, validation_fraction: float) -> Cuts:
-    """Return the cuts of `time`: interactions before `split_time` are train interactions.
+@dataclass(frozen=True)
+class TimeRule:
+    """The cuts of `time`: interactions before `split_time` are train interactions.
 
     Of a user with n of them, at least 5, the last int(validation_fraction * n), but at least one,
-    are the target of validation. ValueError unless there are interactions on both sides.
+    are the target of validation.
     """
-    n_before = np.zeros(len(data.sizes), np.int64)
+
+    split_time: float
+    validation_fraction: float
+
+    def __call__(self, block: UserBlock) -> Cuts:
+        before = block.rows.row_of[block.times < self.split_time]
+        n_before = np.bincount(before, minlength=len(block.users)).astype(np.int64)
+        enough = n_before >= MIN_ITEMS_TO_HOLD_OUT
+        wanted = np.maximum(1, (self.validation_fraction * n_before).astype(np.int64))
+        n_validation = np.where(enough & (self.validation_fraction > 0), wanted, 0)
+        return Cuts(n_before - n_validation, n_validation, n_before)
+
+    def check(self, cuts: Cuts, data: Interactions) -> None:
+        """ValueError unless there are interactions on both sides."""
+        total, n_all = int(cuts.n_vocabulary.sum()), int(data.sizes.sum())
+        if total in (0, n_all):
+            first, last = bounds(data.store.files("times"))
+            where = "at or after" if total == 0 else "before"
+            raise ValueError(
+                f"all {n_all} interactions are {where} {told(self.split_time)}, where training "
+                f"ends; their times run from {told(first)} to {told(last)}; choose a --split_time "
+                "between them"
+            )
+
+
+def _cuts_of_all(data: Interactions, rule: CutRule) -> Cuts:
+    """Return the cuts of all users, (U,) each."""
+    n_users = len(data.sizes)
+    cuts = Cuts(*(np.zeros(n_users, np.int64) for _ in range(3)))
     for block in data.blocks_in_file_order():
-        before = block.rows.row_of[block.times < split_time]
-        n_before[block.users] = np.bincount(before, minlength=len(block.users))
-    total, n_all = int(n_before.sum()), int(data.sizes.sum())
-    if total in (0, n_all):
-        first, last = bounds(data.folder / "times")
-        where = "at or after" if total == 0 else "before"
-        raise ValueError(
-            f"all {n_all} interactions are {where} {told(split_time)}, where training ends; their "
-            f"times run from {told(first)} to {told(last)}; choose a --split_time between them"
-        )
-    enough = n_before >= MIN_ITEMS_TO_HOLD_OUT
-    wanted = np.maximum(1, (validation_fraction * n_before).astype(np.int64))
-    n_validation = np.where(enough & (validation_fraction > 0), wanted, 0)
-    return Cuts(n_before - n_validation, n_validation, n_before)
+        of_block = rule(block)
+        cuts.n_train[block.users] = of_block.n_train
+        cuts.n_validation[block.users] = of_block.n_validation
+        cuts.n_vocabulary[block.users] = of_block.n_vocabulary
+    rule.check(cuts, data)
+    return cuts
 
 
 class OrderedPlan:
     """Every user with a train interaction trains; the users of every split are in the order of the
     hash of (seed, user key)."""
 
-    def __init__(self, data: Interactions, cuts: Cuts, min_items: int, seed: int):
+    def __init__(self, data: Interactions, rule: CutRule, min_items: int, seed: int):
         self._data = data
-        self._cuts = cuts
-        self._user_keys = keys_of_ids(data.user_ids)
+        self._rule = rule
+        cuts = _cuts_of_all(data, rule)
+        self.user_keys = keys_of_ids(data.user_ids)
         active = active_users(data, min_items)
         trained = active[cuts.n_train[active] > 0]
         n_items = len(data.item_ids)
@@ -94,7 +132,7 @@ class OrderedPlan:
         self.popularity = popularity[self.vocabulary]
         self._rows = rows_of_items(self.vocabulary, n_items)
 
-        order = trained[np.argsort(hash64(seed, self._user_keys[trained]))]
+        order = trained[np.argsort(hash64(seed, self.user_keys[trained]))]
         end = cuts.n_train + cuts.n_validation
         self.users = {
             "train": order,
@@ -115,25 +153,36 @@ class OrderedPlan:
             int((self._rows[block.rows.items] < 0).sum()) for block in self._data.blocks(trained)
         )
 
-    def blocks(self, split: str, sizes: Sequence[int]) -> Iterator[Block]:
-        for block in self._data.blocks(self.users[split], sizes):
-            first = self._cuts.n_train[block.users]
-            second = first + self._cuts.n_validation[block.users]
-            place, user = _places(block), block.rows.row_of
-            before = place < (second if split == "test" else first)[user]
-            keys = self._user_keys[block.users]
-            if split == "train":
-                yield Block(keys, self._chosen(block, before))
-                continue
-            target = ~before & (place < second[user] if split == "validation" else True)
-            yield Block(keys, self._chosen(block, before), self._chosen(block, target))
+    def maker(self, split: str) -> OrderedMaker:
+        """See `Plan`."""
+        return OrderedMaker(split, self._rule, self._rows, len(self.vocabulary))
+
+
+@dataclass(frozen=True)
+class OrderedMaker:
+    """Makes the blocks of one split."""
+
+    split: str
+    rule: CutRule
+    rows: np.ndarray  # (I,) int64, item rows; -1 outside the vocabulary
+    n_items: int
+
+    def __call__(self, block: UserBlock, keys: np.ndarray) -> Block:
+        """See `BlockMaker`."""
+        cuts = self.rule(block)
+        first, second = cuts.n_train, cuts.n_train + cuts.n_validation
+        place, user = _places(block), block.rows.row_of
+        before = place < (second if self.split == "test" else first)[user]
+        if self.split == "train":
+            return Block(keys, self._chosen(block, before))
+        target = ~before & (place < second[user] if self.split == "validation" else True)
+        return Block(keys, self._chosen(block, before), self._chosen(block, target))
 
     def _chosen(self, block: UserBlock, chosen: np.ndarray) -> Rows:
         """Return the interactions marked in `chosen`, (E,) bool, that are in the vocabulary."""
-        row = self._rows[block.rows.items]
+        row = self.rows[block.rows.items]
         kept = chosen & (row >= 0)
-        n_users = len(block.users)
-        return rows_of_pairs(block.rows.row_of[kept], row[kept], n_users, len(self.vocabulary))
+        return rows_of_pairs(block.rows.row_of[kept], row[kept], len(block.users), self.n_items)
 
 
 def _places(block: UserBlock) -> np.ndarray:

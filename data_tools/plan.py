@@ -9,26 +9,38 @@ Shapes: U users, I items, V vocabulary items.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
 
+from data_tools.interactions import UserBlock
 from dist_vasp.data.block import Block
 
 MIN_ITEMS_TO_HOLD_OUT = 5
 
 
-class Plan(Protocol):
-    """A protocol applied to interactions: everything that is written, block by block."""
+class BlockMaker(Protocol):
+    """Turns the interactions of some users into a block of a shard.
 
+    It depends on no other user of the split, except in `liang`, whose blocks must be made in order.
+    """
+
+    def __call__(self, block: UserBlock, keys: np.ndarray) -> Block:
+        """Return the block of users with these keys, (B,) uint64."""
+        ...
+
+
+class Plan(Protocol):
+    """A protocol applied to interactions: everything that is written."""
+
+    user_keys: np.ndarray  # (U,) uint64
     users: dict[str, np.ndarray]  # by split, (U_split,) user ranks in the order of the shards
     vocabulary: np.ndarray  # (V,) item ranks by item row
     popularity: np.ndarray  # (V,) interactions in the train shards
     left_out: dict[str, int]  # counts by reason
 
-    def blocks(self, split: str, sizes: Sequence[int]) -> Iterator[Block]:
-        """Yield the users of a split in blocks of `sizes` users, which add up to all of them."""
+    def maker(self, split: str) -> BlockMaker:
+        """Return what makes the blocks of a split, from the first one on."""
         ...
 
 

@@ -11,7 +11,7 @@ from data_tools.hashed import DEFAULT_FRACTION, hashed_plan
 from data_tools.interactions import Interactions
 from data_tools.liang import liang_plan, liang_plan_like
 from data_tools.like import OldSplit
-from data_tools.ordered import OrderedPlan, last_cuts, time_cuts
+from data_tools.ordered import LastRule, OrderedPlan, TimeRule
 from data_tools.plan import Plan
 from data_tools.rare_items import drop_rare_items
 from data_tools.times import kth_smallest
@@ -51,12 +51,11 @@ def make_plan(args: argparse.Namespace, data: Interactions, old: OldSplit | None
     plan: Plan
     if split_time is not None:
         fraction = _or_else(args.validation_fraction, DEFAULT_VALIDATION_FRACTION)
-        cuts = time_cuts(data, split_time, fraction)
-        plan = OrderedPlan(data, cuts, min_items, args.seed)
+        plan = OrderedPlan(data, TimeRule(split_time, fraction), min_items, args.seed)
         own = {"split_time": split_time, "split_quantile": args.split_quantile}
         own["validation_fraction"] = fraction
     elif args.protocol == "last":
-        plan, own = OrderedPlan(data, last_cuts(data.sizes), min_items, args.seed), {}
+        plan, own = OrderedPlan(data, LastRule(), min_items, args.seed), {}
     else:
         plan, own = _split_users(args, data, min_items, old)
     arguments = {
@@ -75,7 +74,7 @@ def _split_time(args: argparse.Namespace, data: Interactions) -> float:
     """Return the time at which training ends: asked for, or the quantile over all positives."""
     if args.split_time is not None:
         return float(args.split_time)
-    return kth_smallest(data.folder / "times", int(args.split_quantile * data.sizes.sum()))
+    return kth_smallest(data.store.files("times"), int(args.split_quantile * data.sizes.sum()))
 
 
 def _split_users(

@@ -10,8 +10,10 @@ import argparse
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 
 from data_tools import cli, options
-from data_tools.collect import collect
+from data_tools.engine import Asked, Engine, LocalEngine
 from data_tools.interactions import Interactions, Summary
 from data_tools.like import OldSplit, read_old_split
 from data_tools.plan import Plan
@@ -27,7 +29,7 @@ from data_tools.protocols import make_plan, min_rating_of
 from data_tools.readers import Columns, Source, infer_format, open_source
 from data_tools.times import told
 from data_tools.titles import read_titles
-from data_tools.writer import check_unique_keys, count_split, write_folder
+from data_tools.writer import check_unique_keys, write_folder
 from dist_vasp.data import ids
 from dist_vasp.data.manifest import (
     KEEP_RATINGS,
@@ -56,38 +58,14 @@ class Prepared:
 
 def _command(args: argparse.Namespace) -> int:
     start = time.monotonic()
+    options.check_engine(args)
     options.check_protocol(args)
-    inputs = [
-        *(("INPUT", path) for text in args.inputs for path in expand(text)),
-        ("--titles", args.titles),
-        ("--like", args.like),
-    ]
-    check_folder(args.output, "", args.overwrite, files_of, inputs, make_parents=True)
+    check_folder(args.output, "", args.overwrite, files_of, _inputs(args), make_parents=True)
     titles = read_titles(args.titles, args.item_column or "item") if args.titles else None
     old = read_old_split(args.like) if args.like else None
     source = _open_source(args)
-    if args.dry_run:
-        with tempfile.TemporaryDirectory() as scratch:
-            prepared = _prepare(args, source, old, Path(scratch))
-            plan, per_shard = prepared.plan, prepared.users_per_shard
-            splits = {split: count_split(plan, split, per_shard) for split in SPLITS}
-    else:
-        opened = new_folder(args.output, "", args.overwrite, files_of, inputs, make_parents=True)
-        with (
-            opened as folder,
-            tempfile.TemporaryDirectory(prefix="scratch-", dir=folder) as scratch,
-        ):
-            prepared = _prepare(args, source, old, Path(scratch))
-            prepared.preparation["arguments"]["users_per_shard"] = prepared.users_per_shard
-            manifest = write_folder(
-                folder,
-                prepared.data,
-                prepared.plan,
-                titles or source.titles(),
-                prepared.users_per_shard,
-                prepared.preparation,
-            )
-            splits = manifest.splits
+    with engine_of(args) as engine:
+        prepared, splits = _write(args, source, old, titles, engine)
     for note in [*source.notes, *_order(args, source, prepared.preparation["arguments"])]:
         print(note)
     _print_splits(args, prepared.plan, splits)
@@ -98,6 +76,59 @@ def _command(args: argparse.Namespace) -> int:
         print(f"  {line}")
     _print_left_out(prepared.preparation, splits, time.monotonic() - start)
     return 0
+
+
+def _inputs(args: argparse.Namespace) -> list[tuple[str, Path | None]]:
+    """Return what the command reads, with the options that name it."""
+    return [
+        *(("INPUT", path) for text in args.inputs for path in expand(text)),
+        ("--titles", args.titles),
+        ("--like", args.like),
+    ]
+
+
+def _write(
+    args: argparse.Namespace,
+    source: Source,
+    old: OldSplit | None,
+    titles: dict[int | str, str] | None,
+    engine: Engine,
+) -> tuple[Prepared, dict[str, SplitEntry]]:
+    """Write the folder; of a dry run, count what it would hold."""
+    if args.dry_run:
+        beside = engine.scratch_beside(args.output)
+        with tempfile.TemporaryDirectory(prefix=".scratch-", dir=beside) as scratch:
+            prepared = _prepare(args, source, old, engine, Path(scratch))
+            per_shard = prepared.users_per_shard
+            count = partial(engine.count_split, prepared.data, prepared.plan)
+            return prepared, {split: count(split, per_shard) for split in SPLITS}
+    inputs = _inputs(args)
+    opened = new_folder(args.output, "", args.overwrite, files_of, inputs, make_parents=True)
+    with opened as folder, tempfile.TemporaryDirectory(prefix="scratch-", dir=folder) as scratch:
+        prepared = _prepare(args, source, old, engine, Path(scratch))
+        prepared.preparation["arguments"]["users_per_shard"] = prepared.users_per_shard
+        manifest = write_folder(
+            folder,
+            prepared.data,
+            prepared.plan,
+            titles or source.titles(),
+            prepared.users_per_shard,
+            prepared.preparation,
+            partial(engine.write_split, folder, prepared.data, prepared.plan),
+        )
+    return prepared, manifest.splits
+
+
+@contextmanager
+def engine_of(args: argparse.Namespace) -> Iterator[Engine]:
+    """Yield the engine of --engine; what it started ends with the block."""
+    if args.engine == "local":
+        yield LocalEngine(args.memory_limit or options.MEMORY_LIMIT)
+        return
+    from data_tools.spark.engine import SparkEngine
+
+    with SparkEngine(args.master, args.seed) as engine:
+        yield engine
 
 
 def _open_source(args: argparse.Namespace) -> Source:
@@ -138,13 +169,12 @@ def _open_source(args: argparse.Namespace) -> Source:
 
 
 def _prepare(
-    args: argparse.Namespace, source: Source, old: OldSplit | None, scratch: Path
+    args: argparse.Namespace, source: Source, old: OldSplit | None, engine: Engine, scratch: Path
 ) -> Prepared:
     """Read the interactions, apply the protocol, and describe both for the manifest."""
-    batches, min_rating = source.batches(), min_rating_of(args)
     by_time = args.protocol in options.BY_TIME
-    options_of = (min_rating, args.memory_limit, args.repeats, by_time, bool(args.keep_ratings))
-    data, summary = collect(batches, scratch, *options_of)
+    asked = Asked(min_rating_of(args), args.repeats, by_time, bool(args.keep_ratings))
+    data, summary = engine.collect(source, scratch, asked)
     planned = make_plan(args, data, old)
     data, plan = planned.data, planned.plan
     check_unique_keys(data, plan)

@@ -2,17 +2,19 @@
 
 Validation and test users take no part in training; a fifth of their items is held out.
 
-Shapes: U users, I items, B users of a block, E interactions of a block.
+Shapes: U users, I items, V vocabulary items, B users of a block, E interactions of a block.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+import pyarrow as pa
 
-from data_tools.interactions import Interactions
+from data_tools.interactions import Interactions, UserBlock
 from data_tools.plan import by_popularity, rows_of_items
 from dist_vasp.data.block import Block
 from dist_vasp.data.hashing import keys_of_ids
@@ -66,13 +68,13 @@ class SplitUsersPlan:
         self.users = users
         self._data = data
         self._held_out = held_out
-        self._user_keys = keys_of_ids(data.user_ids)
-        self._item_keys = keys_of_ids(data.item_ids)
+        self.user_keys = keys_of_ids(data.user_ids)
         counts = np.zeros(len(data.item_ids), np.int64)
         for block in data.blocks(np.sort(users["train"])):
             counts += np.bincount(block.rows.items, minlength=len(counts))
         self.vocabulary = by_popularity(counts, counts > 0)
         self.popularity = counts[self.vocabulary]
+        self._item_keys = keys_of_ids(data.item_ids.take(pa.array(self.vocabulary)))
         self._rows = rows_of_items(self.vocabulary, len(counts))
         self.left_out = {
             **below_min_items(data, np.concatenate(list(users.values()))),
@@ -86,21 +88,32 @@ class SplitUsersPlan:
             int((self._rows[block.rows.items] < 0).sum()) for block in self._data.blocks(users)
         )
 
-    def blocks(self, split: str, sizes: Sequence[int]) -> Iterator[Block]:
-        held_out = self._held_out()
-        n_items = len(self.vocabulary)
-        for block in self._data.blocks(self.users[split], sizes):
-            user, row = block.rows.row_of, self._rows[block.rows.items]
-            known = row >= 0
-            user, row = user[known], row[known]
-            keys, n_users = self._user_keys[block.users], len(block.users)
-            if split == "train":
-                yield Block(keys, rows_of_pairs(user, row, n_users, n_items))
-                continue
-            item_keys = self._item_keys[self.vocabulary[row]]
-            held = held_out.mask(keys, item_keys, np.bincount(user, minlength=n_users))
-            yield Block(
-                keys,
-                rows_of_pairs(user[~held], row[~held], n_users, n_items),
-                rows_of_pairs(user[held], row[held], n_users, n_items),
-            )
+    def maker(self, split: str) -> SplitUsersMaker:
+        """See `Plan`."""
+        return SplitUsersMaker(split == "train", self._rows, self._item_keys, self._held_out())
+
+
+@dataclass(frozen=True)
+class SplitUsersMaker:
+    """Makes the blocks of one split."""
+
+    is_train: bool
+    rows: np.ndarray  # (I,) int64, item rows; -1 outside the vocabulary
+    item_keys: np.ndarray  # (V,) uint64, by item row
+    held_out: HeldOut
+
+    def __call__(self, block: UserBlock, keys: np.ndarray) -> Block:
+        """See `BlockMaker`."""
+        n_users, n_items = len(keys), len(self.item_keys)
+        user, row = block.rows.row_of, self.rows[block.rows.items]
+        known = row >= 0
+        user, row = user[known], row[known]
+        if self.is_train:
+            return Block(keys, rows_of_pairs(user, row, n_users, n_items))
+        sizes = np.bincount(user, minlength=n_users)
+        held = self.held_out.mask(keys, self.item_keys[row], sizes)
+        return Block(
+            keys,
+            rows_of_pairs(user[~held], row[~held], n_users, n_items),
+            rows_of_pairs(user[held], row[held], n_users, n_items),
+        )

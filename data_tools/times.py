@@ -1,6 +1,6 @@
 """Choose the moment at which training ends, for protocol `time`.
 
-The times lie in a scratch file and are never held in memory together.
+The times lie in scratch files and are never held in memory together.
 
 Shapes: E interactions.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -47,16 +47,16 @@ def told(time: float) -> str:
     return f"{np.datetime64(int(time), 'us')}".removesuffix(".000000")
 
 
-def kth_smallest(path: Path, k: int) -> float:
-    """Return the k-th smallest time of a file of float64, counted from 0; it must hold more.
+def kth_smallest(paths: Sequence[Path], k: int) -> float:
+    """Return the k-th smallest time of files of float64, counted from 0; they must hold more.
 
     The digits of base 2^16 of the sorted position are found one after another, from the first, in
-    four passes over the file.
+    four passes over the files.
     """
     prefix, rest = np.uint64(0), k
     for shift in range(64 - _DIGIT_BITS, -1, -_DIGIT_BITS):
         counts = np.zeros(1 << _DIGIT_BITS, np.int64)
-        for keys in _sortable(path):
+        for keys in _sortable(paths):
             if shift + _DIGIT_BITS < 64:
                 above = np.uint64(shift + _DIGIT_BITS)
                 keys = keys[keys >> above == prefix]
@@ -70,20 +70,21 @@ def kth_smallest(path: Path, k: int) -> float:
     return float(np.array([bits], np.uint64).view(np.float64)[0])
 
 
-def bounds(path: Path) -> tuple[float, float]:
-    """Return the first and the last time of a file that holds one."""
-    lows, highs = zip(*((times.min(), times.max()) for times in _read(path)), strict=True)
+def bounds(paths: Sequence[Path]) -> tuple[float, float]:
+    """Return the first and the last time of files that hold one."""
+    lows, highs = zip(*((times.min(), times.max()) for times in _read(paths)), strict=True)
     return float(min(lows)), float(max(highs))
 
 
-def _sortable(path: Path) -> Iterator[np.ndarray]:
+def _sortable(paths: Sequence[Path]) -> Iterator[np.ndarray]:
     """Yield the times as integers in the same order, uint64."""
-    for times in _read(path):
+    for times in _read(paths):
         bits = times.view(np.uint64)
         yield np.where(bits & _SIGN, ~bits, bits | _SIGN)
 
 
-def _read(path: Path) -> Iterator[np.ndarray]:
-    with open(path, "rb") as file:
-        while len(times := np.fromfile(file, np.float64, _PER_READ)):
-            yield times
+def _read(paths: Sequence[Path]) -> Iterator[np.ndarray]:
+    for path in paths:
+        with open(path, "rb") as file:
+            while len(times := np.fromfile(file, np.float64, _PER_READ)):
+                yield times

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator
-from itertools import groupby
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from webdataset import TarWriter
 
 from data_tools.interactions import Interactions
 from data_tools.plan import Plan
-from dist_vasp.data.block import Block, encode_block
+from data_tools.shards import count_shard, shards_of, write_shard
 from dist_vasp.data.hashing import keys_of_ids, sha256_of, vocabulary_sha256
 from dist_vasp.data.manifest import (
     ITEMS_FILE,
@@ -24,77 +21,29 @@ from dist_vasp.data.manifest import (
     Manifest,
     ShardEntry,
     SplitEntry,
-    shard_name,
     users_file,
 )
 from dist_vasp.progress import Progress
 
-MAX_USERS_PER_BLOCK = 4096
 
-
-class _HashedFile:
-    """A binary file that computes the SHA-256 of what is written to it."""
-
-    def __init__(self, file: IO[bytes]):
-        self._file = file
-        self._digest = hashlib.sha256()
-        self.bytes = 0
-
-    def write(self, data: bytes) -> int:
-        self._digest.update(data)
-        self.bytes += len(data)
-        return self._file.write(data)
-
-    def sha256(self) -> str:
-        return self._digest.hexdigest()
-
-
-def _blocks_by_shard(plan: Plan, split: str, users_per_shard: int) -> Iterator[tuple[int, Block]]:
-    """Return pairs (shard index, block): blocks of at most 4,096 users of one shard each."""
-    n_users = len(plan.users[split])
-    shards, sizes = [], []
-    for index, first in enumerate(range(0, n_users, users_per_shard)):
-        last = min(first + users_per_shard, n_users)
-        cuts = range(first, last, MAX_USERS_PER_BLOCK)
-        shards += [index] * len(cuts)
-        sizes += [min(MAX_USERS_PER_BLOCK, last - cut) for cut in cuts]
-    return zip(shards, plan.blocks(split, sizes), strict=True)
-
-
-def write_split(folder: Path, plan: Plan, split: str, users_per_shard: int) -> SplitEntry:
+def write_split(
+    folder: Path, data: Interactions, plan: Plan, split: str, users_per_shard: int
+) -> SplitEntry:
     """Write the tars of one split. The same plan gives the same bytes."""
     entries: list[ShardEntry] = []
+    make = plan.maker(split)
     with Progress(f"writing {split}", len(plan.users[split]), "user", brief=True) as progress:
-        for index, blocks in groupby(
-            _blocks_by_shard(plan, split, users_per_shard), key=lambda pair: pair[0]
-        ):
-            name = shard_name(split, index)
-            users = interactions = heldout = 0
-            with open(folder / name, "wb") as raw:
-                file = _HashedFile(raw)
-                with TarWriter(file, encoder=False, compress=False, mtime=0) as tar:
-                    for number, (_, block) in enumerate(blocks):
-                        tar.write(encode_block(f"{split}-{index:06d}-{number:03d}", block))
-                        users += block.n_users
-                        interactions += len(block.rows.items)
-                        heldout += block.n_held_out
-                        progress.add(block.n_users)
-            entries.append(
-                ShardEntry(name, users, interactions, heldout, file.bytes, file.sha256())
-            )
+        for shard in shards_of(data, plan, split, users_per_shard):
+            entries.append(write_shard(folder / shard.name, shard, data.store, make))
+            progress.add(len(shard.keys))
     return split_entry(entries)
 
 
-def count_split(plan: Plan, split: str, users_per_shard: int) -> SplitEntry:
+def count_split(data: Interactions, plan: Plan, split: str, users_per_shard: int) -> SplitEntry:
     """Return what `write_split` would, without the sizes and checksums of the tars."""
-    entries = []
-    for index, pairs in groupby(
-        _blocks_by_shard(plan, split, users_per_shard), key=lambda pair: pair[0]
-    ):
-        blocks = [(block.n_users, len(block.rows.items), block.n_held_out) for _, block in pairs]
-        users, interactions, heldout = (sum(column) for column in zip(*blocks, strict=True))
-        entries.append(ShardEntry(shard_name(split, index), users, interactions, heldout, 0, ""))
-    return split_entry(entries)
+    make = plan.maker(split)
+    shards = shards_of(data, plan, split, users_per_shard)
+    return split_entry([count_shard(shard, data.store, make) for shard in shards])
 
 
 def split_entry(shards: list[ShardEntry]) -> SplitEntry:
@@ -132,11 +81,15 @@ def write_folder(
     titles: dict[Any, str] | None,
     users_per_shard: int,
     preparation: dict[str, Any],
+    write: Callable[[str, int], SplitEntry],
 ) -> Manifest:
-    """Fill `folder` and return the manifest, which is written last."""
+    """Fill `folder` and return the manifest, which is written last.
+
+    `write` writes the tars of a split, of so many users each.
+    """
     item_ids = data.item_ids.take(pa.array(plan.vocabulary))
     item_keys, user_keys = keys_of_ids(item_ids), keys_of_ids(data.user_ids)
-    splits = {split: write_split(folder, plan, split, users_per_shard) for split in SPLITS}
+    splits = {split: write(split, users_per_shard) for split in SPLITS}
     items: dict[str, Any] = {
         "item": np.arange(len(plan.vocabulary), dtype=np.int32),
         "id": item_ids,

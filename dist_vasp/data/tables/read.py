@@ -10,7 +10,7 @@ columns are described in values.py. Rows without a user or an item are dropped a
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,10 +48,16 @@ class Table:
     left_out: dict[str, int] = field(default_factory=dict)  # rows by reason
     unused: list[str] = field(default_factory=list)  # names of columns that are not read
     n_broken: int = 0  # rows of several lines
+    roles: list[str] | None = None  # of the columns of every file; None before the first one
 
     def with_columns(self, columns: Columns) -> Table:
         """Return the same files, read with other columns."""
         return Table(self.files, columns, self.reading, self.skipped)
+
+    def part(self, numbers: Sequence[int]) -> Table:
+        """Return a table of some of the files, which must have the columns found so far."""
+        files = [self.files[number] for number in numbers]
+        return Table(files, self.columns, self.reading, roles=self.roles)
 
     def names(self) -> list[str]:
         """Return the names of the first file's columns and folders, without blanks around them."""
@@ -73,18 +79,35 @@ class Table:
         self.left_out = {}
         self.unused = []
         self.n_broken = 0
-        roles: list[str] | None = None
+        self.roles = None
+        yield from self.read()
+        self.check_ids()
+
+    def read(self) -> Iterator[pa.RecordBatch]:
+        """Yield the batches of all files that have rows, and add to the counts."""
         for file in self.files:
             reader = self._reader(file)
             for raw in _readable_batches(reader, file.where):
-                roles = self._same_roles(file, reader.names, roles)
+                self.roles = self._same_roles(file, reader.names)
                 batch = self._batch(raw, file, reader.names)
                 if len(batch):
                     yield batch
             # a file without rows has columns, too
-            roles = self._same_roles(file, reader.names, roles)
-            self.unused += [name for name in reader.unused if name not in self.unused]
-            self.n_broken += reader.n_broken
+            self.roles = self._same_roles(file, reader.names)
+            self.add_counts(0, {}, reader.unused, reader.n_broken)
+
+    def add_counts(
+        self, rows: int, left_out: Mapping[str, int], unused: Sequence[str], n_broken: int
+    ) -> None:
+        """Add the counts of a reading of some of the files."""
+        self.rows += rows
+        for reason, n in left_out.items():
+            self.left_out[reason] = self.left_out.get(reason, 0) + n
+        self.unused += [name for name in unused if name not in self.unused]
+        self.n_broken += n_broken
+
+    def check_ids(self) -> None:
+        """ValueError where rows were read and every one is without a user or an item."""
         if self.rows and self.rows == sum(self.left_out.values()):
             named = ", ".join(self.reading.missing)
             raise ValueError(
@@ -98,13 +121,13 @@ class Table:
             return ParquetFile(file.path, self.columns, file.partitions)
         return CsvFile(file.open, file.where, self.columns, self.reading, file.partitions)
 
-    def _same_roles(self, file: File, names: dict[str, str], before: list[str] | None) -> list[str]:
+    def _same_roles(self, file: File, names: dict[str, str]) -> list[str]:
         """Return the roles of the file's columns; ValueError where an earlier file has others."""
         roles = [role for role in ROLES if role in names or self._name(role) in file.partitions]
-        if before is not None and roles != before:
+        if self.roles is not None and roles != self.roles:
             raise ValueError(
                 f"{file.where} has the columns {', '.join(roles)}, the files before it "
-                f"{', '.join(before)}; name files of one kind"
+                f"{', '.join(self.roles)}; name files of one kind"
             )
         return roles
 

@@ -245,15 +245,15 @@ def test_kth_smallest(tmp_path_factory, times, data):
     path = tmp_path_factory.mktemp("times") / "times"
     np.array(times, np.float64).tofile(path)
     k = data.draw(st.integers(0, len(times) - 1))
-    assert kth_smallest(path, k) == sorted(times)[k]
-    assert bounds(path) == (min(times), max(times))
+    assert kth_smallest([path], k) == sorted(times)[k]
+    assert bounds([path]) == (min(times), max(times))
 
 
 def test_kth_smallest_of_several_reads(tmp_path, monkeypatch):
     monkeypatch.setattr("data_tools.times._PER_READ", 7)
     times = np.random.default_rng(0).integers(0, 30, 100) * 1e9
     times.tofile(tmp_path / "times")
-    found = [kth_smallest(tmp_path / "times", k) for k in range(100)]
+    found = [kth_smallest([tmp_path / "times"], k) for k in range(100)]
     assert found == sorted(times.tolist())
 
 

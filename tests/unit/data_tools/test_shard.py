@@ -17,7 +17,7 @@ import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 import pytest
 
-from data_tools import collect, shard, writer
+from data_tools import collect, shard, shards, writer
 from dist_vasp.data.items import load_items
 from dist_vasp.data.manifest import SPLITS, Manifest
 from dist_vasp.data.shard import iterate_shard
@@ -67,7 +67,7 @@ def test_shards_do_not_change_the_users(tmp_path, source, per_shard):
 
 
 def test_large_shards_hold_blocks_of_limited_size(tmp_path, source, monkeypatch):
-    monkeypatch.setattr(writer, "MAX_USERS_PER_BLOCK", 4)
+    monkeypatch.setattr(shards, "MAX_USERS_PER_BLOCK", 4)
     out = tmp_path / "out"
     assert shard.main([str(source), str(out), *SPLIT, "--users_per_shard", "10"]) == 0
     manifest = Manifest.load(out)

@@ -57,8 +57,9 @@ def plan_by_id(plan, data, users_per_block):
         sizes = [users_per_block] * (len(ids) // users_per_block) + (
             [len(ids) % users_per_block] if len(ids) % users_per_block else []
         )
-        users, result[split] = iter(ids), {}
-        for block in plan.blocks(split, sizes):
+        users, result[split], make = iter(ids), {}, plan.maker(split)
+        for unmade in data.blocks(plan.users[split], sizes):
+            block = make(unmade, plan.user_keys[unmade.users])
             block.check(len(items), split)
             for u in range(block.n_users):
                 fold_in, held_out = (
