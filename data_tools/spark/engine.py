@@ -37,6 +37,7 @@ from dist_vasp.data.manifest import ShardEntry, SplitEntry
 from dist_vasp.data.tables.read import Table
 
 _BYTES_PER_PART = 1 << 26  # of the input
+_TASKS_PER_CORE = 4
 _IDS = ("user", "item")
 _TYPES = {"split": pa.int8(), "rating": pa.float64(), "time": pa.float64()}
 _DDL = {
@@ -155,8 +156,7 @@ class SparkEngine:
             ]
         )
         ddl = ", ".join(f"{field.name} {_DDL[field.type]}" for field in schema)
-        salts = self._salts(n_parts)
-        reading = Reading(table, grouping, schema, salts, self._seed, folder)
+        reading = Reading(table, grouping, schema, self._salts(n_parts), self._seed, folder)
         parts = PartGrouping(grouping, n_parts, folder)
         with stage(f"reading {n_pieces:,} files, grouping their rows by user in {n_parts:,} parts"):
             rows = spark.range(0, n_pieces, 1, n_pieces).mapInArrow(reading.rows, ddl)
@@ -203,7 +203,9 @@ class SparkEngine:
         with stage(f"{doing} {len(shards):,} shards of {split}"):
             make = context.broadcast(plan.maker(split))
             task = _ShardTask(data.store, make, folder)
-            entries = context.parallelize(shards, len(shards)).map(task).collect()
+            # a task costs more than a small shard
+            n_tasks = min(len(shards), _TASKS_PER_CORE * context.defaultParallelism)
+            entries = context.parallelize(shards, n_tasks).map(task).collect()
             make.unpersist()
         return split_entry(entries)
 
