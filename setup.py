@@ -8,7 +8,7 @@ setup(
     description="VASP and EASE with the exact items x items matrix partitioned over devices",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["dist_vasp", "dist_vasp.*", "data_tools", "data_tools.*", "launch"]),
+    packages=find_packages(include=["dist_vasp*", "data_tools*", "launch"]),
     package_data={"dist_vasp.report": ["templates/*"]},
     entry_points={"console_scripts": ["dist-vasp = dist_vasp.commands.program:main"]},
     install_requires=[
