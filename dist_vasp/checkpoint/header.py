@@ -164,7 +164,8 @@ class Header(ModelHeader):
     """The path of the shards relative to the run's folder; "" in earlier versions."""
     layout: dict[str, int] = field(default_factory=dict)
     optimizer: dict[str, float]
-    """Scalar state of the optimizers: `step` and `mu_product`."""
+    """Scalar state of the optimizers: `step` and `mu_product`; and `paths_step` and
+    `paths_mu_product` where the paths were updated in other steps than the encoder."""
     seconds_training: float = 0.0
     ease_lambda: float | None = None
     """The closed form's lambda; None in a run that is trained by steps."""
@@ -247,10 +248,13 @@ def _best_checkpoint(raw: dict[str, Any]) -> BestCheckpoint:
 
 
 def _scalars(raw: dict[str, Any]) -> dict[str, float]:
-    step, mu_product = raw["step"], raw["mu_product"]
-    if not is_number(step) or step != int(step) or not is_number(mu_product) or mu_product > 1:
-        raise ValueError(f"optimizer is at step {step!r} with mu_product {mu_product!r}")
-    return {"step": step, "mu_product": mu_product}
+    found: dict[str, float] = {}
+    for of in ("", "paths_") if "paths_step" in raw else ("",):
+        step, mu_product = raw[f"{of}step"], raw[f"{of}mu_product"]
+        if not is_number(step) or step != int(step) or not is_number(mu_product) or mu_product > 1:
+            raise ValueError(f"optimizer is at step {step!r} with mu_product {mu_product!r}")
+        found |= {f"{of}step": step, f"{of}mu_product": mu_product}
+    return found
 
 
 def _metrics(raw: dict[str, Any] | None) -> dict[str, Any] | None:

@@ -36,7 +36,7 @@ class DataConfig:
     """Users per optimizer step over all ranks; with halves each user gives two rows."""
     halves: bool | None = None
     """Split each user's items anew every epoch into halves that predict each other; null: yes,
-    except for model.kind nease, multvae and autorec."""
+    except for model.kind nease, multvae, recvae and autorec."""
     input_dropout: float = 0.0
     """Share of the inputs' interactions that is left out, drawn anew every epoch; targets keep all
     of theirs."""
@@ -53,7 +53,8 @@ class ModelKind:
 
     kind: Literal[tuple(KINDS)] = "vasp"  # type: ignore[valid-type]
     """vasp multiplies flvae and nease, which also train alone; wide_deep adds their logits; multvae
-    is a shallow variational autoencoder; autorec is an autoencoder of one hidden layer; ease is the
+    is a shallow variational autoencoder; recvae is one with a composite prior, whose encoder and
+    decoder are trained in turn; autorec is an autoencoder of one hidden layer; ease is the
     closed form and uses neither loss nor optimizer."""
 
 
@@ -90,15 +91,17 @@ class LossConfig:
     """loss: what is minimised."""
 
     kind: Literal["focal", "cosine", "mse", "bce", "multinomial", "squared"] = "focal"
-    """focal for vasp, wide_deep, flvae and nease; cosine, mse, bce for nease; multinomial for flvae
-    and multvae; squared, the squared error of a score that is no probability, for autorec."""
+    """focal for vasp, wide_deep, flvae and nease; cosine, mse, bce for nease; multinomial for
+    flvae, multvae and recvae; squared, the squared error of a score that is no probability, for
+    autorec."""
     alpha: float = 0.25
     """Focal weight of the ones; the zeros weigh 1 - alpha."""
     gamma: float = 2.0
     """Focal exponent."""
     kl_weight: float = 1.0
     """Weight of the KL divergence: mean over rows and over latent dimensions; multvae takes the sum
-    over latent dimensions."""
+    over latent dimensions; recvae takes it times the interactions of the row (the paper's gamma,
+    .005)."""
     kl_anneal_steps: int = 0
     """Steps over which the weight of the KL divergence rises linearly from 0 to kl_weight; 0: it is
     kl_weight from the start."""

@@ -9,7 +9,7 @@ Shapes: U users of the split, B rows of this rank's batch, E interactions.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ class StreamOptions:
 
     batch_size: users per step over all ranks, on average; a step has at most 2 more. lanes: parts
     of the data that are read side by side. ratings: rows carry the ratings of the shards; not with
-    halves.
+    halves. drops_inputs: whether inputs have dropout in an epoch; None: in every one.
     """
 
     batch_size: int
@@ -42,6 +42,7 @@ class StreamOptions:
     halves: bool = True
     input_dropout: float = 0.0
     ratings: bool = False
+    drops_inputs: Callable[[int], bool] | None = None
 
     def check(self, world_size: int) -> None:
         """Raise ValueError where `world_size` ranks cannot read these batches."""
@@ -140,7 +141,8 @@ class TrainStream:
             in_a = split_halves(user_keys, rows.indptr, item_keys, self.options.seed, epoch)
             inputs, targets = _both_ways(rows, in_a)
         user_keys = np.repeat(user_keys, per_user)
-        if self.options.input_dropout:
+        drops_inputs = self.options.drops_inputs
+        if self.options.input_dropout and (drops_inputs is None or drops_inputs(epoch)):
             inputs = self._drop_inputs(user_keys, inputs, epoch)
         users = self._order.users_per_lane(step_of_epoch)
         return Batch(

@@ -80,8 +80,9 @@ class ModelSize:
     """What a model holds, counted from the model itself on the meta device.
 
     items, frozen: numbers in the item matrices of the items that one rank owns, and those of them
-    without a gradient. trunk: parameters of the trunk. activations: numbers that the trunk's
-    backward keeps for a row. hidden: width of the trunk's input, 0 without one. widths: of the
+    without a gradient. trunk: parameters of the trunk. old_items, old_trunk: the same of the
+    earlier encoder that training keeps. activations: numbers that the trunk's backward keeps for a
+    row. hidden: width of the trunk's input, 0 without one. widths: of the
     sources that paths read. matrices, matrices_in_loss, paths_in_loss: how many there are.
     row_statistics: numbers per row that the loss sums over the partitions. largest: numbers of the
     largest item matrix.
@@ -98,6 +99,8 @@ class ModelSize:
     paths_in_loss: int
     row_statistics: int
     largest: int
+    old_items: int = 0
+    old_trunk: int = 0
 
     @property
     def trained(self) -> int:
@@ -126,6 +129,8 @@ def measure_size(config: Config, n_items: int, partitions: int = 1) -> ModelSize
     frozen = [p.tensor for path in parts.paths if not path.training.trained for p in path.slices()]
     inputs = parts.input.slices() if parts.input else []
     pieces = inputs + [piece for path in parts.paths for piece in path.slices()]
+    with meta:
+        earlier = kind.earlier(config, parts.storage)
     return ModelSize(
         items=sum(piece.tensor.numel() for piece in pieces),
         frozen=0 if kind.closed_form else sum(tensor.numel() for tensor in frozen),
@@ -138,6 +143,8 @@ def measure_size(config: Config, n_items: int, partitions: int = 1) -> ModelSize
         paths_in_loss=sum(path.training.in_loss for path in parts.paths),
         row_statistics=loss.row_statistics,
         largest=max(piece.tensor.numel() for piece in pieces),
+        old_items=sum(piece.tensor.numel() for piece in earlier.slices()) if earlier else 0,
+        old_trunk=sum(p.numel() for p in earlier.trunk.parameters()) if earlier else 0,
     )
 
 

@@ -38,9 +38,15 @@ class UnitLength:
 class InputSide:
     """W1 (I, H), cut by item. `scale`: of the rows of x, None where they are used as they are."""
 
-    def __init__(self, storage: Storage, hidden: int, scale: UnitLength | None = None) -> None:
+    def __init__(
+        self,
+        storage: Storage,
+        hidden: int,
+        scale: UnitLength | None = None,
+        name: str = "input.weight",
+    ) -> None:
         self.hidden, self.scale, self._kernels = hidden, scale, storage.arithmetic.kernels
-        self._slices = storage.rows("input.weight", hidden)
+        self._slices = storage.rows(name, hidden)
 
     def slices(self) -> list[ItemSlice]:
         return list(self._slices)

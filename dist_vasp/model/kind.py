@@ -6,8 +6,10 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, ClassVar
 
 from dist_vasp.kernels.interface import Arithmetic
+from dist_vasp.model.earlier import EarlierEncoder
 from dist_vasp.model.partitioned import Parts
 from dist_vasp.model.slices import Storage
+from dist_vasp.model.step import WHOLE, Phase
 from dist_vasp.model.trunk import Trunk
 
 if TYPE_CHECKING:
@@ -36,6 +38,14 @@ class Kind(ABC):
 
     def trunk(self, model: ModelConfig, arithmetic: Arithmetic) -> Trunk | None:
         """The replicated layers between input side and heads, None where there are none."""
+        return None
+
+    def phase(self, model: ModelConfig, epoch: int) -> Phase:
+        """What epoch `epoch`, counted from 0, trains: the whole model, unless a kind says less."""
+        return WHOLE
+
+    def earlier(self, config: Config, storage: Storage) -> EarlierEncoder | None:
+        """The encoder before the present phase, for a prior that reads it; None for the others."""
         return None
 
     @abstractmethod

@@ -30,8 +30,10 @@ from dist_vasp.model.sinks import Drop, Sink
 from dist_vasp.model.slices import ItemSlice, Storage
 from dist_vasp.model.sparse import ItemRows
 from dist_vasp.model.step import (
+    WHOLE,
     Activations,
     MicroBatch,
+    Phase,
     Sources,
     StepLoss,
     TrainedTrunk,
@@ -84,10 +86,10 @@ class PartitionedModel:
         pieces = self.input.slices() if self.input else []
         return pieces + [piece for path in self.paths for piece in path.slices()]
 
-    def trained_slices(self) -> list[ItemSlice]:
-        """Those that have a gradient."""
-        pieces = self.input.slices() if self.input else []
-        trained = [path for path in self.paths if path.training.trained]
+    def trained_slices(self, phase: Phase = WHOLE) -> list[ItemSlice]:
+        """Those that have a gradient in a phase, by default in any; first those of the input."""
+        pieces = self.input.slices() if self.input and phase.encoder else []
+        trained = [path for path in self.paths if path.training.trained and phase.paths]
         return pieces + [piece for path in trained for piece in path.slices()]
 
     def initialise(self, seed: int) -> None:
@@ -114,11 +116,17 @@ class PartitionedModel:
             return StepLoss(reconstruction, torch.zeros_like(reconstruction), kept)
 
         assert trunk is not None
-        with torch.enable_grad():
-            pre_BH, joined_BX, penalty_B = self._encode(trunk, rows.x, rows.noise_BL, True)
+        to_trunk = rows.phase.encoder
+        with torch.set_grad_enabled(to_trunk):
+            pre_BH, joined_BX, penalty_B = self._encode(trunk, rows, to_trunk)
         sources = self._split(all_gather(joined_BX.detach(), self.group))
         with self.group.clock("output"):
-            reconstruction, grads = self._loss_and_gradients(sources, rows, weight_G, sink)
+            reconstruction, grads = self._loss_and_gradients(
+                sources, rows, weight_G, sink, to_trunk
+            )
+        if not to_trunk:
+            kept = Activations(rows, sources, weight_G, None)
+            return StepLoss(reconstruction, torch.zeros_like(reconstruction), kept)
         grad_joined_BX = reduce_scatter(torch.cat(grads, dim=1), self.group)
 
         B = len(penalty_B)
@@ -139,8 +147,7 @@ class PartitionedModel:
         """Recompute the gradients of the item matrices for another sink, without the trunk."""
         with self.group.clock("output"):
             self._loss_and_gradients(kept.sources, kept.rows, kept.weight_G, sink, to_trunk=False)
-        if self.input is not None:
-            assert kept.grad_pre_GH is not None
+        if self.input is not None and kept.grad_pre_GH is not None:
             with self.group.clock("input"):
                 self.input.backward(kept.rows.x, kept.grad_pre_GH, sink)
 
@@ -152,14 +159,16 @@ class PartitionedModel:
         return counts.to(self._dtype) / rows.n_rows
 
     def _encode(
-        self, trunk: TrunkCall, x: ItemRows, noise_BL: Tensor | None, training: bool
+        self, trunk: TrunkCall, rows: MicroBatch, training: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         """W1 x (B, H), the sources that paths read side by side (B, X), the penalty (B,)."""
         assert self.input is not None
         with self.group.clock("input"):
-            pre_BH = self.input.forward(x, self.group, training)
+            pre_BH = self.input.forward(rows.x, self.group, training)
         pre_BH = pre_BH.requires_grad_(torch.is_grad_enabled())
-        sources, penalty_B = trunk(pre_BH, noise_BL)
+        sources, penalty_B = trunk(pre_BH, rows.noise_BL)
+        if rows.prior is not None:
+            penalty_B = rows.prior.penalty(sources)
         used = [sources[i] for i in self.source_ids]
         return pre_BH, torch.cat(used, dim=1) if len(used) > 1 else used[0], penalty_B
 
@@ -209,9 +218,11 @@ class PartitionedModel:
         """One pass over the blocks: forward, loss and backward of each, before the next.
 
         Returns this rank's part of the loss (scalar) and, `to_trunk`, of the gradient to each
-        source; both are sums over partitions still to be taken.
+        source; both are sums over partitions still to be taken. Paths that the phase does not
+        update pass no gradient to the sink.
         """
         stats, total = None, weight_G.new_zeros(())
+        sink = sink if rows.phase.paths else Drop()
         if self.loss.row_statistics:
             stats = self._row_stats(sources, rows)
             total = weight_G @ self.loss.row_loss(stats) / self.group.size
@@ -272,7 +283,7 @@ class PartitionedModel:
             return {}
         assert trunk is not None
         with self.precision.scope():
-            _, joined_BX, _ = self._encode(trunk, x, None, training=False)
+            _, joined_BX, _ = self._encode(trunk, MicroBatch(x, x, None, x.n_rows), False)
         return self._split(all_gather(joined_BX, self.group))
 
     @torch.no_grad()

@@ -10,6 +10,7 @@ from dist_vasp.model.kinds.ease import Ease, EaseKeys
 from dist_vasp.model.kinds.flvae import Flvae, FlvaeKeys
 from dist_vasp.model.kinds.multvae import MultVae
 from dist_vasp.model.kinds.nease import Nease, NeaseKeys, NeaseRates
+from dist_vasp.model.kinds.recvae import RecVae, RecVaeKeys
 from dist_vasp.model.kinds.vasp import Vasp
 from dist_vasp.model.kinds.wide_deep import WideDeep
 
@@ -18,6 +19,7 @@ _ALL: tuple[Kind, ...] = (
     WideDeep(),  # FLVAE OR NEASE: one sigmoid of the sum of their logits
     Flvae(),  # deep variational autoencoder
     MultVae(),  # shallow variational autoencoder, softmax over the items
+    RecVae(),  # the same with a composite prior, encoder and decoder trained in turn
     AutoRec(),  # autoencoder of one hidden layer, squared error
     Nease(),  # one items x items layer, trained
     Ease(),  # one items x items layer, closed form
@@ -37,7 +39,7 @@ class CheckedKeys:
 
 
 @dataclass(frozen=True)
-class ModelKeys(AutoRecKeys, NeaseKeys, EaseKeys, FlvaeKeys):
+class ModelKeys(RecVaeKeys, AutoRecKeys, NeaseKeys, EaseKeys, FlvaeKeys):
     """The keys of `model` that the kinds add."""
 
 

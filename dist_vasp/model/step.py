@@ -19,6 +19,29 @@ TrunkCall = Callable[[Tensor, Tensor | None], tuple[Sequence[Tensor], Tensor]]
 Sources = dict[int, Tensor]  # by the index of the trunk's output
 
 
+@dataclass(frozen=True)
+class Phase:
+    """What the epochs of a phase of the training update.
+
+    encoder: the input side and the trunk. Where they are not updated, inputs have no dropout and
+    the loss has no penalty. paths: the paths.
+    """
+
+    encoder: bool = True
+    paths: bool = True
+
+
+WHOLE = Phase()
+
+
+class Prior(Protocol):
+    """What the latent code of each of this rank's rows is compared with."""
+
+    def penalty(self, sources: Sequence[Tensor]) -> Tensor:
+        """Return the penalty of each row (B,), given the trunk's sources."""
+        ...
+
+
 class TrainedTrunk(Protocol):
     """A trunk in training. What enters `backward` is multiplied by `scale` before.
 
@@ -42,8 +65,9 @@ class MicroBatch:
     """Rows of one forward and backward pass.
 
     x, y: inputs and targets of the partition group, padding marked in `real_rows`. noise_BL: of
-    this rank's rows. n_rows: N. penalty_weight: of the trunk's penalty in the loss of this step.
-    Both are scalars on the device in a step that is recorded.
+    this rank's rows. n_rows: N. penalty_weight: of the penalty in the loss of this step. Both are
+    scalars on the device in a step that is recorded. phase: what the step updates. prior: gives the
+    penalty; None where the trunk does.
     """
 
     x: ItemRows
@@ -51,6 +75,8 @@ class MicroBatch:
     noise_BL: Tensor | None
     n_rows: int | Tensor
     penalty_weight: float | Tensor = 1.0
+    phase: Phase = WHOLE
+    prior: Prior | None = None
 
 
 @dataclass(frozen=True)

@@ -41,27 +41,29 @@ class Linear(nn.Linear):
 class ResidualNorm(nn.Module):
     """What follows the product of a residual layer: `Kernels.residual`."""
 
-    def __init__(self, hidden: int, arithmetic: Arithmetic) -> None:
+    def __init__(self, hidden: int, arithmetic: Arithmetic, eps: float) -> None:
         super().__init__()
-        self.kernels = arithmetic.kernels
+        self.kernels, self.eps = arithmetic.kernels, eps
         self.weight = nn.Parameter(torch.ones(hidden, dtype=arithmetic.dtype))
         self.bias = nn.Parameter(torch.zeros(hidden, dtype=arithmetic.dtype))
 
     def forward(
         self, h_BH: Tensor, bias_H: Tensor | None, sum_BH: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        norm = Norm(self.weight, self.bias, LN_EPS)
+        norm = Norm(self.weight, self.bias, self.eps)
         return self.kernels.residual(h_BH, bias_H, sum_BH, norm)
 
 
 class ResidualStack(nn.Module):
     """Densely residual layers of width H: the sum of all earlier outputs enters the next layer
-    inside swish."""
+    inside swish. eps: added to the variance in the layer normalisation."""
 
-    def __init__(self, n_layers: int, hidden: int, arithmetic: Arithmetic) -> None:
+    def __init__(
+        self, n_layers: int, hidden: int, arithmetic: Arithmetic, eps: float = LN_EPS
+    ) -> None:
         super().__init__()
         self.kernels = arithmetic.kernels
-        self.norms = nn.ModuleList(ResidualNorm(hidden, arithmetic) for _ in range(n_layers))
+        self.norms = nn.ModuleList(ResidualNorm(hidden, arithmetic, eps) for _ in range(n_layers))
         self.layers = nn.ModuleList(
             Linear(hidden, hidden, dtype=arithmetic.dtype) for _ in range(n_layers - 1)
         )

@@ -75,11 +75,12 @@ class Step:
         return {
             "process": PROCESS_BASE[self.device.type],
             "loaders": self.config.data.workers * LOADER_BASE * (self.device.type == "cpu"),
-            "item weights": FLOAT * model.items * self.padding,
-            "copies of weights in bf16": copies * (model.items * self.padding + model.trunk),
+            "item weights": FLOAT * (model.items + model.old_items) * self.padding,
+            "copies of weights in bf16": copies
+            * ((model.items + model.old_items) * self.padding + model.trunk),
             "item moments": (self.moments * model.trained + start) * self.padding,
             "item gradients": FLOAT * model.trained * (o.accumulation > 1) * self.padding,
-            "trunk weights": FLOAT * held + master,
+            "trunk weights": FLOAT * (held + model.old_trunk) + master,
             "trunk buckets": FLOAT * min(model.trunk, ZERO_BUCKET) * self.sharded,
             "trunk moments": 2 * FLOAT * model.trunk / self.trunk_share,
             "gradients of the heads": self._waiting(),
@@ -121,7 +122,9 @@ class Step:
         scalars = 8 * (5 + 3 * model.paths_in_loss)
         return {
             "ids": received * (2 * self.E + 2),
-            "input: pre-activations and their gradient": received * 2 * model.hidden,
+            "input: pre-activations and their gradient": received
+            * (3 if model.old_items else 2)
+            * model.hidden,
             "output: d, z and their gradient": received * (1 + self.word / FLOAT) * self.X,
             "output: statistics of rows": statistics * self.passes,
             "replicas: item gradients": FLOAT * replicated * model.trained,

@@ -46,7 +46,8 @@ _TRAINING = (
     ".exp_avg",
     ".exp_avg_sq",
     ".start",
-)  # moments, and what optimizer.nease_decay draws to
+    ".old",
+)  # moments, what optimizer.nease_decay draws to, and the encoder before the present phase
 _LOCAL = (
     ("data", "shards"),
     ("run", "dir"),

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -26,9 +27,10 @@ from dist_vasp.kernels.precision import choose_precision
 from dist_vasp.kernels.random import seconds_to_fill
 from dist_vasp.model.build import make_trunk, measure_size, new_model
 from dist_vasp.model.norms import SharedItems
+from dist_vasp.model.registry import kind_of
 from dist_vasp.model.sinks import AddToGrad
 from dist_vasp.model.slices import ItemSlice
-from dist_vasp.model.step import MicroBatch, StepLoss, TrunkCall
+from dist_vasp.model.step import MicroBatch, Phase, StepLoss, TrunkCall
 from dist_vasp.parallel.clock import Clock
 from dist_vasp.parallel.comm import Ranks, all_reduce
 from dist_vasp.progress import Waiting
@@ -37,17 +39,21 @@ from dist_vasp.training.item_groups import copies_and_starts, item_groups
 from dist_vasp.training.item_sinks import Norm, Update, squared
 from dist_vasp.training.lone_trunk import LoneTrunk
 from dist_vasp.training.micro_batches import MicroBatches, OverlappedTrunk
-from dist_vasp.training.optimizer import MOMENTS, SCALARS, InPlaceAdam
+from dist_vasp.training.optimizer import MOMENTS, PATHS, SCALARS, InPlaceAdam
 from dist_vasp.training.step_report import DivergedError, StepReport
 from dist_vasp.training.totals import Totals
 from dist_vasp.training.zero import ZeroTrunk
 
 
 class Trainer:
-    """The model, its trunk engine (None without a trunk) and both optimizers."""
+    """The model, its trunk engine (None without a trunk) and both optimizers.
+
+    earlier: the encoder before the present phase; None where the kind needs none.
+    """
 
     def __init__(self, config: Config, n_items: int, ranks: Ranks) -> None:
         self.config, self.ranks, self.n_items = config, ranks, n_items
+        self._kind = kind_of(config.model.kind)
         size = measure_size(config, n_items, ranks.layout.partitions)
         show = ranks.is_main
         with Waiting("compiling a first function, 5 to 15 s in all", show) as compiling:
@@ -88,6 +94,9 @@ class Trainer:
                 self.trunk = LoneTrunk(trunk, config, ranks, arithmetic)
             elif trunk:
                 self.trunk = ZeroTrunk(trunk, config, ranks, kernels)
+        self.earlier = self._kind.earlier(config, self.model.storage)
+        if self.earlier:
+            self.earlier.trunk.to(ranks.device)
         noise_width = trunk.noise_width if trunk else 0
         self.batches = MicroBatches(config, n_items, ranks, noise_width)
         self._step_trunk = (
@@ -96,6 +105,7 @@ class Trainer:
         can = self._can_be_captured()
         self._captured = CapturedStep(self._recordable, kernels) if can else None
         self._stage: int | None = None
+        self._phase: Phase | None = None
 
     def _can_be_captured(self) -> bool:
         """Whether a step is the same kernels at the same addresses in every step."""
@@ -106,6 +116,7 @@ class Trainer:
             and self.model.loss.takes_room
             and len(self.model.blocks) == 1
             and self.batches.n == 1
+            and self.earlier is None
         )
 
     def optimizers(self) -> list[InPlaceAdam]:
@@ -123,11 +134,12 @@ class Trainer:
         finite; the weights in memory are invalid then.
         """
         self._set_rate(batch.epoch)
+        phase = self._enter_phase(batch.epoch)
         self._refresh()
-        micro_batches = self.batches.receive(batch)
-        for counts in (self.item_optimizer, self.trunk):
-            if counts is not None:
-                counts.begin_step()
+        micro_batches = [replace(rows, phase=phase) for rows in self.batches.receive(batch)]
+        self.item_optimizer.begin_step([p.whole for p in self.model.trained_slices(phase)])
+        if self.trunk and phase.encoder:
+            self.trunk.begin_step()
         if self._captured is None:
             self.batches.send(following)
             totals = self._compute(micro_batches, (stop, not written))
@@ -152,10 +164,11 @@ class Trainer:
         self.model.statistics.sums.zero_()
         clip = self.config.optimizer.clip_norm
         with self.precision.scope():
-            part, squared_norm = self._gradients(micro_batches)
+            trains_trunk = self.trunk and micro_batches[0].phase.encoder
+            part, squared_norm = self._gradients([self._with_prior(m) for m in micro_batches])
             if not clip:
                 self._apply(part, len(micro_batches))
-            of_trunk = self.trunk.squared_norm() if self.trunk else None
+            of_trunk = self.trunk.squared_norm() if self.trunk and trains_trunk else None
             totals = self._totals.add_up(part, squared_norm, flags, of_trunk)
             if clip:  # the update must wait for the norm
                 scale = (clip / self._totals.norm(totals)).clamp(max=1.0)
@@ -166,15 +179,16 @@ class Trainer:
 
     def _apply(self, part: StepLoss, n_micro_batches: int) -> None:
         """Update what has not been updated as its gradient came."""
+        phase = part.activations.rows.phase
         if n_micro_batches > 1:
-            self._apply_accumulated()
+            self._apply_accumulated(phase)
         elif self.config.optimizer.clip_norm:
             if self._norm.keeps:
                 self._norm.pass_on(self._update)
             else:
                 self.model.replay(part.activations, self._update)
             self._update.end()
-        if self.trunk:
+        if self.trunk and phase.encoder:
             self.trunk.step()
 
     def _refresh(self) -> None:
@@ -216,36 +230,63 @@ class Trainer:
     def item_pieces(self, moments: bool) -> list[ItemSlice]:
         """This rank's slices of the item matrices.
 
-        With `moments` those of `NAME.exp_avg`, `NAME.exp_avg_sq` and `NAME.start` too.
+        With `moments` those of `NAME.exp_avg`, `NAME.exp_avg_sq`, `NAME.start` and `NAME.old` too.
         """
         pieces = self.model.slices()
         if not moments:
             return pieces
+        old = self.earlier.slices() if self.earlier else []
         states = [(piece, self._state_of(piece)) for piece in self.model.trained_slices()]
         moments_of = [p.like(f"{p.name}.{m}", state[m]) for p, state in states for m in MOMENTS]
         starts = [piece for path in self.model.paths for piece in path.start_slices()]
-        return pieces + moments_of + starts
+        return pieces + moments_of + starts + old
 
     def _state_of(self, piece: ItemSlice) -> dict[str, Tensor]:
         return self.item_optimizer.ensure_state(piece.whole)
 
     def trunk_tensors(self, moments: bool) -> dict[str, Tensor]:
-        """The whole trunk and, if asked, its moments; all ranks call it together."""
-        return self.trunk.tensors(moments) if self.trunk else {}
+        """The whole trunk and, if asked, its moments and the earlier trunk; all ranks call it
+        together."""
+        old = self.earlier.tensors() if self.earlier and moments else {}
+        return (self.trunk.tensors(moments) if self.trunk else {}) | old
+
+    def trunk_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every tensor that `trunk_tensors(moments=True)` gives."""
+        old = self.earlier.tensors() if self.earlier else {}
+        shapes = self.trunk.shapes(moments=True) if self.trunk else {}
+        return shapes | {name: tuple(tensor.shape) for name, tensor in old.items()}
+
+    def load_trunk(self, tensors: dict[str, Tensor]) -> None:
+        """Put back what `trunk_tensors(moments=True)` gave, after the item pieces are loaded."""
+        if self.trunk:
+            self.trunk.load(tensors)
+        if self.earlier:
+            self.earlier.load(tensors)
 
     def optimizer_scalars(self) -> dict[str, float]:
-        """The optimizers' `step` and `mu_product`: one pair for all parameters."""
-        state = self._state_of(self.model.trained_slices()[0])
-        return {name: float(state[name]) for name in SCALARS}
+        """The optimizers' `step` and `mu_product`, one pair for all parameters; where the paths
+        were updated in other steps than the encoder, theirs is `paths_step` and
+        `paths_mu_product`."""
+        pieces = self.model.trained_slices()
+        first, last = (self._state_of(piece) for piece in (pieces[0], pieces[-1]))
+        scalars = {name: float(first[name]) for name in SCALARS}
+        of_paths = {f"{PATHS}{name}": float(last[name]) for name in SCALARS}
+        return scalars if [*scalars.values()] == [*of_paths.values()] else scalars | of_paths
 
     def load_scalars(self, scalars: dict[str, float], epoch: int) -> None:
-        """Restore `optimizer_scalars`, and remember the schedule's stage that `epoch`, the last one
-        trained in, lies in."""
-        states = [self._state_of(piece) for piece in self.model.trained_slices()]
+        """Restore `optimizer_scalars`, and remember the schedule's stage and the phase that
+        `epoch`, the last one trained in, lies in."""
+        of_encoder = self.model.trained_slices(Phase(paths=False))
+        of_paths = self.model.trained_slices(Phase(encoder=False))
+        states = [self._state_of(piece) for piece in of_encoder]
         for state in states + (self.trunk.ensure_state() if self.trunk else []):
             for name in SCALARS:
                 state[name].fill_(scalars[name])
+        for state in [self._state_of(piece) for piece in of_paths]:
+            for name in SCALARS:
+                state[name].fill_(scalars.get(f"{PATHS}{name}", scalars[name]))
         self._stage = self.config.stage(epoch)
+        self._phase = self._kind.phase(self.config.model, epoch)
         self._copies_are_current = False  # the weights were loaded, too
         if self._captured:
             self._captured.forget()
@@ -267,6 +308,21 @@ class Trainer:
             self._captured.forget()  # rates are numbers of Python in a recorded step
         self._stage = stage
 
+    def _enter_phase(self, epoch: int) -> Phase:
+        """The phase of `epoch`. Where one begins that updates the encoder, the encoder is copied
+        for the prior."""
+        phase = self._kind.phase(self.config.model, epoch)
+        if self.earlier and self.model.input and phase.encoder and phase != self._phase:
+            self.earlier.take(self.model.input.slices(), self.trunk_tensors(moments=False))
+        self._phase = phase
+        return phase
+
+    def _with_prior(self, rows: MicroBatch) -> MicroBatch:
+        """The rows, with the prior of their latent codes where the penalty needs one."""
+        if self.earlier is None or not rows.phase.encoder:
+            return rows
+        return replace(rows, prior=self.earlier.prior(rows.y, self.ranks.partition_group))
+
     def _accumulate(self, micro_batches: list[MicroBatch]) -> tuple[StepLoss, Tensor]:
         """Keep the gradients of all micro-batches in `.grad`, summed over the replicas.
 
@@ -278,17 +334,17 @@ class Trainer:
         for i, rows in enumerate(micro_batches):
             part = self.model.gradients(self._step_trunk, rows, self._accumulated)
             reconstruction, penalty = reconstruction + part.reconstruction, penalty + part.penalty
-            if self.trunk and i + 1 < len(micro_batches):
+            if self.trunk and rows.phase.encoder and i + 1 < len(micro_batches):
                 self.trunk.step()  # counts the micro-batch; the update comes at the last one
-        for piece in self.model.trained_slices():
+        for piece in self.model.trained_slices(rows.phase):
             assert piece.whole.grad is not None
             piece.whole.grad = all_reduce(piece.whole.grad, self.ranks.replica_group)
             squared_norm += squared(piece.whole.grad)
         return StepLoss(reconstruction, penalty, part.activations), squared_norm
 
-    def _apply_accumulated(self) -> None:
+    def _apply_accumulated(self, phase: Phase) -> None:
         """Update the item matrices from their `.grad`, which is summed over the replicas."""
-        for piece in self.model.trained_slices():
+        for piece in self.model.trained_slices(phase):
             grad = piece.whole.grad
             assert grad is not None
             piece.whole.grad = None

@@ -28,6 +28,7 @@ from dist_vasp.training.plain_update import SMALL, PlainUpdate
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 SCALARS = ("step", "mu_product")
+PATHS = "paths_"  # before the scalars of paths that were updated in other steps than the encoder
 
 
 class InPlaceAdam(torch.optim.Optimizer):
@@ -104,10 +105,13 @@ class InPlaceAdam(torch.optim.Optimizer):
                 m, v = (self.state[p][name] for name in MOMENTS)
                 self._plain.apply(p, p.grad, m, v, self._factors[p], self.grad_scale)
 
-    def begin_step(self) -> None:
-        """Count a step for every parameter at once; `update` then takes their gradients piece by
-        piece."""
+    def begin_step(self, trained: Iterable[Tensor] | None = None) -> None:
+        """Count a step for every parameter at once, or for the groups of those that are `trained`;
+        `update` then takes their gradients piece by piece."""
         groups = [group for group in self.param_groups if group["params"]]
+        if trained is not None:
+            ids = {id(p) for p in trained}
+            groups = [group for group in groups if id(group["params"][0]) in ids]
         numbers = [self._advance(group["params"], group["lr"]) for group in groups]
         own = torch.tensor(numbers, dtype=torch.float64)
         if self._kernels.updates_alone:

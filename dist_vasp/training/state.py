@@ -209,10 +209,8 @@ def resume(trainer: Trainer, stream: TrainStream, folder: Path, ranks: Ranks) ->
         _check_same_run(trainer.config, stream, opened)
     verify(opened, ranks)
     with agreed(ranks):
-        shapes = trainer.trunk.shapes(moments=True) if trainer.trunk else {}
-        tensors = load_weights(opened, trainer.item_pieces(True), shapes)
-    if trainer.trunk:
-        trainer.trunk.load(tensors)
+        tensors = load_weights(opened, trainer.item_pieces(True), trainer.trunk_shapes())
+    trainer.load_trunk(tensors)
     epoch = max(opened.step - 1, 0) // stream.steps_per_epoch
     trainer.load_scalars(opened.header.optimizer, epoch)
     opened.close()
