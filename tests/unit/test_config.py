@@ -224,7 +224,8 @@ def test_halves_follow_the_model_unless_said_otherwise():
         True,
         False,
     ]
-    assert not command_line("--model.kind=multvae", "--loss.kind=multinomial").halves
+    for kind in ("multvae", "recvae"):
+        assert not command_line(f"--model.kind={kind}", "--loss.kind=multinomial").halves
     assert command_line("--model.kind=nease", "--data.halves=true").halves is True
     assert command_line("--data.halves=false").halves is False
     assert command_line("--data.halves=null").halves is True

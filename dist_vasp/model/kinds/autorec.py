@@ -57,7 +57,7 @@ class AutoRecTrunk(Trunk):
         self, pre_BH: Tensor, noise_BL: Tensor | None = None
     ) -> tuple[tuple[Tensor], Tensor]:
         h_BH = self.precision.cast(pre_BH + self.input_bias)
-        return (h_BH if self.linear else torch.sigmoid(h_BH),), pre_BH.new_zeros(len(pre_BH))
+        return (h_BH if self.linear else torch.sigmoid(h_BH),), pre_BH.new_zeros(pre_BH.shape[:1])
 
 
 class AutoRec(Kind):

@@ -84,7 +84,7 @@ class RecVaeTrunk(Trunk):
         self, pre_BH: Tensor, noise_BL: Tensor | None = None
     ) -> tuple[tuple[Tensor, ...], Tensor]:
         mu_BL, logvar_BL = self.posterior(pre_BH)
-        nothing_B = pre_BH.new_zeros(len(pre_BH))
+        nothing_B = pre_BH.new_zeros(pre_BH.shape[:1])
         if noise_BL is None:
             return (self.precision.cast(mu_BL),), nothing_B
         z_BL = mu_BL + torch.exp(logvar_BL / 2) * noise_BL

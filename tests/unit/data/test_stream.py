@@ -200,6 +200,15 @@ def test_input_dropout_of_whole_rows_leaves_the_targets_whole(folders):
     assert any(set(x) < set(y) for _, x, y in rows)
 
 
+def test_input_dropout_holds_in_the_epochs_that_ask_for_it(folders):
+    options = {**OPTIONS, "input_dropout": 0.4, "drops_inputs": lambda epoch: epoch % 2 == 1}
+    stream = TrainStream(folders / "16", StreamOptions(**options, halves=False))
+    for epoch in range(4):
+        steps = range(epoch * stream.steps_per_epoch, (epoch + 1) * stream.steps_per_epoch)
+        rows = [row for step in steps for row in triples(stream.batch(step))]
+        assert all(x == y for _, x, y in rows) == (epoch % 2 == 0)
+
+
 def test_without_halves_a_row_is_its_own_target(folders):
     steps = read_epochs(folders / "16", 1, 3, halves=False, **OPTIONS)
     rows = [t for ranks in steps for r in ranks for t in r]

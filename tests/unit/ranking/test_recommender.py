@@ -26,10 +26,11 @@ from torch.utils._pytree import tree_leaves
 from dist_vasp import Recommender
 from dist_vasp.checkpoint.json_header import header_sha256
 from dist_vasp.config.schema import Config, ModelConfig
-from dist_vasp.model.build import build_model
+from dist_vasp.model.build import build_model, make_trunk
 from dist_vasp.parallel.comm import form_groups
 from dist_vasp.parallel.partition import Layout
 from dist_vasp.ranking import recommender as module
+from dist_vasp.ranking.export import write_program
 from dist_vasp.ranking.scoring import TrainedModel
 from dist_vasp.tensor_file import map_tensors, write_safetensors
 from tests.oracles.dense import dense_rows
@@ -512,6 +513,12 @@ def test_the_trunk_as_a_program(runs, tmp_path):
     with pytest.raises(ValueError, match="trunk is 'onnx', expected torch_export or None"):
         r.export(tmp_path / "none", trunk="onnx")
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("kind", ["multvae", "autorec"])
+def test_other_trunks_as_programs(tmp_path, kind):
+    trunk = make_trunk(ModelConfig(kind=kind, hidden=6, latent=3), 1)
+    assert write_program(trunk, tmp_path / "trunk.pt2")  # it compares both
 
 
 def test_an_export_holds_the_items_of_its_weights(runs, tmp_path, monkeypatch):
