@@ -115,6 +115,8 @@ CHANGED = {
         "nease_offset": -8.0,
         "nease": "apart",
         "autorec_encoder": "identity",
+        "recvae_encoder_epochs": 2,
+        "recvae_decoder_epochs": 4,
     },
     "search": {
         "ease_user_exponent": [0.0, -0.5],

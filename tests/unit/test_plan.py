@@ -13,6 +13,7 @@ import pytest
 from dist_vasp.config.schema import (
     Config,
     DataConfig,
+    LossConfig,
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
@@ -21,6 +22,7 @@ from dist_vasp.config.schema import (
 )
 from dist_vasp.data.stream import StreamOptions, TrainStream
 from dist_vasp.model.build import measure_size
+from dist_vasp.model.registry import kind_of
 from dist_vasp.plan.estimate import make_plan, smallest_that_fits
 from dist_vasp.plan.rates import Rates
 from dist_vasp.plan.terms import CPU, Device, Sizes
@@ -37,6 +39,7 @@ def _config(
     return Config(
         data=DataConfig(shards=str(folder), batch_size=96),
         model=ModelConfig(kind=kind, **SIZES),
+        loss=LossConfig(kind=(*kind_of(kind).losses, "focal")[0]),
         optimizer=OptimizerConfig(schedule=[Stage(10, 1e-3)], **(optimizer or {})),
         parallel=ParallelConfig(lanes=48, **parallel),
         run=RunConfig(seed=1),
@@ -58,7 +61,7 @@ def _moved(ranks, config: Config):
     from dist_vasp.training.zero import watch_traffic
 
     d, p = config.data, config.parallel
-    options = StreamOptions(d.batch_size, p.lanes, seed=1)
+    options = StreamOptions(d.batch_size, p.lanes, seed=1, halves=config.halves)
     stream = TrainStream(d.shards, options, ranks.rank, ranks.world_size)
     trainer = Trainer(config, stream.n_items, ranks)
     of_trunk: list[int] = []
@@ -76,14 +79,21 @@ def _moved(ranks, config: Config):
 
 
 @pytest.mark.parametrize(
-    ("world", "replicas", "stage", "options"),
-    [(2, 1, 1, {}), (3, 1, 0, {"accumulation": 2}), (4, 2, 2, {"clip_norm": 0.5}), (2, 1, 3, {})],
+    ("kind", "world", "replicas", "stage", "options"),
+    [
+        ("vasp", 2, 1, 1, {}),
+        ("vasp", 3, 1, 0, {"accumulation": 2}),
+        ("vasp", 4, 2, 2, {"clip_norm": 0.5}),
+        ("vasp", 2, 1, 3, {}),
+        ("recvae", 3, 1, 0, {}),  # an epoch of its encoder
+    ],
 )
-def test_bytes_moved_are_those_of_a_real_epoch(tmp_path, world, replicas, stage, options):
+def test_bytes_moved_are_those_of_a_real_epoch(tmp_path, kind, world, replicas, stage, options):
     """To the byte for the item layers, whose collectives are ours; the engine's send some scalars
     besides and pad."""
     config = _config(
         _folder(tmp_path / "d", 211, [20] * 400),
+        kind,
         optimizer=options,
         replicas=replicas,
         zero_stage=stage,
@@ -142,7 +152,7 @@ def _peak(ranks, config: Config) -> tuple[float, float]:
     from dist_vasp.training.engine import Trainer
 
     d, p = config.data, config.parallel
-    options = StreamOptions(d.batch_size, p.lanes, seed=1)
+    options = StreamOptions(d.batch_size, p.lanes, seed=1, halves=config.halves)
     stream = TrainStream(d.shards, options, ranks.rank, ranks.world_size)
     trainer = Trainer(config, stream.n_items, ranks)
     batches = [stream.batch(step) for step in range(6)]
