@@ -70,7 +70,7 @@ def _check_java() -> None:
 
 
 def cause(error: BaseException) -> str:
-    """Return the first line of what went wrong in Spark, without the trace of its calls."""
+    """Return one line on what went wrong in Spark: of a Python task, the last of its traceback."""
     java = getattr(error, "java_exception", None)
     text = str(error)
     if java is not None:
@@ -78,13 +78,11 @@ def cause(error: BaseException) -> str:
             java = java.getCause()
         text = str(java.getMessage())
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    python = [i for i, line in enumerate(lines) if line.startswith("Traceback")]
-    if python:  # of a task: the last line of its traceback
-        after = lines[python[-1] + 1 :]
-        lines = [line for line in after if not line.startswith(("at ", "File "))][-1:] or lines
-        ends = [i for i, line in enumerate(after) if line.startswith("at ")]
-        lines = after[: ends[0]][-1:] if ends else after[-1:]
-    return one_line(lines[0] if lines else type(error).__name__)[:500]
+    calls = [i for i, line in enumerate(lines) if line.startswith("at ")]  # of Java
+    lines = lines[: calls[0]] if calls and calls[0] else lines
+    is_traceback = any(line.startswith("Traceback") for line in lines)
+    named = lines[-1 if is_traceback else 0] if lines else type(error).__name__
+    return one_line(named)[:500]
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from functools import partial
 from types import SimpleNamespace
@@ -148,6 +149,29 @@ def test_a_folder_that_tasks_do_not_see(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(engine, "_sees", lambda *_: False)
     assert run(source, tmp_path / "out", "--protocol", "hashed", "--engine", "spark") == 2
     assert "is not on a file system that the driver and all exec" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["in"]
+
+
+def test_a_failure_of_spark_is_one_line(tmp_path, monkeypatch, capsys):
+    lost = """Job aborted due to stage failure. Traceback follows:
+    Traceback (most recent call last):
+      File "tasks.py", line 3, in rows
+    KeyError: 'a bug'
+
+        at org.apache.spark.api.python.BasePythonRunner
+    """
+
+    def fail(*_):
+        raise type("PythonException", (Exception,), {"__module__": "pyspark.errors"})(lost)
+
+    source = write_parts(tmp_path / "in", rows(), "csv")
+    monkeypatch.setattr(engine, "session", pretend_spark.session)
+    monkeypatch.setattr(pretend_spark.Frame, "repartition", fail)
+    assert run(source, tmp_path / "out", "--protocol", "hashed", "--engine", "spark") == 1
+    told = capsys.readouterr().err
+    assert re.fullmatch(
+        r"error: Spark failed while reading 4 files.* \(KeyError: 'a bug'\)\n", told
+    )
     assert [p.name for p in tmp_path.iterdir()] == ["in"]
 
 
