@@ -31,7 +31,7 @@ from data_tools.readers import Source, TableSource
 from data_tools.shards import Shard, count_shard, shards_of, write_shard
 from data_tools.spark.parts import gather
 from data_tools.spark.session import session, stage
-from data_tools.spark.tasks import PartGrouping, Reading, clear, read_reports
+from data_tools.spark.tasks import PartGrouping, Reading, Salted, clear, read_reports
 from data_tools.writer import split_entry
 from dist_vasp.data.manifest import ShardEntry, SplitEntry
 from dist_vasp.data.tables.read import Table
@@ -75,7 +75,7 @@ class SparkEngine:
                 "--engine spark reads tables, but the format of the input is netflix; pass "
                 "--engine local"
             )
-        table = source.table
+        table, folder = source.table, folder.absolute()  # executors work in folders of their own
         everything = range(len(table.files))
         peeked = table.part(everything)
         first = next(iter(peeked.batches()), None)
@@ -106,8 +106,8 @@ class SparkEngine:
             seen = context.parallelize(range(n), n).map(partial(_sees, folder)).collect()
         if not all(seen):
             raise ValueError(
-                f"{folder.parent.parent} is not on a file system that the driver and all executors "
-                "share; choose another place for OUT_DIR"
+                "OUT_DIR is not on a file system that the driver and all executors share (an "
+                f"executor does not see {folder}); choose another place"
             )
 
     def _group(
@@ -156,7 +156,8 @@ class SparkEngine:
             ]
         )
         ddl = ", ".join(f"{field.name} {_DDL[field.type]}" for field in schema)
-        reading = Reading(table, grouping, schema, self._salts(n_parts), self._seed, folder)
+        salted = Salted(schema, self._salts(n_parts), self._seed)
+        reading = Reading(table, grouping, salted, folder, Path.cwd())
         parts = PartGrouping(grouping, n_parts, folder)
         with stage(f"reading {n_pieces:,} files, grouping their rows by user in {n_parts:,} parts"):
             rows = spark.range(0, n_pieces, 1, n_pieces).mapInArrow(reading.rows, ddl)
@@ -202,7 +203,7 @@ class SparkEngine:
         context = self._spark.sparkContext
         with stage(f"{doing} {len(shards):,} shards of {split}"):
             make = context.broadcast(plan.maker(split))
-            task = _ShardTask(data.store, make, folder)
+            task = _ShardTask(data.store, make, folder and folder.absolute())
             # a task costs more than a small shard
             n_tasks = min(len(shards), _TASKS_PER_CORE * context.defaultParallelism)
             entries = context.parallelize(shards, n_tasks).map(task).collect()

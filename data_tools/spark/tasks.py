@@ -13,6 +13,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -75,13 +76,14 @@ class Reading:
 
     table: Table  # each of its files is a piece
     grouping: Grouping
-    schema: pa.Schema  # of the rows that it yields
-    salts: list[int]  # by part: a value that Spark's hash sends there
-    seed: int
+    salted: Salted
     folder: Path
+    home: Path  # where the driver works; names of the input may be relative to it
 
     def rows(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         """Yield the rows of all pieces; a report on each is written to the folder."""
+        with suppress(OSError):  # the input may have absolute names
+            os.chdir(self.home)
         for batch in batches:
             for number in batch.column(0).to_pylist():
                 yield from self._read(number)
@@ -94,10 +96,10 @@ class Reading:
                 kept = kept_rows(batch, self.grouping.rule, summary)
                 extra = extra_columns(kept, self.grouping.extra)
                 if len(kept):
-                    report.texts = self._unexpected_texts(kept)
+                    report.texts = self.salted.unexpected_texts(kept)
                     if report.texts:
                         break
-                    yield self._rows(kept, extra, position)
+                    yield self.salted.rows(kept, extra, position)
                 position += len(kept)
         except ValueError as error:
             report.error = str(error)
@@ -106,16 +108,27 @@ class Reading:
         report.unused, report.n_broken = table.unused, table.n_broken
         report.write(self.folder, number)
 
-    def _unexpected_texts(self, batch: pa.RecordBatch) -> list[str]:
+
+@dataclass(frozen=True)
+class Salted:
+    """Rows with what Spark shuffles and sorts by."""
+
+    schema: pa.Schema
+    salts: list[int]  # by part: a value that Spark's hash sends there
+    seed: int
+
+    def unexpected_texts(self, batch: pa.RecordBatch) -> list[str]:
+        """Return those of user and item that are text, but numbers in the schema."""
         return [
             role
             for role in ("user", "item")
             if pa.types.is_integer(self.schema.field(role).type) and ids.is_text(batch[role].type)
         ]
 
-    def _rows(
+    def rows(
         self, batch: pa.RecordBatch, extra: dict[str, pa.Array], position: int
     ) -> pa.RecordBatch:
+        """Return the rows, of which the first has this position in the input."""
         columns = {role: batch[role] for role in ("user", "item")}
         distinct = batch["user"].cast(self.schema.field("user").type).dictionary_encode()
         hashes = hash64(self.seed, keys_of_ids(distinct.dictionary))[np.asarray(distinct.indices)]

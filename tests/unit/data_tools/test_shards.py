@@ -95,10 +95,11 @@ def test_one_text_among_numbers_makes_all_ids_text(tmp_path, monkeypatch, capsys
     source = write_parts(tmp_path / "in", table, "csv")
     (source / "part-9.csv").write_text("user,item,rating,timestamp,split\n007,8,5,1,train\n")
     monkeypatch.setattr(engine, "session", pretend_spark.session)
-    words = [source, "--protocol", "hashed", "--min_items", 1]
-    assert run(*words, tmp_path / "local") == 0
+    monkeypatch.chdir(tmp_path)  # tasks run elsewhere
+    words = [source.name, "--protocol", "hashed", "--min_items", 1]
+    assert run(*words, "local") == 0
     capsys.readouterr()
-    assert run(*words, tmp_path / "spark", "--engine", "spark") == 0
+    assert run(*words, "spark", "--engine", "spark") == 0
     assert "some ids of the column user are text; again" in capsys.readouterr().out
     assert contents(tmp_path / "local") == contents(tmp_path / "spark")
 
@@ -148,7 +149,7 @@ def test_a_folder_that_tasks_do_not_see(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(engine, "session", pretend_spark.session)
     monkeypatch.setattr(engine, "_sees", lambda *_: False)
     assert run(source, tmp_path / "out", "--protocol", "hashed", "--engine", "spark") == 2
-    assert "is not on a file system that the driver and all exec" in capsys.readouterr().err
+    assert "OUT_DIR is not on a file system that the driver and all exec" in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["in"]
 
 
