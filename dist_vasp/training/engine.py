@@ -27,7 +27,6 @@ from dist_vasp.kernels.precision import choose_precision
 from dist_vasp.kernels.random import seconds_to_fill
 from dist_vasp.model.build import make_trunk, measure_size, new_model
 from dist_vasp.model.norms import SharedItems
-from dist_vasp.model.registry import kind_of
 from dist_vasp.model.sinks import AddToGrad
 from dist_vasp.model.slices import ItemSlice
 from dist_vasp.model.step import MicroBatch, Phase, StepLoss, TrunkCall
@@ -40,20 +39,17 @@ from dist_vasp.training.item_sinks import Norm, Update, squared
 from dist_vasp.training.lone_trunk import LoneTrunk
 from dist_vasp.training.micro_batches import MicroBatches, OverlappedTrunk
 from dist_vasp.training.optimizer import MOMENTS, PATHS, SCALARS, InPlaceAdam
+from dist_vasp.training.phases import Phases
 from dist_vasp.training.step_report import DivergedError, StepReport
 from dist_vasp.training.totals import Totals
 from dist_vasp.training.zero import ZeroTrunk
 
 
 class Trainer:
-    """The model, its trunk engine (None without a trunk) and both optimizers.
-
-    earlier: the encoder before the present phase; None where the kind needs none.
-    """
+    """The model, its trunk engine (None without a trunk) and both optimizers."""
 
     def __init__(self, config: Config, n_items: int, ranks: Ranks) -> None:
         self.config, self.ranks, self.n_items = config, ranks, n_items
-        self._kind = kind_of(config.model.kind)
         size = measure_size(config, n_items, ranks.layout.partitions)
         show = ranks.is_main
         with Waiting("compiling a first function, 5 to 15 s in all", show) as compiling:
@@ -94,9 +90,7 @@ class Trainer:
                 self.trunk = LoneTrunk(trunk, config, ranks, arithmetic)
             elif trunk:
                 self.trunk = ZeroTrunk(trunk, config, ranks, kernels)
-        self.earlier = self._kind.earlier(config, self.model.storage)
-        if self.earlier:
-            self.earlier.trunk.to(ranks.device)
+        self._phases = Phases(config, self.model, ranks)
         noise_width = trunk.noise_width if trunk else 0
         self.batches = MicroBatches(config, n_items, ranks, noise_width)
         self._step_trunk = (
@@ -105,7 +99,6 @@ class Trainer:
         can = self._can_be_captured()
         self._captured = CapturedStep(self._recordable, kernels) if can else None
         self._stage: int | None = None
-        self._phase: Phase | None = None
 
     def _can_be_captured(self) -> bool:
         """Whether a step is the same kernels at the same addresses in every step."""
@@ -116,7 +109,7 @@ class Trainer:
             and self.model.loss.takes_room
             and len(self.model.blocks) == 1
             and self.batches.n == 1
-            and self.earlier is None
+            and self._phases.earlier is None
         )
 
     def optimizers(self) -> list[InPlaceAdam]:
@@ -134,7 +127,7 @@ class Trainer:
         finite; the weights in memory are invalid then.
         """
         self._set_rate(batch.epoch)
-        phase = self._enter_phase(batch.epoch)
+        phase = self._phases.enter(batch.epoch, lambda: self.trunk_tensors(moments=False))
         self._refresh()
         micro_batches = [replace(rows, phase=phase) for rows in self.batches.receive(batch)]
         self.item_optimizer.begin_step([p.whole for p in self.model.trained_slices(phase)])
@@ -165,7 +158,9 @@ class Trainer:
         clip = self.config.optimizer.clip_norm
         with self.precision.scope():
             trains_trunk = self.trunk and micro_batches[0].phase.encoder
-            part, squared_norm = self._gradients([self._with_prior(m) for m in micro_batches])
+            part, squared_norm = self._gradients(
+                [self._phases.with_prior(m) for m in micro_batches]
+            )
             if not clip:
                 self._apply(part, len(micro_batches))
             of_trunk = self.trunk.squared_norm() if self.trunk and trains_trunk else None
@@ -235,11 +230,10 @@ class Trainer:
         pieces = self.model.slices()
         if not moments:
             return pieces
-        old = self.earlier.slices() if self.earlier else []
         states = [(piece, self._state_of(piece)) for piece in self.model.trained_slices()]
         moments_of = [p.like(f"{p.name}.{m}", state[m]) for p, state in states for m in MOMENTS]
         starts = [piece for path in self.model.paths for piece in path.start_slices()]
-        return pieces + moments_of + starts + old
+        return pieces + moments_of + starts + self._phases.slices()
 
     def _state_of(self, piece: ItemSlice) -> dict[str, Tensor]:
         return self.item_optimizer.ensure_state(piece.whole)
@@ -247,21 +241,19 @@ class Trainer:
     def trunk_tensors(self, moments: bool) -> dict[str, Tensor]:
         """The whole trunk and, if asked, its moments and the earlier trunk; all ranks call it
         together."""
-        old = self.earlier.tensors() if self.earlier and moments else {}
+        old = self._phases.tensors() if moments else {}
         return (self.trunk.tensors(moments) if self.trunk else {}) | old
 
     def trunk_shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every tensor that `trunk_tensors(moments=True)` gives."""
-        old = self.earlier.tensors() if self.earlier else {}
         shapes = self.trunk.shapes(moments=True) if self.trunk else {}
-        return shapes | {name: tuple(tensor.shape) for name, tensor in old.items()}
+        return shapes | {name: tuple(t.shape) for name, t in self._phases.tensors().items()}
 
     def load_trunk(self, tensors: dict[str, Tensor]) -> None:
         """Put back what `trunk_tensors(moments=True)` gave, after the item pieces are loaded."""
         if self.trunk:
             self.trunk.load(tensors)
-        if self.earlier:
-            self.earlier.load(tensors)
+        self._phases.load(tensors)
 
     def optimizer_scalars(self) -> dict[str, float]:
         """The optimizers' `step` and `mu_product`, one pair for all parameters; where the paths
@@ -286,7 +278,7 @@ class Trainer:
             for name in SCALARS:
                 state[name].fill_(scalars.get(f"{PATHS}{name}", scalars[name]))
         self._stage = self.config.stage(epoch)
-        self._phase = self._kind.phase(self.config.model, epoch)
+        self._phases.resume(epoch)
         self._copies_are_current = False  # the weights were loaded, too
         if self._captured:
             self._captured.forget()
@@ -307,21 +299,6 @@ class Trainer:
         if self._captured and self._stage != stage:
             self._captured.forget()  # rates are numbers of Python in a recorded step
         self._stage = stage
-
-    def _enter_phase(self, epoch: int) -> Phase:
-        """The phase of `epoch`. Where one begins that updates the encoder, the encoder is copied
-        for the prior."""
-        phase = self._kind.phase(self.config.model, epoch)
-        if self.earlier and self.model.input and phase.encoder and phase != self._phase:
-            self.earlier.take(self.model.input.slices(), self.trunk_tensors(moments=False))
-        self._phase = phase
-        return phase
-
-    def _with_prior(self, rows: MicroBatch) -> MicroBatch:
-        """The rows, with the prior of their latent codes where the penalty needs one."""
-        if self.earlier is None or not rows.phase.encoder:
-            return rows
-        return replace(rows, prior=self.earlier.prior(rows.y, self.ranks.partition_group))
 
     def _accumulate(self, micro_batches: list[MicroBatch]) -> tuple[StepLoss, Tensor]:
         """Keep the gradients of all micro-batches in `.grad`, summed over the replicas.
