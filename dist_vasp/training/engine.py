@@ -38,8 +38,9 @@ from dist_vasp.training.item_groups import copies_and_starts, item_groups
 from dist_vasp.training.item_sinks import Norm, Update, squared
 from dist_vasp.training.lone_trunk import LoneTrunk
 from dist_vasp.training.micro_batches import MicroBatches, OverlappedTrunk
-from dist_vasp.training.optimizer import MOMENTS, PATHS, SCALARS, InPlaceAdam
+from dist_vasp.training.optimizer import MOMENTS, InPlaceAdam
 from dist_vasp.training.phases import Phases
+from dist_vasp.training.scalars import restore_scalars, scalars_of
 from dist_vasp.training.step_report import DivergedError, StepReport
 from dist_vasp.training.totals import Totals
 from dist_vasp.training.zero import ZeroTrunk
@@ -158,9 +159,8 @@ class Trainer:
         clip = self.config.optimizer.clip_norm
         with self.precision.scope():
             trains_trunk = self.trunk and micro_batches[0].phase.encoder
-            part, squared_norm = self._gradients(
-                [self._phases.with_prior(m) for m in micro_batches]
-            )
+            micro_batches = [self._phases.with_prior(rows) for rows in micro_batches]
+            part, squared_norm = self._gradients(micro_batches)
             if not clip:
                 self._apply(part, len(micro_batches))
             of_trunk = self.trunk.squared_norm() if self.trunk and trains_trunk else None
@@ -256,27 +256,19 @@ class Trainer:
         self._phases.load(tensors)
 
     def optimizer_scalars(self) -> dict[str, float]:
-        """The optimizers' `step` and `mu_product`, one pair for all parameters; where the paths
-        were updated in other steps than the encoder, theirs is `paths_step` and
-        `paths_mu_product`."""
+        """The steps that the optimizers have made, and what follows from them (scalars.py)."""
         pieces = self.model.trained_slices()
-        first, last = (self._state_of(piece) for piece in (pieces[0], pieces[-1]))
-        scalars = {name: float(first[name]) for name in SCALARS}
-        of_paths = {f"{PATHS}{name}": float(last[name]) for name in SCALARS}
-        return scalars if [*scalars.values()] == [*of_paths.values()] else scalars | of_paths
+        return scalars_of(self._state_of(pieces[0]), self._state_of(pieces[-1]))
 
     def load_scalars(self, scalars: dict[str, float], epoch: int) -> None:
         """Restore `optimizer_scalars`, and remember the schedule's stage and the phase that
         `epoch`, the last one trained in, lies in."""
-        of_encoder = self.model.trained_slices(Phase(paths=False))
-        of_paths = self.model.trained_slices(Phase(encoder=False))
-        states = [self._state_of(piece) for piece in of_encoder]
-        for state in states + (self.trunk.ensure_state() if self.trunk else []):
-            for name in SCALARS:
-                state[name].fill_(scalars[name])
-        for state in [self._state_of(piece) for piece in of_paths]:
-            for name in SCALARS:
-                state[name].fill_(scalars.get(f"{PATHS}{name}", scalars[name]))
+        encoder, paths = (
+            [self._state_of(piece) for piece in self.model.trained_slices(phase)]
+            for phase in (Phase(paths=False), Phase(encoder=False))
+        )
+        trunk = self.trunk.ensure_state() if self.trunk else []
+        restore_scalars(scalars, encoder + trunk, paths)
         self._stage = self.config.stage(epoch)
         self._phases.resume(epoch)
         self._copies_are_current = False  # the weights were loaded, too

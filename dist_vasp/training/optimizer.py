@@ -28,7 +28,6 @@ from dist_vasp.training.plain_update import SMALL, PlainUpdate
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 SCALARS = ("step", "mu_product")
-PATHS = "paths_"  # before the scalars of paths that were updated in other steps than the encoder
 
 
 class InPlaceAdam(torch.optim.Optimizer):
