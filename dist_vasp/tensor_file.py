@@ -1,4 +1,5 @@
-"""Read and write safetensors files of fp32 tensors: a length, a JSON header and the raw numbers.
+"""Read and write safetensors files of fp32 and int32 tensors: a length, a JSON header and the raw
+numbers.
 
 The header is checked against the file's size before it is used. A file is read through one open
 descriptor, so that the bytes that were verified are those that are mapped or copied, even if the
@@ -27,6 +28,8 @@ MOST_TENSORS = 1 << 16  # of a file
 _LARGEST_HEADER = 32 << 20  # bytes
 _MOST_DIMENSIONS = 8
 _LARGEST_SIZE = 1 << 48
+_DTYPES = {"F32": torch.float32, "I32": torch.int32}  # 4 bytes each
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class Stored:
     shape: tuple[int, ...]
     start: int  # byte in the file
     end: int
+    dtype: torch.dtype = torch.float32
 
 
 class TensorFile:
@@ -63,7 +67,7 @@ class TensorFile:
             row = 4 * math.prod(shape[1:])
             start, end = start + first * row, start + last * row
             shape = (last - first, *shape[1:])
-        tensor = torch.empty(shape, dtype=torch.float32)
+        tensor = torch.empty(shape, dtype=stored.dtype)
         if tensor.numel():
             view = tensor.numpy().reshape(-1).view("u1").data
             while start < end:
@@ -85,9 +89,9 @@ class TensorFile:
                 # "the buffer is not writable": nothing writes to it
                 warnings.simplefilter("ignore", UserWarning)
                 flat = (
-                    torch.frombuffer(pages, dtype=torch.float32, count=n, offset=stored.start)
+                    torch.frombuffer(pages, dtype=stored.dtype, count=n, offset=stored.start)
                     if n
-                    else torch.zeros(0)
+                    else torch.zeros(0, dtype=stored.dtype)
                 )
             tensors[name] = flat.view(stored.shape)
         return tensors, pages
@@ -124,8 +128,9 @@ def _parse_header(descriptor: int) -> dict[str, Stored]:
 def _stored(name: str, entry: Any, begin: int) -> Stored:
     if not isinstance(entry, dict) or not isinstance(entry.get("shape"), list):
         raise ValueError(f"{name!r:.80} is not described")
-    if entry.get("dtype") != "F32":
-        raise ValueError(f"{name:.80} is of dtype {entry.get('dtype')!s:.20}, expected F32")
+    dtype = entry.get("dtype")
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
+        raise ValueError(f"{name:.80} is of dtype {dtype!s:.20}, expected F32 or I32")
     shape, offsets = entry["shape"], entry.get("data_offsets")
     if not isinstance(offsets, list) or len(offsets) != 2 or len(shape) > _MOST_DIMENSIONS:
         raise ValueError(f"{name:.80} has shape {shape!r:.80} at {offsets!r:.80}")
@@ -137,13 +142,14 @@ def _stored(name: str, entry: Any, begin: int) -> Stored:
             f"{name:.80} of shape {shape} lies in bytes {start} to {end}, expected "
             f"{4 * math.prod(shape):,} of them"
         )
-    return Stored(tuple(shape), begin + start, begin + end)
+    return Stored(tuple(shape), begin + start, begin + end, _DTYPES[dtype])
 
 
 def write_safetensors(
     path: Path, tensors: dict[str, Tensor], progress: Callable[[int], None] | None = None
 ) -> str:
-    """Write fp32 tensors as a new safetensors file, one after the other; return its SHA-256.
+    """Write fp32 and int32 tensors as a new safetensors file, one after another; return its
+    SHA-256.
 
     The writer of the library needs all of them in memory at once. `progress` is called with the
     number of bytes of each tensor.
@@ -151,9 +157,13 @@ def write_safetensors(
     header, end = {}, 0
     assert len(tensors) <= MOST_TENSORS, len(tensors)
     for name, tensor in tensors.items():
-        assert tensor.dtype == torch.float32, (name, tensor.dtype)
+        assert tensor.dtype in _NAMES, (name, tensor.dtype)
         start, end = end, end + tensor.numel() * 4
-        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [start, end]}
+        header[name] = {
+            "dtype": _NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     digest = hashlib.sha256()

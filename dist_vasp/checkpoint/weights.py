@@ -62,13 +62,19 @@ def shapes_of(module: torch.nn.Module | None) -> dict[str, tuple[int, ...]]:
 
 
 def check_numbers(opened: Weights, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Raise ValueError where a tensor holds NaN, infinity, numbers whose squares are infinite, or
-    a negative second moment."""
+    """Raise ValueError where a tensor holds NaN, infinity, numbers whose squares are infinite, a
+    negative second moment, or item rows that there are not."""
     for name, tensor in tensors:
         if not tensor.numel():
             continue
         low, high = torch.aminmax(tensor.detach())  # NaN if any is; no copy of the tensor
-        if not (torch.isfinite(low) and torch.isfinite(high)):
+        if not tensor.is_floating_point():
+            n_items, first, last = opened.header.n_items, int(low), int(high)
+            fits = first >= 0 and last < n_items
+            problem = (
+                "" if fits else f"item rows from {first} to {last}, expected 0 to {n_items - 1}"
+            )
+        elif not (torch.isfinite(low) and torch.isfinite(high)):
             problem = "NaN or infinite numbers"
         elif name.endswith(".exp_avg_sq"):
             problem = "negative numbers" if low < 0 else ""
@@ -149,6 +155,10 @@ def _check_shape(stored: StoredItems, piece: ItemSlice, n_rows: int) -> None:
     n_rows: its rows, where the items are not the rows.
     """
     where = f"{stored.file.path}: {stored.key}"
+    is_float = stored.file.stored[stored.key].dtype.is_floating_point
+    if is_float != piece.tensor.dtype.is_floating_point:
+        kinds = ("fp32", "int32") if is_float else ("int32", "fp32")
+        raise ValueError(f"{where} holds {kinds[0]} numbers, expected {kinds[1]}")
     if stored.axis != piece.item_dim:
         raise ValueError(
             f"{where} has its items along axis {stored.axis}, expected axis {piece.item_dim}"

@@ -127,13 +127,15 @@ def measure_size(config: Config, n_items: int, partitions: int = 1) -> ModelSize
     widths = {path.source: path.width for path in parts.paths if isinstance(path, DenseHead)}
     matrices = [path for path in parts.paths if isinstance(path, ItemMatrix)]
     frozen = [p.tensor for path in parts.paths if not path.training.trained for p in path.slices()]
+    constants = [p.tensor for path in parts.paths for p in path.constants()]
     inputs = parts.input.slices() if parts.input else []
     pieces = inputs + [piece for path in parts.paths for piece in path.slices()]
     with meta:
         earlier = kind.earlier(config, parts.storage)
+    n_constant = sum(tensor.numel() for tensor in constants)
     return ModelSize(
-        items=sum(piece.tensor.numel() for piece in pieces),
-        frozen=0 if kind.closed_form else sum(tensor.numel() for tensor in frozen),
+        items=sum(piece.tensor.numel() for piece in pieces) + n_constant,
+        frozen=0 if kind.closed_form else sum(t.numel() for t in frozen) + n_constant,
         trunk=n_trunk,
         activations=activations,
         hidden=parts.input.hidden if parts.input else 0,

@@ -25,7 +25,7 @@ from dist_vasp.model.input_side import InputSide
 from dist_vasp.model.links import Link, log_sum_exp
 from dist_vasp.model.losses import Loss
 from dist_vasp.model.path_statistics import PathStatistics
-from dist_vasp.model.paths import BackwardPass, DenseHead, ItemMatrix, Path
+from dist_vasp.model.paths import BackwardPass, DenseHead, ItemToItem, Path
 from dist_vasp.model.sinks import Drop, Sink
 from dist_vasp.model.slices import ItemSlice, Storage
 from dist_vasp.model.sparse import ItemRows
@@ -77,14 +77,14 @@ class PartitionedModel:
         return [path for path in self.paths if isinstance(path, DenseHead)]
 
     @property
-    def matrices(self) -> list[ItemMatrix]:
+    def matrices(self) -> list[ItemToItem]:
         """The items x items paths."""
-        return [path for path in self.paths if isinstance(path, ItemMatrix)]
+        return [path for path in self.paths if isinstance(path, ItemToItem)]
 
     def slices(self) -> list[ItemSlice]:
         """Every slice of an item matrix that this rank owns."""
         pieces = self.input.slices() if self.input else []
-        return pieces + [piece for path in self.paths for piece in path.slices()]
+        return pieces + [p for path in self.paths for p in (*path.slices(), *path.constants())]
 
     def trained_slices(self, phase: Phase = WHOLE) -> list[ItemSlice]:
         """Those that have a gradient in a phase, by default in any; first those of the input."""

@@ -3,8 +3,9 @@
                  W1 (J,H)                  R (J,H)   Q (J,L)   W (I,J)
     x_G --> [ input side ] --> trunk --> [        paths        ] --> logits of a block (G,C)
 
-Two paths exist. `DenseHead` multiplies an output of the trunk by a matrix with one row per item:
-R d + r and Q z + q. `ItemMatrix` sums rows of an items x items matrix with a zero diagonal: W x.
+`DenseHead` multiplies an output of the trunk by a matrix with one row per item: R d + r and
+Q z + q. `ItemMatrix` sums rows of an items x items matrix with a zero diagonal: W x.
+model/neighbours.py has the same W on a support.
 
 The gradient of a block's weights goes to a `Sink` as soon as it exists and is not kept. The
 gradient to the source is computed from the old weights first.
@@ -64,12 +65,14 @@ class Path(ABC):
     part_of: the published model that the path belongs to, such as flvae or nease.
     source: index of the trunk's output that it reads, None for x itself.
     training: how it takes part in training.
+    takes_room: whether it can read rows with room for more items, as a recorded step has them.
     """
 
     name: str
     part_of: str
     source: int | None = None
     training: Training = Training()
+    takes_room: bool = True
 
     @abstractmethod
     def slices(self) -> list[ItemSlice]:
@@ -77,6 +80,10 @@ class Path(ABC):
 
     def start_slices(self) -> list[ItemSlice]:
         """Copies of the weights at their start, for paths that are drawn to it."""
+        return []
+
+    def constants(self) -> list[ItemSlice]:
+        """Slices that are stored beside the weights and never trained."""
         return []
 
     @abstractmethod
@@ -201,7 +208,18 @@ class DenseHead(Path):
                 yield piece.lo + lo, torch.cosine_similarity(rows, wanted[None], dim=1)
 
 
-class ItemMatrix(Path):
+class ItemToItem(Path):
+    """A path whose logit is `offset` and the sum of what each item of the history adds."""
+
+    offset: float = 0.0
+
+    @abstractmethod
+    def pair_weights(self, pairs: Pairs) -> Tensor:
+        """What every past item of every pair adds (F,), 0 where another rank owns the item of the
+        pair."""
+
+
+class ItemMatrix(ItemToItem):
     """logits = x W + offset, W (I, I) with a zero diagonal, cut by output item.
 
     Column j of W holds the weights into output item j.
@@ -258,7 +276,7 @@ class ItemMatrix(Path):
         sink.take_sum(piece.whole, gradient)
 
     def pair_weights(self, pairs: Pairs) -> Tensor:
-        """W[i, j] of every past item i of every pair (F,), 0 where another rank owns item j."""
+        """W[i, j] of every past item i of every pair of item j."""
         target_F = pairs.item_E[pairs.pair_F]
         order = torch.argsort(target_F, stable=True)  # pairs of one block lie side by side
         sorted_F = target_F[order]

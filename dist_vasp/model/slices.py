@@ -101,8 +101,13 @@ class Storage(Protocol):
     blocks: list[Range]
     arithmetic: Arithmetic
 
-    def rows(self, name: str, width: int | None = None) -> list[ItemSlice]:
-        """The slices (J, width), or (J,) without a width, of a matrix with one row per item."""
+    def rows(
+        self, name: str, width: int | None = None, dtype: torch.dtype | None = None
+    ) -> list[ItemSlice]:
+        """The slices (J, width), or (J,) without a width, of a matrix with one row per item.
+
+        dtype: that of the weights by default; numbers of another one are no weights.
+        """
         ...
 
     def columns(self, name: str) -> list[ItemSlice]:
@@ -132,10 +137,12 @@ class NewStorage:
         # A block begins where the padding of the one before it would end.
         self.blocks = part.blocks(arithmetic.kernels.padded(block_width(width, device)))
 
-    def rows(self, name: str, width: int | None = None) -> list[ItemSlice]:
+    def rows(
+        self, name: str, width: int | None = None, dtype: torch.dtype | None = None
+    ) -> list[ItemSlice]:
         n = self.arithmetic.kernels.padded(self.part.size)
         shape = (n,) if width is None else (n, width)
-        return [self._slice(name, (self.part.start, self.part.stop), 0, shape)]
+        return [self._slice(name, (self.part.start, self.part.stop), 0, shape, dtype)]
 
     def columns(self, name: str) -> list[ItemSlice]:
         # One contiguous (I, C) table for each block: sums of its rows stay in cache.
@@ -147,8 +154,15 @@ class NewStorage:
     def before_reading(self, items: Tensor) -> None:
         pass
 
-    def _slice(self, name: str, items: Range, item_dim: int, shape: tuple[int, ...]) -> ItemSlice:
-        whole = torch.zeros(shape, device=self.device, dtype=self.arithmetic.dtype)
-        dtype = self.arithmetic.precision.dtype
-        copy = None if dtype is None or len(shape) == 1 else torch.zeros_like(whole, dtype=dtype)
+    def _slice(
+        self,
+        name: str,
+        items: Range,
+        item_dim: int,
+        shape: tuple[int, ...],
+        dtype: torch.dtype | None = None,
+    ) -> ItemSlice:
+        whole = torch.zeros(shape, device=self.device, dtype=dtype or self.arithmetic.dtype)
+        short, is_matrix = self.arithmetic.precision.dtype, dtype is None and len(shape) > 1
+        copy = torch.zeros_like(whole, dtype=short) if short and is_matrix else None
         return _front_of(whole, name, items, item_dim, copy)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+import scipy.sparse
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -85,6 +86,14 @@ class ItemRows:
         read back from the device."""
         rows, _, indptr = self._by_item
         return rows, indptr[lo : hi + 1]
+
+    @cached_property
+    def transposed(self) -> scipy.sparse.csr_matrix:
+        """The rows that hold each item, as a matrix of ones (I, G) on the host."""
+        rows, _, indptr = self._by_item
+        ones = np.ones(len(rows), np.float32)
+        of_items = (ones, rows.numpy().astype(np.int32), indptr.numpy().astype(np.int32))
+        return scipy.sparse.csr_matrix(of_items, shape=(self.n_items, self.n_rows))
 
     def positions(self, lo: int, hi: int) -> tuple[Tensor, Tensor]:
         """(row, item - lo) of every interaction with an item in [lo, hi); of rows with room also

@@ -69,10 +69,20 @@ class ItemsFile:
                 f"{self.path} does not hold {name} for all items {self.part.start} to {last} once"
             )
 
-    def take(self, name: str, lo: int, hi: int, shape: tuple[int, ...], item_dim: int) -> ItemSlice:
+    def take(
+        self,
+        name: str,
+        lo: int,
+        hi: int,
+        shape: tuple[int, ...],
+        item_dim: int,
+        dtype: torch.dtype | None = None,
+    ) -> ItemSlice:
         tensor = self.tensors.get(f"{name}[{lo}:{hi}]")
         if tensor is None or tuple(tensor.shape) != shape:
             raise ValueError(f"{self.path} has no {name}[{lo}:{hi}] of shape {shape}")
+        if tensor.dtype != (dtype or torch.float32):
+            raise ValueError(f"{self.path} holds {name}[{lo}:{hi}] in {tensor.dtype}")
         return ItemSlice(name, lo, hi, item_dim, tensor)
 
     def columns(self, name: str, n_items: int) -> list[ItemSlice]:
@@ -119,13 +129,15 @@ class MappedStorage:
         with readable(file.path, self.opened.remedy):
             return file.blocks()
 
-    def rows(self, name: str, width: int | None = None) -> list[ItemSlice]:
+    def rows(
+        self, name: str, width: int | None = None, dtype: torch.dtype | None = None
+    ) -> list[ItemSlice]:
         pieces = []
         for file in self.files:
             J = file.part.size
             shape = (J,) if width is None else (J, width)
             with readable(file.path, self.opened.remedy):
-                pieces.append(file.take(name, file.part.start, file.part.stop, shape, 0))
+                pieces.append(file.take(name, file.part.start, file.part.stop, shape, 0, dtype))
         return pieces
 
     def columns(self, name: str) -> list[ItemSlice]:

@@ -111,6 +111,7 @@ class Trainer:
             and len(self.model.blocks) == 1
             and self.batches.n == 1
             and self._phases.earlier is None
+            and all(path.takes_room for path in self.model.paths)
         )
 
     def optimizers(self) -> list[InPlaceAdam]:

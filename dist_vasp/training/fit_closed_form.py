@@ -23,7 +23,9 @@ from dist_vasp.data.manifest import Manifest
 from dist_vasp.model.build import new_model
 from dist_vasp.model.ease import sweep_columns
 from dist_vasp.model.kinds.ease import EaseKeys
+from dist_vasp.model.neighbours import NeighbourMatrix
 from dist_vasp.model.partitioned import PartitionedModel
+from dist_vasp.model.paths import ItemMatrix
 from dist_vasp.parallel.agree import AgreedError
 from dist_vasp.ranking.evaluate import model_scorer
 from dist_vasp.ranking.metrics import summary
@@ -35,9 +37,11 @@ from dist_vasp.training.candidates import (
     no_validation,
     walks_of,
 )
-from dist_vasp.training.fit_ease import StoppedError, fit
+from dist_vasp.training.fit_ease import fit
+from dist_vasp.training.fit_support import SupportFit
 from dist_vasp.training.run import Fitted, Past, Run
 from dist_vasp.training.state import facts_of_data
+from dist_vasp.training.stop import StoppedError
 
 
 class ClosedFormFit:
@@ -63,6 +67,7 @@ class ClosedFormFit:
         later = [one.seconds for step, one in tried.items() if step > best_step]
         self._seconds = seconds + sum(later)
         self._last_tried = max((best_step, *tried))
+        self._on_support: SupportFit | None = None  # of a matrix that keeps some inputs only
 
     def close(self) -> None:
         """Nothing is held between calls."""
@@ -79,9 +84,10 @@ class ClosedFormFit:
 
     def opening(self) -> str:
         manifest, layout, model = self.run.manifest, self.run.ranks.layout, self.run.config.model
+        inputs = f"{model.neighbours} inputs for each item, " if model.neighbours else ""
         text = (
             f"ease on {manifest.splits['train'].users:,} users and {manifest.n_items:,} items in "
-            f"{model.ease_dtype}, {layout.partitions} partitions: "
+            f"{model.ease_dtype}, {layout.partitions} partitions: {inputs}"
         )
         best = self.best
         if self._is_done and best:
@@ -128,6 +134,12 @@ class ClosedFormFit:
         blocks = replace(run.config.parallel, block_columns=sweep_columns(run.ranks.device))
         config = replace(run.config, parallel=blocks)
         model = new_model(config, run.manifest.n_items, run.ranks)
+        (matrix,) = model.matrices
+        if isinstance(matrix, NeighbourMatrix):
+            start = time.monotonic()
+            self._on_support = SupportFit(config, run.manifest, run.ranks, run.interrupted)
+            self._on_support.choose(matrix)
+            self._seconds += time.monotonic() - start
         for walk in self._walks:
             self._walk(model, walk)
 
@@ -165,15 +177,21 @@ class ClosedFormFit:
     def _solve(self, model: PartitionedModel, candidate: Candidate) -> float:
         """Write the B of a setting into the model; return the seconds it took."""
         run, start = self.run, time.monotonic()
-        fit(
-            model.matrices[0].columns(),
-            sweep_columns(run.ranks.device),
-            replace(run.config, model=candidate.model),
-            run.manifest,
-            run.ranks,
-            run.ranks.is_main,
-            run.interrupted,
-        )
+        (matrix,) = model.matrices
+        if isinstance(matrix, NeighbourMatrix):
+            assert self._on_support is not None
+            self._on_support.solve(matrix, candidate.model)
+        else:
+            assert isinstance(matrix, ItemMatrix)
+            fit(
+                matrix.columns(),
+                sweep_columns(run.ranks.device),
+                replace(run.config, model=candidate.model),
+                run.manifest,
+                run.ranks,
+                run.ranks.is_main,
+                run.interrupted,
+            )
         took = time.monotonic() - start
         self._seconds += took
         return took
@@ -234,7 +252,7 @@ class ClosedFormFit:
 
 def must_match_of(config: Config, manifest: Manifest) -> dict[str, Any]:
     """Return what a resumed run may not change; nothing else has a part in the result."""
-    names = ("kind", *(key.name for key in fields(EaseKeys)))
+    names = ("kind", "neighbours", *(key.name for key in fields(EaseKeys)))
     matching = {f"model.{name}": getattr(config.model, name) for name in names}
     matching |= {f"search.{name}": values for name, values in asdict(config.search).items()}
     matching["run.best_by"] = config.run.best_by

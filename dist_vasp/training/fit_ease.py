@@ -23,6 +23,8 @@ from dist_vasp.data.shard import read_shard
 from dist_vasp.model.closed_form import solve
 from dist_vasp.model.ease import SymmetricColumns, add_gram, sweep_columns
 from dist_vasp.model.kinds.nease import CLOSED_FORM
+from dist_vasp.model.neighbours import NeighbourMatrix
+from dist_vasp.model.paths import ItemMatrix
 from dist_vasp.model.registry import kind_of
 from dist_vasp.model.slices import ItemSlice, block_width
 from dist_vasp.parallel.agree import agreed
@@ -31,12 +33,10 @@ from dist_vasp.plan.closed_form import EASE_INTERACTIONS_PER_ITEM
 from dist_vasp.progress import Progress
 from dist_vasp.ranking.evaluate import to_item_rows
 from dist_vasp.training.engine import Trainer
+from dist_vasp.training.fit_support import SupportFit
+from dist_vasp.training.stop import StoppedError
 
 _MOST_USERS = 1 << 16  # whose rows are dense for a block of columns: 64 MB
-
-
-class StoppedError(Exception):
-    """A rank was asked to stop; all ranks raise it together."""
 
 
 def fit(
@@ -148,7 +148,10 @@ def start_from_ease(trainer: Trainer, manifest: Manifest) -> None:
     """
     config, ranks = trainer.config, trainer.ranks
     (matrix,) = trainer.model.matrices
-    if config.model.init_from_ease == CLOSED_FORM:
+    if isinstance(matrix, NeighbourMatrix):
+        SupportFit(config, manifest, ranks).solve(matrix, config.model)
+    elif config.model.init_from_ease == CLOSED_FORM:
+        assert isinstance(matrix, ItemMatrix)
         if ranks.device.type == "cpu":
             width = block_width(config.parallel.block_columns, ranks.device)
             columns = matrix.columns()
@@ -157,10 +160,10 @@ def start_from_ease(trainer: Trainer, manifest: Manifest) -> None:
             _fit_beside(matrix.slices(), config, manifest, ranks)
     else:
         _read_closed_form(trainer, manifest)
-    for W_IC in matrix.columns():
-        W_IC.mul_(config.model.nease_scale)
-    for start, W_IC in zip(matrix.start_slices(), matrix.columns(), strict=False):
-        start.tensor.copy_(W_IC)
+    for piece in matrix.slices():
+        piece.tensor.mul_(config.model.nease_scale)
+    for start, piece in zip(matrix.start_slices(), matrix.slices(), strict=False):
+        start.tensor.copy_(piece.tensor)
 
 
 def _fit_beside(pieces: list[ItemSlice], config: Config, manifest: Manifest, ranks: Ranks) -> None:

@@ -9,12 +9,15 @@ from dist_vasp.checkpoint import folder as folders
 from dist_vasp.checkpoint.header import Header
 from dist_vasp.config.schema import Config
 from dist_vasp.model.build import measure_size
+from dist_vasp.model.neighbours import NeighbourMatrix
 from dist_vasp.parallel.comm import Ranks
+from dist_vasp.require import require
 from dist_vasp.training.batches import Batches, make_stream
 from dist_vasp.training.checks import check_memory
 from dist_vasp.training.engine import Trainer
 from dist_vasp.training.fit_ease import start_from_ease
 from dist_vasp.training.fit_steps import StepFit
+from dist_vasp.training.fit_support import SupportFit
 from dist_vasp.training.grow import initialise_from, open_source
 from dist_vasp.training.run import Run
 from dist_vasp.training.state import RunState, resume, total_steps
@@ -40,6 +43,13 @@ class StepSetup:
 
     def check(self) -> None:
         check_memory(self._config, self.stream.n_items, self._ranks)
+        require(
+            not (self._init_from and self._config.model.neighbours),
+            "--init_from",
+            self._init_from,
+            "nothing with model.neighbours",
+            "start anew: the inputs of W are chosen from the new shards",
+        )
         if self._init_from:
             source = open_source(self._init_from, self._config.model)
             source.close()
@@ -94,6 +104,9 @@ class StepSetup:
 
     def _initialise(self, trainer: Trainer) -> None:
         """Give a new run the weights that it starts from, where it starts from some."""
+        for matrix in trainer.model.matrices:
+            if isinstance(matrix, NeighbourMatrix):
+                SupportFit(self._config, self.manifest, self._ranks).choose(matrix)
         if self._config.model.init_from_ease:
             start_from_ease(trainer, self.manifest)
         if self._init_from:

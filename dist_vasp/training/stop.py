@@ -20,6 +20,10 @@ _ORPHAN_CHECK_S = 1.0
 _ORPHAN_PATIENCE_S = 20.0
 
 
+class StoppedError(Exception):
+    """A rank was asked to stop; all ranks raise it together."""
+
+
 class StopRequest:
     """`requested` becomes True when this rank is asked to stop.
 

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Literal
 
 from dist_vasp.model.kind import Kind
 from dist_vasp.model.links import Product
+from dist_vasp.model.neighbours import NeighbourMatrix
 from dist_vasp.model.partitioned import Parts
-from dist_vasp.model.paths import ItemMatrix, Training
+from dist_vasp.model.paths import ItemMatrix, ItemToItem, Training
 from dist_vasp.model.slices import Storage
 from dist_vasp.require import require, require_finite
 
@@ -28,8 +29,11 @@ CLOSED_FORM = "closed_form"  # the value of model.init_from_ease that names no r
 
 @dataclass(frozen=True)
 class NeaseKeys:
-    """The items x items layer: its start and its part in training."""
+    """The items x items layer: its inputs, its start and its part in training."""
 
+    neighbours: int = 0
+    """Inputs that W, or the B of ease, keeps for each output item: those that most users have
+    together with it, by cosine; 0: all items."""
     init_from_ease: str = ""
     """Start NEASE's W from the closed form: closed_form computes it (ease_lambda), else the run.dir
     of an ease run; empty: Glorot."""
@@ -45,6 +49,7 @@ class NeaseKeys:
     def check(self) -> None:
         """Raise ValueError for values that no W can start with."""
         scale, offset = self.nease_scale, self.nease_offset
+        require_finite("model.neighbours", self.neighbours)
         require_finite("model.nease_scale", scale)
         require(
             math.isfinite(offset),
@@ -71,7 +76,7 @@ class NeaseRates:
         require_finite("optimizer.nease_decay", self.nease_decay)
 
 
-def nease_path(config: Config, storage: Storage) -> ItemMatrix:
+def nease_path(config: Config, storage: Storage) -> ItemToItem:
     """W x + offset."""
     model, rates = config.model, config.optimizer
     training = Training(
@@ -80,6 +85,8 @@ def nease_path(config: Config, storage: Storage) -> ItemMatrix:
         rate=rates.nease_lr,
         decay=rates.nease_decay,
     )
+    if model.neighbours:
+        return NeighbourMatrix(storage, model.neighbours, "nease", model.nease_offset, training)
     return ItemMatrix("nease", storage, "nease", model.nease_offset, training)
 
 
@@ -94,6 +101,13 @@ def check_start(config: Config, may_freeze: bool) -> None:
         m.ease_lambda,
         f"more than 0 with {START} {CLOSED_FORM}",
         "set it; a run of model.kind ease finds a good one on validation",
+    )
+    require(
+        not (started and m.neighbours) or computed,
+        START,
+        m.init_from_ease,
+        f"{CLOSED_FORM} with model.neighbours {m.neighbours}",
+        "the closed form is computed on the same inputs",
     )
     needs_start = {
         "model.nease_scale": (m.nease_scale, 1.0),
@@ -125,7 +139,9 @@ def check_start(config: Config, may_freeze: bool) -> None:
 
 def refuse_start(config: Config, kind: str) -> None:
     """Raise ValueError where a model without W is told how W starts."""
-    start = config.model.init_from_ease
+    start, neighbours = config.model.init_from_ease, config.model.neighbours
+    without = f"0 with model.kind {kind}, which has no items x items layer"
+    require(not neighbours, "model.neighbours", neighbours, without, "leave it out")
     require(not start, START, start, f"nothing with model.kind {kind}", "leave it out")
     check_start(config, may_freeze=False)
 

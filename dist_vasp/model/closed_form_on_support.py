@@ -1,0 +1,149 @@
+"""The closed form of model/closed_form.py where each output item keeps a support of K input items.
+
+    column j minimises |W (X_j - X_S b)|^2 + |R_S b|^2,   S the support of j
+    A = G + R^2,   A_SS b = G_Sj,   1 / P_jj = A_jj - G_jS b
+    B_Sj = b max(R^2_j P_jj, 1 - xi)
+
+It is exact for its support, and with S all other items it is the dense closed form: the columns of
+P there solve the same system. R^2, xi and the exponents are those of model/closed_form.py.
+
+The K x K systems of some items are gathered from the rows of G as these are computed: row i is
+spread out once, and every system that has item i reads its K + 1 numbers. What does not fit
+together takes another pass over G.
+
+Shapes: I items, J this rank's items, n items of a pass, K neighbours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dist_vasp.model.co_occurrence import CoOccurrence
+from dist_vasp.model.kinds.ease import EaseKeys
+from dist_vasp.parallel.agree import agreed
+from dist_vasp.parallel.comm import Ranks
+
+_LEAST_BYTES = 1 << 30  # of the systems of a pass
+_BYTES_PER_INTERACTION = 32  # of the systems of a pass, where that is more
+_SOLVED_BYTES = 1 << 25  # of the systems that are solved together
+
+
+def items_of_a_pass(n_interactions: int, width: int, word: int) -> int:
+    """How many items' systems are in memory together."""
+    room = max(_LEAST_BYTES, _BYTES_PER_INTERACTION * n_interactions)
+    return max(1, room // (word * width * (width + 1)))
+
+
+@dataclass(frozen=True)
+class Ridge:
+    """What the keys of the closed form add to G, and multiply its solution by.
+
+    squares_I: R^2 of each item. factor_I: an item's factor as an output, its inverse as an input.
+    """
+
+    squares_I: np.ndarray
+    factor_I: np.ndarray
+
+    @staticmethod
+    def of(counts: CoOccurrence, keys: EaseKeys) -> Ridge:
+        """The ridge of the keys `model.ease_*`."""
+        popularity_I, dropout = counts.popularity_I, keys.ease_dropout
+        relative_I = np.maximum(popularity_I, 1) / popularity_I.mean()
+        squares_I = keys.ease_lambda * relative_I**keys.ease_lambda_exponent
+        squares_I += counts.diagonal_I * (dropout / (1 - dropout))
+        return Ridge(squares_I, relative_I**keys.ease_item_exponent)
+
+
+def solve_on_support(
+    counts: CoOccurrence,
+    ids_JK: np.ndarray,
+    weight_JK: Tensor,
+    start: int,
+    keys: EaseKeys,
+    ranks: Ranks,
+    tick: Callable[[int], None] = lambda done: None,
+) -> None:
+    """Write the B of the supports `ids_JK` of the items from `start` on into `weight_JK`.
+
+    Raises AgreedError on every rank where a system is singular in its precision. `tick(items done)`
+    is called after each pass, on every rank as often.
+    """
+    dtype = {"fp32": torch.float32, "fp64": torch.float64}[keys.ease_dtype]
+    ridge = Ridge.of(counts, keys)
+    n_own, K = ids_JK.shape
+    at_once = items_of_a_pass(counts.n_interactions, K, dtype.itemsize)
+    most = -(-counts.n_items // ranks.layout.partitions)  # ranks agree on the number of passes
+    for lo in range(0, most, at_once):
+        hi = min(lo + at_once, n_own)
+        with agreed(ranks):
+            ids_nK = ids_JK[lo:hi]
+            systems_nKT = gather_systems(counts, ids_nK, start + lo, dtype)
+            together = max(1, _SOLVED_BYTES // (dtype.itemsize * K * K))
+            for a in range(0, len(ids_nK), together):
+                some = slice(a, min(a + together, len(ids_nK)))
+                b_nK = _solve(
+                    systems_nKT[some], ids_nK[some], start + lo + a, counts, ridge, keys.ease_xi
+                )
+                weight_JK[lo + some.start : lo + some.stop] = b_nK.to(weight_JK)
+            del systems_nKT
+        tick(hi)
+
+
+def gather_systems(
+    counts: CoOccurrence, ids_nK: np.ndarray, first_item: int, dtype: torch.dtype
+) -> Tensor:
+    """G_SS and, as the last column, G_Sj of n items from `first_item` on: (n, K, K + 1)."""
+    n, K = ids_nK.shape
+    systems_nKT = torch.empty((n, K, K + 1), dtype=dtype)
+    rows = systems_nKT.numpy().reshape(n * K, K + 1)
+    own_n1 = np.arange(first_item, first_item + n, dtype=np.int64)[:, None]
+    targets_nT = np.concatenate([ids_nK.astype(np.int64), own_n1], axis=1)
+    order = np.argsort(ids_nK, axis=None, kind="stable")  # entries by their input item
+    bounds = np.searchsorted(ids_nK.reshape(-1)[order], np.arange(counts.n_items + 1))
+    of_item_I = np.zeros(counts.n_items, rows.dtype)
+    for first, block in counts.groups(0, counts.n_items):
+        for k in range(block.shape[0]):
+            entries = order[bounds[first + k] : bounds[first + k + 1]]
+            if len(entries):
+                of_row = slice(block.indptr[k], block.indptr[k + 1])
+                of_item_I[block.indices[of_row]] = block.data[of_row]
+                rows[entries] = of_item_I[targets_nT[entries // K]]
+                of_item_I[block.indices[of_row]] = 0
+    return systems_nKT
+
+
+def _solve(
+    systems_nKT: Tensor,
+    ids_nK: np.ndarray,
+    first_item: int,
+    counts: CoOccurrence,
+    ridge: Ridge,
+    xi: float,
+) -> Tensor:
+    """B_Sj of some items: (n, K). ValueError where a system is not positive definite."""
+    n, K = ids_nK.shape
+    dtype = systems_nKT.dtype
+    own = slice(first_item, first_item + n)
+    A_nKK, right_nK = systems_nKT[:, :, :K].clone(), systems_nKT[:, :, K]
+    torch.diagonal(A_nKK, dim1=1, dim2=2).add_(torch.from_numpy(ridge.squares_I[ids_nK]).to(dtype))
+    L_nKK, info_n = torch.linalg.cholesky_ex(A_nKK)
+    if info_n.any():
+        item = first_item + int(info_n.nonzero()[0, 0])
+        raise ValueError(
+            "the Gram matrix plus model.ease_lambda is not positive definite on the support of "
+            f"item row {item} in {str(dtype).removeprefix('torch.')}; raise model.ease_lambda or "
+            "set model.ease_dtype to fp64"
+        )
+    b_nK = torch.cholesky_solve(right_nK[:, :, None], L_nKK)[:, :, 0]
+    if xi:
+        squares_n = torch.from_numpy(ridge.squares_I[own])
+        left_n = torch.from_numpy(counts.diagonal_I[own]) + squares_n
+        left_n -= (right_nK * b_nK).sum(dim=1).double()
+        b_nK *= torch.clamp(squares_n / left_n, min=1 - xi).to(dtype)[:, None]
+    factor_I = ridge.factor_I
+    return b_nK * torch.from_numpy(factor_I[own][:, None] / factor_I[ids_nK]).to(dtype)
