@@ -29,7 +29,7 @@ _LARGEST_HEADER = 32 << 20  # bytes
 _MOST_DIMENSIONS = 8
 _LARGEST_SIZE = 1 << 48
 _DTYPES = {"F32": torch.float32, "I32": torch.int32}  # 4 bytes each
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -157,10 +157,10 @@ def write_safetensors(
     header, end = {}, 0
     assert len(tensors) <= MOST_TENSORS, len(tensors)
     for name, tensor in tensors.items():
-        assert tensor.dtype in _NAMES, (name, tensor.dtype)
+        assert tensor.dtype in DTYPE_NAMES, (name, tensor.dtype)
         start, end = end, end + tensor.numel() * 4
         header[name] = {
-            "dtype": _NAMES[tensor.dtype],
+            "dtype": DTYPE_NAMES[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [start, end],
         }

@@ -17,6 +17,7 @@ from torch import Tensor
 from dist_vasp.checkpoint.header import TRUNK, ModelHeader
 from dist_vasp.checkpoint.read import Checkpoint, StoredItems, readable, stored_items
 from dist_vasp.model.slices import ItemSlice
+from dist_vasp.tensor_file import DTYPE_NAMES
 
 Weights = Checkpoint[ModelHeader]
 Shapes = Mapping[str, Sequence[int]]
@@ -155,10 +156,10 @@ def _check_shape(stored: StoredItems, piece: ItemSlice, n_rows: int) -> None:
     n_rows: its rows, where the items are not the rows.
     """
     where = f"{stored.file.path}: {stored.key}"
-    is_float = stored.file.stored[stored.key].dtype.is_floating_point
-    if is_float != piece.tensor.dtype.is_floating_point:
-        kinds = ("fp32", "int32") if is_float else ("int32", "fp32")
-        raise ValueError(f"{where} holds {kinds[0]} numbers, expected {kinds[1]}")
+    found = stored.file.stored[stored.key].dtype
+    if found.is_floating_point != piece.tensor.dtype.is_floating_point:
+        expected = "F32" if piece.tensor.dtype.is_floating_point else "I32"
+        raise ValueError(f"{where} is of dtype {DTYPE_NAMES[found]}, expected {expected}")
     if stored.axis != piece.item_dim:
         raise ValueError(
             f"{where} has its items along axis {stored.axis}, expected axis {piece.item_dim}"

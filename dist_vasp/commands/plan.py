@@ -17,7 +17,14 @@ from dist_vasp.files import new_file
 from dist_vasp.model.registry import kind_of
 from dist_vasp.parallel.partition import Layout
 from dist_vasp.places import check_file
-from dist_vasp.plan.estimate import dense_reference_memory, make_plan, smallest_that_fits
+from dist_vasp.plan.estimate import (
+    dense_reference_memory,
+    exact_matrix_memory,
+    has_items_x_items,
+    make_plan,
+    most_neighbours,
+    smallest_that_fits,
+)
 from dist_vasp.plan.rates import BUILT_IN, Rates, built_in_rates, planned_precision
 from dist_vasp.plan.terms import Device, Plan, Sizes
 from dist_vasp.recognise import is_json
@@ -61,6 +68,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.device_memory_gb:
         room_gb = arguments.device_memory_gb
         print(_smallest(smallest_that_fits(config, sizes, room_gb * 1e9, rates, device), room_gb))
+    if has_items_x_items(config):
+        most = None
+        if arguments.device_memory_gb:
+            most = most_neighbours(config, sizes, layout, room_gb * 1e9, device)
+        print(_of_the_matrix(sizes, most, arguments.device_memory_gb))
     if arguments.json:
         fields = {name: getattr(plan, name) for name in _JSON_FIELDS}
         fields |= {"rates": rates and rates.name}
@@ -153,6 +165,16 @@ def _smallest(fits: Plan | None, room_gb: float) -> str:
         f"smallest partitioning that fits {room_gb:g} GB a rank: {fits.partitions} partitions "
         f"({fits.memory_total / 1e9:.2f} GB each{time})"
     )
+
+
+def _of_the_matrix(sizes: Sizes, most: int | None, room_gb: float) -> str:
+    """Return a line on what an exact items x items matrix takes, and how many inputs fit."""
+    gb = exact_matrix_memory(sizes) / 1e9
+    text = f"an exact items x items matrix takes {gb:,.1f} GB"
+    if most is None:
+        return f"{text}; --device_memory_gb M says which model.neighbours fits"
+    fits = f"model.neighbours {most} fits" if most else "no model.neighbours fits"
+    return f"{text}; {fits} {room_gb:g} GB a rank"
 
 
 def _sizes(shards: str, items: int, items_per_user: float) -> Sizes:

@@ -11,6 +11,7 @@ import torch
 from dist_vasp.kernels.interface import EXACT, Arithmetic
 from dist_vasp.model.kind import Kind
 from dist_vasp.model.losses import make_loss
+from dist_vasp.model.neighbours import NeighbourMatrix
 from dist_vasp.model.partitioned import PartitionedModel
 from dist_vasp.model.paths import DenseHead, ItemMatrix
 from dist_vasp.model.registry import kind_of
@@ -84,6 +85,7 @@ class ModelSize:
     earlier encoder that training keeps. activations: numbers that the trunk's backward keeps for a
     row. hidden: width of the trunk's input, 0 without one. widths: of the
     sources that paths read. matrices, matrices_in_loss, paths_in_loss: how many there are.
+    supports: items x items paths that keep some inputs only, which are no matrices.
     row_statistics: numbers per row that the loss sums over the partitions. largest: numbers of the
     largest item matrix.
     """
@@ -95,6 +97,7 @@ class ModelSize:
     hidden: int
     widths: tuple[int, ...]
     matrices: int
+    supports: int
     matrices_in_loss: int
     paths_in_loss: int
     row_statistics: int
@@ -122,7 +125,7 @@ def measure_size(config: Config, n_items: int, partitions: int = 1) -> ModelSize
     try:
         parts = kind.parts(config, NewStorage(part, meta, width=part.size))
     except RuntimeError:  # torch counts bytes in 63 bits
-        return ModelSize(_TOO_LARGE, 0, n_trunk, activations, 0, (), 0, 0, 0, 0, _TOO_LARGE)
+        return ModelSize(_TOO_LARGE, 0, n_trunk, activations, 0, (), 0, 0, 0, 0, 0, _TOO_LARGE)
     loss = make_loss(config.loss.kind)
     widths = {path.source: path.width for path in parts.paths if isinstance(path, DenseHead)}
     matrices = [path for path in parts.paths if isinstance(path, ItemMatrix)]
@@ -141,6 +144,7 @@ def measure_size(config: Config, n_items: int, partitions: int = 1) -> ModelSize
         hidden=parts.input.hidden if parts.input else 0,
         widths=tuple(widths.values()),
         matrices=len(matrices),
+        supports=sum(isinstance(path, NeighbourMatrix) for path in parts.paths),
         matrices_in_loss=sum(path.training.in_loss for path in matrices),
         paths_in_loss=sum(path.training.in_loss for path in parts.paths),
         row_statistics=loss.row_statistics,

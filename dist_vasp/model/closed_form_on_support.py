@@ -77,12 +77,14 @@ def solve_on_support(
     ridge = Ridge.of(counts, keys)
     n_own, K = ids_JK.shape
     at_once = items_of_a_pass(counts.n_interactions, K, dtype.itemsize)
+    room_nKT = torch.empty((min(at_once, n_own), K, K + 1), dtype=dtype)
     most = -(-counts.n_items // ranks.layout.partitions)  # ranks agree on the number of passes
     for lo in range(0, most, at_once):
         hi = min(lo + at_once, n_own)
         with agreed(ranks):
             ids_nK = ids_JK[lo:hi]
-            systems_nKT = gather_systems(counts, ids_nK, start + lo, dtype)
+            systems_nKT = room_nKT[: len(ids_nK)]
+            gather_systems(counts, ids_nK, start + lo, systems_nKT)
             together = max(1, _SOLVED_BYTES // (dtype.itemsize * K * K))
             for a in range(0, len(ids_nK), together):
                 some = slice(a, min(a + together, len(ids_nK)))
@@ -90,16 +92,15 @@ def solve_on_support(
                     systems_nKT[some], ids_nK[some], start + lo + a, counts, ridge, keys.ease_xi
                 )
                 weight_JK[lo + some.start : lo + some.stop] = b_nK.to(weight_JK)
-            del systems_nKT
         tick(hi)
 
 
 def gather_systems(
-    counts: CoOccurrence, ids_nK: np.ndarray, first_item: int, dtype: torch.dtype
-) -> Tensor:
-    """G_SS and, as the last column, G_Sj of n items from `first_item` on: (n, K, K + 1)."""
+    counts: CoOccurrence, ids_nK: np.ndarray, first_item: int, systems_nKT: Tensor
+) -> None:
+    """Write G_SS and, as the last column, G_Sj of n items from `first_item` on into (n, K, K + 1)
+    numbers."""
     n, K = ids_nK.shape
-    systems_nKT = torch.empty((n, K, K + 1), dtype=dtype)
     rows = systems_nKT.numpy().reshape(n * K, K + 1)
     own_n1 = np.arange(first_item, first_item + n, dtype=np.int64)[:, None]
     targets_nT = np.concatenate([ids_nK.astype(np.int64), own_n1], axis=1)
@@ -114,7 +115,6 @@ def gather_systems(
                 of_item_I[block.indices[of_row]] = block.data[of_row]
                 rows[entries] = of_item_I[targets_nT[entries // K]]
                 of_item_I[block.indices[of_row]] = 0
-    return systems_nKT
 
 
 def _solve(

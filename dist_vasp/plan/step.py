@@ -97,7 +97,7 @@ class Step:
     def _one_block(self) -> float:
         """The bytes of a block of the output side while its loss and gradients are computed."""
         o, model, G, word = self.config.optimizer, self.model, self.G, self.word
-        n_paths = len(model.widths) + model.matrices
+        n_paths = len(model.widths) + model.matrices + model.supports
         if self.device.type == "cuda":
             # Logits and gradients of each path, targets, and temporaries of the loss.
             C = min(self.J, gpu_width(self.config, self.device.memory))

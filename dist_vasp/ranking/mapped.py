@@ -30,6 +30,7 @@ from dist_vasp.model.trunk import Trunk
 from dist_vasp.parallel.comm import form_groups
 from dist_vasp.parallel.partition import ItemPartition, Layout
 from dist_vasp.ranking.scoring import TrainedModel
+from dist_vasp.tensor_file import DTYPE_NAMES
 
 _SCATTERED = 16  # fewer rows of a matrix than one in so many: single pages are read
 
@@ -81,8 +82,12 @@ class ItemsFile:
         tensor = self.tensors.get(f"{name}[{lo}:{hi}]")
         if tensor is None or tuple(tensor.shape) != shape:
             raise ValueError(f"{self.path} has no {name}[{lo}:{hi}] of shape {shape}")
-        if tensor.dtype != (dtype or torch.float32):
-            raise ValueError(f"{self.path} holds {name}[{lo}:{hi}] in {tensor.dtype}")
+        wanted = dtype or torch.float32
+        if tensor.dtype != wanted:
+            found, expected = (DTYPE_NAMES[of] for of in (tensor.dtype, wanted))
+            raise ValueError(
+                f"{self.path}: {name}[{lo}:{hi}] is of dtype {found}, expected {expected}"
+            )
         return ItemSlice(name, lo, hi, item_dim, tensor)
 
     def columns(self, name: str, n_items: int) -> list[ItemSlice]:

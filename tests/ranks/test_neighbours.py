@@ -4,8 +4,10 @@ run of it, against dense oracles."""
 from __future__ import annotations
 
 import json
+import tracemalloc
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +30,7 @@ from dist_vasp.model.step import MicroBatch
 from dist_vasp.model.support import choose_support
 from dist_vasp.parallel.agree import AgreedError
 from dist_vasp.parallel.comm import Ranks
-from dist_vasp.ranking.evaluate import to_item_rows
+from dist_vasp.ranking.evaluate import to_item_rows, top_items
 from dist_vasp.ranking.load import load_model
 from dist_vasp.ranking.recommender import Recommender
 from dist_vasp.training.fit_support import SupportFit
@@ -39,6 +41,7 @@ from tests.oracles.rounding import stored
 from tests.ranks.test_closed_form import CASES, EVERY, I, X, model_of, users
 from tests.ranks.test_ease import N_ITEMS, arguments, figures, held_out, train_matrix, write_shards
 from tests.ranks.test_ease import oracle as ease_oracle
+from tests.ranks.test_memory import Allocations
 from tests.ranks.test_vasp import N_ITEMS as N_TRAINED
 from tests.ranks.test_vasp import N_ROWS, _data, check_step
 from tests.ranks.test_wide_deep import DenseWideDeep
@@ -338,3 +341,76 @@ def test_lists_explanations_and_similar_items_of_a_run_and_its_export(shards, tm
 def test_what_has_no_support_is_refused(keys, message):
     with pytest.raises(ValueError, match=message):
         check(Config(model=ModelConfig(**{"kind": "ease", "neighbours": 5} | keys)))
+
+
+def trained(shards: Path, run: Path, steps: int, *more: str) -> list[str]:
+    data = ["--data.shards", str(shards), "--run.dir", str(run), "--device", "cpu"]
+    steps_of = ["--run.max_steps", str(steps), "--run.checkpoint_every_steps", "3"]
+    sizes = [f"--model.{name}={value}" for name, value in SMALL.items()]
+    batch = ["--data.batch_size", "64", "--data.workers", "0"]
+    return [*data, *steps_of, *sizes, *batch, "--model.neighbours", str(K), *more]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        (),
+        (
+            "--model.init_from_ease=closed_form",
+            "--model.ease_lambda=40",
+            "--optimizer.nease_decay=0.1",
+            "--optimizer.item_state=lean",
+            "--optimizer.clip_norm=1",
+        ),
+    ],
+    ids=["trained", "from the closed form"],
+)
+def test_a_training_that_stopped_resumes_bitwise(shards, tmp_path, call, more):
+    from launch.train import main
+
+    call(main, *trained(shards, tmp_path / "whole", 6, *more))
+    for steps in (3, 6):
+        call(main, *trained(shards, tmp_path / "resumed", steps, *more))
+    whole, resumed = (
+        load_model(tmp_path / name, "step-00000006", alone()).checkpoint.header.files
+        for name in ("whole", "resumed")
+    )
+    assert whole == resumed and len(whole) == 2
+    (path,) = load_model(tmp_path / "whole", "step-00000006", alone()).model.model.matrices
+    np.testing.assert_array_equal(path.ids[0].tensor, expected_support(train_matrix(), K))
+
+
+def test_nothing_of_rows_times_items_is_made(tmp_path, call, monkeypatch):
+    """By torch or numpy, in a closed form, a training and their evaluations."""
+    from launch.train import main
+
+    n_items, n_test, rng = 5000, 100, np.random.default_rng(0)
+    rows = [np.sort(rng.choice(n_items, 12, replace=False)) for _ in range(400)]
+    pairs = [(row[:9], row[9:]) for row in rows[300:]]
+    write_folder(tmp_path / "shards", rows[:300], pairs[:20], pairs, n_items=n_items)
+    monkeypatch.setattr(sparse_columns, "_MOST_GRADIENT", 0)
+    manifest = Manifest.load(tmp_path / "shards")
+    config = Config(
+        model=ModelConfig(kind="ease", neighbours=K, ease_lambda=9.0),
+        data=DataConfig(shards=str(tmp_path / "shards")),
+    )
+    histories = csr([history.tolist() for history, _ in pairs])
+
+    def fit_and_list() -> None:
+        model = new_model(config, n_items, alone())
+        fit = SupportFit(config, manifest, alone())
+        fit.choose(model.matrices[0])
+        fit.solve(model.matrices[0], config.model)
+        top_items(partial(model.scores, None), histories, 50, n_items, alone())
+
+    with Allocations() as mode:
+        fit_and_list()
+        call(main, *trained(tmp_path / "shards", tmp_path / "run", 3, "--model.kind", "vasp"))
+    tracemalloc.start()
+    fit_and_list()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < n_items**2, f"{peak:,} bytes by numpy and Python"
+    for (shape, n_bytes), operation in mode.seen.items():
+        numbers = int(np.prod(shape))
+        assert numbers < n_test * n_items, f"{operation} gives {shape}, {n_bytes:,} bytes"

@@ -111,6 +111,7 @@ CHANGED = {
         "ease_lambda_exponent": 0.7,
         "ease_xi": 0.1,
         "init_from_ease": "runs/ease",
+        "neighbours": 6,
         "nease_scale": 8.0,
         "nease_offset": -8.0,
         "nease": "apart",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -311,3 +312,28 @@ def test_a_frozen_matrix_has_no_moments_and_apart_it_is_not_read():
         < frozen.arithmetic["gathers (bytes)"]
         == trained.arithmetic["gathers (bytes)"]
     )
+
+
+def test_a_plan_names_the_inputs_that_fit(capsys):
+    """What `model.neighbours` makes of a million items: the largest power of 2 that fits is named,
+    and twice as many do not fit."""
+    given = ["--model.kind", "ease", "--items", "1000000", "--ranks", "2"]
+    command.main([*given, "--device_memory_gb", "4"])
+    out = capsys.readouterr().out
+    found = re.search(r"takes 4,000\.0 GB; model\.neighbours (\d+) fits 4 GB a rank", out)
+    assert found, out
+    sizes = Sizes(1_000_000, 100.0)
+    for K, fits in ((int(found[1]), True), (2 * int(found[1]), False)):
+        config = Config(model=ModelConfig(kind="ease", neighbours=K))
+        assert (make_plan(config, sizes, 2, 1, None).memory_total <= 4e9) is fits
+    command.main([*given[:2], "--items", "1000"])
+    assert "takes 0.0 GB; --device_memory_gb M says which" in capsys.readouterr().out
+
+
+def test_a_plan_counts_what_a_support_holds():
+    config = Config(model=ModelConfig(kind="ease", neighbours=8))
+    memory = make_plan(config, Sizes(1000, 20.0, 300), 2, 1, Rates()).memory
+    assert memory["item weights and ids"] == 500 * 8 * (4 + 4)
+    assert memory["systems"] == 4 * 500 * 8 * 9
+    size = measure_size(Config(model=ModelConfig(kind="nease", neighbours=8)), 1000, 2)
+    assert (size.trained, size.frozen, size.supports) == (500 * 8, 500 * 8, 1)
