@@ -100,6 +100,9 @@ def _read_trunk(opened: Weights, shapes: Shapes) -> dict[str, Tensor]:
             found = stored.stored.get(name)
             if found is None or found.shape != tuple(shape):
                 raise ValueError(f"{stored.path} has no {name} of shape {tuple(shape)}")
+            if found.dtype != torch.float32:
+                dtype = DTYPE_NAMES[found.dtype]
+                raise ValueError(f"{stored.path}: {name} is of dtype {dtype}, expected F32")
         return {name: stored.read(name) for name in shapes}
 
 
@@ -158,8 +161,8 @@ def _check_shape(stored: StoredItems, piece: ItemSlice, n_rows: int) -> None:
     where = f"{stored.file.path}: {stored.key}"
     found = stored.file.stored[stored.key].dtype
     if found.is_floating_point != piece.tensor.dtype.is_floating_point:
-        expected = "F32" if piece.tensor.dtype.is_floating_point else "I32"
-        raise ValueError(f"{where} is of dtype {DTYPE_NAMES[found]}, expected {expected}")
+        wanted = "F32" if piece.tensor.dtype.is_floating_point else "I32"
+        raise ValueError(f"{where} is of dtype {DTYPE_NAMES[found]}, expected {wanted}")
     if stored.axis != piece.item_dim:
         raise ValueError(
             f"{where} has its items along axis {stored.axis}, expected axis {piece.item_dim}"

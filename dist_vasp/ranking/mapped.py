@@ -179,5 +179,9 @@ def _map_trunk(opened: Checkpoint[ModelHeader], config: Config) -> Trunk | None:
         if name not in tensors or tensors[name].shape != p.shape:
             file = opened.path / TRUNK
             raise ValueError(f"{file} has no {name} of shape {tuple(p.shape)}; {opened.remedy}")
+        if tensors[name].dtype != torch.float32:
+            dtype = DTYPE_NAMES[tensors[name].dtype]
+            file = opened.path / TRUNK
+            raise ValueError(f"{file}: {name} is of dtype {dtype}, expected F32; {opened.remedy}")
         p.data = tensors[name]
     return trunk.eval().requires_grad_(False)
