@@ -2,7 +2,8 @@
 
     python -m dist_vasp.data.reader FILE_DESCRIPTOR
 
-The rank starts it, and sends a `Task` through the connection that the descriptor names.
+The rank starts it, and sends a `Task` through its standard input. The batches go into the pipe that
+the descriptor names.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ def main(descriptor: int) -> NoReturn:
         for number in GROUP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)  # for every thread of the process
         signal.pthread_sigmask(signal.SIG_UNBLOCK, GROUP_SIGNALS)
-        connection = Connection(descriptor)
-        task: Task = connection.recv()
+        task: Task = Connection(sys.stdin.fileno(), writable=False).recv()
+        connection = Connection(descriptor, readable=False)
         threading.Thread(target=_end_with, args=(task.rank_process,), daemon=True).start()
         ready: queue.Queue[Any] = queue.Queue(_PREFETCH)
         sending = threading.Thread(target=_send, args=(ready, connection), daemon=True)

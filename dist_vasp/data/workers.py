@@ -33,38 +33,43 @@ class Worker:
     """
 
     def __init__(self) -> None:
-        self._connection, theirs = Pipe()  # needs no /dev/shm, which may be full
+        # A pipe needs no /dev/shm, which may be full, and holds fewer batches than a socket.
+        self._receiver, sender = Pipe(duplex=False)
+        task, self._task = Pipe(duplex=False)
         self.exit_code: int | None = None
         # A signal before the process ignores it is held back, and then ignored.
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, GROUP_SIGNALS)
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "dist_vasp.data.reader", str(theirs.fileno())],
-                stdin=subprocess.DEVNULL,
+                [sys.executable, "-P", "-m", "dist_vasp.data.reader", str(sender.fileno())],
+                stdin=task.fileno(),
                 env=_environment(),
-                pass_fds=[theirs.fileno()],
+                pass_fds=[sender.fileno()],
             )
         except OSError:
-            self._connection.close()
+            self._receiver.close()
+            self._task.close()
             raise
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-            theirs.close()
+            sender.close()
+            task.close()
         self.pid = self._process.pid
 
     def begin(self, task: Task) -> None:
         """Send the process its task."""
-        try:
-            self._connection.send(task)
-        except OSError:  # it is gone
-            self.end()
+        with self._task:
+            try:
+                self._task.send(task)
+            except OSError:  # it is gone
+                self.end()
 
     def receive(self) -> Any | None:
         """Return the next batch; None, with `exit_code` set, where the worker is gone."""
         if self.exit_code is not None:
             return None
         try:
-            return self._connection.recv()
+            return self._receiver.recv()
         except (EOFError, OSError):  # possible in the middle of a batch, too
             self.end()
             return None
@@ -73,7 +78,7 @@ class Worker:
         """End the process if it still runs, and collect its status."""
         if self.exit_code is not None:
             return
-        self._connection.close()
+        self._receiver.close()
         self._process.kill()  # has no effect on a process that has ended
         self.exit_code = self._process.wait()
 
