@@ -14,6 +14,7 @@ from dist_vasp.data.positives import REPEATS
 from dist_vasp.data.tables.options import add_reading_options
 
 PROTOCOLS = ("liang", "hashed", "given", "time", "last")
+TABLE = "table"  # an input format of --engine spark alone
 ENGINES = ("local", "spark")
 ON_SPARK = ("hashed", "given", "time", "last")  # the protocols of --engine spark
 MEMORY_LIMIT = "800MB"
@@ -38,7 +39,8 @@ def parser() -> command_line.Parser:
     add = result.add_argument
     add("inputs", nargs="+", metavar="INPUT", help="files, folders, globs or archives to read")
     add("output", type=Path, metavar="OUT_DIR", help="folder to write; appears only when complete")
-    add("--format", choices=FORMATS, help="default: inferred from the name of INPUT")
+    help = "default: inferred from the name of INPUT; table: INPUT is a table that Spark knows"
+    add("--format", choices=(*FORMATS, TABLE), help=help)
     _add_columns(result)
     _add_protocol(result)
     help = "CSV or Parquet with the item column and title; default: the titles of INPUT, if any"
@@ -151,6 +153,11 @@ def check_engine(args: argparse.Namespace) -> None:
             raise ValueError(
                 "--master names a Spark cluster, but the engine is local; pass --engine spark, or "
                 "leave --master out"
+            )
+        if args.format == TABLE:
+            raise ValueError(
+                "--format table names tables of a Spark cluster, but the engine is local; pass "
+                "--engine spark, or name files"
             )
         return
     if args.memory_limit is not None:

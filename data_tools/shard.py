@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -63,9 +63,26 @@ def _command(args: argparse.Namespace) -> int:
     check_folder(args.output, "", args.overwrite, files_of, _inputs(args), make_parents=True)
     titles = read_titles(args.titles, args.item_column or "item") if args.titles else None
     old = read_old_split(args.like) if args.like else None
-    source = _open_source(args)
-    with engine_of(args) as engine:
+    with ExitStack() as stack:
+        engine = stack.enter_context(engine_of(args))
+        if args.format == options.TABLE:
+            from data_tools.spark.tables import tables_as_files
+
+            args = stack.enter_context(tables_as_files(args, engine))
+        source = _open_source(args)
         prepared, splits = _write(args, source, old, titles, engine)
+        _report(args, source, prepared, splits, time.monotonic() - start)
+    return 0
+
+
+def _report(
+    args: argparse.Namespace,
+    source: Source,
+    prepared: Prepared,
+    splits: dict[str, SplitEntry],
+    seconds: float,
+) -> None:
+    """Print what was read and written."""
     for note in [*source.notes, *_order(args, source, prepared.preparation["arguments"])]:
         print(note)
     _print_splits(args, prepared.plan, splits)
@@ -74,14 +91,14 @@ def _command(args: argparse.Namespace) -> int:
     print(f"  {kept if args.keep_ratings else rule}")
     for line in _unused(args, source):
         print(f"  {line}")
-    _print_left_out(prepared.preparation, splits, time.monotonic() - start)
-    return 0
+    _print_left_out(prepared.preparation, splits, seconds)
 
 
 def _inputs(args: argparse.Namespace) -> list[tuple[str, Path | None]]:
     """Return what the command reads, with the options that name it."""
+    files = [] if args.format == options.TABLE else args.inputs
     return [
-        *(("INPUT", path) for text in args.inputs for path in expand(text)),
+        *(("INPUT", path) for text in files for path in expand(text)),
         ("--titles", args.titles),
         ("--like", args.like),
     ]

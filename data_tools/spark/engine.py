@@ -31,7 +31,7 @@ from data_tools.readers import Source, TableSource
 from data_tools.shards import Shard, count_shard, shards_of, write_shard
 from data_tools.spark.parts import gather
 from data_tools.spark.session import session, stage
-from data_tools.spark.tasks import PartGrouping, Reading, Salted, clear, read_reports
+from data_tools.spark.tasks import PartGrouping, Reading, Salted, clear, read_reports, sees
 from data_tools.writer import split_entry
 from dist_vasp.data.manifest import ShardEntry, SplitEntry
 from dist_vasp.data.tables.read import Table
@@ -86,7 +86,7 @@ class SparkEngine:
         summary = Summary(has_ratings=names is not None and "rating" in names)
         data = None
         if first is not None:
-            self._start(folder)
+            self.started(folder)
             texts = {role for role in _IDS if pa.types.is_string(first[role].type)}
             checked = peeked.part(everything)
             self._group(checked, grouping, texts, folder, summary)
@@ -96,19 +96,21 @@ class SparkEngine:
             raise ValueError(nothing_kept(summary, asked.min_rating, asked.repeats))
         return only_positives(data, grouping, summary), summary
 
-    def _start(self, folder: Path) -> None:
-        """Start Spark; ValueError where its tasks do not see the folder."""
-        if self._spark is None:
-            self._spark = self._opened.enter_context(session(self._master))
+    def started(self, folder: Path) -> Any:
+        """Return the SparkSession; ValueError where its tasks do not see the folder."""
+        if self._spark is not None:
+            return self._spark
+        self._spark = self._opened.enter_context(session(self._master))
         context = self._spark.sparkContext
         with stage(f"starting, on {context.master} (progress: {context.uiWebUrl or 'no UI'})"):
             n = max(2 * context.defaultParallelism, 2)
-            seen = context.parallelize(range(n), n).map(partial(_sees, folder)).collect()
+            seen = context.parallelize(range(n), n).map(partial(sees, folder)).collect()
         if not all(seen):
             raise ValueError(
                 "OUT_DIR is not on a file system that the driver and all executors share (an "
                 f"executor does not see {folder}); choose another place"
             )
+        return self._spark
 
     def _group(
         self,
@@ -228,7 +230,3 @@ class _ShardTask:
         entry = write_shard(temporary, shard, self.store, make)
         os.replace(temporary, self.folder / shard.name)
         return entry
-
-
-def _sees(folder: Path, _: int) -> bool:
-    return folder.is_dir()

@@ -61,6 +61,11 @@ def read_reports(folder: Path) -> list[Report]:
     return [Report(**json.loads(p.read_text())) for p in sorted(folder.glob("read-*.json"))]
 
 
+def sees(folder: Path, _: int) -> bool:
+    """Return whether this machine sees the folder."""
+    return folder.is_dir()
+
+
 def clear(folder: Path) -> None:
     """Remove what the tasks wrote, before they start again."""
     for pattern in (FAILED, "read-*"):

@@ -147,7 +147,7 @@ def test_bad_input_gives_the_same_message(tmp_path, monkeypatch, capsys, name, t
 def test_a_folder_that_tasks_do_not_see(tmp_path, monkeypatch, capsys):
     source = write_parts(tmp_path / "in", rows(), "csv")
     monkeypatch.setattr(engine, "session", pretend_spark.session)
-    monkeypatch.setattr(engine, "_sees", lambda *_: False)
+    monkeypatch.setattr(engine, "sees", lambda *_: False)
     assert run(source, tmp_path / "out", "--protocol", "hashed", "--engine", "spark") == 2
     assert "OUT_DIR is not on a file system that the driver and all exec" in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["in"]

@@ -61,6 +61,19 @@ def test_same_bytes(tmp_path, session, kind):
     same_on_both(tmp_path, source, "--protocol", "hashed", "--min_items", 2)
 
 
+def test_tables_by_name(tmp_path, session, capsys):
+    source = write_parts(tmp_path / "events", rows(), "parquet")
+    session.read.parquet(str(source)).createOrReplaceTempView("events")
+    words = ["--protocol", "hashed", "--min_items", 2]
+    assert run(source, tmp_path / "local", *words) == 0
+    words += ["--engine", "spark", "--format", "table"]
+    assert run("events", tmp_path / "spark", *words) == 0
+    assert contents(tmp_path / "local") == contents(tmp_path / "spark")
+    assert run("no.where", tmp_path / "new", *words) == 2
+    assert "--format table: Spark has no table no.where (" in capsys.readouterr().err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["events", "local", "spark"]
+
+
 @pytest.mark.data
 def test_same_bytes_of_real_data(tmp_path, session, data_dir):
     source = data_dir / "ml-1m" / "ratings.csv.gz"
@@ -124,7 +137,7 @@ def test_an_executor_that_is_killed_changes_nothing(tmp_path):
         stdout=subprocess.PIPE,
         text=True,
     ) as process:
-        watchdog = threading.Timer(500, process.kill)
+        watchdog = threading.Timer(1500, process.kill)
         watchdog.start()
         killed = 0
         for line in process.stdout:
