@@ -32,6 +32,13 @@ CONFIG = {
 }
 
 
+def _train(folder, run_dir, max_steps: int, init_from: str | None = None):
+    config = {**CONFIG, "data": CONFIG["data"] | {"shards": str(folder / "shards")}}
+    config["run"] = CONFIG["run"] | {"dir": str(run_dir), "max_steps": max_steps}
+    ranks = form_groups(0, Layout(1, 1, 1), torch.device("cpu"))
+    return train(from_dict(config), ranks, init_from)
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A run of six epochs: three of the encoder, one of the decoder, two of the encoder."""
@@ -39,10 +46,7 @@ def run(tmp_path_factory):
     rows = [np.array(row) for row in random_rows(40, N_ITEMS, 1)]
     held_out = [(np.arange(3), np.array([4])), (np.array([1, 5]), np.array([2, 7]))]
     write_folder(folder / "shards", rows, held_out, held_out, n_items=N_ITEMS)
-    config = {**CONFIG, "data": CONFIG["data"] | {"shards": str(folder / "shards")}}
-    config["run"] = CONFIG["run"] | {"dir": str(folder / "run")}
-    ranks = form_groups(0, Layout(1, 1, 1), torch.device("cpu"))
-    assert train(from_dict(config), ranks)["epochs"] == 6
+    assert _train(folder, folder / "run", 0)["epochs"] == 6
     return folder / "run"
 
 
@@ -87,3 +91,15 @@ def test_lists_of_a_checkpoint_and_its_export_are_the_oracles(run, tmp_path):
             listed = [row_of[item] for item in found.ids[u].tolist()]
             same_list(listed, expected, exact[u], bounds[u], f"user {u}")
             each_within(found.scores[u], exact[u, listed], bounds[u, listed], f"p of user {u}")
+
+
+def test_the_prior_of_a_run_that_starts_from_another_is_its_start(run, tmp_path):
+    _train(run.parent, tmp_path / "next", 1, str(run))
+    best, first = run / "checkpoints" / "best", tmp_path / "next/checkpoints/step-00000001"
+    files = [f for f in open_checkpoint(first).header.files if f.endswith(".safetensors")]
+    start, after = _stored(best, files), _stored(first, files)
+    old = [name for name in after if name.endswith(".old")]
+    assert old
+    assert all(torch.equal(after[name], start[name.removesuffix(".old")]) for name in old)
+    assert not torch.equal(after["input.weight"], start["input.weight"])
+    assert torch.equal(after["output.decoder.weight"], start["output.decoder.weight"])
