@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dist_vasp.checkpoint.header import TRUNK, ModelHeader
 from dist_vasp.checkpoint.read import Checkpoint, StoredItems, readable, stored_items
+from dist_vasp.model.neighbours import IDS
 from dist_vasp.model.slices import ItemSlice
 from dist_vasp.tensor_file import DTYPE_NAMES
 
@@ -140,9 +141,24 @@ def _read_known_items(opened: Weights, pieces: list[ItemSlice], old_rows_I: np.n
             if stored.hi > n_items:
                 raise ValueError(f"{stored.file.path}: {stored.key} is not among {n_items} items")
             tensor = stored.file.read(stored.key)
+            old_ids = None
+            if stored.name + IDS in by_name:
+                ids_key = f"{stored.name}{IDS}[{stored.lo}:{stored.hi}]"
+                if ids_key not in stored.file.stored:
+                    raise ValueError(f"{stored.file.path} has no {ids_key}")
+                old_ids = stored.file.read(ids_key)
+                if old_ids.shape != tensor.shape:
+                    shape = tuple(old_ids.shape)
+                    raise ValueError(f"{stored.file.path}: {ids_key} has shape {shape}")
         filled[(stored.name, 0, n_items)].append((stored.lo, stored.hi))
-        for piece in by_name[stored.name]:
-            _copy_known(tensor, stored, piece, old_rows_I)
+        if stored.name.endswith(IDS):
+            continue  # the inputs of W are those of the new data
+        for k, piece in enumerate(by_name[stored.name]):
+            if old_ids is None:
+                _copy_known(tensor, stored, piece, old_rows_I)
+            else:
+                ids = by_name[stored.name + IDS][k]
+                _copy_known_inputs(tensor, old_ids, stored, (piece, ids), old_rows_I)
     _check_filled(opened, filled)
 
 
@@ -211,6 +227,30 @@ def _copy_known(
         rows[:, torch.from_numpy(known)] = source[:, old].to(rows)
         source = rows
     target[torch.from_numpy(here)] = source.to(target)
+
+
+def _copy_known_inputs(
+    tensor: Tensor,
+    old_ids: Tensor,
+    stored: StoredItems,
+    pieces: tuple[ItemSlice, ItemSlice],
+    old_rows_I: np.ndarray,
+) -> None:
+    """Fill those weights of a support whose input was one of the same item before; the others keep
+    the values they have. pieces: the weights and their ids."""
+    weight, ids = pieces
+    mine = old_rows_I[weight.lo : weight.hi]
+    here = np.flatnonzero((mine >= stored.lo) & (mine < stored.hi))
+    at_once = max(1, _READ_BYTES // max(old_ids.shape[1] * ids.tensor.shape[1], 1))
+    for some in np.split(here, range(at_once, len(here), at_once)):
+        rows, old = torch.from_numpy(some), torch.from_numpy(mine[some] - stored.lo)
+        wanted_nK = torch.from_numpy(old_rows_I[ids.tensor[rows].cpu().numpy()])
+        same_nKK = wanted_nK[:, :, None] == old_ids[old][:, None, :]
+        found_nK = same_nKK.any(dim=2)
+        source_nK = tensor[old].gather(1, same_nKK.byte().argmax(dim=2))
+        target_nK = weight.tensor[rows]
+        found_nK = found_nK.to(target_nK.device)
+        weight.tensor[rows] = torch.where(found_nK, source_nK.to(target_nK), target_nK)
 
 
 def _check_filled(opened: Weights, filled: Ranges) -> None:

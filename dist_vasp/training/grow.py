@@ -1,8 +1,10 @@
 """Start a new run from another run's weights, where the catalogue has changed (`--init_from`).
 
 Items are matched by original id. Rows and columns of known items are copied, in whatever order the
-new vocabulary has them. New items keep their random initialisation. Moments and position start
-anew. Each rank reads one stored tensor at a time and keeps its own items of it.
+new vocabulary has them. With `model.neighbours` the inputs of an item are chosen from the new
+data, and the weights of those that it had before are copied. New items keep their random
+initialisation. Moments and position start anew. Each rank reads one stored tensor at a time and
+keeps its own items of it.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ def open_source(run: str, ours: ModelConfig) -> Checkpoint[Header]:
     theirs = from_dict(opened.header.config).model
     different = [
         f"model.{k} is {getattr(ours, k)!r}, there {getattr(theirs, k)!r}"
-        for k in ("kind", *kind_of(ours.kind).size_keys)
+        for k in ("kind", "neighbours", *kind_of(ours.kind).size_keys)
         if getattr(ours, k) != getattr(theirs, k)
     ]
     if different:

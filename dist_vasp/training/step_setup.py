@@ -11,7 +11,6 @@ from dist_vasp.config.schema import Config
 from dist_vasp.model.build import measure_size
 from dist_vasp.model.neighbours import NeighbourMatrix
 from dist_vasp.parallel.comm import Ranks
-from dist_vasp.require import require
 from dist_vasp.training.batches import Batches, make_stream
 from dist_vasp.training.checks import check_memory
 from dist_vasp.training.engine import Trainer
@@ -43,13 +42,6 @@ class StepSetup:
 
     def check(self) -> None:
         check_memory(self._config, self.stream.n_items, self._ranks)
-        require(
-            not (self._init_from and self._config.model.neighbours),
-            "--init_from",
-            self._init_from,
-            "nothing with model.neighbours",
-            "start anew: the inputs of W are chosen from the new shards",
-        )
         if self._init_from:
             source = open_source(self._init_from, self._config.model)
             source.close()

@@ -39,7 +39,16 @@ from tests.oracles import closed_form as oracle
 from tests.oracles.dense import DenseVASP
 from tests.oracles.rounding import stored
 from tests.ranks.test_closed_form import CASES, EVERY, I, X, model_of, users
-from tests.ranks.test_ease import N_ITEMS, arguments, figures, held_out, train_matrix, write_shards
+from tests.ranks.test_ease import (
+    N_ITEMS,
+    arguments,
+    dense,
+    figures,
+    held_out,
+    tastes,
+    train_matrix,
+    write_shards,
+)
 from tests.ranks.test_ease import oracle as ease_oracle
 from tests.ranks.test_memory import Allocations
 from tests.ranks.test_vasp import N_ITEMS as N_TRAINED
@@ -378,6 +387,39 @@ def test_a_training_that_stopped_resumes_bitwise(shards, tmp_path, call, more):
     assert whole == resumed and len(whole) == 2
     (path,) = load_model(tmp_path / "whole", "step-00000006", alone()).model.model.matrices
     np.testing.assert_array_equal(path.ids[0].tensor, expected_support(train_matrix(), K))
+
+
+def _by_ids(path: NeighbourMatrix, ids: np.ndarray) -> dict[tuple[int, int], float]:
+    """The weights by the original ids of input and output item."""
+    inputs, weights = ids[path.ids[0].tensor.numpy()], path.weights[0].tensor.numpy()
+    outputs = np.repeat(ids[:, None], inputs.shape[1], axis=1)
+    pairs = zip(inputs.flat, outputs.flat, strict=True)
+    return dict(zip(pairs, weights.flat, strict=True))
+
+
+def test_another_vocabulary_keeps_the_weights_of_inputs_it_had(shards, tmp_path, call):
+    """Items in another order, two of them new; the inputs are those of the new data."""
+    from launch.train import main
+
+    call(main, *trained(shards, tmp_path / "old", 3, "--model.kind", "nease"))
+    ids = np.random.default_rng(2).permutation(N_ITEMS) + 1000
+    ids[:2] = 5000, 5001
+    rows = [np.unique(np.append(row, row[0] % 2)) for row in tastes(400, 5)]
+    write_folder(tmp_path / "new", rows, held_out(150, 1), n_items=N_ITEMS, item_ids=ids)
+    given = trained(tmp_path / "new", tmp_path / "grown", 1, "--model.kind", "nease")
+    still = ["--optimizer.schedule", '[{"epochs": 1, "lr": 0}]', "--allow_leak"]
+    call(main, *given, *still, "--init_from", tmp_path / "old")
+    before, after = (
+        load_model(tmp_path / name, step, alone()).model.model.matrices[0]
+        for name, step in (("old", "step-00000003"), ("grown", "step-00000001"))
+    )
+    expected = expected_support(dense(rows, N_ITEMS), K)
+    np.testing.assert_array_equal(after.ids[0].tensor, expected)
+    old = _by_ids(before, np.arange(N_ITEMS) + 1000)
+    new = _by_ids(after, ids)
+    n_same = len(old.keys() & new.keys())
+    assert all(new[pair] == old[pair] for pair in old.keys() & new.keys())
+    assert 0 < n_same < N_ITEMS * K
 
 
 def test_nothing_of_rows_times_items_is_made(tmp_path, call, monkeypatch):
