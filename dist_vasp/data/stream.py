@@ -9,7 +9,7 @@ Shapes: U users of the split, B rows of this rank's batch, E interactions.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from dist_vasp.data.manifest import Manifest
 from dist_vasp.data.rows import Rows, concatenate_rows, indptr_of
 from dist_vasp.data.shard import check_ratings, read_shard
 from dist_vasp.data.workers import ReadAhead
+from dist_vasp.turns import in_turn
 
 _SPARE_SHARDS = 4  # decoded shards kept beyond one per lane
 
@@ -33,7 +34,8 @@ class StreamOptions:
 
     batch_size: users per step over all ranks, on average; a step has at most 2 more. lanes: parts
     of the data that are read side by side. ratings: rows carry the ratings of the shards; not with
-    halves. drops_inputs: whether inputs have dropout in an epoch; None: in every one.
+    halves. dropout_turns: (number of epochs, whether their inputs have dropout), repeated without
+    end: an epoch that trains no encoder reads whole inputs.
     """
 
     batch_size: int
@@ -42,7 +44,7 @@ class StreamOptions:
     halves: bool = True
     input_dropout: float = 0.0
     ratings: bool = False
-    drops_inputs: Callable[[int], bool] | None = None
+    dropout_turns: tuple[tuple[int, bool], ...] = ((1, True),)
 
     def check(self, world_size: int) -> None:
         """Raise ValueError where `world_size` ranks cannot read these batches."""
@@ -141,8 +143,7 @@ class TrainStream:
             in_a = split_halves(user_keys, rows.indptr, item_keys, self.options.seed, epoch)
             inputs, targets = _both_ways(rows, in_a)
         user_keys = np.repeat(user_keys, per_user)
-        drops_inputs = self.options.drops_inputs
-        if self.options.input_dropout and (drops_inputs is None or drops_inputs(epoch)):
+        if self.options.input_dropout and in_turn(self.options.dropout_turns, epoch):
             inputs = self._drop_inputs(user_keys, inputs, epoch)
         users = self._order.users_per_lane(step_of_epoch)
         return Batch(

@@ -40,9 +40,10 @@ class Kind(ABC):
         """The replicated layers between input side and heads, None where there are none."""
         return None
 
-    def phase(self, model: ModelConfig, epoch: int) -> Phase:
-        """What epoch `epoch`, counted from 0, trains: the whole model, unless a kind says less."""
-        return WHOLE
+    def phases(self, model: ModelConfig) -> tuple[tuple[int, Phase], ...]:
+        """What epochs train: (number of epochs, phase), repeated without end (turns.py). The whole
+        model, unless a kind says less."""
+        return ((1, WHOLE),)
 
     def earlier(self, config: Config, storage: Storage) -> EarlierEncoder | None:
         """The encoder before the present phase, for a prior that reads it; None for the others."""

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Iterator
-from functools import partial
 
-from dist_vasp.config.schema import Config, ModelConfig
+from dist_vasp.config.schema import Config
 from dist_vasp.data.stream import Batch, StreamOptions, TrainStream
 from dist_vasp.data.workers import ReadAhead
 from dist_vasp.model.registry import kind_of
@@ -18,6 +17,7 @@ def make_stream(config: Config, ranks: Ranks) -> TrainStream:
     """Return the part of the stream of `config` that this rank reads; ValueError where the shards
     do not fit."""
     data = config.data
+    phases = kind_of(config.model.kind).phases(config.model)
     options = StreamOptions(
         data.batch_size,
         config.parallel.lanes,
@@ -25,14 +25,9 @@ def make_stream(config: Config, ranks: Ranks) -> TrainStream:
         config.halves,
         data.input_dropout,
         config.ratings,
-        partial(_drops_inputs, config.model),
+        tuple((n, phase.encoder) for n, phase in phases),
     )
     return TrainStream(data.shards, options, ranks.rank, ranks.world_size)
-
-
-def _drops_inputs(model: ModelConfig, epoch: int) -> bool:
-    """Whether the inputs of an epoch have dropout: those of a phase that trains the encoder."""
-    return kind_of(model.kind).phase(model, epoch).encoder
 
 
 def with_next(batches: Iterable[Batch]) -> Iterator[tuple[Batch, Batch | None]]:

@@ -13,23 +13,25 @@ from dist_vasp.model.registry import kind_of
 from dist_vasp.model.slices import ItemSlice
 from dist_vasp.model.step import MicroBatch, Phase
 from dist_vasp.parallel.comm import Ranks
+from dist_vasp.turns import in_turn
 
 
 class Phases:
     """The phase that training is in. It keeps the earlier encoder for a kind that has one."""
 
     def __init__(self, config: Config, model: PartitionedModel, ranks: Ranks) -> None:
-        self._config, self._model, self._ranks = config, model, ranks
-        self._kind = kind_of(config.model.kind)
+        self._model, self._ranks = model, ranks
+        kind = kind_of(config.model.kind)
+        self._phases = kind.phases(config.model)
         self._phase: Phase | None = None
-        self.earlier = self._kind.earlier(config, model.storage)
+        self.earlier = kind.earlier(config, model.storage)
         if self.earlier:
             self.earlier.trunk.to(ranks.device)
 
     def enter(self, epoch: int, trunk_tensors: Callable[[], Mapping[str, Tensor]]) -> Phase:
         """The phase of `epoch`. Where one begins that updates the encoder, the encoder is copied;
         `trunk_tensors` gives the whole trunk, and all ranks call it together."""
-        phase = self._kind.phase(self._config.model, epoch)
+        phase = in_turn(self._phases, epoch)
         if self.earlier and self._model.input and phase.encoder and phase != self._phase:
             self.earlier.take(self._model.input.slices(), trunk_tensors())
         self._phase = phase
@@ -37,7 +39,7 @@ class Phases:
 
     def resume(self, epoch: int) -> None:
         """Remember that training has reached `epoch`, whose phase then does not begin again."""
-        self._phase = self._kind.phase(self._config.model, epoch)
+        self._phase = in_turn(self._phases, epoch)
 
     def with_prior(self, rows: MicroBatch) -> MicroBatch:
         """The rows, with the prior of their latent codes where the penalty needs one."""

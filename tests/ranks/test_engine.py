@@ -166,7 +166,13 @@ CASES = [
 
 @pytest.mark.parametrize(
     ("world_size", "replicas"),
-    [(1, 1), (2, 1), (3, 1), (2, 2), pytest.param(4, 2, marks=pytest.mark.slow)],
+    [
+        pytest.param(1, 1, marks=pytest.mark.slow),
+        (2, 1),
+        (3, 1),
+        (2, 2),
+        pytest.param(4, 2, marks=pytest.mark.slow),
+    ],
 )
 def test_steps_equal_dense_oracle(world_size, replicas):
     configs = [

@@ -49,6 +49,8 @@ from tests.support.partitioned import (
 )
 from tests.support.ranks import run_ranks
 
+SLOW = pytest.mark.slow
+
 N_ITEMS, N_ROWS, LATENT, LAYERS = 23, 12, 3, 3
 GAMMA, DROPOUT, LR = 0.02, 0.4, 0.01
 MODEL = ModelConfig(
@@ -282,7 +284,12 @@ def _oracle(case: tuple, start: dict[str, torch.Tensor]) -> Bounded:
 
 
 @pytest.mark.parametrize(
-    ("world_size", "replicas"), [(1, 1), (2, 1), (3, 1), pytest.param(4, 2, marks=pytest.mark.slow)]
+    ("world_size", "replicas"),
+    [
+        pytest.param(1, 1, marks=SLOW),
+        (2, 1),
+        *(pytest.param(*of, marks=SLOW) for of in ((3, 1), (4, 2))),
+    ],
 )
 def test_training_equals_the_dense_oracle(world_size, replicas):
     by_rank = run_ranks(_train, world_size, CASES, replicas=replicas)
@@ -335,6 +342,7 @@ def _resumed(ranks, folder, saves):
 SAVES = (1, 3, 4, 5, 6)  # in a phase of the encoder, at its end, in one of the decoder, at its end
 
 
+@SLOW
 def test_a_resumed_training_is_bitwise_the_same(tmp_path):
     for by_rank in run_ranks(_resumed, 2, tmp_path, SAVES):
         for case in by_rank:

@@ -31,6 +31,7 @@ TABLES = {"dist_vasp.data.ids"} | {
 }  # import each other alone
 BASE = TABLES | {
     "dist_vasp.require",
+    "dist_vasp.turns",
     "dist_vasp.data.positives",
     "dist_vasp.data.role_columns",
     "dist_vasp.data.rows",

@@ -146,10 +146,11 @@ class RecVae(Kind):
             "leave it out",
         )
 
-    def phase(self, model: ModelConfig, epoch: int) -> Phase:
-        cycle = model.recvae_encoder_epochs + model.recvae_decoder_epochs
-        encoder = epoch % cycle < model.recvae_encoder_epochs
-        return Phase(encoder=encoder, paths=not encoder)
+    def phases(self, model: ModelConfig) -> tuple[tuple[int, Phase], ...]:
+        return (
+            (model.recvae_encoder_epochs, Phase(paths=False)),
+            (model.recvae_decoder_epochs, Phase(encoder=False)),
+        )
 
     def trunk(self, model: ModelConfig, arithmetic: Arithmetic) -> RecVaeTrunk:
         return RecVaeTrunk(model.hidden, model.latent, model.encoder_layers, arithmetic)

@@ -201,7 +201,7 @@ def test_input_dropout_of_whole_rows_leaves_the_targets_whole(folders):
 
 
 def test_input_dropout_holds_in_the_epochs_that_ask_for_it(folders):
-    options = {**OPTIONS, "input_dropout": 0.4, "drops_inputs": lambda epoch: epoch % 2 == 1}
+    options = {**OPTIONS, "input_dropout": 0.4, "dropout_turns": ((1, False), (1, True))}
     stream = TrainStream(folders / "16", StreamOptions(**options, halves=False))
     for epoch in range(4):
         steps = range(epoch * stream.steps_per_epoch, (epoch + 1) * stream.steps_per_epoch)
