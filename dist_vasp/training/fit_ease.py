@@ -139,9 +139,13 @@ def training_users(folder: str | Path, manifest: Manifest) -> Iterator[Rows]:
 # --- NEASE's start --------------------------------------------------------------------------------
 
 
-def start_from_ease(trainer: Trainer, manifest: Manifest) -> None:
+def start_from_ease(
+    trainer: Trainer, manifest: Manifest, on_support: SupportFit | None = None
+) -> None:
     """W = model.nease_scale * B, from what model.init_from_ease names; the copy that
     optimizer.nease_decay draws to is the same.
+
+    on_support: what has chosen the inputs of a W that keeps some only.
 
     AgreedError where the named run is of another kind or of other items, or a file of it is
     damaged.
@@ -149,7 +153,8 @@ def start_from_ease(trainer: Trainer, manifest: Manifest) -> None:
     config, ranks = trainer.config, trainer.ranks
     (matrix,) = trainer.model.matrices
     if isinstance(matrix, NeighbourMatrix):
-        SupportFit(config, manifest, ranks).solve(matrix, config.model)
+        assert on_support is not None
+        on_support.solve(matrix, config.model)
     elif config.model.init_from_ease == CLOSED_FORM:
         assert isinstance(matrix, ItemMatrix)
         if ranks.device.type == "cpu":

@@ -13,7 +13,7 @@ import torch
 
 from dist_vasp.config.schema import Config, ModelConfig
 from dist_vasp.data.manifest import Manifest
-from dist_vasp.data.rows import Rows
+from dist_vasp.data.rows import Rows, indptr_of
 from dist_vasp.data.shard import read_shard
 from dist_vasp.model.closed_form_on_support import solve_on_support
 from dist_vasp.model.co_occurrence import CoOccurrence
@@ -41,10 +41,12 @@ class SupportFit:
         self._n_items = manifest.n_items
         with agreed(ranks):
             self._users = read_training_users(config.data.shards, manifest)
+        self._counts: CoOccurrence | None = None
+        self._exponent = 0.0  # of the users' weights in the counts
 
     def choose(self, path: NeighbourMatrix) -> None:
         """Write the supports of this rank's items into `path`."""
-        counts = CoOccurrence(self._users, self._n_items)
+        counts = self._counted(0.0)
         for ids in path.ids:
             title = f"choosing {path.width} inputs for each item"
             with Progress(title, ids.hi - ids.lo, "item", show=self._ranks.is_main) as progress:
@@ -54,11 +56,7 @@ class SupportFit:
 
     def solve(self, path: NeighbourMatrix, model: ModelConfig) -> None:
         """Write the closed form of the keys `model.ease_*` on the supports of `path` into it."""
-        weight_U = None
-        if model.ease_user_exponent:
-            lengths_U = self._users.lengths.astype(np.float64)
-            weight_U = (lengths_U / lengths_U.mean()) ** model.ease_user_exponent
-        counts = CoOccurrence(self._users, self._n_items, weight_U)
+        counts = self._counted(model.ease_user_exponent)
         title = f"lambda {model.ease_lambda:g}, systems"
         for ids, weight in zip(path.ids, path.weights, strict=True):
             ids_JK, solved_JK = ids.tensor.cpu().numpy(), weight.tensor.cpu()
@@ -66,6 +64,18 @@ class SupportFit:
                 tick = self._tick(progress)
                 solve_on_support(counts, ids_JK, solved_JK, ids.lo, model, self._ranks, tick)
             weight.tensor.copy_(solved_JK)
+
+    def _counted(self, exponent: float) -> CoOccurrence:
+        """The counts of users that weigh (n / mean n)^exponent. The last ones are kept: a search
+        asks for the same again and again, and two of them are too large to keep."""
+        if self._counts is None or self._exponent != exponent:
+            self._counts, weight_U = None, None
+            if exponent:
+                lengths_U = self._users.lengths.astype(np.float64)
+                weight_U = (lengths_U / lengths_U.mean()) ** exponent
+            self._counts = CoOccurrence(self._users, self._n_items, weight_U)
+            self._exponent = exponent
+        return self._counts
 
     def _tick(self, progress: Progress) -> Callable[[int], None]:
         def tick(done: int) -> None:
@@ -86,6 +96,6 @@ def read_training_users(folder: str, manifest: Manifest) -> Rows:
         items[filled : filled + len(rows.items)] = rows.items
         filled += len(rows.items)
         lengths.append(rows.lengths)
-    indptr = np.concatenate([[0], np.cumsum(np.concatenate(lengths))])
+    indptr = indptr_of(np.concatenate(lengths))
     assert filled == len(items) == indptr[-1]
     return Rows(indptr, items)

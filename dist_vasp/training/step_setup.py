@@ -96,10 +96,12 @@ class StepSetup:
 
     def _initialise(self, trainer: Trainer) -> None:
         """Give a new run the weights that it starts from, where it starts from some."""
+        on_support: SupportFit | None = None
         for matrix in trainer.model.matrices:
             if isinstance(matrix, NeighbourMatrix):
-                SupportFit(self._config, self.manifest, self._ranks).choose(matrix)
+                on_support = SupportFit(self._config, self.manifest, self._ranks)
+                on_support.choose(matrix)
         if self._config.model.init_from_ease:
-            start_from_ease(trainer, self.manifest)
+            start_from_ease(trainer, self.manifest, on_support)
         if self._init_from:
             initialise_from(trainer, self._init_from, self._config.data.shards)
