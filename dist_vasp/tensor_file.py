@@ -29,7 +29,7 @@ _LARGEST_HEADER = 32 << 20  # bytes
 _MOST_DIMENSIONS = 8
 _LARGEST_SIZE = 1 << 48
 _DTYPES = {"F32": torch.float32, "I32": torch.int32}  # 4 bytes each
-DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,14 @@ class Stored:
     start: int  # byte in the file
     end: int
     dtype: torch.dtype = torch.float32
+
+
+def check_dtype(where: str, found: torch.dtype, wanted: torch.dtype) -> None:
+    """Raise ValueError where a stored tensor is of another dtype than `wanted`."""
+    if found != wanted:
+        raise ValueError(
+            f"{where} is of dtype {_DTYPE_NAMES[found]}, expected {_DTYPE_NAMES[wanted]}"
+        )
 
 
 class TensorFile:
@@ -157,10 +165,10 @@ def write_safetensors(
     header, end = {}, 0
     assert len(tensors) <= MOST_TENSORS, len(tensors)
     for name, tensor in tensors.items():
-        assert tensor.dtype in DTYPE_NAMES, (name, tensor.dtype)
+        assert tensor.dtype in _DTYPE_NAMES, (name, tensor.dtype)
         start, end = end, end + tensor.numel() * 4
         header[name] = {
-            "dtype": DTYPE_NAMES[tensor.dtype],
+            "dtype": _DTYPE_NAMES[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [start, end],
         }

@@ -18,7 +18,7 @@ from dist_vasp.checkpoint.header import TRUNK, ModelHeader
 from dist_vasp.checkpoint.read import Checkpoint, StoredItems, readable, stored_items
 from dist_vasp.model.neighbours import IDS
 from dist_vasp.model.slices import ItemSlice
-from dist_vasp.tensor_file import DTYPE_NAMES
+from dist_vasp.tensor_file import check_dtype
 
 Weights = Checkpoint[ModelHeader]
 Shapes = Mapping[str, Sequence[int]]
@@ -101,9 +101,7 @@ def _read_trunk(opened: Weights, shapes: Shapes) -> dict[str, Tensor]:
             found = stored.stored.get(name)
             if found is None or found.shape != tuple(shape):
                 raise ValueError(f"{stored.path} has no {name} of shape {tuple(shape)}")
-            if found.dtype != torch.float32:
-                dtype = DTYPE_NAMES[found.dtype]
-                raise ValueError(f"{stored.path}: {name} is of dtype {dtype}, expected F32")
+            check_dtype(f"{stored.path}: {name}", found.dtype, torch.float32)
         return {name: stored.read(name) for name in shapes}
 
 
@@ -175,10 +173,9 @@ def _check_shape(stored: StoredItems, piece: ItemSlice, n_rows: int) -> None:
     n_rows: its rows, where the items are not the rows.
     """
     where = f"{stored.file.path}: {stored.key}"
-    found = stored.file.stored[stored.key].dtype
-    if found.is_floating_point != piece.tensor.dtype.is_floating_point:
-        wanted = "F32" if piece.tensor.dtype.is_floating_point else "I32"
-        raise ValueError(f"{where} is of dtype {DTYPE_NAMES[found]}, expected {wanted}")
+    is_weight = piece.tensor.is_floating_point()  # of any precision; fp32 is stored
+    wanted = torch.float32 if is_weight else torch.int32
+    check_dtype(where, stored.file.stored[stored.key].dtype, wanted)
     if stored.axis != piece.item_dim:
         raise ValueError(
             f"{where} has its items along axis {stored.axis}, expected axis {piece.item_dim}"

@@ -30,7 +30,7 @@ from dist_vasp.model.trunk import Trunk
 from dist_vasp.parallel.comm import form_groups
 from dist_vasp.parallel.partition import ItemPartition, Layout
 from dist_vasp.ranking.scoring import TrainedModel
-from dist_vasp.tensor_file import DTYPE_NAMES
+from dist_vasp.tensor_file import check_dtype
 
 _SCATTERED = 16  # fewer rows of a matrix than one in so many: single pages are read
 
@@ -82,12 +82,7 @@ class ItemsFile:
         tensor = self.tensors.get(f"{name}[{lo}:{hi}]")
         if tensor is None or tuple(tensor.shape) != shape:
             raise ValueError(f"{self.path} has no {name}[{lo}:{hi}] of shape {shape}")
-        wanted = dtype or torch.float32
-        if tensor.dtype != wanted:
-            found, expected = (DTYPE_NAMES[of] for of in (tensor.dtype, wanted))
-            raise ValueError(
-                f"{self.path}: {name}[{lo}:{hi}] is of dtype {found}, expected {expected}"
-            )
+        check_dtype(f"{self.path}: {name}[{lo}:{hi}]", tensor.dtype, dtype or torch.float32)
         return ItemSlice(name, lo, hi, item_dim, tensor)
 
     def columns(self, name: str, n_items: int) -> list[ItemSlice]:
@@ -175,13 +170,11 @@ def _map_trunk(opened: Checkpoint[ModelHeader], config: Config) -> Trunk | None:
     if TRUNK not in opened.header.files:
         raise ValueError(f"{opened.path} lists no {TRUNK}; {opened.remedy}")
     tensors, _ = opened.tensors(TRUNK).map()
-    for name, p in trunk.named_parameters():
-        if name not in tensors or tensors[name].shape != p.shape:
-            file = opened.path / TRUNK
-            raise ValueError(f"{file} has no {name} of shape {tuple(p.shape)}; {opened.remedy}")
-        if tensors[name].dtype != torch.float32:
-            dtype = DTYPE_NAMES[tensors[name].dtype]
-            file = opened.path / TRUNK
-            raise ValueError(f"{file}: {name} is of dtype {dtype}, expected F32; {opened.remedy}")
-        p.data = tensors[name]
+    file = opened.path / TRUNK
+    with readable(file, opened.remedy):
+        for name, p in trunk.named_parameters():
+            if name not in tensors or tensors[name].shape != p.shape:
+                raise ValueError(f"{file} has no {name} of shape {tuple(p.shape)}")
+            check_dtype(f"{file}: {name}", tensors[name].dtype, torch.float32)
+            p.data = tensors[name]
     return trunk.eval().requires_grad_(False)
