@@ -16,7 +16,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from dist_vasp.model.paths import BackwardPass, ItemToItem, Pairs, Training
+from dist_vasp.model.paths import BackwardPass, ItemMatrix, ItemToItem, Pairs, Training
 from dist_vasp.model.sinks import Sink
 from dist_vasp.model.slices import ItemSlice, Storage
 from dist_vasp.model.sparse import ItemRows
@@ -37,11 +37,10 @@ class NeighbourMatrix(ItemToItem):
         storage: Storage,
         neighbours: int,
         part_of: str,
+        training: Training,
         offset: float = 0.0,
-        training: Training | None = None,
     ) -> None:
-        self.name, self.part_of, self.offset = "nease", part_of, offset
-        self.training = training or Training()
+        self.name, self.part_of, self.offset, self.training = "nease", part_of, offset, training
         self.n_items, self.width = storage.n_items, support_width(neighbours, storage.n_items)
         name = f"output.{self.name}.weight"
         self._storage = storage
@@ -111,3 +110,17 @@ class NeighbourMatrix(ItemToItem):
             weight, ids = self.weights[i], self.ids[i]
             is_input_CK = ids.tensor[rows] == item
             yield weight.lo + rows.start, (weight.tensor[rows] * is_input_CK).sum(dim=1)
+
+
+def item_to_item(
+    storage: Storage,
+    neighbours: int,
+    part_of: str,
+    training: Training,
+    offset: float = 0.0,
+) -> ItemToItem:
+    """The items x items path `nease`: on a support of `neighbours` inputs, or with 0 the exact
+    one."""
+    if neighbours:
+        return NeighbourMatrix(storage, neighbours, part_of, training, offset)
+    return ItemMatrix("nease", storage, part_of, offset, training)

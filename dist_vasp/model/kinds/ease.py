@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Literal
 
 from dist_vasp.model.kind import Kind
 from dist_vasp.model.links import Identity
-from dist_vasp.model.neighbours import NeighbourMatrix
+from dist_vasp.model.neighbours import item_to_item
 from dist_vasp.model.partitioned import Parts
-from dist_vasp.model.paths import ItemMatrix, ItemToItem, Training
+from dist_vasp.model.paths import Training
 from dist_vasp.model.slices import Storage
 from dist_vasp.require import require, require_finite
 
@@ -80,9 +80,5 @@ class Ease(Kind):
 
     def parts(self, config: Config, storage: Storage) -> Parts:
         closed_form = Training(trained=False, in_loss=False)
-        neighbours = config.model.neighbours
-        if neighbours:
-            B: ItemToItem = NeighbourMatrix(storage, neighbours, "ease", training=closed_form)
-        else:
-            B = ItemMatrix("nease", storage, "ease", training=closed_form)
+        B = item_to_item(storage, config.model.neighbours, "ease", closed_form)
         return Parts(storage, None, (B,), Identity())

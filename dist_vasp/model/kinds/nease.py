@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Literal
 
 from dist_vasp.model.kind import Kind
 from dist_vasp.model.links import Product
-from dist_vasp.model.neighbours import NeighbourMatrix
+from dist_vasp.model.neighbours import item_to_item
 from dist_vasp.model.partitioned import Parts
-from dist_vasp.model.paths import ItemMatrix, ItemToItem, Training
+from dist_vasp.model.paths import ItemToItem, Training
 from dist_vasp.model.slices import Storage
 from dist_vasp.require import require, require_finite
 
@@ -85,9 +85,7 @@ def nease_path(config: Config, storage: Storage) -> ItemToItem:
         rate=rates.nease_lr,
         decay=rates.nease_decay,
     )
-    if model.neighbours:
-        return NeighbourMatrix(storage, model.neighbours, "nease", model.nease_offset, training)
-    return ItemMatrix("nease", storage, "nease", model.nease_offset, training)
+    return item_to_item(storage, model.neighbours, "nease", training, model.nease_offset)
 
 
 def check_start(config: Config, may_freeze: bool) -> None:
