@@ -8,8 +8,8 @@ Shapes: B users of a shard.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
 
@@ -58,22 +58,29 @@ def shards_of(data: Interactions, plan: Plan, split: str, users_per_shard: int) 
 
 def write_shard(path: Path, shard: Shard, store: Store, make: BlockMaker) -> ShardEntry:
     """Write a shard to `path` and return its row of the manifest."""
-    users = interactions = heldout = 0
     with open(path, "wb") as raw:
         file = _HashedFile(raw)
         with TarWriter(file, encoder=False, compress=False, mtime=0) as tar:
-            for number, block in enumerate(shard.blocks(store, make)):
+
+            def write(number: int, block: Block) -> None:
                 tar.write(encode_block(f"{shard.split}-{shard.index:06d}-{number:03d}", block))
-                users += block.n_users
-                interactions += len(block.rows.items)
-                heldout += block.n_held_out
-    return ShardEntry(shard.name, users, interactions, heldout, file.bytes, file.sha256())
+
+            counted = _counted(shard, store, make, write)
+    return replace(counted, bytes=file.bytes, sha256=file.sha256())
 
 
 def count_shard(shard: Shard, store: Store, make: BlockMaker) -> ShardEntry:
     """Return what `write_shard` would, without the size and checksum of the tar."""
+    return _counted(shard, store, make, lambda number, block: None)
+
+
+def _counted(
+    shard: Shard, store: Store, make: BlockMaker, write: Callable[[int, Block], None]
+) -> ShardEntry:
+    """Pass each block with its number to `write`; return the counts of all."""
     users = interactions = heldout = 0
-    for block in shard.blocks(store, make):
+    for number, block in enumerate(shard.blocks(store, make)):
+        write(number, block)
         users += block.n_users
         interactions += len(block.rows.items)
         heldout += block.n_held_out

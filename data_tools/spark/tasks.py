@@ -114,6 +114,11 @@ class Reading:
         report.write(self.folder, number)
 
 
+def part_of(hashes: np.ndarray, n_parts: int) -> np.ndarray:
+    """Return the part of the users with these hashes, int64: each part is a range of hashes."""
+    return ((hashes >> np.uint64(32)) * np.uint64(n_parts) >> np.uint64(32)).astype(np.int64)
+
+
 @dataclass(frozen=True)
 class Salted:
     """Rows with what Spark shuffles and sorts by."""
@@ -137,9 +142,9 @@ class Salted:
         columns = {role: batch[role] for role in ("user", "item")}
         distinct = batch["user"].cast(self.schema.field("user").type).dictionary_encode()
         hashes = hash64(self.seed, keys_of_ids(distinct.dictionary))[np.asarray(distinct.indices)]
-        part = (hashes >> np.uint64(32)) * np.uint64(len(self.salts)) >> np.uint64(32)
+        part = part_of(hashes, len(self.salts))
         columns |= {
-            "salt": pa.array(np.array(self.salts, np.int64)[part.astype(np.int64)]),
+            "salt": pa.array(np.array(self.salts, np.int64)[part]),
             "place": pa.array((hashes ^ _SIGN).view(np.int64)),  # Spark has no unsigned integers
             "position": pa.array(np.arange(position, position + len(batch))),
             **extra,
@@ -177,8 +182,8 @@ class PartGrouping:
         pq.write_table(pa.table({"id": coder.item_ids}), temporary / "items.parquet")
         counts = {"duplicates": summary.duplicates, "below_min_rating": summary.below_min_rating}
         (temporary / "counts.json").write_text(json.dumps(counts))
-        number = int(coder.place) + (1 << 63) >> 32
-        number = number * self.n_parts >> 32
+        hashes = np.array([coder.place], np.int64).view(np.uint64) ^ _SIGN
+        number = int(part_of(hashes, self.n_parts)[0])
         try:
             os.rename(temporary, self.folder / f"part-{number:06d}")
         except OSError:
