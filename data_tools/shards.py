@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
-from webdataset import TarWriter
 
 from data_tools.interactions import Interactions, Store, read_block
 from data_tools.plan import BlockMaker, Plan
@@ -58,6 +57,8 @@ def shards_of(data: Interactions, plan: Plan, split: str, users_per_shard: int) 
 
 def write_shard(path: Path, shard: Shard, store: Store, make: BlockMaker) -> ShardEntry:
     """Write a shard to `path` and return its row of the manifest."""
+    from webdataset import TarWriter  # it imports torch, which takes seconds
+
     with open(path, "wb") as raw:
         file = _HashedFile(raw)
         with TarWriter(file, encoder=False, compress=False, mtime=0) as tar:

@@ -89,9 +89,8 @@ def test_train_starts_its_ranks_and_only_rank_0_prints(shards, tmp_path):
     assert "[INFO]" not in out
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_reaches_the_ranks_which_save(shards, tmp_path, number):
     run = tmp_path / "run"
     process = start(*train(shards, run, FOREVER))

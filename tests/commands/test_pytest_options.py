@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 from tests.support.paths import ROOT
 
 
@@ -20,6 +22,7 @@ def test_the_folder_of_real_data(tmp_path):
     assert "@pytest.mark.data" in run_pytest(f"--data={tmp_path}", "--markers")
 
 
+@pytest.mark.slow
 def test_tests_of_real_data_are_skipped_without_it(tmp_path):
     told = run_pytest(
         f"--data={tmp_path}", "-rs", "-m", "data", "tests/unit/data_tools/test_split.py"

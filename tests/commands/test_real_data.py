@@ -44,6 +44,7 @@ def folders(data_dir, tmp_path_factory) -> list[Path]:
 
 
 @pytest.mark.data
+@pytest.mark.slow
 def test_popularity_baseline(folders, tmp_path):
     evaluate(
         [
@@ -85,6 +86,7 @@ def _triples(folder: Path, ranks: int, workers: int, epoch: int) -> list[bytes]:
 
 
 @pytest.mark.data
+@pytest.mark.slow
 def test_users_and_halves_do_not_depend_on_how_they_are_read(folders):
     """Invariant 3: 1, 2 and 4 ranks, 0 and 2 workers, two shard sizes; epochs 0 and 1."""
     epochs = []
@@ -109,6 +111,7 @@ def test_users_and_halves_do_not_depend_on_how_they_are_read(folders):
 
 
 @pytest.mark.data
+@pytest.mark.slow
 def test_metrics_equal_trec_eval(folders, tmp_path):
     """Every metric of every test user, for the lists of EASE, as trec_eval computes it."""
     trec = pytest.importorskip("pytrec_eval")

@@ -75,6 +75,7 @@ def test_a_diverged_attempt_leaves_nothing(commands, folder):
     assert check_result(commands, folder, "diverged") == "best-00000001"
 
 
+@pytest.mark.slow
 def test_a_finished_run_that_is_extended_and_killed_has_no_result(commands, folder):
     commands.succeed(train("extended", 1))
     check_result(commands, folder, "extended")

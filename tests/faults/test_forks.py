@@ -53,8 +53,16 @@ def run(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("threads", ["1", "2"])
-@pytest.mark.parametrize("before", ["used", "loaded"])
+@pytest.mark.parametrize(
+    ("before", "threads"),
+    [
+        ("used", "2"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("used", "1"), ("loaded", "1"), ("loaded", "2"))
+        ),
+    ],
+)
 def test_children_answer(run, before, threads):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": threads}
     done = subprocess.run(

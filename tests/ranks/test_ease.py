@@ -384,6 +384,7 @@ def test_evaluate_and_recommend(run, tmp_path, call):
     each_within(table["score"], scores[0, items], bounds[0, items], "x B")
 
 
+@pytest.mark.slow
 def test_two_ranks_and_a_given_lambda_under_deepspeed(shards, run, tmp_path):
     """The same figures as one rank, and a checkpoint of two partitions that one rank reads."""
     value = json.loads((run / "result.json").read_text())["ease_lambda"]

@@ -137,7 +137,15 @@ def _dense(parameters, case) -> dict[str, torch.Tensor | float]:
 _ORACLES: dict[tuple, Bounded] = {}
 
 
-@pytest.mark.parametrize(("world_size", "replicas"), [(1, 1), (2, 1), (3, 1), (2, 2)])
+@pytest.mark.parametrize(
+    ("world_size", "replicas"),
+    [
+        pytest.param(1, 1, marks=pytest.mark.slow),
+        (2, 1),
+        pytest.param(3, 1, marks=pytest.mark.slow),
+        pytest.param(2, 2, marks=pytest.mark.slow),
+    ],
+)
 def test_steps_equal_dense_oracle(world_size, replicas):
     by_rank = run_ranks(_train, world_size, [_config(*case) for case in CASES], replicas=replicas)
     for c, case in enumerate(CASES):
@@ -292,8 +300,15 @@ def test_ease_with_dropout_is_the_formula(ease_run):
     assert np.abs(edlae(0.25, 5.0) - oracle(train_matrix(), 5.0)).max() > 1e-3
 
 
-@pytest.mark.parametrize("start", ["run", "closed_form"])
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize(
+    ("ranks", "start"),
+    [
+        (1, "closed_form"),
+        pytest.param(2, "closed_form", marks=pytest.mark.slow),
+        pytest.param(1, "run", marks=pytest.mark.slow),
+        pytest.param(2, "run", marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_starts_from_b_and_keeps_it_where_it_is_apart(
     shards, ease_run, tmp_path, start, ranks
 ):

@@ -221,12 +221,8 @@ def reads(ranks, cases: list[str]) -> dict[str, list[str]]:
     return found
 
 
-@pytest.mark.parametrize(
-    "cases",
-    [["vasp lean and clipped", "nease cosine"], pytest.param([*CASES], marks=SLOW)],
-    ids=["some", "all"],
-)
-def test_a_step_reads_from_the_device_once(cases):
-    cases = [case for case in cases if case != "vasp in blocks"]
+@SLOW
+def test_a_step_reads_from_the_device_once():
+    cases = [case for case in CASES if case != "vasp in blocks"]
     (found,) = run_ranks(reads, 1, cases, timeout=300)
     assert {case: seen for case, seen in found.items() if seen != ["tolist"]} == {}

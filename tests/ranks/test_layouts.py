@@ -248,6 +248,7 @@ def _bf16(ranks: Ranks, shards: Path, root: Path) -> list[list[float]]:
     return found
 
 
+@pytest.mark.slow
 def test_bf16_trunk_trains_and_resumes_bitwise(shards, tmp_path):
     losses, _ = run_ranks(_bf16, 2, shards, tmp_path, timeout=200)
     assert np.isfinite(losses).all()

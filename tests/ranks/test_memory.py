@@ -278,7 +278,7 @@ def _record(ranks: Ranks, folder: Path, root: Path) -> dict[str, dict]:
     return recorded
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_no_rank_ever_holds_a_whole_catalogue(folder, tmp_path, world_size):
     J, G = -(-N_ITEMS // world_size), 2 * USERS
     smallest = N_ITEMS * min(H, L, 25, G)  # (U, I), (G, I), I x H, I x L, I x I: none is smaller

@@ -363,7 +363,7 @@ def trained(shards: Path, run: Path, steps: int, *more: str) -> list[str]:
 @pytest.mark.parametrize(
     "more",
     [
-        (),
+        pytest.param((), marks=pytest.mark.slow),
         (
             "--model.init_from_ease=closed_form",
             "--model.ease_lambda=40",

@@ -358,6 +358,7 @@ def test_an_ensemble_goes_seed_by_seed_and_takes_the_only_run_of_a_closed_form(t
     assert ensembles[0].model.what == "product of a ^ 1, e ^ 4, o ^ 2"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "path", sorted((ROOT / "configs").glob("compare*.yaml")), ids=lambda p: p.name
 )

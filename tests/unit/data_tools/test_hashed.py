@@ -138,6 +138,7 @@ def test_text_ids_go_by_their_keys(tmp_path):
 
 
 @pytest.mark.data
+@pytest.mark.slow
 def test_ml1m_shares(data_dir, tmp_path):
     source = data_dir / "ml-1m" / "ratings.csv.gz"
     arguments = ["--protocol", "hashed", "--val_fraction", "0.1", "--test_fraction", "0.2"]

@@ -104,6 +104,7 @@ def test_filters_come_before_the_last_item(tmp_path):
 
 
 @pytest.mark.data
+@pytest.mark.slow
 def test_last_on_ml1m_equals_pandas(data_dir, tmp_path):
     source = data_dir / "ml-1m" / "ratings.csv.gz"
     assert shard.main([str(source), str(tmp_path / "out"), "--protocol", "last"]) == 0

@@ -278,6 +278,7 @@ def test_moved_to_validation_is_fair():
 
 
 @pytest.mark.data
+@pytest.mark.slow
 def test_ml1m_equals_the_reference(data_dir, tmp_path):
     source = data_dir / "ml-1m" / "ratings.csv.gz"
     assert (
@@ -303,6 +304,7 @@ def test_ml1m_equals_the_reference(data_dir, tmp_path):
 
 
 @pytest.mark.data
+@pytest.mark.slow
 def test_gowalla_is_kept_whole(data_dir, tmp_path):
     source = data_dir / "gowalla" / "interactions.csv.gz"
     arguments = ["--protocol", "given", "--split_column", "split", "--validation_fraction", "0"]

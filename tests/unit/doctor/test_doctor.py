@@ -190,6 +190,7 @@ def test_the_verdict_of_a_table():
     )
 
 
+@pytest.mark.slow
 def test_command_alone(shards, tmp_path):
     done = run_script(
         "doctor",

@@ -708,6 +708,7 @@ def test_training_keeps_the_rule_of_its_shards(tmp_path, capsys):
         shutil.move(tmp_path / "away", tmp_path / "shards")
 
 
+@pytest.mark.slow
 def test_members_of_an_ensemble_agree(folder, tmp_path):
     renamed = PositiveRule("u", "i", "r", None, 4.0)
     stricter = PositiveRule(rating_column="rating", min_rating=5.0)

@@ -4,6 +4,8 @@ traceback of a thread."""
 import subprocess
 import sys
 
+import pytest
+
 from dist_vasp.training.events import EventFile
 
 FULL_DISK = """
@@ -44,6 +46,7 @@ def test_events_after_the_step_resumed_from_are_dropped(tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_a_failed_write_reaches_the_caller_and_nobody_else(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", FULL_DISK, tmp_path],
