@@ -7,14 +7,14 @@ importing the package loads nothing.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dist_vasp.ranking.recommender import Recommender
+    from dist_vasp.recommender import Recommender
 
 __all__ = ["Recommender"]
 
 
 def __getattr__(name: str) -> Any:
     if name == "Recommender":
-        from dist_vasp.ranking.recommender import Recommender
+        from dist_vasp.recommender import Recommender
 
         return Recommender
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

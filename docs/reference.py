@@ -1,7 +1,7 @@
 """Generate reference pages from the source, which is parsed and never imported.
 
 `configuration` reads the dataclasses of dist_vasp/config/schema.py and of the kinds of model;
-`python` reads the docstrings of dist_vasp/ranking/recommender.py and lists.py.
+`python` reads the docstrings of dist_vasp/recommender.py and ranking/lists.py.
 `python -m docs.reference configuration` prints a page.
 """
 
@@ -129,8 +129,8 @@ def _default(node: ast.expr | None) -> str:
 def python() -> str:
     """Return the signatures and docstrings of Recommender and of the types that it returns."""
     parts = []
-    files = ("recommender", "lists")
-    nodes = [node for file in files for node in _tree(f"dist_vasp/ranking/{file}.py").body]
+    files = ("recommender", "ranking/lists")
+    nodes = [node for file in files for node in _tree(f"dist_vasp/{file}.py").body]
     for node in nodes:
         if not isinstance(node, ast.ClassDef):
             continue

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from dist_vasp.commands.ending import rank_parser
 from dist_vasp.progress import counting
-from dist_vasp.ranking.recommender import Recommender
+from dist_vasp.recommender import Recommender
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -13,7 +13,7 @@ from dist_vasp.data.manifest import Manifest
 from dist_vasp.files import new_file
 from dist_vasp.places import check_file
 from dist_vasp.progress import counting
-from dist_vasp.ranking.recommender import Recommender
+from dist_vasp.recommender import Recommender
 from dist_vasp.report.gather import Run, read_runs
 from dist_vasp.report.lists import make_lists
 from dist_vasp.report.page import is_report, page

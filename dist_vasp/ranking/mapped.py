@@ -8,7 +8,7 @@ model is the class that trains (model/partitioned.py), over another storage.
 What is touched: a history of n items reads n rows of every block of an items x items matrix, C
 numbers each. A few users need a few pages of every block, and the kernel is told not to read around
 them; some hundreds need nearly all. So blocks are the outer loop and many users go through each
-together (ranking/recommender.py).
+together (recommender.py).
 
 Shapes: I items, J items of a file, C columns of a block.
 """

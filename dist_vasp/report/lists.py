@@ -16,7 +16,7 @@ import scipy.sparse
 from dist_vasp.data.held_out import EvalBlock, evaluation_blocks
 from dist_vasp.data.manifest import Manifest, users_file
 from dist_vasp.data.rows import Rows
-from dist_vasp.ranking.recommender import Explanation, Id, Recommender
+from dist_vasp.recommender import Explanation, Id, Recommender
 
 DECILES = 10
 SLOTS = 20  # of each list that count as seen by a user

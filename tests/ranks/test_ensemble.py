@@ -16,7 +16,7 @@ from dist_vasp.parallel.comm import Ranks
 from dist_vasp.ranking.ensemble import load_ranker
 from dist_vasp.ranking.evaluate import top_items
 from dist_vasp.ranking.load import ENSEMBLE
-from dist_vasp.ranking.recommender import Recommender
+from dist_vasp.recommender import Recommender
 from launch.ensemble import main as make_ensemble
 from launch.evaluate import main as evaluate_main
 from launch.recommend import main as recommend_main

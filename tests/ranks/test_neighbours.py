@@ -32,7 +32,7 @@ from dist_vasp.parallel.agree import AgreedError
 from dist_vasp.parallel.comm import Ranks
 from dist_vasp.ranking.evaluate import to_item_rows, top_items
 from dist_vasp.ranking.load import load_model
-from dist_vasp.ranking.recommender import Recommender
+from dist_vasp.recommender import Recommender
 from dist_vasp.training.fit_support import SupportFit
 from dist_vasp.training.optimizer import InPlaceAdam
 from tests.oracles import closed_form as oracle

@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from dist_vasp.ranking.recommender import Recommender
+from dist_vasp.recommender import Recommender
 from launch import ensemble, evaluate, export, recommend, train
 from tests.support.make_shards import write_folder
 from tests.support.paths import ROOT

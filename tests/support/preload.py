@@ -15,7 +15,7 @@ import torch._dynamo
 import torch._inductor.compile_fx  # noqa: F401
 from deepspeed.runtime.zero.muon import original_muon  # noqa: F401 - with the first optimizer
 
-import dist_vasp.ranking.recommender  # noqa: F401
+import dist_vasp.recommender  # noqa: F401
 from tests.support.paths import ROOT
 
 for folder in ("launch", "data_tools"):

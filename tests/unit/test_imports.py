@@ -85,6 +85,7 @@ ROOMS = [
     "checkpoint",
     "ranking",
     "training",
+    "recommender",
     "measure",
     "compare",
     "report",

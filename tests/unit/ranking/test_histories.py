@@ -26,7 +26,7 @@ from dist_vasp.ranking.explain import model_explainer
 from dist_vasp.ranking.history_file import open_histories
 from dist_vasp.ranking.load import load_model
 from dist_vasp.ranking.recommend import recommend_to_file
-from dist_vasp.ranking.recommender import Recommender
+from dist_vasp.recommender import Recommender
 from tests.oracles.dense import DenseVASP, dense_rows
 from tests.oracles.rounding import Bounded, bounded, each_within
 from tests.support.paths import ROOT

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from dist_vasp.config.schema import Config, ModelConfig, ParallelConfig
-from dist_vasp.ranking.recommender import Recommender
+from dist_vasp.recommender import Recommender
 from dist_vasp.report.gather import read_run, read_runs
 from dist_vasp.report.lists import decile_of, make_lists
 from dist_vasp.report.svg import Line, lines, short, thin

@@ -24,12 +24,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dist_vasp import Recommender
+from dist_vasp import recommender as module
 from dist_vasp.checkpoint.json_header import header_sha256
 from dist_vasp.config.schema import Config, ModelConfig
 from dist_vasp.model.build import build_model, make_trunk
 from dist_vasp.parallel.comm import form_groups
 from dist_vasp.parallel.partition import Layout
-from dist_vasp.ranking import recommender as module
 from dist_vasp.ranking.export import write_program
 from dist_vasp.ranking.scoring import TrainedModel
 from dist_vasp.tensor_file import map_tensors, write_safetensors
