@@ -11,6 +11,7 @@ from dist_vasp.model.registry import KINDS
 from dist_vasp.report.files import is_drawable, plain, read_config, read_file, read_lines
 
 MOST_RUNS = 6  # as many as there are colours that people tell apart
+_EASE_KEYS = [key.name for key in fields(SearchConfig) if key.name != "ease_lambda"]
 ENSEMBLE, EXPORT = "ensemble.json", "export.json"
 
 
@@ -36,6 +37,18 @@ class Run:
         """Whether the model was computed in closed form instead of by steps."""
         kind = KINDS.get(str(self.at("model", "kind")))
         return kind is not None and kind.closed_form
+
+    @property
+    def is_plain_ease(self) -> bool:
+        """Whether the model is EASE as published: the whole matrix, with lambda as its only key."""
+        search = self.config.get("search")
+        searched = search if isinstance(search, dict) else {}
+        more = [
+            self.at("model", "neighbours"),
+            *(self.at("model", key) for key in _EASE_KEYS),
+            *(searched.get(key) for key in _EASE_KEYS),
+        ]
+        return self.closed_form and not self.members and not any(more)
 
     @property
     def has_trunk(self) -> bool:
@@ -83,8 +96,7 @@ class Run:
     @property
     def searched(self) -> list[str]:
         """Return the keys, besides lambda, in which the settings of a closed form differ."""
-        keys = (key.name for key in fields(SearchConfig) if key.name != "ease_lambda")
-        return [k for k in keys if len({str(line.get(k)) for line in self.evaluations}) > 1]
+        return [k for k in _EASE_KEYS if len({str(line.get(k)) for line in self.evaluations}) > 1]
 
     def settings(self, most: int = 20) -> list[dict[str, Any]]:
         """Return the evaluations of a closed form's settings, the best ones first."""

@@ -7,16 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 import scipy.sparse
 
 from dist_vasp.data.held_out import EvalBlock, evaluation_blocks
-from dist_vasp.data.manifest import Manifest, users_file
+from dist_vasp.data.manifest import Manifest
 from dist_vasp.data.rows import Rows
 from dist_vasp.recommender import Explanation, Id, Recommender
+from dist_vasp.data.users import read_users
+from dist_vasp.report.measured import Measured, Measuring
 
 DECILES = 10
 SLOTS = 20  # of each list that count as seen by a user
@@ -48,12 +48,17 @@ class Pick:
 
 @dataclass(frozen=True)
 class Sample:
-    """One test user: labels of the history (popular items first) and the list."""
+    """One test user: the history, popular items first, and the list.
+
+    With `by_time` the latest items of the history come first.
+    """
 
     user: str
-    history: list[str]
+    past: list[Id]
+    history: list[str]  # labels of `past`
     n_held_out: int
     picks: list[Pick] = field(default_factory=list)
+    by_time: bool = False
 
     @property
     def has_deep(self) -> bool:
@@ -66,15 +71,35 @@ class Sample:
         return any(pick.why and pick.why.p_nease is not None for pick in self.picks)
 
 
+@dataclass(frozen=True)
+class Lists:
+    """What the model of one run recommends; without it `why_not` says why."""
+
+    popularity: Popularity | None = None
+    measured: Measured | None = None
+    samples: list[Sample] = field(default_factory=list)
+    why_not: str = ""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which lists a report makes: those of `n_users` test users are counted, `n_samples` of them
+    are shown with `k` items each."""
+
+    n_users: int = 2000
+    n_samples: int = 3
+    k: int = 10
+
+
 def make_lists(
     recommender: Recommender,
     shards: str,
-    n_users: int,
-    n_samples: int,
-    k: int,
+    wanted: Wanted,
     progress: Callable[[int, int], None],
-) -> tuple[Popularity, list[Sample]]:
-    """Return the lists of the first `n_users` test users by popularity, and some in full.
+    name: str = "model",
+    recall_denominator: str = "min",
+) -> Lists:
+    """Return the lists of the first test users: by popularity, their metrics, and some in full.
 
     Validation users where there are no test users. ValueError where the shards belong to another
     catalogue, or hold no such user.
@@ -86,7 +111,7 @@ def make_lists(
             "folder that is"
         )
     split = "test" if manifest.splits["test"].users else "validation"
-    total = min(n_users, manifest.splits[split].users)
+    total = min(wanted.n_users, manifest.splits[split].users)
     if not total:
         raise ValueError(f"{shards} has neither test nor validation users")
     decile = decile_of(recommender.n_items)
@@ -96,6 +121,7 @@ def make_lists(
         SLOTS: np.zeros(recommender.n_items, bool),
         COVERAGE_K: np.zeros(recommender.n_items, bool),
     }
+    measuring = Measuring(popularity, SLOTS, recall_denominator)
     kept: list[EvalBlock] = []
     done = 0
     for block in evaluation_blocks(shards, split, _USERS_PER_BLOCK, stop=total):
@@ -104,26 +130,24 @@ def make_lists(
         for length, seen in listed.items():
             seen[rows[:, :length][rows[:, :length] >= 0]] = True
         first = rows[:, :SLOTS]
+        measuring.add(block, rows)
         recommended += np.bincount(decile[first[first >= 0]], minlength=DECILES)
         held_out += np.bincount(decile[block.held_out.items], minlength=DECILES)
         done += block.fold_in.n_rows
         progress(done, total)
     trained = np.bincount(decile, weights=popularity, minlength=DECILES)
-    found = Popularity(
+    deciles = Popularity(
         _shares(recommended),
         _shares(trained),
         _shares(held_out),
         {n: float(seen.mean()) for n, seen in listed.items()},
         done,
     )
-    ids = pq.read_table(Path(shards) / users_file(split), columns=["key", "id"])
-    return found, _samples(
-        recommender,
-        kept,
-        dict(zip(*(ids.column(c).to_pylist() for c in ("key", "id")), strict=True)),
-        n_samples,
-        k,
-    )
+    keys, ids = read_users(shards, split, manifest)
+    id_of = dict(zip(keys.tolist(), ids.to_pylist(), strict=True))
+    samples = _samples(recommender, kept, id_of, wanted.n_samples, wanted.k)
+    measured = measuring.result(name, shards, split, manifest.splits[split].users)
+    return Lists(deciles, measured, samples)
 
 
 def decile_of(n_items: int) -> np.ndarray:
@@ -177,7 +201,8 @@ def _sample(recommender: Recommender, block: EvalBlock, u: int, user: str, k: in
             picks.append(
                 Pick(label(recommender, own), bool(np.isin(row, target)), why, float(score))
             )
-    return Sample(user, [label(recommender, item) for item in past], len(target), picks)
+    labels = [label(recommender, item) for item in past]
+    return Sample(user, past, labels, len(target), picks)
 
 
 def label(recommender: Recommender, item: Id) -> str:

@@ -20,7 +20,10 @@ from dist_vasp.config.schema import Config
 from dist_vasp.recognise import begins_with
 from dist_vasp.report import charts, words
 from dist_vasp.report.gather import Run
-from dist_vasp.report.view import Lists, View
+from dist_vasp.report.lists import Lists
+from dist_vasp.report.measured import QUALITY
+from dist_vasp.report.verdict import judge
+from dist_vasp.report.view import View
 from dist_vasp.text import printable
 
 SECTIONS = {
@@ -29,6 +32,7 @@ SECTIONS = {
     "search": "Search",
     "learning": "Learning curves",
     "popularity": "Popularity",
+    "thirds": "Head, middle and tail",
     "users": "Users",
     "scaling": "Scaling",
     "configuration": "Configuration",
@@ -71,6 +75,7 @@ def page(runs: Sequence[Run], lists: Sequence[Lists], date: str) -> str:
         "several": len(runs) > 1,
         "date": date,
         "metric_names": metric_titles(runs),
+        "verdict": judge(views),
     }
     sections = {}
     for name, title in SECTIONS.items():
@@ -100,13 +105,14 @@ def _environment() -> jinja2.Environment:
         "style": Markup(style),
         "dash": words.DASH,
         "charts": charts,
+        "quality": QUALITY,
         "tiles": _tiles,
         "defaults": _configuration,
         "differences": _differences,
         "facts": _facts,
         "versions": _versions,
     }
-    filters = ("fixed", "grouped", "percent", "count", "duration", "is_number")
+    filters = ("fixed", "grouped", "percent", "count", "duration", "is_number", "signed", "size")
     environment.filters |= {name: getattr(words, name) for name in filters}
     return environment
 
@@ -177,7 +183,7 @@ def _facts(run: Run) -> list[Fact]:
     found = [
         Fact(key.removesuffix("_bytes").replace("_", " "), words.fact(key, value))
         for key, value in last.items()
-        if value is not None and key not in ("versions", "after_step")
+        if value is not None and key not in ("versions", "after_step", "command", "commit")
     ]
     if len(run.starts) > 1:
         after = words.count(last.get("after_step", 0))

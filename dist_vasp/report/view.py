@@ -2,19 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from dist_vasp.report.gather import Run
-from dist_vasp.report.lists import Popularity, Sample
-
-
-@dataclass(frozen=True)
-class Lists:
-    """What the model of one run recommends; without it `why_not` says why."""
-
-    popularity: Popularity | None = None
-    samples: list[Sample] = field(default_factory=list)
-    why_not: str = ""
+from dist_vasp.report.lists import Lists
 
 
 @dataclass(frozen=True)

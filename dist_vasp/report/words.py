@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+from dist_vasp.compare.statistics import Estimate
+
+PLUS_MINUS = "\N{PLUS-MINUS SIGN}"
 DASH = "\N{EN DASH}"
 
 
@@ -14,12 +18,22 @@ def is_number(value: Any) -> bool:
 
 def fixed(value: Any, digits: int = 4) -> str:
     """Return a number with a fixed number of digits, a dash for anything else."""
-    return f"{value:.{digits}f}" if is_number(value) else DASH
+    return f"{value:.{digits}f}" if is_number(value) and not math.isnan(value) else DASH
 
 
 def grouped(value: Any, digits: int = 0) -> str:
     """Return a number with commas between thousands."""
     return f"{value:,.{digits}f}"
+
+
+def signed(d: Estimate) -> str:
+    """Return a difference with its sign and its standard error."""
+    return DASH if math.isnan(d.mean) else f"{d.mean:+.4f} {PLUS_MINUS} {d.se:.4f}"
+
+
+def size(d: Estimate) -> str:
+    """Return a difference without its sign, with its standard error."""
+    return DASH if math.isnan(d.mean) else f"{abs(d.mean):.4f} {PLUS_MINUS} {d.se:.4f}"
 
 
 def percent(share: float) -> str:

@@ -1,6 +1,6 @@
 """Describe where a run runs, for environment.json: versions, devices, ranks, hosts.
 
-It contains no names of users, hosts or folders.
+It contains no names of users or hosts, and folders only as the command names them.
 """
 
 from __future__ import annotations
@@ -9,7 +9,10 @@ import datetime
 import hashlib
 import os
 import platform
+import shlex
 import socket
+import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,8 @@ import torch
 from dist_vasp.parallel.comm import Ranks, all_gather_bytes
 from dist_vasp.parallel.launched import launched_world
 
+_PROJECT = Path(__file__).resolve().parents[2]
+_GIT_S = 10.0  # for which git may look for changes
 LIBRARIES = ("dist_vasp", "torch", "deepspeed", "numpy", "pyarrow", "webdataset")
 
 
@@ -30,6 +35,8 @@ def describe(ranks: Ranks) -> dict[str, Any]:
     on_cuda = ranks.device.type == "cuda"
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": command(),
+        "commit": commit() if ranks.is_main else None,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "versions": {name: version(name) for name in LIBRARIES},
@@ -46,6 +53,29 @@ def describe(ranks: Ranks) -> dict[str, Any]:
         "partitions": ranks.layout.partitions,
         "replicas": ranks.layout.replicas,
     }
+
+
+def command() -> str:
+    """Return the command that started this process, without what a launcher adds."""
+    program = Path(sys.argv[0])
+    name = "/".join(program.parts[-2:]) if program.suffix == ".py" else program.name
+    typed = [word for word in sys.argv[1:] if not word.startswith("--local_rank=")]
+    return f"{name} {shlex.join(typed)}".strip()
+
+
+def commit() -> str | None:
+    """Return the commit of the sources, with `-dirty` where files were changed; None where they
+    are not in a git checkout."""
+    if not (_PROJECT / ".git").exists():
+        return None
+    ask = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(
+            ask, cwd=_PROJECT, capture_output=True, text=True, timeout=_GIT_S, check=False
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None
 
 
 def version(library: str) -> str | None:

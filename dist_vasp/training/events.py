@@ -6,7 +6,8 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from dist_vasp.training.tracking import numbers
+from dist_vasp.config.schema import Config
+from dist_vasp.training.tracking import flat, numbers
 
 
 class EventFile:
@@ -24,6 +25,21 @@ class EventFile:
     def add(self, prefix: str, line: dict[str, Any]) -> None:
         for name, value in numbers(prefix, line).items():
             self._events.add_scalar(name, value, line["step"])
+
+    def add_hparams(self, config: Config, result: dict[str, Any]) -> None:
+        """Add the configuration as hyperparameters, and the metrics of result.json by which
+        TensorBoard's HPARAMS tab compares runs."""
+        from torch.utils.tensorboard.summary import hparams
+
+        metrics = {
+            name: value
+            for split in ("test", "validation")
+            for name, value in numbers(split, result.get(split) or {}).items()
+            if "@" in name
+        }
+        writer: Any = self._events.file_writer
+        for summary in hparams(flat(config), metrics):
+            writer.add_summary(summary)
 
     def close(self) -> None:
         self._events.flush()  # `close` does not report a failed write

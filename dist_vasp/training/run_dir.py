@@ -46,6 +46,7 @@ class RunDir:
         self._metrics: TextIO | None = None
         self._events: EventFile | None = None
         self._tracking: Tracking | None = None
+        self._config: Config | None = None
         self._step = 0
         self._ended = False
         check_run_folder(self.folder)
@@ -88,6 +89,7 @@ class RunDir:
             self._metrics = open(path, "a", opener=_no_link)  # noqa: SIM115
             self._events = EventFile(self.folder / "tensorboard", after_step)
         self._tracking = Tracking(self.folder, config)
+        self._config = config
         self._step = after_step
         return n_damaged
 
@@ -121,8 +123,13 @@ class RunDir:
     def write_result(self, result: dict[str, Any]) -> None:
         write_atomically(self.folder / "result.json", json.dumps(result, indent=1) + "\n")
         self._ended = True
-        if self._tracking and result.get("test"):
-            self._tracking.add("test", {"step": self._step, **result["test"]})
+        test = {"step": self._step, **(result.get("test") or {})}
+        if self._events and self._config:
+            with _writing(self.folder / "tensorboard"):
+                self._events.add("test", test)
+                self._events.add_hparams(self._config, result)
+        if self._tracking:
+            self._tracking.add("test", test)
 
     def close(self) -> None:
         if self._tracking is not None:

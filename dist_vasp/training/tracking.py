@@ -94,9 +94,8 @@ class MLflow:
             experiment.experiment_id if experiment else self._client.create_experiment("dist_vasp")
         )
         self._name = self._client.create_run(number, run_name=self._folder.name).info.run_id
-        for section, keys in asdict(self._config).items():
-            for key, value in keys.items() if isinstance(keys, dict) else [("", keys)]:
-                self._client.log_param(self._name, f"{section}.{key}".rstrip("."), str(value)[:500])
+        for key, value in flat(self._config).items():
+            self._client.log_param(self._name, key, str(value)[:500])
         return self._name
 
     def log(self, lines: list[tuple[str, dict[str, Any]]]) -> None:
@@ -122,6 +121,16 @@ def numbers(prefix: str, line: dict[str, Any]) -> dict[str, float]:
         for k, v in line.items()
         if isinstance(v, int | float) and k not in ("step", "epoch")
     }
+
+
+def flat(config: Config) -> dict[str, bool | str | float]:
+    """Return the configuration as `section.key: value`; a list is its text."""
+    found = {}
+    for section, keys in asdict(config).items():
+        for key, value in keys.items() if isinstance(keys, dict) else [("", keys)]:
+            plain = value if isinstance(value, bool | str | int | float) else str(value)
+            found[f"{section}.{key}".rstrip(".")] = plain
+    return found
 
 
 def services(folder: Path, config: Config) -> dict[str, Service]:

@@ -16,7 +16,7 @@ import pytest
 from dist_vasp.config.schema import Config, ModelConfig, ParallelConfig
 from dist_vasp.recommender import Recommender
 from dist_vasp.report.gather import read_run, read_runs
-from dist_vasp.report.lists import decile_of, make_lists
+from dist_vasp.report.lists import Wanted, decile_of, make_lists
 from dist_vasp.report.svg import Line, lines, short, thin
 from launch.ensemble import main as make_ensemble
 from launch.report import main
@@ -266,7 +266,9 @@ def _contrast(a: str, b: str) -> float:
 
 def test_popularity_and_users_are_those_of_the_lists(run, shards):
     recommender = Recommender.load(run)
-    popularity, samples = make_lists(recommender, str(shards), 1000, 3, 5, lambda done, total: None)
+    wanted = Wanted(n_users=1000, n_samples=3, k=5)
+    lists = make_lists(recommender, str(shards), wanted, lambda done, total: None)
+    popularity, samples = lists.popularity, lists.samples
     heldout = _rows(24, 1)[8:]
     ids, _ = recommender.recommend([[1000 + i for i in row[:-4]] for row in heldout], 20)
     rows = ids - 1000

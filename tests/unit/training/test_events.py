@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from dist_vasp.config.schema import Config, ModelConfig
 from dist_vasp.training.events import EventFile
 
 FULL_DISK = """
@@ -47,6 +48,27 @@ def test_events_after_the_step_resumed_from_are_dropped(tmp_path):
 
 
 @pytest.mark.slow
+def test_hyperparameters_and_test_metrics_are_there_to_compare_runs(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+    events = EventFile(tmp_path, 0)
+    result = {"test": {"ndcg@100": 0.25, "n_users": 3}, "validation": None}
+    events.add_hparams(Config(model=ModelConfig(kind="flvae", hidden=24)), result)
+    events.close()
+    read = EventAccumulator(str(tmp_path))
+    read.Reload()
+    found = {
+        tag: HParamsPluginData.FromString(content)
+        for tag, content in read.PluginTagToContent("hparams").items()
+    }
+    values = found["_hparams_/session_start_info"].session_start_info.hparams
+    assert values["model.kind"].string_value == "flvae"
+    assert values["model.hidden"].number_value == 24
+    metrics = found["_hparams_/experiment"].experiment.metric_infos
+    assert [metric.name.tag for metric in metrics] == ["test/ndcg@100"]
+
+
 def test_a_failed_write_reaches_the_caller_and_nobody_else(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", FULL_DISK, tmp_path],
