@@ -14,8 +14,8 @@ import scipy.sparse
 from dist_vasp.data.held_out import EvalBlock, evaluation_blocks
 from dist_vasp.data.manifest import Manifest
 from dist_vasp.data.rows import Rows
-from dist_vasp.recommender import Explanation, Id, Recommender
 from dist_vasp.data.users import read_users
+from dist_vasp.recommender import Explanation, Id, Recommender
 from dist_vasp.report.measured import Measured, Measuring
 
 DECILES = 10
