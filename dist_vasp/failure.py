@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dist_vasp.extras import about_missing
 from dist_vasp.places import path_error
 from dist_vasp.signals import EndedBySignal
 from dist_vasp.text import one_line
@@ -32,6 +33,8 @@ def failure_of(error: BaseException) -> Failure:
         return Failure(one_line(str(error)), 2)
     if isinstance(error, OSError) and (about_path := path_error(error)):
         return Failure(one_line(about_path), 2)
+    if isinstance(error, ImportError) and (missing := about_missing(error)):
+        return Failure(missing, 2)
     return Failure(f"{type(error).__name__}: {one_line(str(error))}", 1, is_bug=True)
 
 

@@ -28,7 +28,7 @@ def session(master: str | None) -> Iterator[Any]:
     except ImportError:
         raise ValueError(
             "--engine spark needs pyspark, which is not installed here; run pip install "
-            "'dist_vasp[spark]', or pass --engine local"
+            '"dist-vasp[spark]", or pass --engine local'
         ) from None
     # the functions that are used here do not depend on it
     warnings.filterwarnings("ignore", message="PySpark does not yet fully support pandas")

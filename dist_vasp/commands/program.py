@@ -14,9 +14,11 @@ from typing import NoReturn
 
 from dist_vasp.command_line import Parser, at_least
 from dist_vasp.console import guard
+from dist_vasp.extras import about_missing
 from dist_vasp.parallel.local_ranks import LocalRanks
 from dist_vasp.signals import SignalWatch
 
+_REINSTALL = "install what is missing: pip install --force-reinstall dist-vasp"
 _ON_RANKS = {
     "train": "train a model, or resume its training",
     "evaluate": "compute the metrics of a run or a baseline",
@@ -31,6 +33,7 @@ _ON_ONE = {
     "export": "write a trained model as one folder",
     "ensemble": "combine several runs into one model",
 }
+_ABOUT = {"configs": "list the configurations of the package, or copy one"}
 _TOOLS = {
     "shard": "convert interactions to shards",
     "verify": "check a folder of shards",
@@ -45,7 +48,7 @@ def main() -> NoReturn:
         guard()
         print(_help())
         sys.exit(0)
-    if name not in _ON_RANKS | _ON_ONE | _TOOLS:
+    if name not in _ON_RANKS | _ON_ONE | _TOOLS | _ABOUT:
         _end(f"{name} is not a command; `dist-vasp --help` lists them")
     sys.argv = [f"dist-vasp {name}", *arguments]
     if name in _TOOLS:
@@ -58,7 +61,7 @@ def main() -> NoReturn:
         command = importlib.import_module(f"dist_vasp.commands.{name}")
         ending = importlib.import_module("dist_vasp.commands.ending")
     except ImportError as missing:
-        _end(f"{missing}; install what is missing: pip install -c constraints.txt -e .", 1)
+        _end(about_missing(missing) or f"{missing}; {_REINSTALL}", 1)
     run: Callable[..., NoReturn] = ending.run
     run(command.main)
 
@@ -95,6 +98,7 @@ def _help() -> str:
         "on one or several ranks, with --ranks N (default 1)": _ON_RANKS,
         "on one process, or on ranks of their own": _ON_ONE,
         "preparing data": _TOOLS,
+        "about this program": _ABOUT,
     }
     for title, commands in titles.items():
         lines += [f"{title}:", *(f"  {name:<12}{text}" for name, text in commands.items()), ""]

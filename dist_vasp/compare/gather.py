@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import math
 import os
 import platform
@@ -34,6 +33,7 @@ from dist_vasp.data.items import load_items
 from dist_vasp.data.manifest import Manifest
 from dist_vasp.model.build import measure_size
 from dist_vasp.ranking.per_user import THIRDS, popularity_thirds
+from dist_vasp.versions import version
 
 COLUMNS = (*METRICS, *(f"{metric}_{third}" for third in THIRDS for metric in METRICS))
 
@@ -108,7 +108,7 @@ def _made(comparison: Comparison, output: Path, command: str) -> dict[str, Any]:
         "command": command,
         "config": comparison.path,
         "output": str(output),
-        "versions": {name: importlib.metadata.version(name) for name in libraries},
+        "versions": {name: found for name in libraries if (found := version(name))},
         "python": platform.python_version(),
         "cores": len(os.sched_getaffinity(0)),
     }

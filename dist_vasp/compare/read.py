@@ -30,6 +30,7 @@ from typing import Any
 from dist_vasp.compare.config import Comparison, Model
 from dist_vasp.config.command_line import from_dict
 from dist_vasp.config.metric_names import Metric, parse_metrics
+from dist_vasp.config.shipped import find_config
 from dist_vasp.config.yaml_file import read_yaml
 from dist_vasp.model.registry import kind_of
 
@@ -50,6 +51,7 @@ def read_comparison(
 
     `more` overrides keys of every trained model, and `shards`; `metrics` the file's.
     """
+    path = find_config(path)
     raw = _mapping(read_yaml(path, "the configuration of a comparison"), str(path))
     more = dict(more or {})
     _known(raw, ("shards", "reference", "seeds", "models", "overrides", "metrics"), str(path))
@@ -172,7 +174,10 @@ def _trained(
         **_overrides(file.more, "the command line"),
     }
     is_file = isinstance(source, str)
-    found = read_yaml(source, "a run's configuration") if is_file else copy.deepcopy(source)
+    if is_file:
+        found = read_yaml(find_config(source), "a run's configuration")
+    else:
+        found = copy.deepcopy(source)
     sections = _mapping(found, f"{where}.config")
     try:
         config = from_dict(_with_overrides(sections, {**overrides, "data.shards": file.shards}))

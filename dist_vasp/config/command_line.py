@@ -17,6 +17,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsin
 from dist_vasp.config.checks import check
 from dist_vasp.config.parser_errors import readable
 from dist_vasp.config.schema import SECTIONS, Config
+from dist_vasp.config.shipped import find_config
 from dist_vasp.config.yaml_file import read_yaml
 from dist_vasp.require import require
 
@@ -32,6 +33,7 @@ class _ConfigFile(ActionConfigFile):
         self, parser: Any, namespace: Any, value: Any, option_string: str | None = None
     ) -> None:
         try:
+            value = str(find_config(value))
             raw = read_yaml(value, "the sections of a configuration, such as configs/demo.yaml")
             if not isinstance(raw, dict):
                 raise ValueError(

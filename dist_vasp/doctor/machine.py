@@ -21,7 +21,9 @@ from packaging.requirements import Requirement
 
 from dist_vasp.doctor.findings import Finding, error, ok, warning
 from dist_vasp.training.environment import processor
+from dist_vasp.versions import version
 
+_INSTALL = "pip install dist-vasp (in a checkout: pip install -c constraints.txt -e .)"
 _CGROUP = Path("/sys/fs/cgroup")
 _SMALL_SHARED_MEMORY = 128 << 20  # containers start with 64 MB
 
@@ -45,9 +47,11 @@ def check_machine(device: str, compile_always: bool = False) -> Iterator[Finding
 
 
 def _versions() -> Iterator[Finding]:
+    deepspeed = version("deepspeed")
     found = (
-        f"Python {platform.python_version()}, torch {torch.__version__}, DeepSpeed "
-        f"{metadata.version('deepspeed')}"
+        f"dist_vasp {version('dist_vasp')}, Python {platform.python_version()}, torch "
+        f"{torch.__version__}, "
+        f"{f'DeepSpeed {deepspeed}' if deepspeed else 'no DeepSpeed, so one rank trains'}"
     )
     try:
         wanted = [Requirement(text) for text in metadata.requires("dist_vasp") or []]
@@ -55,31 +59,29 @@ def _versions() -> Iterator[Finding]:
         yield warning(
             "versions",
             f"{found}; dist_vasp itself is not installed here",
-            "pip install -c constraints.txt -e .",
+            _INSTALL,
         )
         return
     missing, others = [], []
     for requirement in wanted:
         if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
             continue
-        try:
-            version = metadata.version(requirement.name)
-        except metadata.PackageNotFoundError:
+        installed = version(requirement.name)
+        if installed is None:
             missing.append(requirement.name)
-            continue
-        if not requirement.specifier.contains(version.split("+")[0], prereleases=True):
-            others.append(f"{requirement.name} {version} (wanted {requirement.specifier})")
+        elif not requirement.specifier.contains(installed.split("+")[0], prereleases=True):
+            others.append(f"{requirement.name} {installed} (wanted {requirement.specifier})")
     if missing:
         yield error(
             "versions",
             f"{found}; missing: {', '.join(missing)}",
-            "pip install -c constraints.txt -e .",
+            _INSTALL,
         )
     elif others:
         yield warning(
             "versions",
             f"{found}; others than tested: {', '.join(others)}",
-            "pip install -c constraints.txt -e .",
+            _INSTALL,
         )
     else:
         yield ok("versions", found)

@@ -13,7 +13,6 @@ import shlex
 import socket
 import subprocess
 import sys
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ import torch
 
 from dist_vasp.parallel.comm import Ranks, all_gather_bytes
 from dist_vasp.parallel.launched import launched_world
+from dist_vasp.versions import version
 
 _PROJECT = Path(__file__).resolve().parents[2]
 _GIT_S = 10.0  # for which git may look for changes
@@ -76,13 +76,6 @@ def commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip() or None
-
-
-def version(library: str) -> str | None:
-    try:
-        return metadata.version(library)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def processor() -> str:

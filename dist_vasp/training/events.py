@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_vasp.config.schema import Config
+from dist_vasp.extras import has_library
 from dist_vasp.training.tracking import flat, numbers
 
 
@@ -15,6 +16,11 @@ class EventFile:
 
     OSError from `add` and `close` when the file could not be written.
     """
+
+    @staticmethod
+    def is_possible() -> bool:
+        """Return whether TensorBoard is installed."""
+        return has_library("tensorboard")
 
     def __init__(self, folder: Path, after_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter

@@ -15,12 +15,14 @@ from dist_vasp.checkpoint import folder as folders
 from dist_vasp.config.metric_names import computed_metrics
 from dist_vasp.config.schema import Config
 from dist_vasp.data.manifest import Manifest
+from dist_vasp.extras import how_to_install
 from dist_vasp.parallel.agree import agreed, any_rank
 from dist_vasp.parallel.comm import Ranks
 from dist_vasp.progress import Progress, say
 from dist_vasp.ranking.evaluate import Scorer, evaluate
 from dist_vasp.ranking.metrics import RankingMetrics
 from dist_vasp.training.environment import describe
+from dist_vasp.training.events import EventFile
 from dist_vasp.training.run_dir import REMEDY, RunDir
 from dist_vasp.training.stop import StopRequest
 from dist_vasp.training.trained_users import FILE as TRAINED_USERS
@@ -141,6 +143,10 @@ class Run:
             )
         for remark in past.remarks:
             self.say(remark)
+        if not EventFile.is_possible():
+            self.say(
+                f"no curves for TensorBoard, which is missing: {how_to_install('tensorboard')}"
+            )
         if past.after_step == 0 or not (self._run_dir.folder / TRAINED_USERS).exists():
             self._note_users(self._run_dir, setup.earlier_users)
 

@@ -87,7 +87,8 @@ class RunDir:
         with _writing(self.folder):
             _copy_items(config.data.shards, manifest, self.folder / ITEMS_FILE)
             self._metrics = open(path, "a", opener=_no_link)  # noqa: SIM115
-            self._events = EventFile(self.folder / "tensorboard", after_step)
+            if EventFile.is_possible():
+                self._events = EventFile(self.folder / "tensorboard", after_step)
         self._tracking = Tracking(self.folder, config)
         self._config = config
         self._step = after_step
@@ -100,8 +101,8 @@ class RunDir:
         with _writing(self.folder / "metrics.jsonl"):
             self._metrics.write(json.dumps(line) + "\n")
             self._metrics.flush()
-            assert self._events is not None
-            self._events.add(prefix, line)
+            if self._events is not None:
+                self._events.add(prefix, line)
         assert self._tracking is not None
         self._tracking.add(prefix, line)
         self._step = line["step"]
@@ -134,10 +135,11 @@ class RunDir:
     def close(self) -> None:
         if self._tracking is not None:
             self._tracking.close(self._ended)
-        if self._metrics is not None and self._events is not None:
+        if self._metrics is not None:
             with _writing(self.folder / "metrics.jsonl"):
                 self._metrics.close()
-                self._events.close()
+                if self._events is not None:
+                    self._events.close()
 
 
 def _no_link(path: str, flags: int) -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 from dist_vasp.checkpoint import folder as folders
 from dist_vasp.checkpoint.header import Header
 from dist_vasp.config.schema import Config
+from dist_vasp.extras import require_library
 from dist_vasp.model.build import measure_size
 from dist_vasp.model.neighbours import NeighbourMatrix
 from dist_vasp.parallel.comm import Ranks
@@ -41,6 +42,9 @@ class StepSetup:
         self._remark = ""
 
     def check(self) -> None:
+        n_ranks = self._ranks.world_size
+        if n_ranks > 1 and measure_size(self._config, self.stream.n_items).trunk:
+            require_library("deepspeed", f"training on {n_ranks} ranks")
         check_memory(self._config, self.stream.n_items, self._ranks)
         if self._init_from:
             source = open_source(self._init_from, self._config.model)

@@ -31,6 +31,8 @@ TABLES = {"dist_vasp.data.ids"} | {
 }  # import each other alone
 BASE = TABLES | {
     "dist_vasp.require",
+    "dist_vasp.extras",
+    "dist_vasp.versions",
     "dist_vasp.turns",
     "dist_vasp.data.positives",
     "dist_vasp.data.role_columns",
@@ -132,7 +134,12 @@ WITHIN_BASE = {
     "dist_vasp.data.items": {"dist_vasp.data.hashing", "dist_vasp.data.manifest"},
     "dist_vasp.data.users": {"dist_vasp.data.manifest"},
     "dist_vasp.tensor_file": {"dist_vasp.bounded_json"},
-    "dist_vasp.failure": {"dist_vasp.places", "dist_vasp.signals", "dist_vasp.text"},
+    "dist_vasp.failure": {
+        "dist_vasp.extras",
+        "dist_vasp.places",
+        "dist_vasp.signals",
+        "dist_vasp.text",
+    },
 }  # the only imports inside BASE
 SHARED_WITH_TOOLS = {
     f"dist_vasp.{name}"
