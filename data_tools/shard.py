@@ -12,10 +12,8 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -27,7 +25,7 @@ from data_tools.like import OldSplit, read_old_split
 from data_tools.plan import Plan
 from data_tools.protocols import make_plan, min_rating_of
 from data_tools.readers import Columns, Source, infer_format, open_source
-from data_tools.times import told
+from data_tools.shard_report import Prepared, report
 from data_tools.titles import read_titles
 from data_tools.writer import check_unique_keys, write_folder
 from dist_vasp.data import ids
@@ -38,22 +36,11 @@ from dist_vasp.data.manifest import (
     default_users_per_shard,
     files_of,
 )
-from dist_vasp.data.positives import PositiveRule, from_json
-from dist_vasp.data.role_columns import unused_columns
+from dist_vasp.data.positives import PositiveRule
 from dist_vasp.data.tables.inputs import expand
 from dist_vasp.data.tables.options import reading_of
 from dist_vasp.files import new_folder
 from dist_vasp.places import check_folder
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """Everything that is to be written."""
-
-    data: Interactions
-    plan: Plan
-    preparation: dict[str, Any]  # what the manifest says about it
-    users_per_shard: int
 
 
 def _command(args: argparse.Namespace) -> int:
@@ -71,27 +58,8 @@ def _command(args: argparse.Namespace) -> int:
             args = stack.enter_context(tables_as_files(args, engine))
         source = _open_source(args)
         prepared, splits = _write(args, source, old, titles, engine)
-        _report(args, source, prepared, splits, time.monotonic() - start)
+        report(args, source, prepared, splits, time.monotonic() - start)
     return 0
-
-
-def _report(
-    args: argparse.Namespace,
-    source: Source,
-    prepared: Prepared,
-    splits: dict[str, SplitEntry],
-    seconds: float,
-) -> None:
-    """Print what was read and written."""
-    for note in [*source.notes, *_order(args, source, prepared.preparation["arguments"])]:
-        print(note)
-    _print_splits(args, prepared.plan, splits)
-    rule = str(from_json(prepared.preparation["positives"]))
-    kept = "every row counts, and its rating is kept beside the item"
-    print(f"  {kept if args.keep_ratings else rule}")
-    for line in _unused(args, source):
-        print(f"  {line}")
-    _print_left_out(prepared.preparation, splits, seconds)
 
 
 def _inputs(args: argparse.Namespace) -> list[tuple[str, Path | None]]:
@@ -246,79 +214,6 @@ def _rule(args: argparse.Namespace, summary: Summary, source: Source) -> Positiv
         repeats=args.repeats,
         missing=reading_of(args).missing,
     )
-
-
-# --- what the command prints ----------------------------------------------------------------------
-
-
-def _print_splits(args: argparse.Namespace, plan: Plan, splits: dict[str, SplitEntry]) -> None:
-    would_hold = " would hold" if args.dry_run else ""
-    print(f"{args.output}{would_hold}: {len(plan.vocabulary):,} items")
-    for name, split in splits.items():
-        heldout = f", {split.heldout:,} held out" if name != "train" else ""
-        print(
-            f"  {name:<10} {split.users:,} users, {split.interactions:,} interactions{heldout}, "
-            f"{len(split.shards)} shards"
-        )
-
-
-def _order(args: argparse.Namespace, source: Source, arguments: dict[str, Any]) -> list[str]:
-    """Return a line on what orders the interactions of a user, and where training ends."""
-    if args.protocol not in options.BY_TIME:
-        return []
-    column = source.match_columns()[0].get("time")
-    if args.protocol == "time":
-        return [f"training ends before {told(arguments['split_time'])} of {column}"]
-    by = f"by {column}" if column else "in the order of the input, because no times were read"
-    return [f"the interactions of a user are ordered {by}"]
-
-
-def _unused(args: argparse.Namespace, source: Source) -> list[str]:
-    """Return a line on the columns that are not used, and the options that would use them."""
-    names, unused = source.match_columns()
-    roles = []
-    if args.protocol != "given":
-        roles = ["split"] if "rating" in names else ["rating", "split"]
-    if "time" not in names and (args.repeats == "last" or args.protocol == "last"):
-        roles.append("time")
-    return unused_columns([*names.values(), *unused], names.values(), roles)
-
-
-def _print_left_out(
-    preparation: dict[str, Any], splits: dict[str, SplitEntry], seconds: float
-) -> None:
-    """Print how many rows were read, used and left out; together they are all rows."""
-    n_read = preparation["rows_read"]
-    left_out = {reason: n for reason, n in preparation["left_out"].items() if n}
-    rows = {reason: n for reason, n in left_out.items() if _counts_rows(reason)}
-    n_used = _rows_used(preparation["protocol"], splits)
-    assert n_read == n_used + sum(rows.values()), (n_read, n_used, left_out)
-    print(f"  read {n_read:,} rows in {seconds:.1f} s, used {n_used:,}; left out:")
-    for reason, count in rows.items():
-        print(f"    {count:,} {reason.replace('_', ' ')}")
-    if not rows:
-        print("    nothing")
-    others = [
-        f"{n:,} {reason.replace('_', ' ')}" for reason, n in left_out.items() if reason not in rows
-    ]
-    if others:
-        print(f"  with them {', '.join(others)}")
-
-
-def _counts_rows(reason: str) -> bool:
-    """Return whether a count of what was left out is one of rows, not of users or items."""
-    return not reason.startswith(("users_", "items_"))
-
-
-def _rows_used(protocol: str, splits: dict[str, SplitEntry]) -> int:
-    """Return the number of input rows that the shards hold.
-
-    In `given`, `time` and `last` the fold-in of a user repeats its train rows.
-    """
-    held_out = splits["validation"].heldout + splits["test"].heldout
-    if protocol in ("given", *options.BY_TIME):
-        return splits["train"].interactions + held_out
-    return sum(split.interactions for split in splits.values()) + held_out
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -61,6 +61,7 @@ def written(shards, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_every_row_says_where_the_step_went(written):
     result = json.loads((written / "benchmark.json").read_text())
     cores = len(os.sched_getaffinity(0))
@@ -87,6 +88,7 @@ def test_every_row_says_where_the_step_went(written):
     assert two["parts"]["communication"] > 0
 
 
+@pytest.mark.slow
 def test_bytes_moved_are_those_of_the_plan(written, shards):
     one, two = json.loads((written / "benchmark.json").read_text())["rows"]
     assert one["bytes_moved"] == 0 == sum(one["bytes_by_collective"].values())
@@ -98,6 +100,7 @@ def test_bytes_moved_are_those_of_the_plan(written, shards):
     assert two["bytes_moved"] == pytest.approx(plan.traffic_total, rel=0.02)
 
 
+@pytest.mark.slow
 def test_table_and_plot(written):
     text = (written / "benchmark.md").read_text()
     lines = text.splitlines()
@@ -138,7 +141,9 @@ def test_table_and_plot(written):
         (["--threads=-1"], "--threads is -1"),
         (["--users_per_rank=-1"], "--users_per_rank is -1"),
         (["--data.shards=nowhere"], "nowhere"),
-        (["--ranks=3", "--modes=strong"], "3 ranks do not divide it"),
+        pytest.param(
+            ["--ranks=3", "--modes=strong"], "3 ranks do not divide it", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_mistakes_are_one_sentence(shards, tmp_path, wrong, message):

@@ -104,7 +104,7 @@ def test_scores_are_the_weighted_sum(made):
     check_lists(lists(alone(), base / "all"), expected)
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_ranks_list_as_one(made, ranks):
     base, expected = made
     for found in run_ranks(lists, ranks, base / "all"):

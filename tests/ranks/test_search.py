@@ -203,6 +203,7 @@ def test_a_search_needs_validation_users(tmp_path, call):
         call(main, *arguments(tmp_path / "none", tmp_path / "run", *more))
 
 
+@pytest.mark.slow
 def test_the_report_lists_the_settings_and_draws_the_best_combination(shards, tmp_path, call):
     from launch.report import main as report
     from launch.train import main

@@ -60,6 +60,7 @@ def test_a_compiled_block_equals_the_plain_one(kind):
     assert graphs[0] == graphs[-1] > 0, "one compilation serves every size"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config",
     [OptimizerConfig(), OptimizerConfig(name="adamw", weight_decay=0.1)],
