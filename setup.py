@@ -39,6 +39,7 @@ DEV = [
     "ruff>=0.11",
     "mypy>=1.15",
     "pandas>=3",
+    "polars>=1.0",
     "pytrec_eval-terrier>=0.5.9",
     # For tests of the GPU kernels on CPUs; the interpreter of 3.6 fails with numpy 2.4.
     # torch's CUDA build brings its own version.

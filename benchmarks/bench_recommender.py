@@ -27,10 +27,10 @@ import torch
 
 from data_tools.synthesize import blocks
 from dist_vasp import Recommender
-from dist_vasp import recommender as module
 from dist_vasp.config.schema import Config, ModelConfig
 from dist_vasp.model.build import make_trunk
 from dist_vasp.model.slices import ItemSlice
+from dist_vasp.ranking import make_lists as module
 from tests.support.runs import write_checkpoint, write_items
 
 

@@ -12,41 +12,43 @@ Shapes: U users, I items, K list length.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import pyarrow as pa
 import torch
 
 from dist_vasp.data.positives import PositiveRule
-from dist_vasp.model.sparse import ItemRows
 from dist_vasp.model.trunk import Trunk
-from dist_vasp.parallel.comm import form_groups
-from dist_vasp.parallel.partition import Layout
 from dist_vasp.ranking.accepted import refuse_frame
-from dist_vasp.ranking.evaluate import to_item_rows, top_items
-from dist_vasp.ranking.explain import explain_pairs
+from dist_vasp.ranking.evaluate import to_item_rows
+from dist_vasp.ranking.explanation import explanation
 from dist_vasp.ranking.export import export
 from dist_vasp.ranking.export_ensemble import export_ensemble
 from dist_vasp.ranking.given import GivenReader, HistoriesLike
-from dist_vasp.ranking.lists import Explanation, Id, Lists, Reason
-from dist_vasp.ranking.scoring import Ensemble, Model
+from dist_vasp.ranking.held_out_pairs import evaluate_pairs, evaluate_shards
+from dist_vasp.ranking.lists import Explanation, Id, Lists, ids_of, title_of
+from dist_vasp.ranking.make_lists import make_lists
+from dist_vasp.ranking.scoring import Ensemble
 from dist_vasp.ranking.similar import similar_to
 from dist_vasp.ranking.sources import Sources, open_sources
 from dist_vasp.ranking.topk import NO_ITEM, TopK
 
-USERS_PER_PASS = 4096  # users that go through the blocks of W together (docs/experiments.md)
+# Ids for all users, ids for each history, or ids by user.
+FilterLike = Iterable[Id] | Sequence[Iterable[Id]] | Mapping[Id, Iterable[Id]]
 
 
 class Recommender:
-    """A trained model, read only. Make one with `Recommender.load`."""
+    """A trained model, read only. Make one with `Recommender.load` or `Recommender.fit`."""
 
     def __init__(self, sources: Sources) -> None:
         self.sources, self.model, self.items = sources, sources.model, sources.items
         self._reader = GivenReader(sources.items, sources.positives)
-        self._alone = form_groups(0, Layout(1, 1, 1), torch.device("cpu"))
+
+    def __repr__(self) -> str:
+        folder = str(self.sources.folder)
+        return f"Recommender({self.sources.kind}, {self.n_items:,} items, {folder!r})"
 
     @staticmethod
     def load(folder: str | Path, checkpoint: str | None = None, verify: bool = True) -> Recommender:
@@ -59,6 +61,27 @@ class Recommender:
         """
         _answer_after_forks()
         return Recommender(open_sources(folder, checkpoint, verify))
+
+    @staticmethod
+    def fit(shards: str | Path, config: Any, run_dir: str | Path) -> Recommender:
+        """Train a model in this process, and load it.
+
+        shards: a data folder of `python -m data_tools.shard`. config: the path of a YAML file, such
+        as configs/demo.yaml, or its sections as a mapping: `{"model": {"kind": "ease"}}`. run_dir:
+        the folder of the run, as launch/train.py writes it. If it holds an interrupted run with
+        this configuration, training resumes there; a finished run is loaded. Ctrl-C saves, and
+        raises KeyboardInterrupt. ValueError for what a user can fix, such as a library that is
+        missing.
+        """
+        try:
+            from dist_vasp.training.in_process import train_here
+        except ImportError as missing:
+            raise ValueError(
+                f"training needs {missing.name}, which cannot be imported ({missing}); "
+                "pip install 'dist-vasp[train]'"
+            ) from None
+        train_here(shards, config, run_dir)
+        return Recommender.load(run_dir)
 
     def export(
         self,
@@ -95,9 +118,10 @@ class Recommender:
         histories: HistoriesLike,
         k: int,
         mask_input: bool = True,
-        filter_items: Iterable[Id] | None = None,
-        restrict_to: Iterable[Id] | None = None,
+        filter_items: FilterLike | None = None,
+        restrict_to: FilterLike | None = None,
         *,
+        empty: Literal["popularity"] | None = None,
         all_positive: bool = False,
         user_column: str | None = None,
         item_column: str | None = None,
@@ -107,15 +131,23 @@ class Recommender:
         """The k best items of every history, as launch/recommend.py ranks them.
 
         `ids, scores = r.recommend(...)`. histories: a list of lists of original ids, all of them
-        likes; a sparse matrix (U, I) whose columns are item rows (non-zero: seen; ratings unless
-        all of them are 1); or an Arrow table. The table's columns are those that the shards were
-        made from, else user and item, or the ones that are named here. Ratings follow the rule that
-        the model was trained with (`positives`), unless `all_positive`. What a user has seen, liked
-        or not, is not listed unless `mask_input` is False. `filter_items` are never listed; with
-        `restrict_to` only those are. Ids that the model does not know are ignored. ValueError for
-        anything else, and where `restrict_to` has no known item.
+        likes; a SciPy sparse matrix (U, I) whose columns are item rows (non-zero: seen; ratings
+        unless all of them are 1); or a table with the Arrow C interface, such as a data frame of
+        pandas or polars. The table's columns are those that the shards were made from, else user
+        and item, or the ones that are named here. Ratings follow the rule that the model was
+        trained with (`positives`), unless `all_positive`. What a user has seen, liked or not, is
+        not listed unless `mask_input` is False. Ids that the model does not know are ignored.
+
+        `filter_items` are never listed; with `restrict_to` only those are. Both are a list of ids
+        for all users, a list of ids for each history, or, where the histories are a table, a
+        mapping of each user to ids. Users without a known like get no list, or with `empty`
+        "popularity" the most popular items.
+
+        ValueError for anything else, and where `restrict_to` has no known item.
         """
         _check_count("k", k)
+        if empty not in (None, "popularity"):
+            raise ValueError(f"empty is {empty!r:.40}, expected popularity or None")
         self.sources.check_unchanged()
         asked = {
             "user": user_column,
@@ -124,29 +156,12 @@ class Recommender:
             "time": time_column,
         }
         given = self._reader.read(histories, asked, all_positive)
-        rows = given.rows
-        allowed, notes = self._reader.allowed(filter_items, restrict_to)
-        ids = np.full((rows.n_rows, k), NO_ITEM, np.int64)
-        scores = np.full((rows.n_rows, k), np.nan, np.float32)
-        known = np.flatnonzero(rows.lengths)
-        for start in range(0, len(known), USERS_PER_PASS):
-            block = known[start : start + USERS_PER_PASS]
-            likes = rows.take(block)
-            seen = likes if given.seen is rows else given.seen.take(block)
-            found, ids[block] = top_items(
-                lambda x: self.model.scores(x, allowed),
-                likes,
-                k,
-                self.n_items,
-                self._alone,
-                mask_input,
-                seen,
-            )
-            scores[block] = np.exp(found) if self.model.is_probability else found
-        scores[ids == NO_ITEM] = np.nan
-        return Lists(
-            self._ids(ids), scores, given.users, given.read, (*given.notes, *notes), ids, self.items
-        )
+        listable = self._reader.listable(given, filter_items, restrict_to)
+        popular = (given.rows.lengths == 0) & (empty is not None)
+        scores, rows = make_lists(self.model, self.items, given, listable, k, mask_input, popular)
+        notes = (*given.notes, *listable.notes)
+        ids = ids_of(self.items, rows)
+        return Lists(ids, scores, given.users, given.read, notes, popular, rows, self.items)
 
     def similar_items(
         self, item: Id, k: int, by: str | None = None
@@ -169,7 +184,7 @@ class Recommender:
             best.update(scores_C[None], first)
         scores, ids = (t[0].numpy() for t in best.result())
         listed = ids != NO_ITEM
-        return self._ids(ids[listed]), scores[listed]
+        return ids_of(self.items, ids[listed]), scores[listed]
 
     def explain(self, history: Iterable[Id], item: Id, n: int = 5) -> Explanation:
         """Which of the past items speak for `item`, and what the paths say.
@@ -186,38 +201,48 @@ class Recommender:
                 "no item of the history is known to the model; there is nothing to explain"
             )
         x = to_item_rows(rows, 1, self.n_items, torch.device("cpu"))
-        return self._explain(self.model, x, row, n)
+        return explanation(self.model, self.items, x, row, n)
 
-    def _explain(self, model: Model, x: ItemRows, row: int, n: int) -> Explanation:
-        wanted = torch.zeros(self.n_items, dtype=torch.bool)
-        wanted[row] = True
-        score = next(s[0, row - lo] for lo, s in model.scores(x, wanted))
-        pair = (torch.tensor([0]), torch.tensor([row]), score[None])
-        told = explain_pairs(model, x, *pair, max(n, len(x.items)))
-        reasons, rest, logit = [], 0.0, None
-        if told.items_EN is not None:
-            assert told.weights_EN is not None
-            assert told.shallow_E is not None
-            pairs = zip(told.items_EN[0].tolist(), told.weights_EN[0].tolist(), strict=True)
-            past = [(i, weight) for i, weight in pairs if i != NO_ITEM]
-            reasons = [Reason(self._id(i), weight, self._title(i)) for i, weight in past[:n]]
-            rest, logit = sum(weight for _, weight in past[n:]), float(told.shallow_E[0])
-        factors = (told.log_p_flvae_E, told.log_p_nease_E)
-        p_flvae, p_nease = (None if p is None else float(p.exp()[0]) for p in factors)
-        members: tuple[Explanation, ...] = ()
-        if isinstance(model, Ensemble):
-            members = tuple(self._explain(member, x, row, n) for member in model.members)
-        return Explanation(
-            item=self._id(row),
-            title=self._title(row),
-            p=float(score.exp()) if model.is_probability else None,
-            p_flvae=p_flvae,
-            p_nease=p_nease,
-            logit=logit,
-            reasons=reasons,
-            rest=rest,
-            members=members,
-        )
+    # --- how good it is ----------------------------------------------------------------------
+
+    def evaluate(
+        self,
+        data: str | Path | HistoriesLike,
+        held_out: HistoriesLike | None = None,
+        *,
+        metrics: str | Sequence[str] = "",
+        split: Literal["test", "validation"] = "test",
+        all_positive: bool = False,
+    ) -> dict[str, Any]:
+        """The metrics of lists for held-out users, each with its standard error.
+
+        data: a data folder, whose users of `split` are ranked as launch/evaluate.py ranks them; or
+        histories, with the items that these users chose later as `held_out`. Both are then of one
+        kind, as for `recommend`: tables are matched by user, lists and matrices by position. A user
+        without a known like is ranked by what the model scores for an empty history. metrics: names
+        beyond the default ones, such as "ndcg@10,hr@10". The result has the keys of result.json;
+        of pairs also `n_unknown`, the held-out rows of items that the model does not know.
+
+        ValueError where the data are of another catalogue, no user can be scored, or a held-out
+        item is in its user's history.
+        """
+        self.sources.check_unchanged()
+        names = metrics if isinstance(metrics, str) else ",".join(metrics)
+        if isinstance(data, str | os.PathLike):
+            if held_out is not None:
+                raise ValueError(
+                    f"data is the folder {data}, which has held-out items of its own; leave "
+                    "held_out out, or pass histories"
+                )
+            return evaluate_shards(self.sources, Path(data), split, names)
+        if held_out is None:
+            raise ValueError(
+                "held_out is missing; pass the items that the users of the histories chose later, "
+                "or a data folder as data"
+            )
+        given = self._reader.read(data, None, all_positive)
+        target = self._reader.read(held_out, None, all_positive)
+        return evaluate_pairs(self.sources, given, target, names)
 
     # --- what there is -----------------------------------------------------------------------
 
@@ -242,23 +267,7 @@ class Recommender:
 
     def title(self, item: Id) -> str | None:
         """Return the title of an item, None if it has none; ValueError for an unknown item."""
-        return self._title(self._known_item(item))
-
-    def _title(self, row: int) -> str | None:
-        return None if self.items.titles is None else self.items.titles[row].as_py()
-
-    def _id(self, row: int) -> Id:
-        return self.items.ids[row].as_py()
-
-    def _ids(self, rows: np.ndarray) -> np.ndarray:
-        """Original ids of item rows of any shape; -1 or None where the row is -1."""
-        flat = rows.reshape(-1)
-        if pa.types.is_integer(self.items.ids.type):
-            ids = np.asarray(self.items.ids.cast(pa.int64()))[flat]
-            ids[flat < 0] = -1
-            return ids.reshape(rows.shape)
-        taken = self.items.ids.take(pa.array(flat, mask=flat < 0))
-        return np.array([*taken.to_pylist(), None], object)[:-1].reshape(rows.shape)
+        return title_of(self.items, self._known_item(item))
 
     def _known_item(self, item: Id) -> int:
         row = int(self._reader.find([item], "item")[0])

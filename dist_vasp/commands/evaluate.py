@@ -129,7 +129,7 @@ def _load(arguments: argparse.Namespace, ranks: Ranks) -> _Task:
             folder, remark = shards_of(ranker.members[0])
         manifest = Manifest.load(folder)
         if ranker:
-            check_vocabulary(ranker.members[0], folder, manifest)
+            check_vocabulary(ranker.members[0].checkpoint.header, folder, manifest)
             scorer: Scorer = ranker.model.scores
             name = ranker.name
             ratings = ranker.config.ratings

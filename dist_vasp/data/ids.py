@@ -174,6 +174,8 @@ def of_column(
         return of_column(
             values.dictionary, _FirstUses(values.indices, numbers), where, missing
         ).take(values.indices)
+    if pa.types.is_string_view(values.type):  # of polars; few functions of Arrow take it
+        values = values.cast(pa.large_string())
     kind = values.type
     if pa.types.is_null(kind):
         return values.cast(pa.string())

@@ -54,7 +54,10 @@ def popularity_scorer(items: ItemTable, ranks: Ranks) -> Scorer:
     )
 
     def score(x: ItemRows) -> Iterator[tuple[int, Tensor]]:
-        yield part.start, counts_J.repeat(x.n_rows, 1)
+        first = part.start
+        for counts_C in counts_J.split(_SELECT_COLUMNS):
+            yield first, counts_C.repeat(x.n_rows, 1)
+            first += len(counts_C)
 
     return score
 

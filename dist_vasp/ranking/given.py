@@ -1,11 +1,11 @@
-"""Histories and ids as a caller passes them: lists, matrices and Arrow tables become item rows.
+"""Histories and ids as a caller passes them: lists, matrices and tables become item rows.
 
 Shapes: U users, I items.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, TypeAlias
@@ -13,26 +13,22 @@ from typing import Any, TypeAlias
 import numpy as np
 import pyarrow as pa
 import scipy.sparse
-import torch
 
-from dist_vasp.data.ids import of_column
 from dist_vasp.data.items import ItemTable
 from dist_vasp.data.positives import PositiveRule
 from dist_vasp.data.role_columns import serving_columns
 from dist_vasp.data.rows import Rows, indptr_of
-from dist_vasp.ranking.accepted import history_lists, id_list
-from dist_vasp.ranking.filters import counted
+from dist_vasp.ranking.accepted import as_table, find_ids, history_lists
 from dist_vasp.ranking.histories import (
     RowCounts,
     count_rows,
-    find_items,
     histories_of_table,
     known_rows,
     liked_rows,
 )
-from dist_vasp.ranking.lists import Id
+from dist_vasp.ranking.listable import Listable, UserFilters
 
-# Sequence[Iterable[Id]] | scipy.sparse matrix | pa.Table; the last two have no types to check.
+# Sequence[Iterable[Id]] | scipy.sparse matrix | an object with the Arrow C interface.
 HistoriesLike: TypeAlias = Any
 
 
@@ -59,11 +55,14 @@ class GivenReader:
         asked: Mapping[str, str | None] | None = None,
         all_positive: bool = False,
     ) -> Given:
-        if isinstance(histories, pa.RecordBatch):
-            histories = pa.Table.from_batches([histories])
+        """Read histories of any of these kinds; ValueError, by the name of its class, for another.
+
+        asked: names of columns that the caller gave, by role. all_positive: every row is a like.
+        """
         named = {role: name for role, name in (asked or {}).items() if name is not None}
-        if isinstance(histories, pa.Table):
-            return self._read_table(histories, named, all_positive)
+        table = as_table(histories)
+        if table is not None:
+            return self._read_table(table, named, all_positive)
         if named:
             role = next(iter(named))
             raise ValueError(
@@ -133,45 +132,11 @@ class GivenReader:
         return Given(rows, seen, count_rows(item_rows, rows, seen))
 
     def find(self, ids: Sequence[Any], what: str) -> np.ndarray:
-        """Item rows of ids, -1 where unknown; ValueError unless they are all whole numbers or all
-        strings."""
-        if len(ids) == 0:
-            return np.empty(0, np.int32)
-        try:
-            array = pa.array(ids, from_pandas=False)
-        except (pa.ArrowException, TypeError, OverflowError):
-            array = pa.nulls(1)
-        if pa.types.is_floating(array.type):
-            array = of_column(
-                array, range(1, len(array) + 1), what, ()
-            )  # 17.0 is 17, 17.5 is no id
-        if array.null_count or not (
-            pa.types.is_integer(array.type) or pa.types.is_string(array.type)
-        ):
-            raise ValueError(
-                f"{what} must hold original ids, all whole numbers or all strings; some are of "
-                "another kind"
-            )
-        return find_items(array, self.items)
+        """Return the item rows of ids, -1 where unknown; ValueError unless they are all whole
+        numbers or all strings."""
+        return find_ids(ids, self.items.ids, what)
 
-    def allowed(
-        self, filter_items: Iterable[Id] | None, restrict_to: Iterable[Id] | None
-    ) -> tuple[torch.Tensor | None, list[str]]:
-        """(I,) bool of the items that may be listed, None for all, and lines on the ids that were
-        passed."""
-        if filter_items is None and restrict_to is None:
-            return None, []
-        allowed, notes = np.ones(self.n_items, bool), []
-        for name, given in (("restrict_to", restrict_to), ("filter_items", filter_items)):
-            if given is None:
-                continue
-            rows = self.find(id_list(given, name), name)
-            notes.append(counted(name, len(rows), int((rows < 0).sum())))
-            if name == "restrict_to":
-                allowed[:] = False
-            allowed[rows[rows >= 0]] = name == "restrict_to"
-        if not allowed.any():
-            raise ValueError(
-                "filter_items and restrict_to leave no item that the model knows; pass other ids"
-            )
-        return torch.from_numpy(allowed), notes
+    def listable(self, given: Given, filter_items: Any, restrict_to: Any) -> Listable:
+        """Return the items that may be listed for the users of `given`."""
+        filters = UserFilters(self.items.ids, given.users, given.rows.n_rows)
+        return filters.read(filter_items, restrict_to)

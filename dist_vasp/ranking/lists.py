@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,16 +19,20 @@ from dist_vasp.ranking.recommend import list_table
 Id = int | str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Lists:
     """Top-K lists, one row for each history; unpacks as `ids, scores`.
+
+    A data frame library with the Arrow C interface takes it whole: `polars.DataFrame(lists)`.
 
     ids (U, K): int64, or str objects. scores (U, K): float32, descending; p of the model, or the
     score itself if it is not a probability. A shorter list (fewer than k unseen items, or no known
     item in the history) is padded with id -1 (None for str) and score NaN. users: the users of an
     Arrow table in order of first appearance, with those without a known item at the end; None for
     other input. read: how many likes were used, how many other items were masked, and what was left
-    out. notes: lines on how a table was read, and on the ids of filters.
+    out. notes: lines on how a table was read, and on the ids of filters. popular (U,) bool: users
+    whose list is by popularity, where that was asked for; their scores are the items' numbers of
+    training interactions.
     """
 
     ids: np.ndarray
@@ -35,6 +40,7 @@ class Lists:
     users: pa.Array | None
     read: RowCounts
     notes: tuple[str, ...]
+    popular: np.ndarray
     _rows: np.ndarray  # (U, K) item rows
     _items: ItemTable
 
@@ -52,15 +58,27 @@ class Lists:
         yield self.ids
         yield self.scores
 
+    def __repr__(self) -> str:
+        n_lists, k = self.ids.shape
+        n_listed = int((self._rows >= 0).sum())
+        return f"Lists({n_lists:,} users, k={k}, {n_listed:,} recommendations)"
+
     def to_table(self) -> pa.Table:
         """One row per recommendation as launch/recommend.py writes them: user (the row where there
-        are no ids), rank, item, score."""
+        are no ids), rank, item, score, and title where the model's items have some."""
         users = pa.array(np.arange(len(self.ids))) if self.users is None else self.users
         table = list_table(users, self.scores, self._rows, self._items)
         if self._items.titles is not None:
             rows = self._rows[self._rows >= 0]
             table = table.append_column("title", self._items.titles.take(pa.array(rows)))
         return table
+
+    def to_pandas(self) -> Any:
+        """`to_table` as a pandas.DataFrame; ValueError where pandas is not installed."""
+        return _frame_of(self.to_table())
+
+    def __arrow_c_stream__(self, requested_schema: Any = None) -> Any:
+        return self.to_table().__arrow_c_stream__(requested_schema)
 
 
 @dataclass(frozen=True)
@@ -72,7 +90,7 @@ class Reason:
     title: str | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Explanation:
     """Why a history leads to `item`.
 
@@ -96,3 +114,51 @@ class Explanation:
     reasons: list[Reason]
     rest: float
     members: tuple[Explanation, ...] = ()
+
+    def __repr__(self) -> str:
+        score = f"logit={self.logit}" if self.p is None else f"p={self.p:.4g}"
+        name = f"{self.item!r}" if self.title is None else f"{self.item!r}, {self.title!r}"
+        return f"Explanation({name}, {score}, {len(self.reasons)} reasons)"
+
+    def to_table(self) -> pa.Table:
+        """One row per reason: item, title where the model's items have some, weight."""
+        columns: dict[str, list[Any]] = {"item": [reason.item for reason in self.reasons]}
+        if self.title is not None:
+            columns["title"] = [reason.title for reason in self.reasons]
+        columns["weight"] = [reason.weight for reason in self.reasons]
+        return pa.table(columns)
+
+    def to_pandas(self) -> Any:
+        """`to_table` as a pandas.DataFrame; ValueError where pandas is not installed."""
+        return _frame_of(self.to_table())
+
+
+def _frame_of(table: pa.Table) -> Any:
+    try:
+        return table.to_pandas()
+    except ImportError as error:
+        raise ValueError(
+            f"to_pandas needs pandas, which cannot be imported ({error}); pip install pandas, or "
+            "use to_table()"
+        ) from None
+
+
+def title_of(items: ItemTable, row: int) -> str | None:
+    """Return the title of an item, None if it has none."""
+    return None if items.titles is None else items.titles[row].as_py()
+
+
+def id_of(items: ItemTable, row: int) -> Id:
+    """Return the original id of an item."""
+    return items.ids[row].as_py()
+
+
+def ids_of(items: ItemTable, rows: np.ndarray) -> np.ndarray:
+    """Return the original ids of item rows of any shape; -1 or None where the row is -1."""
+    flat = rows.reshape(-1)
+    if pa.types.is_integer(items.ids.type):
+        ids = np.asarray(items.ids.cast(pa.int64()))[flat]
+        ids[flat < 0] = -1
+        return ids.reshape(rows.shape)
+    taken = items.ids.take(pa.array(flat, mask=flat < 0))
+    return np.array([*taken.to_pylist(), None], object)[:-1].reshape(rows.shape)

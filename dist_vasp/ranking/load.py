@@ -170,15 +170,14 @@ def check_size(opened: Checkpoint[ModelHeader], config: Config) -> None:
         )
 
 
-def check_vocabulary(loaded: LoadedModel, folder: str | Path, manifest: Manifest) -> None:
+def check_vocabulary(header: ModelHeader, folder: str | Path, manifest: Manifest) -> None:
     """ValueError unless the shards in `folder` have the vocabulary the model was trained on."""
-    header = loaded.checkpoint.header
     if manifest.vocabulary_sha256 != header.vocabulary_sha256:
         raise ValueError(
             f"{folder} has a vocabulary of {manifest.n_items} items "
             f"(hash {manifest.vocabulary_sha256[:12]}...) but the checkpoint was trained on "
             f"{header.n_items} (hash {header.vocabulary_sha256[:12]}...); "
-            "pass the shards it was trained on with --shards"
+            "pass the shards it was trained on"
         )
 
 

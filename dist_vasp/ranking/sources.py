@@ -59,6 +59,7 @@ class Source:
 class Sources:
     """What a Recommender answers from: the model, its vocabulary, and the files of its members."""
 
+    folder: Path
     members: tuple[Source, ...]
     model: Model
     items: ItemTable
@@ -95,7 +96,7 @@ def open_sources(folder: str | Path, checkpoint: str | None, verify: bool) -> So
         model, rule = sources[0].model, positives_of(opened)
     header = sources[0].opened.header
     items = read_items_file(sources[0].items_file, header.n_items, header.vocabulary_sha256)
-    return Sources(sources, model, items, rule)
+    return Sources(Path(folder), sources, model, items, rule)
 
 
 def _open(opened: Checkpoint[ModelHeader], folder: Path, verify: bool) -> Source:

@@ -24,12 +24,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dist_vasp import Recommender
-from dist_vasp import recommender as module
 from dist_vasp.checkpoint.json_header import header_sha256
 from dist_vasp.config.schema import Config, ModelConfig
 from dist_vasp.model.build import build_model, make_trunk
 from dist_vasp.parallel.comm import form_groups
 from dist_vasp.parallel.partition import Layout
+from dist_vasp.ranking import make_lists as module
 from dist_vasp.ranking.export import write_program
 from dist_vasp.ranking.scoring import TrainedModel
 from dist_vasp.tensor_file import map_tensors, write_safetensors
@@ -673,8 +673,11 @@ def test_mistakes_are_readable(runs, tmp_path):
             lambda: named.recommend(["i1", "i2"], 3),
             r"history 0 is 'i1', expected a list of ids; pass \[history\]",
         ),
-        (lambda: r.recommend("i1", 3), r"histories are str, expected a list of lists of ids"),
-        (lambda: r.recommend(7, 3), r"histories are int, expected"),
+        (
+            lambda: r.recommend("i1", 3),
+            r"histories are of type str, expected one of: lists of ids, a S",
+        ),
+        (lambda: r.recommend(7, 3), r"histories are of type int, expected one of"),
         (
             lambda: r.recommend([[1000, "x"]], 3),
             r"the histories must hold original ids, all whole numbers or all strings",
