@@ -47,8 +47,8 @@ def _configuration(shards: str | Path, config: Any, run_dir: str | Path) -> Conf
         read = from_dict(dict(config))
     else:
         raise ValueError(
-            f"config is of type {type(config).__name__}, expected the path of a YAML file, or a mapping "
-            'of sections such as {"model": {"kind": "ease"}}'
+            f"config is of type {type(config).__name__}, expected the path of a YAML file, or a "
+            'mapping of sections such as {"model": {"kind": "ease"}}'
         )
     if read.ratings:
         raise ValueError(

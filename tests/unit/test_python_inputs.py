@@ -230,7 +230,7 @@ def test_what_fit_refuses(trained, monkeypatch):
     folder, _, _ = trained
     shards = folder / "shards"
     for arguments, message in (
-        ((shards, 7, folder / "no"), "config is of type int, expected the path of a YAML file, or a map"),
+        ((shards, 7, folder / "no"), "config is of type int, expected the path of a YAML"),
         ((shards, {"model": {"kindly": 1}}, folder / "no"), "model.kindly is not a key"),
         ((None, {}, folder / "no"), "shards is None, expected the path of a folder"),
         ((folder, {}, folder / "no"), "manifest.json"),
