@@ -29,7 +29,7 @@ demo/shards/manifest.json: | $(STAMP)
 		--val_users 300 --test_users 600
 	$(BIN)/python -m data_tools.verify demo/shards
 
-# Compare models on the demo's data: demo/compare/report.md.
+# Compare models on the demo's data: demo/compare/report.html.
 compare: $(STAMP) demo/shards/manifest.json
 	$(BIN)/python launch/compare.py --config configs/compare.yaml --output demo/compare
 

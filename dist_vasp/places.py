@@ -26,8 +26,8 @@ _PARTS = r"trunk\.(safetensors|pt2)|items-\d{5}-of-\d{5}\.safetensors"
 _FOLDERS = (  # what a folder is, names that show it, and a pattern of the names in it
     ("a training run", ("checkpoints", "metrics.jsonl"), RUN_FILES),
     ("a checkpoint", ("checkpoint.json",), rf"checkpoint\.json|{_PARTS}"),
-    ("an export", ("export.json",), rf"export\.json|items\.parquet|{_PARTS}"),
-    ("an ensemble", ("ensemble.json",), r"ensemble\.json"),
+    ("an export", ("export.json",), rf"export\.json|items\.parquet|MODEL_CARD\.md|{_PARTS}"),
+    ("an ensemble", ("ensemble.json",), r"ensemble\.json|MODEL_CARD\.md"),
     (
         "a data folder",
         ("manifest.json",),

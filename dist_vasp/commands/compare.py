@@ -1,13 +1,15 @@
 """Train and test a list of models and say which is best: python launch/compare.py --config
 configs/compare.yaml --output DIR
 
-Writes report.md, report.json and per_user.parquet into DIR. Finished runs are not repeated;
-interrupted ones are resumed. `--section.key value` overrides a key of every trained model.
+Writes report.html, report.md, report.json and per_user.parquet into DIR. Finished runs are not
+repeated; interrupted ones are resumed. `--section.key value` overrides a key of every trained
+model.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import shlex
 import sys
@@ -30,9 +32,11 @@ from dist_vasp.files import parents, replacing_all, sole_writer
 from dist_vasp.parallel.partition import Layout
 from dist_vasp.places import check_file, check_own_folder, unwritable
 from dist_vasp.recognise import begins_with, is_json
+from dist_vasp.report.comparison import comparison_page
+from dist_vasp.report.page import is_report
 from dist_vasp.text import printable
 
-REPORT = "report.json"
+REPORT, PAGE = "report.json", "report.html"
 _REMEDY = "choose another --output"
 
 
@@ -125,16 +129,15 @@ def _compare(comparison: Comparison, output: Path, data: str, ranks: int, comman
             raise
         print(f"error: {failed}; {error}", file=sys.stderr)
         return 1
-    with replacing_all(output, (REPORT, "report.md", "per_user.parquet"), _REMEDY) as (
-        report,
-        text,
-        per_user,
-    ):
+    date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
+    names = (REPORT, "report.md", PAGE, "per_user.parquet")
+    with replacing_all(output, names, _REMEDY) as (report, text, page, per_user):
         report.write((json.dumps(found, indent=1, allow_nan=False) + "\n").encode())
         text.write(printable(markdown(found)).encode())
+        page.write(comparison_page(found, date).encode())
         write_per_user(per_user, comparison, output, {failure.run.stem for failure in failures})
     _say(
-        f"\n{found['verdict']}\n\n{output / 'report.md'}: {len(runs) - len(failures)} runs in "
+        f"\n{found['verdict']}\n\n{output / PAGE}: {len(runs) - len(failures)} runs in "
         f"{time.monotonic() - start:.0f} s"
     )
     if failures:
@@ -152,6 +155,7 @@ def _check(folder: Path, config: str) -> None:
     recognised = {
         REPORT: _is_report,
         "report.md": begins_with(b"# Comparison on "),
+        PAGE: is_report,
         "per_user.parquet": is_per_user_of_all,
     }
     for name, ours in recognised.items():

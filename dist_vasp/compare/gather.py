@@ -27,12 +27,14 @@ from dist_vasp.compare.statistics import (
     paired,
     read_scores,
     verdict,
+    winner,
 )
 from dist_vasp.config.metric_names import Metric
 from dist_vasp.data.items import load_items
 from dist_vasp.data.manifest import Manifest
 from dist_vasp.model.build import measure_size
 from dist_vasp.ranking.per_user import THIRDS, popularity_thirds
+from dist_vasp.training.environment import commit
 from dist_vasp.versions import version
 
 COLUMNS = (*METRICS, *(f"{metric}_{third}" for third in THIRDS for metric in METRICS))
@@ -78,6 +80,7 @@ def gather(
     briefly = {name: Cost(c["seconds_training"], c["peak_memory"]) for name, c in costs.items()}
     return {
         "verdict": verdict(list(scores.values()), comparison.reference, briefly),
+        "winner": winner(list(scores.values()), comparison.reference),
         "against_reference": against_reference(list(scores.values()), comparison.reference),
         "reference": comparison.reference,
         "models": [
@@ -111,6 +114,7 @@ def _made(comparison: Comparison, output: Path, command: str) -> dict[str, Any]:
         "versions": {name: found for name in libraries if (found := version(name))},
         "python": platform.python_version(),
         "cores": len(os.sched_getaffinity(0)),
+        "commit": commit(),
     }
 
 

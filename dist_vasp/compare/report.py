@@ -54,10 +54,10 @@ def _metrics(found: dict[str, Any]) -> list[str]:
         "",
     ]
     rows = []
-    for model in _best_first(found):
+    for model in best_first(found):
         cells = [_of(model["metrics"][metric]) for metric in METRICS]
         sd = model["metrics"][PRIMARY]["seed_sd"]
-        cells += [_seeds(model), "-" if sd is None else f"{sd:.4f}"]
+        cells += [seeds_of(model), "-" if sd is None else f"{sd:.4f}"]
         rows.append([_name(model, reference), *cells, *_against(model)])
     header = [
         "model",
@@ -84,7 +84,7 @@ def _asked(found: dict[str, Any]) -> list[str]:
         "",
     ]
     rows = []
-    for model in _best_first(found):
+    for model in best_first(found):
         cells = [
             _four(model[str(m)]["mean"]) if m.of_all_lists else _of(model["metrics"][str(m)])
             for m in asked
@@ -93,8 +93,8 @@ def _asked(found: dict[str, Any]) -> list[str]:
     lines += _table(["model", *(metric.title for metric in asked)], rows)
     of_user = [metric for metric in asked if not metric.of_all_lists]
     rows = [
-        [model["name"], *(_signed(_estimate(model["difference"][str(m)])) for m in of_user)]
-        for model in _best_first(found)
+        [model["name"], *(_signed(estimate_of(model["difference"][str(m)])) for m in of_user)]
+        for model in best_first(found)
         if "difference" in model
     ]
     if of_user and rows:
@@ -110,9 +110,13 @@ def _four(value: float | None) -> str:
 def _against(model: dict[str, Any]) -> list[str]:
     if "difference" not in model:
         return ["reference", ""]
-    d = _estimate(model["difference"][PRIMARY])
-    word = "no difference" if not d.differs else "better" if d.mean > 0 else "worse"
-    return [_signed(d), f"{word} ({_ratio(d)})"]
+    d = estimate_of(model["difference"][PRIMARY])
+    return [_signed(d), f"{word_of(d)} ({_ratio(d)})"]
+
+
+def word_of(d: Estimate) -> str:
+    """Return what a paired difference amounts to at two standard errors."""
+    return "no difference" if not d.differs else "better" if d.mean > 0 else "worse"
 
 
 def _ratio(d: Estimate) -> str:
@@ -135,7 +139,7 @@ def _long_tail(found: dict[str, Any]) -> list[str]:
             f"{scored[best['name']]:.4f} on tail items"
         )
         if "difference" in best:
-            d = _estimate(best["difference"][f"{PRIMARY}_tail"])
+            d = estimate_of(best["difference"][f"{PRIMARY}_tail"])
             verb = "differs" if d.differs else "does not differ"
             told += (
                 f", which {verb} from the reference {found['reference']} at two standard errors "
@@ -157,13 +161,13 @@ def _long_tail(found: dict[str, Any]) -> list[str]:
             *(["coverage@100"] if metric == PRIMARY else []),
         ]
         rows = []
-        for model in _best_first(found):
+        for model in best_first(found):
             row = [
                 _name(model, found["reference"]),
                 *(_of(model["metrics"][f"{metric}_{third}"]) for third in THIRDS),
             ]
             row += [
-                _signed(_estimate(model["difference"][f"{metric}_tail"]))
+                _signed(estimate_of(model["difference"][f"{metric}_tail"]))
                 if "difference" in model
                 else "reference"
             ]
@@ -188,7 +192,7 @@ def _cost(found: dict[str, Any]) -> list[str]:
         "",
     ]
     rows = []
-    for model in _best_first(found):
+    for model in best_first(found):
         c = model["cost"]
         ranks = ", ".join(map(str, c["ranks"]))
         if c["seconds_training"] is None:
@@ -245,7 +249,8 @@ def _made(found: dict[str, Any]) -> list[str]:
         f"- Seen items are left out of the lists; Recall@k divides by {divisor}, NDCG's ideal has "
         "min(100, held-out items) "
         "hits; users without a held-out item are not scored.",
-        f"- Python {made['python']}, {versions}; {made['cores']} cores.",
+        f"- Python {made['python']}, {versions}; {made['cores']} cores"
+        + (f"; commit {made['commit']}." if made["commit"] else "."),
         f"- Configurations, logs and per-user files are in {made['output']}/runs; all numbers are "
         "in report.json, all users in "
         "per_user.parquet.",
@@ -255,14 +260,15 @@ def _made(found: dict[str, Any]) -> list[str]:
     for model in found["models"]:
         what = model["what"]
         changed = ", ".join(f"{key} {value}" for key, value in model["overrides"].items()) or "-"
-        rows.append([model["name"], what, model["source"], changed, _seeds(model)])
+        rows.append([model["name"], what, model["source"], changed, seeds_of(model)])
     return lines + _table(["model", "what", "configuration", "with", "seeds"], rows)
 
 
 # --- pieces ---------------------------------------------------------------------------------------
 
 
-def _best_first(found: dict[str, Any]) -> list[dict[str, Any]]:
+def best_first(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the models, the best one by NDCG@100 first."""
     return sorted(found["models"], key=lambda model: -model["metrics"][PRIMARY]["mean"])
 
 
@@ -270,17 +276,19 @@ def _name(model: dict[str, Any], reference: str) -> str:
     return f"**{model['name']}**" if model["name"] == reference else model["name"]
 
 
-def _seeds(model: dict[str, Any]) -> str:
+def seeds_of(model: dict[str, Any]) -> str:
+    """Return the seeds of a trained model as text."""
     return "-" if not model["trained"] else ", ".join(map(str, model["seeds"]))
 
 
-def _estimate(raw: dict[str, Any]) -> Estimate:
+def estimate_of(raw: dict[str, Any]) -> Estimate:
+    """Return an estimate of report.json; what is missing there is NaN."""
     mean, se = (math.nan if raw[name] is None else raw[name] for name in ("mean", "se"))
     return Estimate(mean, se, raw["n_users"])
 
 
 def _of(raw: dict[str, Any]) -> str:
-    return str(_estimate(raw))
+    return str(estimate_of(raw))
 
 
 def _signed(d: Estimate) -> str:

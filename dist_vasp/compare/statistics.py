@@ -154,21 +154,37 @@ class Cost:
     peak_memory: float | None = None  # bytes
 
 
+def rivals(models: Sequence[Scores], reference: str) -> tuple[Scores, Scores] | None:
+    """Return the best model by NDCG@100 and the one it is compared with; None of a single model.
+
+    That is the reference; where the reference is the best, the second best.
+    """
+    first = best_of(models)
+    others = [model for model in models if model.name != first.name]
+    if not others:
+        return None
+    if first.name == reference:
+        return first, best_of(others)
+    return first, next(model for model in others if model.name == reference)
+
+
+def winner(models: Sequence[Scores], reference: str) -> str:
+    """Return the best model where it is ahead of its rival by more than two standard errors, else
+    nothing."""
+    pair = rivals(models, reference)
+    return pair[0].name if pair and paired(*pair, PRIMARY).differs else ""
+
+
 def verdict(models: Sequence[Scores], reference: str, costs: Mapping[str, Cost]) -> str:
     """Return who wins, by how much, whether that exceeds two standard errors, and at what cost.
 
     The best by NDCG@100 is compared with the reference; where the reference is the best, with the
     second best. The difference is paired, user by user.
     """
-    first = best_of(models)
-    others = [model for model in models if model.name != first.name]
-    if not others:
-        return f"There is nothing to compare: {first.name} alone has results."
-    second = (
-        best_of(others)
-        if first.name == reference
-        else next(model for model in others if model.name == reference)
-    )
+    pair = rivals(models, reference)
+    if pair is None:
+        return f"There is nothing to compare: {models[0].name} alone has results."
+    first, second = pair
     d = paired(first, second, PRIMARY)
     against = (
         f"the reference {second.name}"

@@ -4,6 +4,7 @@
              items.parquet                       original ids, popularity, titles
              trunk.safetensors                   parameters of the trunk (none for NEASE)
              items-PPPPP-of-PPPPP.safetensors    as in a checkpoint, without moments
+             MODEL_CARD.md                       for people: data, metrics, training, limits
              trunk.pt2                           if asked for: the trunk as a torch.export program
 
 The tensors are those of a checkpoint in the same files and blocks, so an export gives bitwise the
@@ -29,18 +30,19 @@ from torch import Tensor, nn
 from dist_vasp.checkpoint.header import Header, ModelHeader, common_fields
 from dist_vasp.checkpoint.json_header import write_header
 from dist_vasp.checkpoint.read import Checkpoint, open_model_folder, readable
-from dist_vasp.data.items import read_items_file
+from dist_vasp.data.items import ItemTable, read_items_file
 from dist_vasp.data.manifest import ITEMS_FILE
 from dist_vasp.data.positives import PositiveRule
 from dist_vasp.files import new_folder
 from dist_vasp.model.trunk import Trunk
 from dist_vasp.places import check_folder
+from dist_vasp.ranking.model_card import MODEL_CARD, Origin, model_card
 from dist_vasp.tensor_file import write_safetensors
 
 PROGRAM = "trunk.pt2"
 RESTORE = "restore it, and load the model again"
 _FILE = re.compile(
-    r"items\.parquet|trunk\.pt2|trunk\.safetensors|items-\d{5}-of-\d{5}\.safetensors"
+    r"items\.parquet|MODEL_CARD\.md|trunk\.pt2|trunk\.safetensors|items-\d{5}-of-\d{5}\.safetensors"
 )
 _TRAINING = (
     ".exp_avg",
@@ -102,9 +104,10 @@ def export(
     """Write the weights of a checkpoint (or of an export) and the vocabulary to a new folder;
     returns one line on what was written.
 
-    With `trunk` that program is written besides. `rule` goes into the header: what makes a positive
-    of a history. The caller has verified the checkpoint. `progress(bytes done, bytes in all)` is
-    called after each tensor. ValueError where the folder exists, the disk is too small or fails.
+    A card of the model is written, too; with `trunk` also that program. `rule` goes into the
+    header: what makes a positive of a history. The caller has verified the checkpoint.
+    `progress(bytes done, bytes in all)` is called after each tensor. ValueError where the folder
+    exists, the disk is too small or fails.
     """
     output = check_folder(output)
     files = _weight_files(opened)
@@ -136,14 +139,23 @@ def export(
             data = items_file.read_bytes()
         digests[ITEMS_FILE] = _write(data, temporary / ITEMS_FILE)
         # It may have been replaced since the model was loaded.
-        read_items_file(
+        items = read_items_file(
             temporary / ITEMS_FILE,
             opened.header.n_items,
             opened.header.vocabulary_sha256,
             items_file,
         )
+        digests[MODEL_CARD] = _write(_card(opened, items, rule), temporary / MODEL_CARD)
         write_header(temporary, _header(opened, digests, rule))
     return f"{output}: {opened.header.n_items:,} items, {needed / 1e6:,.1f} MB, from {opened.name}"
+
+
+def _card(opened: Checkpoint[ModelHeader], items: ItemTable, rule: PositiveRule | None) -> bytes:
+    """Return the card of the model; that of an export is kept."""
+    if MODEL_CARD in opened.header.files:
+        with readable(opened.path / MODEL_CARD, RESTORE):
+            return (opened.path / MODEL_CARD).read_bytes()
+    return model_card(opened, _origin(opened), items, rule).encode()
 
 
 def _weight_files(opened: Checkpoint[ModelHeader]) -> dict[str, dict[str, Tensor]]:
@@ -209,6 +221,16 @@ def _write(data: bytes, target: Path) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def _origin(opened: Checkpoint[ModelHeader]) -> Origin:
+    """Return the checkpoint behind a model, and its validation metrics if it was the best one."""
+    header = opened.header
+    if isinstance(header, ExportHeader):
+        return Origin(header.source, header.validation)
+    if isinstance(header, Header) and opened.name.startswith("best-"):
+        return Origin(opened.name, header.best)
+    return Origin(opened.name, None)
+
+
 def _header(
     opened: Checkpoint[ModelHeader], digests: dict[str, str], rule: PositiveRule | None
 ) -> ExportHeader:
@@ -217,20 +239,16 @@ def _header(
     for section, key in _LOCAL:
         if key in config.get(section, {}):
             config[section][key] = ""
-    source, validation = opened.name, None
-    if isinstance(header, ExportHeader):
-        source, validation = header.source, header.validation
-    elif isinstance(header, Header) and source.startswith("best-"):
-        validation = header.best
+    origin = _origin(opened)
     axes = header.item_axis
     if axes is not None:
         axes = {name: axis for name, axis in axes.items() if not name.endswith(_TRAINING)}
     return ExportHeader(
-        source=source,
+        source=origin.checkpoint,
         n_items=header.n_items,
         vocabulary_sha256=header.vocabulary_sha256,
         positives=rule,
-        validation=validation,
+        validation=origin.validation,
         config=config,
         item_axis=axes,
         files=digests,

@@ -1,6 +1,7 @@
 """An ensemble as one folder to carry to where lists are made.
 
     EXPORT/  ensemble.json            the members and their weights (ranking/ensemble.py)
+             MODEL_CARD.md            for people: the members, the ensemble's metrics, limits
              member-00/, member-01/   one exported model each (ranking/export.py)
 
 The folder is an ensemble: everything that takes one takes it. It exists whole or not at all.
@@ -15,6 +16,7 @@ from dist_vasp.files import new_folder
 from dist_vasp.places import check_folder
 from dist_vasp.ranking.ensemble import ENSEMBLE, describe_ensemble
 from dist_vasp.ranking.export import export, export_bytes
+from dist_vasp.ranking.model_card import MODEL_CARD, ensemble_card, evaluation_of
 from dist_vasp.ranking.scoring import Ensemble
 from dist_vasp.ranking.sources import Sources
 
@@ -44,8 +46,18 @@ def export_ensemble(
             )
         text = describe_ensemble(temporary, folders, sources.model.weights)
         (temporary / ENSEMBLE).write_text(text)
+        (temporary / MODEL_CARD).write_text(_card(sources, folders))
     n_items, n_members = len(sources.items.keys), len(folders)
     return f"{output}: {n_members} members, {n_items:,} items, {sum(sizes) / 1e6:,.1f} MB"
+
+
+def _card(sources: Sources, folders: list[Path]) -> str:
+    assert isinstance(sources.model, Ensemble)
+    kinds = [source.kind for source in sources.members]
+    names = [folder.name for folder in folders]
+    members = list(zip(names, kinds, sources.model.weights, strict=True))
+    evaluation = evaluation_of(sources.folder)
+    return ensemble_card(members, sources.items, sources.positives, evaluation)
 
 
 class _Offset:

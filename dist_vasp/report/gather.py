@@ -8,6 +8,7 @@ from typing import Any
 
 from dist_vasp.config.schema import RunConfig, SearchConfig
 from dist_vasp.model.registry import KINDS
+from dist_vasp.ranking.model_card import evaluation_files
 from dist_vasp.report.files import is_drawable, plain, read_config, read_file, read_lines
 
 MOST_RUNS = 6  # as many as there are colours that people tell apart
@@ -219,10 +220,8 @@ def _read_member(folder: Path, name: str, weight: float) -> Member:
 
 def _own_evaluation(folder: Path) -> tuple[dict[str, Any], list[str]]:
     """Return what `evaluate --json` wrote into the folder or beside it, and what is not known."""
-    beside = folder.resolve()
-    paths = [*sorted(folder.glob("*.json")), beside.with_name(f"{beside.name}.test.json")]
     result: dict[str, Any] = {}
-    for path in paths:
+    for path in evaluation_files(folder):
         found = read_file(path)
         if isinstance(found, dict) and found and set(found) <= {"test", "validation"}:
             result |= {split: one for split, one in found.items() if isinstance(one, dict)}

@@ -66,7 +66,7 @@ def metric_titles(runs: Sequence[Run]) -> dict[str, str]:
 
 def page(runs: Sequence[Run], lists: Sequence[Lists], date: str) -> str:
     """Return the whole page in ASCII: other characters are written as references."""
-    environment = _environment()
+    templates = environment()
     views = [View(i, run, one) for i, (run, one) in enumerate(zip(runs, lists, strict=True), 1)]
     values = {
         "title": runs[0].name if len(runs) == 1 else f"{len(runs)} runs",
@@ -79,17 +79,21 @@ def page(runs: Sequence[Run], lists: Sequence[Lists], date: str) -> str:
     }
     sections = {}
     for name, title in SECTIONS.items():
-        text = environment.get_template(f"{name}.html").render(values).strip()
+        text = templates.get_template(f"{name}.html").render(values).strip()
         if text:
             sections[name] = (title, Markup(text))
-    html = environment.get_template("page.html").render(values, sections=sections)
+    return in_ascii(templates.get_template("page.html").render(values, sections=sections))
+
+
+def in_ascii(html: str) -> str:
+    """Return a page with characters beyond ASCII as references."""
     return html.encode("ascii", "xmlcharrefreplace").decode()
 
 
 @functools.cache
-def _environment() -> jinja2.Environment:
+def environment() -> jinja2.Environment:
     """Return the templates; control characters of a value are written as escape sequences."""
-    environment = jinja2.Environment(
+    found = jinja2.Environment(
         loader=jinja2.PackageLoader("dist_vasp.report"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
@@ -98,9 +102,9 @@ def _environment() -> jinja2.Environment:
         keep_trailing_newline=True,
         finalize=lambda value: printable(value) if type(value) is str else value,
     )
-    assert environment.loader is not None
-    style = environment.loader.get_source(environment, "style.css")[0]
-    environment.globals |= {
+    assert found.loader is not None
+    style = found.loader.get_source(found, "style.css")[0]
+    found.globals |= {
         "start": Markup(_START),
         "style": Markup(style),
         "dash": words.DASH,
@@ -113,8 +117,8 @@ def _environment() -> jinja2.Environment:
         "versions": _versions,
     }
     filters = ("fixed", "grouped", "percent", "count", "duration", "is_number", "signed", "size")
-    environment.filters |= {name: getattr(words, name) for name in filters}
-    return environment
+    found.filters |= {name: getattr(words, name) for name in filters}
+    return found
 
 
 @dataclass(frozen=True)

@@ -443,6 +443,7 @@ def test_an_export_answers_bitwise_as_its_run(runs, tmp_path, kind, partitions):
     expected = {
         "export.json",
         "items.parquet",
+        "MODEL_CARD.md",
         *(f"items-{p:05d}-of-{partitions:05d}.safetensors" for p in range(partitions)),
     }
     assert {p.name for p in moved.iterdir()} == expected | (
@@ -481,6 +482,7 @@ def test_moments_stay_behind(runs, tmp_path):
     assert from_step.pop("export.json") != from_best.pop("export.json"), (
         "they tell where they come from"
     )
+    assert from_step.pop("MODEL_CARD.md") != from_best.pop("MODEL_CARD.md")
     assert from_step == from_best
     for file in (tmp_path / "from-step").glob("*.safetensors"):
         with safe_open(file, framework="numpy") as handle:

@@ -483,6 +483,9 @@ def test_a_whole_comparison(shards, tmp_path):
     assert [m["name"] for m in report["models"]] == ["popularity", "nease", "ease", "both"]
     assert report["verdict"] in text and report["verdict"] in out
     assert "1 run failed" in text and "broken-seed0, status 2" in text
+    page = (output / "report.html").read_text(encoding="ascii")
+    for shown in ("broken-seed0", "HR@3", "Gini@5", "Paired difference", report["winner"]):
+        assert shown in page, shown
     nease, popularity = report["models"][1], report["models"][0]
     tests = [json.loads((runs / f"nease-seed{k}.test.json").read_text())["test"] for k in (0, 1)]
     results = [json.loads((runs / f"nease-seed{k}" / "result.json").read_text()) for k in (0, 1)]
