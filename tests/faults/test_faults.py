@@ -30,6 +30,7 @@ from safetensors.torch import load_file
 
 from dist_vasp.data.stream import StreamOptions, TrainStream
 from dist_vasp.training.run_dir import RunDir
+from tests.support.forks import Forks
 from tests.support.jobs import Job, RunFolder, assert_same_run, environment, free_port
 from tests.support.make_shards import write_folder
 from tests.support.paths import ROOT
@@ -80,6 +81,13 @@ def training(shards: Path, run_dir: Path, *more: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
+def forks() -> Iterator[Forks]:
+    """Starts jobs fast, where the start is not what is tested."""
+    with Forks() as forks:
+        yield forks
+
+
+@pytest.fixture(scope="module")
 def whole(shards, tmp_path_factory) -> RunFolder:
     """The run that nothing happens to, on 2 ranks."""
     path = tmp_path_factory.mktemp("runs") / "whole"
@@ -119,10 +127,12 @@ def assert_begins_as(run: RunFolder, whole: RunFolder) -> None:
     assert pairs and all(ours == theirs for ours, theirs in pairs)
 
 
-def resumes(arguments: list[str], run: RunFolder, whole: RunFolder, log: Path) -> None:
+def resumes(
+    arguments: list[str], run: RunFolder, whole: RunFolder, log: Path, forks: Forks
+) -> None:
     """The same command goes on, and the end is bitwise that of the run that was left alone."""
     saved = run.saved_step()
-    with Job(*arguments, log=log) as job:
+    with Job(*arguments, log=log, forks=forks) as job:
         assert job.end() == [0], job.output
         assert saved == 0 or f"(resumed from step {saved})" in job.output
     assert_same_run(run, whole)
@@ -142,7 +152,7 @@ def resumes(arguments: list[str], run: RunFolder, whole: RunFolder, log: Path) -
         (signal.SIGHUP, "all", 2),
     ],
 )
-def test_a_signal_saves_and_stops_every_rank(shards, whole, tmp_path, number, to, threads):
+def test_a_signal_saves_and_stops_every_rank(shards, whole, forks, tmp_path, number, to, threads):
     """Ranks without a launcher, so that each one's status can be seen.
 
     To all: their loader workers too.
@@ -167,7 +177,7 @@ def test_a_signal_saves_and_stops_every_rank(shards, whole, tmp_path, number, to
     if threads == 1:  # as many as the run left alone: sums in the same order
         assert_begins_as(run, whole)
     if (number, to) in ((signal.SIGTERM, "rank 1"), (signal.SIGINT, "all")):
-        resumes(training(shards, run.path), run, whole, tmp_path / "again")
+        resumes(training(shards, run.path), run, whole, tmp_path / "again", forks)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
@@ -183,10 +193,12 @@ def test_a_signal_to_the_launcher_alone(shards, tmp_path, number):
     assert run.saved_step() == run.step()
 
 
-def test_a_loader_worker_that_is_killed_costs_nothing(shards, whole, tmp_path):
+def test_a_loader_worker_that_is_killed_costs_nothing(shards, whole, forks, tmp_path):
     run = RunFolder(tmp_path / "run")
     with Job(
-        *training(shards, run.path, *ENDLESS, "--data.workers", "2"), log=tmp_path / "log"
+        *training(shards, run.path, *ENDLESS, "--data.workers", "2"),
+        log=tmp_path / "log",
+        forks=forks,
     ) as job:
         wait_for_step(job, run, 2)
         for rank in job.ranks():
@@ -261,10 +273,10 @@ def named(rank: int) -> str:
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_that_dies_ends_the_run(shards, tmp_path, rank):
+def test_a_rank_that_dies_ends_the_run(shards, forks, tmp_path, rank):
     """The resume is test_kill.py's matter."""
     run = RunFolder(tmp_path / "run")
-    with Job(*training(shards, run.path), log=tmp_path / "log") as job:
+    with Job(*training(shards, run.path), log=tmp_path / "log", forks=forks) as job:
         wait_for_step(job, run)
         job.signal_rank(rank, signal.SIGKILL)
         assert ends(job, f"SIGKILL to rank {rank}", 60) != [0]
@@ -274,8 +286,7 @@ def test_a_rank_that_dies_ends_the_run(shards, tmp_path, rank):
     )
 
 
-@pytest.mark.parametrize("after", [0.0, 0.3, 1.0, 2.0])
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(("rank", "after"), [(0, 0.0), (1, 0.3), (0, 1.0), (1, 2.0)])
 def test_a_rank_that_dies_during_start_up_ends_the_run(shards, tmp_path, rank, after):
     """DeepSpeed builds its engine then, in collectives that would wait for half an hour.
 
@@ -375,10 +386,10 @@ def small_disk(tmp_path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", path], check=True)
 
 
-def test_a_full_disk_leaves_the_last_checkpoint_good(shards, whole, tmp_path, small_disk):
+def test_a_full_disk_leaves_the_last_checkpoint_good(shards, whole, forks, tmp_path, small_disk):
     """Some other program fills the disk to the last byte while the run goes on."""
     run = RunFolder(small_disk / "run")
-    with Job(*training(shards, run.path), log=tmp_path / "log") as job:
+    with Job(*training(shards, run.path), log=tmp_path / "log", forks=forks) as job:
         job.wait_until(lambda: run.saved_step() > 0, "the first checkpoint")
         with open(small_disk / "filler", "wb", buffering=0) as filler, contextlib.suppress(OSError):
             while shutil.disk_usage(small_disk).free:
@@ -393,14 +404,16 @@ def test_a_full_disk_leaves_the_last_checkpoint_good(shards, whole, tmp_path, sm
         )
     assert not run.saving(), "the half-written checkpoint is gone"
     (small_disk / "filler").unlink()
-    resumes(training(shards, run.path), run, whole, tmp_path / "again")
+    resumes(training(shards, run.path), run, whole, tmp_path / "again", forks)
 
 
-def test_a_write_that_fails_half_way_leaves_the_last_checkpoint_good(shards, whole, tmp_path):
+def test_a_write_that_fails_half_way_leaves_the_last_checkpoint_good(
+    shards, whole, forks, tmp_path
+):
     """The kernel refuses the second half of a file to one rank: RLIMIT_FSIZE of rank 1 falls while
     it runs."""
     run = RunFolder(tmp_path / "run")
-    with Job(*training(shards, run.path), log=tmp_path / "log") as job:
+    with Job(*training(shards, run.path), log=tmp_path / "log", forks=forks) as job:
         job.wait_until(lambda: run.saved_step() > 0, "the first checkpoint")
         psutil.Process(job.ranks()[1]).rlimit(psutil.RLIMIT_FSIZE, (100_000, 100_000))
         assert ends(job, "a write fails half-way on rank 1", 60) == [2]
@@ -411,7 +424,7 @@ def test_a_write_that_fails_half_way_leaves_the_last_checkpoint_good(shards, who
             errors(job)[0],
         )
     assert not run.saving()
-    resumes(training(shards, run.path), run, whole, tmp_path / "again")
+    resumes(training(shards, run.path), run, whole, tmp_path / "again", forks)
 
 
 def test_a_metrics_file_that_cannot_be_written_says_so(tmp_path):
@@ -431,7 +444,9 @@ def test_a_metrics_file_that_cannot_be_written_says_so(tmp_path):
 
 
 @pytest.mark.parametrize("cadence", [4, 1])
-def test_a_loss_that_is_no_number_names_step_users_and_checkpoint(shards, whole, tmp_path, cadence):
+def test_a_loss_that_is_no_number_names_step_users_and_checkpoint(
+    shards, whole, forks, tmp_path, cadence
+):
     """The second epoch's learning rate is absurd.
 
     The weights of its first step are void; saved at every step, they have to go.
@@ -441,7 +456,7 @@ def test_a_loss_that_is_no_number_names_step_users_and_checkpoint(shards, whole,
         shards, run.path, "--optimizer.schedule", "[{epochs: 1, lr: 0.001}, {epochs: 9, lr: 900.0}]"
     )
     arguments += ["--run.checkpoint_every_steps", str(cadence)]
-    with Job(*arguments, log=tmp_path / "log") as job:
+    with Job(*arguments, log=tmp_path / "log", forks=forks) as job:
         assert ends(job, "a loss that is no number") == [1]
         said = errors(job)
         pattern = (
@@ -465,7 +480,7 @@ def test_a_loss_that_is_no_number_names_step_users_and_checkpoint(shards, whole,
         if path.name > f"step-{STEPS_PER_EPOCH:08d}":
             shutil.rmtree(path)
     assert run.saved_step() <= STEPS_PER_EPOCH
-    resumes(training(shards, run.path), run, whole, tmp_path / "again")
+    resumes(training(shards, run.path), run, whole, tmp_path / "again", forks)
 
 
 # --- damaged files --------------------------------------------------------------------------------
@@ -475,7 +490,9 @@ def test_a_loss_that_is_no_number_names_step_users_and_checkpoint(shards, whole,
     ("name", "damage"),
     [("trunk.safetensors", "flipped"), ("items-00001-of-00002.safetensors", "truncated")],
 )
-def test_a_damaged_checkpoint_is_named_before_training(shards, whole, tmp_path, name, damage):
+def test_a_damaged_checkpoint_is_named_before_training(
+    shards, whole, forks, tmp_path, name, damage
+):
     run = RunFolder(Path(shutil.copytree(whole.path, tmp_path / "run", symlinks=True)))
     newest = run.newest()
     assert newest is not None
@@ -484,7 +501,7 @@ def test_a_damaged_checkpoint_is_named_before_training(shards, whole, tmp_path, 
     data[len(data) // 2] ^= 16
     file.write_bytes(data if damage == "flipped" else data[:-100])
     arguments = training(shards, run.path, "--run.max_steps", str(STEPS + 4))
-    with Job(*arguments, log=tmp_path / "log") as job:
+    with Job(*arguments, log=tmp_path / "log", forks=forks) as job:
         assert ends(job, f"{name} {damage}") == [2]
         assert len(errors(job)) == 1
         assert re.search(
@@ -494,14 +511,14 @@ def test_a_damaged_checkpoint_is_named_before_training(shards, whole, tmp_path, 
     assert run.metrics.read_bytes() == told, "training had gone on"
     if damage == "flipped":  # the way out that the message names
         shutil.rmtree(newest)
-        resumes(training(shards, run.path), run, whole, tmp_path / "again")
+        resumes(training(shards, run.path), run, whole, tmp_path / "again", forks)
 
 
-def test_a_shard_that_changes_under_a_run_is_noticed(shards, whole, tmp_path):
+def test_a_shard_that_changes_under_a_run_is_noticed(shards, whole, forks, tmp_path):
     run, copy = RunFolder(tmp_path / "run"), Path(shutil.copytree(shards, tmp_path / "shards"))
     victim = copy / "train-000003.tar"
     good = victim.read_bytes()
-    with Job(*training(copy, run.path), log=tmp_path / "log") as job:
+    with Job(*training(copy, run.path), log=tmp_path / "log", forks=forks) as job:
         wait_for_step(job, run, 2)
         other = copy / ".other"
         other.write_bytes(good[:3000] + b"\x01" + good[3001:])
@@ -515,17 +532,19 @@ def test_a_shard_that_changes_under_a_run_is_noticed(shards, whole, tmp_path):
         )
     assert run.step() < STEPS
     victim.write_bytes(good)
-    resumes(training(copy, run.path), run, whole, tmp_path / "again")
+    resumes(training(copy, run.path), run, whole, tmp_path / "again", forks)
 
 
 # --- two runs, one folder -------------------------------------------------------------------------
 
 
-def test_a_second_run_into_one_folder_is_refused(shards, whole, tmp_path):
+def test_a_second_run_into_one_folder_is_refused(shards, whole, forks, tmp_path):
     run = RunFolder(tmp_path / "run")
-    with Job(*training(shards, run.path, *ENDLESS), log=tmp_path / "log") as first:
+    with Job(*training(shards, run.path, *ENDLESS), log=tmp_path / "log", forks=forks) as first:
         wait_for_step(first, run, 1)
-        with Job(*training(shards, run.path, *ENDLESS), log=tmp_path / "second") as second:
+        with Job(
+            *training(shards, run.path, *ENDLESS), log=tmp_path / "second", forks=forks
+        ) as second:
             assert ends(second, "a second run into the same run.dir") == [2]
             said = errors(second)
             assert len(said) == 1 and re.search(
@@ -563,7 +582,7 @@ def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
     }
 
 
-def test_a_grown_catalogue_keeps_what_is_known(whole, tmp_path):
+def test_a_grown_catalogue_keeps_what_is_known(whole, forks, tmp_path):
     """A larger vocabulary in another order; a learning rate of 0 shows the weights that training
     would start from."""
     grown, n_new, rng = tmp_path / "grown", 340, np.random.default_rng(5)
@@ -580,6 +599,7 @@ def test_a_grown_catalogue_keeps_what_is_known(whole, tmp_path):
             *training(grown, tmp_path / "runs" / name, *first_step, *more),
             log=tmp_path / f"{name}.log",
             ranks=3,
+            forks=forks,
         ) as job:
             assert ends(job, f"{name} on {n_new} items") == [0]
     fresh, found = (
