@@ -34,6 +34,7 @@ from dist_vasp.ranking.scoring import Ensemble
 from dist_vasp.ranking.similar import similar_to
 from dist_vasp.ranking.sources import Sources, open_sources
 from dist_vasp.ranking.topk import NO_ITEM, TopK
+from dist_vasp.ranking.vectors import item_vectors, user_vectors
 
 # Ids for all users, ids for each history, or ids by user.
 FilterLike = Iterable[Id] | Sequence[Iterable[Id]] | Mapping[Id, Iterable[Id]]
@@ -186,6 +187,27 @@ class Recommender:
         listed = ids != NO_ITEM
         return ids_of(self.items, ids[listed]), scores[listed]
 
+    def item_vectors(self) -> np.ndarray:
+        """(I, D) float32: a vector of each item, for an index of approximate search.
+
+        Its inner product with `user_vectors` is the sum of the logits of the dense heads. Ranked by
+        it, multvae, recvae, autorec, and flvae with the multinomial loss have the lists of the
+        model. For a product of sigmoids (flvae, vasp) and models with an items x items path
+        (wide_deep) it gives candidates. ValueError for nease, ease and ensembles, which have no
+        vectors.
+        """
+        self.sources.check_unchanged()
+        return item_vectors(self.sources)
+
+    def user_vectors(self, histories: HistoriesLike, all_positive: bool = False) -> np.ndarray:
+        """(U, D) float32: a vector of each history; see `item_vectors`.
+
+        The users of a table are in the order of `Lists.users`.
+        """
+        self.sources.check_unchanged()
+        given = self._reader.read(histories, None, all_positive)
+        return user_vectors(self.sources, given.rows)
+
     def explain(self, history: Iterable[Id], item: Id, n: int = 5) -> Explanation:
         """Which of the past items speak for `item`, and what the paths say.
 
@@ -259,6 +281,11 @@ class Recommender:
     def vocabulary_sha256(self) -> str:
         """Identifies the catalogue: data of another one has another."""
         return self.sources.members[0].opened.header.vocabulary_sha256
+
+    @property
+    def model_sha256(self) -> str:
+        """Identifies the weights: another model has another."""
+        return self.sources.sha256
 
     @property
     def is_probability(self) -> bool:

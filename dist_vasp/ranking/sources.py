@@ -6,6 +6,7 @@ their checksums and no memory of their size.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -69,6 +70,14 @@ class Sources:
     def kind(self) -> str:
         """For messages."""
         return "ensemble" if isinstance(self.model, Ensemble) else self.members[0].kind
+
+    @property
+    def sha256(self) -> str:
+        """Return the hash of the model's header; of an ensemble, of all headers and weights."""
+        headers = [member.opened.header.header_sha256 for member in self.members]
+        if not isinstance(self.model, Ensemble):
+            return headers[0]
+        return hashlib.sha256(repr((headers, self.model.weights)).encode()).hexdigest()
 
     def check_unchanged(self) -> None:
         for member in self.members:

@@ -287,3 +287,22 @@ def test_what_evaluate_refuses(trained, r):
     ):
         with pytest.raises(ValueError, match=message):
             call()
+
+
+# --- vectors --------------------------------------------------------------------------------------
+
+
+def test_vectors_rank_as_a_softmax_does(tmp_path):
+    write_run(tmp_path, IDS, "flvae", partitions=2, loss="multinomial")
+    flvae = Recommender.load(tmp_path)
+    lists = flvae.recommend(HISTORIES, K, mask_input=False)
+    items, users = flvae.item_vectors(), flvae.user_vectors(HISTORIES)
+    assert items.shape == (len(IDS), users.shape[1]) and items.dtype == users.dtype == np.float32
+    np.testing.assert_array_equal(np.argsort(-(users @ items.T), axis=1)[:, :K], lists.rows)
+
+
+def test_models_without_vectors(r, trained):
+    _, _, ease = trained
+    with pytest.raises(ValueError, match="of kind ease scores items by an items x items matrix"):
+        ease.item_vectors()
+    assert r.item_vectors().shape == (37, r.user_vectors([]).shape[1])
