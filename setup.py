@@ -36,6 +36,7 @@ DEV = [
     "pytest>=8",
     "pytest-xdist>=3.6",
     "hypothesis>=6",
+    "httpx>=0.27",  # of FastAPI's test client
     "ruff>=0.11",
     "mypy>=1.15",
     "pandas>=3",
