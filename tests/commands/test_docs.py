@@ -4,7 +4,7 @@ commands run.
 Every block of commands is run here, on a small catalogue and with smaller models under the
 documented names, unless a comment before it says why not:  <!-- needs: WHAT -->  for a cluster,
 real data, time; <!-- run by: FILE -->  where another test or .ci/run does; <!-- all commands below
-need: WHAT -->  for the rest of a page. `deepspeed` is one rank here.
+need: WHAT -->  for the rest of a page. `deepspeed` and `dist-vasp --ranks` are one rank here.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tests.support.invoke import Commands
 from tests.support.paths import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-_COMMAND = re.compile(r"^(python|deepspeed|torchrun|make|pip|source|sbatch|tests/|\.ci/)")
+_COMMAND = re.compile(r"^(python|dist-vasp|deepspeed|torchrun|make|pip|source|sbatch|tests/|\.ci/)")
 _MARK = re.compile(r"<!-- (needs|run by|all commands below need): (.+) -->")
 
 
@@ -76,7 +76,7 @@ def test_every_command_is_run_or_says_why_not():
             if kind == "run by":
                 text = (ROOT / what).read_text()
                 for command in commands:
-                    script = re.search(r"launch/(\w+)\.py", command)
+                    script = re.search(r"(?:launch/|^dist-vasp )(\w+)", command)
                     sign = (
                         f"launch.{script[1]}"
                         if script
@@ -121,7 +121,7 @@ def prepared(tmp_path_factory) -> Path:
 
 
 _MADE = {
-    "data/mine": r"data_tools\.shard .*data/mine(?!.*--dry_run)",
+    "data/mine": r"(data_tools\.|dist-vasp )shard .*data/mine(?!.*--dry_run)",
     "runs/mine": r"--run\.dir runs/mine(?!.*--dry_run)",
     "model": r"--output model",
 }
@@ -149,7 +149,8 @@ def test_commands_of_a_page(page, prepared, tmp_path):
         if line.startswith("source "):
             continue
         typed = re.sub(r"^deepspeed (--num_\w+ \d+ )?", "python ", line)
-        if "launch/benchmark.py" in typed:
+        typed = re.sub(r"^dist-vasp (\w+)( --ranks \d+)?", r"python -m dist_vasp \1", typed)
+        if re.search(r"launch/benchmark.py|dist_vasp benchmark", typed):
             typed += " --rounds 1 --steps 1 --modes weak"
         done = commands.run(typed)
         assert done.status == 0, f"{page.name}: {line}\n{done.out}{done.err}"
@@ -157,7 +158,7 @@ def test_commands_of_a_page(page, prepared, tmp_path):
 
 def test_python_of_the_pages(prepared, tmp_path):
     folder = shutil.copytree(prepared, tmp_path / "project", symlinks=True)
-    for page in (ROOT / "docs" / "index.md", ROOT / "docs" / "python.md"):
+    for page in (ROOT / "README.md", ROOT / "docs" / "index.md", ROOT / "docs" / "python.md"):
         scripts = re.findall(r"```python\n(.*?)```", page.read_text(), re.S)
         assert scripts, page
         commands = Commands(folder)
