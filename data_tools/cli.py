@@ -7,7 +7,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
-from dist_vasp.command_line import Parser
+from dist_vasp.command_line import Parser, as_last_word
 from dist_vasp.console import final_status, guard
 from dist_vasp.failure import Failure, failure_of, is_out_of_memory
 from dist_vasp.signals import EndedBySignal, ending_on_signals
@@ -17,18 +17,25 @@ _PATIENCE_S = 30.0  # a sort that spills to disk cannot be interrupted at once
 
 
 def run(
-    parser: Parser, command: Callable[[argparse.Namespace], int], argv: Sequence[str] | None = None
+    parser: Parser,
+    command: Callable[[argparse.Namespace], int],
+    argv: Sequence[str] | None = None,
+    last_word: str = "--output",
 ) -> int:
     """Parse `argv`, run `command`, and return the exit status: 0 when done.
 
-    Other statuses are described in dist_vasp/failure.py.
+    The last positional argument may also be given as the option `last_word`. Other statuses are
+    described in dist_vasp/failure.py.
 
     SIGTERM, Ctrl-C and SIGHUP end the command through its `finally` clauses, so nothing is left
     behind. An exception that is a bug is raised again and keeps its traceback.
     """
     guard()
     try:
-        args = parser.parse_intermixed_args(argv)
+        words = as_last_word(sys.argv[1:] if argv is None else argv, last_word)
+        if {"-h", "--help", "--help-all"} & set(words):
+            parser.parse_args(words)  # intermixed arguments are not in the usage
+        args = parser.parse_intermixed_args(words)
         with ending_on_signals(_PATIENCE_S):
             status = command(args)
     except (Exception, EndedBySignal) as error:

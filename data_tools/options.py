@@ -32,20 +32,41 @@ _BELONGS_TO = {
 }  # an option, and the protocols that take it
 
 
+_RARE = (  # --help leaves them out
+    "split_column",
+    "keep_ratings",
+    "repeats",
+    "val_fraction",
+    "test_fraction",
+    "split_time",
+    "split_quantile",
+    "validation_fraction",
+    "users_per_shard",
+    "engine",
+    "master",
+    "memory_limit",
+    "core",
+    "seed",
+    "like",
+    "min_users",
+)
+
+
 def parser() -> command_line.Parser:
     result = command_line.Parser(
-        prog="python -m data_tools.shard", description="Turn raw interactions into shards."
+        prog=command_line.program("shard", "python -m data_tools.{}"),
+        description="Turn raw interactions into shards.",
     )
     add = result.add_argument
     add("inputs", nargs="+", metavar="INPUT", help="files, folders, globs or archives to read")
-    add("output", type=Path, metavar="OUT_DIR", help="folder to write; appears only when complete")
+    add("output", type=Path, metavar="OUT_DIR", help="folder to write, also as --output OUT_DIR")
     help = "default: inferred from the name of INPUT; table: INPUT is a table that Spark knows"
     add("--format", choices=(*FORMATS, TABLE), help=help)
     _add_columns(result)
     _add_protocol(result)
     help = "CSV or Parquet with the item column and title; default: the titles of INPUT, if any"
     add("--titles", type=Path, metavar="FILE", help=help)
-    add_reading_options(result)
+    result.hide(*add_reading_options(result), *_RARE)
     add("--seed", type=command_line.seed, default=98765, help="default 98765")
     add(
         "--users_per_shard",

@@ -199,12 +199,16 @@ def _ours(path: Path) -> bool:
     return _WRITTEN_BY.items() <= (pq.read_schema(path).metadata or {}).items()
 
 
-def _parser() -> command_line.Parser:
+def parser() -> command_line.Parser:
     parser = command_line.Parser(
-        prog="python -m data_tools.synthesize", description="Write synthetic implicit feedback."
+        prog=command_line.program("synthesize", "python -m data_tools.{}"),
+        description="Write synthetic implicit feedback.",
     )
     parser.add_argument(
-        "output", type=Path, metavar="OUT.parquet", help="file to write: columns user, item"
+        "output",
+        type=Path,
+        metavar="OUT.parquet",
+        help="file to write: columns user, item; also as --output OUT.parquet",
     )
     parser.add_argument(
         "--users",
@@ -241,7 +245,7 @@ def _command(args: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return cli.run(_parser(), _command, argv)
+    return cli.run(parser(), _command, argv, last_word="--output")
 
 
 if __name__ == "__main__":

@@ -268,14 +268,22 @@ def _command(args: argparse.Namespace) -> int:
     return 0
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def parser() -> command_line.Parser:
     parser = command_line.Parser(
-        prog="python -m data_tools.verify", description="Check a data folder; name every fault."
+        prog=command_line.program("verify", "python -m data_tools.{}"),
+        description="Check a data folder; name every fault.",
     )
     parser.add_argument(
-        "folder", type=Path, metavar="OUT_DIR", help="written by python -m data_tools.shard"
+        "folder",
+        type=Path,
+        metavar="OUT_DIR",
+        help="written by `dist-vasp shard`, also as --shards OUT_DIR",
     )
-    return cli.run(parser, _command, argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return cli.run(parser(), _command, argv, last_word="--shards")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,4 @@
-"""Scaling of a config: python launch/benchmark.py --config configs/X.yaml --ranks 1,2 --output DIR
-[--floor]
+"""Measure how a configuration scales with the number of ranks.
 
 Starts one job per number of ranks, in turn and several times over, and writes benchmark.json,
 benchmark.md and scaling.png. Weak scaling keeps the users per rank, strong scaling the users per
@@ -8,6 +7,7 @@ step.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import tempfile
@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from dist_vasp.bounded_json import read_json
-from dist_vasp.config.command_line import make_parser, parse
+from dist_vasp.command_line import program
+from dist_vasp.config.command_line import ConfigParser, make_parser, parse
 from dist_vasp.config.schema import Config
 from dist_vasp.data.manifest import Manifest
 from dist_vasp.files import parents, replace_text, replacing_all, sole_writer
@@ -58,9 +59,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         _benchmark(task, arguments)
 
 
-def _parse(argv: Sequence[str] | None) -> tuple[Config, Any]:
-    """Return the configuration and the arguments."""
-    parser = make_parser("benchmark.py", __doc__ or "")
+def parser() -> ConfigParser:
+    parser = make_parser(program("benchmark"), __doc__ or "")
     add = parser.add_argument
     add("--ranks", default="1", help="numbers of ranks, such as 1,2,4")
     add(
@@ -89,8 +89,13 @@ def _parse(argv: Sequence[str] | None) -> tuple[Config, Any]:
         action="store_true",
         help="add the least time of a step, from the machine's rates measured in the same run",
     )
-    add("--job", default="", help="internal: folder that the ranks of one job write to")
-    config, arguments = parse(parser, argv)
+    add("--job", default="", help=argparse.SUPPRESS)
+    return parser
+
+
+def _parse(argv: Sequence[str] | None) -> tuple[Config, Any]:
+    """Return the configuration and the arguments."""
+    config, arguments = parse(parser(), argv)
     if kind_of(config.model.kind).closed_form:
         raise ValueError(
             f"model.kind is {config.model.kind!r}, expected a model that is trained in steps; "

@@ -1,5 +1,4 @@
-"""Train and test a list of models and say which is best: python launch/compare.py --config
-configs/compare.yaml --output DIR
+"""Train and test a list of models, and say which is best.
 
 Writes report.html, report.md, report.json and per_user.parquet into DIR. Finished runs are not
 repeated; interrupted ones are resumed. `--section.key value` overrides a key of every trained
@@ -8,7 +7,6 @@ model.
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import json
 import shlex
@@ -20,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from dist_vasp.command_line import Parser
+from dist_vasp.command_line import Parser, program
 from dist_vasp.compare.config import Comparison
 from dist_vasp.compare.gather import gather, is_per_user_of_all, write_per_user
 from dist_vasp.compare.jobs import Jobs, Stopped
@@ -40,10 +38,8 @@ REPORT, PAGE = "report.json", "report.html"
 _REMEDY = "choose another --output"
 
 
-def _parser() -> Parser:
-    parser = Parser(
-        prog="compare.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parser() -> Parser:
+    parser = Parser(prog=program("compare"), description=__doc__)
     parser.add_argument(
         "--config",
         required=True,
@@ -81,7 +77,7 @@ def _parser() -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
-    arguments, rest = _parser().parse_known_args(argv)
+    arguments, rest = parser().parse_known_args(argv)
     more = _overrides(rest) | ({"shards": arguments.shards} if arguments.shards else {})
     comparison = read_comparison(arguments.config, more, arguments.metrics)
     if arguments.ranks < 1:

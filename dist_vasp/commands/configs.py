@@ -11,7 +11,7 @@ from dist_vasp.files import new_file
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    arguments = _parser().parse_args(argv)
+    arguments = parser().parse_args(argv)
     shipped = shipped_configs()
     name = (arguments.name or "").removesuffix(".yaml")
     if not name:
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"{arguments.output}: a copy of {shipped[name]}")
 
 
-def _parser() -> Parser:
+def parser() -> Parser:
     parser = Parser(prog="dist-vasp configs", description=__doc__)
     parser.add_argument(
         "name", nargs="?", metavar="NAME", help="the configuration to print or copy; default: list"

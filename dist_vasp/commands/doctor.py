@@ -1,13 +1,12 @@
-"""Check a job before it is submitted: [deepspeed [launcher flags]] launch/doctor.py [--config
-configs/X.yaml] [--ranks N] [--json]
+"""Check this machine, the data and the configuration before a job is submitted.
 
-Without a launcher it checks this machine and starts a few ranks itself; under a launcher it checks
-every host of the job. With a config, or keys of one, it also checks data, disk and memory. Exit
-status 0, 1 where something would fail, 2 for a wrong command line.
+Without a launcher it starts a few ranks itself; under a launcher it checks every host of the job.
+Exit status: 0, 1 where something would fail, 2 for a wrong command line.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -16,7 +15,8 @@ from typing import Any
 
 import torch
 
-from dist_vasp.config.command_line import make_parser, parse
+from dist_vasp.command_line import program
+from dist_vasp.config.command_line import ConfigParser, make_parser, parse
 from dist_vasp.config.schema import Config
 from dist_vasp.doctor.findings import Finding, error, table
 from dist_vasp.doctor.job import check_job
@@ -63,9 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return int(any(finding.level == "error" for finding in findings))
 
 
-def _parse(argv: Sequence[str] | None) -> tuple[Config, Any]:
-    """Return the configuration, with --shards in it, and the arguments."""
-    parser = make_parser("doctor.py", __doc__ or "")
+def parser() -> ConfigParser:
+    parser = make_parser(program("doctor"), __doc__ or "")
     parser.add_argument(
         "--ranks",
         type=int,
@@ -88,9 +87,14 @@ def _parse(argv: Sequence[str] | None) -> tuple[Config, Any]:
         "--round_trip",
         default="",
         metavar="FILE",
-        help="internal: be one rank of the round trip and write what it measures",
+        help=argparse.SUPPRESS,  # be one rank of the round trip and write what it measures
     )
-    config, arguments = parse(parser, argv)
+    return parser
+
+
+def _parse(argv: Sequence[str] | None) -> tuple[Config, Any]:
+    """Return the configuration, with --shards in it, and the arguments."""
+    config, arguments = parse(parser(), argv)
     if arguments.ranks < 0:
         raise ValueError(f"--ranks is {arguments.ranks}, expected at least 1")
     if arguments.json not in ("", "-"):

@@ -18,7 +18,7 @@ from typing import NoReturn
 
 import torch
 
-from dist_vasp.command_line import Parser
+from dist_vasp.command_line import Parser, program
 from dist_vasp.console import final_status, guard
 from dist_vasp.failure import failure_of, is_out_of_memory
 from dist_vasp.parallel.agree import AgreedError
@@ -122,9 +122,10 @@ def _print_error(text: str) -> None:
     print(f"error: {text}", file=sys.stderr, flush=True)
 
 
-def rank_parser(prog: str, description: str) -> Parser:
+def rank_parser(name: str, description: str) -> Parser:
     """Return a parser with the options of a command that runs on ranks and takes no config."""
-    parser = Parser(prog=prog, description=description)
+    parser = Parser(prog=program(name), description=description)
+    parser.hide("interface")
     parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto")
     parser.add_argument(
         "--interface",

@@ -1,18 +1,16 @@
-"""Several runs as one model that ranks by the product of theirs: python launch/ensemble.py
---members RUN ... --output DIR
+"""Combine several runs into one model, whose score is the product of theirs.
 
-Score = sum over members of weight * log p (of ease: weight * x B). launch/evaluate.py and
-launch/recommend.py take DIR as --run.
+Score = sum over members of weight * log p (of ease: weight * x B). The commands evaluate,
+recommend, export and report take the folder as --run.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from dist_vasp.command_line import Parser
+from dist_vasp.command_line import Parser, program
 from dist_vasp.files import parents, replace_text, sole_writer
 from dist_vasp.places import check_belongs_to_nothing
 from dist_vasp.ranking.ensemble import describe_ensemble, is_ensemble
@@ -20,14 +18,11 @@ from dist_vasp.ranking.load import ENSEMBLE
 from dist_vasp.recognise import is_json
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = Parser(
-        prog="ensemble.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def parser() -> Parser:
+    parser = Parser(prog=program("ensemble"), description=__doc__)
     parser.add_argument(
         "--members",
+        "--run",
         nargs="+",
         required=True,
         metavar="RUN",
@@ -46,7 +41,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         metavar="DIR",
         help="folder to write; one that holds an ensemble is replaced",
     )
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = parser().parse_args(argv)
     folder, weights = Path(arguments.output), arguments.weights or [1.0] * len(arguments.members)
     _check_output(folder)
     text = describe_ensemble(folder, arguments.members, weights)

@@ -1,5 +1,4 @@
-"""Evaluate a run, or a baseline: deepspeed [launcher flags] launch/evaluate.py --run RUN_DIR
-[--split test|validation] [--json FILE]"""
+"""Compute the metrics of a run, or of a baseline."""
 
 from __future__ import annotations
 
@@ -11,6 +10,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
+from dist_vasp.command_line import Parser, add_ranks
 from dist_vasp.commands.ending import rank_parser
 from dist_vasp.config.metric_names import Metric, computed_metrics, parse_metrics
 from dist_vasp.data.items import load_items
@@ -32,7 +32,7 @@ from dist_vasp.temporary import finish
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    arguments = _parser().parse_args(argv)
+    arguments = parser().parse_args(argv)
     _check(arguments)
     ranks = init_ranks(
         device=arguments.device, interface=arguments.interface, shared=arguments.run or ""
@@ -43,8 +43,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{task.name} on {arguments.split}: {summary(metrics, task.asked)}")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = rank_parser("evaluate.py", __doc__ or "")
+def parser() -> Parser:
+    parser = rank_parser("evaluate", __doc__ or "")
     add = parser.add_argument
     add("--run", metavar="RUN_DIR", help="folder of a training run, an export, or an ensemble")
     add(
@@ -76,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE.parquet",
         help="write each user's metrics, also by popularity of the target",
     )
+    add_ranks(parser)
     return parser
 
 

@@ -1,5 +1,4 @@
-"""Memory, traffic and time before you rent the cluster: python launch/plan.py --config
-configs/X.yaml --ranks N [--device_memory_gb M]"""
+"""Compute memory, traffic and time of a step, before you rent the cluster."""
 
 from __future__ import annotations
 
@@ -10,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from dist_vasp.bounded_json import read_json
-from dist_vasp.config.command_line import make_parser, parse
+from dist_vasp.command_line import program
+from dist_vasp.config.command_line import ConfigParser, make_parser, parse
 from dist_vasp.config.schema import Config
 from dist_vasp.data.manifest import MANIFEST, Manifest
 from dist_vasp.files import new_file
@@ -83,9 +83,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             file.write(text.encode())
 
 
-def _parse(argv: Sequence[str] | None) -> tuple[Config, Any]:
-    """Return the configuration and the checked arguments."""
-    parser = make_parser("plan.py", __doc__ or "")
+def parser() -> ConfigParser:
+    parser = make_parser(program("plan"), __doc__ or "")
     add = parser.add_argument
     add("--ranks", type=int, default=1, help="ranks of the world")
     add(
@@ -109,7 +108,12 @@ def _parse(argv: Sequence[str] | None) -> tuple[Config, Any]:
         "`launch/benchmark.py --floor`; default: cpu, and no times for a GPU",
     )
     add("--json", default="", metavar="FILE", help="write the plan to this file")
-    config, arguments = parse(parser, argv)
+    return parser
+
+
+def _parse(argv: Sequence[str] | None) -> tuple[Config, Any]:
+    """Return the configuration and the checked arguments."""
+    config, arguments = parse(parser(), argv)
     if arguments.ranks < 1:
         raise ValueError(f"--ranks is {arguments.ranks}, expected at least 1")
     for option in ("items", "items_per_user", "device_memory_gb"):

@@ -12,11 +12,12 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from dist_vasp.command_line import Parser, at_least
+from dist_vasp.command_line import Parser, at_least, did_you_mean
 from dist_vasp.console import guard
 from dist_vasp.extras import about_missing
 from dist_vasp.parallel.local_ranks import LocalRanks
 from dist_vasp.signals import SignalWatch
+from dist_vasp.versions import __version__
 
 _REINSTALL = "install what is missing: pip install --force-reinstall dist-vasp"
 _ON_RANKS = {
@@ -25,20 +26,35 @@ _ON_RANKS = {
     "recommend": "write top-N lists for histories",
 }
 _ON_ONE = {
+    "explain": "say why items are recommended",
+    "report": "write an HTML page on runs",
+    "compare": "train and test several models",
+    "ensemble": "combine several runs into one model",
+    "export": "write a trained model as one folder",
+}
+_BEFORE = {
+    "doctor": "check this machine, the data and the configuration",
     "plan": "memory, traffic and time of a step, computed",
     "benchmark": "memory, traffic and time of a step, measured",
-    "compare": "train and test several models",
-    "report": "write an HTML page on runs",
-    "doctor": "check this machine, the data and the configuration",
-    "export": "write a trained model as one folder",
-    "ensemble": "combine several runs into one model",
 }
-_ABOUT = {"configs": "list the configurations of the package, or copy one"}
 _TOOLS = {
     "shard": "convert interactions to shards",
     "verify": "check a folder of shards",
     "synthesize": "make interactions of a chosen size",
 }
+_ABOUT = {
+    "configs": "list the configurations of the package, or copy one",
+    "completion": "print a script that completes commands in a shell",
+}
+COMMANDS = {**_TOOLS, **_ON_RANKS, **_ON_ONE, **_BEFORE, **_ABOUT}
+"""What each command does, by its name."""
+
+
+def parser_of(name: str) -> str:
+    """Return the module whose function `parser` makes the parser of a command."""
+    if name in _TOOLS:
+        return "data_tools.options" if name == "shard" else f"data_tools.{name}"
+    return f"dist_vasp.commands.{name}"
 
 
 def main() -> NoReturn:
@@ -48,14 +64,18 @@ def main() -> NoReturn:
         guard()
         print(_help())
         sys.exit(0)
-    if name not in _ON_RANKS | _ON_ONE | _TOOLS | _ABOUT:
-        _end(f"{name} is not a command; `dist-vasp --help` lists them")
+    if name == "--version":
+        print(f"dist-vasp {__version__}")
+        sys.exit(0)
+    if name not in COMMANDS:
+        guess = did_you_mean(name, COMMANDS)
+        _end(f"{name} is not a command{guess}; `dist-vasp --help` lists them")
     sys.argv = [f"dist-vasp {name}", *arguments]
     if name in _TOOLS:
         sys.exit(importlib.import_module(f"data_tools.{name}").main())
     if name in _ON_RANKS and "WORLD_SIZE" not in os.environ:
         n_ranks = _take_ranks()
-        if n_ranks > 1 and not {"-h", "--help"} & set(sys.argv):
+        if n_ranks > 1 and not {"-h", "--help", "--help-all"} & set(sys.argv):
             sys.exit(_start(name, n_ranks))
     try:
         command = importlib.import_module(f"dist_vasp.commands.{name}")
@@ -95,10 +115,11 @@ def _start(name: str, n_ranks: int) -> int:
 def _help() -> str:
     lines = ["usage: dist-vasp COMMAND [options]; `dist-vasp COMMAND --help` lists the options", ""]
     titles = {
-        "on one or several ranks, with --ranks N (default 1)": _ON_RANKS,
-        "on one process, or on ranks of their own": _ON_ONE,
-        "preparing data": _TOOLS,
-        "about this program": _ABOUT,
+        "data": _TOOLS,
+        "models, on one or several ranks with --ranks N": _ON_RANKS,
+        "trained models": _ON_ONE,
+        "before a job": _BEFORE,
+        "this program": _ABOUT,
     }
     for title, commands in titles.items():
         lines += [f"{title}:", *(f"  {name:<12}{text}" for name, text in commands.items()), ""]

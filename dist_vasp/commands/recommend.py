@@ -1,5 +1,4 @@
-"""Top-N lists for histories: deepspeed [launcher flags] launch/recommend.py --run RUN_DIR
---histories FILE --k 20 --output FILE"""
+"""Write top-N lists for histories."""
 
 from __future__ import annotations
 
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dist_vasp.command_line import Parser, add_ranks
 from dist_vasp.commands.ending import rank_parser
 from dist_vasp.data.tables.inputs import expand
 from dist_vasp.data.tables.options import add_reading_options, reading_of
@@ -30,7 +30,7 @@ _MOST_REASONS = 1000  # past items of a row, each with two columns
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    arguments = _parser().parse_args(argv)
+    arguments = parser().parse_args(argv)
     reading_of(arguments)  # a wrong delimiter or encoding is reported before the model is loaded
     inputs = _check(arguments)
     ranks = init_ranks(device=arguments.device, interface=arguments.interface, shared=arguments.run)
@@ -67,8 +67,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(report)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = rank_parser("recommend.py", __doc__ or "")
+def parser() -> Parser:
+    parser = rank_parser("recommend", __doc__ or "")
     add = parser.add_argument
     add(
         "--run",
@@ -104,7 +104,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--all_positive", action="store_true", help="every row is a like, whatever its rating")
     _add_lists(parser)
-    add_reading_options(parser)
+    parser.hide(*add_reading_options(parser), "checkpoint", "format", "time_column", "all_positive")
+    add_ranks(parser)
     return parser
 
 

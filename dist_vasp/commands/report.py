@@ -1,5 +1,4 @@
-"""One self-contained HTML page on a run, or on several side by side: python launch/report.py RUN
-[RUN ...] [--out FILE.html]"""
+"""Write one self-contained HTML page on a run, or on several side by side."""
 
 from __future__ import annotations
 
@@ -8,6 +7,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from dist_vasp.command_line import Parser
 from dist_vasp.commands.ending import rank_parser
 from dist_vasp.data.manifest import Manifest
 from dist_vasp.data.tables.read import Table
@@ -21,11 +21,23 @@ from dist_vasp.report.lists import Lists, Wanted, make_lists
 from dist_vasp.report.page import is_report, page
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = rank_parser("report.py", __doc__ or "")
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run.dir of a training, at most 6")
+def parser() -> Parser:
+    parser = rank_parser("report", __doc__ or "")
+    parser.add_argument("words", nargs="*", metavar="RUN", help="the same as --run RUN")
     parser.add_argument(
-        "--out", "--output", metavar="FILE.html", help="default: report.html in the first RUN"
+        "--run",
+        dest="runs",
+        nargs="+",
+        default=[],
+        metavar="RUN",
+        help="folders of training runs, at most 6",
+    )
+    parser.add_argument(
+        "--output",
+        "--out",
+        dest="output",
+        metavar="FILE.html",
+        help="default: report.html in the first RUN",
     )
     parser.add_argument(
         "--shards",
@@ -59,17 +71,26 @@ def main(argv: Sequence[str] | None = None) -> None:
         metavar="FILE",
         help="benchmark.json; default: one in RUN",
     )
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = parser().parse_args(argv)
+    folders = [*arguments.words, *arguments.runs]
+    if not folders:
+        raise ValueError(
+            "the following arguments are required: --run; `--help-all` lists all options"
+        )
     for name, low in (("users", 0), ("samples", 0), ("k", 1)):
         if getattr(arguments, name) < low:
             raise ValueError(f"--{name} is {getattr(arguments, name)}, expected at least {low}")
-    out = Path(arguments.out or Path(arguments.runs[0]) / "report.html")
+    out = Path(arguments.output or Path(folders[0]) / "report.html")
     if arguments.shards:
         Manifest.load(
             arguments.shards
         )  # data that was named must be there; that of a run may have gone
-    runs = read_runs(arguments.runs, arguments.benchmark)
-    check_file(out, "--out", ours=is_report)
+    runs = read_runs(folders, arguments.benchmark)
+    check_file(out, "--output", ours=is_report)
     if arguments.time_column and not arguments.histories:
         raise ValueError("--time_column is of --histories, which is missing; add --histories FILE")
     times = (
@@ -83,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         users = {sample.user for one in lists for sample in one.samples}
         lists = latest_first(lists, times_of(times, users))
     date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
-    with new_file(out, "--out", ours=is_report) as file:
+    with new_file(out, "--output", ours=is_report) as file:
         file.write(page(runs, lists, date).encode())
     print(
         f"{out}: {os.path.getsize(out) / 1e3:,.0f} kB on {', '.join(one.name for one in runs)}; "

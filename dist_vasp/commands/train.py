@@ -1,12 +1,12 @@
-"""Train a model: deepspeed [launcher flags] launch/train.py --config configs/X.yaml [--section.key
-value ...] [--dry_run]"""
+"""Train a model, or resume its training."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from dist_vasp.config.command_line import make_parser, parse
+from dist_vasp.command_line import add_ranks, program
+from dist_vasp.config.command_line import ConfigParser, make_parser, parse
 from dist_vasp.config.schema import Config
 from dist_vasp.model.registry import kind_of
 from dist_vasp.parallel.start import init_ranks
@@ -40,9 +40,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
 
 
-def _parse(argv: Sequence[str] | None) -> tuple[Config, Any]:
-    """Return the configuration and the checked arguments."""
-    parser = make_parser("train.py", __doc__ or "")
+def parser() -> ConfigParser:
+    parser = make_parser(program("train"), __doc__ or "")
     parser.add_argument(
         "--dry_run",
         action="store_true",
@@ -58,7 +57,13 @@ def _parse(argv: Sequence[str] | None) -> tuple[Config, Any]:
         action="store_true",
         help="with --init_from: start also where that run was trained on users held out now",
     )
-    config, arguments = parse(parser, argv)
+    add_ranks(parser)
+    return parser
+
+
+def _parse(argv: Sequence[str] | None) -> tuple[Config, Any]:
+    """Return the configuration and the checked arguments."""
+    config, arguments = parse(parser(), argv)
     init_from, from_ease = arguments.init_from, config.model.init_from_ease
     if kind_of(config.model.kind).closed_form and init_from:
         raise ValueError(

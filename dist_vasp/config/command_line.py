@@ -6,7 +6,9 @@ received, what was expected and how to fix it.
 
 from __future__ import annotations
 
+import argparse
 import copy
+import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -14,15 +16,22 @@ from typing import Any
 
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
 
+from dist_vasp.command_line import renamed
 from dist_vasp.config.checks import check
 from dist_vasp.config.parser_errors import readable
 from dist_vasp.config.schema import SECTIONS, Config
 from dist_vasp.config.shipped import find_config
 from dist_vasp.config.yaml_file import read_yaml
+from dist_vasp.help_text import HelpAll, short_help
 from dist_vasp.require import require
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
+_OTHER_NAMES = {"--shards": "--data.shards", "--run": "--run.dir"}  # as in other commands
+_MORE = (
+    "--shards DIR and --run DIR are the keys data.shards and run.dir. Every key of a configuration "
+    "is an option, too, such as --model.hidden 64; `--help-all` lists them."
+)
 _LONGEST_WORD = 100  # of a choice or a number that is given as text
 
 
@@ -49,28 +58,50 @@ class _FileError(ValueError):
     """A mistake in a configuration file that already reads well."""
 
 
-def make_parser(prog: str, description: str) -> ArgumentParser:
+class ConfigParser(ArgumentParser):
+    """A parser with `--config FILE` and keys; `--help` leaves the keys out, `--help-all` shows
+    them."""
+
+    def whole_help(self) -> str:
+        """Return the help with every option and key."""
+        return super().format_help()
+
+    def format_help(self, *_: Any) -> str:
+        return short_help(self, _Keys(), _MORE)
+
+
+class _Keys:
+    """Contains the `dest` of what --help leaves out: keys, and options about them."""
+
+    def __contains__(self, dest: object) -> bool:
+        return isinstance(dest, str) and ("." in dest or dest in (*SECTIONS, "print_config"))
+
+
+def make_parser(prog: str, description: str) -> ConfigParser:
     """A parser with `--config FILE` and one `--section.key` for every field of Config; add further
     arguments to it."""
-    parser = ArgumentParser(prog=prog, description=description, exit_on_error=False)
+    parser = ConfigParser(prog=prog, description=description, exit_on_error=False)
     parser.add_argument(
         "--config",
         action=_ConfigFile,
-        help="YAML file with the sections below; command-line values win over it",
+        metavar="FILE",
+        help="YAML file of keys, or the name of one that `dist-vasp configs` lists; "
+        "options win over it",
     )
     parser.add_class_arguments(Config, None)
+    parser.add_argument("--help-all", action=HelpAll, help="show every key and exit")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    parser.add_argument(
-        "--local_rank", type=int, default=None, help="set by the deepspeed launcher; ignored"
-    )
+    # the deepspeed launcher adds this one
+    parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)
     return parser
 
 
 def parse(parser: ArgumentParser, argv: Sequence[str] | None = None) -> tuple[Config, Any]:
     """(checked Config, all parsed arguments); ValueError in one readable sentence for anything that
     does not fit."""
+    words = renamed(sys.argv[1:] if argv is None else argv, _other_names(parser))
     try:
-        namespace = parser.parse_args(argv)
+        namespace = parser.parse_args(words)
         _require_sections(namespace)
         made = parser.instantiate(namespace)
     except _FileError as error:
@@ -79,6 +110,12 @@ def parse(parser: ArgumentParser, argv: Sequence[str] | None = None) -> tuple[Co
         raise ValueError(readable(str(error))) from None
     config = Config(**{f.name: getattr(made, f.name) for f in fields(Config)})
     return check(config), namespace
+
+
+def _other_names(parser: ArgumentParser) -> dict[str, str]:
+    """Return keys by their names in other commands, unless `parser` has such an option itself."""
+    own = {action.dest for action in parser._actions} - set(SECTIONS)
+    return {option: key for option, key in _OTHER_NAMES.items() if option[2:] not in own}
 
 
 def from_dict(raw: dict[str, Any]) -> Config:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from dataclasses import fields
 
+from dist_vasp.command_line import did_you_mean
 from dist_vasp.config.schema import Config, Stage
 
 _TYPES = {
@@ -45,13 +45,13 @@ def readable(message: str) -> str:
     )
     if unknown:
         key = ".".join(part for part in unknown.groups() if part)
-        close = difflib.get_close_matches(key, known_keys(), 1, 0.6)
-        hint = f"did you mean {close[0]}? " if close else ""
+        guess = did_you_mean(key, known_keys()).removeprefix(", ")
+        hint = f"{guess} " if guess else ""
         return (
-            f"{key} is not a key of the configuration; {hint}`--help` lists every key with its "
+            f"{key} is not a key of the configuration; {hint}`--help-all` lists every key with its "
             "type, default and meaning"
         )
-    return f"{_of_type(message)}; `--help` lists every key with its type, default and meaning"
+    return f"{_of_type(message)}; `--help-all` lists every key with its type, default and meaning"
 
 
 def _of_type(message: str) -> str:

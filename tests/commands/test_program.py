@@ -59,7 +59,7 @@ def test_every_command_is_a_subcommand():
     listed = {line.split()[0] for line in out.splitlines() if line.startswith("  ")}
     scripts = {path.stem for path in (ROOT / "launch").glob("*.py")} - {"__init__"}
     assert status == 0
-    assert listed == scripts | {"shard", "verify", "synthesize", "configs"}
+    assert listed == scripts | {"shard", "verify", "synthesize", "configs", "completion"}
     for name in scripts:
         assert (ROOT / "dist_vasp" / "commands" / f"{name}.py").exists()
 
@@ -67,8 +67,8 @@ def test_every_command_is_a_subcommand():
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("trian", "trian is not a command; `dist-vasp --help` lists them"),
-        ("train --ranks 0", "--ranks: '0' is not an integer of at least 1; `--help` lists all"),
+        ("trian", "trian is not a command, did you mean train?; `dist-vasp --help` lists them"),
+        ("train --ranks 0", "--ranks: '0' is not an integer of at least 1; `--help-all` lists all"),
         ("verify", "the following arguments are required"),
         ("train --ranks 2 --device cpu", "data.shards is not set; pass --data.shards"),
         ("evaluate --run nowhere", "nowhere"),

@@ -271,7 +271,7 @@ def field_docstrings(cls: type) -> dict[str, str | None]:
 
 def test_help_lists_every_key_with_its_meaning(monkeypatch):
     monkeypatch.setenv("COLUMNS", "1000")
-    text = " ".join(make_parser("test", "a test").format_help().split())
+    text = " ".join(make_parser("test", "a test").whole_help().split())
     assert all(field_docstrings(Stage).values())
     for section in fields(Config):
         maker = section.default_factory

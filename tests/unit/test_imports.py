@@ -69,6 +69,7 @@ BASE = TABLES | {
     "dist_vasp.text",
     "dist_vasp.console",
     "dist_vasp.command_line",
+    "dist_vasp.help_text",
     "dist_vasp.progress",
     "dist_vasp.failure",
     "dist_vasp.signals",
@@ -116,6 +117,7 @@ WITHIN_BASE = {
     "dist_vasp.places": {"dist_vasp.recognise"},
     "dist_vasp.temporary": {"dist_vasp.places"},
     "dist_vasp.files": {"dist_vasp.locks", "dist_vasp.places", "dist_vasp.temporary"},
+    "dist_vasp.command_line": {"dist_vasp.help_text"},
     "dist_vasp.console": {"dist_vasp.text"},
     "dist_vasp.parallel.link": {"dist_vasp.parallel.secret", "dist_vasp.text"},
     "dist_vasp.parallel.liveness": {

@@ -10,7 +10,9 @@ from dist_vasp.data.tables.csv_header import check_delimiter
 from dist_vasp.data.tables.encodings import check_encoding
 
 
-def add_reading_options(parser: argparse.ArgumentParser) -> None:
+def add_reading_options(parser: argparse.ArgumentParser) -> list[str]:
+    """Add the options, and return their names."""
+    before = set(parser._option_string_actions)
     add = parser.add_argument
     add(
         "--delimiter",
@@ -34,6 +36,7 @@ def add_reading_options(parser: argparse.ArgumentParser) -> None:
         metavar="TEXTS",
         help=f"ids that stand for a missing one, separated by commas; default {','.join(MISSING)}",
     )
+    return sorted(set(parser._option_string_actions) - before)
 
 
 def reading_of(arguments: argparse.Namespace, missing: tuple[str, ...] = MISSING) -> Reading:
