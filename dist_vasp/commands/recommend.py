@@ -39,6 +39,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         with agreed(ranks):
             refuse_ratings(ranker.config, arguments.run)
             _check_explain(arguments, ranker)
+            if arguments.with_titles and ranker.items.titles is None:
+                raise ValueError(
+                    f"--with_titles: the items of {arguments.run} have no titles; prepare the data "
+                    "with --titles FILE, or leave it out"
+                )
             histories, allowed, notes = _open(arguments, ranker, stack)
         if ranks.is_main:
             for note in notes:
@@ -62,6 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             arguments.keep_seen,
             overwrite=arguments.overwrite,
             inputs=inputs,
+            titles=arguments.with_titles,
         )
     if ranks.is_main:
         print(report)
@@ -143,6 +149,7 @@ def _add_lists(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="print the first N users with their histories and lists",
     )
+    add("--with_titles", action="store_true", help="write the titles of items, too")
     add("--overwrite", action="store_true", help="replace an existing output file")
 
 

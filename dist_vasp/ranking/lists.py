@@ -67,11 +67,8 @@ class Lists:
         """One row per recommendation as launch/recommend.py writes them: user (the row where there
         are no ids), rank, item, score, and title where the model's items have some."""
         users = pa.array(np.arange(len(self.ids))) if self.users is None else self.users
-        table = list_table(users, self.scores, self._rows, self._items)
-        if self._items.titles is not None:
-            rows = self._rows[self._rows >= 0]
-            table = table.append_column("title", self._items.titles.take(pa.array(rows)))
-        return table
+        titles = self._items.titles is not None
+        return list_table(users, self.scores, self._rows, self._items, titles=titles)
 
     def to_pandas(self) -> Any:
         """`to_table` as a pandas.DataFrame; ValueError where pandas is not installed."""

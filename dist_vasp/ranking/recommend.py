@@ -31,17 +31,24 @@ from dist_vasp.text import one_line
 USERS_PER_BLOCK = 2048
 
 
-def list_schema(user_type: pa.DataType, item_type: pa.DataType, n_reasons: int = 0) -> pa.Schema:
+def list_schema(
+    user_type: pa.DataType, item_type: pa.DataType, n_reasons: int = 0, titles: bool = False
+) -> pa.Schema:
+    """Return the columns of lists; with `titles` those of the items and of the reasons, too."""
     fields = [
         ("user", user_type),
         ("rank", pa.int32()),
         ("item", item_type),
         ("score", pa.float32()),
     ]
+    if titles:
+        fields.append(("title", pa.string()))
     if n_reasons:
         fields += [("p_flvae", pa.float32()), ("p_nease", pa.float32())]
     for n in range(1, n_reasons + 1):
-        fields += [(f"because_{n}", item_type), (f"weight_{n}", pa.float32())]
+        fields.append((f"because_{n}", item_type))
+        fields += [(f"title_{n}", pa.string())] if titles else []
+        fields.append((f"weight_{n}", pa.float32()))
     return pa.schema(fields)
 
 
@@ -61,6 +68,7 @@ def recommend_to_file(
     keep_seen: bool = False,
     overwrite: bool | None = None,
     inputs: Inputs = (),
+    titles: bool = False,
 ) -> str:
     """Write each user's k best unseen items; return lines on what was written, read and left out.
 
@@ -70,11 +78,11 @@ def recommend_to_file(
     progress: called with the number of users done. show: users whose history and list the lines
     include. to_score: from the scorer's values to `score`. n_reasons: past items that explain each
     row. allowed: (I,) bool, the items that may be listed; None: all. keep_seen: seen items may be
-    listed, too.
+    listed, too. titles: write the titles of items, too.
     """
     output = Path(output)
     scorer = scorer if allowed is None else restricted(scorer, allowed, ranks)
-    schema = list_schema(histories.user_type, items.ids.type, n_reasons)
+    schema = list_schema(histories.user_type, items.ids.type, n_reasons, titles)
     file, error = None, None
     try:
         if ranks.is_main:
@@ -94,7 +102,8 @@ def recommend_to_file(
             skipped, why = _without_list(block, rows)
             scores = to_score(scores)
             if file is not None:
-                file.write(list_table(block.users, scores, rows, items, reasons), skipped, why)
+                table = list_table(block.users, scores, rows, items, reasons, titles)
+                file.write(table, skipped, why)
             report.add(block, len(skipped), scores, rows, items)
             if progress:
                 progress(report.n_users)
@@ -200,8 +209,12 @@ def list_table(
     rows: np.ndarray,
     items: ItemTable,
     reasons: Reasons | None = None,
+    titles: bool = False,
 ) -> pa.Table:
-    """Return lists (U, K) of item rows, padded with -1, as one table row per recommendation."""
+    """Return lists (U, K) of item rows, padded with -1, as one table row per recommendation.
+
+    titles: add the titles of items, null for an item without one.
+    """
     user, rank = np.nonzero(rows >= 0)
     columns = [
         users.take(pa.array(user)),
@@ -209,8 +222,11 @@ def list_table(
         items.ids.take(pa.array(rows[user, rank])),
         pa.array(scores[user, rank].astype(np.float32)),
     ]
+    if titles:
+        columns.append(_titles(items, rows[user, rank]))
     if reasons is None:
-        return pa.Table.from_arrays(columns, schema=list_schema(users.type, items.ids.type))
+        schema = list_schema(users.type, items.ids.type, titles=titles)
+        return pa.Table.from_arrays(columns, schema=schema)
     for log_p in (reasons.log_p_flvae_E, reasons.log_p_nease_E):
         columns.append(
             pa.nulls(len(user), pa.float32())
@@ -224,9 +240,19 @@ def list_table(
         reasons.items_EN.T.cpu().numpy(), reasons.weights_EN.T.cpu().numpy(), strict=True
     ):
         columns.append(items.ids.take(pa.array(items_E, mask=items_E < 0)))
+        if titles:
+            columns.append(_titles(items, items_E))
         columns.append(pa.array(weights_E, mask=items_E < 0))
     n_reasons = reasons.items_EN.shape[1]
-    return pa.Table.from_arrays(columns, schema=list_schema(users.type, items.ids.type, n_reasons))
+    schema = list_schema(users.type, items.ids.type, n_reasons, titles)
+    return pa.Table.from_arrays(columns, schema=schema)
+
+
+def _titles(items: ItemTable, rows: np.ndarray) -> pa.Array:
+    """Return the titles of item rows, null for -1 and where there is none."""
+    if items.titles is None:
+        return pa.nulls(len(rows), pa.string())
+    return items.titles.take(pa.array(rows, mask=rows < 0))
 
 
 def _example(

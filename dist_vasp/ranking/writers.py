@@ -2,7 +2,8 @@
 
 One row is one recommendation: `user`, `rank` (from 1), `item`, `score`. Explained rows also have
 `p_flvae`, `p_nease` and N pairs `because_1`, `weight_1`, ... In JSON Lines the pairs are one list,
-`"because": [{"item": ..., "weight": ...}, ...]`.
+`"because": [{"item": ..., "weight": ...}, ...]`. Titles, where they are asked for, are `title` and
+`title_1`, ..., in JSON Lines `"title"` of the row and of each reason.
 """
 
 from __future__ import annotations
@@ -58,17 +59,26 @@ class _ParquetWriter:
 class _JsonLinesWriter:
     def __init__(self, file: BinaryIO, schema: pa.Schema) -> None:
         self._file = file
-        self._flat = [name for name in schema.names if not name.startswith(("because_", "weight_"))]
+        reasons = ("because_", "weight_", "title_")
+        self._flat = [name for name in schema.names if not name.startswith(reasons)]
+        self._keys = {"item": "because", "title": "title", "weight": "weight"}
+        if "title" not in schema.names:
+            del self._keys["title"]
         self._n = sum(name.startswith("because_") for name in schema.names)
 
     def write_table(self, table: pa.Table) -> None:
         columns = {name: _plain(table.column(name)) for name in table.column_names}
-        reasons = [(columns[f"because_{n}"], columns[f"weight_{n}"]) for n in range(1, self._n + 1)]
+        reasons = [
+            {key: columns[f"{name}_{n}"] for key, name in self._keys.items()}
+            for n in range(1, self._n + 1)
+        ]
         for row in range(len(table)):
             line: dict[str, Any] = {name: columns[name][row] for name in self._flat}
             if self._n:
                 line["because"] = [
-                    {"item": i[row], "weight": w[row]} for i, w in reasons if i[row] is not None
+                    {key: values[row] for key, values in reason.items()}
+                    for reason in reasons
+                    if reason["item"][row] is not None
                 ]
             self._file.write((json.dumps(line, ensure_ascii=False) + "\n").encode())
 

@@ -10,10 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
 import pytest
 import scipy.sparse
 
 from dist_vasp import Recommender
+from dist_vasp.commands.recommend import main as recommend
 from tests.support.make_shards import write_folder
 from tests.support.runs import write_run
 
@@ -115,6 +118,30 @@ def test_reprs_are_short(r):
     assert repr(why) == f"Explanation('i1', 'Title 1', p={why.p:.4g}, 2 reasons)"
 
 
+@pytest.mark.parametrize("ending", ["csv", "parquet", "jsonl"])
+def test_the_command_writes_titles(r, tmp_path, ending):
+    pq.write_table(pa.table(pairs()), tmp_path / "h.parquet")
+    output = tmp_path / f"lists.{ending}"
+    options = ["--histories", tmp_path / "h.parquet", "--output", output, "--k", K, "--explain", 2]
+    recommend(["--run", *map(str, (r.sources.folder, *options)), "--with_titles"])
+    if ending == "jsonl":
+        rows = [json.loads(line) for line in output.read_text().splitlines()]
+        reasons = [reason for row in rows for reason in row["because"]]
+        assert list(reasons[0]) == ["item", "title", "weight"]
+    else:
+        table = pa.csv.read_csv(output) if ending == "csv" else pq.read_table(output)
+        rows = table.to_pylist()
+        reasons = [{"item": row[f"because_{n}"], "title": row[f"title_{n}"]} for row in rows
+                   for n in (1, 2) if row[f"because_{n}"]]  # fmt: skip
+    expected = r.recommend(pa.table(pairs()), K).to_table().to_pylist()
+    assert [(row["item"], row["title"]) for row in rows] == [
+        (row["item"], row["title"]) for row in expected
+    ]
+    assert list(rows[0])[:5] == ["user", "rank", "item", "score", "title"]
+    assert all(TITLES[IDS.index(reason["item"])] == reason["title"] for reason in reasons)
+    assert len(reasons) == K * (2 + 1 + 2)  # known past items, two at most
+
+
 # --- filters for each user ------------------------------------------------------------------------
 
 
@@ -214,6 +241,7 @@ def test_fit_makes_the_run_of_the_command(trained, capsys):
     assert {"ndcg@3", "ndcg@3_se", "novelty@3"} <= asked.keys()
 
 
+@pytest.mark.slow
 def test_a_step_model_is_fitted_and_resumed(trained):
     folder, _, _ = trained
     model = {"kind": "nease"}
