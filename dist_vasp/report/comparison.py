@@ -105,11 +105,11 @@ def _bold(text: str) -> Markup:
 
 def _chart(rows: list[Row], reference: str) -> Card | None:
     """Return the paired differences as a chart, a line of two standard errors each way for each
-    model; None where there is nothing to compare."""
+    model; None where there is nothing to compare. Baselines are far off, and left out."""
     shown = [
         (row, row.difference)
         for row in rows
-        if row.difference is not None and not math.isnan(row.difference.se)
+        if row.difference is not None and not math.isnan(row.difference.se) and row.raw["trained"]
     ]
     if not shown:
         return None
@@ -130,6 +130,6 @@ def _chart(rows: list[Row], reference: str) -> Card | None:
         left, right = (x(d.mean + sign * LIMIT * d.se) for sign in (-1, 1))
         drawing.add("line", tip=tip, kind=f"line {kind}", x1=left, x2=right, y1=y, y2=y)
         drawing.add("circle", tip=tip, kind=f"dot {kind}", cx=x(d.mean), cy=y, r=4)
-    text = "paired, user by user; the line reaches two standard errors each way"
+    text = "trained models, paired by user; the line reaches two standard errors each way"
     keys = [Key(f"s{number}", word) for word, number in _COLOURS.items()]
     return Card(title, text, drawing, keys)

@@ -21,6 +21,7 @@ import pytest
 import yaml
 
 from docs import reference
+from tests.support.browser import CHROMIUM, WHY_NOT, Browser
 from tests.support.invoke import Commands
 from tests.support.paths import ROOT
 
@@ -221,32 +222,61 @@ def test_pages_made_from_the_code():
     )
 
 
-def test_the_site(tmp_path):
-    """Built without a warning, and no page asks for anything from elsewhere."""
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    """The site, built without a warning."""
     pytest.importorskip("mkdocs", reason="`make docs` installs it")
+    folder = tmp_path_factory.mktemp("docs") / "site"
+    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet"]
     done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "mkdocs",
-            "build",
-            "--strict",
-            "--quiet",
-            "--site-dir",
-            str(tmp_path / "site"),
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
+        [*build, "--site-dir", str(folder)], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    pages = sorted((tmp_path / "site").rglob("*.html"))
+    return folder
+
+
+def test_the_site_asks_for_nothing_from_elsewhere(site):
+    pages = sorted(site.rglob("*.html"))
     assert len(pages) > len(PAGES) - 2
-    for page in [*pages, *(tmp_path / "site").rglob("*.css")]:
+    for page in [*pages, *site.rglob("*.css")]:
         text = page.read_text()
         fetched = re.findall(
             r"<(?:script|img|iframe|source)[^>]+src=[\"']?(?:https?:)?//[^>]+>|<link(?![^>]*canonical)[^>]+href=[\"']?(?:https?:)?//[^>]+>|url\([\"']?(?:https?:)?//[^)]*",
             text,
         )
         assert not fetched, f"{page.name} fetches {fetched[:3]}"
-    assert "parallel.partitions" in (tmp_path / "site" / "configuration.html").read_text()
+    assert "parallel.partitions" in (site / "configuration.html").read_text()
+
+
+_SEARCH = """new Promise(found => {
+    const field = document.querySelector("input.md-search__input");
+    field.focus();
+    field.value = "popularity";
+    field.dispatchEvent(new Event("input", {bubbles: true}));
+    field.dispatchEvent(new KeyboardEvent("keyup", {bubbles: true}));
+    const links = () => [...document.querySelectorAll(".md-search-result__link")].map(a => a.href);
+    const wait = left => links().length || !left ? found(links()) : setTimeout(wait, 100, left - 1);
+    wait(200);
+})"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason=WHY_NOT)
+def test_the_site_is_searched_and_read_from_disk(site):
+    questions = {
+        "overflow": "document.documentElement.scrollWidth - window.innerWidth",
+        "wide": "[...document.querySelectorAll('.md-typeset__scrollwrap')].filter("
+        "e => e.scrollWidth > e.clientWidth + 1).length",
+        "broken": "[...document.images].filter(i => !i.naturalWidth).length",
+    }
+    with Browser() as browser:
+        seen = browser.visit(site / "index.html", 1280, "light", {"found": _SEARCH}, full=False)
+        assert any("closed-form.html" in link for link in seen.values["found"]), seen.values
+        for page in sorted(site.glob("*.html")):
+            if page.name == "404.html":  # it is made for a host: its paths begin at the root
+                continue
+            for width, scheme in ((1280, "light"), (390, "dark")):
+                seen = browser.visit(page, width, scheme, questions, full=False)
+                assert seen.complaints == [] and seen.values["broken"] == 0, page
+                assert seen.values["overflow"] <= 0, (page, width)
+                assert width < 1280 or seen.values["wide"] == 0, f"{page.name}: a table is cut"

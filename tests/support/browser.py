@@ -98,7 +98,7 @@ class Browser:
         height: int = 900,
         full: bool = True,
     ) -> Page:
-        """Open a file; `questions` are expressions that are evaluated in it."""
+        """Open a file; `questions` are expressions that are evaluated in it, promises awaited."""
         target = self._call("Target.createTarget", url="about:blank")["targetId"]
         tab = self._call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Network", "Log", "Runtime"):
@@ -121,7 +121,13 @@ class Browser:
         self._wait_for("Page.loadEventFired")
         page = Page()
         for name, expression in questions.items():
-            said = self._call("Runtime.evaluate", tab, expression=expression, returnByValue=True)
+            said = self._call(
+                "Runtime.evaluate",
+                tab,
+                expression=expression,
+                returnByValue=True,
+                awaitPromise=True,
+            )
             page.values[name] = said["result"].get("value")
         page.image = base64.b64decode(
             self._call("Page.captureScreenshot", tab, format="png", captureBeyondViewport=full)[
