@@ -12,12 +12,46 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+_SAME_CTRL_C_S = 0.5  # torchrun passes on what the terminal has sent to all
+INTERRUPTED = 128 + signal.SIGINT  # the exit status after Ctrl-C
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+def end_on_ctrl_c() -> None:
+    """Until the command handles signals itself, end at Ctrl-C with one line and status 130.
+
+    A Ctrl-C that arrived while SIGINT was blocked (`blocking_ctrl_c`) counts, too.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _end_at_once)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
+def _end_at_once(number: int, frame: FrameType | None) -> None:
+    if is_main_rank():
+        os.write(2, b"error: stopped by Ctrl-C\n")  # sys.stderr may be locked by the code below
+    os._exit(INTERRUPTED)
+
+
+@contextmanager
+def blocking_ctrl_c() -> Iterator[None]:
+    """Hold a Ctrl-C back until the end of the block; processes started in it hold it back, too."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def is_main_rank() -> bool:
+    """Whether this is rank 0, or no rank of several."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 class SignalWatch:
@@ -67,11 +101,27 @@ def _do_nothing(number: int, frame: FrameType | None) -> None:
     pass
 
 
+class Repeats:
+    """Recognises the same Ctrl-C that comes twice: from the terminal and from a launcher."""
+
+    def __init__(self) -> None:
+        self._first = 0.0
+
+    def __call__(self, number: int) -> bool:
+        """Return whether this SIGINT follows the first one at once."""
+        now = time.monotonic()
+        self._first = self._first or now
+        return 0 < now - self._first < _SAME_CTRL_C_S
+
+
 class EndedBySignal(BaseException):
     """A signal ends this command; `status` is its exit status."""
 
     def __init__(self, number: int) -> None:
-        super().__init__(f"ended by {signal.Signals(number).name}")
+        by_user = number == signal.SIGINT
+        super().__init__(
+            "stopped by Ctrl-C" if by_user else f"ended by {signal.Signals(number).name}"
+        )
         self.status = 128 + number
 
 
@@ -82,6 +132,7 @@ def ending_on_signals(patience_s: float) -> Iterator[None]:
     The process ends at the latest `patience_s` after the first signal, or at a second Ctrl-C.
     """
     ended, interrupts = threading.Event(), 0
+    repeats = Repeats()
     first = True
 
     def raise_once(number: int, frame: FrameType | None) -> None:
@@ -92,14 +143,15 @@ def ending_on_signals(patience_s: float) -> Iterator[None]:
 
     def on_signal(number: int) -> None:
         nonlocal interrupts
-        interrupts += number == signal.SIGINT
+        interrupts += number == signal.SIGINT and not repeats(number)
         if interrupts > 1:
             os._exit(128 + number)
         threading.Thread(target=end_late, args=(number,), daemon=True).start()
 
     def end_late(number: int) -> None:
         if not ended.wait(patience_s):
-            print(f"error: {EndedBySignal(number)}", file=sys.stderr, flush=True)
+            if number != signal.SIGINT or is_main_rank():
+                print(f"error: {EndedBySignal(number)}", file=sys.stderr, flush=True)
             os._exit(128 + number)
 
     watch = SignalWatch(on_signal, raise_once)

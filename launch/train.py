@@ -1,7 +1,8 @@
 """Run the command of dist_vasp/commands/train.py under a launcher, or by itself."""
 
-from dist_vasp.commands.ending import run
-from dist_vasp.commands.train import main
+from dist_vasp.commands.program import run_script
 
 if __name__ == "__main__":
-    run(main)
+    run_script("train")  # imports the command, and answers Ctrl-C meanwhile
+else:
+    from dist_vasp.commands.train import main as main

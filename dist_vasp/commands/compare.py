@@ -32,6 +32,7 @@ from dist_vasp.places import check_file, check_own_folder, unwritable
 from dist_vasp.recognise import begins_with, is_json
 from dist_vasp.report.comparison import comparison_page
 from dist_vasp.report.page import is_report
+from dist_vasp.signals import INTERRUPTED
 from dist_vasp.text import printable
 
 REPORT, PAGE = "report.json", "report.html"
@@ -114,7 +115,7 @@ def _compare(comparison: Comparison, output: Path, data: str, ranks: int, comman
             failures = carry_out(runs, comparison, data, ranks, jobs, _say, device)
     except Stopped:
         _say("stopped on request; the same command resumes from here")
-        return 1
+        return INTERRUPTED if jobs.interrupted else 1
     failed = (
         f"{count_runs(len(failures))} failed: {', '.join(failure.run.stem for failure in failures)}"
     )

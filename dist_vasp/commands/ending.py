@@ -1,8 +1,8 @@
 """Run a command on every rank and end its process: exit status, one readable line for an error.
 
 Exit status 0: done; 2: bad input or configuration; 128 + N: ended by signal N (a training saves
-instead, and exits with 0); 1: anything else. Rank 0 prints the errors that all ranks meet; an error
-that only one rank meets is printed by that rank.
+first, and exits with 0 unless it was Ctrl-C); 1: anything else. Rank 0 prints the errors that all
+ranks meet; an error that only one rank meets is printed by that rank.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from dist_vasp.parallel.start import (
     lost_rank,
     shut_down,
 )
-from dist_vasp.signals import EndedBySignal, ending_on_signals
+from dist_vasp.signals import INTERRUPTED, EndedBySignal, ending_on_signals
 from dist_vasp.text import one_line
 from dist_vasp.training.step_report import DivergedError
 
@@ -74,6 +74,10 @@ def _report(error: BaseException, rank: int) -> tuple[str, int]:
         return _report_input(error, rank)
     is_lost = isinstance(error, RuntimeError) and is_lost_peer(error)
     is_memory = isinstance(error, torch.OutOfMemoryError) or is_out_of_memory(error)
+    if isinstance(error, EndedBySignal) and error.status == INTERRUPTED:
+        if rank == 0:
+            _print_error(str(error))
+        return "", error.status  # every rank gets a Ctrl-C, or hears of it from its launcher
     failure = failure_of(error)
     if "--debug" in sys.argv or (failure.is_bug and not is_lost and not is_memory):
         traceback.print_exc()

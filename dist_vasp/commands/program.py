@@ -16,7 +16,7 @@ from dist_vasp.command_line import Parser, at_least, did_you_mean
 from dist_vasp.console import guard
 from dist_vasp.extras import about_missing
 from dist_vasp.parallel.local_ranks import LocalRanks
-from dist_vasp.signals import SignalWatch
+from dist_vasp.signals import SignalWatch, blocking_ctrl_c, end_on_ctrl_c
 from dist_vasp.versions import __version__
 
 _REINSTALL = "install what is missing: pip install --force-reinstall dist-vasp"
@@ -59,6 +59,7 @@ def parser_of(name: str) -> str:
 
 def main() -> NoReturn:
     """Run the command that sys.argv names, and exit with its status."""
+    end_on_ctrl_c()
     name, arguments = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("--help", [])
     if name in ("-h", "--help"):
         guard()
@@ -77,6 +78,16 @@ def main() -> NoReturn:
         n_ranks = _take_ranks()
         if n_ranks > 1 and not {"-h", "--help", "--help-all"} & set(sys.argv):
             sys.exit(_start(name, n_ranks))
+    _run(name)
+
+
+def run_script(name: str) -> NoReturn:
+    """Run a command under a launcher, or by itself: launch/NAME.py."""
+    end_on_ctrl_c()
+    _run(name)
+
+
+def _run(name: str) -> NoReturn:
     try:
         command = importlib.import_module(f"dist_vasp.commands.{name}")
         ending = importlib.import_module("dist_vasp.commands.ending")
@@ -102,8 +113,10 @@ def _take_ranks() -> int:
 def _start(name: str, n_ranks: int) -> int:
     """Start the ranks, pass signals on to them, and return their exit status."""
     guard()
-    with LocalRanks([name, *sys.argv[1:]], n_ranks) as ranks:
+    with blocking_ctrl_c():
+        ranks = LocalRanks([name, *sys.argv[1:]], n_ranks)
         watch = SignalWatch(ranks.signal)
+    with ranks:
         try:
             status = ranks.wait()
         finally:

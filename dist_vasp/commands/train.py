@@ -9,12 +9,15 @@ from dist_vasp.command_line import add_ranks, program
 from dist_vasp.config.command_line import ConfigParser, make_parser, parse
 from dist_vasp.config.schema import Config
 from dist_vasp.model.registry import kind_of
+from dist_vasp.parallel.agree import any_rank
 from dist_vasp.parallel.start import init_ranks
 from dist_vasp.ranking.metrics import summary
+from dist_vasp.signals import INTERRUPTED
+from dist_vasp.training.stop import StopRequest
 from dist_vasp.training.train import dry_run, train
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     config, arguments = _parse(argv)
     parallel = config.parallel
     ranks = init_ranks(
@@ -28,9 +31,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         text = dry_run(config, ranks)
         if ranks.is_main:
             print(text)
-        return
-    result = train(config, ranks, arguments.init_from, arguments.allow_leak)
-    if ranks.is_main and result:
+        return 0
+    stop = StopRequest()
+    result = train(config, ranks, arguments.init_from, arguments.allow_leak, stop)
+    if result is None:  # saved, and said so
+        return INTERRUPTED if any_rank(stop.interrupted, ranks) else 0
+    if ranks.is_main:
         for split in ("validation", "test"):
             if result[split]:
                 print(f"{split}: {summary(result[split], config.run.told_metrics)}")
@@ -38,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"{config.run.dir}/result.json: {result['seconds_training']:.1f} s of training, "
             f"checkpoint {result['checkpoint']}"
         )
+    return 0
 
 
 def parser() -> ConfigParser:

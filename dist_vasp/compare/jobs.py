@@ -40,6 +40,7 @@ class Jobs:
 
     def __init__(self) -> None:
         self._asked = 0
+        self.interrupted = False  # by Ctrl-C
 
     @contextmanager
     def stoppable(self) -> Iterator[None]:
@@ -51,6 +52,7 @@ class Jobs:
 
     def _stop(self, number: int) -> None:
         self._asked += 1
+        self.interrupted = self.interrupted or number == signal.SIGINT
 
     def run(self, arguments: Sequence[str], n_ranks: int, log: Path) -> Ended:
         """Run a command with its options to its end; append what it prints to `log`.

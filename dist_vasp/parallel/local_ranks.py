@@ -17,6 +17,8 @@ import time
 from collections.abc import Sequence
 from typing import BinaryIO
 
+from dist_vasp.signals import blocking_ctrl_c
+
 _POLL_S = 0.05
 _GRACE_S = 20.0  # ranks notice by themselves that another one is gone; then they are killed
 _LAUNCHED = (
@@ -52,21 +54,31 @@ class LocalRanks:
         self._processes: list[subprocess.Popen[bytes]] = []
         command = [sys.executable, "-P", "-m", "dist_vasp", *arguments]
         try:
-            for rank, environment in enumerate(_environments(n_ranks, threads)):
-                log = logs[rank] if logs else None
-                self._processes.append(
-                    subprocess.Popen(
-                        command,
-                        env=environment,
-                        stdin=subprocess.DEVNULL,
-                        stdout=log,
-                        stderr=log,
-                        start_new_session=True,
-                    )
-                )
+            with blocking_ctrl_c():
+                self._start(command, _environments(n_ranks, threads), logs)
         except BaseException:
             self.kill()
             raise
+
+    def _start(
+        self,
+        command: Sequence[str],
+        environments: Sequence[dict[str, str]],
+        logs: Sequence[BinaryIO] | None,
+    ) -> None:
+        """Start the ranks. A Ctrl-C waits in each until it can answer: see `end_on_ctrl_c`."""
+        for rank, environment in enumerate(environments):
+            log = logs[rank] if logs else None
+            self._processes.append(
+                subprocess.Popen(
+                    list(command),
+                    env=environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,
+                )
+            )
 
     @property
     def pids(self) -> list[int]:

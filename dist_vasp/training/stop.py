@@ -14,7 +14,7 @@ import time
 
 import psutil
 
-from dist_vasp.signals import SignalWatch
+from dist_vasp.signals import Repeats, SignalWatch
 
 _ORPHAN_CHECK_S = 1.0
 _ORPHAN_PATIENCE_S = 20.0
@@ -25,13 +25,15 @@ class StoppedError(Exception):
 
 
 class StopRequest:
-    """`requested` becomes True when this rank is asked to stop.
+    """`requested` becomes True when this rank is asked to stop, `interrupted` at a Ctrl-C.
 
     `close` restores the old signal handlers.
     """
 
     def __init__(self) -> None:
         self.requested = False
+        self.interrupted = False
+        self._repeats = Repeats()
         self._interrupts = 0
         self._closed = threading.Event()
         self._watch = SignalWatch(self._on_signal)
@@ -40,7 +42,10 @@ class StopRequest:
 
     def _on_signal(self, number: int) -> None:
         self.requested = True
-        self._interrupts += number == signal.SIGINT
+        if number != signal.SIGINT or self._repeats(number):
+            return
+        self.interrupted = True
+        self._interrupts += 1
         if self._interrupts > 1:
             os._exit(130)
 

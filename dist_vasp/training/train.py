@@ -23,17 +23,22 @@ from dist_vasp.training.tracking import services
 
 
 def train(
-    config: Config, ranks: Ranks, init_from: str | None = None, allow_leak: bool = False
+    config: Config,
+    ranks: Ranks,
+    init_from: str | None = None,
+    allow_leak: bool = False,
+    stop: StopRequest | None = None,
 ) -> dict[str, Any] | None:
     """Fit the model of `config`, resuming what is in `run.dir`, and write result.json.
 
+    `stop`: what asks for the end; by default signals do.
     `init_from`: a run whose weights a new run starts from, matched by original item ids; with
     `allow_leak` also where it was trained on users that are held out now. Returns
     what result.json holds, or None when a signal stopped the run: it is saved then, and the same
     call resumes it. Raises AgreedError for what a user can fix, DivergedError when the loss is no
     longer finite.
     """
-    with closing(StopRequest()) as stop:
+    with closing(stop or StopRequest()) as stop:
         setup = _check(config, ranks, init_from, allow_leak)
         run = _take_folder(config, ranks, setup, stop)
         fitted = _fit(run, setup)

@@ -29,6 +29,7 @@ import torch
 from safetensors.torch import load_file
 
 from dist_vasp.data.stream import StreamOptions, TrainStream
+from dist_vasp.signals import INTERRUPTED
 from dist_vasp.training.run_dir import RunDir
 from tests.support.forks import Forks
 from tests.support.jobs import Job, RunFolder, assert_same_run, environment, free_port
@@ -167,7 +168,8 @@ def test_a_signal_saves_and_stops_every_rank(shards, whole, forks, tmp_path, num
             job.signal_group(number)
         else:
             job.signal_rank(int(to[-1]), number)
-        assert ends(job, f"{number.name} to {to}", STOP_WITHIN_S) == [0, 0]
+        status = INTERRUPTED if number == signal.SIGINT else 0
+        assert ends(job, f"{number.name} to {to}", STOP_WITHIN_S) == [status, status]
         stopped = re.search(
             r"stopped on request after step (\d+) of 40, saved in (.*); the same command",
             job.output,

@@ -119,6 +119,7 @@ WITHIN_BASE = {
     "dist_vasp.files": {"dist_vasp.locks", "dist_vasp.places", "dist_vasp.temporary"},
     "dist_vasp.command_line": {"dist_vasp.help_text"},
     "dist_vasp.console": {"dist_vasp.text"},
+    "dist_vasp.parallel.local_ranks": {"dist_vasp.signals"},
     "dist_vasp.parallel.link": {"dist_vasp.parallel.secret", "dist_vasp.text"},
     "dist_vasp.parallel.liveness": {
         "dist_vasp.parallel.link",
