@@ -11,23 +11,12 @@ $(STAMP): setup.py constraints.txt
 	$(BIN)/pip install --quiet -c constraints.txt -e ".[dev]"
 	touch $(STAMP)
 
-# Draw a synthetic catalogue, shard it, train on two CPU ranks, evaluate, and print some lists.
+# A first run: draw a synthetic catalogue, fit EASE and VASP, compare them, print some lists.
 demo: $(STAMP)
-	rm -rf demo
-	$(MAKE) demo/shards/manifest.json
-	DS_ACCELERATOR=cpu $(BIN)/deepspeed --num_accelerators 2 launch/train.py --config configs/demo.yaml
-	$(BIN)/python launch/evaluate.py --device cpu --baseline popularity --shards demo/shards
-	$(BIN)/python launch/evaluate.py --device cpu --run demo/run
-	$(BIN)/python launch/recommend.py --device cpu --run demo/run \
-		--histories demo/interactions.parquet --k 10 --output demo/lists.csv --show 3
+	$(BIN)/dist-vasp demo
 
 demo/shards/manifest.json: | $(STAMP)
-	mkdir -p demo
-	$(BIN)/python -m data_tools.synthesize demo/interactions.parquet \
-		--users 3000 --items 800 --interactions 120000 --seed 1
-	$(BIN)/python -m data_tools.shard demo/interactions.parquet demo/shards \
-		--val_users 300 --test_users 600
-	$(BIN)/python -m data_tools.verify demo/shards
+	$(BIN)/dist-vasp demo
 
 # Compare models on the demo's data: demo/compare/report.html.
 compare: $(STAMP) demo/shards/manifest.json

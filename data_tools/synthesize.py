@@ -79,6 +79,7 @@ class Tastes:
 
     cumulative: np.ndarray  # ((K+1)*I,) float64, ascending
     probability: np.ndarray  # (K+1, I) float32
+    first: np.ndarray  # (I,) int64: the taste that each item belongs to most
 
     @staticmethod
     def draw(items: int, rng: np.random.Generator) -> Tastes:
@@ -93,7 +94,9 @@ class Tastes:
         cumulative = np.cumsum(probability, 1)
         cumulative /= cumulative[:, -1:]
         return Tastes(
-            (cumulative + np.arange(N_TASTES + 1)[:, None]).ravel(), probability.astype(np.float32)
+            (cumulative + np.arange(N_TASTES + 1)[:, None]).ravel(),
+            probability.astype(np.float32),
+            first,
         )
 
     def sample(self, taste: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -157,12 +160,27 @@ def draw_block(
     return pairs // items, pairs % items
 
 
+@dataclass(frozen=True)
+class Catalogue:
+    """What is drawn before the interactions."""
+
+    counts: np.ndarray  # (users,) int64: interactions of each user
+    tastes: Tastes
+    user_ids: np.ndarray  # (users,) int64, from 1
+    item_ids: np.ndarray  # (I,) int64, from 1
+
+    @staticmethod
+    def draw(users: int, items: int, interactions: int, seed: int) -> Catalogue:
+        rng = np.random.default_rng([seed, 0])
+        counts = activity(users, items, interactions, rng)
+        tastes = Tastes.draw(items, rng)
+        return Catalogue(counts, tastes, rng.permutation(users) + 1, rng.permutation(items) + 1)
+
+
 def blocks(users: int, items: int, interactions: int, seed: int) -> Iterator[pa.RecordBatch]:
     """Yield the data set in blocks of users: columns `user` and `item`, ids from 1."""
-    rng = np.random.default_rng([seed, 0])
-    counts = activity(users, items, interactions, rng)
-    tastes = Tastes.draw(items, rng)
-    user_ids, item_ids = rng.permutation(users) + 1, rng.permutation(items) + 1
+    drawn = Catalogue.draw(users, items, interactions, seed)
+    counts, tastes, user_ids, item_ids = drawn.counts, drawn.tastes, drawn.user_ids, drawn.item_ids
     for block, start in enumerate(range(0, users, USERS_PER_BLOCK)):
         user, item = draw_block(
             counts[start : start + USERS_PER_BLOCK], tastes, np.random.default_rng([seed, 1, block])

@@ -43,6 +43,7 @@ _TOOLS = {
     "synthesize": "make interactions of a chosen size",
 }
 _ABOUT = {
+    "demo": "a first run from data to lists, in half a minute",
     "configs": "list the configurations of the package, or copy one",
     "completion": "print a script that completes commands in a shell",
 }

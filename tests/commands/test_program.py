@@ -59,7 +59,7 @@ def test_every_command_is_a_subcommand():
     listed = {line.split()[0] for line in out.splitlines() if line.startswith("  ")}
     scripts = {path.stem for path in (ROOT / "launch").glob("*.py")} - {"__init__"}
     assert status == 0
-    assert listed == scripts | {"shard", "verify", "synthesize", "configs", "completion"}
+    assert listed == scripts | {"shard", "verify", "synthesize", "configs", "completion", "demo"}
     for name in scripts:
         assert (ROOT / "dist_vasp" / "commands" / f"{name}.py").exists()
 

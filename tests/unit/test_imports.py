@@ -231,7 +231,7 @@ def allowed(importer: str, name: str) -> bool:
     if within(importer, "data_tools"):
         return name in SHARED_WITH_TOOLS or name in TABLES or within(name, "data_tools")
     if within(name, "data_tools"):
-        return False
+        return importer == "dist_vasp.commands.demo"
     if within(importer, "launch"):
         return within(name, "dist_vasp.commands")
     return level(name) == 0 or level(name) <= level(importer)
