@@ -37,7 +37,7 @@ SIZE = (3000, 800, 120_000)  # users, items, interactions
 _SEED = 1
 _LOG = "demo.log"
 _OURS = {"interactions.parquet", "titles.parquet", "shards", "ease", "run", "lists.csv"}
-_OURS |= {"per-user", "report.html", "compare", "model", _LOG}
+_OURS |= {"lists.skipped.csv", "per-user", "report.html", "compare", "model", _LOG}
 _SHOWN = 3  # users
 _LONGEST = 40  # items of a shown history
 
