@@ -2,8 +2,8 @@
 
 Each client sends one history a request and waits for the answer, on one connection. Prints users a
 second and the 50th and 99th percentile of the time of a request, for each number of clients. With
---reload PID it sends SIGHUP to the server's parent while clients ask, and says how many requests
-failed and which models answered.
+--parent PID, the server's parent, also the processor time of the server for a user. With --reload
+it sends SIGHUP to the parent while clients ask, and says which models answered.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import time
 from dataclasses import dataclass, field
 
 import numpy as np
+import psutil
 
 from dist_vasp import Recommender
 
@@ -67,7 +68,15 @@ def load(address: str, bodies: list[bytes], n_clients: int, seconds: float) -> l
     return clients
 
 
-def report(clients: list[Client], seconds: float) -> str:
+def cpu_seconds(parent: int | None) -> float:
+    """Return the processor time that the workers of a server have used; NaN without a parent."""
+    if parent is None:
+        return float("nan")
+    times = [worker.cpu_times() for worker in psutil.Process(parent).children()]
+    return sum(one.user + one.system for one in times)
+
+
+def report(clients: list[Client], seconds: float, cpu: float) -> str:
     """Return a row of the table."""
     taken = np.array([s for client in clients for s in client.seconds]) * 1e3
     if not len(taken):
@@ -75,7 +84,9 @@ def report(clients: list[Client], seconds: float) -> str:
     failed = sum(len(client.errors) for client in clients)
     p50, p99 = np.percentile(taken, [50, 99])
     rate = len(taken) / seconds
-    return f"{len(clients):7}  {rate:7.1f}  {p50:6.0f}  {p99:6.0f}  {len(taken):8}  {failed:6}"
+    each = cpu / len(taken) * 1e3
+    row = f"{len(clients):7}  {rate:7.1f}  {p50:6.0f}  {p99:6.0f}  {each:6.1f}"
+    return f"{row}  {len(taken):8}  {failed:6}"
 
 
 def histories(run: str, n: int, length: int) -> list[bytes]:
@@ -99,20 +110,25 @@ def main() -> None:
     parser.add_argument("--clients", default="1,8,32")
     parser.add_argument("--seconds", type=float, default=20)
     parser.add_argument("--length", type=int, default=100, help="items of a history")
-    parser.add_argument("--reload", type=int, metavar="PID", help="the server's parent")
+    parser.add_argument("--parent", type=int, metavar="PID", help="the server's parent")
+    parser.add_argument("--reload", action="store_true", help="send SIGHUP to the parent")
     arguments = parser.parse_args()
+    if arguments.reload and not arguments.parent:
+        parser.error("--reload needs --parent PID")
     bodies = histories(arguments.run, 512, arguments.length)
     load(arguments.address, bodies, 4, 2)  # warm
-    print("clients  users/s  p50 ms  p99 ms  requests  failed")
+    print("clients  users/s  p50 ms  p99 ms  cpu ms  requests  failed")
     failed = 0
     for n_clients in (int(text) for text in arguments.clients.split(",")):
         if arguments.reload:
             later = threading.Timer(
-                arguments.seconds / 4, os.kill, (arguments.reload, signal.SIGHUP)
+                arguments.seconds / 4, os.kill, (arguments.parent, signal.SIGHUP)
             )
             later.start()
+        before = cpu_seconds(arguments.parent)
         clients = load(arguments.address, bodies, n_clients, arguments.seconds)
-        print(report(clients, arguments.seconds), flush=True)
+        cpu = cpu_seconds(arguments.parent) - before
+        print(report(clients, arguments.seconds, cpu), flush=True)
         failed += sum(len(client.errors) for client in clients)
         if arguments.reload:
             print(f"models that answered: {sorted(set().union(*(c.models for c in clients)))}")
