@@ -31,7 +31,9 @@ def open_times(path: str, rule: PositiveRule | None, time_column: str | None) ->
     column = time_column or (rule and rule.time_column) or DEFAULT_COLUMN
     columns, _ = history_columns([path], Reading(), rule, {}, all_positive=True)
     columns = replace(columns, time=column, rating=None)
-    return open_table([path], columns, Reading())
+    table = open_table([path], columns, Reading())
+    table.match_columns()  # what is missing is told before lists are made
+    return table
 
 
 def times_of(table: Table, users: Iterable[str]) -> Times:

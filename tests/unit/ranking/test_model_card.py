@@ -81,6 +81,7 @@ def test_an_export_without_a_card_is_read_and_gets_one(run, tmp_path):
     assert "# Model card: vasp" in card and "Checkpoint: best-00000001." in card
 
 
+@pytest.mark.slow
 def test_an_ensemble_has_a_card_and_its_members_have_theirs(run, tmp_path):
     folder = tmp_path / "both"
     make_ensemble(["--members", str(run), str(run), "--weights", "1", "4", "--output", str(folder)])

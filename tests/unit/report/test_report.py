@@ -329,6 +329,7 @@ def test_metrics_that_a_run_has_asked_for(shards, tmp_path):
     assert "The best checkpoint by validation MAP@10" in text and EVIL not in page
 
 
+@pytest.mark.slow
 def test_an_ensemble_shows_its_members_and_says_what_is_not_known(run, shards, tmp_path):
     flvae = _write(tmp_path / "flvae", shards, "flvae")
     folder = tmp_path / "both"
