@@ -28,12 +28,19 @@ def grouped(value: Any, digits: int = 0) -> str:
 
 def signed(d: Estimate) -> str:
     """Return a difference with its sign and its standard error."""
-    return DASH if math.isnan(d.mean) else f"{d.mean:+.4f} {PLUS_MINUS} {d.se:.4f}"
+    return _with_error(f"{d.mean:+.4f}", d)
 
 
 def size(d: Estimate) -> str:
     """Return a difference without its sign, with its standard error."""
-    return DASH if math.isnan(d.mean) else f"{abs(d.mean):.4f} {PLUS_MINUS} {d.se:.4f}"
+    return _with_error(f"{abs(d.mean):.4f}", d)
+
+
+def _with_error(mean: str, d: Estimate) -> str:
+    """Return a mean with its error; without it where one user gives none, a dash where none do."""
+    if math.isnan(d.mean):
+        return DASH
+    return mean if math.isnan(d.se) else f"{mean} {PLUS_MINUS} {d.se:.4f}"
 
 
 def percent(share: float) -> str:
