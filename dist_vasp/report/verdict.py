@@ -120,6 +120,6 @@ def _commands(view: View) -> list[str]:
     folder, shards = str(view.run.folder), view.lists.measured.shards
     ease = f"{folder.rstrip('/')}-ease"
     train = ["dist-vasp", "train", "--model.kind", "ease", "--model.ease_lambda", "0"]
-    train += ["--data.shards", shards, "--run.dir", ease]
+    train += ["--shards", shards, "--run", ease]
     report = ["dist-vasp", "report", folder, ease, "--shards", shards]
     return [shlex.join(train), shlex.join(report)]

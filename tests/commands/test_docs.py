@@ -123,7 +123,7 @@ def prepared(tmp_path_factory) -> Path:
 
 _MADE = {
     "data/mine": r"(data_tools\.|dist-vasp )shard .*data/mine(?!.*--dry_run)",
-    "runs/mine": r"--run\.dir runs/mine(?!.*--dry_run)",
+    "runs/mine": r"train.* --run(\.dir)? runs/mine(?!.*--dry_run)",
     "model": r"--output model",
 }
 
