@@ -11,6 +11,7 @@ import copy
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,7 @@ def from_dict(raw: dict[str, Any]) -> Config:
     """The Config that `dataclasses.asdict` took apart; ValueError where it does not fit this
     version."""
     _refuse_text(raw)
-    parser = make_parser("config", "configuration")
+    parser = _parser_of_dicts()
     try:
         namespace = parser.parse_object(copy.deepcopy(raw))  # it writes into what it is given
         _require_sections(namespace)
@@ -130,6 +131,12 @@ def from_dict(raw: dict[str, Any]) -> Config:
     except Exception as error:
         raise ValueError(readable(str(error))) from None
     return check(Config(**{f.name: getattr(made, f.name) for f in fields(Config)}))
+
+
+@cache
+def _parser_of_dicts() -> ConfigParser:
+    """Making a parser takes as long as reading a configuration with it."""
+    return make_parser("config", "configuration")
 
 
 def _refuse_text(raw: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ import pyarrow as pa
 from dist_vasp.data.items import ItemTable
 from dist_vasp.ranking.histories import RowCounts
 from dist_vasp.ranking.recommend import list_table
+from dist_vasp.text import one_line
 
 Id = int | str
 
@@ -117,6 +118,17 @@ class Explanation:
         name = f"{self.item!r}" if self.title is None else f"{self.item!r}, {self.title!r}"
         return f"Explanation({name}, {score}, {len(self.reasons)} reasons)"
 
+    def __str__(self) -> str:
+        """Return lines for a person: the score and its parts, then what each past item adds."""
+        parts = {"p": self.p, "p_flvae": self.p_flvae, "p_nease": self.p_nease, "logit": self.logit}
+        told = ", ".join(f"{key} {part:.4g}" for key, part in parts.items() if part is not None)
+        lines = [f"{_named(self.item, self.title)}: {told}"]
+        for reason in self.reasons:
+            lines.append(f"  {reason.weight:+8.3f}  {_named(reason.item, reason.title)}")
+        if self.rest:
+            lines.append(f"  {self.rest:+8.3f}  all other items of the history")
+        return "\n".join(lines)
+
     def to_table(self) -> pa.Table:
         """One row per reason: item, title where the model's items have some, weight."""
         columns: dict[str, list[Any]] = {"item": [reason.item for reason in self.reasons]}
@@ -128,6 +140,10 @@ class Explanation:
     def to_pandas(self) -> Any:
         """`to_table` as a pandas.DataFrame; ValueError where pandas is not installed."""
         return _frame_of(self.to_table())
+
+
+def _named(item: Id, title: str | None) -> str:
+    return one_line(f"{item}" if title is None else f"{item} {title}")
 
 
 def _frame_of(table: pa.Table) -> Any:
