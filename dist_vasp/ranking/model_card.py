@@ -202,7 +202,7 @@ def _training(
         lines.append(f"- Software: Python {text(start.get('python', '?'))}, {told}.")
     else:
         lines.append(f"- Software: {UNKNOWN}.")
-    for label, key in (("Commit", "commit"), ("Command", "command"), ("Device", "device")):
+    for label, key in (("Commit", "commit"), ("Device", "device")):
         if start.get(key):
             lines.append(f"- {label}: {text(start[key])}.")
     return lines
@@ -235,7 +235,7 @@ def limits() -> list[str]:
         "## Limits",
         "",
         "- Only items of the vocabulary are recommended. New items need a new training.",
-        "- A user without a known item gets no list.",
+        "- A user without a known item gets no list of the model's own, at most the popular items.",
         "- The metrics are of held-out items of one data set and one split: they measure what users"
         " took, not what they would have liked. One run says nothing about other seeds.",
         "- Items that were shown often have more interactions; the model repeats that.",
