@@ -194,8 +194,8 @@ def _training(
     keys = [f"{name} {_setting(value)}" for name, value in _configuration(header.config)]
     lines = [f"- Configuration: {', '.join(keys)}.", f"- Checkpoint: {text(name)}."]
     if _is_number(result.get("seconds_training")):
-        epochs = _count(result.get("epochs"))
-        lines.append(f"- Time: {result['seconds_training']:,.0f} s of training, {epochs} epochs.")
+        epochs = f"{_count(result.get('epochs'))} epoch{'s' * (result.get('epochs') != 1)}"
+        lines.append(f"- Time: {result['seconds_training']:,.0f} s of training, {epochs}.")
     versions = start.get("versions")
     if isinstance(versions, dict):
         told = ", ".join(f"{text(k)} {text(v)}" for k, v in versions.items() if v is not None)
