@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import os
 import signal
 import socket
@@ -207,6 +208,8 @@ class Workers:
             signal.signal(number, lambda *_: self._stop())
         print(f"{self.model!r} on http://{self._address[0]}:{self._address[1]}, ", end="")
         print(f"{self._n_processes} processes, parent {os.getpid()}", flush=True)
+        gc.collect()
+        gc.freeze()  # a collection would otherwise write into pages that the workers share
         for _ in range(self._n_processes):
             self._start()
         while self._workers:
@@ -225,6 +228,7 @@ class Workers:
             signal.signal(number, signal.SIG_DFL if number != signal.SIGHUP else signal.SIG_IGN)
         # The parent has checked the files.
         app = make_app(self.model, lambda: Recommender.load(self.folder, verify=False))
+        del self.model  # so that a model that was replaced is unmapped
         serve(app, listen(*self._address))
         os._exit(0)
 
