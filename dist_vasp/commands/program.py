@@ -73,6 +73,8 @@ def main() -> NoReturn:
         guess = did_you_mean(name, COMMANDS)
         _end(f"{name} is not a command{guess}; `dist-vasp --help` lists them")
     sys.argv = [f"dist-vasp {name}", *arguments]
+    if name == "demo":  # short steps: threads that wait by spinning would slow each other down
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     if name in _TOOLS:
         sys.exit(importlib.import_module(f"data_tools.{name}").main())
     if name in _ON_RANKS and "WORLD_SIZE" not in os.environ:
