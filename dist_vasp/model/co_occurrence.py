@@ -18,6 +18,7 @@ import scipy.sparse
 from dist_vasp.data.rows import Rows
 
 _MOST_ENTRIES = 1 << 23  # of the rows of a group, unless it is a single row
+_PRODUCTS_OF_A_CALL = 1000  # they take as long as what is done once for each row
 
 
 class CoOccurrence:
@@ -41,7 +42,14 @@ class CoOccurrence:
         """Training users of each item."""
         self.diagonal_I = np.asarray(self._xT_IU.sum(axis=1)).reshape(-1).astype(np.float64)
         """The diagonal of G: the weights of each item's users."""
+        self._products_I = products_I
         self._entries_I = np.minimum(products_I, n_items)  # at most
+
+    def equal_work(self, start: int, stop: int, n: int) -> list[int]:
+        """n + 1 bounds that cut the items [start, stop) into ranges whose rows cost the same."""
+        done = np.cumsum(self._products_I[start:stop] + _PRODUCTS_OF_A_CALL)
+        ends = [done[-1] * (k + 1) / n for k in range(n - 1)] if len(done) else [0] * (n - 1)
+        return [start, *(start + int(np.searchsorted(done, end)) for end in ends), stop]
 
     def groups(self, start: int, stop: int) -> Iterator[tuple[int, scipy.sparse.csr_matrix]]:
         """(first item, rows (R, I) of G) of the items [start, stop), in order; the indices of a row

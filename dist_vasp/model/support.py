@@ -9,18 +9,20 @@ items, and that of K = I - 1 is the whole column.
 For one j the order is that of n_ij^2 / n_i, one division of whole numbers: equal cosines are equal
 in float64, and every layout finds the same support.
 
-Shapes: I items, J items of a range, K neighbours.
+Shapes: I items, J items of a range, n items of a part, K neighbours.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 
 import numpy as np
+import torch
 
 from dist_vasp.model.co_occurrence import CoOccurrence
+from dist_vasp.parallel.comm import Ranks, all_gather
 
-STRETCHES = 64  # of a rank's items; ranks agree between two of them whether to go on
+STRETCHES = 64  # of the items; ranks agree between two of them whether to go on
 
 
 def support_width(neighbours: int, n_items: int) -> int:
@@ -29,28 +31,38 @@ def support_width(neighbours: int, n_items: int) -> int:
 
 
 def choose_support(
-    counts: CoOccurrence,
-    start: int,
-    stop: int,
-    width: int,
-    tick: Callable[[int], None] = lambda done: None,
-) -> np.ndarray:
-    """The support of the items [start, stop): (J, K) int32 item rows, ascending.
+    counts: CoOccurrence, width: int, ranks: Ranks
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield (first item, supports (n, K)) of all items in STRETCHES parts; all ranks iterate.
 
-    counts: of unweighted users. `tick(items done)` is called STRETCHES times, on every rank as
-    often.
+    counts: of unweighted users. Every rank chooses for an equal part of the work, not for its own
+    items: the first items are popular, and their rows of G are the long ones.
     """
-    ids_JK = np.empty((stop - start, width), np.int32)
     for stretch in range(STRETCHES):
-        lo = start + stretch * (stop - start) // STRETCHES
-        hi = start + (stretch + 1) * (stop - start) // STRETCHES
-        for first, rows in counts.groups(lo, hi):
-            for k in range(rows.shape[0]):
-                of_row = slice(rows.indptr[k], rows.indptr[k + 1])
-                ids_JK[first - start + k] = _nearest(
-                    first + k, rows.indices[of_row], rows.data[of_row], counts, width
-                )
-        tick(hi - start)
+        lo, hi = (n * counts.n_items // STRETCHES for n in (stretch, stretch + 1))
+        bounds = counts.equal_work(lo, hi, ranks.world_size)
+        own_nK = supports_of(counts, bounds[ranks.rank], bounds[ranks.rank + 1], width)
+        yield lo, _joined(own_nK, bounds, ranks)
+
+
+def _joined(own_nK: np.ndarray, bounds: list[int], ranks: Ranks) -> np.ndarray:
+    """The supports of all ranks' items, in order."""
+    sizes = np.diff(bounds)
+    padded = torch.zeros((max(1, sizes.max()), own_nK.shape[1]), dtype=torch.int32)
+    padded[: len(own_nK)] = torch.from_numpy(own_nK)
+    gathered = all_gather(padded[None].to(ranks.device), ranks.world).cpu().numpy()
+    return np.concatenate([rows[:n] for rows, n in zip(gathered, sizes, strict=True)])
+
+
+def supports_of(counts: CoOccurrence, start: int, stop: int, width: int) -> np.ndarray:
+    """The support of the items [start, stop): (J, K) int32 item rows, ascending."""
+    ids_JK = np.empty((stop - start, width), np.int32)
+    for first, rows in counts.groups(start, stop):
+        for k in range(rows.shape[0]):
+            of_row = slice(rows.indptr[k], rows.indptr[k + 1])
+            ids_JK[first - start + k] = _nearest(
+                first + k, rows.indices[of_row], rows.data[of_row], counts, width
+            )
     return ids_JK
 
 

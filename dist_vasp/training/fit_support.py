@@ -1,7 +1,8 @@
 """The support of a sparse items x items path from the shards, and the closed form on it.
 
-model/support.py and model/closed_form_on_support.py have the equations. A rank chooses and solves
-the columns of its own items, and holds the interactions of all training users.
+model/support.py and model/closed_form_on_support.py have the equations. The ranks share the choice
+of all supports, and a rank solves the columns of its own items. Each holds the interactions of all
+training users.
 """
 
 from __future__ import annotations
@@ -47,12 +48,16 @@ class SupportFit:
     def choose(self, path: NeighbourMatrix) -> None:
         """Write the supports of this rank's items into `path`."""
         counts = self._counted(0.0)
-        for ids in path.ids:
-            title = f"choosing {path.width} inputs for each item"
-            with Progress(title, ids.hi - ids.lo, "item", show=self._ranks.is_main) as progress:
-                tick = self._tick(progress)
-                chosen = choose_support(counts, ids.lo, ids.hi, path.width, tick)
-            ids.tensor.copy_(torch.from_numpy(chosen))
+        title = f"choosing {path.width} inputs for each item"
+        with Progress(title, self._n_items, "item", show=self._ranks.is_main) as progress:
+            tick = self._tick(progress)
+            for first, ids_nK in choose_support(counts, path.width, self._ranks):
+                for own in path.ids:
+                    lo, hi = max(first, own.lo), min(first + len(ids_nK), own.hi)
+                    if lo < hi:
+                        some = torch.from_numpy(ids_nK[lo - first : hi - first])
+                        own.tensor[lo - own.lo : hi - own.lo] = some
+                tick(len(ids_nK))
 
     def solve(self, path: NeighbourMatrix, model: ModelConfig) -> None:
         """Write the closed form of the keys `model.ease_*` on the supports of `path` into it."""

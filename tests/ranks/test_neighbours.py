@@ -8,6 +8,7 @@ import tracemalloc
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ from dist_vasp.model.neighbours import NeighbourMatrix
 from dist_vasp.model.sinks import AddToGrad
 from dist_vasp.model.sparse_columns import gradient_of_weights, sparse_product, sum_of_pairs
 from dist_vasp.model.step import MicroBatch
-from dist_vasp.model.support import choose_support
+from dist_vasp.model.support import supports_of
 from dist_vasp.parallel.agree import AgreedError
 from dist_vasp.parallel.comm import Ranks
 from dist_vasp.ranking.evaluate import to_item_rows, top_items
@@ -89,14 +90,14 @@ def test_the_support_is_the_nearest_items_in_every_range(monkeypatch, width):
     counts = CoOccurrence(csr(users()), I)
     expected = expected_support(X, width)
     for start, stop in [(0, I), (0, 13), (13, 36), (36, I)]:
-        found = choose_support(counts, start, stop, width)
+        found = supports_of(counts, start, stop, width)
         np.testing.assert_array_equal(found, expected[start:stop])
 
 
 def test_equal_cosines_go_to_the_lower_row():
     """Items 1 to 4 have the same users, and item 5 has none."""
     counts = CoOccurrence(csr([[0, 1, 2, 3, 4], [1, 2, 3, 4]]), 6)
-    found = choose_support(counts, 0, 6, 2)
+    found = supports_of(counts, 0, 6, 2)
     assert found.tolist() == [[1, 2], [2, 3], [1, 3], [1, 2], [1, 2], [0, 1]]
 
 
@@ -118,6 +119,21 @@ def test_all_inputs_give_the_dense_closed_form(monkeypatch, keys):
     monkeypatch.setattr(closed_form_on_support, "items_of_a_pass", lambda *sizes: 10)
     found = solved(keys, expected_support(X, I - 1))
     np.testing.assert_allclose(found, oracle.weights(X, keys), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_equal_work_covers_all_items_and_is_even(n):
+    counts = CoOccurrence(csr(users()), I)
+    work = np.zeros(I)
+    for user in users():
+        work[user] += len(user)
+    work += co_occurrence._PRODUCTS_OF_A_CALL
+    for start, stop in [(0, I), (7, 7), (3, 20)]:
+        bounds = counts.equal_work(start, stop, n)
+        assert (bounds[0], bounds[-1], len(bounds)) == (start, stop, n + 1)
+        parts = [work[lo:hi].sum() for lo, hi in pairwise(bounds)]
+        assert sum(parts) == work[start:stop].sum()
+        assert max(parts) <= work[start:stop].sum() / n + 2 * work.max()
 
 
 def test_a_support_gives_the_ridge_regression_on_it():
@@ -156,10 +172,17 @@ def _fitted(ranks: Ranks, folder: Path) -> list[tuple[np.ndarray, np.ndarray]]:
     return found
 
 
-@pytest.mark.parametrize("world_size", [1, 3])
-def test_from_shards_with_every_key(tmp_path, world_size):
+@pytest.mark.parametrize(
+    ("world_size", "replicas"), [(1, 1), (3, 1), pytest.param(4, 2, marks=pytest.mark.slow)]
+)
+def test_from_shards_with_every_key(tmp_path, world_size, replicas):
     write_folder(tmp_path, users(), n_items=I)
-    by_rank = run_ranks(_fitted, world_size, tmp_path)
+    by_rank = run_ranks(_fitted, world_size, tmp_path, replicas=replicas)
+    for p, rank in enumerate(by_rank):
+        same = by_rank[p % (world_size // replicas)]
+        for found, expected in zip(rank, same, strict=True):
+            np.testing.assert_array_equal(found[0], expected[0])
+    by_rank = by_rank[: world_size // replicas]
     few, every = (np.concatenate([rank[case][0] for rank in by_rank]) for case in (0, 1))
     np.testing.assert_array_equal(few, expected_support(X, K))
     weights = np.concatenate([rank[1][1] for rank in by_rank])
