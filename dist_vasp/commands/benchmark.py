@@ -22,6 +22,7 @@ from dist_vasp.command_line import program
 from dist_vasp.config.command_line import ConfigParser, make_parser, parse
 from dist_vasp.config.schema import Config
 from dist_vasp.data.manifest import Manifest
+from dist_vasp.extras import require_library
 from dist_vasp.files import parents, replace_text, replacing_all, sole_writer
 from dist_vasp.measure.scaling import Job, Machine, plot, summarise, table
 from dist_vasp.measure.step import Measured, measure
@@ -106,6 +107,7 @@ def _parse(argv: Sequence[str] | None) -> tuple[Config, Any]:
 
 def _check(config: Config, arguments: Any) -> _Task:
     """Return what is measured; ValueError where an option does not fit."""
+    require_library("matplotlib", "scaling.png")
     world_sizes = _world_sizes(arguments.ranks)
     for option, low in (("steps", 1), ("rounds", 1), ("threads", 0), ("users_per_rank", 0)):
         if arguments[option] < low:

@@ -12,6 +12,7 @@ from dist_vasp import Recommender
 from dist_vasp.commands import demo
 
 
+@pytest.mark.slow  # .ci/run also runs `make demo`
 def test_a_small_demo(call, capsys, tmp_path, monkeypatch):
     """The figures of the table are those of the models, and the folder can be used."""
     monkeypatch.setattr(demo, "SIZE", (150, 60, 3000))
