@@ -26,13 +26,7 @@ def assert_alike(found: Any, expected: Any, where: str = "") -> None:
         assert found == expected, where
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        kind if kind in ("vasp", "ease") else pytest.param(kind, marks=pytest.mark.slow)
-        for kind in KINDS
-    ],
-)
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_run_of_format_1(kind, tmp_path):
     """Evaluate, recommend, serve, export, resume by a step, and start another run from it."""
     expected = json.loads((FIXTURES / kind / "expected.json").read_text())

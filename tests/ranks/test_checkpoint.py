@@ -154,7 +154,6 @@ def _save_and_read(ranks, mine, others, damaged):
     return found, str(error.value)
 
 
-@pytest.mark.slow
 def test_every_layout_reads_what_every_layout_wrote(tmp_path):
     one, two, three, two_by_two = paths = [
         tmp_path / name / "step-00000007" for name in ("1", "2", "3", "2x2")
