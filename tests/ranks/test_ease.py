@@ -18,6 +18,7 @@ import pytest
 import scipy.sparse
 import torch
 
+from dist_vasp.commands import train as command
 from dist_vasp.config.schema import Config, DataConfig, ModelConfig, RunConfig
 from dist_vasp.data.manifest import Manifest
 from dist_vasp.data.rows import concatenate_rows
@@ -33,7 +34,7 @@ from dist_vasp.plan.terms import Sizes
 from dist_vasp.ranking.evaluate import to_item_rows
 from dist_vasp.ranking.load import load_model
 from dist_vasp.training import candidates, fit_ease
-from dist_vasp.training import train as training
+from dist_vasp.training.stop import StopRequest
 from tests.oracles.rounding import bounded_scores, each_within, stored
 from tests.ranks.test_evaluate import full_ranking, metrics_of
 from tests.ranks.test_memory import Allocations
@@ -425,7 +426,7 @@ def test_a_search_that_was_cut_off_goes_on_behind_the_best(run, shards, tmp_path
     """Stopped within a later lambda; the same command then gives the same result."""
     from launch.train import main
 
-    class StopAfter(training.StopRequest):
+    class StopAfter(StopRequest):
         asked = 0
 
         @property
@@ -438,7 +439,7 @@ def test_a_search_that_was_cut_off_goes_on_behind_the_best(run, shards, tmp_path
 
     path = tmp_path / "cut"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "StopRequest", StopAfter)
+        patch.setattr(command, "StopRequest", StopAfter)
         assert call(main, *arguments(shards, path)) == 0
     assert "stopped on request" in capsys.readouterr().out
     assert not (path / "result.json").exists()

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from dist_vasp.commands import train as command
 from dist_vasp.config.command_line import from_dict
 from dist_vasp.ranking.load import load_model
 from dist_vasp.report.gather import read_run
-from dist_vasp.training import train as training
 from dist_vasp.training.candidates import GRID, read_tried, walks_of
+from dist_vasp.training.stop import StopRequest
 from tests.oracles import closed_form as oracle
 from tests.ranks.test_ease import arguments, figures, held_out, lines_of, train_matrix, write_shards
 from tests.support.invoke import succeeds
@@ -35,7 +36,7 @@ def shards(tmp_path_factory) -> Path:
     return write_shards(tmp_path_factory.mktemp("search") / "shards")
 
 
-class StopAfter(training.StopRequest):
+class StopAfter(StopRequest):
     """A stop is requested the 75th time that a rank looks: in a later combination."""
 
     asked = 0
@@ -90,7 +91,7 @@ def test_a_search_that_was_stopped_tries_no_setting_twice(shards, tmp_path, call
 
     call(main, *arguments(shards, tmp_path / "whole", *SEARCH))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "StopRequest", StopAfter)
+        patch.setattr(command, "StopRequest", StopAfter)
         assert call(main, *arguments(shards, tmp_path / "cut", *SEARCH)) == 0
     before = lines_of(tmp_path / "cut")
     assert 3 < len(before) < len(lines_of(tmp_path / "whole"))
