@@ -1,6 +1,6 @@
 # For CPUs:  docker build -t dist-vasp .
 # For CUDA:  docker build -t dist-vasp --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu130 .
-# Run:       docker run --rm --shm-size 2g -v "$PWD:/work" dist-vasp demo    (CUDA: --gpus all)
+# Run:       docker run --rm --shm-size 2g -v "$PWD:/data" dist-vasp demo    (CUDA: --gpus all)
 FROM python:3.11-slim
 
 # torch.compile builds C++ on a CPU; DeepSpeed and Triton build C on a GPU.
@@ -13,8 +13,8 @@ COPY constraints.txt ./
 RUN pip install --no-cache-dir --index-url "$TORCH_INDEX" --extra-index-url https://pypi.org/simple \
         -c constraints.txt torch
 COPY . .
-RUN pip install --no-cache-dir -c constraints.txt ".[$EXTRAS]" && rm -rf /source/*
+RUN pip install --no-cache-dir -c constraints.txt ".[$EXTRAS]" && cp -r examples / && rm -rf /source/*
 
-WORKDIR /work
+WORKDIR /data
 ENTRYPOINT ["dist-vasp"]
 CMD ["--help"]

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from dist_vasp.data.positives import PositiveRule
+from dist_vasp.extras import about_missing
 from dist_vasp.model.trunk import Trunk
 from dist_vasp.ranking.accepted import refuse_frame
 from dist_vasp.ranking.evaluate import to_item_rows
@@ -77,10 +78,8 @@ class Recommender:
         try:
             from dist_vasp.training.in_process import train_here
         except ImportError as missing:
-            raise ValueError(
-                f"training needs {missing.name}, which cannot be imported ({missing}); "
-                "pip install 'dist-vasp[train]'"
-            ) from None
+            how = about_missing(missing) or f"{missing}; install it with pip"
+            raise ValueError(f"training needs a library that cannot be imported: {how}") from None
         train_here(shards, config, run_dir)
         return Recommender.load(run_dir)
 

@@ -59,7 +59,9 @@ class Client:
 def load(address: str, bodies: list[bytes], n_clients: int, seconds: float) -> list[Client]:
     """Ask with this many clients at once."""
     until = time.perf_counter() + seconds
-    clients = [Client(address, bodies[c::n_clients], until) for c in range(n_clients)]
+    clients = [
+        Client(address, bodies[c % len(bodies) :: n_clients], until) for c in range(n_clients)
+    ]
     threads = [threading.Thread(target=client.run) for client in clients]
     for thread in threads:
         thread.start()

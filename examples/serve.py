@@ -26,9 +26,9 @@ import sys
 import threading
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import uvicorn
 from fastapi import FastAPI, HTTPException
@@ -38,10 +38,14 @@ from dist_vasp import Recommender
 
 Id = int | str
 USERS_PER_BATCH = 256
+FILTERED_TOGETHER = 1000  # a request that hides more items is ranked alone
+SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
 
 
 class Request(BaseModel):
-    histories: list[list[Id]] = Field(min_length=1, max_length=1000)
+    histories: list[Annotated[list[Id], Field(max_length=10_000)]] = Field(
+        min_length=1, max_length=1000
+    )
     k: int = Field(10, ge=1, le=1000)
     filter_items: list[Id] = Field(default=[], max_length=100_000)
     restrict_to: list[Id] | None = Field(None, max_length=100_000)
@@ -101,7 +105,8 @@ def answers(model: Recommender, requests: list[Request]) -> list[Answer | Except
     found: dict[int, Answer | Exception] = {}
     together: dict[tuple[str | None, int], list[int]] = {}
     for place, request in enumerate(requests):
-        alone = -1 if request.restrict_to is None else place
+        few = request.restrict_to is None and len(request.filter_items) <= FILTERED_TOGETHER
+        alone = -1 if few else place
         together.setdefault((request.empty, alone), []).append(place)
     for places in together.values():
         try:
@@ -117,7 +122,9 @@ def answers(model: Recommender, requests: list[Request]) -> list[Answer | Except
 def rank(model: Recommender, requests: list[Request]) -> list[Answer]:
     """Rank the users of all requests together; several requests have no `restrict_to`."""
     histories = [history for request in requests for history in request.histories]
-    hidden = [request.filter_items for request in requests for _ in request.histories]
+    hidden: list[Any] = requests[0].filter_items
+    if len(requests) > 1:  # for each history its own
+        hidden = [request.filter_items for request in requests for _ in request.histories]
     lists = model.recommend(
         histories,
         max(request.k for request in requests),
@@ -145,14 +152,20 @@ def make_app(model: Recommender, load: Callable[[], Recommender]) -> FastAPI:
     async def reload() -> None:
         try:
             batches.model = await asyncio.to_thread(load)
-        except ValueError as error:
+        except (ValueError, OSError, MemoryError) as error:
             print(f"process {os.getpid()}: the old model stays: {error}", file=sys.stderr)
+
+    def start_reload() -> None:
+        task = asyncio.get_running_loop().create_task(reload())
+        running.add(task)
+        task.add_done_callback(running.discard)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         loop = asyncio.get_running_loop()
         if threading.current_thread() is threading.main_thread():  # not so in a test
-            loop.add_signal_handler(signal.SIGHUP, lambda: running.add(loop.create_task(reload())))
+            loop.add_signal_handler(signal.SIGHUP, start_reload)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})  # blocked since the fork
         task = loop.create_task(batches.run())
         yield
         task.cancel()
@@ -178,9 +191,17 @@ def make_app(model: Recommender, load: Callable[[], Recommender]) -> FastAPI:
 def listen(host: str, port: int) -> socket.socket:
     """Return a socket on the port; several processes may each have one."""
     listening = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     listening.bind((host, port))
     return listening
+
+
+def check_free(host: str, port: int) -> None:
+    """Raise OSError where another server listens on the port: SO_REUSEPORT would let both."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind((host, port))
 
 
 def serve(app: FastAPI, listening: socket.socket) -> None:
@@ -195,6 +216,7 @@ class Workers:
     def __init__(self, folder: str, n_processes: int, host: str, port: int) -> None:
         self.folder = folder
         self.model = Recommender.load(folder)
+        check_free(host, port)
         # Bound and not listened on: it keeps the port, and `--port 0` gives one to all workers.
         self._reserved = listen(host, port)
         self._address = self._reserved.getsockname()[:2]
@@ -217,15 +239,23 @@ class Workers:
             self._workers.discard(worker)
             if not self._stopping:
                 print(f"process {worker} ended with status {status}; starting another")
-                self._start()
+            self._start()
 
     def _start(self) -> None:
-        worker = os.fork()
-        if worker:
+        """Start a worker, unless the server stops; no signal is handled before it is entered."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        if not self._stopping:
+            worker = os.fork()
+            if not worker:
+                self._become_worker()
             self._workers.add(worker)
-            return
-        for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.SIG_DFL if number != signal.SIGHUP else signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+    def _become_worker(self) -> None:
+        """Answer until SIGTERM. SIGHUP waits until the application handles it."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGINT})
         # The parent has checked the files.
         app = make_app(self.model, lambda: Recommender.load(self.folder, verify=False))
         del self.model  # so that a model that was replaced is unmapped
@@ -235,7 +265,7 @@ class Workers:
     def _reload(self) -> None:
         try:
             self.model = Recommender.load(self.folder)
-        except ValueError as error:
+        except (ValueError, OSError, MemoryError) as error:
             print(f"the old model stays: {error}", file=sys.stderr, flush=True)
             return
         print(f"now {self.model!r}, model {self.model.model_sha256[:12]}", flush=True)
@@ -247,7 +277,8 @@ class Workers:
 
     def _signal(self, number: int) -> None:
         for worker in self._workers:
-            os.kill(worker, number)
+            with suppress(ProcessLookupError):  # it has ended, and is about to be noticed
+                os.kill(worker, number)
 
 
 def main() -> None:

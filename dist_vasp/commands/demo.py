@@ -132,12 +132,14 @@ def _clear(folder: Path) -> None:
     others = (
         {path.name for path in folder.iterdir()} - set(_OURS) if folder.is_dir() else {"itself"}
     )
-    if others or not ((folder / _LOG).is_file() or not any(folder.iterdir())):
+    if not others and any(folder.iterdir()) and not (folder / _LOG).is_file():
+        others = {path.name for path in folder.iterdir()}  # of an earlier version, or of a user
+    if others:
         raise ValueError(
             f"--output {folder} holds something else than a demo ({', '.join(sorted(others)[:3])})"
-            "; choose another folder"
+            "; remove it, or choose another folder"
         )
-    for path in folder.iterdir():
+    for path in sorted(folder.iterdir(), key=lambda path: path.name == _LOG):  # the log last
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
@@ -166,10 +168,12 @@ def _stages() -> Iterator[Callable[[str], None]]:
             terminal.write(f"\r{text + ' ...':<60}")
             terminal.flush()
 
-    yield say
-    if terminal is not None:
-        terminal.write(f"\r{'':<60}\r")
-        terminal.flush()
+    try:
+        yield say
+    finally:
+        if terminal is not None:
+            terminal.write(f"\r{'':<60}\r")
+            terminal.flush()
 
 
 def _table(models: list[Scores]) -> list[str]:

@@ -107,11 +107,13 @@ def _lines(model: Recommender, user: _User, arguments: argparse.Namespace) -> li
     if arguments.item is not None:
         items = [_id(model, arguments.item)]
     else:
-        ids, _ = model.recommend([user.likes], k=arguments.k, filter_items=user.seen)
-        items = list(ids[0])
+        lists = model.recommend([user.likes], k=arguments.k, filter_items=[user.seen])
+        items = lists.ids[0][lists.rows[0] >= 0].tolist()
     past = ", ".join(_name(model, item) for item in user.likes[:10])
     more = f" and {len(user.likes) - 10} more" if len(user.likes) > 10 else ""
     lines = [f"{user.name} likes {past}{more}"]
+    if not items:
+        lines.append("  there is no item left to recommend")
     for place, item in enumerate(items):
         why = model.explain(user.likes, item, n=arguments.reasons)
         lines.append(f"  {place + 1}. {_name(model, item)}: {in_words(why)}")

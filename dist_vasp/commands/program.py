@@ -19,7 +19,7 @@ from dist_vasp.parallel.local_ranks import LocalRanks
 from dist_vasp.signals import SignalWatch, blocking_ctrl_c, end_on_ctrl_c
 from dist_vasp.versions import __version__
 
-_REINSTALL = "install what is missing: pip install --force-reinstall dist-vasp"
+_REINSTALL = "install what is missing: pip install . in a clone of the project"
 _ON_RANKS = {
     "train": "train a model, or resume its training",
     "evaluate": "compute the metrics of a run or a baseline",
@@ -77,9 +77,15 @@ def main() -> NoReturn:
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     if name in _TOOLS:
         sys.exit(importlib.import_module(f"data_tools.{name}").main())
-    if name in _ON_RANKS and "WORLD_SIZE" not in os.environ:
-        n_ranks = _take_ranks()
-        if n_ranks > 1 and not {"-h", "--help", "--help-all"} & set(sys.argv):
+    if name in _ON_RANKS:
+        n_ranks, launched = _take_ranks(), os.environ.get("WORLD_SIZE")
+        if n_ranks and launched not in (None, str(n_ranks)):
+            _end(
+                f"--ranks is {n_ranks}, but a launcher has set WORLD_SIZE={launched}; leave out "
+                "--ranks, or unset WORLD_SIZE"
+            )
+        asks_for_help = {"-h", "--help", "--help-all"} & set(sys.argv)
+        if n_ranks and n_ranks > 1 and launched is None and not asks_for_help:
             sys.exit(_start(name, n_ranks))
     _run(name)
 
@@ -100,10 +106,10 @@ def _run(name: str) -> NoReturn:
     run(command.main)
 
 
-def _take_ranks() -> int:
-    """Remove --ranks N from sys.argv and return N."""
+def _take_ranks() -> int | None:
+    """Remove --ranks N from sys.argv and return N; None where it is not there."""
     parser = Parser(prog=sys.argv[0], add_help=False)
-    parser.add_argument("--ranks", type=at_least(1), default=1)
+    parser.add_argument("--ranks", type=at_least(1))
     debug = ["--debug"] if "--debug" in sys.argv else []
     try:
         found, rest = parser.parse_known_args(sys.argv[1:])

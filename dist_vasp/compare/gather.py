@@ -61,7 +61,7 @@ def gather(
     }
     if comparison.reference not in scores:
         raise ValueError(
-            f"no report: the reference {comparison.reference} has no finished run; mend it and "
+            f"no report: the reference {comparison.reference} has no finished run; fix it and "
             "start the same command"
         )
     reference = scores[comparison.reference]

@@ -45,7 +45,7 @@ def table(findings: list[Finding]) -> str:
     verdict = f"{_count(n_errors, 'error')}, {_count(n_warnings, 'warning')}"
     lines.append(
         f"{verdict}: "
-        + ("mend the errors before a job is submitted" if n_errors else "a job can be submitted")
+        + ("fix the errors before a job is submitted" if n_errors else "a job can be submitted")
     )
     return "\n".join(lines)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from dist_vasp.compare.statistics import PRIMARY, Estimate, Scores, paired
-from dist_vasp.report.measured import POPULARITY
+from dist_vasp.report.measured import POPULARITY, Measured
 from dist_vasp.report.view import View
 
 _NO_LISTS = "no lists were made (--users 0)."
@@ -78,9 +78,9 @@ def judge(views: Sequence[View]) -> Verdict:
     first = known[0].lists.measured if known else None
     if first is None:
         return Verdict(missing=missing)
-    same = [view for view in known if np.array_equal(_scores(view).keys, first.model.keys)]
+    same = [view for view in known if _is_same_data(view, first)]
     missing += [
-        f"{view.run.name} is not compared: its lists are of other users than those of "
+        f"{view.run.name} is not compared: its users or their held-out items are not those of "
         f"{known[0].run.name}; --shards names one folder for all."
         for view in known
         if view not in same
@@ -92,6 +92,16 @@ def judge(views: Sequence[View]) -> Verdict:
     commands = [] if ease else _commands(same[0])
     name = ease.run.name if ease else ""
     return Verdict(judged, first.split, value.n, first.n_split, name, missing, commands)
+
+
+def _is_same_data(view: View, first: Measured) -> bool:
+    """Whether a run was measured on the users of `first`; popularity tells their held-out items."""
+    measured = view.lists.measured
+    assert measured is not None
+    ours, theirs = (of.popularity.values[PRIMARY] for of in (measured, first))
+    return np.array_equal(measured.model.keys, first.model.keys) and np.array_equal(
+        ours, theirs, equal_nan=True
+    )
 
 
 def _judged(view: View, best: View, ease: View | None) -> Judged:

@@ -58,6 +58,8 @@ def describe(ranks: Ranks) -> dict[str, Any]:
 def command() -> str:
     """Return the command that started this process, without what a launcher adds."""
     program = Path(sys.argv[0])
+    if program.stem == "ipykernel_launcher":  # its arguments name a file of the user's
+        return "a notebook"
     name = "/".join(program.parts[-2:]) if program.suffix == ".py" else program.name
     typed = [word for word in sys.argv[1:] if not word.startswith("--local_rank=")]
     return f"{name} {shlex.join(typed)}".strip()

@@ -36,3 +36,22 @@ def test_one_user_and_one_item(call, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 and lines[0].startswith("user 1 likes ")
     assert lines[1].startswith(f"  1. {item}: score ")
+
+
+def test_a_list_that_is_shorter_than_k(call, capsys):
+    """Places without an item are not explained; a user who has seen everything has no list."""
+    run = FIXTURES / "vasp" / "run"
+    ids = Recommender.load(run).items.ids.to_pylist()
+    call(explain.main, "--run", run, "--k", len(ids), "--history", *ids[:3])
+    assert len(capsys.readouterr().out.splitlines()) == 1 + len(ids) - 3
+
+
+def test_a_user_who_has_seen_everything(call, capsys, tmp_path):
+    run = FIXTURES / "vasp" / "run"
+    ids = Recommender.load(run).items.ids.to_pylist()
+    file = tmp_path / "histories.csv"
+    file.write_text("user,item\n" + "".join(f"0,{item}\n" for item in ids) + f"1,{ids[0]}\n")
+    call(explain.main, "--run", run, "--histories", file, "--k", 1)
+    first, second = capsys.readouterr().out.split("\n\n")
+    assert first.splitlines()[1] == "  there is no item left to recommend"
+    assert second.splitlines()[1].startswith("  1. ")

@@ -81,6 +81,16 @@ def test_a_wrong_command_line_is_one_line_and_status_2(line, message):
     assert err.startswith("error: ") and err.count("\n") == 1 and message in err
 
 
+def test_ranks_that_a_launcher_contradicts_are_refused():
+    words = ["python", "-m", "dist_vasp", "train", "--ranks", "4"]
+    done = run_words(words, ROOT, {"WORLD_SIZE": "1", "RANK": "0"})
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        "error: --ranks is 4, but a launcher has set WORLD_SIZE=1; leave out --ranks, or unset "
+        "WORLD_SIZE\n"
+    )
+
+
 def test_train_starts_its_ranks_and_only_rank_0_prints(shards, tmp_path):
     status, out, err = finish(*train(shards, tmp_path / "run", "[{epochs: 2, lr: 0.01}]"))
     assert (status, err) == (0, "")

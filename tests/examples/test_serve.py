@@ -103,6 +103,8 @@ def test_a_reload_under_load_drops_no_request(tmp_path):
         shutil.move(current, tmp_path / "old")
         shutil.move(following, current)
         before = _health(address)["model"]
+        second = _start(tmp_path / "old", address.rsplit(":")[1])
+        assert second.wait(60) == 2, "the port is taken"
         os.kill(server.pid, signal.SIGHUP)
         clients = load(address, bodies, 4, 6.0)
         assert before == old
@@ -118,8 +120,8 @@ def test_a_reload_under_load_drops_no_request(tmp_path):
         assert server.wait(30) == 0
 
 
-def _start(model: Path) -> subprocess.Popen:
-    command = [sys.executable, "examples/serve.py", str(model), "--processes", "2", "--port", "0"]
+def _start(model: Path, port: str = "0") -> subprocess.Popen:
+    command = [sys.executable, "examples/serve.py", str(model), "--processes", "2", "--port", port]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, bufsize=1

@@ -186,7 +186,7 @@ def test_the_verdict_of_a_table():
     )
     said = table([warning("a", "slow", "wait"), error("long", "broken", "mend")])
     assert "-> wait" in said and said.endswith(
-        "1 error, 1 warning: mend the errors before a job is submitted"
+        "1 error, 1 warning: fix the errors before a job is submitted"
     )
 
 

@@ -129,15 +129,22 @@ def test_a_run_alone_is_told_how_to_add_ease(views, runs, shards, tmp_path):  # 
     assert "not compared: no lists were made (--users 0)." in (tmp_path / "page.html").read_text()
 
 
-def test_lists_of_other_users_are_not_paired(views):
+@pytest.mark.parametrize("changed", ["users", "held-out items"])
+def test_lists_of_other_data_are_not_paired(views, changed):
     lists = views[1].lists
-    other = Scores("closed", (0,), lists.measured.model.keys + 1, lists.measured.model.values)
+    keys, values = lists.measured.model.keys, lists.measured.popularity.values
+    if changed == "users":
+        keys = keys + 1
+    else:
+        values = {name: found / 2 for name, found in values.items()}
+    other = Scores("closed", (0,), keys, values)
     measured = type(lists.measured)(
         other, other, lists.measured.thirds, "shards", "test", lists.measured.n_split
     )
     view = View(2, views[1].run, Lists(lists.popularity, measured))
     found = judge([views[0], view])
-    assert len(found.judged) == 1 and "its lists are of other users" in found.missing[0]
+    assert len(found.judged) == 1
+    assert "its users or their held-out items are not those of" in found.missing[0]
 
 
 def test_histories_in_order_of_time(runs, shards, tmp_path):  # noqa: F811
