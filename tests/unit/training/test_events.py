@@ -3,6 +3,7 @@ traceback of a thread."""
 
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -37,6 +38,7 @@ def test_events_after_the_step_resumed_from_are_dropped(tmp_path):
                 {"step": step, "epoch": 0, "loss": 10.0 * after + step, "note": "text is left out"},
             )
         events.close()
+        time.sleep(1.01)  # files are read by name: the second, and a counter that is not padded
     events = EventAccumulator(str(tmp_path))
     events.Reload()
     assert events.Tags()["scalars"] == ["train/loss"]
