@@ -97,14 +97,14 @@ def ensemble_card(
 def evaluation_of(folder: Path) -> dict[str, dict[str, Any]]:
     """Return what `evaluate --json` wrote into an ensemble's folder, or beside it, by split."""
     found: dict[str, dict[str, Any]] = {}
-    for path in evaluation_files(folder):
+    for path in _evaluation_files(folder):
         metrics = _object(path)
         if metrics and set(metrics) <= {"test", "validation"}:
             found |= {split: one for split, one in metrics.items() if isinstance(one, dict)}
     return found
 
 
-def evaluation_files(folder: Path) -> list[Path]:
+def _evaluation_files(folder: Path) -> list[Path]:
     """Return the files that may hold the evaluation of an ensemble."""
     beside = folder.resolve()
     return [*sorted(folder.glob("*.json")), beside.with_name(f"{beside.name}.test.json")]

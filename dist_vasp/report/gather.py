@@ -8,7 +8,7 @@ from typing import Any
 
 from dist_vasp.config.schema import RunConfig, SearchConfig
 from dist_vasp.model.registry import KINDS
-from dist_vasp.ranking.model_card import evaluation_files
+from dist_vasp.ranking.model_card import evaluation_of
 from dist_vasp.report.files import is_drawable, plain, read_config, read_file, read_lines
 
 MOST_RUNS = 6  # as many as there are colours that people tell apart
@@ -220,11 +220,7 @@ def _read_member(folder: Path, name: str, weight: float) -> Member:
 
 def _own_evaluation(folder: Path) -> tuple[dict[str, Any], list[str]]:
     """Return what `evaluate --json` wrote into the folder or beside it, and what is not known."""
-    result: dict[str, Any] = {}
-    for path in evaluation_files(folder):
-        found = read_file(path)
-        if isinstance(found, dict) and found and set(found) <= {"test", "validation"}:
-            result |= {split: one for split, one in found.items() if isinstance(one, dict)}
+    result = plain(evaluation_of(folder))
     if result:
         return result, []
     command = f"launch/evaluate.py --run {folder} --json {folder / 'evaluation.json'}"
