@@ -91,7 +91,9 @@ class Bench:
         command = ["-m", "benchmarks.step", "--config", config, "--shards", str(shards)]
         command += ["--against", against, "--device", self.device, "--json", str(found)]
         command += ["--steps", "3" if self.small else "30", *(TINY if self.small else ()), *more]
-        self.run(110, *command)
+        # a side that does not answer is left out, and ours is told all the same
+        command += ["--wait", str(75 * self.slower)]
+        self.run(200 if against else 80, *command)
         return json.loads(found.read_text())["sides"]
 
     # --- lines ------------------------------------------------------------------------------------

@@ -85,7 +85,8 @@ class PlainTrainer:
         torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
         self.config, self.n_items, self.device = config, n_items, device
         self.half = precision == "bf16"
-        self.model = PlainVASP(config, n_items).to(device)
+        with device:  # 617M weights take a minute of one core
+            self.model = PlainVASP(config, n_items)
         self._clear_diagonal()
         o = config.optimizer
         self.optimizer = torch.optim.NAdam(

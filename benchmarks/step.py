@@ -39,7 +39,6 @@ from dist_vasp.training.batches import make_stream
 
 SIDES = ("ours", "plain", "compiled")
 WARM_UP = 4
-READY_SECONDS, STEP_SECONDS = 300.0, 300.0
 
 
 def make_step(side: str, config: Config, n_items: int, ranks: Ranks) -> Callable[..., float]:
@@ -90,8 +89,8 @@ class Side:
     error: why it takes no more steps, "" while it does.
     """
 
-    def __init__(self, name: str, config: Config, threads: int, cache: str) -> None:
-        self.name, self.error = name, ""
+    def __init__(self, name: str, config: Config, threads: int, cache: str, wait: float) -> None:
+        self.name, self.error, self._wait = name, "", wait
         self.seconds: list[float] = []
         self.losses: list[float] = []
         self.peak = 0
@@ -105,14 +104,14 @@ class Side:
 
     def device(self) -> str:
         """Wait until it is built; the device's name, "" where it failed."""
-        return self._receive(READY_SECONDS) or ""
+        return self._receive() or ""
 
     def step(self, number: int) -> None:
         """Take a step, unless one has failed."""
         if self.error:
             return
         self._pipe.send(number)
-        found = self._receive(STEP_SECONDS)
+        found = self._receive()
         if found:
             seconds, loss, self.peak = found
             self.losses.append(loss)
@@ -127,12 +126,12 @@ class Side:
         if self._process.is_alive():
             self._process.terminate()
 
-    def _receive(self, seconds: float) -> Any:
+    def _receive(self) -> Any:
         """The next message; None, and a word in `error`, where there is none."""
         try:
-            if self._pipe.poll(seconds):
+            if self._pipe.poll(self._wait):
                 return self._pipe.recv()
-            self.error = f"no answer in {seconds:.0f} s"
+            self.error = f"no answer in {self._wait:.0f} s"
         except EOFError:
             self.error = "its process ended"
         return None
@@ -146,9 +145,11 @@ class Measured:
     sides: list[Side]
 
 
-def measure(config: Config, names: list[str], steps: int, threads: int, cache: str) -> Measured:
-    """Take steps in turn; ours must take all, another side may fail."""
-    sides = [Side(name, config, threads, cache) for name in names]
+def measure(
+    config: Config, names: list[str], steps: int, threads: int, cache: str, wait: float
+) -> Measured:
+    """Take steps in turn; ours must take all, another side may fail. wait: seconds, for an answer."""
+    sides = [Side(name, config, threads, cache, wait) for name in names]
     try:
         device = "".join([side.device() for side in sides][:1])
         for number in range(WARM_UP + steps):
@@ -225,6 +226,7 @@ def main() -> None:
     add("--steps", type=int, default=20)
     add("--precision", default="", help="fp32, tf32 or bf16; default: parallel.precision")
     add("--threads", type=int, default=0, help="of each side on a CPU; 0: all cores")
+    add("--wait", type=float, default=300, help="seconds that a side may build or take a step")
     add("--json", default="", metavar="FILE")
     a, rest = parser.parse_known_args()
     sides = ["ours", *(side for side in a.against.split(",") if side)]
@@ -242,7 +244,7 @@ def main() -> None:
             config = replace(config, parallel=parallel)
         if config.model.kind != "vasp" or config.loss.kind != "focal":
             parser.error("plain torch is VASP with the focal loss; pass a config of that")
-        result = summarise(config, measure(config, sides, a.steps, a.threads, cache))
+        result = summarise(config, measure(config, sides, a.steps, a.threads, cache, a.wait))
     print(table(result))
     if a.json:
         Path(a.json).write_text(json.dumps(result, indent=1) + "\n")
