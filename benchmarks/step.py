@@ -148,7 +148,7 @@ class Measured:
 def measure(
     config: Config, names: list[str], steps: int, threads: int, cache: str, wait: float
 ) -> Measured:
-    """Take steps in turn; ours must take all, another side may fail. wait: seconds, for an answer."""
+    """Take steps in turn; ours must take all, another side may fail. wait: seconds."""
     sides = [Side(name, config, threads, cache, wait) for name in names]
     try:
         device = "".join([side.device() for side in sides][:1])
