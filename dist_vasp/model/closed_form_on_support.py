@@ -39,6 +39,16 @@ def items_of_a_pass(n_interactions: int, width: int, word: int) -> int:
     return max(1, room // (word * width * (width + 1)))
 
 
+def passes(counts: CoOccurrence, width: int, keys: EaseKeys, ranks: Ranks) -> range:
+    """The first items of all passes, counted from a rank's first; as many on every rank."""
+    most = -(-counts.n_items // ranks.layout.partitions)
+    return range(0, most, items_of_a_pass(counts.n_interactions, width, _dtype(keys).itemsize))
+
+
+def _dtype(keys: EaseKeys) -> torch.dtype:
+    return {"fp32": torch.float32, "fp64": torch.float64}[keys.ease_dtype]
+
+
 @dataclass(frozen=True)
 class Ridge:
     """What the keys of the closed form add to G, and multiply its solution by.
@@ -70,62 +80,63 @@ def solve_on_support(
 ) -> None:
     """Write the B of the supports `ids_JK` of the items from `start` on into `weight_JK`.
 
-    Raises AgreedError on every rank where a system is singular in its precision. `tick(items done)`
-    is called after each pass, on every rank as often.
+    Raises AgreedError on every rank where a system is singular in its precision. `tick(stretches
+    of G done)` is called after each stretch of each pass, on every rank as often.
     """
-    dtype = {"fp32": torch.float32, "fp64": torch.float64}[keys.ease_dtype]
-    ridge = Ridge.of(counts, keys)
+    ridge, dtype = Ridge.of(counts, keys), _dtype(keys)
     n_own, K = ids_JK.shape
-    at_once = items_of_a_pass(counts.n_interactions, K, dtype.itemsize)
-    room_nKT = torch.empty((min(at_once, n_own), K, K + 1), dtype=dtype)
-    most = -(-counts.n_items // ranks.layout.partitions)  # ranks agree on the number of passes
-    for lo in range(0, most, at_once):
-        hi = min(lo + at_once, n_own)
+    firsts, done = passes(counts, K, keys, ranks), 0
+    room_nKT = torch.empty((min(firsts.step, n_own), K, K + 1), dtype=dtype)
+    for lo in firsts:
         with agreed(ranks):
-            ids_nK = ids_JK[lo:hi]
-            systems_nKT = room_nKT[: len(ids_nK)]
-            gather_systems(counts, ids_nK, start + lo, systems_nKT)
+            ids_nK = ids_JK[lo : lo + firsts.step]
+            systems = Systems(ids_nK, start + lo, counts.n_items, room_nKT[: len(ids_nK)])
+        for stretch in counts.stretches():
+            with agreed(ranks):
+                systems.gather(counts, *stretch)
+            tick(done := done + 1)
+        with agreed(ranks):
             together = max(1, _SOLVED_BYTES // (dtype.itemsize * K * K))
             for a in range(0, len(ids_nK), together):
                 some = slice(a, min(a + together, len(ids_nK)))
-                b_nK = _solve(
-                    systems_nKT[some], ids_nK[some], start + lo + a, counts, ridge, keys.ease_xi
-                )
+                b_nK = _solve(systems, some, counts, ridge, keys.ease_xi)
                 weight_JK[lo + some.start : lo + some.stop] = b_nK.to(weight_JK)
-        tick(hi)
 
 
-def gather_systems(
-    counts: CoOccurrence, ids_nK: np.ndarray, first_item: int, systems_nKT: Tensor
-) -> None:
-    """Write G_SS and, as the last column, G_Sj of n items from `first_item` on into (n, K, K + 1)
-    numbers."""
-    n, K = ids_nK.shape
-    rows = systems_nKT.numpy().reshape(n * K, K + 1)
-    own_n1 = np.arange(first_item, first_item + n, dtype=np.int64)[:, None]
-    targets_nT = np.concatenate([ids_nK.astype(np.int64), own_n1], axis=1)
-    order = np.argsort(ids_nK, axis=None, kind="stable")  # entries by their input item
-    bounds = np.searchsorted(ids_nK.reshape(-1)[order], np.arange(counts.n_items + 1))
-    of_item_I = np.zeros(counts.n_items, rows.dtype)
-    for first, block in counts.groups(0, counts.n_items):
-        for k in range(block.shape[0]):
-            entries = order[bounds[first + k] : bounds[first + k + 1]]
-            if len(entries):
-                of_row = slice(block.indptr[k], block.indptr[k + 1])
-                of_item_I[block.indices[of_row]] = block.data[of_row]
-                rows[entries] = of_item_I[targets_nT[entries // K]]
-                of_item_I[block.indices[of_row]] = 0
+class Systems:
+    """G_SS and, as the last column, G_Sj of n items: (n, K, K + 1) numbers that `gather` writes."""
+
+    def __init__(
+        self, ids_nK: np.ndarray, first_item: int, n_items: int, systems_nKT: Tensor
+    ) -> None:
+        n = len(ids_nK)
+        self.ids_nK, self.first_item, self.systems_nKT = ids_nK, first_item, systems_nKT
+        self._of_item_I = np.zeros(n_items, systems_nKT.numpy().dtype)
+        own_n1 = np.arange(first_item, first_item + n, dtype=np.int64)[:, None]
+        self._targets_nT = np.concatenate([ids_nK.astype(np.int64), own_n1], axis=1)
+        # the entries of all supports by their input item, and where those of an item begin
+        self._order = np.argsort(ids_nK, axis=None, kind="stable")
+        self._bounds = np.searchsorted(ids_nK.reshape(-1)[self._order], np.arange(n_items + 1))
+
+    def gather(self, counts: CoOccurrence, start: int, stop: int) -> None:
+        """Write what the rows [start, stop) of G hold."""
+        n, K = self.ids_nK.shape
+        rows = self.systems_nKT.numpy().reshape(n * K, K + 1)
+        of_item_I = self._of_item_I
+        for first, block in counts.groups(start, stop):
+            for k in range(block.shape[0]):
+                entries = self._order[self._bounds[first + k] : self._bounds[first + k + 1]]
+                if len(entries):
+                    of_row = slice(block.indptr[k], block.indptr[k + 1])
+                    of_item_I[block.indices[of_row]] = block.data[of_row]
+                    rows[entries] = of_item_I[self._targets_nT[entries // K]]
+                    of_item_I[block.indices[of_row]] = 0
 
 
-def _solve(
-    systems_nKT: Tensor,
-    ids_nK: np.ndarray,
-    first_item: int,
-    counts: CoOccurrence,
-    ridge: Ridge,
-    xi: float,
-) -> Tensor:
-    """B_Sj of some items: (n, K). ValueError where a system is not positive definite."""
+def _solve(systems: Systems, some: slice, counts: CoOccurrence, ridge: Ridge, xi: float) -> Tensor:
+    """B_Sj of some of the systems: (n, K). ValueError where one is not positive definite."""
+    ids_nK, systems_nKT = systems.ids_nK[some], systems.systems_nKT[some]
+    first_item = systems.first_item + some.start
     n, K = ids_nK.shape
     dtype = systems_nKT.dtype
     own = slice(first_item, first_item + n)

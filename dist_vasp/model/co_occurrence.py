@@ -11,12 +11,14 @@ Shapes: U users, I items, R rows of a group.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import numpy as np
 import scipy.sparse
 
 from dist_vasp.data.rows import Rows
 
+STRETCHES = 64  # of the items; ranks agree between two of them whether to go on
 _MOST_ENTRIES = 1 << 23  # of the rows of a group, unless it is a single row
 _PRODUCTS_OF_A_CALL = 1000  # they take as long as what is done once for each row
 
@@ -50,6 +52,10 @@ class CoOccurrence:
         done = np.cumsum(self._products_I[start:stop] + _PRODUCTS_OF_A_CALL)
         ends = [done[-1] * (k + 1) / n for k in range(n - 1)] if len(done) else [0] * (n - 1)
         return [start, *(start + int(np.searchsorted(done, end)) for end in ends), stop]
+
+    def stretches(self) -> Iterator[tuple[int, int]]:
+        """The items in STRETCHES ranges whose rows cost the same."""
+        return pairwise(self.equal_work(0, self.n_items, STRETCHES))
 
     def groups(self, start: int, stop: int) -> Iterator[tuple[int, scipy.sparse.csr_matrix]]:
         """(first item, rows (R, I) of G) of the items [start, stop), in order; the indices of a row

@@ -22,8 +22,6 @@ import torch
 from dist_vasp.model.co_occurrence import CoOccurrence
 from dist_vasp.parallel.comm import Ranks, all_gather
 
-STRETCHES = 64  # of the items; ranks agree between two of them whether to go on
-
 
 def support_width(neighbours: int, n_items: int) -> int:
     """The input items that each output item keeps: K, or all others where there are fewer."""
@@ -33,13 +31,12 @@ def support_width(neighbours: int, n_items: int) -> int:
 def choose_support(
     counts: CoOccurrence, width: int, ranks: Ranks
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield (first item, supports (n, K)) of all items in STRETCHES parts; all ranks iterate.
+    """Yield (first item, supports (n, K)) of each stretch of the items; all ranks iterate.
 
     counts: of unweighted users. Every rank chooses for an equal part of the work, not for its own
     items: the first items are popular, and their rows of G are the long ones.
     """
-    for stretch in range(STRETCHES):
-        lo, hi = (n * counts.n_items // STRETCHES for n in (stretch, stretch + 1))
+    for lo, hi in counts.stretches():
         bounds = counts.equal_work(lo, hi, ranks.world_size)
         own_nK = supports_of(counts, bounds[ranks.rank], bounds[ranks.rank + 1], width)
         yield lo, _joined(own_nK, bounds, ranks)

@@ -16,8 +16,8 @@ from dist_vasp.config.schema import Config, ModelConfig
 from dist_vasp.data.manifest import Manifest
 from dist_vasp.data.rows import Rows, indptr_of
 from dist_vasp.data.shard import read_shard
-from dist_vasp.model.closed_form_on_support import solve_on_support
-from dist_vasp.model.co_occurrence import CoOccurrence
+from dist_vasp.model.closed_form_on_support import passes, solve_on_support
+from dist_vasp.model.co_occurrence import STRETCHES, CoOccurrence
 from dist_vasp.model.neighbours import NeighbourMatrix
 from dist_vasp.model.support import choose_support
 from dist_vasp.parallel.agree import agreed
@@ -49,15 +49,16 @@ class SupportFit:
         """Write the supports of this rank's items into `path`."""
         counts = self._counted(0.0)
         title = f"choosing {path.width} inputs for each item"
-        with Progress(title, self._n_items, "item", show=self._ranks.is_main) as progress:
+        with Progress(title, STRETCHES, "part", show=self._ranks.is_main) as progress:
             tick = self._tick(progress)
-            for first, ids_nK in choose_support(counts, path.width, self._ranks):
+            chosen = choose_support(counts, path.width, self._ranks)
+            for done, (first, ids_nK) in enumerate(chosen, 1):
                 for own in path.ids:
                     lo, hi = max(first, own.lo), min(first + len(ids_nK), own.hi)
                     if lo < hi:
                         some = torch.from_numpy(ids_nK[lo - first : hi - first])
                         own.tensor[lo - own.lo : hi - own.lo] = some
-                tick(len(ids_nK))
+                tick(done)
 
     def solve(self, path: NeighbourMatrix, model: ModelConfig) -> None:
         """Write the closed form of the keys `model.ease_*` on the supports of `path` into it."""
@@ -65,7 +66,8 @@ class SupportFit:
         title = f"lambda {model.ease_lambda:g}, systems"
         for ids, weight in zip(path.ids, path.weights, strict=True):
             ids_JK, solved_JK = ids.tensor.cpu().numpy(), weight.tensor.cpu()
-            with Progress(title, len(ids_JK), "item", show=self._ranks.is_main) as progress:
+            parts = STRETCHES * len(passes(counts, path.width, model, self._ranks))
+            with Progress(title, parts, "part", show=self._ranks.is_main) as progress:
                 tick = self._tick(progress)
                 solve_on_support(counts, ids_JK, solved_JK, ids.lo, model, self._ranks, tick)
             weight.tensor.copy_(solved_JK)
