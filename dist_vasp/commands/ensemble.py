@@ -1,20 +1,25 @@
 """Combine several runs into one model, whose score is the product of theirs.
 
 Score = sum over members of weight * log p (of ease: weight * x B). The commands evaluate,
-recommend, export and report take the folder as --run.
+recommend, export and report take the folder as --run. With --fit the weights are those that predict
+the held-out items of validation users best.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from dist_vasp.command_line import Parser, program
 from dist_vasp.files import parents, replace_text, sole_writer
+from dist_vasp.parallel.start import init_ranks
 from dist_vasp.places import check_belongs_to_nothing
+from dist_vasp.progress import Progress
 from dist_vasp.ranking.ensemble import describe_ensemble, is_ensemble
-from dist_vasp.ranking.load import ENSEMBLE
+from dist_vasp.ranking.fit_weights import fit_on_validation
+from dist_vasp.ranking.load import ENSEMBLE, load_model, shards_of
 from dist_vasp.recognise import is_json
 
 
@@ -36,6 +41,17 @@ def parser() -> Parser:
         help="one for each member, in the same order; default: 1 each",
     )
     parser.add_argument(
+        "--fit",
+        action="store_true",
+        help="fit the weights on validation users; a member that adds nothing is left out",
+    )
+    parser.add_argument(
+        "--shards",
+        metavar="DIR",
+        help="data folder of --fit; default: that of the first member's training",
+    )
+    parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto")
+    parser.add_argument(
         "--output",
         required=True,
         metavar="DIR",
@@ -46,17 +62,44 @@ def parser() -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser().parse_args(argv)
-    folder, weights = Path(arguments.output), arguments.weights or [1.0] * len(arguments.members)
+    folder, runs = Path(arguments.output), list(arguments.members)
+    weights = arguments.weights or [1.0] * len(runs)
+    _check(arguments)
     _check_output(folder)
-    text = describe_ensemble(folder, arguments.members, weights)
+    text = describe_ensemble(folder, runs, weights)
+    if arguments.fit:
+        runs, weights = _fit(runs, arguments.shards, arguments.device)
+        text = describe_ensemble(folder, runs, weights)
     file = folder / ENSEMBLE
     with parents(file, "--output"), sole_writer(file, "--output"):
         _check_output(folder)  # another command may have written it until now
         replace_text(file, text, "choose another --output")
-    listed = ", ".join(
-        f"{weight:g} x {run}" for run, weight in zip(arguments.members, weights, strict=True)
-    )
+    listed = ", ".join(f"{weight:g} x {run}" for run, weight in zip(runs, weights, strict=True))
     print(f"{folder / ENSEMBLE}: {len(json.loads(text)['members'])} members, {listed}")
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """Raise ValueError for options that exclude each other."""
+    if arguments.fit and arguments.weights:
+        raise ValueError("--fit finds the weights, so --weights cannot be given, too; drop one")
+    if arguments.shards and not arguments.fit:
+        raise ValueError("--shards is the data of --fit; pass --fit, or leave --shards out")
+
+
+def _fit(runs: list[str], shards: str | None, device: str) -> tuple[list[str], list[float]]:
+    """The members that add something, and their weights."""
+    ranks = init_ranks(device=device)
+    if not shards:
+        shards, remark = shards_of(load_model(runs[0], None, ranks))
+        if remark:
+            print(remark)
+    with Progress("scoring validation users", len(runs), "member") as progress:
+        fitted = fit_on_validation(runs, shards, ranks, progress.update)
+    print(f"weights fitted on {fitted.n_users:,} of {fitted.all_users:,} validation users")
+    kept = [(run, w) for run, w in zip(runs, fitted.weights, strict=True) if w]
+    for run in (run for run, w in zip(runs, fitted.weights, strict=True) if not w):
+        print(f"left out, because its weight is 0: {run}")
+    return [run for run, _ in kept], [w for _, w in kept]
 
 
 def _check_output(folder: Path) -> None:

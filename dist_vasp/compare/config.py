@@ -24,7 +24,8 @@ class Model:
     config: Config | None  # None for a baseline and an ensemble
     source: str  # the file, `inline`, the baseline, or `ensemble`
     overrides: dict[str, Any]
-    members: tuple[tuple[str, float], ...] = ()  # of an ensemble: names of models and their weights
+    # of an ensemble: names of models and their weights, None where they are fitted on validation
+    members: tuple[tuple[str, float | None], ...] = ()
 
     @property
     def is_baseline(self) -> bool:
@@ -32,8 +33,16 @@ class Model:
         return self.config is None and not self.members
 
     @property
+    def is_fitted(self) -> bool:
+        """Whether it is an ensemble whose weights are fitted on validation users."""
+        return bool(self.members) and self.members[0][1] is None
+
+    @property
     def what(self) -> str:
         """Return the model in a few words."""
+        if self.is_fitted:
+            names = ", ".join(name for name, _ in self.members)
+            return f"product of {names}, weights fitted on validation"
         if self.members:
             return "product of " + ", ".join(
                 f"{name} ^ {weight:g}" for name, weight in self.members

@@ -14,7 +14,8 @@ models:
     baseline: popularity      in place of config: nothing is trained
   - name: both
     ensemble: {vasp: 1, ease: 4}  in place of config: models above it and their weights; its first
-                              run combines their first runs, and so on, or the only one there is
+                              run combines their first runs, and so on, or the only one there is;
+                              [vasp, ease] fits the weights of each run on validation users
 """
 
 from __future__ import annotations
@@ -191,24 +192,31 @@ def _trained(
 
 def _members(
     raw: Any, where: str, seeds: tuple[int, ...], above: Sequence[Model]
-) -> tuple[tuple[str, float], ...]:
-    """Return (model, weight) of each member: trained models above the ensemble.
+) -> tuple[tuple[str, float | None], ...]:
+    """Return (model, weight) of each member: trained models above the ensemble; weight None where
+    the weights are fitted.
 
     They have as many seeds as the ensemble, or one alone.
     """
     trained = {model.name: model.seeds for model in above if model.config}
-    if not isinstance(raw, dict) or not raw:
+    fitted = isinstance(raw, list)
+    if not isinstance(raw, dict | list) or not raw:
         raise ValueError(
-            f"{where} is {raw!r:.80}, expected models and their weights, "
-            "such as {vasp: 1, ease: 4}; set it"
+            f"{where} is {raw!r:.80}, expected models and their weights, such as "
+            "{vasp: 1, ease: 4}, or models alone, such as [vasp, ease]; set it"
         )
-    for name, weight in raw.items():
+    if fitted and not all(isinstance(name, str) for name in raw):
+        raise ValueError(f"{where} is {raw!r:.80}, expected names of models")
+    if fitted and len(set(raw)) < len(raw):
+        raise ValueError(f"{where} is {raw!r:.80}: a model is named twice; name it once")
+    weights: dict[str, Any] = dict.fromkeys(raw) if fitted else dict(raw)
+    for name, weight in weights.items():
         if name not in trained:
             raise ValueError(
                 f"{where}: {name!r:.80} is not a trained model above it; expected some of "
                 f"{', '.join(trained) or 'none'}"
             )
-        if (
+        if not fitted and (
             isinstance(weight, bool)
             or not isinstance(weight, int | float)
             or not 0 < weight < math.inf
@@ -222,7 +230,9 @@ def _members(
                 f"{where}: {name} has {len(trained[name])} seeds, the ensemble {len(seeds)}; give "
                 "both as many"
             )
-    return tuple((name, float(weight)) for name, weight in raw.items())
+    return tuple(
+        (name, None if weight is None else float(weight)) for name, weight in weights.items()
+    )
 
 
 def _with_overrides(sections: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:

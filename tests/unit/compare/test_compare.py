@@ -255,7 +255,15 @@ def and_ensemble(members: dict, **changes) -> dict:
         ),
         (
             entry(config=None, ensemble=["b"]),
-            r"\(a\)\.ensemble is \['b'\], expected models and their weights",
+            r"\(a\)\.ensemble: 'b' is not a trained model above it; expected some of none",
+        ),
+        (
+            entry(config=None, ensemble="b"),
+            r"\(a\)\.ensemble is 'b', expected models and their weights, such as",
+        ),
+        (
+            and_ensemble(["a", "a"]),
+            r"\(b\)\.ensemble is \['a', 'a'\]: a model is named twice",
         ),
         (
             entry(config=None, ensemble={"b": 1}, overrides={"run.keep": 1}),
@@ -358,6 +366,13 @@ def test_an_ensemble_goes_seed_by_seed_and_takes_the_only_run_of_a_closed_form(t
     assert ensembles[0].model.what == "product of a ^ 1, e ^ 4, o ^ 2"
 
 
+def test_an_ensemble_of_names_alone_is_fitted(tmp_path):
+    runs = read_comparison(written(tmp_path, **and_ensemble(["a"]))).runs(tmp_path)
+    assert runs[-1].model.is_fitted
+    assert runs[-1].model.what == "product of a, weights fitted on validation"
+    assert [run.stem for run in runs[-1].members] == ["a-seed1"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "path", sorted((ROOT / "configs").glob("compare*.yaml")), ids=lambda p: p.name
@@ -452,6 +467,7 @@ def test_a_whole_comparison(shards, tmp_path):
             "overrides": {"model.kind": "ease", "model.ease_lambda": 5},
         },
         {"name": "both", "ensemble": {"nease": 1, "ease": 2}},
+        {"name": "fitted", "ensemble": ["nease", "ease"]},
         {
             "name": "broken",
             "config": TINY,
@@ -466,21 +482,27 @@ def test_a_whole_comparison(shards, tmp_path):
 
     out = dry_run(tmp_path, output)
     assert not output.exists()
-    assert "7 runs of 5 models, 0 done, 7 to do; reference nease" in out
+    assert "9 runs of 6 models, 0 done, 9 to do; reference nease" in out
 
     # A failed run is named and the others go on.
     status, out, err = finish(tmp_path, output)
     assert status == 1, out + err
     assert err == "error: 1 run failed: broken-seed0\n"
-    assert re.search(r"\[5/7\] broken-seed0: FAILED with status 2: .*nowhere0", out)
-    assert re.search(r"\[6/7\] nease-seed1: done in \d+ s, test NDCG@100 0\.\d{4}", out)
+    assert re.search(r"\[6/9\] broken-seed0: FAILED with status 2: .*nowhere0", out)
+    assert re.search(r"\[7/9\] nease-seed1: done in \d+ s, test NDCG@100 0\.\d{4}", out)
 
     # The report tells what evaluate.py found.
     report, text = (
         json.loads((output / "report.json").read_text()),
         (output / "report.md").read_text(),
     )
-    assert [m["name"] for m in report["models"]] == ["popularity", "nease", "ease", "both"]
+    assert [m["name"] for m in report["models"]] == [
+        "popularity",
+        "nease",
+        "ease",
+        "both",
+        "fitted",
+    ]
     assert report["verdict"] in text and report["verdict"] in out
     assert "1 run failed" in text and "broken-seed0, status 2" in text
     page = (output / "report.html").read_text(encoding="ascii")
@@ -507,10 +529,10 @@ def test_a_whole_comparison(shards, tmp_path):
     assert nease["cost"]["users_per_second"] > 0 and nease["cost"]["parameters"] == N_ITEMS**2
     assert popularity["cost"]["seconds_training"] is None
     users = pq.read_table(output / "per_user.parquet")
-    assert users.column_names[:4] == ["model", "seed", "key", "id"] and len(users) == 6 * 30
+    assert users.column_names[:4] == ["model", "seed", "key", "id"] and len(users) == 8 * 30
 
     # An ensemble is evaluated, and costs what its members cost.
-    ease, both = report["models"][2:]
+    ease, both, fitted = report["models"][2:]
     assert both["cost"]["parameters"] == 2 * N_ITEMS**2 and both["cost"]["users_per_second"] is None
     assert both["cost"]["seconds_training"] == pytest.approx(
         sum(m["cost"]["seconds_training"] for m in (nease, ease))
@@ -526,6 +548,12 @@ def test_a_whole_comparison(shards, tmp_path):
         ("../ease-seed0", 2.0),
         ("../nease-seed1", 1.0),
     ]
+    assert fitted["what"] == "product of nease, ease, weights fitted on validation"
+    for seed in (0, 1):
+        header = json.loads((runs / f"fitted-seed{seed}" / "ensemble.json").read_text())
+        assert {m["run"] for m in header["members"]} <= {f"../nease-seed{seed}", "../ease-seed0"}
+        log = (runs / f"fitted-seed{seed}.log").read_text()
+        assert "validation users" in log
 
     # Metrics asked for by the file, or by a model, are those of every model.
     assert report["metrics_asked"] == ["hr@3", "gini@5", "mrr@4"]
