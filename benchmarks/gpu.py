@@ -93,7 +93,7 @@ class Bench:
         command += ["--steps", "3" if self.small else "30", *(TINY if self.small else ()), *more]
         # a side that does not answer is left out, and ours is told all the same
         command += ["--wait", str(75 * self.slower)]
-        self.run(200 if against else 80, *command)
+        self.run(200 if against else 110, *command)
         return json.loads(found.read_text())["sides"]
 
     # --- lines ------------------------------------------------------------------------------------

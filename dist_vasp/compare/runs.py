@@ -225,11 +225,12 @@ def _carry_out_one(
             return Failure(run, ended.status, _reason(run.file("log"), log_before))
     if run.members:
         members = ["--members", *(str(member.dir) for member in run.members)]
-        weights = ["--weights", *(str(weight) for _, weight in run.model.members)]
         if run.model.is_fitted:
             first = run.members[0].config
             assert first is not None
             weights = ["--fit", "--shards", comparison.shards, "--device", first.device]
+        else:
+            weights = ["--weights", *(str(weight) for _, weight in run.model.members)]
         combining = ["ensemble", *members, *weights, "--output", str(run.dir)]
         ended = jobs.run(combining, 1, run.file("log"))
         if ended.status:

@@ -62,13 +62,9 @@ def fit_on_validation(
             f"memory with {len(runs)} members of {n_items:,} items; expected {_LEAST_USERS} or "
             "more, so give --weights instead of --fit"
         )
-    blocks = [
-        block
-        for block in evaluation_blocks(
-            folder, "validation", USERS_PER_BLOCK, stop=n_users, manifest=manifest
-        )
-        if block.held_out.n_rows
-    ]
+    blocks = list(
+        evaluation_blocks(folder, "validation", USERS_PER_BLOCK, stop=n_users, manifest=manifest)
+    )
     scores_MUI = torch.empty((len(runs), n_users, n_items))
     for m, run in enumerate(runs):
         loaded = load_model(run, None, ranks)
@@ -139,18 +135,18 @@ def _of_block(
     scores_MBI: Tensor, held_BI: Tensor, seen_BI: Tensor, w_M: Tensor
 ) -> tuple[float, Tensor]:
     """The sum over the users of a block of -sum_i t log p, and its gradient for w."""
-    counts = held_BI.any(dim=1)
-    scores_MBI, held_BI, seen_BI = scores_MBI[:, counts].double(), held_BI[counts], seen_BI[counts]
+    scores_MBI, n_B1 = scores_MBI.double(), held_BI.sum(dim=1, keepdim=True)
     pool_BI = torch.einsum("m,mbi->bi", w_M, scores_MBI)
     log_p_BI = torch.log_softmax(pool_BI.masked_fill(seen_BI, -torch.inf), dim=1)
-    t_BI = held_BI / held_BI.sum(dim=1, keepdim=True).double()
+    t_BI = held_BI.double() / n_B1.clamp(min=1)
     total = -torch.where(held_BI, t_BI * log_p_BI, 0.0).sum()
-    return float(total), torch.einsum("bi,mbi->m", log_p_BI.exp() - t_BI, scores_MBI)
+    p_BI = torch.where(n_B1 > 0, log_p_BI.exp(), 0.0)  # a user without held-out items adds nothing
+    return float(total), torch.einsum("bi,mbi->m", p_BI - t_BI, scores_MBI)
 
 
 def _as_mask(rows: Rows, n_items: int) -> Tensor:
     """(U, I), True at the items of each user."""
     mask_UI = torch.zeros((rows.n_rows, n_items), dtype=torch.bool)
-    row_of = np.repeat(np.arange(rows.n_rows), rows.lengths)
-    mask_UI[torch.from_numpy(row_of), torch.from_numpy(rows.items).long()] = True
+    x = to_item_rows(rows, rows.n_rows, n_items, mask_UI.device)
+    mask_UI[x.positions(0, n_items)] = True
     return mask_UI
