@@ -55,8 +55,13 @@ def fit_on_validation(
     """
     manifest = Manifest.load(folder)
     all_users, n_items = manifest.splits["validation"].users, manifest.n_items
+    if not all_users:
+        raise ValueError(
+            f"{folder} has 0 validation users; prepare the data with some, or give --weights "
+            "instead of --fit"
+        )
     n_users = min(all_users, _ROOM // (4 * len(runs) * n_items))
-    if n_users < min(_LEAST_USERS, all_users) or not all_users:
+    if n_users < min(_LEAST_USERS, all_users):
         raise ValueError(
             f"{folder} has {all_users:,} validation users, and the scores of {n_users:,} fit "
             f"memory with {len(runs)} members of {n_items:,} items; expected {_LEAST_USERS} or "
