@@ -190,8 +190,8 @@ class Recommender:
         """(I, D) float32: a vector of each item, for an index of approximate search.
 
         Its inner product with `user_vectors` is the sum of the logits of the dense heads. Ranked by
-        it, multvae, recvae, autorec, and flvae with the multinomial loss have the lists of the
-        model. For a product of sigmoids (flvae, vasp) and models with an items x items path
+        it, multvae, recvae, autorec, puresvd, and flvae with the multinomial loss have the lists of
+        the model. For a product of sigmoids (flvae, vasp) and models with an items x items path
         (wide_deep) it gives candidates. ValueError for nease, ease and ensembles, which have no
         vectors.
         """

@@ -57,9 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     closed = kind_of(config.model.kind).closed_form
     if closed:
-        print(
-            "a step is the closed form for one lambda: Gram matrix and inverse, evaluation excluded"
-        )
+        print(f"a step is {closed.what}, evaluation excluded")
     print(describe(plan, 0 if closed else config.data.batch_size))
     print(_of_rates(rates, arguments.ranks))
     other = "numpy.linalg.inv in float64" if closed else "plain dense torch"

@@ -158,6 +158,7 @@ def _check_parallel(p: ParallelConfig, data: DataConfig) -> None:
 
 def _check_model(config: Config) -> None:
     loss, model, kind = config.loss, config.model, kind_of(config.model.kind)
+    computed = kind.closed_form is not None
     require_finite("loss.gamma", loss.gamma)
     require_finite("loss.kl_weight", loss.kl_weight)
     require_finite("loss.kl_anneal_steps", loss.kl_anneal_steps)
@@ -166,7 +167,7 @@ def _check_model(config: Config) -> None:
     config.optimizer.check_keys()
     kind.check(config)
     require(
-        not config.data.ratings or kind.closed_form or (kind.reads_ratings and not config.halves),
+        not config.data.ratings or computed or (kind.reads_ratings and not config.halves),
         "data.ratings",
         config.data.ratings,
         "false, unless model.kind is autorec and data.halves is not true",
@@ -174,14 +175,14 @@ def _check_model(config: Config) -> None:
     )
     optimizer = config.optimizer
     require(
-        kind.closed_form or not (optimizer.l2 and optimizer.clip_norm),
+        computed or not (optimizer.l2 and optimizer.clip_norm),
         "optimizer.l2",
         optimizer.l2,
         f"0 with optimizer.clip_norm {optimizer.clip_norm:g}",
         "leave one of the two out",
     )
     require(
-        kind.closed_form or loss.kind in kind.losses,
+        computed or loss.kind in kind.losses,
         "loss.kind",
         loss.kind,
         f"one of {', '.join(kind.losses)} for model.kind {kind.name}",
@@ -194,11 +195,20 @@ def _check_search(config: Config) -> None:
     for name, values in lists.items():
         key, kind = f"search.{name}", kind_of(config.model.kind)
         require(
-            kind.closed_form,
+            kind.closed_form is not None,
             key,
             values,
             f"[] with model.kind {kind.name}",
             "only closed forms are searched",
+        )
+        assert kind.closed_form is not None
+        searchable = [k for k in kind.closed_form.keys if hasattr(config.search, k)]
+        require(
+            name in searchable,
+            key,
+            values,
+            f"[] with model.kind {kind.name}",
+            f"search {', '.join(searchable)} instead",
         )
         require(len(set(values)) == len(values), key, values, "different values", "drop the others")
         for value in values:

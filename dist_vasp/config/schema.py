@@ -54,8 +54,9 @@ class ModelKind:
     kind: Literal[tuple(KINDS)] = "vasp"  # type: ignore[valid-type]
     """vasp multiplies flvae and nease, which also train alone; wide_deep adds their logits; multvae
     is a shallow variational autoencoder; recvae is one with a composite prior, whose encoder and
-    decoder are trained in turn; autorec is an autoencoder of one hidden layer; ease is the
-    closed form and uses neither loss nor optimizer."""
+    decoder are trained in turn; autorec is an autoencoder of one hidden layer; ease and
+    puresvd are closed forms, a matrix of items x items and a singular value decomposition, and use
+    neither loss nor optimizer."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,10 @@ class SearchConfig:
     """Values of model.ease_lambda, tried from large to small for each combination of the others
     until the validation metric has fallen twice in a row; empty with model.ease_lambda 0: 5120 to
     10, halved each time."""
+    svd_user_exponent: list[float] = field(default_factory=list)
+    """Values of model.svd_user_exponent."""
+    svd_item_exponent: list[float] = field(default_factory=list)
+    """Values of model.svd_item_exponent."""
 
 
 @dataclass(frozen=True)

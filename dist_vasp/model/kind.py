@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from dist_vasp.kernels.interface import Arithmetic
@@ -16,13 +17,27 @@ if TYPE_CHECKING:
     from dist_vasp.config.schema import Config, ModelConfig
 
 
+@dataclass(frozen=True)
+class ClosedForm:
+    """What is said of a kind that is computed instead of trained.
+
+    keys: those of `model` that decide the result. what: the computation, in a few words. walked:
+    the key whose values a search tries from large to small until validation gets worse; "" where
+    every combination is tried.
+    """
+
+    keys: tuple[str, ...]
+    what: str
+    walked: str = ""
+
+
 class Kind(ABC):
     """One value of `model.kind`.
 
     losses: the values of `loss.kind` that it takes; none matters to a closed form.
     halves: whether each user's items are split into halves that predict each other by default.
     reads_ratings: whether it can be trained on ratings (`data.ratings`).
-    closed_form: whether it is computed from the Gram matrix instead of trained in steps.
+    closed_form: how it is computed from the interactions; None where it is trained in steps.
     size_keys: keys of `model` that decide the shapes of its weights.
     """
 
@@ -30,7 +45,7 @@ class Kind(ABC):
     losses: ClassVar[tuple[str, ...]]
     halves: ClassVar[bool] = True
     reads_ratings: ClassVar[bool] = False
-    closed_form: ClassVar[bool] = False
+    closed_form: ClassVar[ClosedForm | None] = None
     size_keys: ClassVar[tuple[str, ...]] = ()
 
     def check(self, config: Config) -> None:

@@ -10,6 +10,7 @@ from dist_vasp.model.kinds.ease import Ease, EaseKeys
 from dist_vasp.model.kinds.flvae import Flvae, FlvaeKeys
 from dist_vasp.model.kinds.multvae import MultVae
 from dist_vasp.model.kinds.nease import Nease, NeaseKeys, NeaseRates
+from dist_vasp.model.kinds.puresvd import PureSvd, PureSvdKeys
 from dist_vasp.model.kinds.recvae import RecVae, RecVaeKeys
 from dist_vasp.model.kinds.vasp import Vasp
 from dist_vasp.model.kinds.wide_deep import WideDeep
@@ -23,6 +24,7 @@ _ALL: tuple[Kind, ...] = (
     AutoRec(),  # autoencoder of one hidden layer, squared error
     Nease(),  # one items x items layer, trained
     Ease(),  # one items x items layer, closed form
+    PureSvd(),  # truncated singular value decomposition
 )
 KINDS = {kind.name: kind for kind in _ALL}
 
@@ -39,7 +41,7 @@ class CheckedKeys:
 
 
 @dataclass(frozen=True)
-class ModelKeys(RecVaeKeys, AutoRecKeys, NeaseKeys, EaseKeys, FlvaeKeys):
+class ModelKeys(PureSvdKeys, RecVaeKeys, AutoRecKeys, NeaseKeys, EaseKeys, FlvaeKeys):
     """The keys of `model` that the kinds add."""
 
 

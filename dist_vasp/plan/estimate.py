@@ -16,6 +16,7 @@ from dist_vasp.plan.closed_form import closed_form_plan
 from dist_vasp.plan.on_support import support_plan, with_neighbours
 from dist_vasp.plan.rates import Rates
 from dist_vasp.plan.step import Step
+from dist_vasp.plan.svd import svd_plan
 from dist_vasp.plan.terms import CPU, FLOAT, PROCESS_BASE, Device, Plan, Sizes
 
 
@@ -29,9 +30,11 @@ def make_plan(
 ) -> Plan:
     """The estimate for one rank of a `replicas` x `partitions` world, without times where there are
     no rates."""
-    if kind_of(config.model.kind).closed_form and config.model.neighbours:
-        return support_plan(config, sizes, partitions, replicas, rates)
     if kind_of(config.model.kind).closed_form:
+        if config.model.neighbours:
+            return support_plan(config, sizes, partitions, replicas, rates)
+        if not has_items_x_items(config):
+            return svd_plan(config, sizes, partitions, replicas, rates, device)
         return closed_form_plan(config, sizes, partitions, replicas, rates, device)
     step = Step(config, sizes, partitions, replicas, device)
     traffic, arithmetic = step.traffic(), step.arithmetic()

@@ -111,10 +111,11 @@ def _evaluations(runs: Sequence[Run], name: str, title: str) -> Card | None:
     drawn = [Line(run.name, run.evaluated(name), i + 1, marks=True) for i, run in enumerate(runs)]
     text = "validation users; the band is one standard error"
     if all(run.closed_form for run in runs):
+        drawn = _as_levels(drawn, [run.has_lambda for run in runs])
         return _lines_card(
             title, text, drawn, lines(drawn, "lambda", short, log_x=True, title=title)
         )
-    drawn = _closed_form_across(runs, drawn)
+    drawn = _as_levels(drawn, [not run.closed_form for run in runs])
     return _lines_card(title, text, drawn, lines(drawn, "epochs", short, title=title))
 
 
@@ -143,18 +144,19 @@ def _lines_card(
     return Card(title, text, drawing, [Key(f"s{line.colour}", line.name) for line in named])
 
 
-def _closed_form_across(runs: Sequence[Run], drawn: Sequence[Line]) -> list[Line]:
-    """Replace the points of a closed form, which has no epochs, by the level of its best lambda.
+def _as_levels(drawn: Sequence[Line], on_axis: Sequence[bool]) -> list[Line]:
+    """Replace the points of a run without the x axis of the others (a closed form has no epochs,
+    and some have no lambda) by the level of its best one.
 
-    The level reaches from the first to the last epoch of the other runs.
+    The level reaches from the first to the last point of the others.
     """
-    pairs = list(zip(runs, drawn, strict=True))
-    xs = [p[0] for run, line in pairs if not run.closed_form for p in line.points]
+    pairs = list(zip(drawn, on_axis, strict=True))
+    xs = [point[0] for line, is_on_axis in pairs if is_on_axis for point in line.points]
     found = []
-    for run, line in pairs:
-        if run.closed_form and line.points and xs:
+    for line, is_on_axis in pairs:
+        if line.points and not is_on_axis:
             best = max(line.points, key=lambda p: p[1])
-            level = [(x, *best[1:]) for x in (min(xs), max(xs))]
+            level = [(x, *best[1:]) for x in (min(xs), max(xs))] if xs else []
             line = replace(line, points=level, dashed=True, marks=False)
         found.append(line)
     return found

@@ -12,7 +12,7 @@ from dist_vasp.ranking.model_card import evaluation_of
 from dist_vasp.report.files import is_drawable, plain, read_config, read_file, read_lines
 
 MOST_RUNS = 6  # as many as there are colours that people tell apart
-_EASE_KEYS = [key.name for key in fields(SearchConfig) if key.name != "ease_lambda"]
+_SEARCHED = [key.name for key in fields(SearchConfig) if key.name != "ease_lambda"]
 ENSEMBLE, EXPORT = "ensemble.json", "export.json"
 
 
@@ -37,7 +37,13 @@ class Run:
     def closed_form(self) -> bool:
         """Whether the model was computed in closed form instead of by steps."""
         kind = KINDS.get(str(self.at("model", "kind")))
-        return kind is not None and kind.closed_form
+        return kind is not None and kind.closed_form is not None
+
+    @property
+    def has_lambda(self) -> bool:
+        """Whether the model is a closed form that is computed for a lambda."""
+        kind = KINDS.get(str(self.at("model", "kind")))
+        return kind is not None and kind.closed_form is not None and bool(kind.closed_form.walked)
 
     @property
     def is_plain_ease(self) -> bool:
@@ -46,10 +52,10 @@ class Run:
         searched = search if isinstance(search, dict) else {}
         more = [
             self.at("model", "neighbours"),
-            *(self.at("model", key) for key in _EASE_KEYS),
-            *(searched.get(key) for key in _EASE_KEYS),
+            *(self.at("model", key) for key in _SEARCHED),
+            *(searched.get(key) for key in _SEARCHED),
         ]
-        return self.closed_form and not self.members and not any(more)
+        return self.has_lambda and not self.members and not any(more)
 
     @property
     def has_trunk(self) -> bool:
@@ -97,7 +103,7 @@ class Run:
     @property
     def searched(self) -> list[str]:
         """Return the keys, besides lambda, in which the settings of a closed form differ."""
-        return [k for k in _EASE_KEYS if len({str(line.get(k)) for line in self.evaluations}) > 1]
+        return [k for k in _SEARCHED if len({str(line.get(k)) for line in self.evaluations}) > 1]
 
     def settings(self, most: int = 20) -> list[dict[str, Any]]:
         """Return the evaluations of a closed form's settings, the best ones first."""

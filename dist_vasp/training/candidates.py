@@ -1,8 +1,9 @@
 """The settings of a closed form that a run tries on validation: a grid, walked by lambda.
 
 The lists of the section `search` are combined, the last one fastest. For each combination, lambda
-goes from large to small until the validation metric has fallen twice in a row. A setting has its
-number in that order, so a run that stopped knows from metrics.jsonl which ones it has tried.
+goes from large to small until the validation metric has fallen twice in a row; a kind without
+lambda has one setting for each. A setting has its number in that order, so a run that stopped knows
+from metrics.jsonl which ones it has tried.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 from dist_vasp.bounded_json import parse_json
 from dist_vasp.config.schema import Config, ModelConfig, SearchConfig
+from dist_vasp.model.registry import kind_of
 
-GRID = tuple(10.0 * 2**k for k in range(9, -1, -1))  # 5120 to 10
+GRID = tuple(10.0 * 2**k for k in range(9, -1, -1))  # of lambda: 5120 to 10
 PATIENCE = 2  # lambdas in a row that may be worse than the best before a walk ends
 _LONGEST_LINE = 1 << 20  # of metrics.jsonl; a longer one is none of ours
 
@@ -26,32 +29,41 @@ class Candidate:
     step: int
     model: ModelConfig
     searched: tuple[str, ...]
-    """Names of the keys that the settings differ in, except ease_lambda."""
+    """Names of the keys that the settings differ in, except `walked`."""
+    walked: str = ""
+    """The key that goes from large to small; "" where there is none."""
 
     @property
     def values(self) -> dict[str, float]:
-        """The value of every searched key and of ease_lambda."""
-        return {name: getattr(self.model, name) for name in ("ease_lambda", *self.searched)}
+        """The value of every searched key and of the one that is walked."""
+        names = (self.walked, *self.searched) if self.walked else self.searched
+        return {name: getattr(self.model, name) for name in names}
 
     def __str__(self) -> str:
-        named = {name.removeprefix("ease_"): value for name, value in self.values.items()}
-        return ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in named.items())
+        named = [(name.split("_", 1)[1].replace("_", " "), v) for name, v in self.values.items()]
+        return ", ".join(f"{name} {value:g}" for name, value in named) or "the given setting"
 
 
 def walks_of(config: Config) -> list[list[Candidate]]:
     """Return the settings that may be tried, a list for each combination of keys but lambda."""
     model, search = config.model, config.search
+    closed_form = kind_of(model.kind).closed_form
+    walked = closed_form.walked if closed_form else ""
     lists = {key.name: getattr(search, key.name) for key in fields(SearchConfig)}
-    lambdas = lists.pop("ease_lambda") or ([model.ease_lambda] if model.ease_lambda else GRID)
+    steps: list[dict[str, Any]] = [{}]
+    if walked:
+        given = getattr(model, walked)
+        values = lists.pop(walked) or ([given] if given else GRID)
+        steps = [{walked: value} for value in sorted(values, reverse=True)]
     searched = tuple(name for name, values in lists.items() if values)
     walks: list[list[Candidate]] = []
     for combination in product(*(lists[name] for name in searched)):
         chosen = dict(zip(searched, combination, strict=True))
-        first = len(walks) * len(lambdas) + 1
+        first = len(walks) * len(steps) + 1
         walks.append(
             [
-                Candidate(first + k, replace(model, ease_lambda=value, **chosen), searched)
-                for k, value in enumerate(sorted(lambdas, reverse=True))
+                Candidate(first + k, replace(model, **step, **chosen), searched, walked)
+                for k, step in enumerate(steps)
             ]
         )
     return walks
@@ -67,11 +79,13 @@ def no_validation(config: Config) -> str:
     lists = asdict(config.search)
     which = next((f"search.{name}" for name, values in lists.items() if len(values) > 1), "")
     why = f"{which} is {lists[which[7:]]}" if which else "model.ease_lambda is 0"
+    actions = ["leave search out"] if which else []
+    if walks_of(config)[0][0].walked:
+        actions.append("set model.ease_lambda")
     return (
         f"{why}, so it is to be chosen on validation, but {config.data.shards} has no validation "
         "user with a target; "
-        f"{'leave search out, ' if which else ''}set model.ease_lambda, or prepare the data with "
-        "some"
+        f"{', '.join(actions)}, or prepare the data with some"
     )
 
 

@@ -17,7 +17,7 @@ from dist_vasp.parallel.comm import Ranks, all_gather_bytes
 from dist_vasp.plan.estimate import make_plan
 from dist_vasp.plan.terms import Device, Sizes
 from dist_vasp.training.candidates import Tried, n_settings, no_validation, read_tried
-from dist_vasp.training.fit_closed_form import ClosedFormFit, must_match_of
+from dist_vasp.training.fit_closed_form import ClosedFormFit, must_match_of, opening
 from dist_vasp.training.floor import measure_rates
 from dist_vasp.training.run import Run
 from dist_vasp.training.state import check_same, newest_checkpoint
@@ -59,7 +59,8 @@ class ClosedFormSetup:
         n = n_settings(config)
         settings = "one setting" if n == 1 else f"each of at most {n} settings"
         return (
-            f"ease, {train.users:,} training users, {n_items:,} items, {config.model.ease_dtype}\n"
+            f"{opening(config, self.manifest, self._ranks)}"
+            f"{train.interactions:,} interactions\n"
             f"memory of a rank, {layout.partitions} partitions: "
             f"{plan.memory_total / 1e9:.2f} GB ({parts})\n"
             f"time for {settings}, evaluation excluded: about {plan.step_seconds:,.0f} s "

@@ -1,5 +1,4 @@
-"""Fit in closed form: EASE and its relatives from the Gram matrix of the shards (`model.kind:
-ease`).
+"""Fit in closed form, from the shards: EASE and its relatives, and singular vectors.
 
 A step is one setting of candidates.py: the given one, or those that are searched for the best
 validation metric `run.best_by`. The matrix is kept once: the Gram matrix of the next setting is
@@ -12,21 +11,24 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import asdict, fields, replace
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 from dist_vasp.checkpoint import folder as folders
 from dist_vasp.checkpoint.header import Header, Position
 from dist_vasp.checkpoint.write import save
-from dist_vasp.config.schema import Config
+from dist_vasp.config.schema import Config, ModelConfig
 from dist_vasp.data.manifest import Manifest
-from dist_vasp.model.build import new_model
+from dist_vasp.model.build import make_trunk, new_model
 from dist_vasp.model.ease import sweep_columns
-from dist_vasp.model.kinds.ease import EaseKeys
 from dist_vasp.model.neighbours import NeighbourMatrix
 from dist_vasp.model.partitioned import PartitionedModel
 from dist_vasp.model.paths import ItemMatrix
+from dist_vasp.model.registry import kind_of
 from dist_vasp.parallel.agree import AgreedError
+from dist_vasp.parallel.comm import Ranks
 from dist_vasp.ranking.evaluate import model_scorer
 from dist_vasp.ranking.metrics import summary
 from dist_vasp.training.candidates import (
@@ -39,6 +41,7 @@ from dist_vasp.training.candidates import (
 )
 from dist_vasp.training.fit_ease import fit
 from dist_vasp.training.fit_support import SupportFit
+from dist_vasp.training.fit_svd import SvdFit
 from dist_vasp.training.run import Fitted, Past, Run
 from dist_vasp.training.state import facts_of_data
 from dist_vasp.training.stop import StoppedError
@@ -67,7 +70,8 @@ class ClosedFormFit:
         later = [one.seconds for step, one in tried.items() if step > best_step]
         self._seconds = seconds + sum(later)
         self._last_tried = max((best_step, *tried))
-        self._on_support: SupportFit | None = None  # of a matrix that keeps some inputs only
+        self._solve: Callable[[ModelConfig], None] | None = None  # made when it is first needed
+        self._trunk = make_trunk(run.config.model)
 
     def close(self) -> None:
         """Nothing is held between calls."""
@@ -83,12 +87,7 @@ class ClosedFormFit:
         )
 
     def opening(self) -> str:
-        manifest, layout, model = self.run.manifest, self.run.ranks.layout, self.run.config.model
-        inputs = f"{model.neighbours} inputs for each item, " if model.neighbours else ""
-        text = (
-            f"ease on {manifest.splits['train'].users:,} users and {manifest.n_items:,} items in "
-            f"{model.ease_dtype}, {layout.partitions} partitions: {inputs}"
-        )
+        text = opening(self.run.config, self.run.manifest, self.run.ranks)
         best = self.best
         if self._is_done and best:
             return (
@@ -98,12 +97,13 @@ class ClosedFormFit:
             )
         n_walks, first = len(self._walks), self._walks[0]
         if n_walks > 1:
-            text += f"{n_walks} combinations of {', '.join(first[0].searched)}, each with "
-        if len(first) == 1:
-            text += f"lambda {first[0].model.ease_lambda:g}"
-        else:
+            text += f"{n_walks} combinations of {', '.join(first[0].searched)}"
+            text += ", each with " if first[0].walked else ""
+        if len(first) > 1:
             largest = first[0].model.ease_lambda
             text += f"lambda by validation, at most {len(first)} from {largest:g} down"
+        elif first[0].walked:
+            text += f"lambda {first[0].model.ease_lambda:g}"
         last = self._last_tried
         return text + (f" (resumed after {self._candidate(last)})" if last else "")
 
@@ -125,7 +125,7 @@ class ClosedFormFit:
         best = self.best
         assert best is not None
         name = folders.step_path(self.run.checkpoints, best.position.step).name
-        facts = {**self._candidate(best.position.step).values, "ease_lambda": best.ease_lambda}
+        facts = self._candidate(best.position.step).values
         return Fitted(name, self._seconds, 1, self.stopped(), facts)
 
     def _search(self) -> None:
@@ -134,12 +134,6 @@ class ClosedFormFit:
         blocks = replace(run.config.parallel, block_columns=sweep_columns(run.ranks.device))
         config = replace(run.config, parallel=blocks)
         model = new_model(config, run.manifest.n_items, run.ranks)
-        (matrix,) = model.matrices
-        if isinstance(matrix, NeighbourMatrix):
-            start = time.monotonic()
-            self._on_support = SupportFit(config, run.manifest, run.ranks, run.interrupted)
-            self._on_support.choose(matrix)
-            self._seconds += time.monotonic() - start
         for walk in self._walks:
             self._walk(model, walk)
 
@@ -168,33 +162,18 @@ class ClosedFormFit:
 
     def _try(self, model: PartitionedModel, candidate: Candidate) -> dict[str, Any] | None:
         """Compute and validate a setting, and save it if it is the best so far."""
-        took = self._solve(model, candidate)
+        start = time.monotonic()
+        if self._solve is None:
+            self._solve = solver_of(model, self.run)
+            self._seconds += time.monotonic() - start
+            start = time.monotonic()
+        self._solve(candidate.model)
+        took = time.monotonic() - start
+        self._seconds += took
         metrics = self._validate(model, candidate, took)
         if self._is_better(metrics):
             self._save(model, candidate, metrics)
         return metrics
-
-    def _solve(self, model: PartitionedModel, candidate: Candidate) -> float:
-        """Write the B of a setting into the model; return the seconds it took."""
-        run, start = self.run, time.monotonic()
-        (matrix,) = model.matrices
-        if isinstance(matrix, NeighbourMatrix):
-            assert self._on_support is not None
-            self._on_support.solve(matrix, candidate.model)
-        else:
-            assert isinstance(matrix, ItemMatrix)
-            fit(
-                matrix.columns(),
-                sweep_columns(run.ranks.device),
-                replace(run.config, model=candidate.model),
-                run.manifest,
-                run.ranks,
-                run.ranks.is_main,
-                run.interrupted,
-            )
-        took = time.monotonic() - start
-        self._seconds += took
-        return took
 
     def _validate(
         self, model: PartitionedModel, candidate: Candidate, took: float
@@ -202,7 +181,7 @@ class ClosedFormFit:
         """Return the validation metrics of a setting; None where no user has a target."""
         run, metrics = self.run, None
         if run.manifest.splits["validation"].users > 0:
-            found = run.evaluate(model_scorer(model, None), "validation")
+            found = run.evaluate(model_scorer(model, self._trunk), "validation")
             if found is None:
                 raise StoppedError
             result = found.result()
@@ -239,21 +218,55 @@ class ClosedFormFit:
             layout=asdict(ranks.layout),
             optimizer={"step": 0, "mu_product": 1.0},
             seconds_training=self._seconds,
-            ease_lambda=candidate.model.ease_lambda,
+            ease_lambda=candidate.values.get("ease_lambda"),
             best=metrics,
         )
         path = folders.step_path(self.run.checkpoints, candidate.step)
-        save(path, self.best, model.slices(), {}, ranks)
+        trunk = {n: p.detach() for n, p in self._trunk.named_parameters()} if self._trunk else {}
+        save(path, self.best, model.slices(), trunk, ranks)
         if ranks.is_main:
             if metrics:
                 folders.point_best_at(path)
             folders.prune(self.run.checkpoints, 1)
 
 
+def solver_of(model: PartitionedModel, run: Run) -> Callable[[ModelConfig], None]:
+    """What writes the weights of a setting into `model`, after what all settings share."""
+    config, manifest, ranks, interrupted = run.config, run.manifest, run.ranks, run.interrupted
+    if not model.matrices:
+        return partial(SvdFit(config, manifest, ranks, interrupted, run.say).solve, model)
+    (matrix,) = model.matrices
+    if isinstance(matrix, NeighbourMatrix):
+        on_support = SupportFit(config, manifest, ranks, interrupted)
+        on_support.choose(matrix)
+        return partial(on_support.solve, matrix)
+    assert isinstance(matrix, ItemMatrix)
+    columns, width = matrix.columns(), sweep_columns(ranks.device)
+
+    def solve(keys: ModelConfig) -> None:
+        of_setting = replace(config, model=keys)
+        fit(columns, width, of_setting, manifest, ranks, ranks.is_main, interrupted)
+
+    return solve
+
+
+def opening(config: Config, manifest: Manifest, ranks: Ranks) -> str:
+    """The model and its data in a few words."""
+    model, users = config.model, manifest.splits["train"].users
+    of = f"{model.kind} on {users:,} users and {manifest.n_items:,} items"
+    in_parts = f"{ranks.layout.partitions} partitions"
+    if not walks_of(config)[0][0].walked:
+        return f"{of}, {in_parts}: rank {model.svd_rank}; "
+    inputs = f"{model.neighbours} inputs for each item, " if model.neighbours else ""
+    return f"{of} in {model.ease_dtype}, {in_parts}: {inputs}"
+
+
 def must_match_of(config: Config, manifest: Manifest) -> dict[str, Any]:
     """Return what a resumed run may not change; nothing else has a part in the result."""
-    names = ("kind", "neighbours", *(key.name for key in fields(EaseKeys)))
-    matching = {f"model.{name}": getattr(config.model, name) for name in names}
-    matching |= {f"search.{name}": values for name, values in asdict(config.search).items()}
+    closed_form = kind_of(config.model.kind).closed_form
+    assert closed_form is not None
+    keys, search = closed_form.keys, asdict(config.search)
+    matching = {f"model.{name}": getattr(config.model, name) for name in ("kind", *keys)}
+    matching |= {f"search.{name}": search[name] for name in keys if name in search}
     matching["run.best_by"] = config.run.best_by
     return matching | {"hash of data.shards": manifest.shards_sha256}

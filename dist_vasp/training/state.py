@@ -19,6 +19,7 @@ from dist_vasp.config.schema import Config
 from dist_vasp.data.manifest import Manifest
 from dist_vasp.data.stream import TrainStream
 from dist_vasp.model.kinds.ease import EaseKeys
+from dist_vasp.model.kinds.puresvd import PureSvdKeys
 from dist_vasp.parallel.agree import agreed
 from dist_vasp.parallel.comm import Ranks, all_gather_bytes
 from dist_vasp.training.engine import Trainer
@@ -175,7 +176,7 @@ def facts_of_data(config: Config, manifest: Manifest) -> dict[str, Any]:
 # --- resuming -------------------------------------------------------------------------------------
 
 # Keys that may change when a training by steps is resumed: the first ones decide its start alone
-_FREE_OF_MODEL = tuple(key.name for key in fields(EaseKeys))
+_FREE_OF_MODEL = tuple(key.name for keys in (EaseKeys, PureSvdKeys) for key in fields(keys))
 _FREE_OF_OPTIMIZER = ("schedule", "accumulation")
 
 

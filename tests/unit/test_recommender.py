@@ -517,7 +517,7 @@ def test_the_trunk_as_a_program(runs, tmp_path):
     assert not (tmp_path / "none").exists()
 
 
-@pytest.mark.parametrize("kind", ["multvae", "autorec"])
+@pytest.mark.parametrize("kind", ["multvae", "autorec", "puresvd"])
 def test_other_trunks_as_programs(tmp_path, kind):
     trunk = make_trunk(ModelConfig(kind=kind, hidden=6, latent=3), 1)
     assert write_program(trunk, tmp_path / "trunk.pt2")  # it compares both

@@ -8,10 +8,10 @@ the sources. Neither loss nor optimizer is used.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Literal
 
-from dist_vasp.model.kind import Kind
+from dist_vasp.model.kind import ClosedForm, Kind
 from dist_vasp.model.links import Identity
 from dist_vasp.model.neighbours import item_to_item
 from dist_vasp.model.partitioned import Parts
@@ -76,7 +76,11 @@ class EaseKeys:
 class Ease(Kind):
     name = "ease"
     losses = ()  # none is used
-    closed_form = True
+    closed_form = ClosedForm(
+        ("neighbours", *(key.name for key in fields(EaseKeys))),
+        "the closed form for one lambda: Gram matrix and inverse",
+        walked="ease_lambda",
+    )
 
     def parts(self, config: Config, storage: Storage) -> Parts:
         closed_form = Training(trained=False, in_loss=False)
