@@ -57,7 +57,7 @@ class TensorFile:
         self.path = path
         self._handle = handle
         try:
-            self.stored = _parse_header(handle.fileno())
+            self.stored, self.metadata = _parse_header(handle.fileno())
         except ValueError as error:
             raise ValueError(f"{path} cannot be read as safetensors ({error})") from None
 
@@ -105,8 +105,9 @@ class TensorFile:
         return tensors, pages
 
 
-def _parse_header(descriptor: int) -> dict[str, Stored]:
-    """Return where each tensor lies; ValueError unless the tensors fill the file without gaps."""
+def _parse_header(descriptor: int) -> tuple[dict[str, Stored], dict[str, str]]:
+    """Return where each tensor lies, and the metadata; ValueError unless the tensors fill the file
+    without gaps."""
     size = os.fstat(descriptor).st_size
     length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
     if length > min(size - 8, _LARGEST_HEADER):
@@ -117,7 +118,7 @@ def _parse_header(descriptor: int) -> dict[str, Stored]:
     header = parse_json(os.pread(descriptor, length, 8))
     if not isinstance(header, dict):
         raise ValueError("its header is not a table of tensors")
-    header.pop("__metadata__", None)
+    metadata = _texts(header.pop("__metadata__", None))
     if len(header) > MOST_TENSORS:
         raise ValueError(f"it lists {len(header):,} tensors, expected at most {MOST_TENSORS:,}")
     tensors = {name: _stored(name, entry, 8 + length) for name, entry in header.items()}
@@ -130,7 +131,13 @@ def _parse_header(descriptor: int) -> dict[str, Stored]:
         end = stored.end
     if end != size or end % 4:
         raise ValueError(f"its tensors end at byte {end:,}, the file at {size:,}")
-    return tensors
+    return tensors, metadata
+
+
+def _texts(metadata: Any) -> dict[str, str]:
+    """Return the entries of the metadata that are text, which is all that the format allows."""
+    entries = metadata.items() if isinstance(metadata, dict) else ()
+    return {name: text for name, text in entries if isinstance(text, str)}
 
 
 def _stored(name: str, entry: Any, begin: int) -> Stored:
@@ -162,7 +169,25 @@ def write_safetensors(
     The writer of the library needs all of them in memory at once. `progress` is called with the
     number of bytes of each tensor.
     """
-    header, end = {}, 0
+    with open(path, "xb") as handle:
+        digest = write_tensors(handle, tensors, progress)
+        handle.flush()
+        os.fsync(handle.fileno())
+    return digest
+
+
+def write_tensors(
+    handle: BinaryIO,
+    tensors: dict[str, Tensor],
+    progress: Callable[[int], None] | None = None,
+    metadata: dict[str, str] | None = None,
+) -> str:
+    """Write the content of a safetensors file, as `write_safetensors`; return its SHA-256.
+
+    `metadata` is text about the file, which `TensorFile.metadata` returns.
+    """
+    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    end = 0
     assert len(tensors) <= MOST_TENSORS, len(tensors)
     for name, tensor in tensors.items():
         assert tensor.dtype in _DTYPE_NAMES, (name, tensor.dtype)
@@ -175,18 +200,15 @@ def write_safetensors(
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     digest = hashlib.sha256()
-    with open(path, "xb") as handle:
-        for part in (len(text).to_bytes(8, "little"), text):
-            handle.write(part)
-            digest.update(part)
-        for tensor in tensors.values():
-            data = tensor.detach().cpu().contiguous().numpy().reshape(-1).view("u1").data
-            handle.write(data)
-            digest.update(data)
-            if progress:
-                progress(len(data))
-        handle.flush()
-        os.fsync(handle.fileno())
+    for part in (len(text).to_bytes(8, "little"), text):
+        handle.write(part)
+        digest.update(part)
+    for tensor in tensors.values():
+        data = tensor.detach().cpu().contiguous().numpy().reshape(-1).view("u1").data
+        handle.write(data)
+        digest.update(data)
+        if progress:
+            progress(len(data))
     return digest.hexdigest()
 
 
