@@ -20,7 +20,7 @@ from dist_vasp.recognise import recognised
 Inputs = Sequence[tuple[str, str | Path | None]]
 RUN_FILES = (
     r"config\.yaml|environment\.json|metrics\..*|result\.json|items\.parquet|tracking\.json|\.lock|"
-    r"trained-users\.parquet|diverged-step-\d+\.json|checkpoints|tensorboard"
+    r"trained-users\.parquet|diverged-step-\d+\.json|checkpoints|tensorboard|closed-form-parts"
 )
 _PARTS = r"trunk\.(safetensors|pt2)|items-\d{5}-of-\d{5}\.safetensors"
 _FOLDERS = (  # what a folder is, names that show it, and a pattern of the names in it
@@ -222,7 +222,7 @@ def check_run_folder(folder: Path) -> None:
                 f"run.dir {folder} holds a {name} that no training wrote, which would be "
                 "replaced; a run needs a folder of its own"
             )
-    for name in ("checkpoints", "tensorboard"):
+    for name in ("checkpoints", "tensorboard", "closed-form-parts"):
         check_own_folder(folder / name)
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from dist_vasp.model.co_occurrence import CoOccurrence
 from dist_vasp.model.kinds.ease import EaseKeys
 from dist_vasp.parallel.agree import agreed
-from dist_vasp.parallel.comm import Ranks
+from dist_vasp.parallel.comm import Ranks, all_reduce
 
 _LEAST_BYTES = 1 << 30  # of the systems of a pass
 _BYTES_PER_INTERACTION = 32  # of the systems of a pass, where that is more
@@ -39,9 +39,10 @@ def items_of_a_pass(n_interactions: int, width: int, word: int) -> int:
     return max(1, room // (word * width * (width + 1)))
 
 
-def passes(counts: CoOccurrence, width: int, keys: EaseKeys, ranks: Ranks) -> range:
-    """The first items of all passes, counted from a rank's first; as many on every rank."""
-    most = -(-counts.n_items // ranks.layout.partitions)
+def passes(n: int, counts: CoOccurrence, width: int, keys: EaseKeys, ranks: Ranks) -> range:
+    """Where each pass over `n` items of this rank begins; as many on every rank. All ranks call
+    it together."""
+    most = int(all_reduce(torch.tensor(n, device=ranks.device), ranks.world, "max"))
     return range(0, most, items_of_a_pass(counts.n_interactions, width, _dtype(keys).itemsize))
 
 
@@ -77,43 +78,50 @@ def solve_on_support(
     keys: EaseKeys,
     ranks: Ranks,
     tick: Callable[[int], None] = lambda done: None,
+    rows_n: np.ndarray | None = None,
+    solved: Callable[[np.ndarray], None] = lambda rows: None,
 ) -> None:
     """Write the B of the supports `ids_JK` of the items from `start` on into `weight_JK`.
 
+    rows_n: the rows of `ids_JK` that are solved, ascending; None: all.
+
     Raises AgreedError on every rank where a system is singular in its precision. `tick(stretches
-    of G done)` is called after each stretch of each pass, on every rank as often.
+    of G done)` is called after each stretch of each pass, on every rank as often, and
+    `solved(rows)` after each pass with the rows that it has written.
     """
     ridge, dtype = Ridge.of(counts, keys), _dtype(keys)
-    n_own, K = ids_JK.shape
-    firsts, done = passes(counts, K, keys, ranks), 0
-    room_nKT = torch.empty((min(firsts.step, n_own), K, K + 1), dtype=dtype)
-    for lo in firsts:
+    rows_n = np.arange(len(ids_JK)) if rows_n is None else rows_n
+    K = ids_JK.shape[1]
+    firsts, done = passes(len(rows_n), counts, K, keys, ranks), 0
+    room_nKT = torch.empty((min(firsts.step, len(rows_n)), K, K + 1), dtype=dtype)
+    for first in firsts:
+        of_pass = rows_n[first : first + firsts.step]
         with agreed(ranks):
-            ids_nK = ids_JK[lo : lo + firsts.step]
-            systems = Systems(ids_nK, start + lo, counts.n_items, room_nKT[: len(ids_nK)])
+            room = room_nKT[: len(of_pass)]
+            systems = Systems(ids_JK[of_pass], start + of_pass, counts.n_items, room)
         for stretch in counts.stretches():
             with agreed(ranks):
                 systems.gather(counts, *stretch)
             tick(done := done + 1)
         with agreed(ranks):
             together = max(1, _SOLVED_BYTES // (dtype.itemsize * K * K))
-            for a in range(0, len(ids_nK), together):
-                some = slice(a, min(a + together, len(ids_nK)))
+            for a in range(0, len(of_pass), together):
+                some = slice(a, a + together)
                 b_nK = _solve(systems, some, counts, ridge, keys.ease_xi)
-                weight_JK[lo + some.start : lo + some.stop] = b_nK.to(weight_JK)
+                weight_JK[torch.from_numpy(of_pass[some])] = b_nK.to(weight_JK)
+        solved(of_pass)
 
 
 class Systems:
-    """G_SS and, as the last column, G_Sj of n items: (n, K, K + 1) numbers that `gather` writes."""
+    """G_SS and, as the last column, G_Sj of the items `item_n`: (n, K, K + 1) numbers that
+    `gather` writes."""
 
     def __init__(
-        self, ids_nK: np.ndarray, first_item: int, n_items: int, systems_nKT: Tensor
+        self, ids_nK: np.ndarray, item_n: np.ndarray, n_items: int, systems_nKT: Tensor
     ) -> None:
-        n = len(ids_nK)
-        self.ids_nK, self.first_item, self.systems_nKT = ids_nK, first_item, systems_nKT
+        self.ids_nK, self.item_n, self.systems_nKT = ids_nK, item_n, systems_nKT
         self._of_item_I = np.zeros(n_items, systems_nKT.numpy().dtype)
-        own_n1 = np.arange(first_item, first_item + n, dtype=np.int64)[:, None]
-        self._targets_nT = np.concatenate([ids_nK.astype(np.int64), own_n1], axis=1)
+        self._targets_nT = np.concatenate([ids_nK.astype(np.int64), item_n[:, None]], axis=1)
         # the entries of all supports by their input item, and where those of an item begin
         self._order = np.argsort(ids_nK, axis=None, kind="stable")
         self._bounds = np.searchsorted(ids_nK.reshape(-1)[self._order], np.arange(n_items + 1))
@@ -136,15 +144,12 @@ class Systems:
 def _solve(systems: Systems, some: slice, counts: CoOccurrence, ridge: Ridge, xi: float) -> Tensor:
     """B_Sj of some of the systems: (n, K). ValueError where one is not positive definite."""
     ids_nK, systems_nKT = systems.ids_nK[some], systems.systems_nKT[some]
-    first_item = systems.first_item + some.start
-    n, K = ids_nK.shape
-    dtype = systems_nKT.dtype
-    own = slice(first_item, first_item + n)
+    own, dtype, K = systems.item_n[some], systems_nKT.dtype, ids_nK.shape[1]
     A_nKK, right_nK = systems_nKT[:, :, :K].clone(), systems_nKT[:, :, K]
     torch.diagonal(A_nKK, dim1=1, dim2=2).add_(torch.from_numpy(ridge.squares_I[ids_nK]).to(dtype))
     L_nKK, info_n = torch.linalg.cholesky_ex(A_nKK)
     if info_n.any():
-        item = first_item + int(info_n.nonzero()[0, 0])
+        item = own[int(info_n.nonzero()[0, 0])]
         raise ValueError(
             "the Gram matrix plus model.ease_lambda is not positive definite on the support of "
             f"item row {item} in {str(dtype).removeprefix('torch.')}; raise model.ease_lambda or "

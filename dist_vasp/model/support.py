@@ -14,7 +14,7 @@ Shapes: I items, J items of a range, n items of a part, K neighbours.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
@@ -29,14 +29,15 @@ def support_width(neighbours: int, n_items: int) -> int:
 
 
 def choose_support(
-    counts: CoOccurrence, width: int, ranks: Ranks
+    counts: CoOccurrence, width: int, ranks: Ranks, stretches: Iterable[tuple[int, int]]
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield (first item, supports (n, K)) of each stretch of the items; all ranks iterate.
+    """Yield (first item, supports (n, K)) of each of `stretches`; all ranks iterate.
 
-    counts: of unweighted users. Every rank chooses for an equal part of the work, not for its own
-    items: the first items are popular, and their rows of G are the long ones.
+    counts: of unweighted users. stretches: ranges of items, the same on all ranks. Every rank
+    chooses for an equal part of the work, not for its own items: the first items are popular, and
+    their rows of G are the long ones.
     """
-    for lo, hi in counts.stretches():
+    for lo, hi in stretches:
         bounds = counts.equal_work(lo, hi, ranks.world_size)
         own_nK = supports_of(counts, bounds[ranks.rank], bounds[ranks.rank + 1], width)
         yield lo, _joined(own_nK, bounds, ranks)

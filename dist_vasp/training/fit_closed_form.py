@@ -40,6 +40,7 @@ from dist_vasp.training.candidates import (
     walks_of,
 )
 from dist_vasp.training.fit_ease import fit
+from dist_vasp.training.fit_parts import has_parts, parts_folder, remove_parts
 from dist_vasp.training.fit_support import SupportFit
 from dist_vasp.training.fit_svd import SvdFit
 from dist_vasp.training.run import Fitted, Past, Run
@@ -72,6 +73,8 @@ class ClosedFormFit:
         self._last_tried = max((best_step, *tried))
         self._solve: Callable[[ModelConfig], None] | None = None  # made when it is first needed
         self._trunk = make_trunk(run.config.model)
+        self._parts = parts_folder(run.config.run.dir)
+        self._resumed = 0.0  # seconds of earlier starts, of what was resumed since `_took`
 
     def close(self) -> None:
         """Nothing is held between calls."""
@@ -112,7 +115,8 @@ class ClosedFormFit:
         return self._walks[(step - 1) // width][(step - 1) % width]
 
     def stopped(self) -> str:
-        return "stopped on request; the same command resumes after the last setting that was tried"
+        after = f"part of {self._parts}" if has_parts(self._parts) else "setting that was tried"
+        return f"stopped on request; the same command resumes after the last {after}"
 
     # --- the search -------------------------------------------------------------------------------
 
@@ -136,6 +140,8 @@ class ClosedFormFit:
         model = new_model(config, run.manifest.n_items, run.ranks)
         for walk in self._walks:
             self._walk(model, walk)
+        if run.ranks.is_main:
+            remove_parts(self._parts)
 
     def _walk(self, model: PartitionedModel, walk: list[Candidate]) -> None:
         """Try the lambdas of one combination until the metric has fallen twice in a row."""
@@ -147,6 +153,7 @@ class ClosedFormFit:
             elif candidate.step <= self._last_tried:
                 continue  # it failed, or its line is lost
             else:
+                self._solver(model)  # outside of `try`: damaged shards are no matter of lambda
                 try:
                     metrics = self._try(model, candidate)
                 except AgreedError as error:
@@ -160,20 +167,32 @@ class ClosedFormFit:
             if fallen == PATIENCE:
                 return
 
+    def _solver(self, model: PartitionedModel) -> Callable[[ModelConfig], None]:
+        """Return what writes the weights of a setting, made before the first one."""
+        if self._solve is None:
+            start = time.monotonic()
+            self._solve = solver_of(model, self.run, self._resume)
+            self._took(start)
+        return self._solve
+
     def _try(self, model: PartitionedModel, candidate: Candidate) -> dict[str, Any] | None:
         """Compute and validate a setting, and save it if it is the best so far."""
         start = time.monotonic()
-        if self._solve is None:
-            self._solve = solver_of(model, self.run)
-            self._seconds += time.monotonic() - start
-            start = time.monotonic()
-        self._solve(candidate.model)
-        took = time.monotonic() - start
-        self._seconds += took
+        self._solver(model)(candidate.model)
+        took = self._took(start)
         metrics = self._validate(model, candidate, took)
         if self._is_better(metrics):
             self._save(model, candidate, metrics)
         return metrics
+
+    def _resume(self, seconds: float) -> None:
+        self._resumed += seconds
+
+    def _took(self, start: float) -> float:
+        """Count the seconds since `start`, and those of earlier starts for what was resumed."""
+        took, self._resumed = self._resumed + time.monotonic() - start, 0.0
+        self._seconds += took
+        return took
 
     def _validate(
         self, model: PartitionedModel, candidate: Candidate, took: float
@@ -230,16 +249,22 @@ class ClosedFormFit:
             folders.prune(self.run.checkpoints, 1)
 
 
-def solver_of(model: PartitionedModel, run: Run) -> Callable[[ModelConfig], None]:
-    """What writes the weights of a setting into `model`, after what all settings share."""
+def solver_of(
+    model: PartitionedModel, run: Run, resumed: Callable[[float], None]
+) -> Callable[[ModelConfig], None]:
+    """What writes the weights of a setting into `model`, after what all settings share.
+
+    resumed: is told the seconds that earlier starts took for what is resumed.
+    """
     config, manifest, ranks, interrupted = run.config, run.manifest, run.ranks, run.interrupted
     if not model.matrices:
         return partial(SvdFit(config, manifest, ranks, interrupted, run.say).solve, model)
     (matrix,) = model.matrices
     if isinstance(matrix, NeighbourMatrix):
-        on_support = SupportFit(config, manifest, ranks, interrupted)
-        on_support.choose(matrix)
-        return partial(on_support.solve, matrix)
+        parts = parts_folder(config.run.dir)
+        on_support = SupportFit(config, manifest, ranks, interrupted, parts)
+        resumed(on_support.choose(matrix))
+        return lambda keys: resumed(on_support.solve(matrix, keys))
     assert isinstance(matrix, ItemMatrix)
     columns, width = matrix.columns(), sweep_columns(ranks.device)
 

@@ -2,7 +2,7 @@
 
 RUN_DIR/config.yaml  environment.json  metrics.jsonl  items.parquet  trained-users.parquet
         result.json
-        checkpoints/  tensorboard/
+        checkpoints/  tensorboard/  closed-form-parts/
 """
 
 from __future__ import annotations

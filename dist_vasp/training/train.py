@@ -15,6 +15,7 @@ from dist_vasp.parallel.comm import Ranks
 from dist_vasp.ranking.load import load_model
 from dist_vasp.training.checks import check_folders, check_shards
 from dist_vasp.training.closed_form_setup import ClosedFormSetup
+from dist_vasp.training.fit_parts import has_parts, parts_folder
 from dist_vasp.training.run import FitSetup, Fitted, Run
 from dist_vasp.training.run_dir import RunDir, check_shared
 from dist_vasp.training.step_setup import StepSetup
@@ -58,7 +59,11 @@ def dry_run(config: Config, ranks: Ranks) -> str:
         if ranks.is_main:
             services(Path(config.run.dir), config)
     newest = folders.newest(Path(config.run.dir) / "checkpoints")
-    what = f"would resume from {newest.name}" if newest else "would start anew"
+    parts = parts_folder(config.run.dir)
+    starts = [newest.name] if newest else []
+    if has_parts(parts):
+        starts.append(f"what fits in {parts.name}")
+    what = f"would resume from {' and '.join(starts)}" if starts else "would start anew"
     return f"dry run: {setup.describe()}\nrun.dir {config.run.dir}: {what}"
 
 

@@ -95,7 +95,13 @@ _JSON += (
     "taken",
     "link",
 )
-_JSON += ("/dev/null", "both/x/../ensemble.json", "run/tensorboard/new.json", "lists.jsonl")
+_JSON += (
+    "/dev/null",
+    "both/x/../ensemble.json",
+    "run/tensorboard/new.json",
+    "run/closed-form-parts",
+    "lists.jsonl",
+)
 _PARQUET = (
     "run/items.parquet",
     "shards/items.parquet",
@@ -122,6 +128,7 @@ _LINKED = [
         "result.json",
         "checkpoints",
         "tensorboard",
+        "closed-form-parts",
         ".lock",
     )
 ]
@@ -194,10 +201,13 @@ def set_up(folder: Path) -> None:
         "result.json",
         "checkpoints",
         "tensorboard",
+        "closed-form-parts",
         ".lock",
     ):
         copy, victim = folder / f"linked-{name}", folder / f"victim-{name}"
         shutil.copytree(folder / "run", copy, symlinks=True)
+        if name == "closed-form-parts":  # which a finished run has no more
+            (copy / name).mkdir()
         (copy / name).rename(victim)
         (copy / name).symlink_to(f"../{victim.name}")
 
