@@ -2,7 +2,7 @@
 
 Score = sum over members of weight * log p (of ease: weight * x B). The commands evaluate,
 recommend, export and report take the folder as --run. With --fit the weights are those that predict
-the held-out items of validation users best.
+the held-out items of validation users best, or those with the best metric of their lists.
 """
 
 from __future__ import annotations
@@ -13,14 +13,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dist_vasp.command_line import Parser, program
+from dist_vasp.config.metric_names import OF_TARGET, Metric, parse_metrics
 from dist_vasp.files import parents, replace_text, sole_writer
 from dist_vasp.parallel.start import init_ranks
 from dist_vasp.places import check_belongs_to_nothing
 from dist_vasp.progress import Progress
 from dist_vasp.ranking.ensemble import describe_ensemble, is_ensemble
-from dist_vasp.ranking.fit_weights import fit_on_validation
+from dist_vasp.ranking.fit_by_metric import FittedByMetric, fit_by_metric
+from dist_vasp.ranking.fit_weights import Fitted, fit_on_validation
 from dist_vasp.ranking.load import ENSEMBLE, load_model, shards_of
 from dist_vasp.recognise import is_json
+
+LIKELIHOOD = "likelihood"  # the objective of --fit without a metric
 
 
 def parser() -> Parser:
@@ -42,8 +46,11 @@ def parser() -> Parser:
     )
     parser.add_argument(
         "--fit",
-        action="store_true",
-        help="fit the weights on validation users; a member that adds nothing is left out",
+        nargs="?",
+        const=LIKELIHOOD,
+        metavar="METRIC",
+        help="fit the weights on validation users: by their likelihood, or by a metric of their "
+        "lists such as ndcg@20; a member that adds nothing is left out",
     )
     parser.add_argument(
         "--shards",
@@ -68,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     _check_output(folder)
     text = describe_ensemble(folder, runs, weights)
     if arguments.fit:
-        runs, weights = _fit(runs, arguments.shards, arguments.device)
+        runs, weights = _fit(runs, arguments)
         text = describe_ensemble(folder, runs, weights)
     file = folder / ENSEMBLE
     with parents(file, "--output"), sole_writer(file, "--output"):
@@ -84,17 +91,39 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ValueError("--fit finds the weights, so --weights cannot be given, too; drop one")
     if arguments.shards and not arguments.fit:
         raise ValueError("--shards is the data of --fit; pass --fit, or leave --shards out")
+    if arguments.fit and arguments.fit != LIKELIHOOD:
+        _metric(arguments.fit)
 
 
-def _fit(runs: list[str], shards: str | None, device: str) -> tuple[list[str], list[float]]:
+def _metric(text: str) -> Metric:
+    """The metric that --fit names; ValueError unless it is one of lists with a target."""
+    metrics = parse_metrics(text, "--fit")
+    if len(metrics) != 1 or not metrics[0].of_target:
+        raise ValueError(
+            f"--fit is {text!r:.40}, expected one metric of {', '.join(OF_TARGET)}, such as "
+            "ndcg@20, or nothing for the likelihood"
+        )
+    return metrics[0]
+
+
+def _fit(runs: list[str], arguments: argparse.Namespace) -> tuple[list[str], list[float]]:
     """The members that add something, and their weights."""
-    ranks = init_ranks(device=device)
+    ranks, shards = init_ranks(device=arguments.device), arguments.shards
     if not shards:
         shards, remark = shards_of(load_model(runs[0], None, ranks))
         if remark:
             print(remark)
-    with Progress("scoring validation users", len(runs), "member") as progress:
-        fitted = fit_on_validation(runs, shards, ranks, progress.update)
+    fitted: Fitted | FittedByMetric
+    if arguments.fit == LIKELIHOOD:
+        with Progress("scoring validation users", len(runs), "member") as progress:
+            fitted = fit_on_validation(runs, shards, ranks, progress.update)
+    else:
+        metric = _metric(arguments.fit)
+        with Progress("scoring validation users", 2 * len(runs), "member") as progress:
+            fitted = fit_by_metric(runs, shards, metric, ranks, progress.update)
+        for run, value in zip(runs, fitted.alone, strict=True):
+            print(f"{metric.title} {value:.4f}: {run} alone")
+        print(f"{metric.title} {fitted.value:.4f}: together, with the weights")
     print(f"weights fitted on {fitted.n_users:,} of {fitted.all_users:,} validation users")
     kept = [(run, w) for run, w in zip(runs, fitted.weights, strict=True) if w]
     for run in (run for run, w in zip(runs, fitted.weights, strict=True) if not w):

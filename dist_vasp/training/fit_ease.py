@@ -30,6 +30,7 @@ from dist_vasp.model.slices import ItemSlice, block_width
 from dist_vasp.parallel.agree import agreed
 from dist_vasp.parallel.comm import Ranks
 from dist_vasp.plan.closed_form import EASE_INTERACTIONS_PER_ITEM
+from dist_vasp.plan.estimate import has_items_x_items
 from dist_vasp.progress import Progress
 from dist_vasp.ranking.evaluate import to_item_rows
 from dist_vasp.training.engine import Trainer
@@ -145,17 +146,19 @@ def start_from_ease(
     """W = model.nease_scale * B, from what model.init_from_ease names; the copy that
     optimizer.nease_decay draws to is the same.
 
-    on_support: what has chosen the inputs of a W that keeps some only.
+    on_support: what has chosen the inputs of a W that keeps some only, unless a named run has.
 
-    AgreedError where the named run is of another kind or of other items, or a file of it is
-    damaged.
+    AgreedError where the named run is of another kind, of other items or of another number of
+    inputs, or a file of it is damaged.
     """
     config, ranks = trainer.config, trainer.ranks
     (matrix,) = trainer.model.matrices
-    if isinstance(matrix, NeighbourMatrix):
+    if config.model.init_from_ease != CLOSED_FORM:
+        _read_closed_form(trainer, manifest)
+    elif isinstance(matrix, NeighbourMatrix):
         assert on_support is not None
         on_support.solve(matrix, config.model)
-    elif config.model.init_from_ease == CLOSED_FORM:
+    else:
         assert isinstance(matrix, ItemMatrix)
         if ranks.device.type == "cpu":
             width = block_width(config.parallel.block_columns, ranks.device)
@@ -163,8 +166,6 @@ def start_from_ease(
             fit(columns, width, config, manifest, ranks, ranks.is_main)
         else:
             _fit_beside(matrix.slices(), config, manifest, ranks)
-    else:
-        _read_closed_form(trainer, manifest)
     for piece in matrix.slices():
         piece.tensor.mul_(config.model.nease_scale)
     for start, piece in zip(matrix.start_slices(), matrix.slices(), strict=False):
@@ -193,11 +194,17 @@ def _read_closed_form(trainer: Trainer, manifest: Manifest) -> None:
     )
     assert opened is not None
     with agreed(ranks):
-        kind = from_dict(opened.header.config).model.kind
-        if not kind_of(kind).closed_form:
+        theirs, ours = from_dict(opened.header.config), trainer.config.model.neighbours
+        kind, inputs = theirs.model.kind, theirs.model.neighbours
+        if not kind_of(kind).closed_form or not has_items_x_items(theirs):
             raise ValueError(
                 f"model.init_from_ease: {run} is a run of model.kind {kind}, expected ease; "
                 "--init_from starts from others"
+            )
+        if inputs != ours:
+            raise ValueError(
+                f"model.init_from_ease: {run} has model.neighbours {inputs}, expected {ours} as "
+                "this run; change one of the two"
             )
         if opened.header.vocabulary_sha256 != manifest.vocabulary_sha256:
             raise ValueError(
@@ -209,6 +216,7 @@ def _read_closed_form(trainer: Trainer, manifest: Manifest) -> None:
             )
     verify(opened, ranks)
     with agreed(ranks):
-        pieces = [piece for matrix in trainer.model.matrices for piece in matrix.slices()]
+        (matrix,) = trainer.model.matrices
+        pieces = [*matrix.slices(), *matrix.constants()]
         load_weights(opened, pieces, {})
     opened.close()

@@ -10,6 +10,7 @@ from dist_vasp.checkpoint.header import Header
 from dist_vasp.config.schema import Config
 from dist_vasp.extras import require_library
 from dist_vasp.model.build import measure_size
+from dist_vasp.model.kinds.nease import CLOSED_FORM
 from dist_vasp.model.neighbours import NeighbourMatrix
 from dist_vasp.parallel.comm import Ranks
 from dist_vasp.training.batches import Batches, make_stream
@@ -101,8 +102,9 @@ class StepSetup:
     def _initialise(self, trainer: Trainer) -> None:
         """Give a new run the weights that it starts from, where it starts from some."""
         on_support: SupportFit | None = None
+        has_inputs = self._config.model.init_from_ease not in ("", CLOSED_FORM)  # of another run
         for matrix in trainer.model.matrices:
-            if isinstance(matrix, NeighbourMatrix):
+            if isinstance(matrix, NeighbourMatrix) and not has_inputs:
                 on_support = SupportFit(self._config, self.manifest, self._ranks)
                 on_support.choose(matrix)
         if self._config.model.init_from_ease:

@@ -55,6 +55,7 @@ from tests.ranks.test_memory import Allocations
 from tests.ranks.test_vasp import N_ITEMS as N_TRAINED
 from tests.ranks.test_vasp import N_ROWS, _data, check_step
 from tests.ranks.test_wide_deep import DenseWideDeep
+from tests.support.invoke import fails, succeeds
 from tests.support.make_shards import write_folder
 from tests.support.partitioned import SMALL, assemble, csr, gathered, pad_noise, plain, random_rows
 from tests.support.ranks import run_ranks
@@ -364,10 +365,6 @@ def test_lists_explanations_and_similar_items_of_a_run_and_its_export(shards, tm
     [
         ({"kind": "flvae"}, r"neighbours is 5, expected 0 with model\.kind flvae"),
         ({"neighbours": -1}, r"neighbours is -1, expected 0 or more, and finite"),
-        (
-            {"kind": "nease", "init_from_ease": "runs/ease"},
-            r"init_from_ease is 'runs/ease', expected closed_form with model\.neighbours 5",
-        ),
     ],
 )
 def test_what_has_no_support_is_refused(keys, message):
@@ -410,6 +407,42 @@ def test_a_training_that_stopped_resumes_bitwise(shards, tmp_path, call, more):
     assert whole == resumed and len(whole) == 2
     (path,) = load_model(tmp_path / "whole", "step-00000006", alone()).model.model.matrices
     np.testing.assert_array_equal(path.ids[0].tensor, expected_support(train_matrix(), K))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_training_starts_from_a_run_with_the_same_inputs(shards, tmp_path, ranks):
+    closed, scale = tmp_path / "closed", 8.0
+    succeeds(
+        "train", *arguments(shards, closed, f"--model.neighbours={K}", "--model.ease_lambda=40")
+    )
+    start = [
+        "--model.kind=nease",
+        f"--model.init_from_ease={closed}",
+        f"--model.nease_scale={scale}",
+    ]
+    still = ["--optimizer.schedule", '[{"epochs": 1, "lr": 0}]']
+    out = succeeds("train", *trained(shards, tmp_path / "run", 1, *start, *still), ranks=ranks)
+    assert "choosing" not in out
+    there, here = (
+        load_model(tmp_path / name, None, alone()).model.model.matrices[0]
+        for name in ("closed", "run")
+    )
+    assert torch.equal(here.ids[0].tensor, there.ids[0].tensor)
+    assert torch.equal(here.weights[0].tensor, scale * there.weights[0].tensor)
+
+
+def test_a_start_with_other_inputs_is_refused(shards, tmp_path):
+    closed = tmp_path / "closed"
+    succeeds(
+        "train", *arguments(shards, closed, f"--model.neighbours={K}", "--model.ease_lambda=40")
+    )
+    start = [
+        "--model.kind=nease",
+        f"--model.init_from_ease={closed}",
+        f"--model.neighbours={K + 1}",
+    ]
+    text = fails("train", *trained(shards, tmp_path / "run", 1, *start))
+    assert f"closed has model.neighbours {K}, expected {K + 1} as this run" in text
 
 
 def _by_ids(path: NeighbourMatrix, ids: np.ndarray) -> dict[tuple[int, int], float]:

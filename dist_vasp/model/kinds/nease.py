@@ -100,13 +100,6 @@ def check_start(config: Config, may_freeze: bool) -> None:
         f"more than 0 with {START} {CLOSED_FORM}",
         "set it; a run of model.kind ease finds a good one on validation",
     )
-    require(
-        not (started and m.neighbours) or computed,
-        START,
-        m.init_from_ease,
-        f"{CLOSED_FORM} with model.neighbours {m.neighbours}",
-        "the closed form is computed on the same inputs",
-    )
     needs_start = {
         "model.nease_scale": (m.nease_scale, 1.0),
         "optimizer.nease_decay": (rates.nease_decay, 0.0),
