@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dist_vasp.checkpoint import folder as folders
+from dist_vasp.checkpoint.header import Header
 from dist_vasp.checkpoint.read import open_checkpoint, verify
 from dist_vasp.checkpoint.weights import load_weights
 from dist_vasp.config.command_line import from_dict
@@ -194,29 +195,44 @@ def _read_closed_form(trainer: Trainer, manifest: Manifest) -> None:
     )
     assert opened is not None
     with agreed(ranks):
-        theirs, ours = from_dict(opened.header.config), trainer.config.model.neighbours
-        kind, inputs = theirs.model.kind, theirs.model.neighbours
-        if not kind_of(kind).closed_form or not has_items_x_items(theirs):
-            raise ValueError(
-                f"model.init_from_ease: {run} is a run of model.kind {kind}, expected ease; "
-                "--init_from starts from others"
-            )
-        if inputs != ours:
-            raise ValueError(
-                f"model.init_from_ease: {run} has model.neighbours {inputs}, expected {ours} as "
-                "this run; change one of the two"
-            )
-        if opened.header.vocabulary_sha256 != manifest.vocabulary_sha256:
-            raise ValueError(
-                f"model.init_from_ease: {run} was computed on {opened.header.n_items} items (hash "
-                f"{opened.header.vocabulary_sha256[:12]}...), data.shards lists "
-                f"{manifest.n_items} (hash "
-                f"{manifest.vocabulary_sha256[:12]}...); compute ease on these shards, or set "
-                f"{CLOSED_FORM}"
-            )
+        _check_closed_form(opened.header, trainer.config, manifest)
     verify(opened, ranks)
     with agreed(ranks):
         (matrix,) = trainer.model.matrices
         pieces = [*matrix.slices(), *matrix.constants()]
         load_weights(opened, pieces, {})
     opened.close()
+
+
+def check_named_closed_form(config: Config, manifest: Manifest) -> None:
+    """Raise ValueError where `model.init_from_ease` names a run that W cannot start from."""
+    run = config.model.init_from_ease
+    if run in ("", CLOSED_FORM):
+        return
+    opened = folders.open_found(Path(run) / "checkpoints")
+    opened.close()
+    _check_closed_form(opened.header, config, manifest)
+
+
+def _check_closed_form(header: Header, config: Config, manifest: Manifest) -> None:
+    """Raise ValueError unless the run has the matrix that this one starts from."""
+    run, theirs = config.model.init_from_ease, from_dict(header.config)
+    kind, inputs = theirs.model.kind, theirs.model.neighbours
+    if not kind_of(kind).closed_form or not has_items_x_items(theirs):
+        raise ValueError(
+            f"model.init_from_ease: {run} is a run of model.kind {kind}, expected ease; "
+            "--init_from starts from others"
+        )
+    if inputs != config.model.neighbours:
+        raise ValueError(
+            f"model.init_from_ease: {run} has model.neighbours {inputs}, expected "
+            f"{config.model.neighbours} as this run; change one of the two"
+        )
+    if header.vocabulary_sha256 != manifest.vocabulary_sha256:
+        raise ValueError(
+            f"model.init_from_ease: {run} was computed on {header.n_items} items (hash "
+            f"{header.vocabulary_sha256[:12]}...), data.shards lists "
+            f"{manifest.n_items} (hash "
+            f"{manifest.vocabulary_sha256[:12]}...); compute ease on these shards, or set "
+            f"{CLOSED_FORM}"
+        )

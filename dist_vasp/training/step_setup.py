@@ -16,7 +16,7 @@ from dist_vasp.parallel.comm import Ranks
 from dist_vasp.training.batches import Batches, make_stream
 from dist_vasp.training.checks import check_memory
 from dist_vasp.training.engine import Trainer
-from dist_vasp.training.fit_ease import start_from_ease
+from dist_vasp.training.fit_ease import check_named_closed_form, start_from_ease
 from dist_vasp.training.fit_steps import StepFit
 from dist_vasp.training.fit_support import SupportFit
 from dist_vasp.training.grow import initialise_from, open_source
@@ -47,10 +47,13 @@ class StepSetup:
         if n_ranks > 1 and measure_size(self._config, self.stream.n_items).trunk:
             require_library("deepspeed", f"training on {n_ranks} ranks")
         check_memory(self._config, self.stream.n_items, self._ranks)
+        is_new = folders.newest_step(Path(self._config.run.dir) / "checkpoints") == 0
+        if is_new:
+            check_named_closed_form(self._config, self.manifest)
         if self._init_from:
             source = open_source(self._init_from, self._config.model)
             source.close()
-            if folders.newest_step(Path(self._config.run.dir) / "checkpoints") == 0:
+            if is_new:
                 self._check_leak(self._init_from, source.header)
 
     def _check_leak(self, run: str, header: Header) -> None:
