@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dist_vasp.command_line import Parser, program
-from dist_vasp.config.metric_names import OF_TARGET, Metric, parse_metrics
+from dist_vasp.config.metric_names import target_metric
 from dist_vasp.files import parents, replace_text, sole_writer
 from dist_vasp.parallel.start import init_ranks
 from dist_vasp.places import check_belongs_to_nothing
@@ -92,18 +92,7 @@ def _check(arguments: argparse.Namespace) -> None:
     if arguments.shards and not arguments.fit:
         raise ValueError("--shards is the data of --fit; pass --fit, or leave --shards out")
     if arguments.fit and arguments.fit != LIKELIHOOD:
-        _metric(arguments.fit)
-
-
-def _metric(text: str) -> Metric:
-    """The metric that --fit names; ValueError unless it is one of lists with a target."""
-    metrics = parse_metrics(text, "--fit")
-    if len(metrics) != 1 or not metrics[0].of_target:
-        raise ValueError(
-            f"--fit is {text!r:.40}, expected one metric of {', '.join(OF_TARGET)}, such as "
-            "ndcg@20, or nothing for the likelihood"
-        )
-    return metrics[0]
+        target_metric(arguments.fit, "--fit")
 
 
 def _fit(runs: list[str], arguments: argparse.Namespace) -> tuple[list[str], list[float]]:
@@ -118,7 +107,7 @@ def _fit(runs: list[str], arguments: argparse.Namespace) -> tuple[list[str], lis
         with Progress("scoring validation users", len(runs), "member") as progress:
             fitted = fit_on_validation(runs, shards, ranks, progress.update)
     else:
-        metric = _metric(arguments.fit)
+        metric = target_metric(arguments.fit, "--fit")
         with Progress("scoring validation users", 2 * len(runs), "member") as progress:
             fitted = fit_by_metric(runs, shards, metric, ranks, progress.update)
         for run, value in zip(runs, fitted.alone, strict=True):

@@ -26,6 +26,7 @@ class Model:
     overrides: dict[str, Any]
     # of an ensemble: names of models and their weights, None where they are fitted on validation
     members: tuple[tuple[str, float | None], ...] = ()
+    fit: str = ""  # the metric that weights are fitted by, "" for the likelihood
 
     @property
     def is_baseline(self) -> bool:
@@ -42,7 +43,8 @@ class Model:
         """Return the model in a few words."""
         if self.is_fitted:
             names = ", ".join(name for name, _ in self.members)
-            return f"product of {names}, weights fitted on validation"
+            by = f" by {parse_metrics(self.fit, '')[0].title}" if self.fit else ""
+            return f"product of {names}, weights fitted on validation{by}"
         if self.members:
             return "product of " + ", ".join(
                 f"{name} ^ {weight:g}" for name, weight in self.members

@@ -21,7 +21,6 @@ models:
 from __future__ import annotations
 
 import copy
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_vasp.compare.config import Comparison, Model
+from dist_vasp.compare.members import fit_of, members_of
 from dist_vasp.config.command_line import from_dict
 from dist_vasp.config.metric_names import Metric, parse_metrics
 from dist_vasp.config.shipped import find_config
@@ -129,7 +129,7 @@ def _model(raw: Any, where: str, file: _File, above: Sequence[Model]) -> Model:
             "it names files too"
         )
     where = f"{where} ({name})"
-    _known(entry, (*_SOURCES, "name", "overrides", "seeds"), where)
+    _known(entry, (*_SOURCES, "name", "overrides", "seeds", "fit"), where)
     given = [key for key in _SOURCES if key in entry]
     if len(given) != 1:
         raise ValueError(
@@ -146,8 +146,10 @@ def _model(raw: Any, where: str, file: _File, above: Sequence[Model]) -> Model:
                 f"{where}.overrides is set, but an ensemble takes its members as they are; "
                 "leave it out"
             )
-        members = _members(entry["ensemble"], f"{where}.ensemble", seeds, above)
-        return Model(name, seeds, None, "ensemble", {}, members)
+        members = members_of(entry["ensemble"], f"{where}.ensemble", seeds, above)
+        fit = fit_of(entry, where)
+        return Model(name, seeds, None, "ensemble", {}, members, fit)
+    fit_of(entry, where)
     return _trained(entry, where, file, own_seeds)
 
 
@@ -188,51 +190,6 @@ def _trained(
     if kind_of(config.model.kind).closed_form and own_seeds is None:
         seeds = seeds[:1]
     return Model(entry["name"], seeds, config, source if is_file else "inline", overrides)
-
-
-def _members(
-    raw: Any, where: str, seeds: tuple[int, ...], above: Sequence[Model]
-) -> tuple[tuple[str, float | None], ...]:
-    """Return (model, weight) of each member: trained models above the ensemble; weight None where
-    the weights are fitted.
-
-    They have as many seeds as the ensemble, or one alone.
-    """
-    trained = {model.name: model.seeds for model in above if model.config}
-    fitted = isinstance(raw, list)
-    if not isinstance(raw, dict | list) or not raw:
-        raise ValueError(
-            f"{where} is {raw!r:.80}, expected models and their weights, such as "
-            "{vasp: 1, ease: 4}, or models alone, such as [vasp, ease]; set it"
-        )
-    if fitted and not all(isinstance(name, str) for name in raw):
-        raise ValueError(f"{where} is {raw!r:.80}, expected names of models")
-    if fitted and len(set(raw)) < len(raw):
-        raise ValueError(f"{where} is {raw!r:.80}: a model is named twice; name it once")
-    weights: dict[str, Any] = dict.fromkeys(raw) if fitted else dict(raw)
-    for name, weight in weights.items():
-        if name not in trained:
-            raise ValueError(
-                f"{where}: {name!r:.80} is not a trained model above it; expected some of "
-                f"{', '.join(trained) or 'none'}"
-            )
-        if not fitted and (
-            isinstance(weight, bool)
-            or not isinstance(weight, int | float)
-            or not 0 < weight < math.inf
-        ):
-            raise ValueError(
-                f"{where}.{name} is {weight!r:.80}, expected a weight above 0; leave out a member "
-                "without weight"
-            )
-        if 1 < len(trained[name]) < len(seeds):
-            raise ValueError(
-                f"{where}: {name} has {len(trained[name])} seeds, the ensemble {len(seeds)}; give "
-                "both as many"
-            )
-    return tuple(
-        (name, None if weight is None else float(weight)) for name, weight in weights.items()
-    )
 
 
 def _with_overrides(sections: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:

@@ -100,7 +100,8 @@ def _members_of(run: Run) -> str:
         member.stem: weight
         for member, (_, weight) in zip(run.members, run.model.members, strict=True)
     }
-    return yaml.safe_dump({"ensemble": weights}, sort_keys=False)
+    fit = {"fit": run.model.fit} if run.model.fit else {}
+    return yaml.safe_dump({"ensemble": weights, **fit}, sort_keys=False)
 
 
 def _same_config(run: Run) -> bool:
@@ -228,7 +229,8 @@ def _carry_out_one(
         if run.model.is_fitted:
             first = run.members[0].config
             assert first is not None
-            weights = ["--fit", "--shards", comparison.shards, "--device", first.device]
+            by = [run.model.fit] if run.model.fit else []
+            weights = ["--fit", *by, "--shards", comparison.shards, "--device", first.device]
         else:
             weights = ["--weights", *(str(weight) for _, weight in run.model.members)]
         combining = ["ensemble", *members, *weights, "--output", str(run.dir)]

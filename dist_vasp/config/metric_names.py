@@ -54,6 +54,17 @@ def parse_metrics(text: str, option: str) -> tuple[Metric, ...]:
     return tuple(dict.fromkeys(_parse(word, option) for word in words))
 
 
+def target_metric(text: str, option: str) -> Metric:
+    """Return the one metric, of users with a target, that `option` names; else ValueError."""
+    metrics = parse_metrics(text, option)
+    if len(metrics) != 1 or not metrics[0].of_target:
+        raise ValueError(
+            f"{option} is {text!r:.40}, expected one metric of {', '.join(OF_TARGET)}, such as "
+            "ndcg@20"
+        )
+    return metrics[0]
+
+
 def metric_or_none(text: str) -> Metric | None:
     """Return the metric of this name; None where there is none."""
     try:

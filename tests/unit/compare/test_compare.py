@@ -373,6 +373,21 @@ def test_an_ensemble_of_names_alone_is_fitted(tmp_path):
     assert [run.stem for run in runs[-1].members] == ["a-seed1"]
 
 
+def test_weights_may_be_fitted_by_a_metric(tmp_path):
+    models = and_ensemble(["a"])
+    models["models"][-1]["fit"] = "ndcg@20"
+    runs = read_comparison(written(tmp_path, **models)).runs(tmp_path)
+    assert runs[-1].model.what == "product of a, weights fitted on validation by NDCG@20"
+    for wrong, ensemble, message in [
+        ("gini@5", ["a"], "fit is 'gini@5', expected one metric of ndcg"),
+        (5, ["a"], "fit is 5, expected a metric"),
+        ("ndcg@20", {"a": 1}, "expected it beside a list of models"),
+    ]:
+        models["models"][-1] |= {"fit": wrong, "ensemble": ensemble}
+        with pytest.raises(ValueError, match=message):
+            read_comparison(written(tmp_path, **models))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "path", sorted((ROOT / "configs").glob("compare*.yaml")), ids=lambda p: p.name
@@ -467,7 +482,7 @@ def test_a_whole_comparison(shards, tmp_path):
             "overrides": {"model.kind": "ease", "model.ease_lambda": 5},
         },
         {"name": "both", "ensemble": {"nease": 1, "ease": 2}},
-        {"name": "fitted", "ensemble": ["nease", "ease"]},
+        {"name": "fitted", "ensemble": ["nease", "ease"], "fit": "ndcg@10"},
         {
             "name": "broken",
             "config": TINY,
@@ -548,7 +563,7 @@ def test_a_whole_comparison(shards, tmp_path):
         ("../ease-seed0", 2.0),
         ("../nease-seed1", 1.0),
     ]
-    assert fitted["what"] == "product of nease, ease, weights fitted on validation"
+    assert fitted["what"] == "product of nease, ease, weights fitted on validation by NDCG@10"
     for seed in (0, 1):
         header = json.loads((runs / f"fitted-seed{seed}" / "ensemble.json").read_text())
         assert {m["run"] for m in header["members"]} <= {f"../nease-seed{seed}", "../ease-seed0"}

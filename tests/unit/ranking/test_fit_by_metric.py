@@ -152,7 +152,7 @@ def test_what_does_not_fit_memory_is_left_out_and_said(runs, tmp_path, capsys, m
     ("options", "message"),
     [
         (["--fit", "coverage@10"], "--fit is 'coverage@10', expected one metric of ndcg"),
-        (["--fit", "ndcg@10,hr@10"], "expected one metric"),
+        (["--fit", "ndcg@10,hr@10"], "--fit is 'ndcg@10,hr@10', expected one metric"),
         (["--fit", "run2"], "--fit: 'run2' is not a metric"),
         (["--fit", "ndcg@2", "--weights", "1", "2", "3"], "--weights cannot be given"),
         (["--fit", "ndcg@2", "--shards", "none"], "none has no validation user with held-out"),
