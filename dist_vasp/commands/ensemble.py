@@ -19,7 +19,7 @@ from dist_vasp.parallel.start import init_ranks
 from dist_vasp.places import check_belongs_to_nothing
 from dist_vasp.progress import Progress
 from dist_vasp.ranking.ensemble import describe_ensemble, is_ensemble
-from dist_vasp.ranking.fit_by_metric import FittedByMetric, fit_by_metric
+from dist_vasp.ranking.fit_by_metric import FittedByMetric, gather, search
 from dist_vasp.ranking.fit_weights import Fitted, fit_on_validation
 from dist_vasp.ranking.load import ENSEMBLE, load_model, shards_of
 from dist_vasp.recognise import is_json
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     _check(arguments)
     _check_output(folder)
     text = describe_ensemble(folder, runs, weights)
-    if arguments.fit:
+    if arguments.fit is not None:
         runs, weights = _fit(runs, arguments)
         text = describe_ensemble(folder, runs, weights)
     file = folder / ENSEMBLE
@@ -87,11 +87,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _check(arguments: argparse.Namespace) -> None:
     """Raise ValueError for options that exclude each other."""
-    if arguments.fit and arguments.weights:
+    if arguments.fit is not None and arguments.weights:
         raise ValueError("--fit finds the weights, so --weights cannot be given, too; drop one")
-    if arguments.shards and not arguments.fit:
+    if arguments.shards and arguments.fit is None:
         raise ValueError("--shards is the data of --fit; pass --fit, or leave --shards out")
-    if arguments.fit and arguments.fit != LIKELIHOOD:
+    if arguments.fit not in (None, LIKELIHOOD):
         target_metric(arguments.fit, "--fit")
 
 
@@ -109,7 +109,9 @@ def _fit(runs: list[str], arguments: argparse.Namespace) -> tuple[list[str], lis
     else:
         metric = target_metric(arguments.fit, "--fit")
         with Progress("scoring validation users", 2 * len(runs), "member") as progress:
-            fitted = fit_by_metric(runs, shards, metric, ranks, progress.update)
+            candidates, metrics = gather(runs, shards, metric, ranks, progress.update)
+        with Progress("searching weights", None, "change") as progress:
+            fitted = search(candidates, metrics, progress.update)
         for run, value in zip(runs, fitted.alone, strict=True):
             print(f"{metric.title} {value:.4f}: {run} alone")
         print(f"{metric.title} {fitted.value:.4f}: together, with the weights")

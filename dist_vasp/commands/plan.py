@@ -60,9 +60,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"a step is {closed.what}, evaluation excluded")
     print(describe(plan, 0 if closed else config.data.batch_size))
     print(_of_rates(rates, arguments.ranks))
-    other = "numpy.linalg.inv in float64" if closed else "plain dense torch"
-    dense_gb = dense_reference_memory(config, sizes) / 1e9
-    print(f"{other} would hold about {dense_gb:.1f} GB on one device")
+    if not closed or has_items_x_items(config):
+        other = "numpy.linalg.inv in float64" if closed else "plain dense torch"
+        dense_gb = dense_reference_memory(config, sizes) / 1e9
+        print(f"{other} would hold about {dense_gb:.1f} GB on one device")
     if arguments.device_memory_gb:
         room_gb = arguments.device_memory_gb
         print(_smallest(smallest_that_fits(config, sizes, room_gb * 1e9, rates, device), room_gb))

@@ -138,6 +138,7 @@ def _model(raw: Any, where: str, file: _File, above: Sequence[Model]) -> Model:
         )
     own_seeds = _seeds(entry["seeds"], f"{where}.seeds") if "seeds" in entry else None
     seeds = own_seeds or file.seeds
+    fit = fit_of(entry, where)
     if "baseline" in entry:
         return _baseline(entry, where, seeds)
     if "ensemble" in entry:
@@ -147,9 +148,7 @@ def _model(raw: Any, where: str, file: _File, above: Sequence[Model]) -> Model:
                 "leave it out"
             )
         members = members_of(entry["ensemble"], f"{where}.ensemble", seeds, above)
-        fit = fit_of(entry, where)
         return Model(name, seeds, None, "ensemble", {}, members, fit)
-    fit_of(entry, where)
     return _trained(entry, where, file, own_seeds)
 
 

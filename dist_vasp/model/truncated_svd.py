@@ -4,8 +4,8 @@
 
 V comes from subspace iteration on X~^T X~, from random numbers, with some more columns than are
 asked for (Halko, Martinsson and Tropp 2011, SIAM Review 53, 4.4 and 4.5). Every rank holds the
-users' histories and the rows of V of its own items; of the users some are multiplied at a time, and
-what crosses ranks is the product X~ Q of those (B, C), and (C, C) numbers.
+users' histories and the rows of V of its own items. Users are processed in blocks. Ranks exchange
+X~ Q of a block, (B, C), and (C, C) matrices.
 
 Shapes: U users, B users of a block, I items, J this rank's items, C columns, k of them kept.
 """
@@ -22,13 +22,18 @@ from torch import Tensor
 from dist_vasp.data.rows import Rows
 from dist_vasp.kernels.interface import PLAIN
 from dist_vasp.kernels.random import Normal, fill, row_keys
-from dist_vasp.parallel.comm import Ranks, all_gather, all_reduce
+from dist_vasp.parallel.comm import Ranks, all_reduce
 
 MORE_COLUMNS = 32  # than are kept: the last ones converge slowly
-BLOCK_BYTES = 1 << 26  # of the products of a block of users
+BLOCK_BYTES = 1 << 26  # of the products of a block of users, or those of V where these are more
 _ROWS_AT_ONCE = 1 << 14  # of a product of two tall matrices, in float64
 _NOISE = 64  # roundings of the largest eigenvalue; a smaller one is taken for 0
-_SEED = 0  # V does not depend on it, but for what the iterations leave of it
+_SEED = 0  # start of the iteration; it affects V through the convergence error alone
+
+
+def users_of_a_block(n_items: int, width: int, partitions: int) -> int:
+    """How many users are multiplied at once: a pass over V costs as much for each block."""
+    return max(1, BLOCK_BYTES // (4 * width), -(-n_items // partitions))
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,7 @@ class WeightedUsers:
         self.rank_of_X = min(int((users.lengths > 0).sum()), int((popularity_I > 0).sum()))
         lengths_U = users.lengths.astype(np.float64)
         weight_U = (np.maximum(lengths_U, 1) / lengths_U.mean()) ** (user_exponent / 2)
-        together = max(1, BLOCK_BYTES // (4 * width))
+        together = users_of_a_block(n_items, width, ranks.layout.partitions)
         self._blocks = [
             self._block(users.slice(lo, min(lo + together, users.n_rows)), weight_U[lo:])
             for lo in range(0, users.n_rows, together)
@@ -159,5 +164,5 @@ def _eigen(A_CC: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor]:
     every rank, because signs may differ between processors."""
     values_C, U_CC = torch.linalg.eigh((A_CC + A_CC.T) / 2)
     found = torch.cat([values_C[None], U_CC]).flip(1).contiguous()
-    found = all_gather(found[None], ranks.world)[0]
+    found = all_reduce(found if ranks.is_main else torch.zeros_like(found), ranks.world)
     return found[0], found[1:]

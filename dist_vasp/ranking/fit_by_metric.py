@@ -40,13 +40,15 @@ _MOST_CHANGES = 100
 class Candidates:
     """What a choice of weights is measured on.
 
-    blocks: the users. ids: of each block, item rows (B, C) ascending, padded with NO_ITEM at the
-    end. scores: of each block, (M, B, C), -inf where there is no item.
+    blocks: the users, of `all_users` validation users. ids: of each block, item rows (B, C)
+    ascending, padded with NO_ITEM at the end. scores: of each block, (M, B, C), -inf where there is
+    no item.
     """
 
     blocks: list[EvalBlock]
     ids: list[Tensor]
     scores: list[Tensor]
+    all_users: int
 
 
 @dataclass(frozen=True)
@@ -61,15 +63,14 @@ class FittedByMetric:
     all_users: int
 
 
-def fit_by_metric(
+def gather(
     runs: Sequence[str],
     folder: str,
     metric: Metric,
     ranks: Ranks,
     tick: Callable[[int], None] = lambda done: None,
-) -> FittedByMetric:
-    """Load the members, find and score the candidates of the validation users of `folder`, and
-    search the weights.
+) -> tuple[Candidates, UserMetrics]:
+    """Find and score the candidates of the validation users of `folder`, and what measures them.
 
     Where the scores do not fit 2 GiB, the first users are taken. Recall divides as the first member
     says. `tick(members loaded)` is called after each, twice as many in all. ValueError where there
@@ -79,7 +80,7 @@ def fit_by_metric(
     all_users = manifest.splits["validation"].users
     each = min(max(LEAST_CANDIDATES, 2 * metric.k), manifest.n_items)
     most = min(each * len(runs), manifest.n_items)  # candidates of a user
-    n_users = min(all_users, _ROOM // (4 * len(runs) * most))
+    n_users = min(all_users, _ROOM // (most * (4 * len(runs) + 8) + 8 * each * len(runs)))
     blocks = list(
         evaluation_blocks(folder, "validation", USERS_PER_BLOCK, stop=n_users, manifest=manifest)
     )
@@ -88,24 +89,33 @@ def fit_by_metric(
             f"{folder} has no validation user with held-out items; prepare the data with some, or "
             "give --weights instead of --fit"
         )
-    denominator, found = "min", []
-    for m, run in enumerate(runs):
+
+    def first_of(run: str) -> tuple[list[Tensor], str]:
         loaded = load_model(run, None, ranks)
         check_vocabulary(loaded.checkpoint.header, folder, manifest)
-        denominator = loaded.config.run.recall_denominator if m == 0 else denominator
-        scorer = loaded.model.scores
-        found.append([_first(scorer, block, each, manifest.n_items, ranks) for block in blocks])
+        scorer, n_items = loaded.model.scores, manifest.n_items
+        found = [_first(scorer, block, each, n_items, ranks) for block in blocks]
+        return found, loaded.config.run.recall_denominator
+
+    def score(m: int, run: str) -> None:
+        scorer = load_model(run, None, ranks).model.scores
+        for block, ids_BC, scores_MBC in zip(blocks, ids, scores, strict=True):
+            _score(scorer, block, ids_BC, scores_MBC[m], manifest.n_items, ranks)
+
+    of_members, denominators = [], []
+    for m, run in enumerate(runs):
+        found, denominator = first_of(run)
+        of_members.append(found)
+        denominators.append(denominator)
         tick(m + 1)
-    ids = [_union([of_member[b] for of_member in found]) for b in range(len(blocks))]
+    ids = [_union(of_block) for of_block in zip(*of_members, strict=True)]
+    of_members.clear()
     scores = [torch.empty((len(runs), *of_block.shape)) for of_block in ids]
     for m, run in enumerate(runs):
-        loaded = load_model(run, None, ranks)
-        for block, ids_BC, scores_MBC in zip(blocks, ids, scores, strict=True):
-            _score(loaded.model.scores, block, ids_BC, scores_MBC[m], manifest.n_items, ranks)
+        score(m, run)
         tick(len(runs) + m + 1)
-    metrics = UserMetrics((metric,), denominator)
-    weights, value, alone = search(Candidates(blocks, ids, scores), metrics)
-    return FittedByMetric(weights, value, alone, n_users, all_users)
+    metrics = UserMetrics((metric,), denominators[0])
+    return Candidates(blocks, ids, scores, all_users), metrics
 
 
 def _first(scorer: Scorer, block: EvalBlock, n: int, n_items: int, ranks: Ranks) -> Tensor:
@@ -137,12 +147,12 @@ def _score(
 
 
 def search(
-    candidates: Candidates, metrics: UserMetrics
-) -> tuple[tuple[float, ...], float, tuple[float, ...]]:
-    """The weights (M,), to 6 digits; the metric with them; the metric of each member alone.
-
-    ValueError where a score is not finite.
-    """
+    candidates: Candidates,
+    metrics: UserMetrics,
+    tick: Callable[[int], None] = lambda done: None,
+) -> FittedByMetric:
+    """The weights, to 6 digits. `tick(changes made)` is called after each; ValueError where a score
+    is not finite."""
     scale_M = _scales(candidates)
     M = len(scale_M)
 
@@ -151,20 +161,20 @@ def search(
 
     alone = tuple(value(one) for one in np.eye(M))
     w_M, best = np.eye(M)[int(np.argmax(alone))], max(alone)
-    for _ in range(_MOST_CHANGES):
+    for done in range(_MOST_CHANGES):
+        tick(done)
         tried = [(value(changed), changed) for changed in _changes(w_M)]
-        if not tried:
-            break
-        highest, changed = max(tried, key=lambda one: one[0])
+        highest, changed = max(tried, key=lambda one: one[0], default=(best, w_M))
         if highest <= best:
             break
         best, w_M = highest, changed
-    return tuple(float(f"{w:.6g}") for w in w_M / scale_M), best, alone
+    weights = tuple(float(f"{w:.6g}") for w in w_M / scale_M)
+    n_users = sum(len(block.user_keys) for block in candidates.blocks)
+    return FittedByMetric(weights, best, alone, n_users, candidates.all_users)
 
 
 def _changes(w_M: np.ndarray) -> list[np.ndarray]:
-    """All changes of one weight that leave another one above 0; of one scale, so that lists differ
-    by more than a factor."""
+    """All changes of one weight, but for those that only scale all weights."""
     changes = []
     for m, w in enumerate(w_M):
         if np.count_nonzero(w_M) == 1 and w:
@@ -179,13 +189,14 @@ def _changes(w_M: np.ndarray) -> list[np.ndarray]:
 def _metric(candidates: Candidates, w_M: np.ndarray, metrics: UserMetrics) -> float:
     """The mean over the users with a target."""
     values = []
-    used = np.flatnonzero(w_M)
-    weights = torch.from_numpy(w_M[used]).float()
+    used = [(m, float(w)) for m, w in enumerate(w_M) if w]
     k = max(metric.k for metric in metrics.metrics)
     for block, ids_BC, scores_MBC in zip(
         candidates.blocks, candidates.ids, candidates.scores, strict=True
     ):
-        total_BC = torch.tensordot(weights, scores_MBC[used], 1)
+        total_BC = torch.zeros_like(scores_MBC[0])
+        for m, w in used:
+            total_BC.add_(scores_MBC[m], alpha=w)
         columns = local_topk(total_BC, k)[1]
         listed = torch.where(columns >= 0, ids_BC.gather(1, columns.clamp(min=0)), NO_ITEM)
         (of_users,) = metrics.of_target(listed.numpy(), block.held_out).values()

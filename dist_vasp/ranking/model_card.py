@@ -33,7 +33,6 @@ _KEYS = {
     "optimizer": ("name", "schedule"),
     "data": ("batch_size",),
 }  # of the configuration of a model that is trained by steps
-_CLOSED_FORM = re.compile("kind|neighbours|ease_.*")  # keys of `model`; nothing else has a part
 _OF_RUN = ("seed", "best_by", "recall_denominator")
 Metrics = Mapping[str, Mapping[str, Any]]  # by split
 
@@ -214,7 +213,7 @@ def _configuration(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     kind = KINDS.get(str(model.get("kind")))
     names: Mapping[str, Sequence[str]] = _KEYS
     if kind is not None and kind.closed_form:
-        names = {"model": [key for key in model if _CLOSED_FORM.fullmatch(key) and model[key]]}
+        names = {"model": [key for key in ("kind", *kind.closed_form.keys) if model.get(key)]}
     for section, of_section in {**names, "run": _OF_RUN}.items():
         part = config.get(section) or {}
         for key in of_section:

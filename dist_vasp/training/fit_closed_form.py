@@ -73,6 +73,8 @@ class ClosedFormFit:
         self._last_tried = max((best_step, *tried))
         self._solve: Callable[[ModelConfig], None] | None = None  # made when it is first needed
         self._trunk = make_trunk(run.config.model)
+        if self._trunk is not None:
+            self._trunk.to(run.ranks.device).eval().requires_grad_(False)
         self._parts = parts_folder(run.config.run.dir)
         self._resumed = 0.0  # seconds of earlier starts, of what was resumed since `_took`
 
@@ -100,6 +102,7 @@ class ClosedFormFit:
             )
         n_walks, first = len(self._walks), self._walks[0]
         if n_walks > 1:
+            text += "" if first[0].walked else ", "
             text += f"{n_walks} combinations of {', '.join(first[0].searched)}"
             text += ", each with " if first[0].walked else ""
         if len(first) > 1:
@@ -157,7 +160,7 @@ class ClosedFormFit:
                 try:
                     metrics = self._try(model, candidate)
                 except AgreedError as error:
-                    if self.best is None:
+                    if self.best is None or not candidate.walked:
                         raise
                     self.run.say(f"{candidate}: {error}; smaller lambdas are left out")
                     return
@@ -281,7 +284,7 @@ def opening(config: Config, manifest: Manifest, ranks: Ranks) -> str:
     of = f"{model.kind} on {users:,} users and {manifest.n_items:,} items"
     in_parts = f"{ranks.layout.partitions} partitions"
     if not walks_of(config)[0][0].walked:
-        return f"{of}, {in_parts}: rank {model.svd_rank}; "
+        return f"{of}, {in_parts}: rank {model.svd_rank}"
     inputs = f"{model.neighbours} inputs for each item, " if model.neighbours else ""
     return f"{of} in {model.ease_dtype}, {in_parts}: {inputs}"
 

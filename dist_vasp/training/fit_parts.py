@@ -191,7 +191,7 @@ class Parts:
                 write_tensors(handle, tensors, metadata=metadata)
         except (OSError, ValueError) as error:
             self._folder = None
-            self._say(f"no further part can be resumed from: {error}")
+            self._say(f"parts are no longer saved: {error}; a killed run resumes from the last one")
 
 
 def clear_leftovers(folder: Path) -> None:

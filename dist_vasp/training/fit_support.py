@@ -133,7 +133,7 @@ class SupportFit:
         width, dtype = own.tensor.shape[1], own.tensor.dtype
         made_for = {"hash of data.shards": self._data, "neighbours": width, **keys}
         writers = self._ranks.layout.partitions if kind == "weights" else 1
-        return Parts(self._parts, kind, made_for, self._n_items, width, dtype, self._say, writers)
+        return Parts(self._parts, kind, made_for, self._n_items, width, dtype, self._warn, writers)
 
     def _resumed(self, parts: Parts, own: ItemSlice) -> tuple[np.ndarray, float]:
         """Read the parts; return which items of this rank have a row, and the seconds of all."""
@@ -144,6 +144,10 @@ class SupportFit:
         if n_done:
             self._say(f"resumed with the {parts.kind} of {n_done:,} of {self._n_items:,} items")
         return is_done_J, float(found[1])
+
+    def _warn(self, text: str) -> None:
+        """Say what went wrong with parts, on the rank whose items they have."""
+        say(text if self._ranks.is_main else f"rank {self._ranks.rank}: {text}")
 
     def _say(self, text: str) -> None:
         if self._ranks.is_main:

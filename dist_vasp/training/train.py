@@ -62,7 +62,7 @@ def dry_run(config: Config, ranks: Ranks) -> str:
     parts = parts_folder(config.run.dir)
     starts = [newest.name] if newest else []
     if has_parts(parts):
-        starts.append(f"what fits in {parts.name}")
+        starts.append(f"the parts in {parts.name} that match")
     what = f"would resume from {' and '.join(starts)}" if starts else "would start anew"
     return f"dry run: {setup.describe()}\nrun.dir {config.run.dir}: {what}"
 

@@ -271,7 +271,9 @@ def test_what_a_stop_and_a_resume_say(data, tmp_path, call, capsys, monkeypatch)
             f"stopped on request; the same command resumes after the last part of {folder}" in out
         )
         assert call(main, *given, "--dry_run") == 0
-        assert "would resume from what fits in closed-form-parts" in capsys.readouterr().out
+        assert (
+            "would resume from the parts in closed-form-parts that match" in capsys.readouterr().out
+        )
     assert "resumed with the inputs of " in out
     calls = Parts.read
     read: list[float] = []

@@ -36,7 +36,7 @@ def candidates(scores_MUI: torch.Tensor, held: list[list[int]]) -> Candidates:
         blocks.append(EvalBlock(np.arange(lo, hi, dtype=np.uint64), none, csr(held[lo:hi])))
         ids.append(torch.arange(N_ITEMS).repeat(hi - lo, 1))
         scores.append(scores_MUI[:, lo:hi].float())
-    return Candidates(blocks, ids, scores)
+    return Candidates(blocks, ids, scores, N_USERS)
 
 
 def drawn(seed: int) -> tuple[torch.Tensor, list[list[int]]]:
@@ -54,7 +54,9 @@ def drawn(seed: int) -> tuple[torch.Tensor, list[list[int]]]:
 def test_the_metric_is_that_of_the_lists_and_no_single_change_raises_it(name):
     scores, held = drawn(0)
     metrics = UserMetrics(parse_metrics(name, ""))
-    weights, value, single = search(candidates(scores, held), metrics)
+    found = search(candidates(scores, held), metrics)
+    weights, value, single = found.weights, found.value, found.alone
+    assert (found.n_users, found.all_users) == (N_USERS, N_USERS)
 
     def of(w) -> float:
         total = np.tensordot(w, scores.float().numpy(), 1)
@@ -76,18 +78,20 @@ def test_a_member_that_adds_nothing_has_no_weight():
     scores, held = drawn(1)
     scores[0] = sum(scores[:2] / torch.tensor([1, 100]).reshape(2, 1, 1))
     scores[1] = -scores[0]  # the opposite of the best
-    weights, *_ = search(candidates(scores[:2], held), UserMetrics(parse_metrics("ndcg@10", "")))
+    metrics = UserMetrics(parse_metrics("ndcg@10", ""))
+    weights = search(candidates(scores[:2], held), metrics).weights
     assert weights[0] > 0 and weights[1] == 0
 
 
 def test_the_size_of_a_members_scores_does_not_count():
     scores, held = drawn(2)
     metrics = UserMetrics(parse_metrics("ndcg@10", ""))
-    found, value, _ = search(candidates(scores, held), metrics)
+    found = search(candidates(scores, held), metrics)
     scores[1] *= 1024
-    again, same, _ = search(candidates(scores, held), metrics)
-    assert same == value
-    np.testing.assert_allclose(again, np.array(found) / [1, 1024, 1], rtol=1e-4)
+    again = search(candidates(scores, held), metrics)
+    assert again.value == found.value
+    expected = np.array(found.weights) / [1, 1024, 1]
+    np.testing.assert_allclose(again.weights, expected, rtol=1e-4)
 
 
 def test_a_score_that_is_no_number_is_an_error():
@@ -142,7 +146,7 @@ def test_the_command_tells_the_metric_that_an_evaluation_finds(
 
 
 def test_what_does_not_fit_memory_is_left_out_and_said(runs, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(fit_by_metric, "_ROOM", 4 * 3 * 20 * 30)
+    monkeypatch.setattr(fit_by_metric, "_ROOM", 30 * (20 * (4 * 3 + 8) + 8 * 20 * 3))
     fitting = ["--fit", "ndcg@2", "--shards", str(tmp_path / "shards"), "--device", "cpu"]
     make_ensemble(["--members", *runs, *fitting, "--output", str(tmp_path / "all")])
     assert "weights fitted on 30 of 40 validation users" in capsys.readouterr().out
@@ -153,6 +157,7 @@ def test_what_does_not_fit_memory_is_left_out_and_said(runs, tmp_path, capsys, m
     [
         (["--fit", "coverage@10"], "--fit is 'coverage@10', expected one metric of ndcg"),
         (["--fit", "ndcg@10,hr@10"], "--fit is 'ndcg@10,hr@10', expected one metric"),
+        (["--fit", ""], "--fit is '', expected one metric"),
         (["--fit", "run2"], "--fit: 'run2' is not a metric"),
         (["--fit", "ndcg@2", "--weights", "1", "2", "3"], "--weights cannot be given"),
         (["--fit", "ndcg@2", "--shards", "none"], "none has no validation user with held-out"),

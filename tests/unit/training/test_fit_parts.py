@@ -245,7 +245,7 @@ def test_a_part_that_cannot_be_written_is_said_once(case):
     for lo in (0, 5):
         parts.add(np.arange(lo, lo + 5), inputs(np.arange(lo, lo + 5)))
     (said,) = case.said
-    assert said.startswith("no further part can be resumed from: ")
+    assert said.startswith("parts are no longer saved: ")
 
 
 def test_parts_of_a_kind_or_the_whole_folder_are_removed(case):
