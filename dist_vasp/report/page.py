@@ -148,7 +148,8 @@ def _configuration(run: Run) -> dict[str, list[Fact]]:
     alone = {name: part for name, part in run.config.items() if not isinstance(part, dict)}
     found = {}
     for section, keys in {**sections, **({"general": alone} if alone else {})}.items():
-        usual = default if section == "general" else default.get(section, {})
+        usual = default if section == "general" else default.get(section)
+        usual = usual if isinstance(usual, dict) else {}  # a file may have a section for one value
         found[section] = [
             Fact(key, words.plain(value), value != _as_yaml(usual.get(key)))
             for key, value in keys.items()

@@ -119,6 +119,17 @@ def test_every_value_may_be_odd(run):
     assert pages > 100
 
 
+def test_a_section_may_stand_where_a_value_belongs(run):
+    path = run / "config.yaml"
+    before = path.read_text()
+    config = json.loads(before)
+    path.write_text(json.dumps(config | {"device": {"a": {}}}))
+    try:
+        assert _report(run) is not None
+    finally:
+        path.write_text(before)
+
+
 @pytest.mark.parametrize("odd", ODD)
 def test_every_number_may_be_the_same_odd_one(run, odd):
     for name in FILES:
