@@ -59,7 +59,7 @@ class ClosedFormSetup:
         n = n_settings(config)
         settings = "one setting" if n == 1 else f"each of at most {n} settings"
         return (
-            f"{opening(config, self.manifest, self._ranks)}"
+            f"{opening(config, self.manifest, self._ranks).rstrip(' :,')}, "
             f"{train.interactions:,} interactions\n"
             f"memory of a rank, {layout.partitions} partitions: "
             f"{plan.memory_total / 1e9:.2f} GB ({parts})\n"

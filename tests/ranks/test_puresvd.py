@@ -173,4 +173,8 @@ def test_what_makes_no_sense_is_refused(shards, tmp_path, more, expected):
 
 def test_a_dry_run_says_what_it_costs(shards, tmp_path):
     out = succeeds("train", *arguments(shards, tmp_path / "run", "--dry_run"))
-    assert "rank 4" in out and "eigenvectors" in out and "time for one setting" in out
+    assert (
+        "rank 4, 4,575 interactions" in out
+        and "eigenvectors" in out
+        and "time for one setting" in out
+    )
