@@ -25,8 +25,8 @@ from tests.unit.ranking.test_recommend import alone
 RANK, CONVERGED = 5, 200
 EXPONENTS = [(0.0, 0.0), (-1.0, -0.5), (0.5, 0.3)]
 # V V^T has norm 1. Rounding of float32 in the products turns V by eps times the condition of its
-# gap, which is below 100 here, and the scales of items multiply that by their ratio.
-TOLERANCE = 100 * torch.finfo(torch.float32).eps
+# gap, which is below 300 here, and the scales of items multiply that by their ratio.
+TOLERANCE = 300 * torch.finfo(torch.float32).eps
 
 
 def _factors(ranks: Ranks, rank: int) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
