@@ -22,6 +22,7 @@ from torch import Tensor
 from dist_vasp.data.rows import Rows
 from dist_vasp.kernels.interface import PLAIN
 from dist_vasp.kernels.random import Normal, fill, row_keys
+from dist_vasp.model.sparse import ItemRows
 from dist_vasp.parallel.comm import Ranks, all_reduce
 
 MORE_COLUMNS = 32  # than are kept: the last ones converge slowly
@@ -38,7 +39,7 @@ def users_of_a_block(n_items: int, width: int, partitions: int) -> int:
 
 @dataclass(frozen=True)
 class _Block:
-    """Some users: the rows of `table` that each needs, and the users that have each item."""
+    """Some users: their own items, the users that have each own item, and what each user weighs."""
 
     items: tuple[Tensor, Tensor]  # ids from the first own item, index pointer (B + 1,)
     users: tuple[Tensor, Tensor]  # rows of the block, index pointer (J + 1,)
@@ -70,7 +71,7 @@ class WeightedUsers:
         self.scale_J1 = torch.from_numpy(own_J).float().to(ranks.device)[:, None]
         self.rank_of_X = min(int((users.lengths > 0).sum()), int((popularity_I > 0).sum()))
         lengths_U = users.lengths.astype(np.float64)
-        weight_U = (np.maximum(lengths_U, 1) / lengths_U.mean()) ** (user_exponent / 2)
+        weight_U = (np.maximum(lengths_U, 1) / lengths_U.mean()) ** user_exponent
         together = users_of_a_block(n_items, width, ranks.layout.partitions)
         self._blocks = [
             self._block(users.slice(lo, min(lo + together, users.n_rows)), weight_U[lo:])
@@ -78,21 +79,17 @@ class WeightedUsers:
         ]
 
     def _block(self, rows: Rows, weight_U: np.ndarray) -> _Block:
-        lo, hi = self.own
-        mine = (rows.items >= lo) & (rows.items < hi)
-        items_E = torch.from_numpy(rows.items[mine].astype(np.int64) - lo)
-        kept = np.concatenate([[0], mine.cumsum()])[rows.indptr]
-        indptr = torch.from_numpy(kept.astype(np.int64))
-        user_E = torch.repeat_interleave(torch.arange(rows.n_rows), indptr.diff())
-        in_order, order = torch.sort(items_E, stable=True)
-        of_item = torch.searchsorted(in_order, torch.arange(hi - lo + 1))
-        weight_B1 = torch.from_numpy(weight_U[: rows.n_rows]).float()[:, None]
-        to = self.ranks.device
-        return _Block(
-            (items_E.to(to), indptr.to(to)),
-            (user_E[order].to(to), of_item.to(to)),
-            weight_B1.to(to),
+        device = self.ranks.device
+        x = ItemRows(
+            torch.from_numpy(rows.indptr).to(device),
+            torch.from_numpy(rows.items.astype(np.int64)).to(device),
+            self.n_items,
+            torch.ones(rows.n_rows, dtype=torch.bool, device=device),
         )
+        users, of_item = x.rows_by_item(*self.own)
+        weight_B1 = torch.from_numpy(weight_U[: rows.n_rows]).float().to(device)[:, None]
+        # a copy of the own part: else the rows of all items would stay in memory
+        return _Block(x.restricted(*self.own), (users.clone(), of_item), weight_B1)
 
     def gram_times(self, Q_JC: Tensor) -> Tensor:
         """The own rows of X~^T X~ Q."""
@@ -100,7 +97,7 @@ class WeightedUsers:
         Y_JC = torch.zeros_like(Q_JC)
         for block in self._blocks:
             Z_BC = all_reduce(PLAIN.sum_rows(Q_JC, *block.items), group)
-            Y_JC += PLAIN.sum_rows(Z_BC.mul_(block.weight_B1.square()), *block.users)
+            Y_JC += PLAIN.sum_rows(Z_BC.mul_(block.weight_B1), *block.users)
         return Y_JC.mul_(self.scale_J1)
 
 
@@ -162,7 +159,9 @@ def _inner(A_JC: Tensor, B_JC: Tensor, ranks: Ranks) -> Tensor:
 def _eigen(A_CC: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor]:
     """Eigenvalues, descending, and eigenvectors of a symmetric matrix: those of the first rank on
     every rank, because signs may differ between processors."""
-    values_C, U_CC = torch.linalg.eigh((A_CC + A_CC.T) / 2)
-    found = torch.cat([values_C[None], U_CC]).flip(1).contiguous()
-    found = all_reduce(found if ranks.is_main else torch.zeros_like(found), ranks.world)
+    found = A_CC.new_zeros((len(A_CC) + 1, len(A_CC)))
+    if ranks.is_main:
+        values_C, U_CC = torch.linalg.eigh((A_CC + A_CC.T) / 2)
+        found = torch.cat([values_C[None], U_CC]).flip(1).contiguous()
+    found = all_reduce(found, ranks.world)
     return found[0], found[1:]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_vasp.config.schema import RunConfig, SearchConfig
+from dist_vasp.model.kind import ClosedForm
 from dist_vasp.model.registry import KINDS
 from dist_vasp.ranking.model_card import evaluation_of
 from dist_vasp.report.files import is_drawable, plain, read_config, read_file, read_lines
@@ -36,14 +37,17 @@ class Run:
     @property
     def closed_form(self) -> bool:
         """Whether the model was computed in closed form instead of by steps."""
-        kind = KINDS.get(str(self.at("model", "kind")))
-        return kind is not None and kind.closed_form is not None
+        return self._closed_form is not None
 
     @property
     def has_lambda(self) -> bool:
         """Whether the model is a closed form that is computed for a lambda."""
+        return self._closed_form is not None and bool(self._closed_form.walked)
+
+    @property
+    def _closed_form(self) -> ClosedForm | None:
         kind = KINDS.get(str(self.at("model", "kind")))
-        return kind is not None and kind.closed_form is not None and bool(kind.closed_form.walked)
+        return kind.closed_form if kind else None
 
     @property
     def is_plain_ease(self) -> bool:

@@ -58,9 +58,9 @@ class ClosedFormSetup:
         parts = ", ".join(f"{part} {size / 1e9:.2f}" for part, size in plan.memory.items())
         n = n_settings(config)
         settings = "one setting" if n == 1 else f"each of at most {n} settings"
+        interactions = f"{train.interactions:,} interactions"
         return (
-            f"{opening(config, self.manifest, self._ranks).rstrip(' :,')}, "
-            f"{train.interactions:,} interactions\n"
+            f"{opening(config, self.manifest, self._ranks, interactions)}\n"
             f"memory of a rank, {layout.partitions} partitions: "
             f"{plan.memory_total / 1e9:.2f} GB ({parts})\n"
             f"time for {settings}, evaluation excluded: about {plan.step_seconds:,.0f} s "

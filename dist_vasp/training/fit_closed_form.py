@@ -92,25 +92,20 @@ class ClosedFormFit:
         )
 
     def opening(self) -> str:
-        text = opening(self.run.config, self.run.manifest, self.run.ranks)
-        best = self.best
+        run, best = self.run, self.best
         if self._is_done and best:
-            return (
-                f"{text}{self.run.config.run.dir} already holds "
-                f"{self._candidate(best.position.step)}; "
-                "it is evaluated again"
-            )
+            holds = f"{run.config.run.dir} already holds {self._candidate(best.position.step)}"
+            return f"{opening(run.config, run.manifest, run.ranks, holds)}; it is evaluated again"
         n_walks, first = len(self._walks), self._walks[0]
+        tried = []
         if n_walks > 1:
-            text += "" if first[0].walked else ", "
-            text += f"{n_walks} combinations of {', '.join(first[0].searched)}"
-            text += ", each with " if first[0].walked else ""
-        if len(first) > 1:
+            tried.append(f"{n_walks} combinations of {', '.join(first[0].searched)}")
+        if first[0].walked:
             largest = first[0].model.ease_lambda
-            text += f"lambda by validation, at most {len(first)} from {largest:g} down"
-        elif first[0].walked:
-            text += f"lambda {first[0].model.ease_lambda:g}"
-        last = self._last_tried
+            by_validation = f"lambda by validation, at most {len(first)} from {largest:g} down"
+            each = "each with " if tried else ""
+            tried.append(each + (by_validation if len(first) > 1 else f"lambda {largest:g}"))
+        text, last = opening(run.config, run.manifest, run.ranks, *tried), self._last_tried
         return text + (f" (resumed after {self._candidate(last)})" if last else "")
 
     def _candidate(self, step: int) -> Candidate:
@@ -278,15 +273,16 @@ def solver_of(
     return solve
 
 
-def opening(config: Config, manifest: Manifest, ranks: Ranks) -> str:
-    """The model and its data in a few words."""
+def opening(config: Config, manifest: Manifest, ranks: Ranks, *more: str) -> str:
+    """The model and its data in a few words, and then `more`."""
     model, users = config.model, manifest.splits["train"].users
     of = f"{model.kind} on {users:,} users and {manifest.n_items:,} items"
-    in_parts = f"{ranks.layout.partitions} partitions"
-    if not walks_of(config)[0][0].walked:
-        return f"{of}, {in_parts}: rank {model.svd_rank}"
-    inputs = f"{model.neighbours} inputs for each item, " if model.neighbours else ""
-    return f"{of} in {model.ease_dtype}, {in_parts}: {inputs}"
+    facts = [f"{model.neighbours} inputs for each item"] if model.neighbours else []
+    if walks_of(config)[0][0].walked:
+        of += f" in {model.ease_dtype}"
+    else:
+        facts = [f"rank {model.svd_rank}"]
+    return f"{of}, {ranks.layout.partitions} partitions: {', '.join([*facts, *more])}"
 
 
 def must_match_of(config: Config, manifest: Manifest) -> dict[str, Any]:

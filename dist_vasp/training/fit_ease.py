@@ -36,7 +36,7 @@ from dist_vasp.progress import Progress
 from dist_vasp.ranking.evaluate import to_item_rows
 from dist_vasp.training.engine import Trainer
 from dist_vasp.training.fit_support import SupportFit
-from dist_vasp.training.stop import StoppedError
+from dist_vasp.training.stop import Interrupted, tick_of
 
 _MOST_USERS = 1 << 16  # whose rows are dense for a block of columns: 64 MB
 
@@ -48,7 +48,7 @@ def fit(
     manifest: Manifest,
     ranks: Ranks,
     show: bool = False,
-    interrupted: Callable[[], bool] = lambda: False,
+    interrupted: Interrupted = lambda: False,
 ) -> None:
     """Write the B of the keys `model.ease_*` into `columns`, this rank's blocks (I, C) of `width`
     items.
@@ -61,24 +61,11 @@ def fit(
         column.zero_()
     matrix = SymmetricColumns(columns, manifest.n_items, ranks, width)
     reading = Progress("Gram matrix, training", manifest.splits["train"].users, "user", show=show)
-
-    def read(users: int) -> None:
-        reading.update(users)
-        if interrupted():
-            raise StoppedError
-
-    popularity_I = add_training_users(matrix, config, manifest, read)
+    popularity_I = add_training_users(matrix, config, manifest, tick_of(reading, interrupted))
     reading.close()
-
     title = f"lambda {keys.ease_lambda:g}, inverse"
     inverting = Progress(title, len(matrix.blocks), "block", show=show)
-
-    def tick(blocks: int) -> None:
-        inverting.update(blocks)
-        if interrupted():
-            raise StoppedError
-
-    solve(matrix, popularity_I, keys, tick)
+    solve(matrix, popularity_I, keys, tick_of(inverting, interrupted))
     inverting.close()
     _convert(columns, torch.float32)
 

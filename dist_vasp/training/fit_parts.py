@@ -83,6 +83,7 @@ class Parts:
         self._made_for = json.dumps({"format": _FORMAT, "rows": kind, **made_for}, sort_keys=True)
         self._n_items, self._width, self._dtype = n_items, width, dtype
         self._n_writers = n_writers
+        self.n_ignored = 0  # parts that could not be used, of those that were read
         self._waiting: list[tuple[np.ndarray, Tensor]] = []
         self._last = time.monotonic()
 
@@ -108,6 +109,7 @@ class Parts:
             own.tensor[local.to(own.tensor.device)] = rows_nK[is_own_n].to(own.tensor.device)
             is_done_J[local.numpy()] = True
             seconds += took * len(local) / len(item_n)
+        self.n_ignored = len(ignored)
         if ignored:
             n = f"{len(ignored)} parts are" if len(ignored) > 1 else "a part is"
             self._say(f"{n} ignored, and computed again: {ignored[0]}")

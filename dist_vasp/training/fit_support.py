@@ -7,7 +7,6 @@ training users.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -29,9 +28,7 @@ from dist_vasp.parallel.agree import agreed
 from dist_vasp.parallel.comm import Ranks, all_reduce
 from dist_vasp.progress import Progress, say
 from dist_vasp.training.fit_parts import Parts, clear_leftovers, remove_parts
-from dist_vasp.training.stop import StoppedError
-
-Interrupted = Callable[[], bool]
+from dist_vasp.training.stop import Interrupted, tick_of
 
 
 class SupportFit:
@@ -71,7 +68,7 @@ class SupportFit:
         left = self._left(counts, is_done_J, own.lo)
         title, before = f"choosing {path.width} inputs for each item", STRETCHES - len(left)
         with Progress(title, STRETCHES, "part", before, self._ranks.is_main) as progress:
-            tick = self._tick(progress)
+            tick = tick_of(progress, self._interrupted)
             chosen = choose_support(counts, path.width, self._ranks, left)
             for done, (first, ids_nK) in enumerate(chosen, 1):
                 lo, hi = max(first, own.lo), min(first + len(ids_nK), own.hi)
@@ -123,7 +120,7 @@ class SupportFit:
         )
         title = f"lambda {model.ease_lambda:g}, systems"
         with Progress(title, every, "part", every - left, ranks.is_main) as progress:
-            tick = self._tick(progress)
+            tick = tick_of(progress, self._interrupted)
             solve_on_support(counts, ids_JK, solved_JK, ids.lo, model, ranks, tick, rows_n, keep)
         weight.tensor.copy_(solved_JK)
         return seconds
@@ -133,21 +130,20 @@ class SupportFit:
         width, dtype = own.tensor.shape[1], own.tensor.dtype
         made_for = {"hash of data.shards": self._data, "neighbours": width, **keys}
         writers = self._ranks.layout.partitions if kind == "weights" else 1
-        return Parts(self._parts, kind, made_for, self._n_items, width, dtype, self._warn, writers)
+        return Parts(self._parts, kind, made_for, self._n_items, width, dtype, self._say, writers)
 
     def _resumed(self, parts: Parts, own: ItemSlice) -> tuple[np.ndarray, float]:
         """Read the parts; return which items of this rank have a row, and the seconds of all."""
         is_done_J, seconds = parts.read(own)
-        ranks, found = self._ranks, torch.tensor([is_done_J.sum(), seconds], dtype=torch.float64)
-        found = all_reduce(found.to(ranks.device), ranks.world) / ranks.layout.replicas
-        n_done = int(found[0])
+        ranks, replicas = self._ranks, self._ranks.layout.replicas
+        found = torch.tensor([is_done_J.sum(), seconds, parts.n_ignored], dtype=torch.float64)
+        found = all_reduce(found.to(ranks.device), ranks.world)
+        n_done = int(found[0]) // replicas
+        if int(found[2]) > parts.n_ignored:
+            self._say("other ranks ignore parts, too, and compute them again")
         if n_done:
             self._say(f"resumed with the {parts.kind} of {n_done:,} of {self._n_items:,} items")
-        return is_done_J, float(found[1])
-
-    def _warn(self, text: str) -> None:
-        """Say what went wrong with parts, on the rank whose items they have."""
-        say(text if self._ranks.is_main else f"rank {self._ranks.rank}: {text}")
+        return is_done_J, float(found[1]) / replicas
 
     def _say(self, text: str) -> None:
         if self._ranks.is_main:
@@ -164,16 +160,6 @@ class SupportFit:
             self._counts = CoOccurrence(self._users, self._n_items, weight_U)
             self._exponent = exponent
         return self._counts
-
-    def _tick(self, progress: Progress) -> Callable[[int], None]:
-        before = progress.done
-
-        def tick(done: int) -> None:
-            progress.update(before + done)
-            if self._interrupted():
-                raise StoppedError
-
-        return tick
 
 
 def read_training_users(folder: str, manifest: Manifest) -> Rows:

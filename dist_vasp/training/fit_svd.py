@@ -14,8 +14,8 @@ from dist_vasp.model.truncated_svd import MORE_COLUMNS, WeightedUsers, right_sin
 from dist_vasp.parallel.agree import agreed
 from dist_vasp.parallel.comm import Ranks
 from dist_vasp.progress import Progress
-from dist_vasp.training.fit_support import Interrupted, read_training_users
-from dist_vasp.training.stop import StoppedError
+from dist_vasp.training.fit_support import read_training_users
+from dist_vasp.training.stop import Interrupted, tick_of
 
 
 class SvdFit:
@@ -41,7 +41,7 @@ class SvdFit:
         X = WeightedUsers(self._users, self._n_items, width, exponents, self._ranks)
         title, show = f"{keys.svd_rank} singular vectors", self._ranks.is_main
         with Progress(title, keys.svd_iterations, "iteration", show=show) as progress:
-            tick = self._tick(progress)
+            tick = tick_of(progress, self._interrupted)
             found = right_singular_vectors(X, keys.svd_rank, keys.svd_iterations, tick)
         n_found = int((found.values_k > 0).sum())
         if n_found < keys.svd_rank:
@@ -53,14 +53,6 @@ class SvdFit:
         assert model.input is not None
         write(model.input.slices(), X.scale_J1 * found.V_Jk)
         write(head.weights, found.V_Jk / X.scale_J1)
-
-    def _tick(self, progress: Progress) -> Callable[[int], None]:
-        def tick(done: int) -> None:
-            progress.update(done)
-            if self._interrupted():
-                raise StoppedError
-
-        return tick
 
 
 def write(pieces: list[ItemSlice], rows_Jk: Tensor) -> None:

@@ -11,9 +11,11 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 
 import psutil
 
+from dist_vasp.progress import Progress
 from dist_vasp.signals import Repeats, SignalWatch
 
 _ORPHAN_CHECK_S = 1.0
@@ -22,6 +24,22 @@ _ORPHAN_PATIENCE_S = 20.0
 
 class StoppedError(Exception):
     """A rank was asked to stop; all ranks raise it together."""
+
+
+Interrupted = Callable[[], bool]
+
+
+def tick_of(progress: Progress, interrupted: Interrupted) -> Callable[[int], None]:
+    """What counts the work that is done on top of what `progress` began with; StoppedError where a
+    stop was requested. All ranks call it as often."""
+    before = progress.done
+
+    def tick(done: int) -> None:
+        progress.update(before + done)
+        if interrupted():
+            raise StoppedError
+
+    return tick
 
 
 class StopRequest:

@@ -151,7 +151,8 @@ def _chosen(loaded) -> tuple[float, float]:
 
 def test_the_same_command_evaluates_it_again_and_another_rank_is_refused(run, shards, call, capsys):
     call(command.main, *arguments(shards, run, *SEARCH))
-    assert "it is evaluated again" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"rank 4, {run} already holds user exponent" in out and "it is evaluated again" in out
     text = fails("train", *arguments(shards, run, *SEARCH, "--model.svd_rank", "3"))
     assert "model.svd_rank was 4 and is now 3" in text
 

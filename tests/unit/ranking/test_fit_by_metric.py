@@ -11,8 +11,6 @@ import torch
 
 from dist_vasp.config.metric_names import parse_metrics
 from dist_vasp.data.held_out import EvalBlock
-from dist_vasp.data.items import load_items
-from dist_vasp.data.manifest import Manifest
 from dist_vasp.ranking import fit_by_metric
 from dist_vasp.ranking.ensemble import load_ranker
 from dist_vasp.ranking.evaluate import evaluate
@@ -22,7 +20,7 @@ from dist_vasp.ranking.user_metrics import UserMetrics
 from launch.ensemble import main as make_ensemble
 from tests.support.make_shards import write_folder
 from tests.support.partitioned import csr
-from tests.support.runs import write_run
+from tests.unit.ranking.test_fit_weights import VALIDATION, write_members
 from tests.unit.ranking.test_recommend import alone
 
 N_USERS, N_ITEMS = 120, 30
@@ -110,18 +108,10 @@ def test_the_union_has_every_item_once():
 
 # --- the command ----------------------------------------------------------------------------------
 
-VALIDATION = [([u % 7, 9 + u % 3], [u % 5 + 12]) for u in range(40)]
-
 
 @pytest.fixture
 def runs(tmp_path) -> list[str]:
-    """Three runs on the shards in `shards`."""
-    shards = tmp_path / "shards"
-    write_folder(shards, [[0, 1, 2], [3, 4]], VALIDATION, n_items=20)
-    ids = load_items(shards, Manifest.load(shards)).ids.to_pylist()
-    for place, kind in enumerate(("ease", "vasp", "puresvd")):
-        write_run(tmp_path / f"run{place}", ids, kind)
-    return [str(tmp_path / f"run{place}") for place in range(3)]
+    return write_members(tmp_path, "ease", "vasp", "puresvd")
 
 
 @pytest.mark.parametrize("least", [200, 4])

@@ -102,15 +102,19 @@ def test_what_cannot_be_fitted_is_an_error():
 VALIDATION = [([u % 7, 9 + u % 3], [u % 5 + 12]) for u in range(40)]
 
 
-@pytest.fixture
-def runs(tmp_path) -> list[str]:
-    """Two runs on the shards in `shards`."""
-    shards = tmp_path / "shards"
+def write_members(folder: Path, *kinds: str) -> list[str]:
+    """A run of each kind, on the shards in `shards`."""
+    shards = folder / "shards"
     write_folder(shards, [[0, 1, 2], [3, 4]], VALIDATION, n_items=20)
     ids = load_items(shards, Manifest.load(shards)).ids.to_pylist()
-    for place, kind in enumerate(("ease", "vasp")):
-        write_run(tmp_path / f"run{place}", ids, kind)
-    return [str(tmp_path / "run0"), str(tmp_path / "run1")]
+    for place, kind in enumerate(kinds):
+        write_run(folder / f"run{place}", ids, kind)
+    return [str(folder / f"run{place}") for place in range(len(kinds))]
+
+
+@pytest.fixture
+def runs(tmp_path) -> list[str]:
+    return write_members(tmp_path, "ease", "vasp")
 
 
 def test_the_command_writes_the_fitted_weights(runs, tmp_path, capsys):
