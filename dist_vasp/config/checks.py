@@ -191,7 +191,7 @@ def _check_model(config: Config) -> None:
 
 
 def _check_search(config: Config) -> None:
-    lists = {name: values for name, values in asdict(config.search).items() if values}
+    lists = {name: values for name, values in config.search.lists.items() if values}
     for name, values in lists.items():
         key, kind = f"search.{name}", kind_of(config.model.kind)
         require(
@@ -230,4 +230,18 @@ def _check_search(config: Config) -> None:
         config.search.ease_lambda,
         "positive values",
         "drop the 0",
+    )
+    n_lambdas = len(config.search.ease_lambda)
+    closed_form = kind_of(config.model.kind).closed_form
+    searches_lambda = (
+        closed_form is not None
+        and closed_form.walked == "ease_lambda"
+        and (n_lambdas > 1 or (not n_lambdas and config.model.ease_lambda == 0))
+    )
+    require(
+        config.search.rule == "best" or searches_lambda,
+        "search.rule",
+        config.search.rule,
+        "best where no lambda is searched",
+        "leave it out, or search several lambdas",
     )

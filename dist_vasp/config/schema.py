@@ -6,7 +6,7 @@ The keys of one kind of model lie in its file under model/kinds.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 
@@ -71,6 +71,11 @@ class SearchConfig:
     Every combination is tried; an empty list leaves the key as it is in `model`.
     """
 
+    rule: Literal["best", "one_standard_error"] = "best"
+    """best takes the setting with the best validation metric; one_standard_error takes the largest
+    lambda whose metric is at most one standard error below that, with the same other keys (Breiman
+    et al. 1984, section 3.4.3). It costs one more fit."""
+
     ease_user_exponent: list[float] = field(default_factory=list)
     """Values of model.ease_user_exponent."""
     ease_item_exponent: list[float] = field(default_factory=list)
@@ -89,6 +94,11 @@ class SearchConfig:
     """Values of model.svd_user_exponent."""
     svd_item_exponent: list[float] = field(default_factory=list)
     """Values of model.svd_item_exponent."""
+
+    @property
+    def lists(self) -> dict[str, list[Any]]:
+        """The values of every key that can be searched."""
+        return {name: values for name, values in asdict(self).items() if name != "rule"}
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,13 @@ from metrics.jsonl which ones it has tried.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from dist_vasp.bounded_json import parse_json
-from dist_vasp.config.schema import Config, ModelConfig, SearchConfig
+from dist_vasp.config.schema import Config, ModelConfig
 from dist_vasp.model.registry import kind_of
 
 GRID = tuple(10.0 * 2**k for k in range(9, -1, -1))  # of lambda: 5120 to 10
@@ -49,7 +49,7 @@ def walks_of(config: Config) -> list[list[Candidate]]:
     model, search = config.model, config.search
     closed_form = kind_of(model.kind).closed_form
     walked = closed_form.walked if closed_form else ""
-    lists = {key.name: getattr(search, key.name) for key in fields(SearchConfig)}
+    lists = search.lists
     steps: list[dict[str, Any]] = [{}]
     if walked:
         given = getattr(model, walked)
@@ -76,7 +76,7 @@ def n_settings(config: Config) -> int:
 
 def no_validation(config: Config) -> str:
     """Return the message for a search without validation users."""
-    lists = asdict(config.search)
+    lists = config.search.lists
     which = next((f"search.{name}" for name, values in lists.items() if len(values) > 1), "")
     why = f"{which} is {lists[which[7:]]}" if which else "model.ease_lambda is 0"
     actions = ["leave search out"] if which else []

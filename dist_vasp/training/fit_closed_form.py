@@ -71,6 +71,7 @@ class ClosedFormFit:
         later = [one.seconds for step, one in tried.items() if step > best_step]
         self._seconds = seconds + sum(later)
         self._last_tried = max((best_step, *tried))
+        self._values = {step: one.value for step, one in tried.items()}
         self._solve: Callable[[ModelConfig], None] | None = None  # made when it is first needed
         self._trunk = make_trunk(run.config.model)
         if self._trunk is not None:
@@ -109,8 +110,11 @@ class ClosedFormFit:
         return text + (f" (resumed after {self._candidate(last)})" if last else "")
 
     def _candidate(self, step: int) -> Candidate:
-        width = len(self._walks[0])
-        return self._walks[(step - 1) // width][(step - 1) % width]
+        walk = self._walk_of(step)
+        return walk[(step - 1) % len(walk)]
+
+    def _walk_of(self, step: int) -> list[Candidate]:
+        return self._walks[(step - 1) // len(self._walks[0]) % len(self._walks)]
 
     def stopped(self) -> str:
         after = f"part of {self._parts}" if has_parts(self._parts) else "setting that was tried"
@@ -138,6 +142,9 @@ class ClosedFormFit:
         model = new_model(config, run.manifest.n_items, run.ranks)
         for walk in self._walks:
             self._walk(model, walk)
+        chosen = self._by_one_standard_error()
+        if chosen is not None:
+            self._take(model, chosen)
         if run.ranks.is_main:
             remove_parts(self._parts)
 
@@ -160,10 +167,39 @@ class ClosedFormFit:
                     self.run.say(f"{candidate}: {error}; smaller lambdas are left out")
                     return
                 value = metrics[best_by] if metrics else math.inf
+                self._values[candidate.step] = value
             fallen = 0 if value > highest else fallen + 1
             highest = max(highest, value)
             if fallen == PATIENCE:
                 return
+
+    def _by_one_standard_error(self) -> Candidate | None:
+        """The setting that search.rule one_standard_error takes in place of the best; None where
+        it is the best, or was taken before an earlier start ended.
+
+        Its number is that of a setting after all others, so that its checkpoint is the newest.
+        """
+        best, n_tried = self.best, n_settings(self.run.config)
+        if self.run.config.search.rule == "best" or best is None or best.best is None:
+            return None
+        step, best_by = best.position.step, self.run.config.run.best_by
+        least = best.best[best_by] - (best.best[f"{best_by}_se"] or 0.0)
+        if step > n_tried:
+            return None
+        for candidate in self._walk_of(step):  # lambda from large to small
+            if candidate.step == step:
+                break
+            if self._values.get(candidate.step, -math.inf) >= least:
+                return replace(candidate, step=n_tried + candidate.step)
+        return None
+
+    def _take(self, model: PartitionedModel, chosen: Candidate) -> None:
+        """Compute a setting again that was tried, and save it in place of the best one."""
+        self.run.say(f"{chosen} is within one standard error of the best, so it is computed again")
+        start = time.monotonic()
+        self._solver(model)(chosen.model)
+        self._took(start)
+        self._save(model, chosen, self._evaluate(model))
 
     def _solver(self, model: PartitionedModel) -> Callable[[ModelConfig], None]:
         """Return what writes the weights of a setting, made before the first one."""
@@ -195,14 +231,8 @@ class ClosedFormFit:
     def _validate(
         self, model: PartitionedModel, candidate: Candidate, took: float
     ) -> dict[str, Any] | None:
-        """Return the validation metrics of a setting; None where no user has a target."""
-        run, metrics = self.run, None
-        if run.manifest.splits["validation"].users > 0:
-            found = run.evaluate(model_scorer(model, self._trunk), "validation")
-            if found is None:
-                raise StoppedError
-            result = found.result()
-            metrics = result if result["n_users"] else None
+        """Evaluate a setting and record it; None where no validation user has a target."""
+        run, metrics = self.run, self._evaluate(model)
         if metrics is None and n_settings(run.config) > 1:
             raise AgreedError(no_validation(run.config))
         shown = run.config.run.told_metrics
@@ -213,6 +243,17 @@ class ClosedFormFit:
             line = {**place, **candidate.values}
             run.record({**line, "seconds": took, **metrics}, "validation")
         return metrics
+
+    def _evaluate(self, model: PartitionedModel) -> dict[str, Any] | None:
+        """Return the validation metrics; None where no user has a target."""
+        run = self.run
+        if not run.manifest.splits["validation"].users:
+            return None
+        found = run.evaluate(model_scorer(model, self._trunk), "validation")
+        if found is None:
+            raise StoppedError
+        result = found.result()
+        return result if result["n_users"] else None
 
     def _is_better(self, metrics: dict[str, Any] | None) -> bool:
         if self.best is None:
@@ -291,6 +332,6 @@ def must_match_of(config: Config, manifest: Manifest) -> dict[str, Any]:
     assert closed_form is not None
     keys, search = closed_form.keys, asdict(config.search)
     matching = {f"model.{name}": getattr(config.model, name) for name in ("kind", *keys)}
-    matching |= {f"search.{name}": search[name] for name in keys if name in search}
+    matching |= {f"search.{name}": search[name] for name in ("rule", *keys) if name in search}
     matching["run.best_by"] = config.run.best_by
     return matching | {"hash of data.shards": manifest.shards_sha256}

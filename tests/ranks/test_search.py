@@ -14,6 +14,7 @@ from dist_vasp.config.command_line import from_dict
 from dist_vasp.ranking.load import load_model
 from dist_vasp.report.gather import read_run
 from dist_vasp.training.candidates import GRID, read_tried, walks_of
+from dist_vasp.training.fit_closed_form import ClosedFormFit
 from dist_vasp.training.stop import StopRequest
 from tests.oracles import closed_form as oracle
 from tests.ranks.test_ease import arguments, figures, held_out, lines_of, train_matrix, write_shards
@@ -110,6 +111,72 @@ def test_a_search_that_was_stopped_tries_no_setting_twice(shards, tmp_path, call
         assert results[0][name] == results[1][name]
 
 
+class StopWhile(StopRequest):
+    """A stop is requested as soon as the chosen setting is computed again."""
+
+    is_chosen = False
+
+    @property
+    def requested(self) -> bool:
+        return type(self).is_chosen
+
+    @requested.setter
+    def requested(self, value: bool) -> None: ...
+
+
+def test_one_standard_error_takes_the_largest_lambda_that_is_as_good(
+    shards, tmp_path, call, capsys, monkeypatch
+):
+    from launch.train import main
+
+    rule = [
+        *("--search.ease_lambda", "[3000, 1500, 800, 400, 200, 100, 20]"),
+        *("--search.ease_xi", "[0, 1]", "--search.rule", "one_standard_error"),
+    ]
+    call(main, *arguments(shards, tmp_path / "run", *rule))
+    assert "is within one standard error of the best, so it is computed again" in (
+        capsys.readouterr().out
+    )
+    lines, result = (
+        lines_of(tmp_path / "run"),
+        json.loads((tmp_path / "run/result.json").read_text()),
+    )
+    best = max(lines, key=lambda line: line["ndcg@100"])
+    least = best["ndcg@100"] - best["ndcg@100_se"]
+    good = [
+        line for line in lines if line["ease_xi"] == best["ease_xi"] and line["ndcg@100"] >= least
+    ]
+    chosen = max(good, key=lambda line: line["ease_lambda"])
+    assert chosen["ease_lambda"] > best["ease_lambda"], "the data do not separate the two rules"
+    assert (result["ease_lambda"], result["ease_xi"]) == (chosen["ease_lambda"], chosen["ease_xi"])
+    assert result["checkpoint"] == f"step-{14 + chosen['step']:08d}"
+    assert result["validation"]["ndcg@100"] == chosen["ndcg@100"]
+    given = ["--model.ease_xi", str(best["ease_xi"])]
+    given += ["--model.ease_lambda", str(chosen["ease_lambda"])]
+    call(main, *arguments(shards, tmp_path / "given", *given))
+    assert result["test"] == json.loads((tmp_path / "given/result.json").read_text())["test"]
+    capsys.readouterr()
+    call(main, *arguments(shards, tmp_path / "run", *rule))
+    assert "it is evaluated again" in capsys.readouterr().out
+
+    def take(self, model, setting):
+        StopWhile.is_chosen = True
+        taking(self, model, setting)
+
+    taking = ClosedFormFit._take
+    with monkeypatch.context() as patch:
+        patch.setattr(command, "StopRequest", StopWhile)
+        patch.setattr(ClosedFormFit, "_take", take)
+        assert call(main, *arguments(shards, tmp_path / "cut", *rule)) == 0
+    assert not (tmp_path / "cut/result.json").exists()
+    before = lines_of(tmp_path / "cut")
+    call(main, *arguments(shards, tmp_path / "cut", *rule))
+    assert lines_of(tmp_path / "cut") == before
+    again = json.loads((tmp_path / "cut/result.json").read_text())
+    for name in ("validation", "test", "checkpoint", "ease_lambda", "ease_xi"):
+        assert again[name] == result[name]
+
+
 @pytest.mark.slow
 def test_two_ranks_search_and_resume_as_one_does(shards, tmp_path):
     """Of a search that was stopped before its last evaluation, nothing is tried again."""
@@ -175,6 +242,20 @@ def test_lines_after_a_better_setting_that_was_not_saved_are_tried_again(tmp_pat
         (
             {"model": {"kind": "ease"}, "search": {"ease_lambda": [1.0, 0.0]}},
             r"search\.ease_lambda is \[1\.0, 0\.0\], expected positive values",
+        ),
+        (
+            {
+                "model": {"kind": "ease", "ease_lambda": 9.0},
+                "search": {"rule": "one_standard_error"},
+            },
+            r"search\.rule is 'one_standard_error', expected best where no lambda is searched",
+        ),
+        (
+            {
+                "model": {"kind": "puresvd"},
+                "search": {"rule": "one_standard_error", "svd_user_exponent": [0.0, -0.5]},
+            },
+            r"search\.rule is 'one_standard_error', expected best where no lambda is searched",
         ),
         (
             {
