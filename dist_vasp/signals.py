@@ -26,11 +26,11 @@ STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 def end_on_ctrl_c() -> None:
     """Until the command handles signals itself, end at Ctrl-C with one line and status 130.
 
-    A Ctrl-C that arrived while SIGINT was blocked (`blocking_ctrl_c`) counts, too.
+    Signals that arrived while they were held back (`holding_signals`) count, too.
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _end_at_once)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
 
 
 def _end_at_once(number: int, frame: FrameType | None) -> None:
@@ -40,9 +40,10 @@ def _end_at_once(number: int, frame: FrameType | None) -> None:
 
 
 @contextmanager
-def blocking_ctrl_c() -> Iterator[None]:
-    """Hold a Ctrl-C back until the end of the block; processes started in it hold it back, too."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+def holding_signals() -> Iterator[None]:
+    """Hold SIGTERM, SIGINT and SIGHUP back until the end of the block. Processes started in it hold
+    them back, too, until `end_on_ctrl_c`."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
     try:
         yield
     finally:

@@ -16,7 +16,7 @@ from dist_vasp.command_line import Parser, at_least, did_you_mean
 from dist_vasp.console import guard
 from dist_vasp.extras import about_missing
 from dist_vasp.parallel.local_ranks import LocalRanks
-from dist_vasp.signals import SignalWatch, blocking_ctrl_c, end_on_ctrl_c
+from dist_vasp.signals import SignalWatch, end_on_ctrl_c, holding_signals
 from dist_vasp.versions import __version__
 
 _REINSTALL = "install what is missing: pip install . in a clone of the project"
@@ -122,7 +122,7 @@ def _take_ranks() -> int | None:
 def _start(name: str, n_ranks: int) -> int:
     """Start the ranks, pass signals on to them, and return their exit status."""
     guard()
-    with blocking_ctrl_c():
+    with holding_signals():
         ranks = LocalRanks([name, *sys.argv[1:]], n_ranks)
         watch = SignalWatch(ranks.signal)
     with ranks:

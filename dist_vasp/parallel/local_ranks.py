@@ -17,7 +17,7 @@ import time
 from collections.abc import Sequence
 from typing import BinaryIO
 
-from dist_vasp.signals import blocking_ctrl_c
+from dist_vasp.signals import holding_signals
 
 _POLL_S = 0.05
 _GRACE_S = 20.0  # ranks notice by themselves that another one is gone; then they are killed
@@ -54,7 +54,7 @@ class LocalRanks:
         self._processes: list[subprocess.Popen[bytes]] = []
         command = [sys.executable, "-P", "-m", "dist_vasp", *arguments]
         try:
-            with blocking_ctrl_c():
+            with holding_signals():
                 self._start(command, _environments(n_ranks, threads), logs)
         except BaseException:
             self.kill()
@@ -66,7 +66,7 @@ class LocalRanks:
         environments: Sequence[dict[str, str]],
         logs: Sequence[BinaryIO] | None,
     ) -> None:
-        """Start the ranks. A Ctrl-C waits in each until it can answer: see `end_on_ctrl_c`."""
+        """Start the ranks. A signal waits in each until it can answer: see `end_on_ctrl_c`."""
         for rank, environment in enumerate(environments):
             log = logs[rank] if logs else None
             self._processes.append(

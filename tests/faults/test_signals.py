@@ -90,6 +90,34 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path):
     assert not (tmp_path / "cleaned").exists()
 
 
+STARTING = """
+import os, subprocess, sys
+from dist_vasp.commands.program import _start
+RANK = "import time; from dist_vasp.signals import end_on_ctrl_c; end_on_ctrl_c(); time.sleep(600)"
+print("here", flush=True)
+class Interrupted(subprocess.Popen):
+    def __init__(self, command, **options):
+        super().__init__([sys.executable, "-c", RANK], **options)
+        print(self.pid, flush=True)
+        os.kill(os.getpid(), int(sys.argv[1]))
+subprocess.Popen = Interrupted
+os._exit(_start("train", 2))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_between_the_starts_of_two_ranks_ends_both(number):
+    process = start(STARTING, int(number))
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert err == ("error: stopped by Ctrl-C\n" if number == signal.SIGINT else "")
+    ranks = [int(line) for line in out.split()]
+    assert len(ranks) == 2
+    for rank in ranks:
+        with pytest.raises(ProcessLookupError):
+            os.kill(rank, 0)
+
+
 def test_nohup_is_respected(tmp_path):
     ignore = "import signal\nsignal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
     process = start(ignore + COMMAND, "idle", 30, tmp_path / "cleaned")
