@@ -42,7 +42,7 @@ def _dense_rows(rows: Rows, n_items: int) -> torch.Tensor:
 
 
 def _ours(config: Config, threads: int):
-    from dist_vasp.training.engine import Trainer
+    from dist_vasp.training.step.engine import Trainer
 
     ranks = init_ranks(device="cpu", threads=threads)
     stream = _stream(config)

@@ -27,7 +27,7 @@ from dist_vasp.model.ease import SWEEP_COLUMNS, SymmetricColumns, add_gram, add_
 from dist_vasp.parallel.comm import Ranks
 from dist_vasp.parallel.start import init_ranks
 from dist_vasp.ranking.evaluate import to_item_rows
-from dist_vasp.training.fit_ease import training_users
+from dist_vasp.training.closed_form.ease import training_users
 
 
 def gram(shards: str, value: float, dtype: torch.dtype, ranks: Ranks) -> SymmetricColumns:

@@ -44,7 +44,7 @@ WARM_UP = 4
 def make_step(side: str, config: Config, n_items: int, ranks: Ranks) -> Callable[..., float]:
     """What takes a batch, and the one after it, and returns the loss."""
     if side == "ours":
-        from dist_vasp.training.engine import Trainer
+        from dist_vasp.training.step.engine import Trainer
 
         trainer = Trainer(config, n_items, ranks)
         return lambda batch, following: trainer.step(batch, following=following).loss

@@ -33,7 +33,7 @@ from dist_vasp.parallel.start import (
 )
 from dist_vasp.signals import INTERRUPTED, EndedBySignal, ending_on_signals
 from dist_vasp.text import one_line
-from dist_vasp.training.step_report import DivergedError
+from dist_vasp.training.step.step_report import DivergedError
 
 Main = Callable[[Sequence[str] | None], int | None]
 

@@ -27,7 +27,7 @@ Bags = tuple[Tensor, Tensor]  # ids (E,) of rows, index pointer (n + 1,), which 
 
 
 class AdamStep(NamedTuple):
-    """The numbers of one step of an Adam rule, as `training/optimizer.py` defines them.
+    """The numbers of one step of an Adam rule, as `training/step/optimizer.py` defines them.
 
     The weights are multiplied by `shrink` and lose (of_momentum m + of_grad g) / denominator. rest1
     and rest2: 1 - beta1 and 1 - beta2, which float32 would round. Kernels read all of them from the

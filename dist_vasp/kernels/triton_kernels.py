@@ -49,7 +49,7 @@ def scaled(g, By):
 @triton.jit
 def second_moment(v, squared, By):
     """New second moment from a squared gradient, and the denominator that it gives
-    (training/optimizer.py)."""
+    (training/step/optimizer.py)."""
     beta2, eps, of_root = tl.load(By + 1), tl.load(By + 2), tl.load(By + 5)
     v = v * beta2 + squared * tl.load(By + 8)
     return v, tl.sqrt(v) * of_root + eps
@@ -57,7 +57,7 @@ def second_moment(v, squared, By):
 
 @triton.jit
 def adam(p, g, m, denominator, By):
-    """New weights and first moment (training/optimizer.py)."""
+    """New weights and first moment (training/step/optimizer.py)."""
     beta1, of_grad, of_momentum = tl.load(By), tl.load(By + 3), tl.load(By + 4)
     m = m * beta1 + g * tl.load(By + 7)
     return p * tl.load(By + 6) - (m * of_momentum + g * of_grad) / denominator, m

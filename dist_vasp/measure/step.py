@@ -2,7 +2,7 @@
 
 A part excludes the parts inside it: a collective of the input side counts as communication. On a
 GPU the clock waits for the device wherever a part begins or ends, so the parts add up, and the
-whole is slower than training, which replays a recorded step (training/captured_step.py).
+whole is slower than training, which replays a recorded step (training/step/captured_step.py).
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from dist_vasp.config.schema import Config
 from dist_vasp.parallel.clock import Clock
 from dist_vasp.parallel.comm import Ranks
 from dist_vasp.training.batches import make_stream, with_next
-from dist_vasp.training.engine import Trainer
 from dist_vasp.training.floor import measure_rates, step_floor
-from dist_vasp.training.zero import watch_traffic
+from dist_vasp.training.step.engine import Trainer
+from dist_vasp.training.step.zero import watch_traffic
 
 LABELS = ("input", "trunk", "output", "optimizer", "communication", "data wait", "other")
 

@@ -27,7 +27,7 @@ IDS_BYTES = 80
 # by ZeRO stage, how often the trunk passes each link of a ring: DeepSpeed all-reduces gradients (2)
 # and gathers parameters (1); stage 3 scatters gradients (1) and gathers what is not small twice (2)
 ZERO_MESSAGES = {0: 2, 1: 3, 2: 3, 3: 3}
-ZERO_BUCKET = 500e6  # elements; the flat buckets of training/zero.py, which stay between steps
+ZERO_BUCKET = 500e6  # elements; the flat buckets of training/step/zero.py, which stay between steps
 SAMPLED_STEPS = 4096
 
 

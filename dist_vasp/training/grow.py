@@ -25,7 +25,7 @@ from dist_vasp.data.items import load_items, read_items_file
 from dist_vasp.data.manifest import ITEMS_FILE, Manifest
 from dist_vasp.model.registry import kind_of
 from dist_vasp.parallel.agree import agreed
-from dist_vasp.training.engine import Trainer
+from dist_vasp.training.step.engine import Trainer
 
 
 def open_source(run: str, ours: ModelConfig) -> Checkpoint[Header]:

@@ -1,7 +1,7 @@
 """A training run and its folder, whichever way the model is fitted.
 
 training/train.py tells the run from start to end. The two ways to fit are `FitSetup`s: by steps
-(fit_steps.py) and in closed form (fit_closed_form.py). A setup knows the data before there are
+(step/fit.py) and in closed form (closed_form/fit.py). A setup knows the data before there are
 weights; `start` builds the model, resumes it and returns the `Fit`.
 """
 

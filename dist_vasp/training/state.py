@@ -22,7 +22,7 @@ from dist_vasp.model.kinds.ease import EaseKeys
 from dist_vasp.model.kinds.puresvd import PureSvdKeys
 from dist_vasp.parallel.agree import agreed
 from dist_vasp.parallel.comm import Ranks, all_gather_bytes
-from dist_vasp.training.engine import Trainer
+from dist_vasp.training.step.engine import Trainer
 
 
 @dataclass(frozen=True)

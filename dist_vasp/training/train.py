@@ -14,11 +14,11 @@ from dist_vasp.parallel.agree import agreed
 from dist_vasp.parallel.comm import Ranks
 from dist_vasp.ranking.load import load_model
 from dist_vasp.training.checks import check_folders, check_shards
-from dist_vasp.training.closed_form_setup import ClosedFormSetup
-from dist_vasp.training.fit_parts import has_parts, parts_folder
+from dist_vasp.training.closed_form.parts import has_parts, parts_folder
+from dist_vasp.training.closed_form.setup import ClosedFormSetup
 from dist_vasp.training.run import FitSetup, Fitted, Run
 from dist_vasp.training.run_dir import RunDir, check_shared
-from dist_vasp.training.step_setup import StepSetup
+from dist_vasp.training.step.setup import StepSetup
 from dist_vasp.training.stop import StopRequest
 from dist_vasp.training.tracking import services
 

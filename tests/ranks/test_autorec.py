@@ -17,7 +17,7 @@ from dist_vasp.model.norms import SharedItems
 from dist_vasp.model.sinks import AddToGrad
 from dist_vasp.model.sparse import gather_rows
 from dist_vasp.model.step import MicroBatch
-from dist_vasp.training.item_sinks import Norm
+from dist_vasp.training.step.item_sinks import Norm
 from tests.oracles.autorec import DenseAutoRec
 from tests.ranks.test_vasp import check_step, partitioned_step
 from tests.support.partitioned import (

@@ -16,7 +16,7 @@ from dist_vasp.model.build import new_model
 from dist_vasp.model.closed_form import solve
 from dist_vasp.model.ease import add_to_diagonal, invert, scale_diagonal, to_weights
 from dist_vasp.parallel.comm import Ranks
-from dist_vasp.training import fit_ease
+from dist_vasp.training.closed_form import ease as fit_ease
 from tests.oracles import closed_form as oracle
 from tests.oracles.rounding import stored
 from tests.ranks.test_ease import columns_of, dense, gram

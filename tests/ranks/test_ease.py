@@ -33,7 +33,8 @@ from dist_vasp.plan.rates import Rates
 from dist_vasp.plan.terms import Sizes
 from dist_vasp.ranking.evaluate import to_item_rows
 from dist_vasp.ranking.load import load_model
-from dist_vasp.training import candidates, fit_ease
+from dist_vasp.training.closed_form import ease as fit_ease
+from dist_vasp.training.closed_form import settings
 from dist_vasp.training.stop import StopRequest
 from tests.oracles.rounding import bounded_scores, each_within, stored
 from tests.ranks.test_evaluate import full_ranking, metrics_of
@@ -308,20 +309,20 @@ def lines_of(run_dir: Path) -> list[dict]:
 
 def test_the_search_finds_the_lambda_that_is_best_on_validation(run):
     lines, result = lines_of(run), json.loads((run / "result.json").read_text())
-    assert [line["ease_lambda"] for line in lines] == list(candidates.GRID[: len(lines)])
+    assert [line["ease_lambda"] for line in lines] == list(settings.GRID[: len(lines)])
     x, pairs = train_matrix(), held_out(150, 1)
     for line in lines:
         expected = figures(oracle(x, line["ease_lambda"]), pairs)
         # the run scores with its weights in float32, which may swap two items that are as good as
         # tied
         assert line["ndcg@100"] == pytest.approx(expected["ndcg@100"], abs=1e-4)
-    every = {value: figures(oracle(x, value), pairs)["ndcg@100"] for value in candidates.GRID}
+    every = {value: figures(oracle(x, value), pairs)["ndcg@100"] for value in settings.GRID}
     planted = max(every, key=every.__getitem__)
     assert result["ease_lambda"] == planted
-    assert candidates.GRID[0] > planted > candidates.GRID[-1], (
+    assert settings.GRID[0] > planted > settings.GRID[-1], (
         "the optimum of this test lies within the grid"
     )
-    assert len(lines) == candidates.GRID.index(planted) + 1 + candidates.PATIENCE, (
+    assert len(lines) == settings.GRID.index(planted) + 1 + settings.PATIENCE, (
         "the search ends behind it"
     )
 
@@ -446,7 +447,7 @@ def test_a_search_that_was_cut_off_goes_on_behind_the_best(run, shards, tmp_path
     assert (path / "checkpoints" / "best").is_dir()
     saved, tried = (path / "checkpoints" / "best").resolve().name, lines_of(path)
     call(main, *arguments(shards, path))
-    value = candidates.GRID[len(tried) - 1]
+    value = settings.GRID[len(tried) - 1]
     assert len(tried) >= int(saved.removeprefix("step-"))
     assert f"(resumed after lambda {value:g})" in capsys.readouterr().out
     assert lines_of(path)[: len(tried)] == tried, "none is tried again"

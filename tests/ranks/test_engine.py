@@ -76,7 +76,7 @@ def _batch(step: int, ranks) -> Batch:
 
 
 def _train(ranks, configs: list[Config]):
-    from dist_vasp.training.engine import Trainer
+    from dist_vasp.training.step.engine import Trainer
 
     found = []
     for config in configs:

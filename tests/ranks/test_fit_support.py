@@ -19,9 +19,10 @@ from dist_vasp.data.manifest import Manifest
 from dist_vasp.model import closed_form_on_support, support
 from dist_vasp.model.build import new_model
 from dist_vasp.parallel.comm import Ranks
-from dist_vasp.training import fit_closed_form, fit_parts
-from dist_vasp.training.fit_parts import FOLDER, Parts
-from dist_vasp.training.fit_support import SupportFit
+from dist_vasp.training.closed_form import fit as fit_closed_form
+from dist_vasp.training.closed_form import parts as fit_parts
+from dist_vasp.training.closed_form.parts import FOLDER, Parts
+from dist_vasp.training.closed_form.support import SupportFit
 from dist_vasp.training.stop import StoppedError
 from tests.oracles.rounding import stored
 from tests.ranks.test_closed_form import EVERY, I, users

@@ -19,7 +19,7 @@ from dist_vasp.model import ease
 from dist_vasp.model.build import new_model
 from dist_vasp.model.ease import scale_diagonal
 from dist_vasp.ranking.load import load_model
-from dist_vasp.training import fit_ease
+from dist_vasp.training.closed_form import ease as fit_ease
 from tests.faults.test_faults import tensors
 from tests.oracles.dense import DenseVASP, dense_rows
 from tests.oracles.rounding import UNIT, Bounded, bounded, each_within, stored, within
@@ -71,7 +71,7 @@ def _config(
 
 def _train(ranks, configs: list[Config]):
     """As test_engine, with W's start put beside W, and the scores at the end."""
-    from dist_vasp.training.engine import Trainer
+    from dist_vasp.training.step.engine import Trainer
 
     found = []
     for config in configs:
@@ -481,8 +481,8 @@ def test_lists_and_explanations_know_the_offset(shards, ease_run, tmp_path, call
 
 def _closed_form_start(ranks, shards: Path) -> list[np.ndarray]:
     """This rank's columns of W, started from the closed form."""
-    from dist_vasp.training.engine import Trainer
-    from dist_vasp.training.fit_ease import start_from_ease
+    from dist_vasp.training.closed_form.ease import start_from_ease
+    from dist_vasp.training.step.engine import Trainer
 
     manifest = Manifest.load(shards)
     model = ModelConfig(kind="nease", init_from_ease="closed_form", ease_lambda=5.0)

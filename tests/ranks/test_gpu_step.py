@@ -89,7 +89,7 @@ def losses(
     """(loss, gradient norm) of each step of each case, and what the ends of its slices hold."""
     from dist_vasp.kernels.cuda import TritonKernels
     from dist_vasp.kernels.interface import PLAIN
-    from dist_vasp.training import captured_step, engine
+    from dist_vasp.training.step import captured_step, engine
 
     captured_step.Recorder = lambda: again  # type: ignore[assignment,misc]
     if captured:
@@ -201,7 +201,7 @@ class HostReads(TorchDispatchMode):
 def reads(ranks, cases: list[str]) -> dict[str, list[str]]:
     """What one step reads back, by case."""
     from dist_vasp.kernels.cuda import TritonKernels
-    from dist_vasp.training import engine
+    from dist_vasp.training.step import engine
 
     engine.choose_kernels = lambda *_: (TritonKernels(), "")  # type: ignore[assignment]
     found = {}

@@ -49,7 +49,7 @@ def _config(folder) -> Config:
 
 def _run(ranks, config: Config, steps: int):
     from dist_vasp.data.stream import StreamOptions, TrainStream
-    from dist_vasp.training.engine import Trainer
+    from dist_vasp.training.step.engine import Trainer
 
     options = StreamOptions(config.data.batch_size, config.parallel.lanes, config.run.seed)
     stream = TrainStream(config.data.shards, options, ranks.rank, ranks.world_size)

@@ -80,8 +80,8 @@ def _config(shards: Path, run_dir: Path, replicas: int = 1, stage: int = 1, **ch
 def _start(config: Config, ranks: Ranks):
     """Stream, trainer, saver and the folder of the checkpoints, as `train` makes them."""
     from dist_vasp.training.batches import make_stream
-    from dist_vasp.training.engine import Trainer
     from dist_vasp.training.state import Saver
+    from dist_vasp.training.step.engine import Trainer
 
     stream = make_stream(config, ranks)
     trainer = Trainer(config, stream.n_items, ranks)

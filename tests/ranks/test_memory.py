@@ -35,7 +35,7 @@ WORLD = 4
 def _held(ranks: Ranks, model: ModelConfig, n_items: int, stage: int) -> dict[str, int]:
     """What lives on this rank before the first step, counted from the tensors themselves; moments
     exist."""
-    from dist_vasp.training.engine import Trainer
+    from dist_vasp.training.step.engine import Trainer
 
     config = Config(
         model=model, parallel=ParallelConfig(zero_stage=stage), run=RunConfig(seed=1), device="cpu"
@@ -184,7 +184,7 @@ def _config(folder: Path, stage: int, **optimizer) -> Config:
 
 def _trainer(ranks: Ranks, folder: Path, stage: int, **optimizer):
     from dist_vasp.training.batches import make_stream
-    from dist_vasp.training.engine import Trainer
+    from dist_vasp.training.step.engine import Trainer
 
     config = _config(folder, stage, **optimizer)
     stream = make_stream(config, ranks)
@@ -313,8 +313,8 @@ def _alive_at_the_end(ranks: Ranks, config: Config) -> list[str]:
     """The kinds of what a training still holds when its best checkpoint is loaded for the
     result."""
     from dist_vasp.training import train
-    from dist_vasp.training.engine import Trainer
-    from dist_vasp.training.optimizer import InPlaceAdam
+    from dist_vasp.training.step.engine import Trainer
+    from dist_vasp.training.step.optimizer import InPlaceAdam
 
     alive: list[str] = []
 

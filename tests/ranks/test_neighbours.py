@@ -34,8 +34,8 @@ from dist_vasp.parallel.comm import Ranks
 from dist_vasp.ranking.evaluate import to_item_rows, top_items
 from dist_vasp.ranking.load import load_model
 from dist_vasp.recommender import Recommender
-from dist_vasp.training.fit_support import SupportFit
-from dist_vasp.training.optimizer import InPlaceAdam
+from dist_vasp.training.closed_form.support import SupportFit
+from dist_vasp.training.step.optimizer import InPlaceAdam
 from tests.oracles import closed_form as oracle
 from tests.oracles.dense import DenseVASP
 from tests.oracles.rounding import stored

@@ -13,7 +13,7 @@ from dist_vasp.model.build import make_trunk
 from dist_vasp.model.norms import SharedItems, column_norms, shared_items
 from dist_vasp.model.sinks import AddToGrad, Sink, SumOfRows
 from dist_vasp.model.step import MicroBatch
-from dist_vasp.training.item_sinks import Norm
+from dist_vasp.training.step.item_sinks import Norm
 from tests.support.partitioned import SMALL, gathered, make_model, pad_noise, plain, random_rows
 from tests.support.ranks import run_ranks
 

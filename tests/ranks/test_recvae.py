@@ -212,7 +212,7 @@ def _state(trainer) -> tuple[list, dict[str, np.ndarray]]:
 
 
 def _train(ranks, cases):
-    from dist_vasp.training.engine import Trainer
+    from dist_vasp.training.step.engine import Trainer
 
     found = []
     for case in cases:
@@ -314,7 +314,7 @@ def test_training_equals_the_dense_oracle(world_size, replicas, cases):
 
 def _resumed(ranks, folder, saves):
     """The state after STEPS steps in one go, and of trainers that begin at checkpoints of it."""
-    from dist_vasp.training.engine import Trainer
+    from dist_vasp.training.step.engine import Trainer
 
     found = []
     for case in CASES[:2]:

@@ -66,7 +66,7 @@ def _state(trainer) -> dict[str, np.ndarray]:
 def _train_save_go_on(ranks, folder):
     """For each case, the state after five steps in one go, and after three, a checkpoint, and two
     of a fresh trainer."""
-    from dist_vasp.training.engine import Trainer
+    from dist_vasp.training.step.engine import Trainer
 
     found = []
     for kind, name, stage, accumulation in CASES:

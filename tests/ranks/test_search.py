@@ -13,8 +13,8 @@ from dist_vasp.commands import train as command
 from dist_vasp.config.command_line import from_dict
 from dist_vasp.ranking.load import load_model
 from dist_vasp.report.gather import read_run
-from dist_vasp.training.candidates import GRID, read_tried, walks_of
-from dist_vasp.training.fit_closed_form import ClosedFormFit
+from dist_vasp.training.closed_form.fit import ClosedFormFit
+from dist_vasp.training.closed_form.settings import GRID, read_tried, walks_of
 from dist_vasp.training.stop import StopRequest
 from tests.oracles import closed_form as oracle
 from tests.ranks.test_ease import arguments, figures, held_out, lines_of, train_matrix, write_shards

@@ -13,7 +13,7 @@ from dist_vasp.model import sinks, slices
 from dist_vasp.model.build import make_trunk
 from dist_vasp.model.sinks import AddToGrad
 from dist_vasp.model.step import MicroBatch
-from dist_vasp.training.optimizer import InPlaceAdam
+from dist_vasp.training.step.optimizer import InPlaceAdam
 from tests.oracles.dense import TORCH_OPTIMIZERS, DenseVASP, dense_rows
 from tests.support.partitioned import (
     SMALL,

@@ -174,7 +174,7 @@ MODULES = {
 }
 ONLY_IMPORTERS = {
     "torch.distributed": ("dist_vasp.parallel.comm", "dist_vasp.parallel.start"),
-    "deepspeed": ("dist_vasp.training.zero",),
+    "deepspeed": ("dist_vasp.training.step.zero",),
 }
 PICKLES = ("pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve")
 

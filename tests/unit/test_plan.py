@@ -58,8 +58,8 @@ def _folder(path, n_items: int, lengths: list[int]):
 def _moved(ranks, config: Config):
     """(bytes a step of the item layers, of the trunk's engine; parameters of items, of the trunk),
     meaned over an epoch's steps."""
-    from dist_vasp.training.engine import Trainer
-    from dist_vasp.training.zero import watch_traffic
+    from dist_vasp.training.step.engine import Trainer
+    from dist_vasp.training.step.zero import watch_traffic
 
     d, p = config.data, config.parallel
     options = StreamOptions(d.batch_size, p.lanes, seed=1, halves=config.halves)
@@ -150,7 +150,7 @@ def _peak(ranks, config: Config) -> tuple[float, float]:
     """
     from torch.profiler import ProfilerActivity, profile
 
-    from dist_vasp.training.engine import Trainer
+    from dist_vasp.training.step.engine import Trainer
 
     d, p = config.data, config.parallel
     options = StreamOptions(d.batch_size, p.lanes, seed=1, halves=config.halves)

@@ -11,8 +11,8 @@ from dist_vasp.kernels.choose import choose_kernels
 from dist_vasp.kernels.compiled import COMPILED
 from dist_vasp.kernels.interface import PLAIN
 from dist_vasp.model.losses import make_loss
-from dist_vasp.training.optimizer import InPlaceAdam
-from dist_vasp.training.plain_update import SMALL
+from dist_vasp.training.step.optimizer import InPlaceAdam
+from dist_vasp.training.step.plain_update import SMALL
 from tests.oracles.rounding import bounded, within
 
 

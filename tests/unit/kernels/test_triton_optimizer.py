@@ -12,8 +12,8 @@ import torch
 from dist_vasp.config.schema import OptimizerConfig
 from dist_vasp.kernels.cuda import TritonKernels
 from dist_vasp.kernels.interface import PLAIN
-from dist_vasp.training.adam_step import Beside
-from dist_vasp.training.optimizer import InPlaceAdam
+from dist_vasp.training.step.adam_step import Beside
+from dist_vasp.training.step.optimizer import InPlaceAdam
 from tests.support.interpreter import interpreted
 from tests.unit.kernels.test_triton import BF16, KERNELS, numbers
 

@@ -13,8 +13,8 @@ import torch
 from safetensors import safe_open
 
 from dist_vasp.model.slices import ItemSlice
-from dist_vasp.training import fit_parts
-from dist_vasp.training.fit_parts import Parts, clear_leftovers, has_parts, remove_parts
+from dist_vasp.training.closed_form import parts as fit_parts
+from dist_vasp.training.closed_form.parts import Parts, clear_leftovers, has_parts, remove_parts
 
 N_ITEMS, K = 40, 3
 KEYS = {"hash of data.shards": "abc", "ease_lambda": 0.1}

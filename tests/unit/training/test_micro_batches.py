@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dist_vasp.data.stream import Batch, StreamOptions, TrainStream
-from dist_vasp.training.micro_batches import lane_noise
+from dist_vasp.training.step.micro_batches import lane_noise
 from tests.support.make_shards import write_folder
 
 LATENT = 7

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from dist_vasp.config.schema import OptimizerConfig
-from dist_vasp.training import plain_update as module
-from dist_vasp.training.optimizer import InPlaceAdam
+from dist_vasp.training.step import plain_update as module
+from dist_vasp.training.step.optimizer import InPlaceAdam
 
 TORCH = {
     "nadam": lambda p: torch.optim.NAdam(p, lr=0.01, eps=1e-7, momentum_decay=4e-3),

@@ -1,5 +1,5 @@
 """The closed form from the shards, into columns that exist: as a run of its own
-(training/fit_closed_form.py), or as NEASE's start.
+(training/closed_form/fit.py), or as NEASE's start.
 
 model/closed_form.py has the equations.
 """
@@ -34,8 +34,8 @@ from dist_vasp.plan.closed_form import EASE_INTERACTIONS_PER_ITEM
 from dist_vasp.plan.estimate import has_items_x_items
 from dist_vasp.progress import Progress
 from dist_vasp.ranking.evaluate import to_item_rows
-from dist_vasp.training.engine import Trainer
-from dist_vasp.training.fit_support import SupportFit
+from dist_vasp.training.closed_form.support import SupportFit
+from dist_vasp.training.step.engine import Trainer
 from dist_vasp.training.stop import Interrupted, tick_of
 
 _MOST_USERS = 1 << 16  # whose rows are dense for a block of columns: 64 MB

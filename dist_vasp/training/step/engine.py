@@ -33,17 +33,17 @@ from dist_vasp.model.step import MicroBatch, Phase, StepLoss, TrunkCall
 from dist_vasp.parallel.clock import Clock
 from dist_vasp.parallel.comm import Ranks, all_reduce
 from dist_vasp.progress import Waiting
-from dist_vasp.training.captured_step import CapturedStep
-from dist_vasp.training.item_groups import copies_and_starts, item_groups
-from dist_vasp.training.item_sinks import Norm, Update, squared
-from dist_vasp.training.lone_trunk import LoneTrunk
-from dist_vasp.training.micro_batches import MicroBatches, OverlappedTrunk
-from dist_vasp.training.optimizer import MOMENTS, InPlaceAdam
-from dist_vasp.training.phases import Phases
-from dist_vasp.training.scalars import restore_scalars, scalars_of
-from dist_vasp.training.step_report import DivergedError, StepReport
-from dist_vasp.training.totals import Totals
-from dist_vasp.training.zero import ZeroTrunk
+from dist_vasp.training.step.captured_step import CapturedStep
+from dist_vasp.training.step.item_groups import copies_and_starts, item_groups
+from dist_vasp.training.step.item_sinks import Norm, Update, squared
+from dist_vasp.training.step.lone_trunk import LoneTrunk
+from dist_vasp.training.step.micro_batches import MicroBatches, OverlappedTrunk
+from dist_vasp.training.step.optimizer import MOMENTS, InPlaceAdam
+from dist_vasp.training.step.phases import Phases
+from dist_vasp.training.step.scalars import restore_scalars, scalars_of
+from dist_vasp.training.step.step_report import DivergedError, StepReport
+from dist_vasp.training.step.totals import Totals
+from dist_vasp.training.step.zero import ZeroTrunk
 
 
 class Trainer:

@@ -14,7 +14,7 @@ from dist_vasp.model.truncated_svd import MORE_COLUMNS, WeightedUsers, right_sin
 from dist_vasp.parallel.agree import agreed
 from dist_vasp.parallel.comm import Ranks
 from dist_vasp.progress import Progress
-from dist_vasp.training.fit_support import read_training_users
+from dist_vasp.training.closed_form.support import read_training_users
 from dist_vasp.training.stop import Interrupted, tick_of
 
 

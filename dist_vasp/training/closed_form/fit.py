@@ -1,6 +1,6 @@
 """Fit in closed form, from the shards: EASE and its relatives, and singular vectors.
 
-A step is one setting of candidates.py: the given one, or those that are searched for the best
+A step is one setting of settings.py: the given one, or those that are searched for the best
 validation metric `run.best_by`. The matrix is kept once: the Gram matrix of the next setting is
 computed again, into the same memory, because it costs a small part of what the inverse does. The
 best setting so far is on disk; a run that stopped resumes after the last one it tried. Loss,
@@ -13,7 +13,6 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from functools import partial
 from typing import Any
 
 from dist_vasp.checkpoint import folder as folders
@@ -23,15 +22,14 @@ from dist_vasp.config.schema import Config, ModelConfig
 from dist_vasp.data.manifest import Manifest
 from dist_vasp.model.build import make_trunk, new_model
 from dist_vasp.model.ease import sweep_columns
-from dist_vasp.model.neighbours import NeighbourMatrix
 from dist_vasp.model.partitioned import PartitionedModel
-from dist_vasp.model.paths import ItemMatrix
 from dist_vasp.model.registry import kind_of
 from dist_vasp.parallel.agree import AgreedError
 from dist_vasp.parallel.comm import Ranks
 from dist_vasp.ranking.evaluate import model_scorer
 from dist_vasp.ranking.metrics import summary
-from dist_vasp.training.candidates import (
+from dist_vasp.training.closed_form.parts import has_parts, parts_folder, remove_parts
+from dist_vasp.training.closed_form.settings import (
     PATIENCE,
     Candidate,
     Tried,
@@ -39,10 +37,7 @@ from dist_vasp.training.candidates import (
     no_validation,
     walks_of,
 )
-from dist_vasp.training.fit_ease import fit
-from dist_vasp.training.fit_parts import has_parts, parts_folder, remove_parts
-from dist_vasp.training.fit_support import SupportFit
-from dist_vasp.training.fit_svd import SvdFit
+from dist_vasp.training.closed_form.solve import solver_of
 from dist_vasp.training.run import Fitted, Past, Run
 from dist_vasp.training.state import facts_of_data
 from dist_vasp.training.stop import StoppedError
@@ -286,32 +281,6 @@ class ClosedFormFit:
             if metrics:
                 folders.point_best_at(path)
             folders.prune(self.run.checkpoints, 1)
-
-
-def solver_of(
-    model: PartitionedModel, run: Run, resumed: Callable[[float], None]
-) -> Callable[[ModelConfig], None]:
-    """What writes the weights of a setting into `model`, after what all settings share.
-
-    resumed: is told the seconds that earlier starts took for what is resumed.
-    """
-    config, manifest, ranks, interrupted = run.config, run.manifest, run.ranks, run.interrupted
-    if not model.matrices:
-        return partial(SvdFit(config, manifest, ranks, interrupted, run.say).solve, model)
-    (matrix,) = model.matrices
-    if isinstance(matrix, NeighbourMatrix):
-        parts = parts_folder(config.run.dir)
-        on_support = SupportFit(config, manifest, ranks, interrupted, parts)
-        resumed(on_support.choose(matrix))
-        return lambda keys: resumed(on_support.solve(matrix, keys))
-    assert isinstance(matrix, ItemMatrix)
-    columns, width = matrix.columns(), sweep_columns(ranks.device)
-
-    def solve(keys: ModelConfig) -> None:
-        of_setting = replace(config, model=keys)
-        fit(columns, width, of_setting, manifest, ranks, ranks.is_main, interrupted)
-
-    return solve
 
 
 def opening(config: Config, manifest: Manifest, ranks: Ranks, *more: str) -> str:

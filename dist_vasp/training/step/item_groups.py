@@ -9,7 +9,7 @@ from torch import Tensor
 from dist_vasp.config.schema import OptimizerConfig
 from dist_vasp.model.partitioned import PartitionedModel
 from dist_vasp.model.slices import ItemSlice
-from dist_vasp.training.adam_step import Beside
+from dist_vasp.training.step.adam_step import Beside
 
 
 def item_groups(model: PartitionedModel, config: OptimizerConfig) -> list[dict[str, Any]]:

@@ -23,8 +23,8 @@ from torch import Tensor
 from dist_vasp.config.schema import OptimizerConfig
 from dist_vasp.kernels.interface import PLAIN, AdamStep, Kernels, Weights
 from dist_vasp.model.sinks import SumOfRows
-from dist_vasp.training.adam_step import Beside, Factors, factors_in, step_numbers
-from dist_vasp.training.plain_update import SMALL, PlainUpdate
+from dist_vasp.training.step.adam_step import Beside, Factors, factors_in, step_numbers
+from dist_vasp.training.step.plain_update import SMALL, PlainUpdate
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 SCALARS = ("step", "mu_product")

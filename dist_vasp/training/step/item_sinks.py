@@ -15,7 +15,7 @@ from dist_vasp.model.norms import SharedItems, column_norms, diagonal_gradients
 from dist_vasp.model.sinks import GRADIENT_ROWS, Sink, SumOfRows
 from dist_vasp.parallel.clock import Clock
 from dist_vasp.parallel.comm import Group, all_reduce
-from dist_vasp.training.optimizer import InPlaceAdam
+from dist_vasp.training.step.optimizer import InPlaceAdam
 
 
 def squared(grad: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The numbers of one step of Adam, AdamW or Nadam (training/optimizer.py has the formulas)."""
+"""The numbers of one step of Adam, AdamW or Nadam (training/step/optimizer.py has the formulas)."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dist_vasp.config.schema import OptimizerConfig
 from dist_vasp.kernels.interface import CPU_CHUNK, Kernels
-from dist_vasp.training.adam_step import Factors
+from dist_vasp.training.step.adam_step import Factors
 
 SMALL = 1 << 14  # numbers, as of a bias: a call costs more than the update of as many
 

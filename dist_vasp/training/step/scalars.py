@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from dist_vasp.training.optimizer import SCALARS
+from dist_vasp.training.step.optimizer import SCALARS
 
 State = dict[str, Any]
 PATHS = "paths_"

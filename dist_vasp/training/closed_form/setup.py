@@ -16,8 +16,8 @@ from dist_vasp.parallel.agree import agreed
 from dist_vasp.parallel.comm import Ranks, all_gather_bytes
 from dist_vasp.plan.estimate import make_plan
 from dist_vasp.plan.terms import Device, Sizes
-from dist_vasp.training.candidates import Tried, n_settings, no_validation, read_tried
-from dist_vasp.training.fit_closed_form import ClosedFormFit, must_match_of, opening
+from dist_vasp.training.closed_form.fit import ClosedFormFit, must_match_of, opening
+from dist_vasp.training.closed_form.settings import Tried, n_settings, no_validation, read_tried
 from dist_vasp.training.floor import measure_rates
 from dist_vasp.training.run import Run
 from dist_vasp.training.state import check_same, newest_checkpoint

@@ -19,8 +19,8 @@ from dist_vasp.config.schema import Config
 from dist_vasp.kernels.interface import Arithmetic
 from dist_vasp.model.trunk import Trunk
 from dist_vasp.parallel.comm import Ranks
-from dist_vasp.training.adam_step import Beside
-from dist_vasp.training.optimizer import MOMENTS, InPlaceAdam
+from dist_vasp.training.step.adam_step import Beside
+from dist_vasp.training.step.optimizer import MOMENTS, InPlaceAdam
 
 
 class LoneTrunk:

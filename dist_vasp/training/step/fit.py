@@ -22,11 +22,11 @@ from dist_vasp.progress import Progress, Waiting
 from dist_vasp.ranking.evaluate import model_scorer
 from dist_vasp.ranking.metrics import summary
 from dist_vasp.training.batches import Batches, with_next
-from dist_vasp.training.engine import Trainer
 from dist_vasp.training.environment import Memory
 from dist_vasp.training.run import Fitted, Past, Run
 from dist_vasp.training.state import RunState, Saver, total_steps
-from dist_vasp.training.step_report import DivergedError, StepReport
+from dist_vasp.training.step.engine import Trainer
+from dist_vasp.training.step.step_report import DivergedError, StepReport
 
 
 class StepFit:

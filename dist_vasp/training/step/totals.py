@@ -10,7 +10,7 @@ from torch import Tensor
 from dist_vasp.model.path_statistics import PathStatistics
 from dist_vasp.model.step import StepLoss
 from dist_vasp.parallel.comm import Ranks, all_reduce
-from dist_vasp.training.step_report import StepReport
+from dist_vasp.training.step.step_report import StepReport
 
 _BEFORE_SUMS = 5  # reconstruction, penalty, squared norm of the item matrices, and two flags
 

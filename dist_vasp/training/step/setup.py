@@ -15,13 +15,13 @@ from dist_vasp.model.neighbours import NeighbourMatrix
 from dist_vasp.parallel.comm import Ranks
 from dist_vasp.training.batches import Batches, make_stream
 from dist_vasp.training.checks import check_memory
-from dist_vasp.training.engine import Trainer
-from dist_vasp.training.fit_ease import check_named_closed_form, start_from_ease
-from dist_vasp.training.fit_steps import StepFit
-from dist_vasp.training.fit_support import SupportFit
+from dist_vasp.training.closed_form.ease import check_named_closed_form, start_from_ease
+from dist_vasp.training.closed_form.support import SupportFit
 from dist_vasp.training.grow import initialise_from, open_source
 from dist_vasp.training.run import Run
 from dist_vasp.training.state import RunState, resume, total_steps
+from dist_vasp.training.step.engine import Trainer
+from dist_vasp.training.step.fit import StepFit
 from dist_vasp.training.trained_users import Users, check_held_out, read_trained_users
 
 

@@ -20,8 +20,8 @@ from dist_vasp.kernels.random import Normal, fill, row_keys
 from dist_vasp.model.sparse import RowExchange
 from dist_vasp.model.step import MicroBatch
 from dist_vasp.parallel.comm import Ranks
-from dist_vasp.training.lone_trunk import LoneTrunk
-from dist_vasp.training.zero import ZeroTrunk
+from dist_vasp.training.step.lone_trunk import LoneTrunk
+from dist_vasp.training.step.zero import ZeroTrunk
 
 _GPU_ROWS = 64
 

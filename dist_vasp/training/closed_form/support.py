@@ -27,14 +27,14 @@ from dist_vasp.model.support import choose_support
 from dist_vasp.parallel.agree import agreed
 from dist_vasp.parallel.comm import Ranks, all_reduce
 from dist_vasp.progress import Progress, say
-from dist_vasp.training.fit_parts import Parts, clear_leftovers, remove_parts
+from dist_vasp.training.closed_form.parts import Parts, clear_leftovers, remove_parts
 from dist_vasp.training.stop import Interrupted, tick_of
 
 
 class SupportFit:
     """The training users in memory, and what is computed from them for this rank's items.
 
-    parts: the folder in which the work is kept as it proceeds (fit_parts.py), and resumed; None:
+    parts: the folder in which the work is kept as it proceeds (parts.py), and resumed; None:
     it is not kept.
     """
 

@@ -23,7 +23,7 @@ from dist_vasp.config.schema import Config
 from dist_vasp.kernels.interface import Kernels
 from dist_vasp.model.trunk import Trunk
 from dist_vasp.parallel.comm import Ranks
-from dist_vasp.training.optimizer import MOMENTS, InPlaceAdam
+from dist_vasp.training.step.optimizer import MOMENTS, InPlaceAdam
 
 MAX_BUCKET = 500_000_000  # elements
 
