@@ -90,6 +90,8 @@ class SearchConfig:
     """Values of model.ease_lambda, tried from large to small for each combination of the others
     until the validation metric has fallen twice in a row; empty with model.ease_lambda 0: 5120 to
     10, halved each time."""
+    svd_rank: list[int] = field(default_factory=list)
+    """Values of model.svd_rank."""
     svd_user_exponent: list[float] = field(default_factory=list)
     """Values of model.svd_user_exponent."""
     svd_item_exponent: list[float] = field(default_factory=list)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from dist_vasp.ranking.model_card import evaluation_of
 from dist_vasp.report.files import is_drawable, plain, read_config, read_file, read_lines
 
 MOST_RUNS = 6  # as many as there are colours that people tell apart
-_SEARCHED = [key.name for key in fields(SearchConfig) if key.name != "ease_lambda"]
+_SEARCHED = [name for name in SearchConfig().lists if name != "ease_lambda"]
 ENSEMBLE, EXPORT = "ensemble.json", "export.json"
 
 
@@ -52,13 +52,9 @@ class Run:
     @property
     def is_plain_ease(self) -> bool:
         """Whether the model is EASE as published: the whole matrix, with lambda as its only key."""
-        search = self.config.get("search")
-        searched = search if isinstance(search, dict) else {}
-        more = [
-            self.at("model", "neighbours"),
-            *(self.at("model", key) for key in _SEARCHED),
-            *(searched.get(key) for key in _SEARCHED),
-        ]
+        keys = [key for key in _SEARCHED if self._closed_form and key in self._closed_form.keys]
+        more = [self.at(section, key) for key in keys for section in ("model", "search")]
+        more.append(self.at("model", "neighbours"))
         return self.has_lambda and not self.members and not any(more)
 
     @property

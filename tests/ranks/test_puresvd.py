@@ -160,7 +160,10 @@ def test_the_same_command_evaluates_it_again_and_another_rank_is_refused(run, sh
 @pytest.mark.parametrize(
     ("more", "expected"),
     [
-        (["--search.ease_lambda", "[10, 20]"], "search svd_user_exponent, svd_item_exponent"),
+        (
+            ["--search.ease_lambda", "[10, 20]"],
+            "search svd_rank, svd_user_exponent, svd_item_exponent",
+        ),
         (["--model.neighbours", "3"], "0 with model.kind puresvd"),
         (["--model.svd_rank", "0"], "1 to 16384"),
         (["--model.svd_iterations", "0"], "1 to 1000"),
@@ -170,6 +173,37 @@ def test_the_same_command_evaluates_it_again_and_another_rank_is_refused(run, sh
 def test_what_makes_no_sense_is_refused(shards, tmp_path, more, expected):
     assert expected in fails("train", *arguments(shards, tmp_path / "run", *more))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_ranks_are_searched(shards, tmp_path, ranks):
+    """Each rank is a model of other shapes, and the best one is loaded with its own."""
+    more = ["--search.svd_rank", "[2, 9, 4]", "--model.svd_user_exponent", "-0.5"]
+    more += ["--run.best_by", "recall@20"]
+    out = succeeds("train", *arguments(shards, tmp_path / "run", *more), ranks=ranks)
+    assert "3 combinations of svd_rank" in out and "rank 9: validation Recall@20 0." in out
+    expected = {
+        k: figures(oracle.weights(train_matrix(), k, -0.5, 0), held_out(150, 1))["recall@20"]
+        for k in (2, 9, 4)
+    }
+    found = {line["svd_rank"]: line["recall@20"] for line in lines_of(tmp_path / "run")}
+    assert found == pytest.approx(expected, abs=1e-9)
+    best = max(expected, key=expected.__getitem__)
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    tested = figures(oracle.weights(train_matrix(), best, -0.5, 0), held_out(60, 2))
+    assert (
+        result["svd_rank"]
+        == best
+        == load_model(tmp_path / "run", None, alone()).config.model.svd_rank
+    )
+    for name, value in tested.items():
+        assert result["test"][name] == pytest.approx(value, abs=1e-9), name
+    dry = succeeds("train", *arguments(shards, tmp_path / "dry", *more, "--dry_run"))
+    alone_9 = succeeds(
+        "train", *arguments(shards, tmp_path / "dry", "--model.svd_rank", "9", "--dry_run")
+    )
+    told = [text.partition("memory of a rank")[2].partition(")")[0] for text in (dry, alone_9)]
+    assert told[0] == told[1] != ""
 
 
 def test_a_dry_run_says_what_it_costs(shards, tmp_path):

@@ -159,9 +159,9 @@ def test_one_standard_error_takes_the_largest_lambda_that_is_as_good(
     call(main, *arguments(shards, tmp_path / "run", *rule))
     assert "it is evaluated again" in capsys.readouterr().out
 
-    def take(self, model, setting):
+    def take(self, setting):
         StopWhile.is_chosen = True
-        taking(self, model, setting)
+        taking(self, setting)
 
     taking = ClosedFormFit._take
     with monkeypatch.context() as patch:

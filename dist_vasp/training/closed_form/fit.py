@@ -24,6 +24,7 @@ from dist_vasp.model.build import make_trunk, new_model
 from dist_vasp.model.ease import sweep_columns
 from dist_vasp.model.partitioned import PartitionedModel
 from dist_vasp.model.registry import kind_of
+from dist_vasp.model.trunk import Trunk
 from dist_vasp.parallel.agree import AgreedError
 from dist_vasp.parallel.comm import Ranks
 from dist_vasp.ranking.evaluate import model_scorer
@@ -67,10 +68,10 @@ class ClosedFormFit:
         self._seconds = seconds + sum(later)
         self._last_tried = max((best_step, *tried))
         self._values = {step: one.value for step, one in tried.items()}
-        self._solve: Callable[[ModelConfig], None] | None = None  # made when it is first needed
-        self._trunk = make_trunk(run.config.model)
-        if self._trunk is not None:
-            self._trunk.to(run.ranks.device).eval().requires_grad_(False)
+        self._model: PartitionedModel | None = None  # made when it is first needed, as these are
+        self._trunk: Trunk | None = None
+        self._solve: Callable[[ModelConfig], None] | None = None
+        self._shape: tuple[Any, ...] = ()  # values of the keys that decide the model's shapes
         self._parts = parts_folder(run.config.run.dir)
         self._resumed = 0.0  # seconds of earlier starts, of what was resumed since `_took`
 
@@ -131,19 +132,15 @@ class ClosedFormFit:
 
     def _search(self) -> None:
         """Try every setting that is left; StoppedError where a stop was requested."""
-        run = self.run
-        blocks = replace(run.config.parallel, block_columns=sweep_columns(run.ranks.device))
-        config = replace(run.config, parallel=blocks)
-        model = new_model(config, run.manifest.n_items, run.ranks)
         for walk in self._walks:
-            self._walk(model, walk)
+            self._walk(walk)
         chosen = self._by_one_standard_error()
         if chosen is not None:
-            self._take(model, chosen)
-        if run.ranks.is_main:
+            self._take(chosen)
+        if self.run.ranks.is_main:
             remove_parts(self._parts)
 
-    def _walk(self, model: PartitionedModel, walk: list[Candidate]) -> None:
+    def _walk(self, walk: list[Candidate]) -> None:
         """Try the lambdas of one combination until the metric has fallen twice in a row."""
         best_by = self.run.config.run.best_by
         highest, fallen = -math.inf, 0
@@ -153,9 +150,9 @@ class ClosedFormFit:
             elif candidate.step <= self._last_tried:
                 continue  # it failed, or its line is lost
             else:
-                self._solver(model)  # outside of `try`: damaged shards are no matter of lambda
+                self._solver(candidate.model)  # before `try`: damaged shards end the search
                 try:
-                    metrics = self._try(model, candidate)
+                    metrics = self._try(candidate)
                 except AgreedError as error:
                     if self.best is None or not candidate.walked:
                         raise
@@ -188,30 +185,40 @@ class ClosedFormFit:
                 return replace(candidate, step=n_tried + candidate.step)
         return None
 
-    def _take(self, model: PartitionedModel, chosen: Candidate) -> None:
+    def _take(self, chosen: Candidate) -> None:
         """Compute a setting again that was tried, and save it in place of the best one."""
         self.run.say(f"{chosen} is within one standard error of the best, so it is computed again")
         start = time.monotonic()
-        self._solver(model)(chosen.model)
+        self._solver(chosen.model)(chosen.model)
         self._took(start)
-        self._save(model, chosen, self._evaluate(model))
+        self._save(chosen, self._evaluate())
 
-    def _solver(self, model: PartitionedModel) -> Callable[[ModelConfig], None]:
-        """Return what writes the weights of a setting, made before the first one."""
-        if self._solve is None:
-            start = time.monotonic()
-            self._solve = solver_of(model, self.run, self._resume)
+    def _solver(self, keys: ModelConfig) -> Callable[[ModelConfig], None]:
+        """Return what writes the weights of a setting, made before the first one and where the
+        shapes change."""
+        shape = tuple(getattr(keys, name) for name in kind_of(keys.kind).size_keys)
+        if self._solve is None or shape != self._shape:
+            start, run = time.monotonic(), self.run
+            self._solve = self._model = self._trunk = None  # two models would not fit
+            self._shape = shape
+            blocks = replace(run.config.parallel, block_columns=sweep_columns(run.ranks.device))
+            config = replace(run.config, parallel=blocks, model=keys)
+            self._model = new_model(config, run.manifest.n_items, run.ranks)
+            self._trunk = make_trunk(keys)
+            if self._trunk is not None:
+                self._trunk.to(run.ranks.device).eval().requires_grad_(False)
+            self._solve = solver_of(self._model, run, self._resume)
             self._took(start)
         return self._solve
 
-    def _try(self, model: PartitionedModel, candidate: Candidate) -> dict[str, Any] | None:
+    def _try(self, candidate: Candidate) -> dict[str, Any] | None:
         """Compute and validate a setting, and save it if it is the best so far."""
         start = time.monotonic()
-        self._solver(model)(candidate.model)
+        self._solver(candidate.model)(candidate.model)
         took = self._took(start)
-        metrics = self._validate(model, candidate, took)
+        metrics = self._validate(candidate, took)
         if self._is_better(metrics):
-            self._save(model, candidate, metrics)
+            self._save(candidate, metrics)
         return metrics
 
     def _resume(self, seconds: float) -> None:
@@ -223,11 +230,9 @@ class ClosedFormFit:
         self._seconds += took
         return took
 
-    def _validate(
-        self, model: PartitionedModel, candidate: Candidate, took: float
-    ) -> dict[str, Any] | None:
+    def _validate(self, candidate: Candidate, took: float) -> dict[str, Any] | None:
         """Evaluate a setting and record it; None where no validation user has a target."""
-        run, metrics = self.run, self._evaluate(model)
+        run, metrics = self.run, self._evaluate()
         if metrics is None and n_settings(run.config) > 1:
             raise AgreedError(no_validation(run.config))
         shown = run.config.run.told_metrics
@@ -239,9 +244,10 @@ class ClosedFormFit:
             run.record({**line, "seconds": took, **metrics}, "validation")
         return metrics
 
-    def _evaluate(self, model: PartitionedModel) -> dict[str, Any] | None:
+    def _evaluate(self) -> dict[str, Any] | None:
         """Return the validation metrics; None where no user has a target."""
-        run = self.run
+        run, model = self.run, self._model
+        assert model is not None
         if not run.manifest.splits["validation"].users:
             return None
         found = run.evaluate(model_scorer(model, self._trunk), "validation")
@@ -258,10 +264,9 @@ class ClosedFormFit:
         best_by = self.run.config.run.best_by
         return metrics[best_by] > self.best.best[best_by]
 
-    def _save(
-        self, model: PartitionedModel, candidate: Candidate, metrics: dict[str, Any] | None
-    ) -> None:
+    def _save(self, candidate: Candidate, metrics: dict[str, Any] | None) -> None:
         """Write the model as step-XXXXXXXX; point `best` at it if it was validated."""
+        assert self._model is not None
         config, ranks, manifest = self.run.config, self.run.ranks, self.run.manifest
         self.best = Header(
             position=Position(0, 0, candidate.step),
@@ -276,7 +281,7 @@ class ClosedFormFit:
         )
         path = folders.step_path(self.run.checkpoints, candidate.step)
         trunk = {n: p.detach() for n, p in self._trunk.named_parameters()} if self._trunk else {}
-        save(path, self.best, model.slices(), trunk, ranks)
+        save(path, self.best, self._model.slices(), trunk, ranks)
         if ranks.is_main:
             if metrics:
                 folders.point_best_at(path)
@@ -288,9 +293,10 @@ def opening(config: Config, manifest: Manifest, ranks: Ranks, *more: str) -> str
     model, users = config.model, manifest.splits["train"].users
     of = f"{model.kind} on {users:,} users and {manifest.n_items:,} items"
     facts = [f"{model.neighbours} inputs for each item"] if model.neighbours else []
-    if walks_of(config)[0][0].walked:
+    first = walks_of(config)[0][0]
+    if first.walked:
         of += f" in {model.ease_dtype}"
-    else:
+    elif "svd_rank" not in first.searched:
         facts = [f"rank {model.svd_rank}"]
     return f"{of}, {ranks.layout.partitions} partitions: {', '.join([*facts, *more])}"
 

@@ -74,6 +74,13 @@ def n_settings(config: Config) -> int:
     return sum(len(walk) for walk in walks_of(config))
 
 
+def largest(config: Config) -> Config:
+    """Return the configuration with the setting that takes the most memory and time."""
+    sizes = kind_of(config.model.kind).size_keys
+    models = [walk[0].model for walk in walks_of(config)]
+    return replace(config, model=max(models, key=lambda m: [getattr(m, name) for name in sizes]))
+
+
 def no_validation(config: Config) -> str:
     """Return the message for a search without validation users."""
     lists = config.search.lists

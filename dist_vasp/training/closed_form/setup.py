@@ -17,7 +17,13 @@ from dist_vasp.parallel.comm import Ranks, all_gather_bytes
 from dist_vasp.plan.estimate import make_plan
 from dist_vasp.plan.terms import Device, Sizes
 from dist_vasp.training.closed_form.fit import ClosedFormFit, must_match_of, opening
-from dist_vasp.training.closed_form.settings import Tried, n_settings, no_validation, read_tried
+from dist_vasp.training.closed_form.settings import (
+    Tried,
+    largest,
+    n_settings,
+    no_validation,
+    read_tried,
+)
 from dist_vasp.training.floor import measure_rates
 from dist_vasp.training.run import Run
 from dist_vasp.training.state import check_same, newest_checkpoint
@@ -53,7 +59,7 @@ class ClosedFormSetup:
         rates = measure_rates(device, min(n_items, 1 << 14))
         sizes = Sizes(n_items, train.interactions / max(train.users, 1), train.users)
         plan = make_plan(
-            config, sizes, layout.partitions, layout.replicas, rates, Device(device.type)
+            largest(config), sizes, layout.partitions, layout.replicas, rates, Device(device.type)
         )
         parts = ", ".join(f"{part} {size / 1e9:.2f}" for part, size in plan.memory.items())
         n = n_settings(config)
