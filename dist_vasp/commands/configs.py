@@ -1,9 +1,13 @@
-"""List the configurations that come with the package, or copy one of them."""
+"""List the configurations that come with the package, copy one of them, or write the one that
+trains the best model of a run again."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
 
 from dist_vasp.command_line import Parser
 from dist_vasp.config.shipped import shipped_configs
@@ -19,24 +23,49 @@ def main(argv: Sequence[str] | None = None) -> None:
         for stem, path in shipped.items():
             print(f"{stem:<{width}}  {_purpose(path.read_text())}")
         return
-    if name not in shipped:
-        raise ValueError(f"{name} is not a configuration; `dist-vasp configs` lists them")
-    text = shipped[name].read_text()
+    if name in shipped:
+        text, what = shipped[name].read_text(), f"a copy of {shipped[name]}"
+    elif Path(arguments.name).is_dir():
+        text, what = _of_run(arguments.name)
+    else:
+        raise ValueError(
+            f"{arguments.name} is neither a configuration nor the folder of a run; "
+            "`dist-vasp configs` lists the configurations"
+        )
     if not arguments.output:
         sys.stdout.write(text)
         return
     with new_file(arguments.output, "--output", overwrite=False) as file:
         file.write(text.encode())
-    print(f"{arguments.output}: a copy of {shipped[name]}")
+    print(f"{arguments.output}: {what}")
 
 
 def parser() -> Parser:
     parser = Parser(prog="dist-vasp configs", description=__doc__)
     parser.add_argument(
-        "name", nargs="?", metavar="NAME", help="the configuration to print or copy; default: list"
+        "name",
+        nargs="?",
+        metavar="NAME",
+        help="the configuration to print or copy, or the folder of a run, for the keys and epochs "
+        "of its best model; default: list",
     )
     parser.add_argument("--output", metavar="FILE", help="write the copy to this file")
     return parser
+
+
+def _of_run(run: str) -> tuple[str, str]:
+    """Return the text of a configuration, and what it is."""
+    from dist_vasp.checkpoint import folder as folders  # it imports torch, which takes seconds
+    from dist_vasp.training.again import settled
+
+    opened = folders.open_found(Path(run) / "checkpoints")
+    opened.close()
+    config, name = settled(opened.header), opened.path.name
+    what = f"the model of {run}, checkpoint {name}, with nothing left to choose"
+    raw = yaml.safe_load(config.to_yaml())
+    del raw["data"]["shards"], raw["run"]["dir"]
+    text = yaml.safe_dump(raw, sort_keys=False)
+    return f"# {what[0].upper()}{what[1:]}.\n# Pass --data.shards and --run.dir.\n{text}", what
 
 
 def _purpose(text: str) -> str:
