@@ -49,7 +49,7 @@ def parser() -> Parser:
         help="the configuration to print or copy, or the folder of a run, for the keys and epochs "
         "of its best model; default: list",
     )
-    parser.add_argument("--output", metavar="FILE", help="write the copy to this file")
+    parser.add_argument("--output", metavar="FILE", help="write it to this file")
     return parser
 
 

@@ -28,6 +28,7 @@ from dist_vasp.plan.estimate import (
 from dist_vasp.plan.rates import BUILT_IN, Rates, built_in_rates, planned_precision
 from dist_vasp.plan.terms import Device, Plan, Sizes
 from dist_vasp.recognise import is_json
+from dist_vasp.training.closed_form.settings import largest
 
 _JSON_FIELDS = (
     "partitions",
@@ -45,6 +46,7 @@ _RATES = ("flops", "copy", "gather", "network")
 
 def main(argv: Sequence[str] | None = None) -> None:
     config, arguments = _parse(argv)
+    config = largest(config)  # of a search
     sizes = _sizes(config.data.shards, arguments["items"], arguments["items_per_user"])
     device = _device(config, arguments)
     precision = planned_precision(config, device.type)

@@ -44,7 +44,7 @@ _TOOLS = {
 }
 _ABOUT = {
     "demo": "a first run from data to lists, in half a minute",
-    "configs": "list the configurations of the package, or copy one",
+    "configs": "list or copy the configurations of the package, or that of a run",
     "completion": "print a script that completes commands in a shell",
 }
 COMMANDS = {**_TOOLS, **_ON_RANKS, **_ON_ONE, **_BEFORE, **_ABOUT}

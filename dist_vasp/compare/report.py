@@ -243,8 +243,8 @@ def _made(found: dict[str, Any]) -> list[str]:
         "",
         f"- Data: {data['shards']}, protocol {data['protocol']}, {data['n_items']:,} items; "
         f"{splits}.",
-        "- Every run is `launch/train.py` on its own folder; the best checkpoint by validation "
-        f"{found['best_by']} is tested, where nothing was "
+        "- Every run is `launch/train.py` on its own folder; the checkpoint that validation "
+        f"{found['best_by']} chose is tested, where nothing was "
         "evaluated on the way the last one.",
         f"- Seen items are left out of the lists; Recall@k divides by {divisor}, NDCG's ideal has "
         "min(100, held-out items) "

@@ -74,7 +74,7 @@ class SearchConfig:
     rule: Literal["best", "one_standard_error"] = "best"
     """best takes the setting with the best validation metric; one_standard_error takes the largest
     lambda whose metric is at most one standard error below that, with the same other keys (Breiman
-    et al. 1984, section 3.4.3). It costs one more fit."""
+    et al. 1984, section 3.4.3), for one more fit where that is another lambda."""
 
     ease_user_exponent: list[float] = field(default_factory=list)
     """Values of model.ease_user_exponent."""

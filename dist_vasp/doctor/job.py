@@ -21,6 +21,7 @@ from dist_vasp.model.registry import kind_of
 from dist_vasp.parallel.partition import ItemPartition, Layout
 from dist_vasp.plan.estimate import make_plan, smallest_that_fits
 from dist_vasp.plan.terms import CPU, Device, Sizes
+from dist_vasp.training.closed_form.settings import largest
 from dist_vasp.training.tracking import services
 
 _SHARD_AGAIN = (
@@ -36,7 +37,7 @@ def check_job(
     progress: Callable[[int, int], None],
 ) -> Iterator[Finding]:
     """Yield findings on this configuration with `ranks` ranks, `local_ranks` of them here."""
-    manifest = None
+    config, manifest = largest(config), None
     if config.data.shards:
         found = _shards(config.data.shards, checksums, progress)
         yield found[0]

@@ -58,6 +58,11 @@ class Run:
         return self.has_lambda and not self.members and not any(more)
 
     @property
+    def takes_largest_lambda(self) -> bool:
+        """Whether the largest lambda within one standard error of the best is taken."""
+        return bool(self.at("search", "rule") == "one_standard_error")
+
+    @property
     def has_trunk(self) -> bool:
         """Whether the model has layers of widths H and L."""
         kind = KINDS.get(str(self.at("model", "kind")))

@@ -11,10 +11,11 @@ import pytest
 
 from dist_vasp.commands import train as command
 from dist_vasp.config.command_line import from_dict
+from dist_vasp.config.schema import Config
 from dist_vasp.ranking.load import load_model
 from dist_vasp.report.gather import read_run
 from dist_vasp.training.closed_form.fit import ClosedFormFit
-from dist_vasp.training.closed_form.settings import GRID, read_tried, walks_of
+from dist_vasp.training.closed_form.settings import GRID, largest, read_tried, walks_of
 from dist_vasp.training.stop import StopRequest
 from tests.oracles import closed_form as oracle
 from tests.ranks.test_ease import arguments, figures, held_out, lines_of, train_matrix, write_shards
@@ -158,6 +159,10 @@ def test_one_standard_error_takes_the_largest_lambda_that_is_as_good(
     capsys.readouterr()
     call(main, *arguments(shards, tmp_path / "run", *rule))
     assert "it is evaluated again" in capsys.readouterr().out
+    (tmp_path / "run/result.json").unlink()  # as if killed after the chosen one was saved
+    call(main, *arguments(shards, tmp_path / "run", *rule))
+    assert "computed again" not in capsys.readouterr().out
+    assert json.loads((tmp_path / "run/result.json").read_text())["test"] == result["test"]
 
     def take(self, setting):
         StopWhile.is_chosen = True
@@ -175,6 +180,29 @@ def test_one_standard_error_takes_the_largest_lambda_that_is_as_good(
     again = json.loads((tmp_path / "cut/result.json").read_text())
     for name in ("validation", "test", "checkpoint", "ease_lambda", "ease_xi"):
         assert again[name] == result[name]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_rule_with_the_default_lambdas(shards, tmp_path, ranks):
+    rule = ["--search.rule", "one_standard_error", "--run.best_by", "recall@50"]
+    out = succeeds("train", *arguments(shards, tmp_path / "run", *rule), ranks=ranks)
+    lines, run = lines_of(tmp_path / "run"), tmp_path / "run"
+    best = max(lines, key=lambda line: line["recall@50"])
+    least = best["recall@50"] - best["recall@50_se"]
+    chosen = max(line["ease_lambda"] for line in lines if line["recall@50"] >= least)
+    assert chosen > best["ease_lambda"] and f"lambda {chosen:g} is within one standard" in out
+    assert json.loads((run / "result.json").read_text())["ease_lambda"] == chosen
+    loaded = load_model(run, None, alone())
+    assert loaded.config.model.ease_lambda == chosen
+    succeeds("report", run, "--out", tmp_path / "r.html", "--users", "0", "--samples", "0")
+    text = " ".join((tmp_path / "r.html").read_text().split())
+    assert "of run the largest lambda within one standard error of the best" in text
+
+
+def test_the_largest_setting_is_planned():
+    raw = {"model": {"kind": "puresvd"}, "search": {"svd_rank": [2, 900, 4]}}
+    assert largest(from_dict(raw)).model.svd_rank == 900
+    assert largest(Config()) == Config()
 
 
 @pytest.mark.slow

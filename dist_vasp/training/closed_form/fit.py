@@ -181,7 +181,9 @@ class ClosedFormFit:
         for candidate in self._walk_of(step):  # lambda from large to small
             if candidate.step == step:
                 break
-            if self._values.get(candidate.step, -math.inf) >= least:
+            if candidate.step not in self._values:
+                self.run.say(f"{candidate} is not considered: metrics.jsonl has lost its line")
+            elif self._values[candidate.step] >= least:
                 return replace(candidate, step=n_tried + candidate.step)
         return None
 
@@ -268,9 +270,10 @@ class ClosedFormFit:
         """Write the model as step-XXXXXXXX; point `best` at it if it was validated."""
         assert self._model is not None
         config, ranks, manifest = self.run.config, self.run.ranks, self.run.manifest
+        settled = replace(config.search, rule="best")  # of one setting there is nothing to choose
         self.best = Header(
             position=Position(0, 0, candidate.step),
-            config=asdict(replace(config, model=candidate.model)),
+            config=asdict(replace(config, model=candidate.model, search=settled)),
             must_match=must_match_of(config, manifest),
             **facts_of_data(config, manifest),
             layout=asdict(ranks.layout),
@@ -296,8 +299,8 @@ def opening(config: Config, manifest: Manifest, ranks: Ranks, *more: str) -> str
     first = walks_of(config)[0][0]
     if first.walked:
         of += f" in {model.ease_dtype}"
-    elif "svd_rank" not in first.searched:
-        facts = [f"rank {model.svd_rank}"]
+    elif len(config.search.svd_rank) < 2:
+        facts = [f"rank {first.model.svd_rank}"]
     return f"{of}, {ranks.layout.partitions} partitions: {', '.join([*facts, *more])}"
 
 
