@@ -138,7 +138,7 @@ def plan(comparison: Comparison, output: Path, data: str) -> str:
             BEGUN: f"begun, resumes from {newest.name if newest else ''}",
             NEW: "to be trained" if run.config else "to be evaluated",
         }[state]
-        lines.append(f"  {run.stem:<32}{run.model.what:<56}{there}")
+        lines.append(f"  {run.stem:<30}  {run.model.what:<54}  {there}")
     n_done = states.count(DONE)
     lines.append(
         f"{len(runs)} runs of {len(comparison.models)} models, {n_done} done, {len(runs) - n_done} "
