@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -46,15 +45,18 @@ except EndedBySignal as ended:
 """
 
 
+def _hear_all() -> None:
+    """Handle signals as at a terminal: the tests may run under nohup, or in the background."""
+    for number in (signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def start(code: str, *arguments: str | Path, **options) -> subprocess.Popen[str]:
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    hear_hangups = partial(
-        signal.signal, signal.SIGHUP, signal.SIG_DFL
-    )  # the tests may run under nohup
     command = [sys.executable, "-c", code, *map(str, arguments)]
     process = subprocess.Popen(
-        command, env=env, text=True, preexec_fn=hear_hangups, **pipes, **options
+        command, env=env, text=True, preexec_fn=_hear_all, **pipes, **options
     )
     assert process.stdout and process.stdout.readline() == "here\n"
     return process

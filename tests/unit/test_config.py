@@ -87,7 +87,8 @@ def test_defaults_are_the_papers():
     assert config.epochs == 90
 
 
-OF_PURESVD = ("search.svd_user_exponent", "search.svd_item_exponent")  # ease refuses them
+OF_PURESVD = tuple(f"search.svd_{name}" for name in ("rank", "user_exponent", "item_exponent"))
+"""Keys that ease refuses."""
 CHANGED = {
     "data": {
         "shards": "a folder/ü",
@@ -125,12 +126,14 @@ CHANGED = {
         "svd_iterations": 3,
     },
     "search": {
+        "rule": "one_standard_error",
         "ease_user_exponent": [0.0, -0.5],
         "ease_item_exponent": [0.1],
         "ease_lambda_exponent": [0.2],
         "ease_dropout": [0.3],
         "ease_xi": [0.4],
-        "ease_lambda": [5.0],
+        "ease_lambda": [5.0, 6.0],
+        "svd_rank": [],
         "svd_user_exponent": [],
         "svd_item_exponent": [],
     },
