@@ -54,6 +54,11 @@ def command(launcher: str, shards: Path, run: Path) -> list[str]:
     return [*words, "--shards", str(shards), "--run", str(run), *TRAIN.split(), SCHEDULE]
 
 
+def _hear_ctrl_c() -> None:
+    """As at a terminal: the tests may run in the background, where a shell ignores it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def start(words: list[str], log: Path) -> subprocess.Popen[bytes]:
     env = environment(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
     with open(log, "wb") as output:
@@ -64,6 +69,7 @@ def start(words: list[str], log: Path) -> subprocess.Popen[bytes]:
             stderr=subprocess.STDOUT,
             start_new_session=True,
             cwd=ROOT,
+            preexec_fn=_hear_ctrl_c,
         )
 
 
