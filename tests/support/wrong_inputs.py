@@ -139,7 +139,7 @@ def prepare(folder: Path, commands: Commands) -> None:
     )
     shutil.rmtree(folder / "gone")
     (folder / "deep").mkdir()
-    (folder / "deep" / "manifest.json").write_text("[" * 5000)
+    (folder / "deep" / "manifest.json").write_text("[" * 5000 + "]" * 5000)
     (folder / "many").mkdir()
     members = [{"run": "../run", "checkpoint": "", "weight": 1.0}] * 65
     ensemble = {"format_version": 1, "vocabulary_sha256": "v", "n_items": 1, "members": members}

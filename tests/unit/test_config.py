@@ -290,8 +290,8 @@ def test_help_lists_every_key_with_its_meaning(monkeypatch):
             meaning = field_docstrings(maker if is_dataclass(maker) else Config)[f.name]
             meaning = " ".join((meaning or "").split())
             assert meaning, f"{key} has no docstring"
-            assert f"--{key} " in text, f"{key} is not in --help"
-            place = text.rindex(f" --{key} ")
+            assert re.search(rf"--{re.escape(key)}[ ,]", text), f"{key} is not in --help"
+            place = [m.start() for m in re.finditer(rf" --{re.escape(key)}[ ,]", text)][-1]
             entry = text[place : text.index("default: ", place) + 9]
             assert entry.count(" --") == 1 + (f" --{key}+ " in entry), (
                 f"--help lacks type or default of {key}"
