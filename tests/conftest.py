@@ -1,4 +1,10 @@
-"""Options and fixtures shared by all tests."""
+"""Options and fixtures shared by all tests.
+
+Tests, and every process that they start, compute with one thread unless OMP_NUM_THREADS says
+otherwise: results are then the same bits wherever they are computed, and two workers of pytest do
+not compete for two cores. Triton's kernels run in its interpreter. This is not in
+tests/__init__.py, because benchmarks import from tests, and must not be slowed down by it.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +15,9 @@ import re
 import signal
 import threading
 from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
 
 import pytest
 import torch

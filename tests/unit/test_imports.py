@@ -300,3 +300,14 @@ def test_the_package_loads_nothing_until_asked_and_never_deepspeed():
     assert done.returncode == 0, done.stderr
     with pytest.raises(ImportError, match="cannot import name 'Trainer'"):
         from dist_vasp import Trainer  # noqa: F401
+
+
+def test_benchmarks_compute_as_a_user_would():
+    """Nothing that they import from tests chooses Triton's interpreter, or one thread."""
+    names = {"TRITON_INTERPRET", "OMP_NUM_THREADS"}
+    code = f"import os, benchmarks.step; assert not {names!r} & os.environ.keys()"
+    environment = {name: value for name, value in os.environ.items() if name not in names}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
