@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import yaml
@@ -62,7 +63,7 @@ def _of_run(run: str) -> tuple[str, str]:
     opened.close()
     config, name = settled(opened.header), opened.path.name
     what = f"the model of {run}, checkpoint {name}, with nothing left to choose"
-    raw = yaml.safe_load(config.to_yaml())
+    raw = asdict(config)
     del raw["data"]["shards"], raw["run"]["dir"]
     text = yaml.safe_dump(raw, sort_keys=False)
     return f"# {what[0].upper()}{what[1:]}.\n# Pass --data.shards and --run.dir.\n{text}", what
