@@ -91,7 +91,7 @@ def losses(
     from dist_vasp.kernels.interface import PLAIN
     from dist_vasp.training.step import captured_step, engine
 
-    captured_step.Recorder = lambda: again  # type: ignore[assignment,misc]
+    captured_step.Recorder = lambda device: again  # type: ignore[assignment,misc]
     if captured:
         engine.Trainer._can_be_captured = lambda self: True  # type: ignore[method-assign]
     chosen = {"triton": TritonKernels(), "plain": PLAIN}[kernels]

@@ -311,3 +311,17 @@ def test_benchmarks_compute_as_a_user_would():
         [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_an_optimizer_does_not_load_the_compiler_of_torch():
+    """It takes a second of every start, and one GPU does without it."""
+    code = (
+        "import sys, torch; from dist_vasp.config.schema import OptimizerConfig; "
+        "from dist_vasp.training.step.optimizer import InPlaceAdam; "
+        "InPlaceAdam([torch.zeros(1)], OptimizerConfig()); assert 'torch._dynamo' not in sys.modules"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr

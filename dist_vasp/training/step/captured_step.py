@@ -28,10 +28,16 @@ _ALIGN = 1024  # ids
 
 
 class Recorder:
-    """Records calls as CUDA graphs. They share their memory: one runs at a time."""
+    """Records calls as CUDA graphs. They share their memory: one runs at a time.
 
-    def __init__(self) -> None:
+    torch gives that memory up with the last graph that uses it, and then refuses to record another
+    graph into it. So a first graph, of one small tensor, lives as long as the recorder: a step may
+    be recorded anew after its graph has been dropped.
+    """
+
+    def __init__(self, device: torch.device) -> None:
         self._pool = torch.cuda.graph_pool_handle()
+        self._keeps_pool = self(lambda: torch.zeros(1, device=device))
 
     def __call__(self, compute: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         """Record a call, which does not run; what runs it, and where its result will lie."""
@@ -49,8 +55,8 @@ class CapturedStep:
     `forget` where one has changed.
     """
 
-    def __init__(self, compute: Compute, kernels: Kernels) -> None:
-        self._compute, self._kernels, self._record = compute, kernels, Recorder()
+    def __init__(self, compute: Compute, kernels: Kernels, device: torch.device) -> None:
+        self._compute, self._kernels, self._record = compute, kernels, Recorder(device)
         self._shapes: dict[int, _Shape] = {}
         self._fails = False
 

@@ -98,7 +98,7 @@ class Trainer:
             OverlappedTrunk(self.trunk, ranks.world_size, self.batches) if self.trunk else None
         )
         can = self._can_be_captured()
-        self._captured = CapturedStep(self._recordable, kernels) if can else None
+        self._captured = CapturedStep(self._recordable, kernels, ranks.device) if can else None
         self._stage: int | None = None
 
     def _can_be_captured(self) -> bool:

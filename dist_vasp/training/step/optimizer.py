@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,6 +59,11 @@ class InPlaceAdam(torch.optim.Optimizer):
         self._numbers: Tensor | None = None
         self._kernels, self._beside = kernels, beside or {}
         self._plain = PlainUpdate(config, kernels)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Torch's own would import torch's compiler first, a second of every start."""
+        params = list(param_group["params"])
+        self.param_groups.append({**self.defaults, **param_group, "params": params})
 
     @property
     def grad_scale(self) -> float | Tensor:
