@@ -27,7 +27,7 @@ from dist_vasp.model.ease import SWEEP_COLUMNS, SymmetricColumns, add_gram, add_
 from dist_vasp.parallel.comm import Ranks
 from dist_vasp.parallel.start import init_ranks
 from dist_vasp.ranking.evaluate import to_item_rows
-from dist_vasp.training.closed_form.ease import training_users
+from dist_vasp.training.closed_form.ease import training_blocks
 
 
 def gram(shards: str, value: float, dtype: torch.dtype, ranks: Ranks) -> SymmetricColumns:
@@ -38,8 +38,8 @@ def gram(shards: str, value: float, dtype: torch.dtype, ranks: Ranks) -> Symmetr
         for lo, hi in ranks.partition_of_items(n).blocks(SWEEP_COLUMNS)
     ]
     G = SymmetricColumns(columns, n, ranks, SWEEP_COLUMNS)
-    for rows in training_users(shards, manifest):
-        add_gram(G, to_item_rows(rows, rows.n_rows, n, ranks.device))
+    for block in training_blocks(shards, manifest):
+        add_gram(G, to_item_rows(block.rows, block.n_users, n, ranks.device))
     add_to_diagonal(G, value)
     return G
 

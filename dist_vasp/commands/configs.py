@@ -64,9 +64,11 @@ def _of_run(run: str) -> tuple[str, str]:
     config, name = settled(opened.header), opened.path.name
     what = f"the model of {run}, checkpoint {name}, with nothing left to choose"
     raw = asdict(config)
-    del raw["data"]["shards"], raw["run"]["dir"]
+    del raw["data"]["shards"], raw["data"]["auxiliary"], raw["run"]["dir"]
     text = yaml.safe_dump(raw, sort_keys=False)
-    return f"# {what[0].upper()}{what[1:]}.\n# Pass --data.shards and --run.dir.\n{text}", what
+    more = ", --data.auxiliary" if config.model.ease_auxiliary else ""
+    passed = f"Pass --data.shards{more} and --run.dir."
+    return f"# {what[0].upper()}{what[1:]}.\n# {passed}\n{text}", what
 
 
 def _purpose(text: str) -> str:

@@ -30,6 +30,7 @@ def check(config: Config) -> Config:
     _check_parallel(config.parallel, config.data)
     _check_model(config)
     _check_search(config)
+    _check_auxiliary(config)
     rows = config.data.batch_size * (2 if config.halves else 1)
     require(
         config.optimizer.accumulation <= rows,
@@ -187,6 +188,33 @@ def _check_model(config: Config) -> None:
         loss.kind,
         f"one of {', '.join(kind.losses)} for model.kind {kind.name}",
         "change one of the two",
+    )
+
+
+def _check_auxiliary(config: Config) -> None:
+    folder, model = config.data.auxiliary, config.model
+    reads = model.kind == "ease" and not model.neighbours
+    require(
+        reads or not folder,
+        "data.auxiliary",
+        folder,
+        "none" if model.kind != "ease" else "none with model.neighbours",
+        "leave it out, or use model.kind ease with all inputs",
+    )
+    counts = model.ease_auxiliary > 0 or any(config.search.ease_auxiliary)
+    require(
+        counts or not folder,
+        "model.ease_auxiliary",
+        model.ease_auxiliary,
+        "more than 0 with data.auxiliary",
+        "set it, or values of search.ease_auxiliary",
+    )
+    require(
+        bool(folder) or not counts,
+        "data.auxiliary",
+        folder,
+        "a data folder with model.ease_auxiliary",
+        "set it, or leave ease_auxiliary out",
     )
 
 

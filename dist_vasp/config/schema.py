@@ -32,6 +32,10 @@ class DataConfig:
 
     shards: str = ""
     """Folder that `python -m data_tools.shard` wrote."""
+    auxiliary: str = ""
+    """Another such folder, with weaker interactions of the same users: views beside purchases, or
+    all ratings beside the high ones. model.kind ease counts what shards does not hold of its
+    training users as model.ease_auxiliary each."""
     batch_size: int = 1024
     """Users per optimizer step over all ranks; with halves each user gives two rows."""
     halves: bool | None = None
@@ -86,6 +90,8 @@ class SearchConfig:
     """Values of model.ease_dropout."""
     ease_xi: list[float] = field(default_factory=list)
     """Values of model.ease_xi."""
+    ease_auxiliary: list[float] = field(default_factory=list)
+    """Values of model.ease_auxiliary."""
     ease_lambda: list[float] = field(default_factory=list)
     """Values of model.ease_lambda, tried from large to small for each combination of the others
     until the validation metric has fallen twice in a row; empty with model.ease_lambda 0: 5120 to

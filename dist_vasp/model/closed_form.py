@@ -5,6 +5,8 @@ EASE (Steck 2019, arXiv 1905.03375) and what generalises it. Every default gives
     minimise |W (X - X B)|^2 + |R B|^2  subject to  B_jj <= xi
     G = X^T W^2 X,  P = (G + R^2)^-1,  B_ij = -P_ij kappa_j  (i != j)
 
+    X_ui   = 1 for an interaction; for an auxiliary one the value of ease_auxiliary, which counts
+             neither in n nor in p
     W^2_u  = (n_u / mean n)^user_exponent                 users: n_u items in the history
     R^2_j  = lambda (p_j / mean p)^lambda_exponent + G_jj dropout / (1 - dropout)
     kappa_j = max(R^2_j, (1 - xi) / P_jj)

@@ -26,6 +26,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding_bag
 
 from dist_vasp.kernels.interface import PLAIN
 from dist_vasp.model.sparse import ItemRows
@@ -115,12 +116,15 @@ def add_gram(G: SymmetricColumns, x: ItemRows, weight_U: Tensor | None = None) -
     """G += x^T diag(weight) x on what is kept, for the users x (U rows): their dense rows exist for
     one block of columns at a time.
 
-    Row i of the sum is the sum of the rows of those users that have item i; without weights a
-    float32 G is exact up to 2^24 users of a pair.
+    Row i of the sum is the sum of the rows of those users that have item i, times their values of
+    it, where x has values; without weights and values a float32 G is exact up to 2^24 users of a
+    pair.
     """
     if x.items.device.type != "cpu":
         add_dense_gram(G, x, weight_U)
         return
+    if x.values is not None and weight_U is None:
+        weight_U = torch.ones(x.n_rows, dtype=G.columns[0].dtype)
     dtype = torch.float32 if weight_U is None else weight_U.dtype
     for c, column in G.own():
         lo, hi = G.blocks[c]
@@ -129,10 +133,21 @@ def add_gram(G: SymmetricColumns, x: ItemRows, weight_U: Tensor | None = None) -
             x_UC = torch.zeros((x.n_rows, last - first), device=column.device, dtype=dtype)
             users, items = x.positions(first, last)
             x_UC[users, items] = 1.0 if weight_U is None else weight_U[users]
+            if x.values is not None:
+                x_UC[users, items] *= x.values_by_item(first, last)
             for top, bottom in G.kept_rows(c):
-                column[top:bottom, first - lo : last - lo] += PLAIN.sum_rows(
-                    x_UC, *x.rows_by_item(top, bottom)
-                )
+                column[top:bottom, first - lo : last - lo] += _sums_over_users(x_UC, x, top, bottom)
+
+
+def _sums_over_users(x_UC: Tensor, x: ItemRows, lo: int, hi: int) -> Tensor:
+    """For each of the items [lo, hi) the sum of the rows of its users, times their values of it."""
+    ids, indptr = x.rows_by_item(lo, hi)
+    if x.values is None or len(ids) == 0:
+        return PLAIN.sum_rows(x_UC, ids, indptr)
+    values = x.values_by_item(lo, hi).to(x_UC.dtype)
+    return embedding_bag(
+        ids, x_UC, indptr, mode="sum", include_last_offset=True, per_sample_weights=values
+    )
 
 
 def add_dense_gram(G: SymmetricColumns, x: ItemRows, weight_U: Tensor | None = None) -> None:
@@ -143,7 +158,8 @@ def add_dense_gram(G: SymmetricColumns, x: ItemRows, weight_U: Tensor | None = N
         last = min(first + together, x.n_rows)
         start, stop = x.indptr[[first, last]].tolist()
         x_UI = torch.zeros((last - first, x.n_items), device=x.items.device, dtype=dtype)
-        x_UI[x.row_of[start:stop] - first, x.items[start:stop]] = 1
+        values = 1.0 if x.values is None else x.values[start:stop].to(dtype)
+        x_UI[x.row_of[start:stop] - first, x.items[start:stop]] = values
         weighted_UI = x_UI if weight_U is None else x_UI * weight_U[first:last, None].to(dtype)
         for c, column in G.own():
             weighted_UC = weighted_UI[:, slice(*G.blocks[c])]

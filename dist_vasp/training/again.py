@@ -15,13 +15,12 @@ def settled(header: Header) -> Config:
 
     A closed form has the keys that its search chose. A training has the epochs that the checkpoint
     had seen, so that more users give more steps; one that was stopped within an epoch has its
-    steps. `data.shards` and `run.dir` are empty. ValueError where the configuration does not fit
-    this version.
+    steps. `data.shards`, `data.auxiliary` and `run.dir` are empty. ValueError where the
+    configuration does not fit this version.
     """
     config = from_dict(header.config)
-    config = replace(
-        config, data=replace(config.data, shards=""), run=replace(config.run, dir="", max_steps=0)
-    )
+    data, run = replace(config.data, shards="", auxiliary=""), replace(config.run, dir="")
+    config = replace(config, data=data, run=replace(run, max_steps=0))
     if kind_of(config.model.kind).closed_form:
         return replace(config, search=SearchConfig())
     position, stages = header.position, []

@@ -18,7 +18,7 @@ from dist_vasp.parallel.local_ranks import LocalRanks
 from tests.support.invoke import run_words
 from tests.support.jobs import environment
 from tests.support.make_shards import write_folder
-from tests.support.paths import ROOT
+from tests.support.paths import PYTHONPATH, ROOT
 
 N_ITEMS = 30
 PATIENCE_S = 120
@@ -38,7 +38,7 @@ def shards(tmp_path_factory) -> Path:
 
 def start(*arguments: str | Path, **variables: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "dist_vasp", *map(str, arguments)]
-    env = environment(PYTHONPATH=str(ROOT), **variables)
+    env = environment(PYTHONPATH=PYTHONPATH, **variables)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, env=env, start_new_session=True, **pipes)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.support.paths import ROOT
+from tests.support.paths import PYTHONPATH, ROOT
 
 NOTEBOOK = ROOT / "examples" / "movielens.ipynb"
 PARAMETERS = """
@@ -52,7 +52,7 @@ def test_the_notebook_runs(tmp_path):
         if cell["cell_type"] == "code"
     ]
     (tmp_path / "notebook.py").write_text("\n\n".join([*code, "print(many.popular.tolist())"]))
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "notebook.py"],
         cwd=tmp_path,

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from dist_vasp import Recommender
-from tests.support.paths import ROOT
+from tests.support.paths import PYTHONPATH, ROOT
 from tests.support.runs import write_run
 
 pytest.importorskip("fastapi")
@@ -122,7 +122,7 @@ def test_a_reload_under_load_drops_no_request(tmp_path):
 
 def _start(model: Path, port: str = "0") -> subprocess.Popen:
     command = [sys.executable, "examples/serve.py", str(model), "--processes", "2", "--port", port]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": PYTHONPATH}
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, bufsize=1
     )

@@ -20,7 +20,7 @@ import pytest
 
 from tests.support.jobs import RunFolder, assert_same_run, environment, free_port
 from tests.support.make_shards import write_folder
-from tests.support.paths import ROOT
+from tests.support.paths import PYTHONPATH, ROOT
 
 BIN = Path(sys.executable).parent
 PATIENCE_S = 180
@@ -60,7 +60,7 @@ def _hear_ctrl_c() -> None:
 
 
 def start(words: list[str], log: Path) -> subprocess.Popen[bytes]:
-    env = environment(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
+    env = environment(PYTHONPATH=PYTHONPATH, OMP_NUM_THREADS="1")
     with open(log, "wb") as output:
         return subprocess.Popen(
             words,

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from dist_vasp import Recommender
-from tests.support.paths import ROOT
+from tests.support.paths import PYTHONPATH
 from tests.support.runs import write_run
 
 IDS = list(range(1, 2001))
@@ -64,7 +64,7 @@ def run(tmp_path_factory):
     ],
 )
 def test_children_answer(run, before, threads):
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": threads}
+    environment = os.environ | {"PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": threads}
     done = subprocess.run(
         [sys.executable, "-c", CHILDREN, str(run), before, threads],
         env=environment,

@@ -22,7 +22,7 @@ from tests.support.fuzz_files import CANARY, mutate, target
 from tests.support.fuzz_server import arguments, commands, judge
 from tests.support.jobs import environment, free_port
 from tests.support.make_shards import write_folder
-from tests.support.paths import ROOT
+from tests.support.paths import PYTHONPATH, ROOT
 
 SERVERS = 2
 N_ITEMS = 60
@@ -44,7 +44,7 @@ def launch(
         if script == "verify"
         else [str(ROOT / "launch" / f"{script}.py")]
     )
-    env = environment(PYTHONPATH=str(ROOT))
+    env = environment(PYTHONPATH=PYTHONPATH)
     return subprocess.run(
         [*launcher, *module, *argv],
         env=env,

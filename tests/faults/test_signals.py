@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from dist_vasp.training.stop import StopRequest
-from tests.support.paths import ROOT
+from tests.support.paths import PYTHONPATH
 
 COMMAND = """
 import hashlib, os, signal, sys, time
@@ -52,7 +52,7 @@ def _hear_all() -> None:
 
 
 def start(code: str, *arguments: str | Path, **options) -> subprocess.Popen[str]:
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    env = os.environ | {"PYTHONPATH": PYTHONPATH}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     command = [sys.executable, "-c", code, *map(str, arguments)]
     process = subprocess.Popen(
@@ -181,7 +181,7 @@ def test_a_training_without_its_front_end_is_asked_to_stop(tmp_path, front_end):
     script.write_text(
         f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {launcher!r}])"
     )
-    env = os.environ | {"PYTHONPATH": str(ROOT), "LOCAL_RANK": "0", "WORLD_SIZE": "2"}
+    env = os.environ | {"PYTHONPATH": PYTHONPATH, "LOCAL_RANK": "0", "WORLD_SIZE": "2"}
     with subprocess.Popen(
         [sys.executable, str(script)], env=env, stdout=subprocess.PIPE, text=True
     ) as process:

@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.invoke import Commands
-from tests.support.paths import ROOT
+from tests.support.paths import PYTHONPATH, ROOT
 from tests.support.writers import SITUATIONS, SLOW, WRITERS, complaint, line_of, set_up, state
 
 
@@ -88,7 +88,7 @@ def test_a_signal_leaves_nothing(writer, number, folder, commands):
         sys.executable,
         *(str(ROOT / word) if word.startswith("launch/") else word for word in words[1:]),
     ]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
         words,
         cwd=folder,

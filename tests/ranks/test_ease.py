@@ -580,9 +580,9 @@ def test_users_are_taken_together_and_each_once(tmp_path, monkeypatch):
     rows = random_rows(100, 30, 0, empty=(5,))
     write_folder(tmp_path, rows, n_items=30, users_per_shard=7)
     manifest = Manifest.load(tmp_path)
-    one = list(fit_ease.training_users(tmp_path, manifest))
+    one = [block.rows for block in fit_ease.training_blocks(tmp_path, manifest)]
     monkeypatch.setattr(fit_ease, "_MOST_USERS", 21)
-    parts = list(fit_ease.training_users(tmp_path, manifest))
+    parts = [block.rows for block in fit_ease.training_blocks(tmp_path, manifest)]
     assert len(one) < len(parts) and max(p.n_rows for p in parts) == 21
     for together in (one, parts):
         joined, expected = concatenate_rows(together), csr(rows)

@@ -148,8 +148,9 @@ def test_a_support_gives_the_ridge_regression_on_it():
 
 
 def test_a_singular_system_is_an_error_that_names_the_item():
-    """Without a ridge two items of the same users are one too many."""
-    counts = CoOccurrence(csr([[0, 1, 2]] * 3), 3)
+    """Without a ridge two items of the same users are one too many: of four users, so that every
+    library finds a second pivot of exactly 0."""
+    counts = CoOccurrence(csr([[0, 1, 2]] * 4), 3)
     ids = np.array([[1, 2], [0, 2], [0, 1]], np.int32)
     model = model_of({"lambda": 0.0})
     with pytest.raises(AgreedError, match="not positive definite on the support of item row 0 in"):

@@ -23,7 +23,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from tests.support.paths import ROOT
+from tests.support.paths import PYTHONPATH, ROOT
 
 LOADED = (
     "dist_vasp.commands.train",
@@ -41,7 +41,7 @@ class Forks:
 
     def __init__(self) -> None:
         environment = os.environ | {"ARROW_DEFAULT_MEMORY_POOL": "system"}  # jemalloc has a thread
-        environment |= {"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        environment |= {"DS_ACCELERATOR": "cpu", "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"}
         environment |= {
             "OMP_WAIT_POLICY": "PASSIVE",
             "GOMP_SPINCOUNT": "0",

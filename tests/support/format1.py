@@ -29,7 +29,7 @@ import numpy as np
 from dist_vasp.recommender import Recommender
 from launch import ensemble, evaluate, export, recommend, train
 from tests.support.make_shards import write_folder
-from tests.support.paths import ROOT
+from tests.support.paths import PYTHONPATH, ROOT
 
 FIXTURES = ROOT / "tests" / "fixtures" / "format1"
 N_ITEMS, N_NEW_ITEMS, STEPS, K = 32, 34, 6, 10
@@ -169,7 +169,7 @@ def _make(kind: str) -> None:
     start = DRAWN if kind == "vasp_drawn" else ""
     words = f"{DATA} {KINDS[kind]} {start} --run.dir {kind}/run --run.max_steps {STEPS}"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"}
     command = [*launcher, str(ROOT / "launch" / "train.py"), *shlex.split(words)]
     subprocess.run(command, env=environment, check=True)
     for name in ("tensorboard", "environment.json", ".lock"):

@@ -27,7 +27,7 @@ from typing import Any, BinaryIO
 from dist_vasp.parallel import local_ranks
 from tests.support.forks import become_launcher
 from tests.support.jobs import LAUNCHED, free_port, launcher_arguments
-from tests.support.paths import ROOT
+from tests.support.paths import PYTHONPATH, ROOT
 from tests.support.ranks import rank_context
 
 LIMIT_S = 300  # of one command: a disk that others keep busy makes a save wait
@@ -65,7 +65,7 @@ def run_words(
 ) -> subprocess.CompletedProcess[str]:
     """Run `python FILE ...`, `python -m MODULE ...` or the one word of a Python program."""
     environment = {k: v for k, v in os.environ.items() if k not in LAUNCHED}
-    environment |= {"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
+    environment |= {"DS_ACCELERATOR": "cpu", "PYTHONPATH": PYTHONPATH}
     if ranks:
         words = launcher_arguments(ranks, free_port(), words[1:])
     with tempfile.TemporaryDirectory() as folder:

@@ -28,7 +28,7 @@ import torch.multiprocessing as mp
 
 from dist_vasp.parallel.comm import form_groups
 from dist_vasp.parallel.partition import Layout
-from tests.support.paths import ROOT
+from tests.support.paths import PYTHONPATH
 
 
 @cache
@@ -36,7 +36,7 @@ def rank_context() -> Any:
     """Processes that are forked from one that has loaded the libraries; it is started once."""
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(["tests.support.preload"])
-    environment = {"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
+    environment = {"DS_ACCELERATOR": "cpu", "PYTHONPATH": PYTHONPATH}
     environment |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     environment |= {"ARROW_DEFAULT_MEMORY_POOL": "system"}  # jemalloc has a thread
     with mock.patch.dict(os.environ, environment):

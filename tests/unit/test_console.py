@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from dist_vasp.text import escape, one_line, printable
-from tests.support.paths import ROOT
+from tests.support.paths import PYTHONPATH
 
 COMMAND = """
 import os, sys
@@ -28,7 +28,7 @@ os._exit(console.final_status(0))
 def run(out: Path, tail: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
     """COMMAND in a shell that continues with `tail`; its exit status is that of the command."""
     line = f'"{sys.executable}" -c "$0" "$1" {tail}; exit ${{PIPESTATUS[0]}}'
-    env = os.environ | {"PYTHONPATH": str(ROOT)} | environment
+    env = os.environ | {"PYTHONPATH": PYTHONPATH} | environment
     return subprocess.run(
         ["bash", "-c", line, COMMAND, str(out)],
         env=env,
@@ -85,7 +85,7 @@ def test_a_command_in_an_ascii_locale(tmp_path):
     ascii_locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     (tmp_path / "données.csv").write_text("user,item\nzoë,1\n", encoding="utf-8")
     line = [sys.executable, "-m", "data_tools.shard", "données.csv", "out"]
-    env = os.environ | {"PYTHONPATH": str(ROOT)} | ascii_locale
+    env = os.environ | {"PYTHONPATH": PYTHONPATH} | ascii_locale
     done = subprocess.run(
         line, cwd=tmp_path, env=env, capture_output=True, encoding="utf-8", timeout=120, check=False
     )

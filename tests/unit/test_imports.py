@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from tests.support.paths import ROOT
+from tests.support.paths import PYTHONPATH, ROOT
 
 TABLES = {"dist_vasp.data.ids"} | {
     f"dist_vasp.data.tables.{name}"
@@ -289,7 +289,7 @@ def test_the_package_loads_nothing_until_asked_and_never_deepspeed():
         "from dist_vasp import Recommender; bad = {'deepspeed', "
         "'dist_vasp.training', 'data_tools'} & set(sys.modules); assert not bad, bad"
     )
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": PYTHONPATH}
     done = subprocess.run(
         [sys.executable, "-c", lazy + asked],
         env=environment,
@@ -318,9 +318,10 @@ def test_an_optimizer_does_not_load_the_compiler_of_torch():
     code = (
         "import sys, torch; from dist_vasp.config.schema import OptimizerConfig; "
         "from dist_vasp.training.step.optimizer import InPlaceAdam; "
-        "InPlaceAdam([torch.zeros(1)], OptimizerConfig()); assert 'torch._dynamo' not in sys.modules"
+        "InPlaceAdam([torch.zeros(1)], OptimizerConfig()); "
+        "assert 'torch._dynamo' not in sys.modules"
     )
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": PYTHONPATH}
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True
     )

@@ -26,7 +26,7 @@ from dist_vasp.ranking import make_lists as module
 from dist_vasp.tensor_file import map_tensors
 from tests.oracles.dense import dense_rows
 from tests.oracles.rounding import bounded_scores, each_within
-from tests.support.paths import ROOT
+from tests.support.paths import PYTHONPATH, ROOT
 from tests.support.recommender_runs import (
     HISTORY_ROWS,
     N_ITEMS,
@@ -393,7 +393,7 @@ print(private() - before)
     write_run(runs / "small", list(range(20)), "nease", 1)
     done = subprocess.run(
         [sys.executable, "-c", script],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=os.environ | {"PYTHONPATH": PYTHONPATH},
         capture_output=True,
         text=True,
         check=False,
@@ -428,7 +428,7 @@ def test_the_script_in_the_readme(tmp_path):
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", script],
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=os.environ | {"PYTHONPATH": PYTHONPATH},
         capture_output=True,
         text=True,
         check=False,

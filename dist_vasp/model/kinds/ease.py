@@ -44,6 +44,9 @@ class EaseKeys:
     ease_lambda_exponent: float = 0.0
     """The lambda of an item is ease_lambda (popularity / mean popularity)^this. Positive values
     regularise what popular items contribute to scores more."""
+    ease_auxiliary: float = 0.0
+    """What an interaction of data.auxiliary that data.shards does not hold counts in X, beside 1;
+    0 without data.auxiliary."""
     ease_xi: float = 0.0
     """Largest value of B's diagonal while B is computed (RLAE); 0 gives EASE, 1 ridge regression
     without a constraint. The diagonal is stored as 0."""
@@ -70,6 +73,13 @@ class EaseKeys:
             value = getattr(m, name)
             action = "0 treats popular and rare items the same"
             require(-4 <= value <= 4, f"model.{name}", value, "-4 to 4", action)
+        require(
+            0 <= m.ease_auxiliary <= 1,
+            "model.ease_auxiliary",
+            m.ease_auxiliary,
+            "0 to 1",
+            "0.35 did well for the low ratings of MovieLens 1M",
+        )
         require(0 <= m.ease_xi <= 1, "model.ease_xi", m.ease_xi, "0 to 1", "0 gives EASE")
 
 

@@ -18,8 +18,8 @@ from dist_vasp.checkpoint.read import open_checkpoint, verify
 from dist_vasp.checkpoint.weights import load_weights
 from dist_vasp.config.command_line import from_dict
 from dist_vasp.config.schema import Config
+from dist_vasp.data.block import Block, concatenate
 from dist_vasp.data.manifest import Manifest
-from dist_vasp.data.rows import Rows, concatenate_rows
 from dist_vasp.data.shard import read_shard
 from dist_vasp.model.closed_form import solve
 from dist_vasp.model.ease import SymmetricColumns, add_gram, sweep_columns
@@ -34,6 +34,7 @@ from dist_vasp.plan.closed_form import EASE_INTERACTIONS_PER_ITEM
 from dist_vasp.plan.estimate import has_items_x_items
 from dist_vasp.progress import Progress
 from dist_vasp.ranking.evaluate import to_item_rows
+from dist_vasp.training.closed_form.auxiliary import Auxiliary
 from dist_vasp.training.closed_form.support import SupportFit
 from dist_vasp.training.step.engine import Trainer
 from dist_vasp.training.stop import Interrupted, tick_of
@@ -49,9 +50,10 @@ def fit(
     ranks: Ranks,
     show: bool = False,
     interrupted: Interrupted = lambda: False,
+    auxiliary: Auxiliary | None = None,
 ) -> None:
     """Write the B of the keys `model.ease_*` into `columns`, this rank's blocks (I, C) of `width`
-    items.
+    items. auxiliary: the interactions that count `model.ease_auxiliary`.
 
     In float64 the list's tensors are made anew, block by block, and again in float32.
     """
@@ -61,7 +63,8 @@ def fit(
         column.zero_()
     matrix = SymmetricColumns(columns, manifest.n_items, ranks, width)
     reading = Progress("Gram matrix, training", manifest.splits["train"].users, "user", show=show)
-    popularity_I = add_training_users(matrix, config, manifest, tick_of(reading, interrupted))
+    tick = tick_of(reading, interrupted)
+    popularity_I = add_training_users(matrix, config, manifest, tick, auxiliary)
     reading.close()
     title = f"lambda {keys.ease_lambda:g}, inverse"
     inverting = Progress(title, len(matrix.blocks), "block", show=show)
@@ -75,27 +78,32 @@ def add_training_users(
     config: Config,
     manifest: Manifest,
     read: Callable[[int], None] = lambda users: None,
+    auxiliary: Auxiliary | None = None,
 ) -> Tensor:
     """G += the Gram matrix of the training users, each weighted by `model.ease_user_exponent`;
-    return how many of them have each item, (I,) float64.
+    return how many of them have each item, (I,) float64. Auxiliary interactions count in G alone.
 
     `read(users so far)` is called before each group of users, and at the end.
     """
     dtype, device = G.columns[0].dtype, G.ranks.device
     exponent, train = config.model.ease_user_exponent, manifest.splits["train"]
+    value = config.model.ease_auxiliary
     popularity_I = torch.zeros(manifest.n_items, dtype=torch.float64, device=device)
     done = 0
-    for rows in training_users(config.data.shards, manifest):
+    for block in training_blocks(config.data.shards, manifest):
         read(done)
-        x = to_item_rows(rows, rows.n_rows, manifest.n_items, device)
+        x = to_item_rows(block.rows, block.n_users, manifest.n_items, device)
         popularity_I.index_add_(0, x.items, torch.ones_like(x.items, dtype=torch.float64))
         weight_U = (
-            (x.lengths.to(dtype) * (train.users / train.interactions)) ** exponent
+            (x.lengths.clamp(min=1).to(dtype) * (train.users / train.interactions)) ** exponent
             if exponent
             else None
         )
+        if auxiliary is not None and value:
+            rows = auxiliary.joined(block, value)
+            x = to_item_rows(rows, rows.n_rows, manifest.n_items, device)
         add_gram(G, x, weight_U)
-        done += rows.n_rows
+        done += block.n_users
     read(done)
     return popularity_I
 
@@ -106,23 +114,22 @@ def _convert(columns: list[Tensor], dtype: torch.dtype) -> None:
         column.data = column.data.to(dtype)
 
 
-def training_users(folder: str | Path, manifest: Manifest) -> Iterator[Rows]:
+def training_blocks(folder: str | Path, manifest: Manifest) -> Iterator[Block]:
     """All training users, some shards at a time. ValueError where a shard is damaged."""
     enough = (
         EASE_INTERACTIONS_PER_ITEM * manifest.n_items
     )  # the sums over them outweigh the pass over the matrix
-    waiting: list[Rows] = []
+    waiting: list[Block] = []
     for entry in manifest.splits["train"].shards:
-        block = read_shard(folder, "train", entry, manifest.n_items)
-        waiting.append(block.rows)
+        waiting.append(read_shard(folder, "train", entry, manifest.n_items))
         if (
-            sum(len(rows.items) for rows in waiting) >= enough
-            or sum(rows.n_rows for rows in waiting) >= _MOST_USERS
+            sum(len(block.rows.items) for block in waiting) >= enough
+            or sum(block.n_users for block in waiting) >= _MOST_USERS
         ):
-            yield concatenate_rows(waiting)
+            yield concatenate(waiting)
             waiting = []
     if waiting:
-        yield concatenate_rows(waiting)
+        yield concatenate(waiting)
 
 
 # --- NEASE's start --------------------------------------------------------------------------------

@@ -312,4 +312,7 @@ def must_match_of(config: Config, manifest: Manifest) -> dict[str, Any]:
     matching = {f"model.{name}": getattr(config.model, name) for name in ("kind", *keys)}
     matching |= {f"search.{name}": search[name] for name in ("rule", *keys) if name in search}
     matching["run.best_by"] = config.run.best_by
-    return matching | {"hash of data.shards": manifest.shards_sha256}
+    matching["hash of data.shards"] = manifest.shards_sha256
+    if config.data.auxiliary:
+        matching["hash of data.auxiliary"] = Manifest.load(config.data.auxiliary).data_sha256
+    return matching

@@ -16,6 +16,7 @@ from dist_vasp.parallel.agree import agreed
 from dist_vasp.parallel.comm import Ranks, all_gather_bytes
 from dist_vasp.plan.estimate import make_plan
 from dist_vasp.plan.terms import Device, Sizes
+from dist_vasp.training.closed_form.auxiliary import Overlap
 from dist_vasp.training.closed_form.fit import ClosedFormFit, must_match_of, opening
 from dist_vasp.training.closed_form.settings import (
     Tried,
@@ -51,7 +52,8 @@ class ClosedFormSetup:
         ranks.partition_of_items(self.manifest.n_items)
 
     def check(self) -> None:
-        """Nothing more than was checked when the shards were opened."""
+        if self._config.data.auxiliary:
+            Overlap(self._config, self.manifest)
 
     def describe(self) -> str:
         config, layout, device = self._config, self._ranks.layout, self._ranks.device

@@ -12,6 +12,8 @@ from dist_vasp.model.ease import sweep_columns
 from dist_vasp.model.neighbours import NeighbourMatrix
 from dist_vasp.model.partitioned import PartitionedModel
 from dist_vasp.model.paths import ItemMatrix
+from dist_vasp.parallel.agree import agreed
+from dist_vasp.training.closed_form.auxiliary import Auxiliary, Overlap
 from dist_vasp.training.closed_form.ease import fit
 from dist_vasp.training.closed_form.parts import parts_folder
 from dist_vasp.training.closed_form.support import SupportFit
@@ -37,9 +39,15 @@ def solver_of(
         return lambda keys: resumed(on_support.solve(matrix, keys))
     assert isinstance(matrix, ItemMatrix)
     columns, width = matrix.columns(), sweep_columns(ranks.device)
+    auxiliary: Auxiliary | None = None
+    if config.data.auxiliary:
+        with agreed(ranks):
+            auxiliary = Auxiliary(Overlap(config, manifest))
+        run.say(auxiliary.told())
 
     def solve(keys: ModelConfig) -> None:
         of_setting = replace(config, model=keys)
-        fit(columns, width, of_setting, manifest, ranks, ranks.is_main, interrupted)
+        show = ranks.is_main
+        fit(columns, width, of_setting, manifest, ranks, show, interrupted, auxiliary)
 
     return solve

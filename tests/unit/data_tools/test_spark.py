@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_tools import shard, verify
-from tests.support.paths import ROOT
+from tests.support.paths import PYTHONPATH, ROOT
 from tests.unit.data_tools.test_shards import contents, rows, write_parts
 
 HAS_JAVA = bool(os.environ.get("JAVA_HOME") or shutil.which("java"))
@@ -131,7 +131,7 @@ def test_an_executor_that_is_killed_changes_nothing(tmp_path):
     assert run(*words, tmp_path / "local") == 0
     command = [sys.executable, "-m", "data_tools.shard", *words, tmp_path / "spark"]
     command += ["--engine", "spark", "--master", "local-cluster[2,1,1024]"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": PYTHONPATH}
     with subprocess.Popen(
         [str(word) for word in command],
         cwd=ROOT,

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from tests.support.paths import ROOT
+from tests.support.paths import PYTHONPATH, ROOT
 
 pytest.importorskip("triton", reason="triton is not installed; pip install -e '.[dev]'")
 
@@ -31,7 +31,7 @@ def test_every_kernel_compiles_for_an_h100(tmp_path):
             "TRITON_INTERPRET": "0",
             "TRITON_DUMP_PTXAS_LOG": "1",
             "TRITON_CACHE_DIR": str(tmp_path),
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": PYTHONPATH,
         },
         capture_output=True,
         text=True,

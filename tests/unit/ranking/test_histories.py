@@ -29,7 +29,7 @@ from dist_vasp.ranking.recommend import recommend_to_file
 from dist_vasp.recommender import Recommender
 from tests.oracles.dense import DenseVASP, dense_rows
 from tests.oracles.rounding import Bounded, bounded, each_within
-from tests.support.paths import ROOT
+from tests.support.paths import PYTHONPATH
 from tests.support.ranks import run_ranks
 from tests.support.runs import write_run
 from tests.unit.ranking.test_recommend import NUMBERED, alone, item_table, lists_of
@@ -369,7 +369,7 @@ def test_memory_is_that_of_a_block(tmp_path):
             writer.write_table(pa.table({"user": block, "item": 1000 + np.arange(len(block)) % 6}))
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(tmp_path)],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=os.environ | {"PYTHONPATH": PYTHONPATH},
         capture_output=True,
         text=True,
         check=False,
