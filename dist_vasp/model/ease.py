@@ -22,7 +22,9 @@ Shapes: U users of a block, I items, J this rank's items, C columns of a block, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -38,6 +40,7 @@ from dist_vasp.parallel.partition import ItemPartition
 # whole
 SWEEP_COLUMNS = 512
 GPU_SWEEP_COLUMNS = 1024
+_MOST_HOST_COLUMNS = 4096  # of a matrix on the host that a GPU computes: a block moves all of it
 _GATHER_COLUMNS = 256  # a block of dense users stays in a CPU core's cache (docs/experiments.md)
 DENSE_BYTES = 1 << 30  # of dense users at once on a GPU
 
@@ -49,6 +52,24 @@ def sweep_columns(device: torch.device) -> int:
     return SWEEP_COLUMNS if device.type == "cpu" else GPU_SWEEP_COLUMNS
 
 
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU that computes a matrix which lies on the host."""
+
+    device: torch.device
+    memory: int  # bytes
+
+    def sweep_columns(self, n_items: int) -> int:
+        """As many as three panels of float64 and a copy take a quarter of the memory."""
+        fit = self.memory // 4 // (4 * 8 * n_items)
+        return max(128, min(_MOST_HOST_COLUMNS, fit // 128 * 128))
+
+    @property
+    def dense_bytes(self) -> int:
+        """Of dense users at once; weighted users are as many again."""
+        return self.memory // 8
+
+
 class SymmetricColumns:
     """This rank's column blocks of a symmetric I x I matrix.
 
@@ -56,12 +77,22 @@ class SymmetricColumns:
     blocks c, c + 1, ... up to half of all blocks, cyclically, so that the work is equal for every
     column and rank.
     `columns`: (I, C) each, the blocks `partition.blocks(width)` of this rank, written in place.
+    gpu: what computes where the matrix is on the host: products and factors are then made of copies
+    of its parts.
     """
 
-    def __init__(self, columns: list[Tensor], n_items: int, ranks: Ranks, width: int) -> None:
+    def __init__(
+        self,
+        columns: list[Tensor],
+        n_items: int,
+        ranks: Ranks,
+        width: int,
+        gpu: Gpu | None = None,
+    ) -> None:
         P, mine = ranks.layout.partitions, ranks.partition_of_items(n_items).index
         blocks = [ItemPartition(n_items, P, p).blocks(width) for p in range(P)]
         self.columns, self.ranks, self.n_items = columns, ranks, n_items
+        self.gpu, self.device = gpu, gpu.device if gpu else ranks.device
         self.blocks: list[Range] = [block for of_rank in blocks for block in of_rank]
         self.first = sum(len(of_rank) for of_rank in blocks[:mine])  # of this rank's blocks
         assert [c.shape[1] for c in columns] == [hi - lo for lo, hi in blocks[mine]], (
@@ -80,6 +111,17 @@ class SymmetricColumns:
     def own(self) -> list[tuple[int, Tensor]]:
         """(index over all ranks, block (I, C)) of this rank's columns."""
         return list(enumerate(self.columns, self.first))
+
+    @contextmanager
+    def part(self, column: Tensor, rows: Range) -> Iterator[Tensor]:
+        """Rows of a column block where they are computed; what is written to them is kept."""
+        here = column[slice(*rows)]
+        if self.gpu is None:
+            yield here
+            return
+        there = here.to(self.device, copy=True)
+        yield there
+        here.copy_(there)
 
     def panel(self, block: int) -> Tensor:
         """The columns of `block`, (I, C), on every rank: its kept rows, and the others from the
@@ -100,8 +142,9 @@ class SymmetricColumns:
         """A <- A - V V^T on what is kept."""
         for c, column in self.own():
             right_T = V_IC[slice(*self.blocks[c])].T
-            for first, last in self.kept_rows(c):
-                column[first:last].addmm_(V_IC[first:last], right_T, alpha=-1)
+            for rows in self.kept_rows(c):
+                with self.part(column, rows) as part:
+                    part.addmm_(V_IC[slice(*rows)], right_T, alpha=-1)
 
     def fill(self) -> None:
         """Bring the stale half up to date: now every column is whole."""
@@ -120,7 +163,7 @@ def add_gram(G: SymmetricColumns, x: ItemRows, weight_U: Tensor | None = None) -
     it, where x has values; without weights and values a float32 G is exact up to 2^24 users of a
     pair.
     """
-    if x.items.device.type != "cpu":
+    if G.gpu or x.items.device.type != "cpu":
         add_dense_gram(G, x, weight_U)
         return
     if x.values is not None and weight_U is None:
@@ -151,9 +194,11 @@ def _sums_over_users(x_UC: Tensor, x: ItemRows, lo: int, hi: int) -> Tensor:
 
 
 def add_dense_gram(G: SymmetricColumns, x: ItemRows, weight_U: Tensor | None = None) -> None:
-    """As `add_gram`, by dense products of some users at a time, which suits a GPU."""
+    """As `add_gram`, by dense products of some users at a time, which suits a GPU. x is where the
+    products are computed."""
     dtype = G.columns[0].dtype
-    together = max(1, DENSE_BYTES // (dtype.itemsize * x.n_items))
+    at_once = G.gpu.dense_bytes if G.gpu else DENSE_BYTES
+    together = max(1, at_once // (dtype.itemsize * x.n_items))
     for first in range(0, x.n_rows, together):
         last = min(first + together, x.n_rows)
         start, stop = x.indptr[[first, last]].tolist()
@@ -163,8 +208,9 @@ def add_dense_gram(G: SymmetricColumns, x: ItemRows, weight_U: Tensor | None = N
         weighted_UI = x_UI if weight_U is None else x_UI * weight_U[first:last, None].to(dtype)
         for c, column in G.own():
             weighted_UC = weighted_UI[:, slice(*G.blocks[c])]
-            for top, bottom in G.kept_rows(c):
-                column[top:bottom].addmm_(x_UI[:, top:bottom].T, weighted_UC)
+            for rows in G.kept_rows(c):
+                with G.part(column, rows) as part:
+                    part.addmm_(x_UI[:, slice(*rows)].T, weighted_UC)
 
 
 def invert(A: SymmetricColumns, tick: Callable[[int], None] = lambda done: None) -> None:
@@ -174,7 +220,7 @@ def invert(A: SymmetricColumns, tick: Callable[[int], None] = lambda done: None)
     its precision.
     """
     for block, (lo, hi) in enumerate(A.blocks):
-        V_IC = A.panel(block)
+        V_IC = A.panel(block).to(A.device)
         with agreed(A.ranks):
             L_CC = _cholesky(V_IC[lo:hi], lo)
         inverse_CC = torch.linalg.solve_triangular(

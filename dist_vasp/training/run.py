@@ -78,6 +78,8 @@ class FitSetup(Protocol):
     """A way to fit, before there are weights."""
 
     manifest: Manifest
+    ranks: Ranks
+    """On the device that holds the model."""
     keep: int
     """Step checkpoints that are kept."""
     earlier_users: Users | None

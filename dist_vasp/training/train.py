@@ -41,7 +41,7 @@ def train(
     """
     with closing(stop or StopRequest()) as stop:
         setup = _check(config, ranks, init_from, allow_leak)
-        run = _take_folder(config, ranks, setup, stop)
+        run = _take_folder(config, setup, stop)
         fitted = _fit(run, setup)
         # The optimizers are part of cycles: their matrices would stay beside those of the best
         # checkpoint.
@@ -91,8 +91,9 @@ def _check(
     return setup
 
 
-def _take_folder(config: Config, ranks: Ranks, setup: FitSetup, stop: StopRequest) -> Run:
+def _take_folder(config: Config, setup: FitSetup, stop: StopRequest) -> Run:
     """Lock the run's folder; AgreedError where another run owns it or a rank does not see it."""
+    ranks = setup.ranks
     run_dir: RunDir | None = None
     with agreed(ranks):
         if ranks.is_main:

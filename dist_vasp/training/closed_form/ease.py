@@ -22,7 +22,7 @@ from dist_vasp.data.block import Block, concatenate
 from dist_vasp.data.manifest import Manifest
 from dist_vasp.data.shard import read_shard
 from dist_vasp.model.closed_form import solve
-from dist_vasp.model.ease import SymmetricColumns, add_gram, sweep_columns
+from dist_vasp.model.ease import Gpu, SymmetricColumns, add_gram, sweep_columns
 from dist_vasp.model.kinds.nease import CLOSED_FORM
 from dist_vasp.model.neighbours import NeighbourMatrix
 from dist_vasp.model.paths import ItemMatrix
@@ -40,6 +40,7 @@ from dist_vasp.training.step.engine import Trainer
 from dist_vasp.training.stop import Interrupted, tick_of
 
 _MOST_USERS = 1 << 16  # whose rows are dense for a block of columns: 64 MB
+_MORE_USERS = 8  # times as many, where each group of users moves the matrix to a GPU and back
 
 
 def fit(
@@ -51,9 +52,11 @@ def fit(
     show: bool = False,
     interrupted: Interrupted = lambda: False,
     auxiliary: Auxiliary | None = None,
+    gpu: Gpu | None = None,
 ) -> None:
     """Write the B of the keys `model.ease_*` into `columns`, this rank's blocks (I, C) of `width`
-    items. auxiliary: the interactions that count `model.ease_auxiliary`.
+    items. auxiliary: the interactions that count `model.ease_auxiliary`. gpu: what computes where
+    `columns` are on the host.
 
     In float64 the list's tensors are made anew, block by block, and again in float32.
     """
@@ -61,7 +64,7 @@ def fit(
     _convert(columns, {"fp32": torch.float32, "fp64": torch.float64}[keys.ease_dtype])
     for column in columns:
         column.zero_()
-    matrix = SymmetricColumns(columns, manifest.n_items, ranks, width)
+    matrix = SymmetricColumns(columns, manifest.n_items, ranks, width, gpu)
     reading = Progress("Gram matrix, training", manifest.splits["train"].users, "user", show=show)
     tick = tick_of(reading, interrupted)
     popularity_I = add_training_users(matrix, config, manifest, tick, auxiliary)
@@ -85,12 +88,13 @@ def add_training_users(
 
     `read(users so far)` is called before each group of users, and at the end.
     """
-    dtype, device = G.columns[0].dtype, G.ranks.device
+    dtype, device = G.columns[0].dtype, G.device
     exponent, train = config.model.ease_user_exponent, manifest.splits["train"]
     value = config.model.ease_auxiliary
     popularity_I = torch.zeros(manifest.n_items, dtype=torch.float64, device=device)
     done = 0
-    for block in training_blocks(config.data.shards, manifest):
+    more = _MORE_USERS if G.gpu else 1
+    for block in training_blocks(config.data.shards, manifest, more):
         read(done)
         x = to_item_rows(block.rows, block.n_users, manifest.n_items, device)
         popularity_I.index_add_(0, x.items, torch.ones_like(x.items, dtype=torch.float64))
@@ -105,7 +109,7 @@ def add_training_users(
         add_gram(G, x, weight_U)
         done += block.n_users
     read(done)
-    return popularity_I
+    return popularity_I.to(G.ranks.device)
 
 
 def _convert(columns: list[Tensor], dtype: torch.dtype) -> None:
@@ -114,17 +118,17 @@ def _convert(columns: list[Tensor], dtype: torch.dtype) -> None:
         column.data = column.data.to(dtype)
 
 
-def training_blocks(folder: str | Path, manifest: Manifest) -> Iterator[Block]:
-    """All training users, some shards at a time. ValueError where a shard is damaged."""
-    enough = (
-        EASE_INTERACTIONS_PER_ITEM * manifest.n_items
-    )  # the sums over them outweigh the pass over the matrix
+def training_blocks(folder: str | Path, manifest: Manifest, more: int = 1) -> Iterator[Block]:
+    """All training users, some shards at a time, or `more` times as many. ValueError where a shard
+    is damaged."""
+    # the sums over them outweigh the pass over the matrix
+    enough = EASE_INTERACTIONS_PER_ITEM * manifest.n_items * more
     waiting: list[Block] = []
     for entry in manifest.splits["train"].shards:
         waiting.append(read_shard(folder, "train", entry, manifest.n_items))
         if (
             sum(len(block.rows.items) for block in waiting) >= enough
-            or sum(block.n_users for block in waiting) >= _MOST_USERS
+            or sum(block.n_users for block in waiting) >= _MOST_USERS * more
         ):
             yield concatenate(waiting)
             waiting = []

@@ -21,7 +21,7 @@ from dist_vasp.checkpoint.write import save
 from dist_vasp.config.schema import Config, ModelConfig
 from dist_vasp.data.manifest import Manifest
 from dist_vasp.model.build import make_trunk, new_model
-from dist_vasp.model.ease import sweep_columns
+from dist_vasp.model.ease import Gpu, sweep_columns
 from dist_vasp.model.partitioned import PartitionedModel
 from dist_vasp.model.registry import kind_of
 from dist_vasp.model.trunk import Trunk
@@ -47,7 +47,8 @@ from dist_vasp.training.stop import StoppedError
 class ClosedFormFit:
     """A search for the best setting; `best` is the header of the best one so far. See `Fit`.
 
-    tried: the settings that need not be tried again, by their number.
+    tried: the settings that need not be tried again, by their number. gpu: what computes an exact
+    matrix that is on the host.
     """
 
     def __init__(
@@ -57,8 +58,9 @@ class ClosedFormFit:
         seconds: float,
         is_done: bool,
         tried: dict[int, Tried],
+        gpu: Gpu | None = None,
     ) -> None:
-        self.run = run
+        self.run, self._gpu = run, gpu
         self.best = best
         self._is_done = is_done
         self._tried = tried
@@ -103,6 +105,9 @@ class ClosedFormFit:
             each = "each with " if tried else ""
             tried.append(each + (by_validation if len(first) > 1 else f"lambda {largest:g}"))
         text, last = opening(run.config, run.manifest, run.ranks, *tried), self._last_tried
+        if self._gpu is not None:
+            where = self._gpu.device
+            text += f"; the matrix is on the host, for lack of memory on {where}, which computes it"
         return text + (f" (resumed after {self._candidate(last)})" if last else "")
 
     def _candidate(self, step: int) -> Candidate:
@@ -203,13 +208,15 @@ class ClosedFormFit:
             start, run = time.monotonic(), self.run
             self._solve = self._model = self._trunk = None  # two models would not fit
             self._shape = shape
-            blocks = replace(run.config.parallel, block_columns=sweep_columns(run.ranks.device))
+            gpu, n_items = self._gpu, run.manifest.n_items
+            width = gpu.sweep_columns(n_items) if gpu else sweep_columns(run.ranks.device)
+            blocks = replace(run.config.parallel, block_columns=width)
             config = replace(run.config, parallel=blocks, model=keys)
-            self._model = new_model(config, run.manifest.n_items, run.ranks)
+            self._model = new_model(config, n_items, run.ranks)
             self._trunk = make_trunk(keys)
             if self._trunk is not None:
                 self._trunk.to(run.ranks.device).eval().requires_grad_(False)
-            self._solve = solver_of(self._model, run, self._resume)
+            self._solve = solver_of(self._model, run, self._resume, gpu)
             self._took(start)
         return self._solve
 

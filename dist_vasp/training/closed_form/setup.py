@@ -25,6 +25,7 @@ from dist_vasp.training.closed_form.settings import (
     no_validation,
     read_tried,
 )
+from dist_vasp.training.closed_form.through_host import place
 from dist_vasp.training.floor import measure_rates
 from dist_vasp.training.run import Run
 from dist_vasp.training.state import check_same, newest_checkpoint
@@ -40,7 +41,7 @@ class ClosedFormSetup:
     def __init__(self, config: Config, ranks: Ranks) -> None:
         self.manifest = Manifest.load(config.data.shards)
         self._config = config
-        self._ranks = ranks
+        self.ranks, self._gpu = place(config, self.manifest, ranks)
         splits = self.manifest.splits
         if splits["train"].users < 1:
             raise ValueError(
@@ -56,7 +57,8 @@ class ClosedFormSetup:
             Overlap(self._config, self.manifest)
 
     def describe(self) -> str:
-        config, layout, device = self._config, self._ranks.layout, self._ranks.device
+        config, layout = self._config, self.ranks.layout
+        device = self._gpu.device if self._gpu else self.ranks.device
         train, n_items = self.manifest.splits["train"], self.manifest.n_items
         rates = measure_rates(device, min(n_items, 1 << 14))
         sizes = Sizes(n_items, train.interactions / max(train.users, 1), train.users)
@@ -68,11 +70,20 @@ class ClosedFormSetup:
         settings = "one setting" if n == 1 else f"each of at most {n} settings"
         interactions = f"{train.interactions:,} interactions"
         return (
-            f"{opening(config, self.manifest, self._ranks, interactions)}\n"
+            f"{opening(config, self.manifest, self.ranks, interactions)}\n{self._on_host()}"
             f"memory of a rank, {layout.partitions} partitions: "
             f"{plan.memory_total / 1e9:.2f} GB ({parts})\n"
             f"time for {settings}, evaluation excluded: about {plan.step_seconds:,.0f} s "
             f"at the {rates.flops / 1e9:.0f} GFLOP/s measured now"
+        )
+
+    def _on_host(self) -> str:
+        """A line for a matrix that the host holds, or ""."""
+        if self._gpu is None:
+            return ""
+        return (
+            f"the item weights do not fit {self._gpu.device} and lie in this machine's memory; the "
+            "time of copying them there and back is not in the estimate\n"
         )
 
     def start(self, run: Run) -> ClosedFormFit:
@@ -96,7 +107,8 @@ class ClosedFormSetup:
                     seconds = _seconds(folder / "result.json")  # of settings after the best, too
                 elif ranks.is_main:
                     tried = _tried(folder, config, found)
-        return ClosedFormFit(run, found, seconds, is_done, _of_rank_0(tried, ranks))
+        tried = _of_rank_0(tried, ranks)
+        return ClosedFormFit(run, found, seconds, is_done, tried, self._gpu)
 
 
 def _tried(folder: Path, config: Config, best: Header) -> dict[int, Tried]:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import partial
 
 from dist_vasp.config.schema import ModelConfig
-from dist_vasp.model.ease import sweep_columns
+from dist_vasp.model.ease import Gpu, sweep_columns
 from dist_vasp.model.neighbours import NeighbourMatrix
 from dist_vasp.model.partitioned import PartitionedModel
 from dist_vasp.model.paths import ItemMatrix
@@ -22,11 +22,15 @@ from dist_vasp.training.run import Run
 
 
 def solver_of(
-    model: PartitionedModel, run: Run, resumed: Callable[[float], None]
+    model: PartitionedModel,
+    run: Run,
+    resumed: Callable[[float], None],
+    gpu: Gpu | None = None,
 ) -> Callable[[ModelConfig], None]:
     """What writes the weights of a setting into `model`, after what all settings share.
 
-    resumed: is told the seconds that earlier starts took for what is resumed.
+    resumed: is told the seconds that earlier starts took for what is resumed. gpu: what computes
+    the exact matrix where it is on the host (through_host.py).
     """
     config, manifest, ranks, interrupted = run.config, run.manifest, run.ranks, run.interrupted
     if not model.matrices:
@@ -38,7 +42,8 @@ def solver_of(
         resumed(on_support.choose(matrix))
         return lambda keys: resumed(on_support.solve(matrix, keys))
     assert isinstance(matrix, ItemMatrix)
-    columns, width = matrix.columns(), sweep_columns(ranks.device)
+    columns = matrix.columns()
+    width = gpu.sweep_columns(manifest.n_items) if gpu else sweep_columns(ranks.device)
     auxiliary: Auxiliary | None = None
     if config.data.auxiliary:
         with agreed(ranks):
@@ -48,6 +53,6 @@ def solver_of(
     def solve(keys: ModelConfig) -> None:
         of_setting = replace(config, model=keys)
         show = ranks.is_main
-        fit(columns, width, of_setting, manifest, ranks, show, interrupted, auxiliary)
+        fit(columns, width, of_setting, manifest, ranks, show, interrupted, auxiliary, gpu)
 
     return solve

@@ -36,17 +36,17 @@ class StepSetup:
         self.keep = config.run.keep
         self.last = total_steps(config, self.stream.steps_per_epoch)
         self._config = config
-        self._ranks = ranks
+        self.ranks = ranks
         self._init_from = init_from
         self._allow_leak = allow_leak
         self.earlier_users: Users | None = None
         self._remark = ""
 
     def check(self) -> None:
-        n_ranks = self._ranks.world_size
+        n_ranks = self.ranks.world_size
         if n_ranks > 1 and measure_size(self._config, self.stream.n_items).trunk:
             require_library("deepspeed", f"training on {n_ranks} ranks")
-        check_memory(self._config, self.stream.n_items, self._ranks)
+        check_memory(self._config, self.stream.n_items, self.ranks)
         is_new = folders.newest_step(Path(self._config.run.dir) / "checkpoints") == 0
         if is_new:
             check_named_closed_form(self._config, self.manifest)
@@ -63,7 +63,7 @@ class StepSetup:
         self._remark = check_held_out(run, header, self.earlier_users, *data, self._allow_leak)
 
     def describe(self) -> str:
-        config, stream, layout = self._config, self.stream, self._ranks.layout
+        config, stream, layout = self._config, self.stream, self.ranks.layout
         model, n_items = config.model, stream.n_items
         item_bytes = 12 if config.optimizer.item_state == "full" else 8
         size = measure_size(config, n_items)
@@ -108,7 +108,7 @@ class StepSetup:
         has_inputs = self._config.model.init_from_ease not in ("", CLOSED_FORM)  # of another run
         for matrix in trainer.model.matrices:
             if isinstance(matrix, NeighbourMatrix) and not has_inputs:
-                on_support = SupportFit(self._config, self.manifest, self._ranks)
+                on_support = SupportFit(self._config, self.manifest, self.ranks)
                 on_support.choose(matrix)
         if self._config.model.init_from_ease:
             start_from_ease(trainer, self.manifest, on_support)
