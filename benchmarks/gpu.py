@@ -69,13 +69,18 @@ class Bench:
             out, _ = process.communicate(timeout=max(limit, 0.1))
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
+            self.keep(process, process.communicate()[0])
             raise RuntimeError(f"more than {limit:.0f} s") from None
         if process.returncode:
-            (self.folder / "failed.log").open("a").write(f"{process.args}\n{out}\n")
+            self.keep(process, out)
             said = [line for line in out.splitlines() if line.strip()] or ["nothing printed"]
             raise RuntimeError(f"status {process.returncode}: {said[-1][:120]}")
         return out
+
+    def keep(self, process: subprocess.Popen[str], out: str) -> None:
+        """Put what a process printed into the log of failures."""
+        with open(self.folder / "failed.log", "a") as log:
+            log.write(f"{process.args}\n{out}\n")
 
     def run(self, seconds: float, *arguments: str) -> str:
         return self.finish(self.start(*arguments), seconds)
@@ -220,7 +225,9 @@ class Bench:
         yield at_least("G6", "evaluation, users/s", 50_000, found["users_per_second"])
 
     def suite(self) -> Iterator[Line]:
-        process = self.start("-m", "pytest", "-q", "-m", "not slow", "-x", "--maxfail", "1000")
+        # -v, so that a suite which takes too long has told what failed until then
+        options = ["-o", "addopts=", "-v", "-rfE", "-n", "12", "--dist", "loadfile"]
+        process = self.start("-m", "pytest", *options, "-m", "not slow")
         try:
             said = self.finish(process, 300).splitlines()[-1]
         except RuntimeError as error:
