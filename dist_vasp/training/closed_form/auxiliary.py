@@ -74,7 +74,7 @@ class Auxiliary:
 
     def __init__(self, overlap: Overlap) -> None:
         self._overlap = overlap
-        n_items, pairs = overlap.n_items, [np.empty(0, np.int64)]
+        n_items, pairs = overlap.n_items, [np.empty(0, np.int64)]  # user * n_items + item
         for split in SPLITS:
             for entry in overlap.manifest.splits[split].shards:
                 block = read_shard(overlap.folder, split, entry, overlap.manifest.n_items)
@@ -84,7 +84,14 @@ class Auxiliary:
                         user_E, item_E = user_B[rows.row_of], overlap.item_A[rows.items]
                         kept_E = (user_E >= 0) & (item_E >= 0)
                         pairs.append(user_E[kept_E] * n_items + item_E[kept_E])
-        self._rows = _rows_of(np.unique(np.concatenate(pairs)), len(overlap.keys_U), n_items)
+        pairs_E = np.concatenate(pairs)
+        pairs.clear()
+        pairs_E.sort()
+        # protocol given writes a user's history into each of his splits
+        pairs_E = pairs_E[np.diff(pairs_E, prepend=-1) > 0]
+        indptr = np.searchsorted(pairs_E, np.arange(len(overlap.keys_U) + 1) * n_items)
+        pairs_E %= n_items
+        self._rows = Rows(indptr, pairs_E.astype(np.int32))
 
     def told(self) -> str:
         """What of the folder counts, in a line for the user."""
@@ -106,15 +113,8 @@ class Auxiliary:
         values = np.concatenate([np.ones(len(own_E)), np.full(len(more_E), value)])
         pairs_E = np.concatenate([own_E, more_E])
         order = np.argsort(pairs_E)
-        return _rows_of(pairs_E[order], own.n_rows, n_items, values[order].astype(np.float32))
-
-
-def _rows_of(
-    pairs_E: np.ndarray, n_rows: int, n_items: int, values: np.ndarray | None = None
-) -> Rows:
-    """The rows with ascending pairs, each row * n_items + item."""
-    row_E, item_E = np.divmod(pairs_E, n_items)
-    return rows_of_pairs(row_E, item_E, n_rows, n_items, values)
+        row_E, item_E = np.divmod(pairs_E[order], n_items)
+        return rows_of_pairs(row_E, item_E, own.n_rows, n_items, values[order])
 
 
 def places(ascending: np.ndarray, wanted: np.ndarray) -> np.ndarray:
