@@ -184,7 +184,7 @@ def test_folders_that_do_not_fit(folders, tmp_path):
     refused("holds no manifest.json", tmp_path / "nothing")
     other_items = tmp_path / "items"
     write_folder(other_items, rows_by_user(I, 1), item_ids=90_000 + np.arange(I))
-    refused("no item of .*, such as 1000, is in .*, which has such as 90000; shard", other_items)
+    refused("no item of .*, such as 1000, is in .*, which has ids such as 90000; shard", other_items)
     empty = tmp_path / "empty"
     write_folder(empty, [], n_items=I)
     refused("no training user of .*, such as 1, is in .*, which has none; shard", empty)

@@ -27,13 +27,14 @@ from dist_vasp.data.manifest import SPLITS, Manifest
 from dist_vasp.data.rows import Rows, rows_of_pairs
 from dist_vasp.data.shard import read_shard
 from dist_vasp.data.users import read_users
+from dist_vasp.progress import Progress
 
 
 class Overlap:
     """Which users and items of `data.auxiliary` are training users and items of `data.shards`.
 
     ValueError where there are none of either, or where a held-out user of `data.shards` is a
-    training user, too: what he is asked to be predicted could lie in the second folder.
+    training user, too: what is held out of that user could lie in the second folder.
     """
 
     def __init__(self, config: Config, manifest: Manifest) -> None:
@@ -53,13 +54,14 @@ class Overlap:
         found_A = places(items.keys[order], theirs.keys)
         self.item_A = np.where(found_A >= 0, order[found_A], -1)
         users = [read_users(self.folder, split, self.manifest) for split in SPLITS]
-        self.n_users = sum(int((places(self.keys_U, keys) >= 0).sum()) for keys, _ in users)
+        theirs_too = np.isin(self.keys_U, np.concatenate([keys for keys, _ in users]))
+        self.n_users = int(theirs_too.sum())
         if not self.n_users or (found_A < 0).all():
             what, ours, other = "item", items.ids, theirs.ids
             if not self.n_users:
                 what, ours = "training user", user_ids
                 other = max((ids for _, ids in users), key=len)
-            known = f"such as {other[0].as_py()!r:.40}" if len(other) else "none"
+            known = f"ids such as {other[0].as_py()!r:.40}" if len(other) else "none"
             raise ValueError(
                 f"data.auxiliary: no {what} of {shards}, such as {ours[0].as_py()!r:.40}, is in "
                 f"{self.folder}, which has {known}; shard both from files that spell ids alike"
@@ -72,18 +74,22 @@ class Auxiliary:
     ValueError where a file of the folder is damaged.
     """
 
-    def __init__(self, overlap: Overlap) -> None:
+    def __init__(self, overlap: Overlap, show: bool = False) -> None:
         self._overlap = overlap
+        folder, of = overlap.folder, overlap.manifest
+        shards = [(split, entry) for split in SPLITS for entry in of.splits[split].shards]
         n_items, pairs = overlap.n_items, [np.empty(0, np.int64)]  # user * n_items + item
-        for split in SPLITS:
-            for entry in overlap.manifest.splits[split].shards:
-                block = read_shard(overlap.folder, split, entry, overlap.manifest.n_items)
+        title = "auxiliary interactions"
+        with Progress(title, len(shards), "shard", show=show, brief=True) as progress:
+            for split, entry in shards:
+                block = read_shard(folder, split, entry, of.n_items)
                 user_B = places(overlap.keys_U, block.user_keys)
                 for rows in (block.rows, block.held_out):
                     if rows is not None:
                         user_E, item_E = user_B[rows.row_of], overlap.item_A[rows.items]
                         kept_E = (user_E >= 0) & (item_E >= 0)
                         pairs.append(user_E[kept_E] * n_items + item_E[kept_E])
+                progress.add(1)
         pairs_E = np.concatenate(pairs)
         pairs.clear()
         pairs_E.sort()

@@ -47,7 +47,7 @@ def solver_of(
     auxiliary: Auxiliary | None = None
     if config.data.auxiliary:
         with agreed(ranks):
-            auxiliary = Auxiliary(Overlap(config, manifest))
+            auxiliary = Auxiliary(Overlap(config, manifest), ranks.is_main)
         run.say(auxiliary.told())
 
     def solve(keys: ModelConfig) -> None:
