@@ -2,8 +2,8 @@
 
 Tests, and every process that they start, compute with one thread unless OMP_NUM_THREADS says
 otherwise: results are then the same bits wherever they are computed, and two workers of pytest do
-not compete for two cores. Triton's kernels run in its interpreter, and a GPU is hidden unless
-CUDA_VISIBLE_DEVICES names it: `--device auto` is then a CPU everywhere. This is not in
+not compete for two cores. Triton's kernels run in its interpreter, and GPUs are hidden, so that
+`--device auto` is a CPU everywhere; TEST_GPU=0 shows the first one. This is not in
 tests/__init__.py, because benchmarks import from tests, and must not be slowed down by it.
 """
 
@@ -19,7 +19,7 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
-os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # before torch looks for one
+os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("TEST_GPU", "")  # before torch looks for one
 
 import pytest
 import torch

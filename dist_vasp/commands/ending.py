@@ -84,9 +84,11 @@ def _report(error: BaseException, rank: int) -> tuple[str, int]:
     if is_lost:
         return "", _report_lost_peer(error, rank)
     if is_memory:
+        on_gpu = isinstance(error, torch.OutOfMemoryError)
         text = (
             f"not enough memory ({one_line(str(error))}); "
             "python launch/plan.py says what a rank needs, and on how many it fits"
+            + (", and --device cpu uses this machine's memory" if on_gpu else "")
         )
         _print_error(f"rank {rank}: {text}")
         return text, 1

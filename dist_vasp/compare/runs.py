@@ -63,7 +63,7 @@ def state_of(run: Run, data: str) -> str:
     which resumes where it may and refuses where it must not.
     """
     evaluated = _is_evaluated(run)
-    same_data = _job(run).get("data_sha256") == data
+    same_data = _job(run).get("data_sha256") == _data_of(run, data)
     if run.members:
         same = (
             evaluated
@@ -81,6 +81,16 @@ def state_of(run: Run, data: str) -> str:
     if (run.dir / "result.json").is_file() and same_data and _same_config(run):
         return DONE if evaluated else TRAINED
     return BEGUN if folders.newest(run.dir / "checkpoints") else NEW
+
+
+def _data_of(run: Run, data: str) -> str:
+    """Return a hash of the comparison's data, and of the run's auxiliary data where it has some;
+    "" where these are gone."""
+    folder = run.config.data.auxiliary if run.config else ""
+    try:
+        return f"{data} {data_sha256(Manifest.load(folder))}" if folder else data
+    except ValueError:
+        return ""
 
 
 def _is_evaluated(run: Run) -> bool:
@@ -113,7 +123,8 @@ def _same_config(run: Run) -> bool:
     wanted = asdict(run.config)
     for config in (found, wanted):
         config["run"].pop("dir")  # the folder may have been moved
-        config["data"].pop("shards")  # its hash is compared
+        for folder in ("shards", "auxiliary"):
+            config["data"].pop(folder)  # their hashes are compared
     return found == wanted
 
 
@@ -266,7 +277,7 @@ def _note(run: Run, ended: Ended, data: str | None, ranks: int) -> None:
         "seconds": before.get("seconds", 0.0) + ended.seconds,
         "peak_memory": peaks,
         "ranks": ranks,
-        "data_sha256": data,
+        "data_sha256": data and _data_of(run, data),
     }
     replace_text(run.file("job.json"), json.dumps(noted, indent=1) + "\n", _REMEDY)
 

@@ -203,6 +203,13 @@ def _check_auxiliary(config: Config) -> None:
     )
     counts = model.ease_auxiliary > 0 or any(config.search.ease_auxiliary)
     require(
+        reads or not counts,
+        "model.ease_auxiliary",
+        model.ease_auxiliary,
+        f"0 with model.kind {model.kind}" if model.kind != "ease" else "0 with model.neighbours",
+        "leave it out, or use model.kind ease with all inputs",
+    )
+    require(
         counts or not folder,
         "model.ease_auxiliary",
         model.ease_auxiliary,

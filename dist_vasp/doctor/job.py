@@ -21,7 +21,9 @@ from dist_vasp.model.registry import kind_of
 from dist_vasp.parallel.partition import ItemPartition, Layout
 from dist_vasp.plan.estimate import make_plan, smallest_that_fits
 from dist_vasp.plan.terms import CPU, Device, Sizes
+from dist_vasp.training.closed_form.auxiliary import Overlap
 from dist_vasp.training.closed_form.settings import largest
+from dist_vasp.training.closed_form.through_host import is_exact
 from dist_vasp.training.tracking import services
 
 _SHARD_AGAIN = (
@@ -42,6 +44,8 @@ def check_job(
         found = _shards(config.data.shards, checksums, progress)
         yield found[0]
         manifest = found[1]
+        if manifest and config.data.auxiliary:
+            yield _auxiliary(config, manifest, checksums, progress)
     else:
         yield warning(
             "shards",
@@ -119,6 +123,21 @@ def _shards(
     ), manifest
 
 
+def _auxiliary(
+    config: Config, manifest: Manifest, checksums: bool, progress: Callable[[int, int], None]
+) -> Finding:
+    """Check the folder of data.auxiliary, and that it has users and items of the other."""
+    found, theirs = _shards(config.data.auxiliary, checksums, progress)
+    if theirs is None:
+        return error("auxiliary", found.text, found.do)
+    try:
+        overlap = Overlap(config, manifest)
+    except ValueError as raised:
+        return error("auxiliary", *_two(str(raised)))
+    n_users, of = overlap.n_users, manifest.splits["train"].users
+    return ok("auxiliary", f"{n_users:,} of {of:,} training users are in {config.data.auxiliary}")
+
+
 def config_needs_validation(manifest: Manifest) -> bool:
     """Return whether data should have validation users: it should where users are split."""
     return manifest.preparation.get("protocol") in ("liang", "hashed")
@@ -139,6 +158,12 @@ def _plan(config: Config, sizes: Sizes, layout: Layout, local_ranks: int) -> Fin
     plan = make_plan(config, sizes, layout.partitions, layout.replicas, None, device)
     need = plan.memory_total
     text = f"a rank needs about {need / 1e9:.2f} GB at its peak, {room / 1e9:.2f} GB {where}"
+    if need > room and on_cuda and layout.world_size == 1 and is_exact(config):
+        return warning(
+            "plan",
+            f"{text}: the matrix will lie in this machine's memory, copied to the device in panels",
+            "start a rank on each of several devices, or set model.neighbours",
+        )
     if need > room:
         fits = smallest_that_fits(config, sizes, room, None, device)
         do = (

@@ -29,10 +29,11 @@ def check_folders(config: Config) -> None:
         raise ValueError(
             "run.dir is not set; pass --run.dir with the folder that should hold the run"
         )
-    if Path(config.run.dir).resolve() == Path(config.data.shards).resolve():
-        raise ValueError(
-            f"run.dir and data.shards are both {config.run.dir}; a run needs a folder of its own"
-        )
+    for key, folder in (("shards", config.data.shards), ("auxiliary", config.data.auxiliary)):
+        if folder and Path(config.run.dir).resolve() == Path(folder).resolve():
+            raise ValueError(
+                f"run.dir and data.{key} are both {config.run.dir}; a run needs a folder of its own"
+            )
 
 
 def check_shards(folder: str | Path, manifest: Manifest, ranks: Ranks) -> None:

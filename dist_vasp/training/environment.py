@@ -28,11 +28,12 @@ _GIT_S = 10.0  # for which git may look for changes
 LIBRARIES = ("dist_vasp", "torch", "deepspeed", "numpy", "pyarrow", "webdataset")
 
 
-def describe(ranks: Ranks) -> dict[str, Any]:
-    """Return the environment of this rank and the number of hosts; all ranks call it together."""
+def describe(ranks: Ranks, device: torch.device) -> dict[str, Any]:
+    """Return the environment of this rank, which computes on `device`, and the number of hosts; all
+    ranks call it together."""
     host = hashlib.blake2b(socket.gethostname().encode(), digest_size=8).hexdigest()
     hosts = set(all_gather_bytes(host.encode(), ranks.world, ranks.device))
-    on_cuda = ranks.device.type == "cuda"
+    on_cuda = device.type == "cuda"
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": command(),
@@ -40,7 +41,7 @@ def describe(ranks: Ranks) -> dict[str, Any]:
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "versions": {name: version(name) for name in LIBRARIES},
-        "device": torch.cuda.get_device_name(ranks.device) if on_cuda else "cpu",
+        "device": torch.cuda.get_device_name(device) if on_cuda else "cpu",
         "cuda": torch.version.cuda if on_cuda else None,
         "collectives": "nccl" if on_cuda else "gloo",
         "processor": processor(),

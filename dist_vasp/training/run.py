@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
+
 from dist_vasp.checkpoint import folder as folders
 from dist_vasp.config.metric_names import computed_metrics
 from dist_vasp.config.schema import Config
@@ -78,8 +80,12 @@ class FitSetup(Protocol):
     """A way to fit, before there are weights."""
 
     manifest: Manifest
+    folders: tuple[tuple[str, Manifest], ...]
+    """The data folders that are read, `data.shards` first."""
     ranks: Ranks
     """On the device that holds the model."""
+    device: torch.device
+    """That computes the model."""
     keep: int
     """Step checkpoints that are kept."""
     earlier_users: Users | None
@@ -128,7 +134,7 @@ class Run:
 
     def begin(self, fit: Fit, setup: FitSetup) -> None:
         """Make the folder hold the past of `fit` and nothing beyond it, and open the metrics."""
-        environment = describe(self.ranks)
+        environment = describe(self.ranks, setup.device)
         if self._run_dir is None:
             return
         past = fit.past()

@@ -85,7 +85,8 @@ def _check(
         check_folders(config)
         setup = make_setup(config, ranks, init_from, allow_leak)
     assert setup is not None
-    check_shards(config.data.shards, setup.manifest, ranks)
+    for folder, manifest in setup.folders:
+        check_shards(folder, manifest, ranks)
     with agreed(ranks):
         setup.check()
     return setup

@@ -22,7 +22,7 @@ from dist_vasp.ranking.evaluate import to_item_rows
 from dist_vasp.training.closed_form.auxiliary import Auxiliary, Overlap
 from dist_vasp.training.closed_form.ease import fit, training_blocks
 from tests.oracles.rounding import stored
-from tests.support.invoke import fails, succeeds
+from tests.support.invoke import fails, run_script, succeeds
 from tests.support.make_shards import write_folder
 from tests.support.ranks import run_ranks
 from tests.unit.ranking.test_recommend import alone
@@ -58,7 +58,7 @@ def folders(tmp_path) -> tuple[Path, Path]:
     users there, the others held out; the items in another order, the last two unknown here."""
     main = rows_by_user(I, 1)
     main[3] = np.array([], int)
-    write_folder(tmp_path / "main", main, [([0, 1], [2])], n_items=I)
+    write_folder(tmp_path / "main", main, [([0, 1], [2])], [([3], [4])], n_items=I)
     more = rows_of_more()
     held_out = [(row[: len(row) // 2], row[len(row) // 2 :]) for row in more[30:]]
     ids = [*(1000 + np.arange(I))[::-1], 5000, 5001]
@@ -123,11 +123,10 @@ def test_rows_are_joined(folders):
     found = np.zeros_like(x)
     found[rows.row_of, rows.items] = rows.values
     np.testing.assert_array_equal(found[np.argsort(block.user_keys)], x)
-    held = len(np.concatenate(rows_of_more()))
     of_items = sum(int((row < I).sum()) for row in rows_of_more())
     assert auxiliary.told() == (
-        f"data.auxiliary: {of_items} of the {held} interactions in {folders[1]} are those of 40 of "
-        "40 training users with items of data.shards; the others do not count"
+        f"data.auxiliary: {of_items} pairs in {folders[1]} are of training users (40 of 40) and "
+        "items of data.shards; those that data.shards does not hold count model.ease_auxiliary each"
     )
 
 
@@ -165,11 +164,49 @@ def _command(folders: tuple[Path, Path], run: Path, *more: str) -> list[object]:
 def test_a_run_says_what_counts_and_is_not_resumed_with_other_data(folders, tmp_path):
     run = tmp_path / "run"
     out = succeeds(*_command(folders, run), ranks=2)
-    assert out.count("40 of 40 training users") == 1
+    assert out.count("of training users (40 of 40)") == 1
     assert "ease_auxiliary: 0.375" in (run / "config.yaml").read_text()
     write_folder(folders[1], rows_by_user(I, 5), n_items=I)
     said = fails(*_command(folders, run))
     assert "hash of data.auxiliary was" in said
+
+
+def test_a_damaged_folder_is_found_before_anything_is_written(folders, tmp_path):
+    shard = folders[1] / "train-000000.tar"
+    data = bytearray(shard.read_bytes())
+    data[1500] ^= 1
+    shard.write_bytes(data)
+    for more in ([], ["--dry_run"]):
+        assert str(shard) in fails(*_command(folders, tmp_path / "run", *more))
+    assert not (tmp_path / "run").exists()
+    assert "run.dir and data.auxiliary are both" in fails(*_command(folders, folders[1]))
+
+
+def test_doctor_checks_the_folder(folders, tmp_path):
+    command = ["doctor", *_command(folders, tmp_path / "run")[1:], "--checksums"]
+    assert "40 of 40 training users are in" in run_script(*command).stdout
+    (folders[1] / "train-000000.tar").unlink()
+    done = run_script(*command)
+    said = done.stdout + done.stderr
+    assert done.returncode and re.search(r"auxiliary.*train-000000.tar has no bytes", said), said
+
+
+def test_a_comparison_notices_other_auxiliary_data(folders, tmp_path):
+    model = "{name: ease, config: CONFIG, overrides: {data.auxiliary: FOLDER}}"
+    text = f"shards: {folders[0]}\nreference: ease\nmodels:\n  - {model}\n"
+    text = text.replace("FOLDER", str(folders[1])).replace("CONFIG", str(tmp_path / "ease.yaml"))
+    (tmp_path / "compare.yaml").write_text(text)
+    (tmp_path / "ease.yaml").write_text(
+        "model: {kind: ease, ease_lambda: 3, ease_auxiliary: 0.375}\ndevice: cpu\n"
+        "data: {auxiliary: none}\n"
+    )
+    command = ["compare", "--config", tmp_path / "compare.yaml", "--output", tmp_path / "out"]
+    succeeds(*command)
+    assert "1 done, 0 to do" in succeeds(*command, "--dry_run")
+    write_folder(folders[1], rows_by_user(I, 5), n_items=I)
+    assert "0 done, 1 to do" in succeeds(*command, "--dry_run")
+    done = run_script(*command)
+    assert done.returncode and "hash of data.auxiliary was" in done.stdout + done.stderr
 
 
 def test_folders_that_do_not_fit(folders, tmp_path):
@@ -181,10 +218,11 @@ def test_folders_that_do_not_fit(folders, tmp_path):
         with pytest.raises(ValueError, match=message):
             Overlap(replace(config, data=data), Manifest.load(shards))
 
-    refused("holds no manifest.json", tmp_path / "nothing")
+    refused("^data.auxiliary: .* holds no manifest.json", tmp_path / "nothing")
+    refused("has the same interactions as data.shards .*; name a folder with more", main)
     other_items = tmp_path / "items"
     write_folder(other_items, rows_by_user(I, 1), item_ids=90_000 + np.arange(I))
-    refused("no item of .*, such as 1000, is in .*, which has ids such as 90000; shard", other_items)
+    refused("no item of .*, such as 1000, is in .*, which has ids such as 90000", other_items)
     empty = tmp_path / "empty"
     write_folder(empty, [], n_items=I)
     refused("no training user of .*, such as 1, is in .*, which has none; shard", empty)
@@ -202,6 +240,10 @@ def test_folders_that_do_not_fit(folders, tmp_path):
     [
         (["--model.neighbours", "3"], "data.auxiliary is .*, expected none with model.neighbours"),
         (["--model.kind", "puresvd"], "data.auxiliary is .*, expected none"),
+        (
+            ["--model.kind", "vasp", "--data.auxiliary", ""],
+            "model.ease_auxiliary is 0.375, expected 0 with model.kind vasp",
+        ),
         (["--model.ease_auxiliary", "0"], "ease_auxiliary is 0.0, expected more than 0 with"),
         (["--model.ease_auxiliary", "2"], "ease_auxiliary is 2.0, expected 0 to 1"),
         (["--data.auxiliary", ""], "data.auxiliary is '', expected a data folder with"),

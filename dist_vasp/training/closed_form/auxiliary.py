@@ -16,6 +16,8 @@ Shapes: U training users, B users of a block, A items of the second folder, E in
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +41,16 @@ class Overlap:
 
     def __init__(self, config: Config, manifest: Manifest) -> None:
         shards, self.folder = config.data.shards, Path(config.data.auxiliary)
-        self.manifest, self.n_items = Manifest.load(self.folder), manifest.n_items
+        with _named():
+            self.manifest = Manifest.load(self.folder)
+            theirs = load_items(self.folder, self.manifest)
+            users = [read_users(self.folder, split, self.manifest) for split in SPLITS]
+        self.n_items = manifest.n_items
+        if self.manifest.data_sha256 == manifest.data_sha256:
+            raise ValueError(
+                f"data.auxiliary {self.folder} has the same interactions as data.shards {shards}; "
+                "name a folder with more of them, or leave it out"
+            )
         keys, user_ids = read_users(shards, "train", manifest)
         self.keys_U = np.sort(keys)
         for split in SPLITS[1:]:
@@ -49,11 +60,10 @@ class Overlap:
                     f"{split} users, too, and what is held out of them could be in it; expected "
                     "shards of --protocol liang or hashed, or no data.auxiliary"
                 )
-        items, theirs = load_items(shards, manifest), load_items(self.folder, self.manifest)
+        items = load_items(shards, manifest)
         order = np.argsort(items.keys)
         found_A = places(items.keys[order], theirs.keys)
         self.item_A = np.where(found_A >= 0, order[found_A], -1)
-        users = [read_users(self.folder, split, self.manifest) for split in SPLITS]
         theirs_too = np.isin(self.keys_U, np.concatenate([keys for keys, _ in users]))
         self.n_users = int(theirs_too.sum())
         if not self.n_users or (found_A < 0).all():
@@ -102,11 +112,10 @@ class Auxiliary:
     def told(self) -> str:
         """What of the folder counts, in a line for the user."""
         of = self._overlap
-        held = sum(entry.interactions + entry.heldout for entry in of.manifest.splits.values())
         return (
-            f"data.auxiliary: {len(self._rows.items):,} of the {held:,} interactions in "
-            f"{of.folder} are those of {of.n_users:,} of {len(of.keys_U):,} training users with "
-            "items of data.shards; the others do not count"
+            f"data.auxiliary: {len(self._rows.items):,} pairs in {of.folder} are of training users "
+            f"({of.n_users:,} of {len(of.keys_U):,}) and items of data.shards; those that "
+            "data.shards does not hold count model.ease_auxiliary each"
         )
 
     def joined(self, block: Block, value: float) -> Rows:
@@ -121,6 +130,15 @@ class Auxiliary:
         order = np.argsort(pairs_E)
         row_E, item_E = np.divmod(pairs_E[order], n_items)
         return rows_of_pairs(row_E, item_E, own.n_rows, n_items, values[order])
+
+
+@contextmanager
+def _named() -> Iterator[None]:
+    """Errors name the key."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"data.auxiliary: {error}") from None
 
 
 def places(ascending: np.ndarray, wanted: np.ndarray) -> np.ndarray:

@@ -29,6 +29,7 @@ from dist_vasp.parallel.agree import AgreedError
 from dist_vasp.parallel.comm import Ranks
 from dist_vasp.ranking.evaluate import model_scorer
 from dist_vasp.ranking.metrics import summary
+from dist_vasp.training.closed_form.auxiliary import Overlap
 from dist_vasp.training.closed_form.parts import has_parts, parts_folder, remove_parts
 from dist_vasp.training.closed_form.settings import (
     PATIENCE,
@@ -47,8 +48,8 @@ from dist_vasp.training.stop import StoppedError
 class ClosedFormFit:
     """A search for the best setting; `best` is the header of the best one so far. See `Fit`.
 
-    tried: the settings that need not be tried again, by their number. gpu: what computes an exact
-    matrix that is on the host.
+    tried: the settings that need not be tried again, by their number. overlap: of `data.auxiliary`.
+    gpu: what computes an exact matrix that is on the host.
     """
 
     def __init__(
@@ -58,9 +59,10 @@ class ClosedFormFit:
         seconds: float,
         is_done: bool,
         tried: dict[int, Tried],
+        overlap: Overlap | None = None,
         gpu: Gpu | None = None,
     ) -> None:
-        self.run, self._gpu = run, gpu
+        self.run, self._overlap, self._gpu = run, overlap, gpu
         self.best = best
         self._is_done = is_done
         self._tried = tried
@@ -216,7 +218,7 @@ class ClosedFormFit:
             self._trunk = make_trunk(keys)
             if self._trunk is not None:
                 self._trunk.to(run.ranks.device).eval().requires_grad_(False)
-            self._solve = solver_of(self._model, run, self._resume, gpu)
+            self._solve = solver_of(self._model, run, self._resume, self._overlap, gpu)
             self._took(start)
         return self._solve
 
@@ -281,7 +283,7 @@ class ClosedFormFit:
         self.best = Header(
             position=Position(0, 0, candidate.step),
             config=asdict(replace(config, model=candidate.model, search=settled)),
-            must_match=must_match_of(config, manifest),
+            must_match=must_match_of(config, manifest, self._overlap),
             **facts_of_data(config, manifest),
             layout=asdict(ranks.layout),
             optimizer={"step": 0, "mu_product": 1.0},
@@ -311,7 +313,7 @@ def opening(config: Config, manifest: Manifest, ranks: Ranks, *more: str) -> str
     return f"{of}, {ranks.layout.partitions} partitions: {', '.join([*facts, *more])}"
 
 
-def must_match_of(config: Config, manifest: Manifest) -> dict[str, Any]:
+def must_match_of(config: Config, manifest: Manifest, overlap: Overlap | None) -> dict[str, Any]:
     """Return what a resumed run may not change; nothing else has a part in the result."""
     closed_form = kind_of(config.model.kind).closed_form
     assert closed_form is not None
@@ -320,6 +322,6 @@ def must_match_of(config: Config, manifest: Manifest) -> dict[str, Any]:
     matching |= {f"search.{name}": search[name] for name in ("rule", *keys) if name in search}
     matching["run.best_by"] = config.run.best_by
     matching["hash of data.shards"] = manifest.shards_sha256
-    if config.data.auxiliary:
-        matching["hash of data.auxiliary"] = Manifest.load(config.data.auxiliary).data_sha256
+    if overlap is not None:
+        matching["hash of data.auxiliary"] = overlap.manifest.data_sha256
     return matching

@@ -41,7 +41,13 @@ class ClosedFormSetup:
     def __init__(self, config: Config, ranks: Ranks) -> None:
         self.manifest = Manifest.load(config.data.shards)
         self._config = config
+        self.folders: tuple[tuple[str, Manifest], ...] = ((config.data.shards, self.manifest),)
+        self._overlap: Overlap | None = None
+        if config.data.auxiliary:
+            self._overlap = Overlap(config, self.manifest)
+            self.folders += ((config.data.auxiliary, self._overlap.manifest),)
         self.ranks, self._gpu = place(config, self.manifest, ranks)
+        self.device = self._gpu.device if self._gpu else ranks.device
         splits = self.manifest.splits
         if splits["train"].users < 1:
             raise ValueError(
@@ -53,12 +59,11 @@ class ClosedFormSetup:
         ranks.partition_of_items(self.manifest.n_items)
 
     def check(self) -> None:
-        if self._config.data.auxiliary:
-            Overlap(self._config, self.manifest)
+        """Nothing more than was checked when the folders were opened."""
 
     def describe(self) -> str:
         config, layout = self._config, self.ranks.layout
-        device = self._gpu.device if self._gpu else self.ranks.device
+        device = self.device
         train, n_items = self.manifest.splits["train"], self.manifest.n_items
         rates = measure_rates(device, min(n_items, 1 << 14))
         sizes = Sizes(n_items, train.interactions / max(train.users, 1), train.users)
@@ -98,7 +103,8 @@ class ClosedFormSetup:
         tried: dict[int, Tried] = {}
         with agreed(ranks):
             if opened is not None:
-                check_same(opened, must_match_of(config, self.manifest), self.manifest)
+                matching = must_match_of(config, self.manifest, self._overlap)
+                check_same(opened, matching, self.manifest)
                 found = opened.header
                 opened.close()
                 seconds = found.seconds_training
@@ -108,7 +114,7 @@ class ClosedFormSetup:
                 elif ranks.is_main:
                     tried = _tried(folder, config, found)
         tried = _of_rank_0(tried, ranks)
-        return ClosedFormFit(run, found, seconds, is_done, tried, self._gpu)
+        return ClosedFormFit(run, found, seconds, is_done, tried, self._overlap, self._gpu)
 
 
 def _tried(folder: Path, config: Config, best: Header) -> dict[int, Tried]:

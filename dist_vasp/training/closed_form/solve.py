@@ -25,11 +25,13 @@ def solver_of(
     model: PartitionedModel,
     run: Run,
     resumed: Callable[[float], None],
+    overlap: Overlap | None = None,
     gpu: Gpu | None = None,
 ) -> Callable[[ModelConfig], None]:
     """What writes the weights of a setting into `model`, after what all settings share.
 
-    resumed: is told the seconds that earlier starts took for what is resumed. gpu: what computes
+    resumed: is told the seconds that earlier starts took for what is resumed. overlap: of
+    `data.auxiliary`. gpu: what computes
     the exact matrix where it is on the host (through_host.py).
     """
     config, manifest, ranks, interrupted = run.config, run.manifest, run.ranks, run.interrupted
@@ -45,9 +47,9 @@ def solver_of(
     columns = matrix.columns()
     width = gpu.sweep_columns(manifest.n_items) if gpu else sweep_columns(ranks.device)
     auxiliary: Auxiliary | None = None
-    if config.data.auxiliary:
+    if overlap is not None:
         with agreed(ranks):
-            auxiliary = Auxiliary(Overlap(config, manifest), ranks.is_main)
+            auxiliary = Auxiliary(overlap, ranks.is_main)
         run.say(auxiliary.told())
 
     def solve(keys: ModelConfig) -> None:

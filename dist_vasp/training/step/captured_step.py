@@ -36,11 +36,19 @@ class Recorder:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._pool = torch.cuda.graph_pool_handle()
-        self._keeps_pool = self(lambda: torch.zeros(1, device=device))
+        self._pool, self._device = torch.cuda.graph_pool_handle(), device
+        self._keeps_pool: object = None
 
     def __call__(self, compute: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        """Record a call, which does not run; what runs it, and where its result will lie."""
+        """Record a call, which does not run; what runs it, and where its result will lie.
+
+        RuntimeError where that is impossible.
+        """
+        if self._keeps_pool is None:
+            self._keeps_pool = self._record(lambda: torch.zeros(1, device=self._device))
+        return self._record(compute)
+
+    def _record(self, compute: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
             result = compute()

@@ -62,7 +62,9 @@ class InPlaceAdam(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Torch's own would import torch's compiler first, a second of every start."""
-        params = list(param_group["params"])
+        given = param_group["params"]
+        params = [given] if isinstance(given, Tensor) else list(given)
+        assert all(isinstance(p, Tensor) for p in params), "a parameter is no tensor"
         self.param_groups.append({**self.defaults, **param_group, "params": params})
 
     @property

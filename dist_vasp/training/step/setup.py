@@ -8,6 +8,7 @@ from pathlib import Path
 from dist_vasp.checkpoint import folder as folders
 from dist_vasp.checkpoint.header import Header
 from dist_vasp.config.schema import Config
+from dist_vasp.data.manifest import Manifest
 from dist_vasp.extras import require_library
 from dist_vasp.model.build import measure_size
 from dist_vasp.model.kinds.nease import CLOSED_FORM
@@ -36,7 +37,8 @@ class StepSetup:
         self.keep = config.run.keep
         self.last = total_steps(config, self.stream.steps_per_epoch)
         self._config = config
-        self.ranks = ranks
+        self.ranks, self.device = ranks, ranks.device
+        self.folders: tuple[tuple[str, Manifest], ...] = ((config.data.shards, self.manifest),)
         self._init_from = init_from
         self._allow_leak = allow_leak
         self.earlier_users: Users | None = None
