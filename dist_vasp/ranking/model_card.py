@@ -56,14 +56,21 @@ def model_card(
     if result.get("checkpoint") != opened.name:
         result = {}  # it speaks of another checkpoint
     start = _last_start(run_dir) if is_run else {}
-    kind = header.config.get("model", {}).get("kind", "model")
+    model = header.config.get("model", {})
+    kind = model.get("kind", "model")
+    data = [*_data(header, items, manifest), f"- Positives: {_rule(rule)}."]
+    if value := model.get("ease_auxiliary"):
+        data.append(
+            "- Besides, weaker interactions of the training users from a second data folder: each "
+            f"counts {value:g} of a positive."
+        )
     parts = [
         [
             f"# Model card: {text(kind)}",
             "",
             "Top-N recommendations from a user's history of items.",
         ],
-        ["## Training data", "", *_data(header, items, manifest), f"- Positives: {_rule(rule)}."],
+        ["## Training data", "", *data],
         ["## Metrics", "", *_tested(result, origin.validation)],
         ["## Training", "", *_training(header, result, start, origin.checkpoint)],
         [*limits(), f"- {MODEL_CARD} is checked with the weights: put your notes elsewhere."],

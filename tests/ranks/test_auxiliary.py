@@ -166,6 +166,9 @@ def test_a_run_says_what_counts_and_is_not_resumed_with_other_data(folders, tmp_
     out = succeeds(*_command(folders, run), ranks=2)
     assert out.count("of training users (40 of 40)") == 1
     assert "ease_auxiliary: 0.375" in (run / "config.yaml").read_text()
+    succeeds("export", "--run", run, "--output", tmp_path / "export")
+    card = (tmp_path / "export" / "MODEL_CARD.md").read_text()
+    assert "from a second data folder: each counts 0.375 of a positive." in card
     write_folder(folders[1], rows_by_user(I, 5), n_items=I)
     said = fails(*_command(folders, run))
     assert "hash of data.auxiliary was" in said

@@ -31,8 +31,7 @@ def solver_of(
     """What writes the weights of a setting into `model`, after what all settings share.
 
     resumed: is told the seconds that earlier starts took for what is resumed. overlap: of
-    `data.auxiliary`. gpu: what computes
-    the exact matrix where it is on the host (through_host.py).
+    `data.auxiliary`. gpu: what computes the exact matrix where it is on the host (through_host.py).
     """
     config, manifest, ranks, interrupted = run.config, run.manifest, run.ranks, run.interrupted
     if not model.matrices:
