@@ -193,26 +193,21 @@ def _check_model(config: Config) -> None:
 
 def _check_auxiliary(config: Config) -> None:
     folder, model = config.data.auxiliary, config.model
-    reads = model.kind == "ease" and not model.neighbours
-    require(
-        reads or not folder,
-        "data.auxiliary",
-        folder,
-        "none" if model.kind != "ease" else "none with model.neighbours",
-        "leave it out, or use model.kind ease with all inputs",
-    )
     counts = model.ease_auxiliary > 0 or any(config.search.ease_auxiliary)
-    require(
-        reads or not counts,
-        "model.ease_auxiliary",
-        model.ease_auxiliary,
-        f"0 with model.kind {model.kind}" if model.kind != "ease" else "0 with model.neighbours",
-        "leave it out, or use model.kind ease with all inputs",
-    )
+    closed_form = kind_of(model.kind).closed_form
+    beside = ""  # what does not go with auxiliary interactions
+    if not closed_form or "ease_auxiliary" not in closed_form.keys:
+        beside = f"model.kind {model.kind}"
+    elif model.neighbours:
+        beside = f"model.neighbours {model.neighbours}"
+    remedy = "leave it out, or use model.kind ease with all inputs"
+    require(not (beside and folder), "data.auxiliary", folder, f"none with {beside}", remedy)
+    found = model.ease_auxiliary
+    require(not (beside and counts), "model.ease_auxiliary", found, f"0 with {beside}", remedy)
     require(
         counts or not folder,
         "model.ease_auxiliary",
-        model.ease_auxiliary,
+        found,
         "more than 0 with data.auxiliary",
         "set it, or values of search.ease_auxiliary",
     )

@@ -241,8 +241,14 @@ def test_folders_that_do_not_fit(folders, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--model.neighbours", "3"], "data.auxiliary is .*, expected none with model.neighbours"),
-        (["--model.kind", "puresvd"], "data.auxiliary is .*, expected none"),
+        (
+            ["--model.neighbours", "3"],
+            "data.auxiliary is .*, expected none with model.neighbours 3",
+        ),
+        (
+            ["--model.kind", "puresvd"],
+            "data.auxiliary is .*, expected none with model.kind puresvd",
+        ),
         (
             ["--model.kind", "vasp", "--data.auxiliary", ""],
             "model.ease_auxiliary is 0.375, expected 0 with model.kind vasp",

@@ -27,8 +27,8 @@ _GPU_PARTS = 1.05
 
 def is_exact(config: Config) -> bool:
     """Whether a closed form has all of an items x items matrix."""
-    is_closed = kind_of(config.model.kind).closed_form is not None
-    return is_closed and has_items_x_items(config) and not config.model.neighbours
+    closed_form = kind_of(config.model.kind).closed_form
+    return bool(closed_form) and has_items_x_items(config) and not config.model.neighbours
 
 
 def place(config: Config, manifest: Manifest, ranks: Ranks) -> tuple[Ranks, Gpu | None]:
