@@ -26,7 +26,7 @@ from dist_vasp.config.schema import Config
 from dist_vasp.data.block import Block
 from dist_vasp.data.items import load_items
 from dist_vasp.data.manifest import SPLITS, Manifest
-from dist_vasp.data.rows import Rows, rows_of_pairs
+from dist_vasp.data.rows import Rows
 from dist_vasp.data.shard import read_shard
 from dist_vasp.data.users import read_users
 from dist_vasp.progress import Progress
@@ -103,11 +103,9 @@ class Auxiliary:
         pairs_E = np.concatenate(pairs)
         pairs.clear()
         pairs_E.sort()
-        # protocol given writes a user's history into each of his splits
+        # protocol given writes the same history into each split of a user
         pairs_E = pairs_E[np.diff(pairs_E, prepend=-1) > 0]
-        indptr = np.searchsorted(pairs_E, np.arange(len(overlap.keys_U) + 1) * n_items)
-        pairs_E %= n_items
-        self._rows = Rows(indptr, pairs_E.astype(np.int32))
+        self._rows = _rows_of(pairs_E, len(overlap.keys_U), n_items)
 
     def told(self) -> str:
         """What of the folder counts, in a line for the user."""
@@ -125,11 +123,20 @@ class Auxiliary:
         own_E = own.row_of * n_items + own.items
         more_E = more.row_of * n_items + more.items
         more_E = more_E[places(own_E, more_E) < 0]
-        values = np.concatenate([np.ones(len(own_E)), np.full(len(more_E), value)])
+        values = np.ones(len(own_E) + len(more_E), np.float32)
+        values[len(own_E) :] = value
         pairs_E = np.concatenate([own_E, more_E])
         order = np.argsort(pairs_E)
-        row_E, item_E = np.divmod(pairs_E[order], n_items)
-        return rows_of_pairs(row_E, item_E, own.n_rows, n_items, values[order])
+        return _rows_of(pairs_E[order], own.n_rows, n_items, values[order])
+
+
+def _rows_of(
+    pairs_E: np.ndarray, n_rows: int, n_items: int, values: np.ndarray | None = None
+) -> Rows:
+    """The rows of ascending pairs, each row * n_items + item; overwrites the pairs."""
+    indptr = np.searchsorted(pairs_E, np.arange(n_rows + 1) * n_items)
+    pairs_E %= n_items
+    return Rows(indptr, pairs_E.astype(np.int32), values)
 
 
 @contextmanager

@@ -218,7 +218,7 @@ class ClosedFormFit:
             self._trunk = make_trunk(keys)
             if self._trunk is not None:
                 self._trunk.to(run.ranks.device).eval().requires_grad_(False)
-            self._solve = solver_of(self._model, run, self._resume, self._overlap, gpu)
+            self._solve = solver_of(self._model, width, run, self._resume, self._overlap, gpu)
             self._took(start)
         return self._solve
 

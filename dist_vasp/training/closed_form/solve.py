@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import partial
 
 from dist_vasp.config.schema import ModelConfig
-from dist_vasp.model.ease import Gpu, sweep_columns
+from dist_vasp.model.ease import Gpu
 from dist_vasp.model.neighbours import NeighbourMatrix
 from dist_vasp.model.partitioned import PartitionedModel
 from dist_vasp.model.paths import ItemMatrix
@@ -23,6 +23,7 @@ from dist_vasp.training.run import Run
 
 def solver_of(
     model: PartitionedModel,
+    width: int,
     run: Run,
     resumed: Callable[[float], None],
     overlap: Overlap | None = None,
@@ -30,8 +31,9 @@ def solver_of(
 ) -> Callable[[ModelConfig], None]:
     """What writes the weights of a setting into `model`, after what all settings share.
 
-    resumed: is told the seconds that earlier starts took for what is resumed. overlap: of
-    `data.auxiliary`. gpu: what computes the exact matrix where it is on the host (through_host.py).
+    width: items of a block of the model. resumed: is told the seconds that earlier starts took for
+    what is resumed. overlap: of `data.auxiliary`. gpu: what computes the exact matrix where it is
+    on the host (through_host.py).
     """
     config, manifest, ranks, interrupted = run.config, run.manifest, run.ranks, run.interrupted
     if not model.matrices:
@@ -44,7 +46,6 @@ def solver_of(
         return lambda keys: resumed(on_support.solve(matrix, keys))
     assert isinstance(matrix, ItemMatrix)
     columns = matrix.columns()
-    width = gpu.sweep_columns(manifest.n_items) if gpu else sweep_columns(ranks.device)
     auxiliary: Auxiliary | None = None
     if overlap is not None:
         with agreed(ranks):
