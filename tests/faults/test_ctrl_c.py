@@ -18,7 +18,7 @@ import numpy as np
 import psutil
 import pytest
 
-from tests.support.jobs import RunFolder, assert_same_run, environment, free_port
+from tests.support.jobs import RunFolder, assert_same_run, environment, free_port, hear_signals
 from tests.support.make_shards import write_folder
 from tests.support.paths import PYTHONPATH, ROOT
 
@@ -54,11 +54,6 @@ def command(launcher: str, shards: Path, run: Path) -> list[str]:
     return [*words, "--shards", str(shards), "--run", str(run), *TRAIN.split(), SCHEDULE]
 
 
-def _hear_ctrl_c() -> None:
-    """As at a terminal: the tests may run in the background, where a shell ignores it."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 def start(words: list[str], log: Path) -> subprocess.Popen[bytes]:
     env = environment(PYTHONPATH=PYTHONPATH, OMP_NUM_THREADS="1")
     with open(log, "wb") as output:
@@ -69,7 +64,7 @@ def start(words: list[str], log: Path) -> subprocess.Popen[bytes]:
             stderr=subprocess.STDOUT,
             start_new_session=True,
             cwd=ROOT,
-            preexec_fn=_hear_ctrl_c,
+            preexec_fn=hear_signals,
         )
 
 

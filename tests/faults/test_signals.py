@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from dist_vasp.training.stop import StopRequest
+from tests.support.jobs import hear_signals
 from tests.support.paths import PYTHONPATH
 
 COMMAND = """
@@ -45,18 +46,12 @@ except EndedBySignal as ended:
 """
 
 
-def _hear_all() -> None:
-    """Handle signals as at a terminal: the tests may run under nohup, or in the background."""
-    for number in (signal.SIGHUP, signal.SIGINT):
-        signal.signal(number, signal.SIG_DFL)
-
-
 def start(code: str, *arguments: str | Path, **options) -> subprocess.Popen[str]:
     env = os.environ | {"PYTHONPATH": PYTHONPATH}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     command = [sys.executable, "-c", code, *map(str, arguments)]
     process = subprocess.Popen(
-        command, env=env, text=True, preexec_fn=_hear_all, **pipes, **options
+        command, env=env, text=True, preexec_fn=hear_signals, **pipes, **options
     )
     assert process.stdout and process.stdout.readline() == "here\n"
     return process

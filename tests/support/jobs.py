@@ -37,6 +37,13 @@ LAUNCHED = (
 PATIENCE_S = 120.0  # a hang, not a slow machine
 
 
+def hear_signals() -> None:
+    """Handle signals as at a terminal: the tests may run under nohup, or in the background, where a
+    shell ignores Ctrl-C."""
+    for number in (signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
